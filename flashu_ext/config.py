@@ -1,0 +1,228 @@
+"""Room: configuration. What to accelerate and how far, as one frozen, self-validating record; knows nothing of models.
+
+Field names are plain words; the symbols of the Flash-Unified paper (arXiv 2603.15271) stand beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FlashUConfig", "GuidancePhase"]
+
+GuidancePhase = tuple[int, float]
+
+
+def _fail(name: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"FlashUConfig.{name}: expected {expected}, got {got!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class FlashUConfig:
+    """Settings of an accelerated model. Start from a preset and override: ``FlashUConfig.paper(steps=35)``.
+
+    Generation counts its evaluations from 1; ``steps`` grid points are ``steps - 1`` evaluations.
+
+    Attributes:
+        ffn_prune_ratio: fraction of FFN neurons left out per layer (r_p), in [0, 1). Needs a plan when above 0.
+        full_network_steps: the last steps that run the whole network (tau): a count, or a fraction of
+            ``steps`` in (0, 1), rounded half up. An evaluation runs it when its number exceeds ``steps - tau``.
+        layer_skip_ratio: fraction of LLM layers skipped (r_LS), rounded down, in [0, 1).
+        layer_skip_interval: evaluations between two measurements of layer importance (T_LS); 0 = never skip.
+        head_cache_interval: the head's state is computed and kept every this many evaluations (T_cache); 0 = no cache.
+        head_forecast_order: how a cached head state is carried forward: 0 reuses it, 1 and 2 extrapolate by
+            finite differences.
+        steps: grid points of the ODE, or None: as the caller says.
+        guidance: phases ``(evaluations, scale)`` of the guidance scale, or None: the caller's scale throughout.
+            After the last phase the caller's scale holds.
+        guidance_relative: the scales in ``guidance`` multiply the caller's scale instead of replacing it.
+        token_prune_ratio: fraction of visual tokens dropped while answering. Only 0 is available in this version.
+        token_prune_layer: LLM layer whose value norms decide it.
+        prune_multiple: kept neurons per layer are a multiple of this.
+        ffn_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels of that family; False
+            runs plain torch instead, so that a difference can be bisected.
+
+    Raises:
+        ValueError: a field is out of range; the message names it, what was expected and what came.
+    """
+
+    ffn_prune_ratio: float = 0.0
+    full_network_steps: int | float = 0
+    layer_skip_ratio: float = 0.0
+    layer_skip_interval: int = 0
+    head_cache_interval: int = 0
+    head_forecast_order: int = 0
+    steps: int | None = None
+    guidance: Sequence[GuidancePhase] | None = None
+    guidance_relative: bool = False
+    token_prune_ratio: float = 0.0
+    token_prune_layer: int = 2
+    prune_multiple: int = 64
+    ffn_kernels: bool = True
+    routing_kernels: bool = True
+    norm_kernels: bool = True
+    step_kernels: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("ffn_prune_ratio", "layer_skip_ratio", "token_prune_ratio"):
+            value = getattr(self, name)
+            if not _is_real(value) or not 0 <= value < 1:
+                raise _fail(name, "a number in [0, 1)", value)
+        if self.token_prune_ratio != 0:
+            raise _fail("token_prune_ratio", "0 (pruning visual tokens is not part of this version)", self.token_prune_ratio)
+        tau = self.full_network_steps
+        if not (_is_int(tau) and tau >= 0) and not (isinstance(tau, float) and 0 <= tau < 1):
+            raise _fail("full_network_steps", "a count of steps >= 0 or a fraction in [0, 1)", tau)
+        for name in ("layer_skip_interval", "head_cache_interval", "token_prune_layer"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 0:
+                raise _fail(name, "an integer >= 0", value)
+        if not _is_int(self.prune_multiple) or self.prune_multiple < 1:
+            raise _fail("prune_multiple", "an integer >= 1", self.prune_multiple)
+        if not _is_int(self.head_forecast_order) or self.head_forecast_order not in (0, 1, 2):
+            raise _fail("head_forecast_order", "0, 1 or 2", self.head_forecast_order)
+        if self.steps is not None and (not _is_int(self.steps) or self.steps < 2):
+            raise _fail("steps", "None or an integer >= 2 (grid points)", self.steps)
+        for name in ("guidance_relative", "ffn_kernels", "routing_kernels", "norm_kernels", "step_kernels"):
+            if not isinstance(getattr(self, name), bool):
+                raise _fail(name, "True or False", getattr(self, name))
+        object.__setattr__(self, "guidance", self._checked_guidance())
+        if self.guidance is None and self.guidance_relative:
+            raise _fail("guidance_relative", "False when guidance is None", True)
+
+    def _checked_guidance(self) -> tuple[GuidancePhase, ...] | None:
+        if self.guidance is None:
+            return None
+        expected = "None or a list of (evaluations >= 1, scale > 0)"
+        if isinstance(self.guidance, (str, bytes)) or not isinstance(self.guidance, Sequence) or not self.guidance:
+            raise _fail("guidance", expected, self.guidance)
+        phases = []
+        for phase in self.guidance:
+            if isinstance(phase, (str, bytes)) or not isinstance(phase, Sequence) or len(phase) != 2:
+                raise _fail("guidance", expected, phase)
+            count, scale = phase
+            if not _is_int(count) or count < 1 or not _is_real(scale) or scale <= 0:
+                raise _fail("guidance", expected, phase)
+            phases.append((count, float(scale)))
+        return tuple(phases)
+
+    # ---- presets
+
+    @classmethod
+    def exact(cls, **overrides: Any) -> FlashUConfig:
+        """Nothing is approximated: outputs equal the unmodified model's up to rounding. Overrides may not change that."""
+        config = cls(**overrides)
+        if config.approximates:
+            raise ValueError(f"FlashUConfig.exact: expected no approximating field, got {', '.join(config.approximates)}")
+        return config
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> FlashUConfig:
+        """Flash-Unified's own settings for Show-o2 1.5B (paper Table 7 and its reference code).
+
+        35 grid points instead of 50; 20 % of the FFN neurons and of the layers left out; the last 0.3 * 35 = 11 steps
+        run the whole network; guidance at 0.75 of the caller's scale before that and at the caller's scale after.
+        """
+        steps = overrides.get("steps", 35)
+        settings: dict[str, Any] = {
+            "ffn_prune_ratio": 0.20,
+            "full_network_steps": 0.3,
+            "layer_skip_ratio": 0.20,
+            "layer_skip_interval": 10,
+            "head_cache_interval": 5,
+            "steps": steps,
+        }
+        settings.update(overrides)
+        if "guidance" not in overrides and _is_int(steps) and steps >= 2:
+            tail = cls(full_network_steps=settings["full_network_steps"]).full_steps(steps)
+            phases = [(steps - tail, 0.75), (tail, 1.0)]
+            settings["guidance"] = tuple(p for p in phases if p[0] >= 1)
+            settings["guidance_relative"] = True
+        return cls(**settings)
+
+    # ---- derived
+
+    @property
+    def approximates(self) -> tuple[str, ...]:
+        """Names of the fields whose values change the outputs."""
+        active = {
+            "ffn_prune_ratio": self.ffn_prune_ratio > 0,
+            "layer_skip_ratio": self.layer_skip_ratio > 0 and self.layer_skip_interval > 0,
+            "head_cache_interval": self.head_cache_interval > 1,
+            "guidance": self.guidance is not None,
+            "token_prune_ratio": self.token_prune_ratio > 0,
+        }
+        return tuple(name for name, on in active.items() if on)
+
+    def full_steps(self, steps: int) -> int:
+        """tau as a count for `steps` grid points (a fraction is rounded half up, as 0.3 * 35 = 10.5 -> 11)."""
+        if isinstance(self.full_network_steps, float):
+            return int(math.floor(self.full_network_steps * steps + 0.5))
+        return self.full_network_steps
+
+    def guidance_at(self, step: int, scale: float) -> float:
+        """Guidance scale of evaluation `step` (from 1) where the caller asked for `scale`."""
+        last = 0
+        for count, value in self.guidance or ():
+            last += count
+            if step <= last:
+                return value * scale if self.guidance_relative else value
+        return scale
+
+    def replace(self, **overrides: Any) -> FlashUConfig:
+        """A copy with other values; unknown names raise TypeError."""
+        return dataclasses.replace(self, **overrides)
+
+    # ---- JSON
+
+    def to_json(self) -> str:
+        """All fields as a JSON object, readable by `from_json`."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> FlashUConfig:
+        """Read what `to_json` wrote. Unknown or repeated fields, NaN and Infinity are refused.
+
+        Raises:
+            ValueError: not a JSON object of known fields, or a value is out of range.
+        """
+        data = strict_json(text, "FlashUConfig")
+        if not isinstance(data, dict):
+            raise ValueError(f"FlashUConfig: expected a JSON object, got {type(data).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"FlashUConfig: unknown field {unknown[0]!r}; known fields: {', '.join(sorted(known))}")
+        return cls(**data)
+
+
+def strict_json(text: str, name: str) -> Any:
+    """`json.loads` that refuses repeated keys, NaN and Infinity; errors begin with `name`."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in items:
+            if key in result:
+                raise ValueError(f"{name}: key {key!r} appears twice")
+            result[key] = value
+        return result
+
+    def constant(token: str) -> Callable[[], Any]:
+        raise ValueError(f"{name}: {token} is not allowed")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}: not valid JSON: {error}") from error

@@ -1,0 +1,257 @@
+"""Room: runtime. The entry points of an accelerated model: upstream's two methods, and the loops over whole images and answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import FlashUConfig
+from ..kernel_sets import KernelSet
+from ..showo2 import validate
+from ..structure import Showo2Parts
+from .generation import GenerationEngine
+from .state import ImageState
+from .understanding import UnderstandingEngine
+
+__all__ = ["Runner"]
+
+# Images whose evaluations may alternate through `t2i_generate` before the oldest one's state is dropped.
+IMAGES_IN_PROGRESS = 2
+
+Original = Callable[..., Any]
+
+
+class Runner:
+    """Runs one accelerated model. Created by `flashu_ext.accelerate`; reached through its handle."""
+
+    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, originals: Mapping[str, Original]):
+        self.parts = parts
+        self.config = config
+        self.kernels = kernels
+        self.originals = originals
+        self.generation = GenerationEngine(parts, config, kernels)
+        self.understanding = UnderstandingEngine(parts, kernels)
+        self.fallbacks: Counter[str] = Counter()
+        self.last_image: ImageState | None = None
+        self._in_progress: list[ImageState] = []
+
+    # ---- whole images
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        text_tokens: Tensor,
+        text_tokens_null: Tensor,
+        modality_positions: Tensor,
+        modality_positions_null: Tensor,
+        steps: int | None = None,
+        guidance_scale: float = 5.0,
+        time_shifting_factor: float | None = 3.0,
+        callback: Callable[[int, Tensor], None] | None = None,
+        return_velocity: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`flashu_ext.showo2.sample` of an accelerated model; arguments and results are the same."""
+        from ..showo2.sampling import time_grid
+
+        plan = self.generation.plan(steps)
+        guided = guidance_scale > 0
+        tokens, positions = text_tokens, modality_positions
+        if guided:
+            tokens = torch.cat([text_tokens, text_tokens_null])
+            positions = torch.cat([modality_positions, modality_positions_null])
+        state = self.generation.begin(plan, tokens, positions, guided, (noise.shape[2], noise.shape[3]))
+        self.last_image = state
+        device = noise.device
+        times = time_grid(plan.grid_points, time_shifting_factor)
+        dt = (times[1:] - times[:-1]).to(device)
+        scales = [self.config.guidance_at(i + 1, guidance_scale) if guided else 0.0 for i in range(len(plan))]
+        scale = torch.tensor(scales, dtype=torch.float32, device=device)
+        times = times.to(device)
+        latents = noise.float().clone(memory_format=torch.contiguous_format)
+        velocities = []
+        for i in range(len(plan)):
+            rows = self.generation.evaluate(state, latents, times[i].expand(noise.shape[0]))
+            if return_velocity:
+                velocities.append(self._velocity(rows, scales[i], guided, noise.shape))
+            self.kernels.guided_euler_step_(latents, rows, scale, dt, i, self.parts.patch_size, guided)
+            if callback is not None:
+                callback(i + 1, latents)
+        state.release()
+        return (latents, torch.stack(velocities)) if return_velocity else latents
+
+    def _velocity(self, rows: Tensor, scale: float, guided: bool, shape: torch.Size) -> Tensor:
+        """Velocity rows [rows, patches, p * p * c] -> guided velocity [images, channels, H, W]."""
+        velocity = rows.reshape(rows.shape[0], -1, shape[1]).transpose(1, 2).reshape(rows.shape[0], *shape[1:])
+        if guided:
+            conditional, unconditional = velocity.chunk(2)
+            velocity = unconditional + scale * (conditional - unconditional)
+        return velocity
+
+    # ---- upstream's methods
+
+    @torch.no_grad()
+    def t2i_generate(
+        self,
+        image_latents: Tensor | None = None,
+        t: Tensor | None = None,
+        text_tokens: Tensor | None = None,
+        attention_mask: Any = None,
+        modality_positions: Tensor | None = None,
+        first_frame_as_cond: bool = False,
+        only_denoise_last_image: bool = False,
+        max_seq_len: int | None = None,
+        guidance_scale: float = 0.0,
+        **kwargs: Any,
+    ) -> Tensor:
+        """One evaluation, called by upstream's sampler; same arguments and result as the model's own method.
+
+        A new image is found by its conditioning and by t, which grows within an image.
+        """
+        reason = self._why_original(image_latents, t, text_tokens, modality_positions, first_frame_as_cond, only_denoise_last_image)
+        if reason is None:
+            reason = self._mask_problem(attention_mask, modality_positions, text_tokens)
+        if reason is not None:
+            self.fallbacks[f"t2i_generate: {reason}"] += 1
+            return self.originals["t2i_generate"](
+                image_latents=image_latents,
+                t=t,
+                text_tokens=text_tokens,
+                attention_mask=attention_mask,
+                modality_positions=modality_positions,
+                first_frame_as_cond=first_frame_as_cond,
+                only_denoise_last_image=only_denoise_last_image,
+                max_seq_len=max_seq_len,
+                guidance_scale=guidance_scale,
+                **kwargs,
+            )
+        assert image_latents is not None and t is not None and text_tokens is not None and modality_positions is not None
+        guided = guidance_scale > 0
+        validate.check_t2i_inputs(self.parts.model, image_latents, t, text_tokens, modality_positions, guided)
+        time = float(t[0])
+        state = self._image_in_progress(text_tokens, modality_positions, guided, image_latents, time)
+        state.last_time = time
+        latents, times = image_latents, t
+        if guided:
+            # Upstream's sampler doubles one latent; the two halves stay equal, and one of them is encoded.
+            first, second = image_latents.chunk(2)
+            if torch.equal(first, second) and bool((t == t[0]).all()):
+                latents, times = first, t[: state.images]
+        index = state.step + 1
+        rows = self.generation.evaluate(state, latents, times)
+        if state.step >= len(state.plan):
+            self._in_progress.remove(state)
+            state.release()
+        scale = self.config.guidance_at(index, guidance_scale) if guided else 0.0
+        velocity = self._velocity(rows, scale, guided, image_latents.shape)
+        return torch.cat([velocity, velocity]) if guided else velocity
+
+    def _why_original(
+        self,
+        latents: Tensor | None,
+        t: Tensor | None,
+        tokens: Tensor | None,
+        positions: Tensor | None,
+        first_frame: bool,
+        last_image: bool,
+    ) -> str | None:
+        """Why a call runs the model's own method, or None. These are cases that Show-o2 knows beyond one image a row."""
+        if latents is None or t is None or tokens is None or positions is None:
+            return "an input is missing"
+        if first_frame or last_image:
+            return "video or mixed-modality denoising"
+        if latents.dim() != 4:
+            return "video latents"
+        if positions.dim() == 3 and positions.shape[1] != 1:
+            return "several images in a row"
+        return None
+
+    def _mask_problem(self, mask: Any, positions: Tensor | None, tokens: Tensor | None) -> str | None:
+        """Why a mask given by the caller is not the one that the runtime stands for, or None."""
+        if not isinstance(mask, Tensor) or positions is None or tokens is None:
+            return None
+        expected = validate.omni_allowed(positions, tokens.shape[1])
+        if mask.dim() != 4 or mask.shape[0] not in (1, expected.shape[0]) or mask.shape[2:] != expected.shape[1:]:
+            return f"attention mask of shape {tuple(mask.shape)}"
+        return None if torch.equal((mask[:, 0] == 0).expand_as(expected), expected) else "an attention mask of another pattern"
+
+    def _image_in_progress(
+        self, tokens: Tensor, positions: Tensor, guided: bool, latents: Tensor, time: float
+    ) -> ImageState:
+        size = (latents.shape[2], latents.shape[3])
+        grid = (size[0] // self.parts.patch_size, size[1] // self.parts.patch_size)
+        for state in self._in_progress:
+            if state.matches(tokens, positions, guided, grid):
+                if time > state.last_time:
+                    self.last_image = state
+                    return state
+                self._in_progress.remove(state)
+                break
+        state = self.generation.begin(self.generation.plan(None), tokens, positions, guided, size)
+        self._in_progress = [*self._in_progress, state][-IMAGES_IN_PROGRESS:]
+        self.last_image = state
+        return state
+
+    @torch.no_grad()
+    def mmu_generate(
+        self,
+        input_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        eos_token: int | None = None,
+    ) -> list[Tensor]:
+        """Continue a prompt of embeddings; same arguments and result as the model's own method (one prompt at a time)."""
+        usable = isinstance(input_embeds, Tensor) and input_embeds.dim() == 3 and isinstance(attention_mask, Tensor)
+        if not usable or input_embeds.shape[0] != 1:  # type: ignore[union-attr]
+            self.fallbacks["mmu_generate: not one prompt with its mask"] += 1
+            return self.originals["mmu_generate"](
+                input_embeds=input_embeds,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                eos_token=eos_token,
+            )
+        assert input_embeds is not None and attention_mask is not None
+        length = input_embeds.shape[1]
+        validate.check_mmu_inputs(self.parts.model, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
+
+        def pick(logits: Tensor) -> Tensor:
+            logits = logits / temperature
+            if top_k is not None:
+                least = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < least, float("-inf"))
+            return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
+
+        allowed = (attention_mask == 0).reshape(length, length)
+        return self.understanding.decode(input_embeds.to(self.parts.dtype), allowed, max_new_tokens, pick, eos_token)
+
+    @torch.no_grad()
+    def answer_tokens(
+        self,
+        image_latents: Tensor,
+        tokens_before_image: Tensor,
+        tokens_after_boi: Tensor,
+        max_new_tokens: int = 64,
+        eos_token: int | None = None,
+    ) -> Tensor:
+        """`flashu_ext.showo2.answer_tokens` of an accelerated model; arguments and results are the same."""
+        embeds, allowed = self.understanding.prompt(image_latents, tokens_before_image, tokens_after_boi)
+        tokens = self.understanding.decode(embeds, allowed, max_new_tokens, lambda x: x.argmax(-1, keepdim=True), eos_token)
+        return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64, device=embeds.device)
+
+    # ---- housekeeping
+
+    def cache_bytes(self) -> int:
+        return sum(state.nbytes() for state in self._in_progress) + self.understanding.nbytes()
+
+    def reset(self) -> None:
+        """Forget images in progress and the last prompt."""
+        self._in_progress.clear()
+        self.understanding.reset()

@@ -1,0 +1,56 @@
+"""Room: runtime. What an accelerated model did, for people and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Summary"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A snapshot of a handle. Counts of the last image are empty before one was drawn.
+
+    Attributes:
+        steps: evaluations of the last image by kind (see `schedule.Step.kind`).
+        backbone_evaluations, head_evaluations: how many of them ran the language model, and the head's blocks.
+        layers_skipped: (step, layers) for every measurement of the last image.
+        neurons: task -> FFN neurons read per layer, for tasks with a set of their own. intermediate: all of them.
+        tokens: 'prefix' (longest prompt, computed once), 'span' (per step), 'tail' (dropped) of the last image; 'prefilled' and
+            'reused' prompt tokens over all answers.
+        weight_bytes: the model's weights. extra_weight_bytes: what acceleration keeps beside them (the permutations).
+        cache_bytes: keys, values and states held now.
+        kernels: op -> backend. fallbacks: reason -> occurrences.
+    """
+
+    steps: Mapping[str, int]
+    backbone_evaluations: int
+    head_evaluations: int
+    layers_skipped: tuple[tuple[int, tuple[int, ...]], ...]
+    neurons: Mapping[str, int]
+    intermediate: int
+    tokens: Mapping[str, int]
+    weight_bytes: int
+    extra_weight_bytes: int
+    cache_bytes: int
+    kernels: Mapping[str, str]
+    fallbacks: Mapping[str, int]
+
+    def __str__(self) -> str:
+        def listed(items: Mapping[str, object]) -> str:
+            return ", ".join(f"{name} {value}" for name, value in items.items()) or "none"
+
+        skipped = "; ".join(f"as of step {step}: {list(layers)}" for step, layers in self.layers_skipped) or "none"
+        lines = [
+            f"evaluations   {listed(self.steps)}",
+            f"              {self.backbone_evaluations} backbone, {self.head_evaluations} head",
+            f"layers skipped {skipped}",
+            f"FFN neurons   {listed(self.neurons)} (of {self.intermediate})",
+            f"tokens        {listed(self.tokens)}",
+            f"memory        weights {self.weight_bytes / 2**20:.1f} MiB, extra {self.extra_weight_bytes / 2**20:.3f} MiB, "
+            f"caches {self.cache_bytes / 2**20:.1f} MiB",
+            f"kernels       {listed(self.kernels)}",
+            f"fallbacks     {listed(self.fallbacks)}",
+        ]
+        return "\n".join(lines)

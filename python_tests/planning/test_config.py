@@ -1,0 +1,78 @@
+"""Room: tests of FlashUConfig: presets, validation, JSON."""
+
+import json
+
+import pytest
+
+from flashu_ext import FlashUConfig
+
+
+def test_presets_validate_and_survive_json():
+    for config in (FlashUConfig.exact(), FlashUConfig.paper(), FlashUConfig.paper(steps=50, head_cache_interval=4)):
+        assert FlashUConfig.from_json(config.to_json()) == config
+
+
+def test_exact_refuses_to_approximate():
+    assert FlashUConfig.exact().approximates == ()
+    with pytest.raises(ValueError, match="ffn_prune_ratio"):
+        FlashUConfig.exact(ffn_prune_ratio=0.2)
+
+
+def test_paper_follows_the_steps_it_is_given():
+    assert FlashUConfig.paper().full_steps(35) == 11
+    assert FlashUConfig.paper().guidance == ((24, 0.75), (11, 1.0))
+    assert FlashUConfig.paper(steps=50).guidance == ((35, 0.75), (15, 1.0))
+    assert FlashUConfig.paper().guidance_at(24, 10.0) == 7.5
+    assert FlashUConfig.paper().guidance_at(25, 10.0) == 10.0
+    assert FlashUConfig.paper(guidance=[(6, 3.75), (4, 5.0)]).guidance_at(1, 10.0) == 3.75
+    assert FlashUConfig.paper(guidance=[(6, 3.75), (4, 5.0)]).guidance_at(11, 10.0) == 10.0
+
+
+BAD = [
+    ("ffn_prune_ratio", 1.0),
+    ("ffn_prune_ratio", -0.1),
+    ("ffn_prune_ratio", float("nan")),
+    ("ffn_prune_ratio", "0.2"),
+    ("layer_skip_ratio", True),
+    ("full_network_steps", -1),
+    ("full_network_steps", 1.5),
+    ("layer_skip_interval", 2.5),
+    ("head_cache_interval", -1),
+    ("head_forecast_order", 3),
+    ("steps", 1),
+    ("steps", 35.0),
+    ("guidance", []),
+    ("guidance", "high"),
+    ("guidance", [(0, 5.0)]),
+    ("guidance", [(3, float("inf"))]),
+    ("guidance", [(3,)]),
+    ("guidance_relative", True),
+    ("token_prune_ratio", 0.5),
+    ("prune_multiple", 0),
+    ("norm_kernels", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_bad_value_is_named(name, value):
+    with pytest.raises(ValueError, match=rf"FlashUConfig\.{name}: expected .*, got"):
+        FlashUConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "expected a JSON object"),
+        ("{", "not valid JSON"),
+        ('{"steps": 3, "steps": 4}', "appears twice"),
+        ('{"ffn_prune_ratio": NaN}', "NaN is not allowed"),
+        ('{"speed": 3}', "unknown field 'speed'"),
+    ],
+)
+def test_bad_json_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        FlashUConfig.from_json(text)
+
+
+def test_json_holds_every_field():
+    assert set(json.loads(FlashUConfig.paper().to_json())) == set(FlashUConfig.__dataclass_fields__)
