@@ -1,0 +1,27 @@
+# flashu_isa_sources(TARGET file...): compiles each kernel file once per CPU instruction set into TARGET.
+# A copy sees FLASHU_ISA (its namespace: baseline, avx2, avx512) and the matching machine flags; the dispatcher in
+# csrc/core/isa.hpp picks one at run time.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+  set(FLASHU_ISAS baseline avx2 avx512)
+else()
+  set(FLASHU_ISAS baseline)
+endif()
+set(FLASHU_FLAGS_baseline "")
+set(FLASHU_FLAGS_avx2 -mavx2 -mfma -mf16c)
+set(FLASHU_FLAGS_avx512 -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
+
+function(flashu_isa_sources target)
+  foreach(isa IN LISTS FLASHU_ISAS)
+    set(copy ${target}_${isa})
+    if(NOT TARGET ${copy})
+      add_library(${copy} OBJECT)
+      target_compile_definitions(${copy} PRIVATE FLASHU_ISA=${isa})
+      # Reassociation stays off (results are promised); contraction gives FMA where the set has it.
+      target_compile_options(${copy} PRIVATE ${FLASHU_FLAGS_${isa}} -O3 -ffp-contract=fast -fno-math-errno
+                                             -fno-trapping-math)
+      target_link_libraries(${copy} PRIVATE flashu_flags)
+      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${copy}>)
+    endif()
+    target_sources(${copy} PRIVATE ${ARGN})
+  endforeach()
+endfunction()

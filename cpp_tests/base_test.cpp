@@ -1,0 +1,67 @@
+// The base of the C API: statuses, error texts, argument structs and nested threads.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "core/parallel.hpp"
+#include "flashu/ffn.h"
+
+namespace {
+
+flashu_tensor tensor(float* data, std::vector<int64_t> sizes) {
+  flashu_tensor view{};
+  view.data = data;
+  view.dtype = FLASHU_F32;
+  view.device = FLASHU_DEVICE_CPU;
+  view.ndim = static_cast<int32_t>(sizes.size());
+  int64_t stride = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    view.sizes[d] = sizes[d];
+    view.strides[d] = stride;
+    stride *= sizes[d];
+  }
+  return view;
+}
+
+TEST(Base, VersionAgrees) { EXPECT_EQ(flashu_abi_version(), FLASHU_ABI_VERSION); }
+
+TEST(Base, ErrorNamesArgumentAndNextCallIsClean) {
+  float acc[3] = {1, 2, 3};
+  float h[6] = {1, 2, 3, 4, 5, 6};
+  flashu_neuron_norms_args args{};
+  args.struct_size = sizeof(args);
+  args.acc = tensor(acc, {2});
+  args.h = tensor(h, {2, 3});
+  EXPECT_EQ(flashu_neuron_norms(&args), FLASHU_INVALID_VALUE);
+  EXPECT_STREQ(flashu_last_error(), "neuron_norms_: acc: expected size 3 in dimension 0, got 2 (shape [2])");
+  args.acc = tensor(acc, {3});
+  EXPECT_EQ(flashu_neuron_norms(&args), FLASHU_OK);
+  EXPECT_STREQ(flashu_last_error(), "");
+  EXPECT_EQ(acc[0], 1 + 1 + 16);
+  EXPECT_EQ(acc[1], 2 + 4 + 25);
+  EXPECT_EQ(acc[2], 3 + 9 + 36);
+}
+
+TEST(Base, NullAndForeignStructsAreRefused) {
+  EXPECT_EQ(flashu_neuron_norms(nullptr), FLASHU_INVALID_VALUE);
+  flashu_neuron_norms_args args{};
+  args.struct_size = 4;
+  EXPECT_EQ(flashu_neuron_norms(&args), FLASHU_INVALID_VALUE);
+  EXPECT_NE(std::string(flashu_last_error()).find("struct_size"), std::string::npos);
+}
+
+TEST(Base, ParallelForCoversOnceAndNests) {
+  std::vector<std::atomic<int>> seen(1000);
+  flashu::core::parallel_for(0, 10, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      flashu::core::parallel_for(i * 100, (i + 1) * 100, 7, [&](int64_t a, int64_t b) {
+        for (int64_t j = a; j < b; ++j) seen[j]++;
+      });
+    }
+  });
+  for (const auto& count : seen) EXPECT_EQ(count.load(), 1);
+}
+
+}  // namespace

@@ -1,0 +1,6 @@
+/* Compiles the public C headers as C: no C++ may slip into them. */
+#include "flashu/ffn.h"
+#include "flashu/flashu.h"
+
+int32_t flashu_header_version(void);
+int32_t flashu_header_version(void) { return flashu_abi_version() == FLASHU_ABI_VERSION; }

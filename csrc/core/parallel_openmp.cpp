@@ -1,0 +1,43 @@
+// The default thread backend of libflashu: OpenMP where the compiler has it, else serial.
+#include <algorithm>
+
+#include "core/parallel.hpp"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace flashu::core {
+namespace {
+
+#ifdef _OPENMP
+void run(int64_t begin, int64_t end, int64_t grain, flashu_parallel_body body, void* context) {
+  const int64_t count = end - begin;
+  const int64_t pieces = std::min<int64_t>(omp_get_max_threads(), count / std::max<int64_t>(grain, 1));
+  if (pieces <= 1 || omp_in_parallel()) {
+    body(begin, end, context);
+    return;
+  }
+#pragma omp parallel num_threads(static_cast<int>(pieces))
+  {
+    // The runtime may grant fewer threads than asked for, so the split follows what it granted.
+    const int64_t granted = omp_get_num_threads();
+    const int64_t piece = omp_get_thread_num();
+    const int64_t first = begin + count * piece / granted;
+    const int64_t last = begin + count * (piece + 1) / granted;
+    if (first < last) body(first, last, context);
+  }
+}
+int32_t threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+#else
+void run(int64_t begin, int64_t end, int64_t, flashu_parallel_body body, void* context) { body(begin, end, context); }
+int32_t threads() { return 1; }
+#endif
+
+constexpr flashu_parallel_backend kBackend{run, threads};
+
+}  // namespace
+
+const flashu_parallel_backend& default_parallel_backend() { return kBackend; }
+
+}  // namespace flashu::core
