@@ -1,0 +1,173 @@
+"""Room: nano. Measures the embedded model on held-out scenes: prompt adherence and answer accuracy, dense and per preset."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import codec
+from .judge import judge
+from .tokenizer import layout
+from .world import Question, Scene, captions, questions, render, scenes
+
+__all__ = ["PRESETS", "Share", "measure_answers", "measure_drawing", "preset_config", "to_images"]
+
+GUIDANCE = 2.5
+SHIFT = 1.5
+"""Guidance and time shift of the embedded model, chosen on training scenes."""
+PRESETS = ("dense", "exact", "paper")
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of n were right, with Wilson's 95 % interval."""
+
+    right: int
+    n: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.n if self.n else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        if self.n == 0:
+            return (0.0, 1.0)
+        z, p = 1.96, self.share
+        center = (p + z * z / (2 * self.n)) / (1 + z * z / self.n)
+        half = z / (1 + z * z / self.n) * math.sqrt(p * (1 - p) / self.n + z * z / (4 * self.n * self.n))
+        return (max(0.0, center - half), min(1.0, center + half))
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.share:.1f} % ({self.right}/{self.n}, 95 % {100 * low:.1f} to {100 * high:.1f})"
+
+
+def preset_config(preset: str, steps: int | None = None) -> Any:
+    """FlashUConfig of a preset for the embedded model, or None for dense."""
+    from ..config import FlashUConfig
+    from .model import PRUNE_MULTIPLE
+
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {preset!r}")
+    overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
+    if preset == "dense":
+        return None
+    if preset == "exact":
+        return FlashUConfig.exact(**overrides)
+    return FlashUConfig.paper(prune_multiple=PRUNE_MULTIPLE, **overrides)
+
+
+def to_images(latents: Tensor) -> np.ndarray:
+    """Latents [B, 16, 72, 2] -> uint8 [B, 48, 48, 3]."""
+    pixels = (codec.decode(latents).permute(0, 2, 3, 1) + 1) * 127.5
+    return pixels.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
+def draw(model: Any, prompts: Sequence[str], seed: int, steps: int | None) -> np.ndarray:
+    """Draw one image for each prompt: uint8 [B, 48, 48, 3]."""
+    from ..showo2.sampling import sample
+
+    device = model.showo.model.embed_tokens.weight.device
+    inputs = layout().generation(list(prompts), device)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(prompts), *codec.LATENT_SHAPE, generator=generator).to(device)
+    latents = sample(model, noise, **vars(inputs), steps=steps, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT)
+    return to_images(latents)
+
+
+def measure_drawing(
+    model: Any, among: Sequence[Scene], n: int, steps: int | None = None, seed: int = 0, batch: int = 20
+) -> Share:
+    """Draw `n` captions of scenes taken in turn from `among` and judge them."""
+    rng = random.Random(seed)
+    order = [among[i % len(among)] for i in range(n)]
+    right = 0
+    for start in range(0, n, batch):
+        chosen = order[start : start + batch]
+        images = draw(model, [rng.choice(captions(scene)) for scene in chosen], seed * 7919 + start, steps)
+        right += sum(judge(image, scene).right for image, scene in zip(images, chosen, strict=True))
+    return Share(right, n)
+
+
+def answer(model: Any, latents: Tensor, question: Question) -> str:
+    """The model's answer to a question about latents [1, 16, 72, 2]."""
+    from ..showo2.understanding import answer_tokens
+
+    plan = layout()
+    before, after = plan.question(question.text)
+    return plan.answer(answer_tokens(model, latents, before, after, max_new_tokens=4, eos_token=plan.eos))
+
+
+def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -> dict[str, Share]:
+    """Ask about freshly rendered scenes until `n` questions are asked; shares by kind, and 'all'."""
+    rng = random.Random(seed)
+    counts: dict[str, list[int]] = {}
+    asked = index = 0
+    while asked < n:
+        scene = among[index % len(among)]
+        index += 1
+        image = torch.from_numpy(render(scene, rng)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        latents = codec.encode(image)
+        for question in questions(scene, rng):
+            right = answer(model, latents, question) == question.answer
+            counts.setdefault(question.kind, [0, 0])
+            counts[question.kind][0] += right
+            counts[question.kind][1] += 1
+            asked += 1
+    total = Share(sum(r for r, _ in counts.values()), sum(m for _, m in counts.values()))
+    return {**{kind: Share(*count) for kind, count in sorted(counts.items())}, "all": total}
+
+
+@click.command(epilog="Example: python -m flashu_ext.nano.evaluate --preset dense --preset paper --n 200 --json result.json")
+@click.option("--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=PRESETS, help="May be repeated.")
+@click.option("--n", default=200, show_default=True, help="Drawings of each kind, and questions.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--steps", type=int, default=None, help="Grid points; default 50, and the preset's own for paper.")
+@click.option("--model", "directory", type=click.Path(exists=True, file_okay=False), default=None, help="Checkpoint; default: the shipped one.")
+@click.option("--split", type=click.Choice(["held-out", "training"]), default="held-out", show_default=True)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), default=None, help="Also write the numbers here.")
+def main(
+    presets: tuple[str, ...], n: int, seed: int, steps: int | None, directory: str | None, split: str, json_path: str | None
+) -> None:
+    """Measure prompt adherence and answer accuracy on scenes the model was not trained on."""
+    from pathlib import Path
+
+    from ..swap import accelerate
+    from .model import DATA, load_model, load_plan
+
+    folder = Path(directory) if directory else DATA
+    model = load_model(folder)
+    held_out = split == "held-out"
+    results: dict[str, Any] = {}
+    for preset in presets:
+        config = preset_config(preset, steps)
+        plan = load_plan(model, folder) if config is not None and config.ffn_prune_ratio > 0 else None
+        began = time.time()
+        with accelerate(model, config, plan) if config is not None else nullcontext():
+            rows = {
+                "one object": measure_drawing(model, scenes(held_out, 1), n, steps, seed),
+                "two objects": measure_drawing(model, scenes(held_out, 2), n, steps, seed),
+                **{f"answers: {kind}": share for kind, share in measure_answers(model, scenes(held_out), n, seed).items()},
+            }
+        click.echo(f"{preset} ({time.time() - began:.0f} s)")
+        for name, share in rows.items():
+            click.echo(f"  {name:20} {share}")
+        results[preset] = {name: {**asdict(share), "interval": share.interval} for name, share in rows.items()}
+    if json_path:
+        Path(json_path).write_text(json.dumps({"split": split, "seed": seed, "presets": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
