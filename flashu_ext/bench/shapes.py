@@ -1,0 +1,183 @@
+"""Room: benchmarks. Random-weight models and inputs of fixed shapes, the same for one seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import TaskPlan
+from ..showo2.config import Showo2Config
+
+__all__ = ["SHAPES", "Inputs", "Shape", "fill", "inputs", "weight_plan"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model with the lengths that it is run at.
+
+    Attributes:
+        config: the model. sequence: padded length of a prompt with its image. prompt: tokens of the prompt.
+        before, question: tokens before the image and of the question when it answers.
+        prune_multiple: kept FFN neurons are a multiple of this.
+    """
+
+    config: Showo2Config
+    sequence: int
+    prompt: int
+    before: int
+    question: int
+    prune_multiple: int
+
+
+SHAPES = {
+    "bench": Shape(
+        Showo2Config(
+            llm={
+                "hidden_size": 512,
+                "intermediate_size": 2816,
+                "num_hidden_layers": 14,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 2,
+                "vocab_size": 32000,
+                "max_position_embeddings": 4096,
+                "rope_theta": 1e6,
+                "rms_norm_eps": 1e-6,
+                "tie_word_embeddings": False,
+            },
+            vision={
+                "hidden_size": 384,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 11,
+                "num_attention_heads": 6,
+            },
+            head={
+                "hidden_size": 640,
+                "intermediate_size": 2560,
+                "num_attention_heads": 10,
+                "num_key_value_heads": 5,
+                "head_dim": 64,
+                "num_layers": 5,
+            },
+            image_latent_height=14,
+            image_latent_width=14,
+        ),
+        sequence=256,
+        prompt=20,
+        before=16,
+        question=16,
+        prune_multiple=64,
+    ),
+    "tiny": Shape(
+        Showo2Config(
+            llm={
+                "hidden_size": 64,
+                "intermediate_size": 160,
+                "num_hidden_layers": 5,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "vocab_size": 256,
+                "max_position_embeddings": 256,
+                "rope_theta": 1e6,
+                "rms_norm_eps": 1e-6,
+                "tie_word_embeddings": False,
+            },
+            vision={
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+            },
+            head={
+                "hidden_size": 48,
+                "intermediate_size": 96,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 24,
+                "num_layers": 2,
+            },
+            image_latent_height=4,
+            image_latent_width=4,
+        ),
+        sequence=40,
+        prompt=6,
+        before=4,
+        question=4,
+        prune_multiple=16,
+    ),
+}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, seed: int) -> None:
+    """Random values in order of name: matrices at variance 1 / fan-in, norm weights near one."""
+    generator = torch.Generator().manual_seed(seed)
+    seen: set[int] = set()
+    for name, parameter in sorted(model.named_parameters()):
+        if id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if parameter.dim() == 1:
+            noise = 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise if name.endswith("bias") else 1 + noise)
+        else:
+            fan_in = math.prod(parameter.shape[1:])
+            scale = 0.3 if "embed" in name and parameter.dim() == 2 else 1 / math.sqrt(fan_in)
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One image's and one answer's inputs; shapes as in `showo2.sample` and `answer_tokens`, batch 1."""
+
+    noise: Tensor
+    text_tokens: Tensor
+    text_tokens_null: Tensor
+    positions: Tensor
+    positions_null: Tensor
+    image_latents: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def inputs(shape: Shape, seed: int) -> Inputs:
+    """Random noise and token ids in Show-o2's layout: bos, prompt, boi, image span, eoi, eos, padding."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    config = shape.config
+    vocabulary = config.llm_vocab_size
+    bos, boi, eoi, eos, pad, image = (vocabulary - 1 - i for i in range(6))
+    size = (
+        1,
+        config.image_latent_dim,
+        *(n * config.patch_size for n in (config.image_latent_height, config.image_latent_width)),
+    )
+    span = config.image_tokens
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(0, vocabulary - 6, (count,), generator=generator).tolist()
+
+    def drawing(prompt: list[int]) -> tuple[Tensor, Tensor]:
+        head = [bos, *prompt, boi]
+        row = [*head, *[image] * span, eoi, eos]
+        row += [pad] * (shape.sequence - len(row))
+        return torch.tensor([row]), torch.tensor([[[len(head), span]]])
+
+    noise = torch.randn(size, generator=generator)
+    text, positions = drawing(ids(shape.prompt))
+    null, positions_null = drawing([])
+    latents = torch.randn(size, generator=generator)
+    before = torch.tensor([[bos, *ids(shape.before - 1)]])
+    after = torch.tensor([[boi, eoi, *ids(shape.question)]])
+    return Inputs(noise, text, null, positions, positions_null, latents, before, after)
+
+
+def weight_plan(model: nn.Module, multiple: int) -> TaskPlan:
+    """A plan from the column norms of W_down, which need no data; the choice of sets costs no time."""
+    layers = model.showo.model.layers  # type: ignore[union-attr]
+    down = [layer.mlp.down_proj.weight.detach().float() for layer in layers]  # type: ignore[union-attr]
+    scores = [weight.norm(dim=0) for weight in down]
+    # Understanding ranks the neurons differently, as in trained models: the sets overlap in part.
+    other = [score.roll(score.numel() // 3) for score in scores]
+    return TaskPlan.from_scores(generation=scores, understanding=other, ratio=0.2, multiple=multiple)

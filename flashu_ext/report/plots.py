@@ -1,0 +1,132 @@
+"""Room: report. Figures of a demo: as SVG for the page, and one PNG that shows the gallery."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from .result import DemoResult
+
+__all__ = ["KIND_COLORS", "data_uri", "gallery", "timeline", "times"]
+
+INK, MUTED, GRID = "#1c2333", "#6b7386", "#e3e6ee"
+PRESET_COLORS = ("#9aa3b5", "#3d6fd6", "#e0762f", "#2f9c72")
+KIND_COLORS = {
+    "full": "#3d6fd6",
+    "measure": "#8d5bd0",
+    "measure only": "#c9a8ef",
+    "pruned": "#e0762f",
+    "head cached": "#e3e6ee",
+}
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """Bytes as an address that a page can hold."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # The object interface: pyplot would keep global state and look for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.patch.set_alpha(0)
+    return figure, figure.add_subplot()
+
+
+def _style(axes: Any) -> None:
+    axes.set_facecolor("none")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(colors=MUTED, labelsize=9, length=0)
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.BytesIO()
+    # No date in the file, so that equal results give equal pages.
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return data_uri(buffer.getvalue(), "image/svg+xml")
+
+
+def times(result: DemoResult, attribute: str, title: str) -> str:
+    """Bars of `image_seconds` or `answer_seconds` medians, each round as a dot; an SVG data URI."""
+    figure, axes = _figure(4.6, 1.9)
+    _style(axes)
+    base = None
+    for row, preset in enumerate(result.presets):
+        rounds = [1e3 * seconds for seconds in getattr(preset, attribute)]
+        median = (
+            sorted(rounds)[len(rounds) // 2]
+            if len(rounds) % 2
+            else sum(sorted(rounds)[len(rounds) // 2 - 1 : len(rounds) // 2 + 1]) / 2
+        )
+        base = base or median
+        axes.barh(row, median, color=PRESET_COLORS[row % len(PRESET_COLORS)], height=0.62, zorder=2)
+        axes.scatter(rounds, [row] * len(rounds), s=7, color=INK, alpha=0.45, zorder=3, linewidths=0)
+        label = f" {median:.3g} ms" + (f"   {base / median:.1f}x" if row else "")
+        axes.text(max(median, *rounds), row, label, va="center", ha="left", fontsize=9.5, color=INK)
+    axes.set_yticks(
+        range(len(result.presets)), [preset.name for preset in result.presets], color=INK, fontsize=10
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.28)
+    axes.set_xticks([])
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
+    return _svg(figure)
+
+
+def timeline(result: DemoResult) -> str:
+    """What every evaluation of one image computes, a row per preset; an SVG data URI."""
+    figure, axes = _figure(9.6, 0.55 + 0.42 * len(result.presets))
+    _style(axes)
+    axes.spines["bottom"].set_visible(False)
+    for row, preset in enumerate(result.presets):
+        for index, kind in enumerate(preset.kinds):
+            axes.barh(row, 0.86, left=index + 0.57, height=0.66, color=KIND_COLORS.get(kind, MUTED))
+    longest = max(len(preset.kinds) for preset in result.presets)
+    axes.set_yticks(
+        range(len(result.presets)), [preset.name for preset in result.presets], color=INK, fontsize=10
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0.4, longest + 0.6)
+    axes.set_xticks([1, *range(5, longest + 1, 5)])
+    return _svg(figure)
+
+
+def gallery(result: DemoResult, path: Path, columns: int = 6) -> None:
+    """Write a PNG with the first drawings: a column per prompt, a row per preset."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    shown = result.drawings[:columns]
+    figure = Figure(figsize=(1.45 * len(shown) + 1.0, 1.5 * len(result.presets) + 0.55), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(result.presets), len(shown), squeeze=False)
+    for row, preset in enumerate(result.presets):
+        for column, drawing in enumerate(shown):
+            axes = grid[row][column]
+            with Image.open(io.BytesIO(drawing.images[preset.name])) as image:
+                axes.imshow(image.convert("RGB"), interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set_color(GRID)
+            if row == 0:
+                axes.set_title(_wrapped(drawing.prompt), fontsize=7.5, color=INK)
+        label = f"{preset.name}\n{1e3 * preset.image_time:.0f} ms"
+        if row:
+            label += f", {result.image_speedup(preset):.1f}x"
+        grid[row][0].set_ylabel(label, fontsize=9, color=INK)
+    figure.savefig(path, dpi=110)
+
+
+def _wrapped(text: str, width: int = 20) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width))
