@@ -1,6 +1,6 @@
 """Room: command line. Parses arguments and prints; each command imports what does its work when it runs.
 
-Importing this file needs click only, so `flashu-ext --help`, `plan` and `info` work in a build without kernels.
+Importing this file needs click only, so `--help`, `plan` and `info` work in a build without kernels.
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
 """
 
@@ -25,7 +25,7 @@ __all__ = ["cli", "main"]
 
 PRESETS = ("dense", "exact", "paper")
 
-# What a command may run into because of its input or the machine. Anything else is a bug: its traceback stays.
+# What a command may run into because of its input or the machine. The rest are bugs: their tracebacks stay.
 _EXPECTED_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, MemoryError)
 
 

@@ -98,7 +98,7 @@ class Row:
         baseline: this row is what the task's other rows are compared with.
         backbone, head: evaluations that ran (dense: all of them); None for answers.
         seconds: one wall-clock time per round.
-        difference: relative L2 distance of the latents to the baseline's with the same steps, if there is one.
+        difference: relative L2 distance of the latents to the baseline's of the same steps, if any.
         equal_tokens: leading tokens that equal the baseline's, of `size`; None for images.
     """
 

@@ -1,7 +1,7 @@
 """Room: benchmarks. Drives the unmodified Show-o2 classes of a checkout: `bench e2e --upstream`.
 
-Their code is imported from the checkout and left as it is: no class or function of it is replaced. It needs its
-own requirements (transformers 4.47, diffusers, timm, einops, torchdiffeq) in the environment of the benchmark.
+Their code is imported from the checkout and left as it is: no class or function of it is replaced. Its own
+requirements (transformers 4.47, diffusers, timm, einops, torchdiffeq) must be in the environment.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def build(directory: Path, config: Showo2Config) -> UpstreamSubject:
     """Upstream's `Showo2Qwen2_5` of a shape, with the random weights that its constructors give it.
 
     Its constructor reads a language model's config and a SigLIP checkpoint by name, so both are written to a
-    temporary folder; it fixes the head's size, so this instance's head is built anew from upstream's own classes.
+    temporary folder; it fixes the head's size, so this instance's head is built anew from upstream's classes.
     """
     checkout = Checkout.load(directory)
     with tempfile.TemporaryDirectory() as folder:

@@ -64,7 +64,7 @@ def run(seed: int = 0, images: int = 48, questions: int = 96, repeats: int = 5) 
 
     Args:
         seed: of noise, wordings and the choice of scenes. images: prompts drawn per preset.
-        questions: asked per preset. repeats: timed rounds of one image and one answer per preset, interleaved.
+        questions: asked per preset. repeats: timed rounds, one image and one answer each.
 
     Raises:
         FileNotFoundError: the package was installed without the model's data.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import statistics
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +49,12 @@ def _style(axes: Any) -> None:
 
 
 def _svg(figure: Any) -> str:
+    import matplotlib
+
     buffer = io.BytesIO()
-    # No date in the file, so that equal results give equal pages.
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    # No date and no random names in the file, so that equal results give equal pages.
+    with matplotlib.rc_context({"svg.hashsalt": "flashu_ext"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return data_uri(buffer.getvalue(), "image/svg+xml")
 
 
@@ -60,11 +65,7 @@ def times(result: DemoResult, attribute: str, title: str) -> str:
     base = None
     for row, preset in enumerate(result.presets):
         rounds = [1e3 * seconds for seconds in getattr(preset, attribute)]
-        median = (
-            sorted(rounds)[len(rounds) // 2]
-            if len(rounds) % 2
-            else sum(sorted(rounds)[len(rounds) // 2 - 1 : len(rounds) // 2 + 1]) / 2
-        )
+        median = statistics.median(rounds)
         base = base or median
         axes.barh(row, median, color=PRESET_COLORS[row % len(PRESET_COLORS)], height=0.62, zorder=2)
         axes.scatter(rounds, [row] * len(rounds), s=7, color=INK, alpha=0.45, zorder=3, linewidths=0)
@@ -127,6 +128,4 @@ def gallery(result: DemoResult, path: Path, columns: int = 6) -> None:
 
 
 def _wrapped(text: str, width: int = 20) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(text, width))
