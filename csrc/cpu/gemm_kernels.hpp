@@ -1,0 +1,39 @@
+// The pieces of the packed GEMM: packing of rows and weight panels into float, and the register tile. One table per
+// CPU instruction set; the loops around them are in gemm.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "core/half.hpp"
+#include "core/isa.hpp"
+
+namespace flashu::cpu {
+
+// Products are summed in blocks of this many k, each from zero, block after block. The order depends on nothing else
+// (not on M, threads, or blocking), so a row's result is the same bits whatever else is computed with it.
+inline constexpr int64_t kSumBlock = 128;
+
+// Storage types in the order of the tables below (flashu_dtype F32, BF16, F16).
+inline constexpr int kStorageTypes = 3;
+
+struct GemmKernels {
+  int32_t tile_rows;      // rows of one register tile
+  int32_t panel_columns;  // columns of one register tile and of one packed panel; two vectors
+
+  // x[r * stride + k], r < rows <= tile_rows, k < count -> out[k * tile_rows + r]; missing rows become zero.
+  void (*pack_rows[kStorageTypes])(float* out, const void* x, int64_t stride, int64_t rows, int64_t count);
+
+  // source[c][k], c < panel_columns, k < count -> out[k * panel_columns + c].
+  void (*pack_panel[kStorageTypes])(float* out, const void* const* source, int64_t count);
+
+  // source[c][columns[k]] -> out[k * panel_columns + c]; `width` is the length of every source row.
+  void (*pack_columns[kStorageTypes])(float* out, const void* const* source, const int32_t* columns, int64_t count,
+                                      int64_t width);
+
+  // c[r * panel_columns + j] (+)= sum over k of a[k * tile_rows + r] * b[k * panel_columns + j]; r < rows.
+  // Overwrites c when `first`.
+  void (*multiply)(float* c, const float* a, const float* b, int64_t count, int32_t rows, bool first);
+};
+FLASHU_DECLARE_ISA(GemmKernels, gemm_kernels)
+
+}  // namespace flashu::cpu
