@@ -16,8 +16,9 @@ from torch import Tensor
 from ..kernel_sets import KernelSet
 from ..modules.attention import attend
 from ..modules.decoder_layer import decoder_layer
+from ..showo2.understanding import span_embeds
 from ..structure import Showo2Parts, norm_eps, position_table
-from .encoder import embed_image, embed_time
+from .encoder import embed_image
 
 __all__ = ["TASK", "UnderstandingEngine"]
 
@@ -97,24 +98,10 @@ class UnderstandingEngine:
     def prompt(self, latents: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings [1, length, hidden] and visibility (bool [length, length]) of a question about an image.
 
-        Layout: `before`, boi, time, image, then the rest of `after` (eoi, question). The bidirectional span starts one
-        token late, as upstream evaluates its checkpoints: it holds the image tokens and eoi, and not the time token.
-
         Args:
             before: int64 [1, n]. after: int64 [1, m], boi first, eoi second.
         """
-        embed = self.parts.embed_tokens
-        pieces = [embed(before), embed(after[:, :1])]
-        if self.parts.has_time_token:
-            one = torch.ones(1, dtype=torch.float32, device=latents.device)
-            pieces.append(embed_time(self.parts, one)[1][:, None])
-        image = self.image_embeds(latents)
-        embeds = torch.cat([*pieces, image, embed(after[:, 1:])], dim=1)
-        start = before.shape[1] + (2 if self.parts.has_time_token else 1)
-        span = image.shape[1] + (1 if self.parts.has_time_token else 0)
-        position = torch.arange(embeds.shape[1], device=embeds.device)
-        inside = (position >= start) & (position < start + span)
-        return embeds, (position[:, None] >= position) | (inside[:, None] & inside)
+        return span_embeds(self.parts, self.image_embeds(latents), before, after)
 
     # ---- decoding
 
@@ -162,7 +149,7 @@ class UnderstandingEngine:
         position_ids = torch.arange(start, start + x.shape[1], device=x.device)[None]
         cos, sin = parts.llm_rope(x, position_ids)
         rope = (cos[:, :, None], sin[:, :, None])
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # layers write into their input; this one is the caller's
         for index, layer in enumerate(parts.layers):
             x = decoder_layer(layer, index, x, rope, attention, parts.llm_attention, kernels, TASK)
         return kernels.rms_norm(x[:, -1:].contiguous(), parts.final_norm.weight, norm_eps(parts.final_norm))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..structure import Showo2Parts, position_table
 from . import validate
 
 __all__ = ["answer_tokens", "prompt_embeds"]
@@ -18,17 +19,18 @@ def prompt_embeds(model: Any, image_latents: Tensor, tokens_before_image: Tensor
     Layout: tokens_before_image, boi, time token (t = 1), image, eoi, question. The bidirectional span starts one token late:
     it covers the image tokens and eoi, not the time token. Upstream evaluates its checkpoints so (inference_mmu.py).
     """
-    from ..runtime.encoder import embed_image, embed_time
-    from ..structure import Showo2Parts, position_table
+    from ..runtime.encoder import embed_image
 
     parts = Showo2Parts.find(model)
-    patch = parts.patch_size
-    image = embed_image(parts, image_latents, position_table(parts, image_latents.shape[2] // patch, image_latents.shape[3] // patch))
-    return span_embeds(parts, image, tokens_before_image, tokens_after_boi, embed_time)
+    height, width = (size // parts.patch_size for size in image_latents.shape[2:])
+    image = embed_image(parts, image_latents, position_table(parts, height, width))
+    return span_embeds(parts, image, tokens_before_image, tokens_after_boi)
 
 
-def span_embeds(parts: Any, image: Tensor, before: Tensor, after: Tensor, embed_time: Any) -> tuple[Tensor, Tensor]:
+def span_embeds(parts: Showo2Parts, image: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """`prompt_embeds` from an encoded image [1, patches, hidden]."""
+    from ..runtime.encoder import embed_time
+
     embed = parts.embed_tokens
     pieces = [embed(before), embed(after[:, :1])]
     if parts.has_time_token:
