@@ -56,6 +56,24 @@ flashu_tensor view(const char* op, const char* name, const std::optional<Tensor>
   return tensor.has_value() ? view(op, name, *tensor) : flashu_tensor{};
 }
 
+Tensor foldable(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  int64_t folded = 1;
+  int64_t stride = 0;
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 2; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (folded == 1) stride = strides[d];
+    if (strides[d] != stride * folded) return torch::stable::contiguous(tensor);
+    folded *= sizes[d];
+  }
+  return tensor;
+}
+
+std::optional<Tensor> foldable(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(foldable(*tensor)) : std::nullopt;
+}
+
 void check_status(int32_t status) {
   STD_TORCH_CHECK(status == FLASHU_OK, "flashu ", kind(status), " error: ", flashu_last_error());
 }

@@ -44,6 +44,11 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes,
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
+// The tensor itself if its leading dimensions fold into rows of one stride (what the C API asks of inputs), else a
+// contiguous copy. For inputs only.
+Tensor foldable(const Tensor& tensor);
+std::optional<Tensor> foldable(const std::optional<Tensor>& tensor);
+
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return std::vector<int64_t>(sizes.begin(), sizes.end());

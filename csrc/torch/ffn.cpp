@@ -1,15 +1,165 @@
-// torch adapters of the FFN family: views in, C API, outputs from torch's allocator.
+// torch adapters of the FFN family: views in, C API, outputs and workspace from torch's allocator.
 #include "flashu/ffn.h"
+
+#include <algorithm>
 
 #include "torch/common.hpp"
 
 namespace flashu::torch_ops {
 namespace {
 
+using Runs = std::optional<std::vector<int64_t>>;
+using OptionalTensor = std::optional<Tensor>;
+
+flashu_selection select(const char* op, const Runs& runs, const OptionalTensor& index) {
+  STD_TORCH_CHECK(!(runs.has_value() && index.has_value()), "flashu value error: ", op,
+                  ": runs, index: expected at most one of them, got both");
+  flashu_selection selection{};
+  if (runs.has_value()) {
+    STD_TORCH_CHECK(runs->size() % 2 == 0, "flashu value error: ", op, ": runs: expected (start, length) pairs, got ",
+                    runs->size(), " numbers");
+    selection.kind = FLASHU_SELECT_RUNS;
+    selection.num_runs = static_cast<int64_t>(runs->size() / 2);
+    selection.runs = runs->data();
+  } else if (index.has_value()) {
+    selection.kind = FLASHU_SELECT_INDEX;
+    selection.index = view(op, "index", *index);
+  }
+  return selection;
+}
+
+// How wide the output will be. Unchecked input may lie, so this only has to be a size that can be allocated: the
+// C API checks it against the truth.
+int64_t selected(const flashu_selection& selection, const Tensor& weight) {
+  const int64_t limit = weight.dim() > 0 ? weight.size(0) : 0;
+  if (selection.kind == FLASHU_SELECT_ALL) return limit;
+  int64_t count = selection.kind == FLASHU_SELECT_INDEX && selection.index.ndim == 1 ? selection.index.sizes[0] : 0;
+  for (int64_t i = 0; i < selection.num_runs; ++i) {
+    count += std::clamp<int64_t>(selection.runs[2 * i + 1], 0, limit);
+  }
+  return std::min(count, limit);
+}
+
+Tensor output(const Tensor& like, int64_t width) {
+  std::vector<int64_t> sizes = sizes_of(like);
+  if (!sizes.empty()) sizes.back() = width;
+  return new_empty(like, sizes);
+}
+
+int64_t size_or_zero(const Tensor& tensor, int dim) { return tensor.dim() > dim ? tensor.size(dim) : 0; }
+
+template <class Args>
+void run(Args& args, const Tensor& like, int32_t (*size)(const Args*, uint64_t*), int32_t (*op)(const Args*)) {
+  check_status(size(&args, &args.workspace_bytes));
+  // Torch's CPU allocator aligns to 64 bytes, which is what the C API asks for (and checks).
+  const Tensor workspace = new_empty(like, std::vector<int64_t>{static_cast<int64_t>(args.workspace_bytes)}, ScalarType::Byte);
+  args.workspace = workspace.mutable_data_ptr();
+  check_status(op(&args));
+}
+
+void gathered_swiglu_out(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Runs& runs,
+                         const OptionalTensor& index, const Tensor& out) {
+  const char* op = "gathered_swiglu";
+  const Tensor rows = foldable(x);
+  auto args = make_args<flashu_swiglu_args>();
+  args.x = view(op, "x", rows);
+  args.w_gate = view(op, "w_gate", w_gate);
+  args.w_up = view(op, "w_up", w_up);
+  args.selection = select(op, runs, index);
+  args.out = view(op, "out", out);
+  run(args, x, flashu_gathered_swiglu_workspace, flashu_gathered_swiglu);
+}
+
+Tensor gathered_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs, OptionalTensor index) {
+  const Tensor out = output(x, selected(select("gathered_swiglu", runs, index), w_gate));
+  gathered_swiglu_out(x, w_gate, w_up, runs, index, out);
+  return out;
+}
+
+Tensor gathered_swiglu_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs, OptionalTensor index,
+                            const Tensor& out) {
+  gathered_swiglu_out(x, w_gate, w_up, runs, index, out);
+  return out;
+}
+
+void gathered_down_out(const Tensor& h, const Tensor& w_down, const Runs& runs, const OptionalTensor& index,
+                       const OptionalTensor& residual, const Tensor& out) {
+  const char* op = "gathered_down";
+  const Tensor rows = foldable(h);
+  const OptionalTensor added = foldable(residual);
+  auto args = make_args<flashu_down_args>();
+  args.h = view(op, "h", rows);
+  args.w_down = view(op, "w_down", w_down);
+  args.selection = select(op, runs, index);
+  args.residual = view(op, "residual", added);
+  args.out = view(op, "out", out);
+  run(args, h, flashu_gathered_down_workspace, flashu_gathered_down);
+}
+
+Tensor gathered_down(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index, OptionalTensor residual) {
+  const Tensor out = output(h, size_or_zero(w_down, 0));
+  gathered_down_out(h, w_down, runs, index, residual, out);
+  return out;
+}
+
+Tensor gathered_down_into(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index,
+                          OptionalTensor residual, const Tensor& out) {
+  gathered_down_out(h, w_down, runs, index, residual, out);
+  return out;
+}
+
+// What the gathered_ffn variants share; torch hands over each argument by itself.
+struct FfnTensors {
+  const Tensor& x;
+  const Tensor& w_gate;
+  const Tensor& w_up;
+  const Tensor& w_down;
+  const Runs& runs;
+  const OptionalTensor& index;
+  const OptionalTensor& residual;
+};
+
+void run_ffn(const FfnTensors& t, const OptionalTensor& norms, const Tensor& out) {
+  const char* op = "gathered_ffn";
+  const Tensor rows = foldable(t.x);
+  const OptionalTensor added = foldable(t.residual);
+  auto args = make_args<flashu_ffn_args>();
+  args.x = view(op, "x", rows);
+  args.w_gate = view(op, "w_gate", t.w_gate);
+  args.w_up = view(op, "w_up", t.w_up);
+  args.w_down = view(op, "w_down", t.w_down);
+  args.selection = select(op, t.runs, t.index);
+  args.residual = view(op, "residual", added);
+  args.norms = view(op, "norms", norms);
+  args.out = view(op, "out", out);
+  run(args, t.x, flashu_gathered_ffn_workspace, flashu_gathered_ffn);
+}
+
+Tensor gathered_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down, Runs runs,
+                    OptionalTensor index, OptionalTensor residual) {
+  const Tensor out = output(x, size_or_zero(w_down, 0));
+  run_ffn({x, w_gate, w_up, w_down, runs, index, residual}, std::nullopt, out);
+  return out;
+}
+
+Tensor gathered_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down, Runs runs,
+                         OptionalTensor index, OptionalTensor residual, const Tensor& out) {
+  run_ffn({x, w_gate, w_up, w_down, runs, index, residual}, std::nullopt, out);
+  return out;
+}
+
+Tensor gathered_ffn_norms(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                          const Tensor& norms, Runs runs, OptionalTensor index, OptionalTensor residual) {
+  const Tensor out = output(x, size_or_zero(w_down, 0));
+  run_ffn({x, w_gate, w_up, w_down, runs, index, residual}, norms, out);
+  return out;
+}
+
 void neuron_norms_(const Tensor& acc, const Tensor& h) {
+  const Tensor rows = foldable(h);
   auto args = make_args<flashu_neuron_norms_args>();
   args.acc = view("neuron_norms_", "acc", acc);
-  args.h = view("neuron_norms_", "h", h);
+  args.h = view("neuron_norms_", "h", rows);
   check_status(flashu_neuron_norms(&args));
 }
 
@@ -17,5 +167,12 @@ void neuron_norms_(const Tensor& acc, const Tensor& h) {
 }  // namespace flashu::torch_ops
 
 STABLE_TORCH_LIBRARY_IMPL(flashu, CPU, m) {
+  m.impl("gathered_swiglu", TORCH_BOX(&flashu::torch_ops::gathered_swiglu));
+  m.impl("gathered_swiglu.out", TORCH_BOX(&flashu::torch_ops::gathered_swiglu_into));
+  m.impl("gathered_down", TORCH_BOX(&flashu::torch_ops::gathered_down));
+  m.impl("gathered_down.out", TORCH_BOX(&flashu::torch_ops::gathered_down_into));
+  m.impl("gathered_ffn", TORCH_BOX(&flashu::torch_ops::gathered_ffn));
+  m.impl("gathered_ffn.out", TORCH_BOX(&flashu::torch_ops::gathered_ffn_into));
+  m.impl("gathered_ffn_norms", TORCH_BOX(&flashu::torch_ops::gathered_ffn_norms));
   m.impl("neuron_norms_", TORCH_BOX(&flashu::torch_ops::neuron_norms_));
 }

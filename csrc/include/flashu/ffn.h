@@ -9,6 +9,78 @@
 extern "C" {
 #endif
 
+/* Which neurons take part, of `intermediate` in the weights. The order of the selected neurons is the order of the
+ * columns of h: runs are ascending, an index list is in any order and names each neuron at most once. */
+typedef enum flashu_selection_kind {
+  FLASHU_SELECT_ALL = 0,
+  FLASHU_SELECT_RUNS = 1, /* `runs`: num_runs pairs (start, length), ascending, disjoint, lengths >= 1 */
+  FLASHU_SELECT_INDEX = 2 /* `index`: [n], i32 or i64 */
+} flashu_selection_kind;
+typedef struct flashu_selection {
+  int32_t kind;
+  int32_t reserved;
+  int64_t num_runs;
+  const int64_t* runs; /* host memory, 2 * num_runs numbers */
+  flashu_tensor index;
+} flashu_selection;
+
+/* Workspace: memory of the caller, aligned to 64 bytes, at least the size that flashu_<op>_workspace() gives for the
+ * same arguments (it checks them as the op does, reads no tensor but the index, and ignores the workspace fields) and
+ * the same number of threads. A larger one is fine, a smaller one is FLASHU_WORKSPACE. Every sum is taken in float, in one fixed order: a row's result has the
+ * same bits whatever the number of rows and of threads.
+ * Storage types are f32, bf16 or f16, the same for all floating tensors of a call; last strides are 1. */
+
+/* out = silu(x w_gate[S]^T) * (x w_up[S]^T) */
+typedef struct flashu_swiglu_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor x;      /* [..., hidden] */
+  flashu_tensor w_gate; /* [intermediate, hidden] */
+  flashu_tensor w_up;   /* [intermediate, hidden] */
+  flashu_selection selection;
+  flashu_tensor out; /* [..., n] */
+  void* workspace;
+  uint64_t workspace_bytes;
+  void* stream;
+} flashu_swiglu_args;
+FLASHU_API int32_t flashu_gathered_swiglu(const flashu_swiglu_args* args);
+FLASHU_API int32_t flashu_gathered_swiglu_workspace(const flashu_swiglu_args* args, uint64_t* bytes);
+
+/* out = h w_down[:, S]^T (+ residual) */
+typedef struct flashu_down_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor h;      /* [..., n] */
+  flashu_tensor w_down; /* [hidden, intermediate] */
+  flashu_selection selection;
+  flashu_tensor residual; /* [..., hidden] or absent */
+  flashu_tensor out;      /* [..., hidden] */
+  void* workspace;
+  uint64_t workspace_bytes;
+  void* stream;
+} flashu_down_args;
+FLASHU_API int32_t flashu_gathered_down(const flashu_down_args* args);
+FLASHU_API int32_t flashu_gathered_down_workspace(const flashu_down_args* args, uint64_t* bytes);
+
+/* out = (silu(x w_gate[S]^T) * (x w_up[S]^T)) w_down[:, S]^T (+ residual). The product in between stays in float. */
+typedef struct flashu_ffn_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor x;      /* [..., hidden] */
+  flashu_tensor w_gate; /* [intermediate, hidden] */
+  flashu_tensor w_up;   /* [intermediate, hidden] */
+  flashu_tensor w_down; /* [hidden_out, intermediate] */
+  flashu_selection selection;
+  flashu_tensor residual; /* [..., hidden_out] or absent */
+  flashu_tensor norms;    /* [n] f32 or f64 or absent: += the sum over rows of the squared product, per neuron */
+  flashu_tensor out;      /* [..., hidden_out] */
+  void* workspace;
+  uint64_t workspace_bytes;
+  void* stream;
+} flashu_ffn_args;
+FLASHU_API int32_t flashu_gathered_ffn(const flashu_ffn_args* args);
+FLASHU_API int32_t flashu_gathered_ffn_workspace(const flashu_ffn_args* args, uint64_t* bytes);
+
 /* acc[j] += sum over rows r of h[r, j]^2, summed in double in row order. */
 typedef struct flashu_neuron_norms_args {
   uint32_t struct_size; /* sizeof(flashu_neuron_norms_args) */

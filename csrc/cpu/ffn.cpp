@@ -1,0 +1,154 @@
+// The gathered FFN on the CPU: rows in chunks, the up half into h, h into the down half.
+#include "cpu/ffn.hpp"
+
+#include <algorithm>
+
+#include "core/checks.hpp"
+#include "core/parallel.hpp"
+#include "cpu/ffn_kernels.hpp"
+#include "cpu/gemm.hpp"
+
+namespace flashu::cpu {
+namespace {
+
+// Below this many multiplications another thread costs more than it brings (about 10 us of work).
+constexpr double kWorkPerSlot = 400e3;
+
+// Scratch of one call, carved out of the caller's workspace.
+struct Buffers {
+  float* x;
+  float* h;
+  float* slots;
+};
+
+int64_t element_bytes(int32_t type) { return type == FLASHU_F32 ? 4 : 2; }
+
+const char* row_of(const Matrix& matrix, int64_t row, int32_t type) {
+  return static_cast<const char*>(matrix.data) + row * matrix.stride * element_bytes(type);
+}
+char* row_of_mutable(const Matrix& matrix, int64_t row, int32_t type) {
+  return static_cast<char*>(matrix.data) + row * matrix.stride * element_bytes(type);
+}
+
+// Rows [first_row, first_row + a.rows) of the up half: panels of kWidth gate and kWidth up columns.
+void up_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int64_t first_row, const PackedRows* packed_h,
+             const Buffers& buffers) {
+  const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
+  const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
+  const Selection& selected = *p.selection;
+  const int64_t width = gemm.panel_columns / 2;
+  const int64_t size = element_bytes(p.type);
+
+  const auto pack = [&](int64_t panel, int64_t k, int64_t count, float* out) {
+    const void* source[64];
+    for (int64_t j = 0; j < width; ++j) {
+      // Columns past the last neuron repeat it; what they give is not stored.
+      const int64_t neuron = selected[std::min(panel * width + j, selected.count - 1)];
+      source[j] = row_of(p.w_gate, neuron, p.type) + k * size;
+      source[width + j] = row_of(p.w_up, neuron, p.type) + k * size;
+    }
+    gemm.pack_panel[p.type](out, source, count);
+  };
+  const auto finish = [&](int64_t panel, float* c) {
+    const int64_t first = panel * width;
+    const int64_t count = std::min(width, selected.count - first);
+    ffn.swiglu(c, a.rows);
+    if (core::present(p.norms)) {
+      double sums[32] = {};
+      ffn.add_squares(sums, c, a.rows, count);
+      for (int64_t j = 0; j < count; ++j) {
+        if (p.norms.dtype == FLASHU_F64) {
+          static_cast<double*>(p.norms.data)[first + j] += sums[j];
+        } else {
+          float& total = static_cast<float*>(p.norms.data)[first + j];
+          total = static_cast<float>(total + sums[j]);
+        }
+      }
+    }
+    if (packed_h == nullptr) {
+      ffn.store_rows[p.type](row_of_mutable(p.h, first_row, p.type) + first * size, p.h.stride, nullptr, 0, c, a.rows,
+                             count);
+      return;
+    }
+    const int64_t begin = first / packed_h->k_block * packed_h->k_block;
+    for (int64_t tile = 0; tile < a.tiles(); ++tile) {
+      ffn.pack_tile(packed_h->at(tile, begin) + (first - begin) * a.tile_rows,
+                    c + tile * a.tile_rows * gemm.panel_columns, a.rows_in(tile), count);
+    }
+  };
+  multiply_panels(gemm, s.up, a, divide_up(selected.count, width), buffers.slots, s.slots, pack, finish);
+}
+
+// Rows [first_row, first_row + a.rows) of the down half, from packed h.
+void down_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int64_t first_row, const Buffers& buffers) {
+  const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
+  const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
+  const Selection& selected = *p.selection;
+  const int64_t size = element_bytes(p.type);
+
+  const auto pack = [&](int64_t panel, int64_t k, int64_t count, float* out) {
+    const void* source[64];
+    const int64_t shift = selected.range ? selected.first + k : 0;
+    for (int64_t j = 0; j < gemm.panel_columns; ++j) {
+      const int64_t column = std::min(panel * gemm.panel_columns + j, p.width - 1);
+      source[j] = row_of(p.w_down, column, p.type) + shift * size;
+    }
+    if (selected.range) {
+      gemm.pack_panel[p.type](out, source, count);
+    } else {
+      gemm.pack_columns[p.type](out, source, selected.list.data() + k, count, p.intermediate);
+    }
+  };
+  const auto finish = [&](int64_t panel, float* c) {
+    const int64_t first = panel * gemm.panel_columns;
+    const int64_t count = std::min<int64_t>(gemm.panel_columns, p.width - first);
+    const char* residual =
+        p.residual.data == nullptr ? nullptr : row_of(p.residual, first_row, p.type) + first * size;
+    ffn.store_rows[p.type](row_of_mutable(p.out, first_row, p.type) + first * size, p.out.stride, residual,
+                           p.residual.stride, c, a.rows, count);
+  };
+  multiply_panels(gemm, s.down, a, divide_up(p.width, gemm.panel_columns), buffers.slots, s.slots, pack, finish);
+}
+
+}  // namespace
+
+FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int64_t bytes, bool gathered,
+                        bool has_up, bool has_down) {
+  const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
+  core::GemmProblem up{rows, 2 * neurons, hidden, bytes, core::num_threads(), gemm.tile_rows, gemm.panel_columns, false};
+  core::GemmProblem down{rows, width, neurons, bytes, up.threads, gemm.tile_rows, gemm.panel_columns, gathered};
+  FfnScratch s{core::choose_gemm_tiles(up), core::choose_gemm_tiles(down), 0, 0, 0, 1};
+  const int64_t chunk = std::min(rows, s.up.row_chunk);  // both halves chunk alike: it depends on rows only
+  if (has_up) s.x_floats = PackedRows::floats(chunk, hidden, gemm.tile_rows);
+  if (has_down) s.h_floats = PackedRows::floats(chunk, neurons, gemm.tile_rows);
+  if (has_up) s.slot_floats = panel_scratch_floats(gemm, s.up);
+  if (has_down) s.slot_floats = std::max(s.slot_floats, panel_scratch_floats(gemm, s.down));
+  const double work = static_cast<double>(rows) * static_cast<double>(neurons) *
+                      static_cast<double>((has_up ? 2 * hidden : 0) + (has_down ? width : 0));
+  s.slots = std::clamp<int64_t>(static_cast<int64_t>(work / kWorkPerSlot), 1, up.threads);
+  return s;
+}
+
+void run_ffn(const FfnProblem& p, const FfnScratch& s, void* workspace, uint64_t workspace_bytes) {
+  FLASHU_CHECK(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % kAlign == 0, FLASHU_WORKSPACE,
+               "workspace: expected a pointer aligned to ", kAlign, " bytes, got ", workspace);
+  FLASHU_CHECK(workspace_bytes >= static_cast<uint64_t>(s.bytes()), FLASHU_WORKSPACE, "workspace: expected at least ",
+               s.bytes(), " bytes, got ", workspace_bytes);
+  float* floats = static_cast<float*>(workspace);
+  const Buffers buffers{floats, floats + s.x_floats, floats + s.x_floats + s.h_floats};
+  const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
+  for (int64_t row = 0; row < p.rows; row += s.up.row_chunk) {
+    const int64_t rows = std::min(s.up.row_chunk, p.rows - row);
+    const PackedRows h{buffers.h, rows, p.selection->count, gemm.tile_rows, s.down.k_block};
+    if (p.has_up) {
+      const PackedRows x{buffers.x, rows, p.hidden, gemm.tile_rows, s.up.k_block};
+      pack_rows(gemm, x, row_of(p.x, row, p.type), p.type, p.x.stride);
+      up_half(p, s, x, row, p.has_down ? &h : nullptr, buffers);
+    } else {
+      pack_rows(gemm, h, row_of(p.h, row, p.type), p.type, p.h.stride);
+    }
+    if (p.has_down) down_half(p, s, h, row, buffers);
+  }
+}
+
+}  // namespace flashu::cpu

@@ -1,0 +1,54 @@
+// Epilogues of the FFN; compiled once per CPU instruction set.
+#include "cpu/ffn_kernels.hpp"
+
+#include "cpu/simd.hpp"
+
+namespace flashu::cpu::FLASHU_ISA {
+namespace {
+
+constexpr int kColumns = 2 * kWidth;
+
+void swiglu(float* c, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = c + r * kColumns;
+    store(row, silu(load(row)) * load(row + kWidth));
+  }
+}
+
+void add_squares(double* sums, const float* c, int64_t rows, int64_t count) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < count; ++j) {
+      const double value = c[r * kColumns + j];
+      sums[j] += value * value;
+    }
+  }
+}
+
+void pack_tile(float* out, const float* c, int64_t rows, int64_t count) {
+  const int64_t tile_rows = gemm_kernels.tile_rows;
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t r = 0; r < tile_rows; ++r) out[j * tile_rows + r] = r < rows ? c[r * kColumns + j] : 0.0f;
+  }
+}
+
+template <class T>
+void store_rows(void* out, int64_t stride, const void* residual, int64_t residual_stride, const float* c, int64_t rows,
+                int64_t count) {
+  for (int64_t r = 0; r < rows; ++r) {
+    T* to = static_cast<T*>(out) + r * stride;
+    const T* from = residual == nullptr ? nullptr : static_cast<const T*>(residual) + r * residual_stride;
+    const float* row = c + r * kColumns;
+    int64_t j = 0;
+    for (; j + kWidth <= count; j += kWidth) {
+      store(to + j, from == nullptr ? load(row + j) : load(row + j) + load(from + j));
+    }
+    for (; j < count; ++j) to[j] = from_float<T>(from == nullptr ? row[j] : row[j] + to_float(from[j]));
+  }
+}
+
+}  // namespace
+
+extern const FfnKernels ffn_kernels{
+    swiglu, add_squares, pack_tile, {store_rows<float>, store_rows<bfloat16>, store_rows<float16>}};
+
+}  // namespace flashu::cpu::FLASHU_ISA

@@ -1,0 +1,28 @@
+// Epilogues of the FFN: what happens to a product panel before it is stored. One table per CPU instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/gemm_kernels.hpp"
+
+namespace flashu::cpu {
+
+struct FfnKernels {
+  // A panel holds kWidth gate columns, then kWidth up columns (panel_columns = 2 kWidth). In place, per row:
+  // c[r][j] = silu(c[r][j]) * c[r][kWidth + j].
+  void (*swiglu)(float* c, int64_t rows);
+
+  // sums[j] += c[r][j]^2 over rows in order, j < count <= kWidth.
+  void (*add_squares)(double* sums, const float* c, int64_t rows, int64_t count);
+
+  // c[r][j] -> tile order out[j * tile_rows + r], r < tile_rows, j < count; missing rows become zero.
+  void (*pack_tile)(float* out, const float* c, int64_t rows, int64_t count);
+
+  // out[r * stride + j] = c[r][j] (+ residual[r * residual_stride + j]), r < rows, j < count <= panel_columns.
+  // The residual has out's storage type and may be null.
+  void (*store_rows[kStorageTypes])(void* out, int64_t stride, const void* residual, int64_t residual_stride,
+                                    const float* c, int64_t rows, int64_t count);
+};
+FLASHU_DECLARE_ISA(FfnKernels, ffn_kernels)
+
+}  // namespace flashu::cpu

@@ -1,0 +1,86 @@
+// The packed GEMM's loops: rows packed once, weight panels packed per thread, a callback for what comes out.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/parallel.hpp"
+#include "core/tiles.hpp"
+#include "cpu/gemm_kernels.hpp"
+
+namespace flashu::cpu {
+
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+inline constexpr int64_t kAlign = 64;  // bytes; every scratch buffer starts on a cache line
+inline int64_t align_floats(int64_t count) { return divide_up(count, kAlign / 4) * (kAlign / 4); }
+
+// The left operand in register-tile order: for each block of k_block k, for each tile of rows, [k][tile_rows].
+struct PackedRows {
+  float* data;
+  int64_t rows;
+  int64_t depth;
+  int64_t tile_rows;
+  int64_t k_block;
+
+  static int64_t floats(int64_t rows, int64_t depth, int64_t tile_rows) {
+    return align_floats(divide_up(rows, tile_rows) * tile_rows * depth);
+  }
+  int64_t tiles() const { return divide_up(rows, tile_rows); }
+  int64_t rows_in(int64_t tile) const { return std::min(tile_rows, rows - tile * tile_rows); }
+  // Where k = `begin` (a multiple of k_block) of a tile starts.
+  float* at(int64_t tile, int64_t begin) const {
+    const int64_t count = std::min(k_block, depth - begin);
+    return data + begin * tiles() * tile_rows + tile * tile_rows * count;
+  }
+};
+
+// Packs x[r * stride + k] of storage type `type` (flashu_dtype), tiles split over threads.
+void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void* x, int32_t type, int64_t stride);
+
+// Floats of scratch that one thread needs in multiply_panels.
+inline int64_t panel_scratch_floats(const GemmKernels& kernels, const core::GemmTiles& tiles) {
+  const int64_t chunk = divide_up(tiles.row_chunk, kernels.tile_rows) * kernels.tile_rows;
+  const int64_t panel = align_floats(tiles.k_block * kernels.panel_columns);
+  return tiles.panels * (panel + align_floats(chunk * kernels.panel_columns));
+}
+
+// For panels in [0, num_panels): multiplies the packed rows with each panel and calls
+//   finish(panel, c): c[r * panel_columns + j] for r < rows, in tiles of tile_rows rows one after another.
+// pack(panel, begin, count, out) packs `count` k from `begin` on. `slots` pieces run at once, each with its own
+// scratch of panel_scratch_floats(). Every panel belongs to one piece, so the split does not change results.
+template <class Pack, class Finish>
+void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, const PackedRows& a, int64_t num_panels,
+                     float* scratch, int64_t slots, const Pack& pack, const Finish& finish) {
+  const int64_t columns = kernels.panel_columns;
+  const int64_t panel_floats = align_floats(tiles.k_block * columns);
+  const int64_t product_floats = align_floats(a.tiles() * a.tile_rows * columns);
+  const int64_t block_tiles = divide_up(tiles.row_block, a.tile_rows);
+  core::parallel_for(0, slots, 1, [&](int64_t first_slot, int64_t last_slot) {
+    for (int64_t slot = first_slot; slot < last_slot; ++slot) {
+      float* panels = scratch + slot * panel_scratch_floats(kernels, tiles);
+      float* products = panels + tiles.panels * panel_floats;
+      const int64_t end = num_panels * (slot + 1) / slots;
+      for (int64_t panel = num_panels * slot / slots; panel < end; panel += tiles.panels) {
+        const int64_t block = std::min(tiles.panels, end - panel);
+        if (a.depth == 0) std::fill_n(products, block * product_floats, 0.0f);
+        for (int64_t k = 0; k < a.depth; k += tiles.k_block) {
+          const int64_t count = std::min(tiles.k_block, a.depth - k);
+          for (int64_t p = 0; p < block; ++p) pack(panel + p, k, count, panels + p * panel_floats);
+          for (int64_t t = 0; t < a.tiles(); t += block_tiles) {
+            const int64_t last_tile = std::min(a.tiles(), t + block_tiles);
+            for (int64_t p = 0; p < block; ++p) {
+              for (int64_t tile = t; tile < last_tile; ++tile) {
+                kernels.multiply(products + p * product_floats + tile * a.tile_rows * columns, a.at(tile, k),
+                                 panels + p * panel_floats, count, static_cast<int32_t>(a.rows_in(tile)), k == 0);
+              }
+            }
+          }
+        }
+        for (int64_t p = 0; p < block; ++p) finish(panel + p, products + p * product_floats);
+      }
+    }
+  });
+}
+
+}  // namespace flashu::cpu
