@@ -37,10 +37,10 @@ VARIANTS = 24
 class Settings:
     """What a run is; a checkpoint of other settings is not resumed."""
 
-    steps: int = 8000
-    drawings: int = 64
-    answers: int = 48
-    muon_lr: float = 0.01
+    steps: int = 2000
+    drawings: int = 48
+    answers: int = 32
+    muon_lr: float = 0.015
     adam_lr: float = 2e-3
     warmup: int = 100
     seed: int = 0
@@ -175,7 +175,7 @@ class Trainer:
         flow = self._drawing_loss(rng, generator)
         flow.backward()
         answer = self._answer_loss(rng)
-        (0.3 * answer).backward()
+        (0.5 * answer).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.muon.step()
         self.adam.step()
@@ -226,7 +226,7 @@ class Trainer:
         return int(state["step"])
 
 
-@click.command(epilog="Example: python -m flashu_ext.nano.train --out nano_run --steps 8000")
+@click.command(epilog="Example: python -m flashu_ext.nano.train --out nano_run")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("nano_run"), help="Folder of the run and its result.")
 @click.option("--steps", default=Settings.steps, show_default=True, help="Training steps in all.")
 @click.option("--drawings", default=Settings.drawings, show_default=True, help="Drawings per step.")
