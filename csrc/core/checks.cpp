@@ -36,25 +36,36 @@ void clear_last_error() noexcept { last_error.clear(); }
 
 const char* dtype_name(int32_t dtype) {
   switch (dtype) {
-    case FLASHU_F32: return "float32";
-    case FLASHU_BF16: return "bfloat16";
-    case FLASHU_F16: return "float16";
-    case FLASHU_F64: return "float64";
-    case FLASHU_I32: return "int32";
-    case FLASHU_I64: return "int64";
-    default: return "an unknown dtype";
+    case FLASHU_F32:
+      return "float32";
+    case FLASHU_BF16:
+      return "bfloat16";
+    case FLASHU_F16:
+      return "float16";
+    case FLASHU_F64:
+      return "float64";
+    case FLASHU_I32:
+      return "int32";
+    case FLASHU_I64:
+      return "int64";
+    default:
+      return "an unknown dtype";
   }
 }
 
 int64_t dtype_size(int32_t dtype) {
   switch (dtype) {
     case FLASHU_BF16:
-    case FLASHU_F16: return 2;
+    case FLASHU_F16:
+      return 2;
     case FLASHU_F32:
-    case FLASHU_I32: return 4;
+    case FLASHU_I32:
+      return 4;
     case FLASHU_F64:
-    case FLASHU_I64: return 8;
-    default: return 0;
+    case FLASHU_I64:
+      return 8;
+    default:
+      return 0;
   }
 }
 
@@ -73,36 +84,40 @@ int64_t numel(const flashu_tensor& tensor) {
 bool present(const flashu_tensor& tensor) { return tensor.data != nullptr || tensor.ndim != 0; }
 
 void check_rank(const char* name, const flashu_tensor& tensor, int rank) {
-  FLASHU_CHECK(tensor.ndim == rank, FLASHU_INVALID_VALUE, name, ": expected ", rank, " dimensions, got ", tensor.ndim,
-               " (shape ", shape_text(tensor), ")");
+  FLASHU_CHECK(tensor.ndim == rank, FLASHU_INVALID_VALUE, name, ": expected ", rank, " dimensions, got ",
+               tensor.ndim, " (shape ", shape_text(tensor), ")");
 }
 
 void check_rank_at_least(const char* name, const flashu_tensor& tensor, int rank) {
-  FLASHU_CHECK(tensor.ndim >= rank, FLASHU_INVALID_VALUE, name, ": expected at least ", rank, " dimensions, got ",
-               tensor.ndim, " (shape ", shape_text(tensor), ")");
+  FLASHU_CHECK(tensor.ndim >= rank, FLASHU_INVALID_VALUE, name, ": expected at least ", rank,
+               " dimensions, got ", tensor.ndim, " (shape ", shape_text(tensor), ")");
 }
 
 void check_dtype(const char* name, const flashu_tensor& tensor, std::initializer_list<flashu_dtype> allowed) {
   if (std::find(allowed.begin(), allowed.end(), tensor.dtype) != allowed.end()) return;
   std::string names;
-  for (const flashu_dtype dtype : allowed) names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+  for (const flashu_dtype dtype : allowed)
+    names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
   fail(FLASHU_INVALID_TYPE, name, ": expected ", names, ", got ", dtype_name(tensor.dtype));
 }
 
-void check_same_dtype(const char* name, const flashu_tensor& tensor, const char* other_name, const flashu_tensor& other) {
-  FLASHU_CHECK(tensor.dtype == other.dtype, FLASHU_INVALID_TYPE, name, ": expected ", dtype_name(other.dtype), " as ",
-               other_name, " has, got ", dtype_name(tensor.dtype));
+void check_same_dtype(const char* name, const flashu_tensor& tensor, const char* other_name,
+                      const flashu_tensor& other) {
+  FLASHU_CHECK(tensor.dtype == other.dtype, FLASHU_INVALID_TYPE, name, ": expected ", dtype_name(other.dtype),
+               " as ", other_name, " has, got ", dtype_name(tensor.dtype));
 }
 
 void check_size(const char* name, const flashu_tensor& tensor, int dim, int64_t expected) {
-  FLASHU_CHECK(tensor.sizes[dim] == expected, FLASHU_INVALID_VALUE, name, ": expected size ", expected, " in dimension ",
-               dim, ", got ", tensor.sizes[dim], " (shape ", shape_text(tensor), ")");
+  FLASHU_CHECK(tensor.sizes[dim] == expected, FLASHU_INVALID_VALUE, name, ": expected size ", expected,
+               " in dimension ", dim, ", got ", tensor.sizes[dim], " (shape ", shape_text(tensor), ")");
 }
 
-void check_same_shape(const char* name, const flashu_tensor& tensor, const char* other_name, const flashu_tensor& other) {
-  const bool same = tensor.ndim == other.ndim && std::equal(tensor.sizes, tensor.sizes + tensor.ndim, other.sizes);
-  FLASHU_CHECK(same, FLASHU_INVALID_VALUE, name, ": expected shape ", shape_text(other), " as ", other_name, " has, got ",
-               shape_text(tensor));
+void check_same_shape(const char* name, const flashu_tensor& tensor, const char* other_name,
+                      const flashu_tensor& other) {
+  const bool same =
+      tensor.ndim == other.ndim && std::equal(tensor.sizes, tensor.sizes + tensor.ndim, other.sizes);
+  FLASHU_CHECK(same, FLASHU_INVALID_VALUE, name, ": expected shape ", shape_text(other), " as ", other_name,
+               " has, got ", shape_text(tensor));
 }
 
 void check_inner_contiguous(const char* name, const flashu_tensor& tensor) {
@@ -122,17 +137,19 @@ void check_non_overlapping(const char* name, const flashu_tensor& tensor) {
   std::sort(dims.begin(), dims.end());
   int64_t span = 1;
   for (const auto& [stride, size] : dims) {
-    FLASHU_CHECK(stride >= span, FLASHU_INVALID_VALUE, name, ": expected elements that do not share memory, got stride ",
-                 stride, " over a span of ", span);
+    FLASHU_CHECK(stride >= span, FLASHU_INVALID_VALUE, name,
+                 ": expected elements that do not share memory, got stride ", stride, " over a span of ",
+                 span);
     span = stride * (size - 1) + span;
   }
 }
 
-void check_disjoint(const char* name, const flashu_tensor& tensor, const char* other_name, const flashu_tensor& other) {
+void check_disjoint(const char* name, const flashu_tensor& tensor, const char* other_name,
+                    const flashu_tensor& other) {
   const auto [first, last] = extent(tensor);
   const auto [other_first, other_last] = extent(other);
-  FLASHU_CHECK(first >= other_last || other_first >= last, FLASHU_INVALID_VALUE, name, ": expected memory of its own, got one that overlaps ",
-               other_name);
+  FLASHU_CHECK(first >= other_last || other_first >= last, FLASHU_INVALID_VALUE, name,
+               ": expected memory of its own, got one that overlaps ", other_name);
 }
 
 int32_t check_device(std::initializer_list<std::pair<const char*, const flashu_tensor*>> tensors) {
@@ -143,14 +160,16 @@ int32_t check_device(std::initializer_list<std::pair<const char*, const flashu_t
                  device_text(first->device), " as ", first_name, " has, got ", device_text(tensor->device));
   }
   FLASHU_CHECK(first->device == FLASHU_DEVICE_CPU, FLASHU_UNSUPPORTED, first_name,
-               ": expected a CPU tensor, because this build has no CUDA kernels, got ", device_text(first->device));
+               ": expected a CPU tensor, because this build has no CUDA kernels, got ",
+               device_text(first->device));
   return first->device;
 }
 
 void check_tensor(const char* name, const flashu_tensor& tensor) {
-  FLASHU_CHECK(dtype_size(tensor.dtype) != 0, FLASHU_INVALID_TYPE, name, ": expected a known dtype, got code ", tensor.dtype);
-  FLASHU_CHECK(tensor.ndim >= 0 && tensor.ndim <= FLASHU_MAX_DIMS, FLASHU_INVALID_VALUE, name, ": expected at most ",
-               FLASHU_MAX_DIMS, " dimensions, got ", tensor.ndim);
+  FLASHU_CHECK(dtype_size(tensor.dtype) != 0, FLASHU_INVALID_TYPE, name,
+               ": expected a known dtype, got code ", tensor.dtype);
+  FLASHU_CHECK(tensor.ndim >= 0 && tensor.ndim <= FLASHU_MAX_DIMS, FLASHU_INVALID_VALUE, name,
+               ": expected at most ", FLASHU_MAX_DIMS, " dimensions, got ", tensor.ndim);
   int64_t count = 1;
   int64_t last = 0;
   bool empty = false;
@@ -158,21 +177,25 @@ void check_tensor(const char* name, const flashu_tensor& tensor) {
     const int64_t size = tensor.sizes[d];
     const int64_t stride = tensor.strides[d];
     FLASHU_CHECK(size >= 0, FLASHU_INVALID_VALUE, name, ": expected sizes >= 0, got ", shape_text(tensor));
-    FLASHU_CHECK(stride >= 0, FLASHU_INVALID_VALUE, name, ": expected strides >= 0, got ", stride, " in dimension ", d);
+    FLASHU_CHECK(stride >= 0, FLASHU_INVALID_VALUE, name, ": expected strides >= 0, got ", stride,
+                 " in dimension ", d);
     if (size == 0) {
       empty = true;
       continue;
     }
     int64_t reach = 0;
-    const bool fits = !__builtin_mul_overflow(count, size, &count) && !__builtin_mul_overflow(size - 1, stride, &reach) &&
+    const bool fits = !__builtin_mul_overflow(count, size, &count) &&
+                      !__builtin_mul_overflow(size - 1, stride, &reach) &&
                       !__builtin_add_overflow(last, reach, &last) && last < (int64_t{1} << 60);
-    FLASHU_CHECK(fits, FLASHU_INVALID_VALUE, name, ": expected an extent below 2^60 elements, got shape ", shape_text(tensor));
+    FLASHU_CHECK(fits, FLASHU_INVALID_VALUE, name, ": expected an extent below 2^60 elements, got shape ",
+                 shape_text(tensor));
   }
   if (empty) return;
   FLASHU_CHECK(tensor.data != nullptr, FLASHU_INVALID_VALUE, name, ": expected data, got NULL");
-  const auto misaligned = reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(dtype_size(tensor.dtype));
-  FLASHU_CHECK(misaligned == 0, FLASHU_INVALID_VALUE, name, ": expected data aligned to its ", dtype_size(tensor.dtype),
-               "-byte elements, got an address ", misaligned, " bytes off");
+  const auto misaligned =
+      reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(dtype_size(tensor.dtype));
+  FLASHU_CHECK(misaligned == 0, FLASHU_INVALID_VALUE, name, ": expected data aligned to its ",
+               dtype_size(tensor.dtype), "-byte elements, got an address ", misaligned, " bytes off");
 }
 
 }  // namespace flashu::core

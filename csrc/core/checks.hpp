@@ -1,5 +1,5 @@
-// Argument checks shared by every op of the C API. A failed check throws Failure, which guarded() turns into a
-// status and the thread's last error; nothing below the C API lets an exception out.
+// Argument checks shared by every op of the C API. A failed check throws Failure, which guarded() turns into
+// a status and the thread's last error; nothing below the C API lets an exception out.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@ struct Failure {
   std::string message;
 };
 
-// Throws Failure with the parts streamed one after another: fail(FLASHU_INVALID_VALUE, "x", ": expected ...").
+// Throws Failure with the parts streamed one after another: fail(FLASHU_INVALID_VALUE, "x", ": expected
+// ...").
 template <class... Parts>
 [[noreturn]] void fail(flashu_status status, const Parts&... parts) {
   std::ostringstream text;
@@ -27,9 +28,10 @@ template <class... Parts>
 }
 
 // The text is built only when the check fails.
-#define FLASHU_CHECK(condition, status, ...)                               \
-  do {                                                                     \
-    if (!(condition)) [[unlikely]] ::flashu::core::fail(status, __VA_ARGS__); \
+#define FLASHU_CHECK(condition, status, ...)     \
+  do {                                           \
+    if (!(condition)) [[unlikely]]               \
+      ::flashu::core::fail(status, __VA_ARGS__); \
   } while (false)
 
 void set_last_error(const char* op, const std::string& message) noexcept;
@@ -59,8 +61,8 @@ int32_t guarded(const char* op, Body&& body) noexcept {
 template <class Args>
 const Args& read_args(const Args* args) {
   FLASHU_CHECK(args != nullptr, FLASHU_INVALID_VALUE, "args: expected a pointer, got NULL");
-  FLASHU_CHECK(args->struct_size == sizeof(Args), FLASHU_INVALID_VALUE, "args.struct_size: expected ", sizeof(Args),
-               ", got ", args->struct_size);
+  FLASHU_CHECK(args->struct_size == sizeof(Args), FLASHU_INVALID_VALUE, "args.struct_size: expected ",
+               sizeof(Args), ", got ", args->struct_size);
   return *args;
 }
 
@@ -72,16 +74,19 @@ std::string shape_text(const flashu_tensor& tensor);
 
 int64_t numel(const flashu_tensor& tensor);
 
-// An optional tensor was given. An empty tensor may have data == NULL, so the rank decides: absent is all zero.
+// An optional tensor was given. An empty tensor may have data == NULL, so the rank decides: absent is all
+// zero.
 bool present(const flashu_tensor& tensor);
 
 // Each of these throws Failure with "name: expected ..., got ...".
 void check_rank(const char* name, const flashu_tensor& tensor, int rank);
 void check_rank_at_least(const char* name, const flashu_tensor& tensor, int rank);
 void check_dtype(const char* name, const flashu_tensor& tensor, std::initializer_list<flashu_dtype> allowed);
-void check_same_dtype(const char* name, const flashu_tensor& tensor, const char* other_name, const flashu_tensor& other);
+void check_same_dtype(const char* name, const flashu_tensor& tensor, const char* other_name,
+                      const flashu_tensor& other);
 void check_size(const char* name, const flashu_tensor& tensor, int dim, int64_t expected);
-void check_same_shape(const char* name, const flashu_tensor& tensor, const char* other_name, const flashu_tensor& other);
+void check_same_shape(const char* name, const flashu_tensor& tensor, const char* other_name,
+                      const flashu_tensor& other);
 
 // The last dimension has stride 1; other strides are free for inputs.
 void check_inner_contiguous(const char* name, const flashu_tensor& tensor);
@@ -90,7 +95,8 @@ void check_inner_contiguous(const char* name, const flashu_tensor& tensor);
 void check_non_overlapping(const char* name, const flashu_tensor& tensor);
 
 // Two tensors share no byte (by extent): needed of an output against every input it does not update in place.
-void check_disjoint(const char* name, const flashu_tensor& tensor, const char* other_name, const flashu_tensor& other);
+void check_disjoint(const char* name, const flashu_tensor& tensor, const char* other_name,
+                    const flashu_tensor& other);
 
 // All of one device, and that device has kernels in this build. Returns the device.
 int32_t check_device(std::initializer_list<std::pair<const char*, const flashu_tensor*>> tensors);

@@ -9,7 +9,8 @@
 #include <immintrin.h>
 #endif
 
-// Kernel files are compiled for several instruction sets, so these must not become shared out-of-line symbols.
+// Kernel files are compiled for several instruction sets, so these must not become shared out-of-line
+// symbols.
 #define FLASHU_INLINE inline __attribute__((always_inline))
 
 namespace flashu {
@@ -22,7 +23,9 @@ struct float16 {
 };
 
 FLASHU_INLINE float to_float(float value) { return value; }
-FLASHU_INLINE float to_float(bfloat16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+FLASHU_INLINE float to_float(bfloat16 value) {
+  return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
 
 FLASHU_INLINE float to_float(float16 value) {
 #if defined(__F16C__)
@@ -32,7 +35,8 @@ FLASHU_INLINE float to_float(float16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
   const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t special = (value.bits & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : std::bit_cast<uint32_t>(scaled);
+  const uint32_t special =
+      (value.bits & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : std::bit_cast<uint32_t>(scaled);
   return std::bit_cast<float>(special | sign);
 #endif
 }

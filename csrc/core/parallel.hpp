@@ -29,7 +29,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   const auto call = [](int64_t first, int64_t last, void* context) {
     (*static_cast<const Body*>(context))(first, last);
   };
-  parallel_backend().parallel_for(begin, end, grain, call, const_cast<void*>(static_cast<const void*>(&body)));
+  parallel_backend().parallel_for(begin, end, grain, call,
+                                  const_cast<void*>(static_cast<const void*>(&body)));
 }
 
 }  // namespace flashu::core

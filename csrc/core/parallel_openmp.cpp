@@ -30,7 +30,9 @@ void run(int64_t begin, int64_t end, int64_t grain, flashu_parallel_body body, v
 }
 int32_t threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 #else
-void run(int64_t begin, int64_t end, int64_t, flashu_parallel_body body, void* context) { body(begin, end, context); }
+void run(int64_t begin, int64_t end, int64_t, flashu_parallel_body body, void* context) {
+  body(begin, end, context);
+}
 int32_t threads() { return 1; }
 #endif
 

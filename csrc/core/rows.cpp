@@ -16,8 +16,8 @@ Rows as_rows(const char* name, const flashu_tensor& tensor) {
       rows.stride = tensor.strides[d];
     } else {
       FLASHU_CHECK(tensor.strides[d] == rows.stride * folded, FLASHU_INVALID_VALUE, name,
-                   ": expected leading dimensions that fold into rows of one stride, got stride ", tensor.strides[d],
-                   " in dimension ", d, " instead of ", rows.stride * folded);
+                   ": expected leading dimensions that fold into rows of one stride, got stride ",
+                   tensor.strides[d], " in dimension ", d, " instead of ", rows.stride * folded);
     }
     folded *= tensor.sizes[d];
   }

@@ -12,8 +12,8 @@ struct Rows {
   int64_t stride;
 };
 
-// Folds all dimensions but the last. Fails, naming the tensor, if no single row stride reaches all rows or if the
-// last dimension is not contiguous.
+// Folds all dimensions but the last. Fails, naming the tensor, if no single row stride reaches all rows or if
+// the last dimension is not contiguous.
 Rows as_rows(const char* name, const flashu_tensor& tensor);
 
 }  // namespace flashu::core

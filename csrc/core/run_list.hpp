@@ -1,5 +1,5 @@
-// Run lists: which neurons (or tokens) are kept, as runs (start, length) over [0, limit). Pure functions; the one
-// place where index lists are validated.
+// Run lists: which neurons (or tokens) are kept, as runs (start, length) over [0, limit). Pure functions; the
+// one place where index lists are validated.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ using RunList = std::vector<Run>;
 
 // Every RunList below is canonical: lengths >= 1, ascending, disjoint, not touching, inside [0, limit).
 
-// From flat (start, length) pairs, which must be in range, ascending and disjoint. Runs that touch are merged.
-// Throws Failure (FLASHU_INVALID_INDEX or _VALUE) that names `name` and the position.
+// From flat (start, length) pairs, which must be in range, ascending and disjoint. Runs that touch are
+// merged. Throws Failure (FLASHU_INVALID_INDEX or _VALUE) that names `name` and the position.
 RunList runs_from_flat(const char* name, std::span<const int64_t> flat, int64_t limit);
 
 // From a list of indices in any order, each at most once. Same errors.
@@ -36,7 +36,8 @@ RunList complement(const RunList& runs, int64_t limit);
 // Grows every run to the tile boundaries around it (clipped to limit), so that kernels meet whole tiles.
 RunList round_out(const RunList& runs, int64_t multiple, int64_t limit);
 
-// Throws the Failure of an index that is out of range or repeated; any order is allowed. T is int32_t or int64_t.
+// Throws the Failure of an index that is out of range or repeated; any order is allowed. T is int32_t or
+// int64_t.
 template <class T>
 void check_index(const char* name, std::span<const T> index, int64_t limit);
 

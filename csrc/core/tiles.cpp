@@ -1,5 +1,5 @@
-// Cost model of the CPU GEMM. Constants were measured on a Zen 3 core (AVX2, 512 KiB L2, 3.5 GHz class); the order of
-// the candidates matters, not the microseconds.
+// Cost model of the CPU GEMM. Constants were measured on a Zen 3 core (AVX2, 512 KiB L2, 3.5 GHz class); the
+// order of the candidates matters, not the microseconds.
 #include "core/tiles.hpp"
 
 #include <algorithm>
@@ -14,7 +14,7 @@ constexpr double kPackElementsPerUs = 3.0e3;  // one core, one range
 constexpr double kGatheredPackShare = 0.7;    // of that rate, for a list
 constexpr double kMemoryBytesPerUs = 20e3;    // all cores
 constexpr double kRowBytesPerUs = 30e3;       // one core, packed rows out of L3
-constexpr int64_t kRowChunk = 1020;           // bounds the workspace; packing is 2 % of the work at that many rows
+constexpr int64_t kRowChunk = 1020;  // bounds the workspace; packing is 2 % of the work at that many rows
 constexpr int64_t kL2Bytes = 512 * 1024;
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
@@ -40,7 +40,8 @@ TileCandidate cost(const GemmProblem& p, GemmTiles tiles) {
   const double row_bytes = 4.0 * static_cast<double>(p.rows) * static_cast<double>(p.depth) * column_blocks;
   const int64_t in_l2 = 4 * tiles.k_block * (tiles.row_block + tiles.panels * p.panel_columns);
   const double spill = in_l2 > kL2Bytes ? 1.5 : 1.0;
-  candidate.memory_us = chunks * weight_bytes / kMemoryBytesPerUs + spill * row_bytes / (kRowBytesPerUs * threads);
+  candidate.memory_us =
+      chunks * weight_bytes / kMemoryBytesPerUs + spill * row_bytes / (kRowBytesPerUs * threads);
   // Streaming overlaps loads with arithmetic in one pass; panels are packed first and multiplied after.
   candidate.total_us = std::string_view(tiles.name) == "stream"
                            ? std::max(candidate.multiply_us + candidate.pack_us, candidate.memory_us)
@@ -56,7 +57,8 @@ std::vector<TileCandidate> gemm_candidates(const GemmProblem& p) {
   candidates.push_back(cost(p, {"stream", chunk, chunk, 128, 1}));
   for (const int64_t panels : {4, 8}) {
     for (const int64_t rows : {96, 192}) {
-      candidates.push_back(cost(p, {"panels", chunk, std::min(chunk, balanced(chunk, rows, p.tile_rows)), 384, panels}));
+      candidates.push_back(
+          cost(p, {"panels", chunk, std::min(chunk, balanced(chunk, rows, p.tile_rows)), 384, panels}));
     }
   }
   std::stable_sort(candidates.begin(), candidates.end(),
@@ -70,10 +72,11 @@ std::string explain_gemm_tiles(const GemmProblem& p) {
        << (p.gathered ? "listed" : "one range") << ", " << p.element_bytes << "-byte weights, " << p.threads
        << " threads\n  tiles   row_chunk row_block k_block panels | multiply     pack   memory    total us\n";
   for (const TileCandidate& c : gemm_candidates(p)) {
-    text << "  " << std::left << std::setw(7) << c.tiles.name << std::right << std::setw(10) << c.tiles.row_chunk
-         << std::setw(10) << c.tiles.row_block << std::setw(8) << c.tiles.k_block << std::setw(7) << c.tiles.panels
-         << " |" << std::fixed << std::setprecision(0) << std::setw(9) << c.multiply_us << std::setw(9) << c.pack_us
-         << std::setw(9) << c.memory_us << std::setw(9) << c.total_us << "\n";
+    text << "  " << std::left << std::setw(7) << c.tiles.name << std::right << std::setw(10)
+         << c.tiles.row_chunk << std::setw(10) << c.tiles.row_block << std::setw(8) << c.tiles.k_block
+         << std::setw(7) << c.tiles.panels << " |" << std::fixed << std::setprecision(0) << std::setw(9)
+         << c.multiply_us << std::setw(9) << c.pack_us << std::setw(9) << c.memory_us << std::setw(9)
+         << c.total_us << "\n";
   }
   return text.str();
 }

@@ -1,5 +1,5 @@
-// Tile choice: problem -> candidates -> predicted cost -> choice. Pure and printable; no device is touched. The CPU
-// GEMM asks here; later devices add their own candidates.
+// Tile choice: problem -> candidates -> predicted cost -> choice. Pure and printable; no device is touched.
+// The CPU GEMM asks here; later devices add their own candidates.
 #pragma once
 
 #include <cstdint>
@@ -15,14 +15,15 @@ struct GemmProblem {
   int64_t depth;
   int64_t element_bytes;  // of the weights as stored: 4, or 2 for bf16 and f16
   int64_t threads;
-  int64_t tile_rows;      // of the register tile of the instruction set
+  int64_t tile_rows;  // of the register tile of the instruction set
   int64_t panel_columns;
-  bool gathered;          // weights along depth come from a list, not from one range
+  bool gathered;  // weights along depth come from a list, not from one range
 };
 
 // How the loops of csrc/cpu/gemm.cpp are blocked.
 struct GemmTiles {
-  const char* name;   // "stream": weights pass through L1 once; "panels": packed panels stay in L2 for a block of rows
+  const char*
+      name;  // "stream": weights pass through L1 once; "panels": packed panels stay in L2 for a block of rows
   int64_t row_chunk;  // rows that share one packing of the weights
   int64_t row_block;  // rows whose packed operand stays in L2 while the panels of a block are multiplied
   int64_t k_block;    // a multiple of the summation block
@@ -40,7 +41,9 @@ struct TileCandidate {
 // All candidates, best predicted first; never empty for a valid problem.
 std::vector<TileCandidate> gemm_candidates(const GemmProblem& problem);
 
-inline GemmTiles choose_gemm_tiles(const GemmProblem& problem) { return gemm_candidates(problem).front().tiles; }
+inline GemmTiles choose_gemm_tiles(const GemmProblem& problem) {
+  return gemm_candidates(problem).front().tiles;
+}
 
 // A table of the candidates, one line each, the choice first.
 std::string explain_gemm_tiles(const GemmProblem& problem);

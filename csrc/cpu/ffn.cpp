@@ -21,8 +21,6 @@ struct Buffers {
   float* slots;
 };
 
-int64_t element_bytes(int32_t type) { return type == FLASHU_F32 ? 4 : 2; }
-
 const char* row_of(const Matrix& matrix, int64_t row, int32_t type) {
   return static_cast<const char*>(matrix.data) + row * matrix.stride * element_bytes(type);
 }
@@ -31,23 +29,21 @@ char* row_of_mutable(const Matrix& matrix, int64_t row, int32_t type) {
 }
 
 // Rows [first_row, first_row + a.rows) of the up half: panels of kWidth gate and kWidth up columns.
-void up_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int64_t first_row, const PackedRows* packed_h,
-             const Buffers& buffers) {
+void up_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int64_t first_row,
+             const PackedRows* packed_h, const Buffers& buffers) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
   const Selection& selected = *p.selection;
   const int64_t width = gemm.panel_columns / 2;
   const int64_t size = element_bytes(p.type);
 
-  const auto pack = [&](int64_t panel, int64_t k, int64_t count, float* out) {
-    const void* source[64];
+  const auto rows_of = [&](int64_t panel, const void** rows) {
     for (int64_t j = 0; j < width; ++j) {
       // Columns past the last neuron repeat it; what they give is not stored.
       const int64_t neuron = selected[std::min(panel * width + j, selected.count - 1)];
-      source[j] = row_of(p.w_gate, neuron, p.type) + k * size;
-      source[width + j] = row_of(p.w_up, neuron, p.type) + k * size;
+      rows[j] = row_of(p.w_gate, neuron, p.type);
+      rows[width + j] = row_of(p.w_up, neuron, p.type);
     }
-    gemm.pack_panel[p.type](out, source, count);
   };
   const auto finish = [&](int64_t panel, float* c) {
     const int64_t first = panel * width;
@@ -66,8 +62,8 @@ void up_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int6
       }
     }
     if (packed_h == nullptr) {
-      ffn.store_rows[p.type](row_of_mutable(p.h, first_row, p.type) + first * size, p.h.stride, nullptr, 0, c, a.rows,
-                             count);
+      ffn.store_rows[p.type](row_of_mutable(p.h, first_row, p.type) + first * size, p.h.stride, nullptr, 0, c,
+                             a.rows, count);
       return;
     }
     const int64_t begin = first / packed_h->k_block * packed_h->k_block;
@@ -76,27 +72,21 @@ void up_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int6
                     c + tile * a.tile_rows * gemm.panel_columns, a.rows_in(tile), count);
     }
   };
-  multiply_panels(gemm, s.up, a, divide_up(selected.count, width), buffers.slots, s.slots, pack, finish);
+  multiply_panels(gemm, s.up, a, divide_up(selected.count, width), {p.type, p.hidden, 0, nullptr},
+                  buffers.slots, s.slots, rows_of, finish);
 }
 
 // Rows [first_row, first_row + a.rows) of the down half, from packed h.
-void down_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int64_t first_row, const Buffers& buffers) {
+void down_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int64_t first_row,
+               const Buffers& buffers) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
   const Selection& selected = *p.selection;
   const int64_t size = element_bytes(p.type);
 
-  const auto pack = [&](int64_t panel, int64_t k, int64_t count, float* out) {
-    const void* source[64];
-    const int64_t shift = selected.range ? selected.first + k : 0;
+  const auto rows_of = [&](int64_t panel, const void** rows) {
     for (int64_t j = 0; j < gemm.panel_columns; ++j) {
-      const int64_t column = std::min(panel * gemm.panel_columns + j, p.width - 1);
-      source[j] = row_of(p.w_down, column, p.type) + shift * size;
-    }
-    if (selected.range) {
-      gemm.pack_panel[p.type](out, source, count);
-    } else {
-      gemm.pack_columns[p.type](out, source, selected.list.data() + k, count, p.intermediate);
+      rows[j] = row_of(p.w_down, std::min(panel * gemm.panel_columns + j, p.width - 1), p.type);
     }
   };
   const auto finish = [&](int64_t panel, float* c) {
@@ -107,16 +97,21 @@ void down_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, in
     ffn.store_rows[p.type](row_of_mutable(p.out, first_row, p.type) + first * size, p.out.stride, residual,
                            p.residual.stride, c, a.rows, count);
   };
-  multiply_panels(gemm, s.down, a, divide_up(p.width, gemm.panel_columns), buffers.slots, s.slots, pack, finish);
+  const Weights weights{p.type, p.intermediate, selected.first,
+                        selected.range ? nullptr : selected.list.data()};
+  multiply_panels(gemm, s.down, a, divide_up(p.width, gemm.panel_columns), weights, buffers.slots, s.slots,
+                  rows_of, finish);
 }
 
 }  // namespace
 
-FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int64_t bytes, bool gathered,
-                        bool has_up, bool has_down) {
+FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int64_t bytes,
+                        bool gathered, bool has_up, bool has_down) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  core::GemmProblem up{rows, 2 * neurons, hidden, bytes, core::num_threads(), gemm.tile_rows, gemm.panel_columns, false};
-  core::GemmProblem down{rows, width, neurons, bytes, up.threads, gemm.tile_rows, gemm.panel_columns, gathered};
+  core::GemmProblem up{rows,           2 * neurons,        hidden, bytes, core::num_threads(),
+                       gemm.tile_rows, gemm.panel_columns, false};
+  core::GemmProblem down{rows,    width, neurons, bytes, up.threads, gemm.tile_rows, gemm.panel_columns,
+                         gathered};
   FfnScratch s{core::choose_gemm_tiles(up), core::choose_gemm_tiles(down), 0, 0, 0, 1};
   const int64_t chunk = std::min(rows, s.up.row_chunk);  // both halves chunk alike: it depends on rows only
   if (has_up) s.x_floats = PackedRows::floats(chunk, hidden, gemm.tile_rows);
@@ -132,8 +127,8 @@ FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neu
 void run_ffn(const FfnProblem& p, const FfnScratch& s, void* workspace, uint64_t workspace_bytes) {
   FLASHU_CHECK(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % kAlign == 0, FLASHU_WORKSPACE,
                "workspace: expected a pointer aligned to ", kAlign, " bytes, got ", workspace);
-  FLASHU_CHECK(workspace_bytes >= static_cast<uint64_t>(s.bytes()), FLASHU_WORKSPACE, "workspace: expected at least ",
-               s.bytes(), " bytes, got ", workspace_bytes);
+  FLASHU_CHECK(workspace_bytes >= static_cast<uint64_t>(s.bytes()), FLASHU_WORKSPACE,
+               "workspace: expected at least ", s.bytes(), " bytes, got ", workspace_bytes);
   float* floats = static_cast<float*>(workspace);
   const Buffers buffers{floats, floats + s.x_floats, floats + s.x_floats + s.h_floats};
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);

@@ -41,8 +41,8 @@ struct FfnScratch {
 };
 
 // `neurons` is the number of selected neurons. `has_up` and `has_down` say which halves run.
-FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int64_t element_bytes, bool gathered,
-                        bool has_up, bool has_down);
+FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int64_t element_bytes,
+                        bool gathered, bool has_up, bool has_down);
 
 // Throws FLASHU_WORKSPACE for a workspace that is too small or misaligned.
 void run_ffn(const FfnProblem& problem, const FfnScratch& scratch, void* workspace, uint64_t workspace_bytes);

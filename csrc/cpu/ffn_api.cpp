@@ -11,7 +11,8 @@ namespace flashu::cpu {
 namespace {
 
 // A weight matrix of x's dtype with contiguous rows.
-Matrix weight(const char* name, const flashu_tensor& tensor, const char* like_name, const flashu_tensor& like) {
+Matrix weight(const char* name, const flashu_tensor& tensor, const char* like_name,
+              const flashu_tensor& like) {
   core::check_rank(name, tensor, 2);
   core::check_same_dtype(name, tensor, like_name, like);
   core::check_inner_contiguous(name, tensor);
@@ -19,8 +20,8 @@ Matrix weight(const char* name, const flashu_tensor& tensor, const char* like_na
 }
 
 // A tensor of rows that must have the leading dimensions of `like` and `width` columns.
-Matrix rows_like(const char* name, const flashu_tensor& tensor, const char* like_name, const flashu_tensor& like,
-                 int64_t width) {
+Matrix rows_like(const char* name, const flashu_tensor& tensor, const char* like_name,
+                 const flashu_tensor& like, int64_t width) {
   core::check_same_dtype(name, tensor, like_name, like);
   core::check_rank(name, tensor, like.ndim);
   for (int d = 0; d < like.ndim - 1; ++d) core::check_size(name, tensor, d, like.sizes[d]);
@@ -52,11 +53,12 @@ core::Rows leading_operand(const char* name, const flashu_tensor& tensor) {
 }
 
 FfnScratch scratch_of(const FfnProblem& p) {
-  return plan_scratch(p.rows, p.hidden, p.width, p.selection->count, p.type == FLASHU_F32 ? 4 : 2, !p.selection->range,
-                      p.has_up, p.has_down);
+  return plan_scratch(p.rows, p.hidden, p.width, p.selection->count, p.type == FLASHU_F32 ? 4 : 2,
+                      !p.selection->range, p.has_up, p.has_down);
 }
 
-void check_up_weights(FfnProblem& p, const flashu_tensor& x, const flashu_tensor& w_gate, const flashu_tensor& w_up) {
+void check_up_weights(FfnProblem& p, const flashu_tensor& x, const flashu_tensor& w_gate,
+                      const flashu_tensor& w_up) {
   p.w_gate = weight("w_gate", w_gate, "x", x);
   core::check_size("w_gate", w_gate, 1, p.hidden);
   p.w_up = weight("w_up", w_up, "x", x);
@@ -100,8 +102,13 @@ FfnProblem checked(const flashu_down_args& a, Selection& selection) {
 }
 
 FfnProblem checked(const flashu_ffn_args& a, Selection& selection) {
-  check_all({{"x", &a.x}, {"w_gate", &a.w_gate}, {"w_up", &a.w_up}, {"w_down", &a.w_down}, {"residual", &a.residual},
-             {"norms", &a.norms}, {"out", &a.out}});
+  check_all({{"x", &a.x},
+             {"w_gate", &a.w_gate},
+             {"w_up", &a.w_up},
+             {"w_down", &a.w_down},
+             {"residual", &a.residual},
+             {"norms", &a.norms},
+             {"out", &a.out}});
   const core::Rows x = leading_operand("x", a.x);
   FfnProblem p{};
   p.type = a.x.dtype;
@@ -117,15 +124,22 @@ FfnProblem checked(const flashu_ffn_args& a, Selection& selection) {
   p.selection = &selection;
   if (core::present(a.residual)) p.residual = rows_like("residual", a.residual, "x", a.x, p.width);
   p.out = output(a.out, "x", a.x, p.width,
-                 {{"x", &a.x}, {"w_gate", &a.w_gate}, {"w_up", &a.w_up}, {"w_down", &a.w_down}, {"residual", &a.residual}});
+                 {{"x", &a.x},
+                  {"w_gate", &a.w_gate},
+                  {"w_up", &a.w_up},
+                  {"w_down", &a.w_down},
+                  {"residual", &a.residual}});
   if (core::present(a.norms)) {
     core::check_dtype("norms", a.norms, {FLASHU_F32, FLASHU_F64});
     core::check_rank("norms", a.norms, 1);
     core::check_inner_contiguous("norms", a.norms);
     core::check_size("norms", a.norms, 0, selection.count);
-    for (const auto& [name, other] :
-         {std::pair{"x", &a.x}, {"w_gate", &a.w_gate}, {"w_up", &a.w_up}, {"w_down", &a.w_down},
-          {"residual", &a.residual}, {"out", &a.out}}) {
+    for (const auto& [name, other] : {std::pair{"x", &a.x},
+                                      {"w_gate", &a.w_gate},
+                                      {"w_up", &a.w_up},
+                                      {"w_down", &a.w_down},
+                                      {"residual", &a.residual},
+                                      {"out", &a.out}}) {
       if (core::present(*other)) core::check_disjoint("norms", a.norms, name, *other);
     }
     p.norms = a.norms;
@@ -158,7 +172,9 @@ int32_t workspace(const char* op, const Args* args, uint64_t* bytes) {
 
 extern "C" {
 
-int32_t flashu_gathered_swiglu(const flashu_swiglu_args* args) { return flashu::cpu::run("gathered_swiglu", args); }
+int32_t flashu_gathered_swiglu(const flashu_swiglu_args* args) {
+  return flashu::cpu::run("gathered_swiglu", args);
+}
 int32_t flashu_gathered_swiglu_workspace(const flashu_swiglu_args* args, uint64_t* bytes) {
   return flashu::cpu::workspace("gathered_swiglu", args, bytes);
 }

@@ -32,8 +32,8 @@ void pack_tile(float* out, const float* c, int64_t rows, int64_t count) {
 }
 
 template <class T>
-void store_rows(void* out, int64_t stride, const void* residual, int64_t residual_stride, const float* c, int64_t rows,
-                int64_t count) {
+void store_rows(void* out, int64_t stride, const void* residual, int64_t residual_stride, const float* c,
+                int64_t rows, int64_t count) {
   for (int64_t r = 0; r < rows; ++r) {
     T* to = static_cast<T*>(out) + r * stride;
     const T* from = residual == nullptr ? nullptr : static_cast<const T*>(residual) + r * residual_stride;

@@ -1,4 +1,5 @@
-// Epilogues of the FFN: what happens to a product panel before it is stored. One table per CPU instruction set.
+// Epilogues of the FFN: what happens to a product panel before it is stored. One table per CPU instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,8 @@ struct FfnKernels {
   // c[r][j] -> tile order out[j * tile_rows + r], r < tile_rows, j < count; missing rows become zero.
   void (*pack_tile)(float* out, const float* c, int64_t rows, int64_t count);
 
-  // out[r * stride + j] = c[r][j] (+ residual[r * residual_stride + j]), r < rows, j < count <= panel_columns.
-  // The residual has out's storage type and may be null.
+  // out[r * stride + j] = c[r][j] (+ residual[r * residual_stride + j]), r < rows, j < count <=
+  // panel_columns. The residual has out's storage type and may be null.
   void (*store_rows[kStorageTypes])(void* out, int64_t stride, const void* residual, int64_t residual_stride,
                                     const float* c, int64_t rows, int64_t count);
 };

@@ -3,8 +3,9 @@
 
 namespace flashu::cpu {
 
-void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void* x, int32_t type, int64_t stride) {
-  const int64_t bytes = type == FLASHU_F32 ? 4 : 2;
+void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void* x, int32_t type,
+               int64_t stride) {
+  const int64_t bytes = element_bytes(type);
   const int64_t grain = std::max<int64_t>(1, 65536 / (packed.tile_rows * std::max<int64_t>(packed.depth, 1)));
   core::parallel_for(0, packed.tiles(), grain, [&](int64_t first, int64_t last) {
     for (int64_t k = 0; k < packed.depth; k += packed.k_block) {

@@ -7,6 +7,7 @@
 #include "core/parallel.hpp"
 #include "core/tiles.hpp"
 #include "cpu/gemm_kernels.hpp"
+#include "flashu/flashu.h"
 
 namespace flashu::cpu {
 
@@ -15,7 +16,12 @@ inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / 
 inline constexpr int64_t kAlign = 64;  // bytes; every scratch buffer starts on a cache line
 inline int64_t align_floats(int64_t count) { return divide_up(count, kAlign / 4) * (kAlign / 4); }
 
-// The left operand in register-tile order: for each block of k_block k, for each tile of rows, [k][tile_rows].
+inline constexpr int64_t kMaxPanelColumns = 64;  // of any instruction set
+
+inline int64_t element_bytes(int32_t type) { return type == FLASHU_F32 ? 4 : 2; }
+
+// The left operand in register-tile order: for each block of k_block k, for each tile of rows,
+// [k][tile_rows].
 struct PackedRows {
   float* data;
   int64_t rows;
@@ -36,7 +42,8 @@ struct PackedRows {
 };
 
 // Packs x[r * stride + k] of storage type `type` (flashu_dtype), tiles split over threads.
-void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void* x, int32_t type, int64_t stride);
+void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void* x, int32_t type,
+               int64_t stride);
 
 // Floats of scratch that one thread needs in multiply_panels.
 inline int64_t panel_scratch_floats(const GemmKernels& kernels, const core::GemmTiles& tiles) {
@@ -45,17 +52,69 @@ inline int64_t panel_scratch_floats(const GemmKernels& kernels, const core::Gemm
   return tiles.panels * (panel + align_floats(chunk * kernels.panel_columns));
 }
 
+// The right operand: panels of panel_columns rows of weights, of which every row holds the depth.
+struct Weights {
+  int32_t type;            // flashu_dtype of the storage
+  int64_t width;           // elements of a row, to stay inside it
+  int64_t first;           // the depth is [first, first + depth) of a row
+  const int32_t* columns;  // or these of its columns, where given
+};
+
+// Packs k in [begin, begin + count) of a panel.
+inline void pack_weights(const GemmKernels& kernels, const Weights& weights, const void* const* rows,
+                         int64_t begin, int64_t count, float* out) {
+  if (weights.columns != nullptr) {
+    kernels.pack_columns[weights.type](out, rows, weights.columns + begin, count, weights.width);
+    return;
+  }
+  const void* shifted[kMaxPanelColumns];
+  const int64_t bytes = (weights.first + begin) * element_bytes(weights.type);
+  for (int64_t j = 0; j < kernels.panel_columns; ++j) shifted[j] = static_cast<const char*>(rows[j]) + bytes;
+  kernels.pack_panel[weights.type](out, shifted, count);
+}
+
 // For panels in [0, num_panels): multiplies the packed rows with each panel and calls
 //   finish(panel, c): c[r * panel_columns + j] for r < rows, in tiles of tile_rows rows one after another.
-// pack(panel, begin, count, out) packs `count` k from `begin` on. `slots` pieces run at once, each with its own
+// rows_of(panel, rows) names the panel's rows of weights. `slots` pieces run at once, each with its own
 // scratch of panel_scratch_floats(). Every panel belongs to one piece, so the split does not change results.
-template <class Pack, class Finish>
-void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, const PackedRows& a, int64_t num_panels,
-                     float* scratch, int64_t slots, const Pack& pack, const Finish& finish) {
+template <class RowsOf, class Finish>
+void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, const PackedRows& a,
+                     int64_t num_panels, const Weights& weights, float* scratch, int64_t slots,
+                     const RowsOf& rows_of, const Finish& finish) {
   const int64_t columns = kernels.panel_columns;
   const int64_t panel_floats = align_floats(tiles.k_block * columns);
   const int64_t product_floats = align_floats(a.tiles() * a.tile_rows * columns);
   const int64_t block_tiles = divide_up(tiles.row_block, a.tile_rows);
+  const bool one_row = a.rows == 1 && weights.columns == nullptr && a.depth > 0;
+
+  // One row: the weights pass once from memory through registers.
+  const auto multiply_row = [&](int64_t panel, float* product) {
+    const void* rows[kMaxPanelColumns];
+    rows_of(panel, rows);
+    const int64_t bytes = weights.first * element_bytes(weights.type);
+    for (int64_t j = 0; j < columns; ++j) rows[j] = static_cast<const char*>(rows[j]) + bytes;
+    kernels.multiply_row[weights.type](product, a.data, rows, a.depth);
+  };
+  const auto multiply_block = [&](int64_t panel, int64_t block, float* panels, float* products) {
+    if (a.depth == 0) std::fill_n(products, block * product_floats, 0.0f);
+    for (int64_t k = 0; k < a.depth; k += tiles.k_block) {
+      const int64_t count = std::min(tiles.k_block, a.depth - k);
+      for (int64_t p = 0; p < block; ++p) {
+        const void* rows[kMaxPanelColumns];
+        rows_of(panel + p, rows);
+        pack_weights(kernels, weights, rows, k, count, panels + p * panel_floats);
+      }
+      for (int64_t t = 0; t < a.tiles(); t += block_tiles) {
+        const int64_t last_tile = std::min(a.tiles(), t + block_tiles);
+        for (int64_t p = 0; p < block; ++p) {
+          for (int64_t tile = t; tile < last_tile; ++tile) {
+            kernels.multiply(products + p * product_floats + tile * a.tile_rows * columns, a.at(tile, k),
+                             panels + p * panel_floats, count, static_cast<int32_t>(a.rows_in(tile)), k == 0);
+          }
+        }
+      }
+    }
+  };
   core::parallel_for(0, slots, 1, [&](int64_t first_slot, int64_t last_slot) {
     for (int64_t slot = first_slot; slot < last_slot; ++slot) {
       float* panels = scratch + slot * panel_scratch_floats(kernels, tiles);
@@ -63,19 +122,10 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
       const int64_t end = num_panels * (slot + 1) / slots;
       for (int64_t panel = num_panels * slot / slots; panel < end; panel += tiles.panels) {
         const int64_t block = std::min(tiles.panels, end - panel);
-        if (a.depth == 0) std::fill_n(products, block * product_floats, 0.0f);
-        for (int64_t k = 0; k < a.depth; k += tiles.k_block) {
-          const int64_t count = std::min(tiles.k_block, a.depth - k);
-          for (int64_t p = 0; p < block; ++p) pack(panel + p, k, count, panels + p * panel_floats);
-          for (int64_t t = 0; t < a.tiles(); t += block_tiles) {
-            const int64_t last_tile = std::min(a.tiles(), t + block_tiles);
-            for (int64_t p = 0; p < block; ++p) {
-              for (int64_t tile = t; tile < last_tile; ++tile) {
-                kernels.multiply(products + p * product_floats + tile * a.tile_rows * columns, a.at(tile, k),
-                                 panels + p * panel_floats, count, static_cast<int32_t>(a.rows_in(tile)), k == 0);
-              }
-            }
-          }
+        if (one_row) {
+          for (int64_t p = 0; p < block; ++p) multiply_row(panel + p, products + p * product_floats);
+        } else {
+          multiply_block(panel, block, panels, products);
         }
         for (int64_t p = 0; p < block; ++p) finish(panel + p, products + p * product_floats);
       }

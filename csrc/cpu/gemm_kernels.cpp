@@ -60,7 +60,32 @@ template <class T>
 void pack_rows(float* out, const void* x, int64_t stride, int64_t rows, int64_t count) {
   const T* source = static_cast<const T*>(x);
   for (int64_t r = 0; r < kTileRows; ++r) {
-    for (int64_t k = 0; k < count; ++k) out[k * kTileRows + r] = r < rows ? to_float(source[r * stride + k]) : 0.0f;
+    for (int64_t k = 0; k < count; ++k)
+      out[k * kTileRows + r] = r < rows ? to_float(source[r * stride + k]) : 0.0f;
+  }
+}
+
+// 2 * kWidth columns from `column` on of kWidth rows: columns[k][row].
+template <class T>
+FLASHU_INLINE void load_columns(Floats (&columns)[2 * kWidth], const void* const* rows, int64_t column) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    Floats block[kWidth];
+    for (int i = 0; i < kWidth; ++i) block[i] = load(static_cast<const T*>(rows[i]) + column + half * kWidth);
+    transpose(block);
+    for (int i = 0; i < kWidth; ++i) columns[half * kWidth + i] = block[i];
+  }
+}
+// bf16: neighbours travel through one transpose as a 32-bit word, whose halves are then widened in place.
+template <>
+FLASHU_INLINE void load_columns<bfloat16>(Floats (&columns)[2 * kWidth], const void* const* rows,
+                                          int64_t column) {
+  Floats pairs[kWidth];
+  for (int i = 0; i < kWidth; ++i) pairs[i] = load_as<Floats>(static_cast<const bfloat16*>(rows[i]) + column);
+  transpose(pairs);
+  for (int i = 0; i < kWidth; ++i) {
+    columns[2 * i] = (Floats)((Words)pairs[i] << 16);
+    columns[2 * i + 1] = (Floats)((Words)pairs[i] & 0xffff0000u);
   }
 }
 
@@ -70,7 +95,8 @@ FLASHU_INLINE void pack_block(float* out, const void* const* source, int64_t col
 #pragma GCC unroll 2
   for (int side = 0; side < 2; ++side) {
     Floats rows[kWidth];
-    for (int i = 0; i < kWidth; ++i) rows[i] = load(static_cast<const T*>(source[side * kWidth + i]) + column);
+    for (int i = 0; i < kWidth; ++i)
+      rows[i] = load(static_cast<const T*>(source[side * kWidth + i]) + column);
     transpose(rows);
     if (count == kWidth) {
       for (int k = 0; k < kWidth; ++k) store(out + k * kColumns + side * kWidth, rows[k]);
@@ -88,14 +114,23 @@ FLASHU_INLINE void pack_column(float* out, const void* const* source, int64_t co
 template <class T>
 void pack_panel(float* out, const void* const* source, int64_t count) {
   int64_t k = 0;
+  for (; k + 2 * kWidth <= count; k += 2 * kWidth) {
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side) {
+      Floats columns[2 * kWidth];
+      load_columns<T>(columns, source + side * kWidth, k);
+      for (int i = 0; i < 2 * kWidth; ++i) store(out + (k + i) * kColumns + side * kWidth, columns[i]);
+    }
+  }
   for (; k + kWidth <= count; k += kWidth) pack_block<T>(out + k * kColumns, source, k, kWidth);
   for (; k < count; ++k) pack_column<T>(out + k * kColumns, source, k);
 }
 
-// Loads windows of kWidth neighbouring columns and keeps those that the list names next, in its order: at 80 % of
-// the columns that reads little more than a contiguous range.
+// Loads windows of kWidth neighbouring columns and keeps those that the list names next, in its order: at 80
+// % of the columns that reads little more than a contiguous range.
 template <class T>
-void pack_columns(float* out, const void* const* source, const int32_t* columns, int64_t count, int64_t width) {
+void pack_columns(float* out, const void* const* source, const int32_t* columns, int64_t count,
+                  int64_t width) {
   alignas(64) float window[kWidth * kColumns];
   int64_t k = 0;
   while (k < count) {
@@ -127,6 +162,41 @@ void pack_columns(float* out, const void* const* source, const int32_t* columns,
   }
 }
 
+// Columns [begin, end) of one block of sums. Each column's products are added one by one, as tile() does it.
+template <class T>
+FLASHU_INLINE void add_row_block(Floats (&sums)[2], const float* a, const void* const* source, int64_t begin,
+                                 int64_t end) {
+  int64_t k = begin;
+  for (; k + 2 * kWidth <= end; k += 2 * kWidth) {
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side) {
+      Floats columns[2 * kWidth];
+      load_columns<T>(columns, source + side * kWidth, k);
+#pragma GCC unroll 32
+      for (int i = 0; i < 2 * kWidth; ++i) sums[side] += columns[i] * a[(k + i) * kTileRows];
+    }
+  }
+  for (; k < end; ++k) {
+    float column[kColumns];
+    pack_column<T>(column, source, k);
+    sums[0] += load(column) * a[k * kTileRows];
+    sums[1] += load(column + kWidth) * a[k * kTileRows];
+  }
+}
+
+template <class T>
+void multiply_row(float* c, const float* a, const void* const* source, int64_t count) {
+  Floats total[2] = {};
+  for (int64_t begin = 0; begin < count; begin += kSumBlock) {
+    Floats sums[2] = {};
+    add_row_block<T>(sums, a, source, begin, begin + kSumBlock < count ? begin + kSumBlock : count);
+    total[0] = begin == 0 ? sums[0] : total[0] + sums[0];
+    total[1] = begin == 0 ? sums[1] : total[1] + sums[1];
+  }
+  store(c, total[0]);
+  store(c + kWidth, total[1]);
+}
+
 // One register tile; kRows is a template argument so that the accumulators stay in registers.
 template <int kRows>
 void tile(float* c, const float* a, const float* b, int64_t count, bool first) {
@@ -155,21 +225,34 @@ void tile(float* c, const float* a, const float* b, int64_t count, bool first) {
 
 void multiply(float* c, const float* a, const float* b, int64_t count, int32_t rows, bool first) {
   switch (rows) {
-    case 1: return tile<1>(c, a, b, count, first);
-    case 2: return tile<2>(c, a, b, count, first);
-    case 3: return tile<3>(c, a, b, count, first);
-    case 4: return tile<4>(c, a, b, count, first);
-    case 5: return tile<5>(c, a, b, count, first);
-    case 6: return tile<6>(c, a, b, count, first);
+    case 1:
+      return tile<1>(c, a, b, count, first);
+    case 2:
+      return tile<2>(c, a, b, count, first);
+    case 3:
+      return tile<3>(c, a, b, count, first);
+    case 4:
+      return tile<4>(c, a, b, count, first);
+    case 5:
+      return tile<5>(c, a, b, count, first);
+    case 6:
+      return tile<6>(c, a, b, count, first);
 #if defined(__AVX512F__)
-    case 7: return tile<7>(c, a, b, count, first);
-    case 8: return tile<8>(c, a, b, count, first);
-    case 9: return tile<9>(c, a, b, count, first);
-    case 10: return tile<10>(c, a, b, count, first);
-    case 11: return tile<11>(c, a, b, count, first);
-    case 12: return tile<12>(c, a, b, count, first);
+    case 7:
+      return tile<7>(c, a, b, count, first);
+    case 8:
+      return tile<8>(c, a, b, count, first);
+    case 9:
+      return tile<9>(c, a, b, count, first);
+    case 10:
+      return tile<10>(c, a, b, count, first);
+    case 11:
+      return tile<11>(c, a, b, count, first);
+    case 12:
+      return tile<12>(c, a, b, count, first);
 #endif
-    default: return;
+    default:
+      return;
   }
 }
 
@@ -181,6 +264,7 @@ extern const GemmKernels gemm_kernels{
     {pack_rows<float>, pack_rows<bfloat16>, pack_rows<float16>},
     {pack_panel<float>, pack_panel<bfloat16>, pack_panel<float16>},
     {pack_columns<float>, pack_columns<bfloat16>, pack_columns<float16>},
+    {multiply_row<float>, multiply_row<bfloat16>, multiply_row<float16>},
     multiply,
 };
 

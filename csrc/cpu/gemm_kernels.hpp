@@ -1,5 +1,5 @@
-// The pieces of the packed GEMM: packing of rows and weight panels into float, and the register tile. One table per
-// CPU instruction set; the loops around them are in gemm.cpp.
+// The pieces of the packed GEMM: packing of rows and weight panels into float, and the register tile. One
+// table per CPU instruction set; the loops around them are in gemm.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,10 @@
 
 namespace flashu::cpu {
 
-// Products are summed in blocks of this many k, each from zero, block after block. The order depends on nothing else
-// (not on M, threads, or blocking), so a row's result is the same bits whatever else is computed with it.
-inline constexpr int64_t kSumBlock = 128;
+// Products are summed in blocks of this many k, each from zero, block after block. The order depends on
+// nothing else (not on M, threads, or blocking), so a row's result is the same bits whatever else is computed
+// with it.
+inline constexpr int64_t kSumBlock = 32;
 
 // Storage types in the order of the tables below (flashu_dtype F32, BF16, F16).
 inline constexpr int kStorageTypes = 3;
@@ -27,8 +28,12 @@ struct GemmKernels {
   void (*pack_panel[kStorageTypes])(float* out, const void* const* source, int64_t count);
 
   // source[c][columns[k]] -> out[k * panel_columns + c]; `width` is the length of every source row.
-  void (*pack_columns[kStorageTypes])(float* out, const void* const* source, const int32_t* columns, int64_t count,
-                                      int64_t width);
+  void (*pack_columns[kStorageTypes])(float* out, const void* const* source, const int32_t* columns,
+                                      int64_t count, int64_t width);
+
+  // One row straight from the weights, nothing packed: c[j] = sum over k < count of a[k * tile_rows] *
+  // source[j][k].
+  void (*multiply_row[kStorageTypes])(float* c, const float* a, const void* const* source, int64_t count);
 
   // c[r * panel_columns + j] (+)= sum over k of a[k * tile_rows + r] * b[k * panel_columns + j]; r < rows.
   // Overwrites c when `first`.

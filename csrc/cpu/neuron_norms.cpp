@@ -47,9 +47,12 @@ void neuron_norms(const flashu_neuron_norms_args& args) {
   if (rows.count == 0 || rows.width == 0) return;
   const NeuronNormsKernels& kernels = FLASHU_PICK_ISA(neuron_norms_kernels);
   switch (args.h.dtype) {
-    case FLASHU_BF16: return run<bfloat16>(args, rows, kernels.bf16);
-    case FLASHU_F16: return run<float16>(args, rows, kernels.f16);
-    default: return run<float>(args, rows, kernels.f32);
+    case FLASHU_BF16:
+      return run<bfloat16>(args, rows, kernels.bf16);
+    case FLASHU_F16:
+      return run<float16>(args, rows, kernels.f16);
+    default:
+      return run<float>(args, rows, kernels.f32);
   }
 }
 

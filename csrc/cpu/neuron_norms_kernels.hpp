@@ -8,7 +8,8 @@
 
 namespace flashu::cpu {
 
-// sums[j] += h[r * stride + j]^2 over rows r, for j < count; row order, so any split by columns gives the same bits.
+// sums[j] += h[r * stride + j]^2 over rows r, for j < count; row order, so any split by columns gives the
+// same bits.
 struct NeuronNormsKernels {
   void (*f32)(double* sums, const float* h, int64_t rows, int64_t stride, int64_t count);
   void (*bf16)(double* sums, const bfloat16* h, int64_t rows, int64_t stride, int64_t count);

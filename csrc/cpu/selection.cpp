@@ -20,7 +20,8 @@ Selection from_index(const flashu_tensor& index, int64_t intermediate) {
   core::check_index<T>("index", values, intermediate);
   Selection out;
   out.count = count;
-  for (int64_t i = 1; i < count; ++i) out.range &= values[static_cast<size_t>(i)] == values[0] + static_cast<T>(i);
+  for (int64_t i = 1; i < count; ++i)
+    out.range &= values[static_cast<size_t>(i)] == values[0] + static_cast<T>(i);
   if (out.range) {
     out.first = count > 0 ? static_cast<int64_t>(values[0]) : 0;
   } else {
@@ -46,17 +47,20 @@ Selection from_runs(const flashu_selection& selection, int64_t intermediate) {
 
 void check_kind(const flashu_selection& selection) {
   switch (selection.kind) {
-    case FLASHU_SELECT_ALL: return;
+    case FLASHU_SELECT_ALL:
+      return;
     case FLASHU_SELECT_RUNS:
-      FLASHU_CHECK(selection.num_runs >= 0 && (selection.num_runs == 0 || selection.runs != nullptr), FLASHU_INVALID_VALUE,
-                   "runs: expected a pointer to 2 * num_runs numbers, got num_runs ", selection.num_runs);
+      FLASHU_CHECK(selection.num_runs >= 0 && (selection.num_runs == 0 || selection.runs != nullptr),
+                   FLASHU_INVALID_VALUE, "runs: expected a pointer to 2 * num_runs numbers, got num_runs ",
+                   selection.num_runs);
       return;
     case FLASHU_SELECT_INDEX:
       core::check_tensor("index", selection.index);
       core::check_dtype("index", selection.index, {FLASHU_I32, FLASHU_I64});
       core::check_rank("index", selection.index, 1);
       return;
-    default: core::fail(FLASHU_INVALID_VALUE, "selection.kind: expected 0, 1 or 2, got ", selection.kind);
+    default:
+      core::fail(FLASHU_INVALID_VALUE, "selection.kind: expected 0, 1 or 2, got ", selection.kind);
   }
 }
 

@@ -15,7 +15,9 @@ struct Selection {
   bool range = true;
   std::vector<int32_t> list;  // empty for a range
 
-  int64_t operator[](int64_t position) const { return range ? first + position : list[static_cast<size_t>(position)]; }
+  int64_t operator[](int64_t position) const {
+    return range ? first + position : list[static_cast<size_t>(position)];
+  }
 };
 
 // Throws Failure for runs or indices that are out of range, repeated or malformed.

@@ -1,5 +1,5 @@
-// Vectors of the CPU kernels: kWidth floats in GCC/Clang vector types, so one source serves every instruction set.
-// Only kernel files (compiled once per set) may include this.
+// Vectors of the CPU kernels: kWidth floats in GCC/Clang vector types, so one source serves every instruction
+// set. Only kernel files (compiled once per set) may include this.
 #pragma once
 
 #include <cstdint>
@@ -73,7 +73,8 @@ FLASHU_INLINE void store(float16* to, Floats value) {
 #endif
 }
 
-// e^x within about one unit in the last place; overflow to infinity, underflow to a tiny number or zero, NaN to NaN.
+// e^x within about one unit in the last place; overflow to infinity, underflow to a tiny number or zero, NaN
+// to NaN.
 FLASHU_INLINE Floats exponential(Floats x) {
   x = x > 89.0f ? Floats{} + 89.0f : x;
   x = x < -104.0f ? Floats{} - 104.0f : x;

@@ -1,19 +1,110 @@
 // pybind11 module flashu_ext._core over csrc/core: pure functions only, no tensors and no torch.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/checks.hpp"
+#include "core/parallel.hpp"
+#include "core/run_list.hpp"
+#include "core/tiles.hpp"
+#include "cpu/gemm_kernels.hpp"
 #include "flashu/flashu.h"
 
 namespace py = pybind11;
 
+namespace {
+
+std::string explain_gemm(int64_t rows, int64_t columns, int64_t depth, int64_t element_bytes, bool gathered,
+                         int64_t threads) {
+  if (rows < 0 || columns < 0 || depth < 0 || element_bytes < 1 || threads < 0) {
+    throw py::value_error("explain_gemm: expected sizes >= 0");
+  }
+  const flashu::cpu::GemmKernels& kernels = FLASHU_PICK_ISA(gemm_kernels);
+  return flashu::core::explain_gemm_tiles({rows, columns, depth, element_bytes,
+                                           threads ? threads : flashu::core::num_threads(), kernels.tile_rows,
+                                           kernels.panel_columns, gathered});
+}
+
+using Numbers = std::vector<int64_t>;
+
+// The canonical form of flat runs, with the library's errors as ValueError and IndexError.
+template <class Body>
+auto translated(const Body& body) {
+  try {
+    return body();
+  } catch (const flashu::core::Failure& failure) {
+    if (failure.status == FLASHU_INVALID_INDEX) throw py::index_error(failure.message);
+    throw py::value_error(failure.message);
+  }
+}
+
+Numbers runs_from_index(const Numbers& index, int64_t limit) {
+  return translated(
+      [&] { return flashu::core::flat_from_runs(flashu::core::runs_from_index("index", index, limit)); });
+}
+
+Numbers index_from_runs(const Numbers& runs, int64_t limit) {
+  return translated(
+      [&] { return flashu::core::index_from_runs(flashu::core::runs_from_flat("runs", runs, limit)); });
+}
+
+template <flashu::core::RunList (*combine)(const flashu::core::RunList&, const flashu::core::RunList&)>
+Numbers combined(const Numbers& a, const Numbers& b, int64_t limit) {
+  using namespace flashu::core;
+  return translated(
+      [&] { return flat_from_runs(combine(runs_from_flat("a", a, limit), runs_from_flat("b", b, limit))); });
+}
+
+Numbers complement(const Numbers& runs, int64_t limit) {
+  using namespace flashu::core;
+  return translated(
+      [&] { return flat_from_runs(flashu::core::complement(runs_from_flat("runs", runs, limit), limit)); });
+}
+
+Numbers round_out(const Numbers& runs, int64_t multiple, int64_t limit) {
+  using namespace flashu::core;
+  if (multiple < 1)
+    throw py::value_error("multiple: expected a number >= 1, got " + std::to_string(multiple));
+  return translated([&] {
+    return flat_from_runs(flashu::core::round_out(runs_from_flat("runs", runs, limit), multiple, limit));
+  });
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Run lists, tile choice and build facts of libflashu.";
-  m.def("build_facts", [] {
-    py::dict facts;
-    facts["version"] = FLASHU_VERSION;
-    facts["abi_version"] = flashu_abi_version();
-    facts["compiler"] = __VERSION__;
-    facts["cuda"] = FLASHU_CUDA_STATE;
-    facts["cpu_isa"] = flashu_cpu_isa();
-    return facts;
-  }, "What this build is: version, abi_version, compiler, cuda (a sentence), cpu_isa in use.");
+  m.def(
+      "build_facts",
+      [] {
+        py::dict facts;
+        facts["version"] = FLASHU_VERSION;
+        facts["abi_version"] = flashu_abi_version();
+        facts["compiler"] = __VERSION__;
+        facts["cuda"] = FLASHU_CUDA_STATE;
+        facts["cpu_isa"] = flashu_cpu_isa();
+        return facts;
+      },
+      "What this build is: version, abi_version, compiler, cuda (a sentence), cpu_isa in use.");
+  m.def("explain_gemm", &explain_gemm, py::arg("rows"), py::arg("columns"), py::arg("depth"),
+        py::arg("element_bytes"), py::arg("gathered"), py::arg("threads") = 0,
+        "A table of how [rows, depth] x [depth, columns] may be blocked on this CPU, the choice first; 0 "
+        "threads: all.");
+
+  // Run lists: flat (start, length) pairs over [0, limit), ascending and disjoint; results do not touch.
+  m.def("runs_from_index", &runs_from_index, py::arg("index"), py::arg("limit"),
+        "Runs of distinct indices in any order.");
+  m.def("index_from_runs", &index_from_runs, py::arg("runs"), py::arg("limit"),
+        "The indices that the runs hold.");
+  m.def("unite", &combined<flashu::core::unite>, py::arg("a"), py::arg("b"), py::arg("limit"),
+        "What is in a or b.");
+  m.def("intersect", &combined<flashu::core::intersect>, py::arg("a"), py::arg("b"), py::arg("limit"),
+        "What is in both.");
+  m.def("complement", &complement, py::arg("runs"), py::arg("limit"),
+        "What is in [0, limit) but not in runs.");
+  m.def("round_out", &round_out, py::arg("runs"), py::arg("multiple"), py::arg("limit"),
+        "Runs grown to multiples of `multiple`, clipped to the limit.");
 }

@@ -6,13 +6,20 @@ namespace {
 
 int32_t dtype_code(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return FLASHU_F32;
-    case ScalarType::BFloat16: return FLASHU_BF16;
-    case ScalarType::Half: return FLASHU_F16;
-    case ScalarType::Double: return FLASHU_F64;
-    case ScalarType::Int: return FLASHU_I32;
-    case ScalarType::Long: return FLASHU_I64;
-    default: break;
+    case ScalarType::Float:
+      return FLASHU_F32;
+    case ScalarType::BFloat16:
+      return FLASHU_BF16;
+    case ScalarType::Half:
+      return FLASHU_F16;
+    case ScalarType::Double:
+      return FLASHU_F64;
+    case ScalarType::Int:
+      return FLASHU_I32;
+    case ScalarType::Long:
+      return FLASHU_I64;
+    default:
+      break;
   }
   STD_TORCH_CHECK(false, "flashu type error: ", op, ": ", name,
                   ": expected float32, bfloat16, float16, float64, int32 or int64, got scalar type code ",
@@ -22,11 +29,16 @@ int32_t dtype_code(const char* op, const char* name, const Tensor& tensor) {
 
 const char* kind(int32_t status) {
   switch (status) {
-    case FLASHU_INVALID_VALUE: return "value";
-    case FLASHU_INVALID_TYPE: return "type";
-    case FLASHU_INVALID_INDEX: return "index";
-    case FLASHU_UNSUPPORTED: return "unsupported";
-    default: return "internal";
+    case FLASHU_INVALID_VALUE:
+      return "value";
+    case FLASHU_INVALID_TYPE:
+      return "type";
+    case FLASHU_INVALID_INDEX:
+      return "index";
+    case FLASHU_UNSUPPORTED:
+      return "unsupported";
+    default:
+      return "internal";
   }
 }
 
@@ -40,8 +52,8 @@ flashu_tensor view(const char* op, const char* name, const Tensor& tensor) {
   out.device = tensor.is_cpu() ? FLASHU_DEVICE_CPU : tensor.get_device_index();
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
-  STD_TORCH_CHECK(sizes.size() <= FLASHU_MAX_DIMS, "flashu value error: ", op, ": ", name, ": expected at most ",
-                  FLASHU_MAX_DIMS, " dimensions, got ", sizes.size());
+  STD_TORCH_CHECK(sizes.size() <= FLASHU_MAX_DIMS, "flashu value error: ", op, ": ", name,
+                  ": expected at most ", FLASHU_MAX_DIMS, " dimensions, got ", sizes.size());
   out.ndim = static_cast<int32_t>(sizes.size());
   for (size_t d = 0; d < sizes.size(); ++d) {
     out.sizes[d] = sizes[d];

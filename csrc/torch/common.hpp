@@ -1,5 +1,5 @@
-// Between torch's stable ABI and the C API: tensor views and errors. The only headers of torch used anywhere are
-// torch/csrc/stable and torch/headeronly, so that one binary serves torch 2.11 and newer.
+// Between torch's stable ABI and the C API: tensor views and errors. The only headers of torch used anywhere
+// are torch/csrc/stable and torch/headeronly, so that one binary serves torch 2.11 and newer.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -44,8 +44,8 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes,
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-// The tensor itself if its leading dimensions fold into rows of one stride (what the C API asks of inputs), else a
-// contiguous copy. For inputs only.
+// The tensor itself if its leading dimensions fold into rows of one stride (what the C API asks of inputs),
+// else a contiguous copy. For inputs only.
 Tensor foldable(const Tensor& tensor);
 std::optional<Tensor> foldable(const std::optional<Tensor>& tensor);
 

@@ -16,8 +16,8 @@ flashu_selection select(const char* op, const Runs& runs, const OptionalTensor& 
                   ": runs, index: expected at most one of them, got both");
   flashu_selection selection{};
   if (runs.has_value()) {
-    STD_TORCH_CHECK(runs->size() % 2 == 0, "flashu value error: ", op, ": runs: expected (start, length) pairs, got ",
-                    runs->size(), " numbers");
+    STD_TORCH_CHECK(runs->size() % 2 == 0, "flashu value error: ", op,
+                    ": runs: expected (start, length) pairs, got ", runs->size(), " numbers");
     selection.kind = FLASHU_SELECT_RUNS;
     selection.num_runs = static_cast<int64_t>(runs->size() / 2);
     selection.runs = runs->data();
@@ -28,12 +28,13 @@ flashu_selection select(const char* op, const Runs& runs, const OptionalTensor& 
   return selection;
 }
 
-// How wide the output will be. Unchecked input may lie, so this only has to be a size that can be allocated: the
-// C API checks it against the truth.
+// How wide the output will be. Unchecked input may lie, so this only has to be a size that can be allocated:
+// the C API checks it against the truth.
 int64_t selected(const flashu_selection& selection, const Tensor& weight) {
   const int64_t limit = weight.dim() > 0 ? weight.size(0) : 0;
   if (selection.kind == FLASHU_SELECT_ALL) return limit;
-  int64_t count = selection.kind == FLASHU_SELECT_INDEX && selection.index.ndim == 1 ? selection.index.sizes[0] : 0;
+  int64_t count =
+      selection.kind == FLASHU_SELECT_INDEX && selection.index.ndim == 1 ? selection.index.sizes[0] : 0;
   for (int64_t i = 0; i < selection.num_runs; ++i) {
     count += std::clamp<int64_t>(selection.runs[2 * i + 1], 0, limit);
   }
@@ -49,10 +50,12 @@ Tensor output(const Tensor& like, int64_t width) {
 int64_t size_or_zero(const Tensor& tensor, int dim) { return tensor.dim() > dim ? tensor.size(dim) : 0; }
 
 template <class Args>
-void run(Args& args, const Tensor& like, int32_t (*size)(const Args*, uint64_t*), int32_t (*op)(const Args*)) {
+void run(Args& args, const Tensor& like, int32_t (*size)(const Args*, uint64_t*),
+         int32_t (*op)(const Args*)) {
   check_status(size(&args, &args.workspace_bytes));
   // Torch's CPU allocator aligns to 64 bytes, which is what the C API asks for (and checks).
-  const Tensor workspace = new_empty(like, std::vector<int64_t>{static_cast<int64_t>(args.workspace_bytes)}, ScalarType::Byte);
+  const Tensor workspace =
+      new_empty(like, std::vector<int64_t>{static_cast<int64_t>(args.workspace_bytes)}, ScalarType::Byte);
   args.workspace = workspace.mutable_data_ptr();
   check_status(op(&args));
 }
@@ -70,14 +73,15 @@ void gathered_swiglu_out(const Tensor& x, const Tensor& w_gate, const Tensor& w_
   run(args, x, flashu_gathered_swiglu_workspace, flashu_gathered_swiglu);
 }
 
-Tensor gathered_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs, OptionalTensor index) {
+Tensor gathered_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
+                       OptionalTensor index) {
   const Tensor out = output(x, selected(select("gathered_swiglu", runs, index), w_gate));
   gathered_swiglu_out(x, w_gate, w_up, runs, index, out);
   return out;
 }
 
-Tensor gathered_swiglu_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs, OptionalTensor index,
-                            const Tensor& out) {
+Tensor gathered_swiglu_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
+                            OptionalTensor index, const Tensor& out) {
   gathered_swiglu_out(x, w_gate, w_up, runs, index, out);
   return out;
 }
@@ -96,7 +100,8 @@ void gathered_down_out(const Tensor& h, const Tensor& w_down, const Runs& runs, 
   run(args, h, flashu_gathered_down_workspace, flashu_gathered_down);
 }
 
-Tensor gathered_down(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index, OptionalTensor residual) {
+Tensor gathered_down(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index,
+                     OptionalTensor residual) {
   const Tensor out = output(h, size_or_zero(w_down, 0));
   gathered_down_out(h, w_down, runs, index, residual, out);
   return out;
@@ -135,15 +140,15 @@ void run_ffn(const FfnTensors& t, const OptionalTensor& norms, const Tensor& out
   run(args, t.x, flashu_gathered_ffn_workspace, flashu_gathered_ffn);
 }
 
-Tensor gathered_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down, Runs runs,
-                    OptionalTensor index, OptionalTensor residual) {
+Tensor gathered_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                    Runs runs, OptionalTensor index, OptionalTensor residual) {
   const Tensor out = output(x, size_or_zero(w_down, 0));
   run_ffn({x, w_gate, w_up, w_down, runs, index, residual}, std::nullopt, out);
   return out;
 }
 
-Tensor gathered_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down, Runs runs,
-                         OptionalTensor index, OptionalTensor residual, const Tensor& out) {
+Tensor gathered_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                         Runs runs, OptionalTensor index, OptionalTensor residual, const Tensor& out) {
   run_ffn({x, w_gate, w_up, w_down, runs, index, residual}, std::nullopt, out);
   return out;
 }

@@ -5,24 +5,67 @@
 STABLE_TORCH_LIBRARY(flashu, m) {
   // ffn: neither runs nor index selects all neurons; runs is flat (start, length) pairs
   m.def(
-      "gathered_swiglu(Tensor x, Tensor w_gate, Tensor w_up, *, int[]? runs=None, Tensor? index=None) -> Tensor");
+      "gathered_swiglu(Tensor x, Tensor w_gate, Tensor w_up, int[]? runs=None, Tensor? index=None) -> "
+      "Tensor");
   m.def(
-      "gathered_swiglu.out(Tensor x, Tensor w_gate, Tensor w_up, *, int[]? runs=None, Tensor? index=None, "
-      "Tensor(a!) out) -> Tensor(a!)");
+      "gathered_swiglu.out(Tensor x, Tensor w_gate, Tensor w_up, int[]? runs=None, Tensor? index=None, "
+      "*, Tensor(a!) out) -> Tensor(a!)");
   m.def(
-      "gathered_down(Tensor h, Tensor w_down, *, int[]? runs=None, Tensor? index=None, Tensor? residual=None) "
+      "gathered_down(Tensor h, Tensor w_down, int[]? runs=None, Tensor? index=None, Tensor? residual=None) "
       "-> Tensor");
   m.def(
-      "gathered_down.out(Tensor h, Tensor w_down, *, int[]? runs=None, Tensor? index=None, Tensor? residual=None, "
-      "Tensor(a!) out) -> Tensor(a!)");
+      "gathered_down.out(Tensor h, Tensor w_down, int[]? runs=None, Tensor? index=None, Tensor? "
+      "residual=None, "
+      "*, Tensor(a!) out) -> Tensor(a!)");
   m.def(
-      "gathered_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, *, int[]? runs=None, Tensor? index=None, "
+      "gathered_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int[]? runs=None, Tensor? "
+      "index=None, "
       "Tensor? residual=None) -> Tensor");
   m.def(
-      "gathered_ffn.out(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, *, int[]? runs=None, "
-      "Tensor? index=None, Tensor? residual=None, Tensor(a!) out) -> Tensor(a!)");
+      "gathered_ffn.out(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int[]? runs=None, "
+      "Tensor? index=None, Tensor? residual=None, *, Tensor(a!) out) -> Tensor(a!)");
   m.def(
-      "gathered_ffn_norms(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor(a!) norms, *, "
+      "gathered_ffn_norms(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor(a!) norms, "
       "int[]? runs=None, Tensor? index=None, Tensor? residual=None) -> Tensor");
   m.def("neuron_norms_(Tensor(a!) acc, Tensor h) -> ()");
+
+  // routing: reduce is 0 none, 1 mean, 2 last; an index of -1 is padding
+  m.def("cosine_importance(Tensor x_in, Tensor x_out, int reduce=0) -> Tensor");
+  m.def("cosine_importance.out(Tensor x_in, Tensor x_out, int reduce=0, *, Tensor(a!) out) -> Tensor(a!)");
+  m.def("value_norms(Tensor v) -> Tensor");
+  m.def("value_norms.out(Tensor v, *, Tensor(a!) out) -> Tensor(a!)");
+  m.def("select_topk(Tensor scores, int k) -> (Tensor, Tensor)");
+  m.def(
+      "select_topk.out(Tensor scores, int k, *, Tensor(a!) index, Tensor(b!) count) -> (Tensor(a!), "
+      "Tensor(b!))");
+  m.def("select_threshold(Tensor scores, float threshold, int capacity) -> (Tensor, Tensor)");
+  m.def(
+      "select_threshold.out(Tensor scores, float threshold, int capacity, *, Tensor(a!) index, Tensor(b!) "
+      "count) "
+      "-> (Tensor(a!), Tensor(b!))");
+  m.def("gather_rows(Tensor rows, Tensor index) -> Tensor");
+  m.def("gather_rows.out(Tensor rows, Tensor index, *, Tensor(a!) out) -> Tensor(a!)");
+  m.def("scatter_rows_(Tensor(a!) rows, Tensor index, Tensor moved) -> ()");
+  m.def("scatter_add_rows_(Tensor(a!) rows, Tensor index, Tensor moved) -> ()");
+
+  // norm: spans is flat (row, offset, length) triples
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm.out(Tensor x, Tensor weight, float eps, *, Tensor(a!) out) -> Tensor(a!)");
+  m.def("add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
+  m.def(
+      "span_modulate(Tensor x, Tensor weight, Tensor shift, Tensor scale, int[] spans, float eps) -> Tensor");
+  m.def(
+      "span_modulate.out(Tensor x, Tensor weight, Tensor shift, Tensor scale, int[] spans, float eps, *, "
+      "Tensor(a!) out) -> Tensor(a!)");
+  m.def("span_gate_add_(Tensor(a!) residual, Tensor y, Tensor gate, int[] spans) -> ()");
+
+  // step
+  m.def(
+      "guided_euler_step_(Tensor(a!) latents, Tensor v, Tensor s, Tensor dt, Tensor step, "
+      "Tensor(b!)? velocity=None) -> ()");
+  m.def("feature_delta(Tensor a, Tensor b) -> Tensor");
+  m.def("feature_delta.out(Tensor a, Tensor b, *, Tensor(a!) out) -> Tensor(a!)");
+  m.def("taylor_update_(Tensor(a!) state, Tensor feature, float interval, int count) -> ()");
+  m.def("taylor_predict(Tensor state, float ahead, int count) -> Tensor");
+  m.def("taylor_predict.out(Tensor state, float ahead, int count, *, Tensor(a!) out) -> Tensor(a!)");
 }

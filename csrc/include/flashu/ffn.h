@@ -9,8 +9,9 @@
 extern "C" {
 #endif
 
-/* Which neurons take part, of `intermediate` in the weights. The order of the selected neurons is the order of the
- * columns of h: runs are ascending, an index list is in any order and names each neuron at most once. */
+/* Which neurons take part, of `intermediate` in the weights. The order of the selected neurons is the order
+ * of the columns of h: runs are ascending, an index list is in any order and names each neuron at most once.
+ */
 typedef enum flashu_selection_kind {
   FLASHU_SELECT_ALL = 0,
   FLASHU_SELECT_RUNS = 1, /* `runs`: num_runs pairs (start, length), ascending, disjoint, lengths >= 1 */
@@ -24,11 +25,12 @@ typedef struct flashu_selection {
   flashu_tensor index;
 } flashu_selection;
 
-/* Workspace: memory of the caller, aligned to 64 bytes, at least the size that flashu_<op>_workspace() gives for the
- * same arguments (it checks them as the op does, reads no tensor but the index, and ignores the workspace fields) and
- * the same number of threads. A larger one is fine, a smaller one is FLASHU_WORKSPACE. Every sum is taken in float, in one fixed order: a row's result has the
- * same bits whatever the number of rows and of threads.
- * Storage types are f32, bf16 or f16, the same for all floating tensors of a call; last strides are 1. */
+/* Workspace: memory of the caller, aligned to 64 bytes, at least the size that flashu_<op>_workspace() gives
+ * for the same arguments (it checks them as the op does, reads no tensor but the index, and ignores the
+ * workspace fields) and the same number of threads. A larger one is fine, a smaller one is FLASHU_WORKSPACE.
+ * Every sum is taken in float, in one fixed order: a row's result has the same bits whatever the number of
+ * rows and of threads. Storage types are f32, bf16 or f16, the same for all floating tensors of a call; last
+ * strides are 1. */
 
 /* out = silu(x w_gate[S]^T) * (x w_up[S]^T) */
 typedef struct flashu_swiglu_args {
@@ -62,7 +64,8 @@ typedef struct flashu_down_args {
 FLASHU_API int32_t flashu_gathered_down(const flashu_down_args* args);
 FLASHU_API int32_t flashu_gathered_down_workspace(const flashu_down_args* args, uint64_t* bytes);
 
-/* out = (silu(x w_gate[S]^T) * (x w_up[S]^T)) w_down[:, S]^T (+ residual). The product in between stays in float. */
+/* out = (silu(x w_gate[S]^T) * (x w_up[S]^T)) w_down[:, S]^T (+ residual). The product in between stays in
+ * float. */
 typedef struct flashu_ffn_args {
   uint32_t struct_size;
   uint32_t reserved;
@@ -72,8 +75,8 @@ typedef struct flashu_ffn_args {
   flashu_tensor w_down; /* [hidden_out, intermediate] */
   flashu_selection selection;
   flashu_tensor residual; /* [..., hidden_out] or absent */
-  flashu_tensor norms;    /* [n] f32 or f64 or absent: += the sum over rows of the squared product, per neuron */
-  flashu_tensor out;      /* [..., hidden_out] */
+  flashu_tensor norms; /* [n] f32 or f64 or absent: += the sum over rows of the squared product, per neuron */
+  flashu_tensor out;   /* [..., hidden_out] */
   void* workspace;
   uint64_t workspace_bytes;
   void* stream;
@@ -85,8 +88,8 @@ FLASHU_API int32_t flashu_gathered_ffn_workspace(const flashu_ffn_args* args, ui
 typedef struct flashu_neuron_norms_args {
   uint32_t struct_size; /* sizeof(flashu_neuron_norms_args) */
   flashu_tensor acc;    /* [n], f32 or f64, stride 1, updated in place */
-  flashu_tensor h;      /* [..., n], f32, bf16 or f16; last stride 1; leading dimensions as rows of one stride */
-  void* stream;         /* CUDA stream; ignored on the CPU */
+  flashu_tensor h; /* [..., n], f32, bf16 or f16; last stride 1; leading dimensions as rows of one stride */
+  void* stream;    /* CUDA stream; ignored on the CPU */
 } flashu_neuron_norms_args;
 FLASHU_API int32_t flashu_neuron_norms(const flashu_neuron_norms_args* args);
 

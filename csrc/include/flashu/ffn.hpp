@@ -1,5 +1,5 @@
-// C++ API of the FFN family: typed wrappers over flashu/ffn.h that throw flashu::Error and, unless the caller brings
-// a workspace, hold one for the duration of the call.
+// C++ API of the FFN family: typed wrappers over flashu/ffn.h that throw flashu::Error and, unless the caller
+// brings a workspace, hold one for the duration of the call.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,8 @@ inline flashu_selection select_all() { return {}; }
 // `runs` is read during the call and must outlive it.
 inline flashu_selection select_runs(const std::vector<int64_t>& runs) {
   if (runs.size() % 2 != 0) {
-    throw Error(FLASHU_INVALID_VALUE, "runs: expected (start, length) pairs, got " + std::to_string(runs.size()) + " numbers");
+    throw Error(FLASHU_INVALID_VALUE,
+                "runs: expected (start, length) pairs, got " + std::to_string(runs.size()) + " numbers");
   }
   flashu_selection selection{};
   selection.kind = FLASHU_SELECT_RUNS;

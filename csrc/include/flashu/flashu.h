@@ -26,11 +26,11 @@ extern "C" {
  * flashu_last_error(); the next call starts clean. */
 typedef enum flashu_status {
   FLASHU_OK = 0,
-  FLASHU_INVALID_VALUE = 1,   /* a size, stride, rank, range, aliasing or device is wrong */
-  FLASHU_INVALID_TYPE = 2,    /* a dtype is wrong */
-  FLASHU_INVALID_INDEX = 3,   /* an index or run is out of range, or repeated */
-  FLASHU_UNSUPPORTED = 4,     /* right in itself, but this build or device has no kernel for it */
-  FLASHU_WORKSPACE = 5,       /* the workspace is missing, too small or misaligned */
+  FLASHU_INVALID_VALUE = 1, /* a size, stride, rank, range, aliasing or device is wrong */
+  FLASHU_INVALID_TYPE = 2,  /* a dtype is wrong */
+  FLASHU_INVALID_INDEX = 3, /* an index or run is out of range, or repeated */
+  FLASHU_UNSUPPORTED = 4,   /* right in itself, but this build or device has no kernel for it */
+  FLASHU_WORKSPACE = 5,     /* the workspace is missing, too small or misaligned */
   FLASHU_OUT_OF_MEMORY = 6,
   FLASHU_INTERNAL = 7
 } flashu_status;
@@ -62,24 +62,26 @@ typedef struct flashu_tensor {
 /* FLASHU_ABI_VERSION of the library that is linked. */
 FLASHU_API int32_t flashu_abi_version(void);
 
-/* Text of this thread's latest failure, "" if the latest call succeeded. Valid until the thread's next call. */
+/* Text of this thread's latest failure, "" if the latest call succeeded. Valid until the thread's next call.
+ */
 FLASHU_API const char* flashu_last_error(void);
 
 /* One word for the CPU instruction set in use: "baseline", "avx2" or "avx512". The environment variable
  * FLASHU_ISA can lower it, read once. */
 FLASHU_API const char* flashu_cpu_isa(void);
 
-/* Threads. A backend runs body(begin, end, context) over disjoint pieces that cover [begin, end), each at least
- * `grain` long (the last may be shorter), and returns when all are done. Inside a piece it may be called again and must then not
- * deadlock. num_threads() tells how many pieces may run at once. Results never depend on either. */
+/* Threads. A backend runs body(begin, end, context) over disjoint pieces that cover [begin, end), each at
+ * least `grain` long (the last may be shorter), and returns when all are done. Inside a piece it may be
+ * called again and must then not deadlock. num_threads() tells how many pieces may run at once. Results never
+ * depend on either. */
 typedef void (*flashu_parallel_body)(int64_t begin, int64_t end, void* context);
 typedef struct flashu_parallel_backend {
   void (*parallel_for)(int64_t begin, int64_t end, int64_t grain, flashu_parallel_body body, void* context);
   int32_t (*num_threads)(void);
 } flashu_parallel_backend;
 
-/* Replaces the backend (OpenMP by default; torch's own inside the torch ops library). NULL restores the default.
- * Call it while no op is running. */
+/* Replaces the backend (OpenMP by default; torch's own inside the torch ops library). NULL restores the
+ * default. Call it while no op is running. */
 FLASHU_API void flashu_set_parallel_backend(const flashu_parallel_backend* backend);
 
 #ifdef __cplusplus

@@ -1,5 +1,5 @@
-// The C++ API, base part: errors as exceptions and tensor views from plain pointers. Header-only over the C API;
-// each op family adds a header of thin typed wrappers.
+// The C++ API, base part: errors as exceptions and tensor views from plain pointers. Header-only over the C
+// API; each op family adds a header of thin typed wrappers.
 #pragma once
 
 #include <cstdint>

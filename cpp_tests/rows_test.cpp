@@ -1,0 +1,153 @@
+// The norm, routing and step families through the C++ API, without torch.
+#include <cmath>
+#include <limits>
+
+#include "flashu/norm.hpp"
+#include "flashu/routing.hpp"
+#include "flashu/step.hpp"
+#include "support.hpp"
+
+namespace flashu::test {
+namespace {
+
+template <class T>
+class Rows : public ::testing::Test {};
+using Storage = ::testing::Types<float, bfloat16, float16>;
+TYPED_TEST_SUITE(Rows, Storage);
+
+TYPED_TEST(Rows, AddRmsNorm) {
+  // Rows of equal magnitude: the mean square is exact, and so is everything after it.
+  Owned<TypeParam> x({2, 4}), residual({2, 4}), weight({4});
+  for (int i = 0; i < 8; ++i) {
+    x.data[i] = from_float<TypeParam>(1.0f);
+    residual.data[i] = from_float<TypeParam>(i % 2 ? -3.0f : 1.0f);
+  }
+  for (int i = 0; i < 4; ++i) weight.data[i] = from_float<TypeParam>(static_cast<float>(i));
+  add_rms_norm(x, residual, weight, 0.0);
+  for (int i = 0; i < 8; ++i) {
+    EXPECT_EQ(to_float(residual.data[i]), i % 2 ? -2.0f : 2.0f);
+    EXPECT_EQ(to_float(x.data[i]), (i % 2 ? -1.0f : 1.0f) * static_cast<float>(i % 4));
+  }
+}
+
+TYPED_TEST(Rows, SpansAreModulatedAndTheRestIsNot) {
+  Owned<TypeParam> x({2, 3, 2}), weight({2}), shift({1, 2}), scale({1, 2}), out({2, 3, 2});
+  for (auto& value : x.data) value = from_float<TypeParam>(2.0f);
+  for (auto& value : weight.data) value = from_float<TypeParam>(1.0f);
+  for (auto& value : shift.data) value = from_float<TypeParam>(0.5f);
+  for (auto& value : scale.data) value = from_float<TypeParam>(3.0f);
+  const std::vector<int64_t> inside = {1, 1, 2};
+  span_modulate(x, weight, shift, scale, spans(inside), 0.0, out);
+  for (int i = 0; i < 12; ++i) EXPECT_EQ(to_float(out.data[i]), i >= 8 ? 4.5f : 1.0f) << i;
+  span_gate_add(x, out, scale, spans(inside));
+  for (int i = 0; i < 12; ++i) EXPECT_EQ(to_float(x.data[i]), i >= 8 ? 2.0f + 3.0f * 4.5f : 3.0f) << i;
+  const std::vector<int64_t> outside = {1, 2, 2};
+  const std::vector<int64_t> overlapping = {0, 0, 2, 0, 1, 1};
+  EXPECT_NE(error_of([&] { span_gate_add(x, out, scale, spans(outside)); }).find("spans"), std::string::npos);
+  const auto two = integers<TypeParam>({2, 2}, 1);
+  EXPECT_NE(error_of([&] { span_gate_add(x, out, two, spans(overlapping)); }).find("disjoint"),
+            std::string::npos);
+}
+
+TYPED_TEST(Rows, TopKKeepsOrderAndBreaksTiesLow) {
+  Owned<TypeParam> scores({1, 6});
+  const float values[] = {1, 3, -2, 3, 3, 0};
+  for (int i = 0; i < 6; ++i) scores.data[i] = from_float<TypeParam>(values[i]);
+  Owned<int64_t> index({1, 3});
+  Owned<int32_t> count({1});
+  select_topk(scores, 3, index, count);
+  EXPECT_EQ(index.data, (std::vector<int64_t>{1, 3, 4}));
+  EXPECT_EQ(count.data[0], 3);
+  Owned<int64_t> two({1, 2});
+  select_topk(scores, 2, two, count);
+  EXPECT_EQ(two.data, (std::vector<int64_t>{1, 3}));
+  select_threshold(scores, 1.0, two, count);
+  EXPECT_EQ(two.data, (std::vector<int64_t>{0, 1}));
+  EXPECT_EQ(count.data[0], 4);
+  scores.data[2] = from_float<TypeParam>(std::numeric_limits<float>::quiet_NaN());
+  EXPECT_NE(error_of([&] { select_topk(scores, 2, two, count); }).find("NaN at row 0, token 2"),
+            std::string::npos);
+}
+
+TYPED_TEST(Rows, MovesSkipPaddingAndKeepTheOrderOfRepeats) {
+  auto rows = integers<TypeParam>({4, 3}, 5);
+  const auto before = rows.data;
+  const Owned<int32_t> index({3}, {2, -1, 2});
+  Owned<TypeParam> moved({3, 3});
+  gather_rows(rows, index, moved);
+  for (int j = 0; j < 3; ++j) {
+    EXPECT_EQ(to_float(moved.data[j]), to_float(before[6 + j]));
+    EXPECT_EQ(to_float(moved.data[3 + j]), 0.0f);
+  }
+  for (auto& value : moved.data) value = from_float<TypeParam>(1.0f);
+  scatter_add_rows(rows, index, moved);
+  for (int j = 0; j < 3; ++j) EXPECT_EQ(to_float(rows.data[6 + j]), to_float(before[6 + j]) + 2.0f);
+  moved.data[6] = from_float<TypeParam>(5.0f);
+  scatter_rows(rows, index, moved);
+  EXPECT_EQ(to_float(rows.data[6]), 5.0f);
+  EXPECT_EQ(to_float(rows.data[0]), to_float(before[0]));
+  const Owned<int32_t> outside({3}, {0, 1, 4});
+  EXPECT_NE(error_of([&] { gather_rows(rows, outside, moved); }).find("index"), std::string::npos);
+}
+
+TYPED_TEST(Rows, Scores) {
+  const auto a = integers<TypeParam>({3, 5}, 7);
+  Owned<float> none({3}), mean(std::vector<int64_t>{});
+  cosine_importance(a, a, FLASHU_REDUCE_NONE, none);
+  for (const float value : none.data) EXPECT_NEAR(value, 0.0f, 1e-6);
+  cosine_importance(a, a, FLASHU_REDUCE_MEAN, mean);
+  EXPECT_NEAR(mean.data[0], 0.0f, 1e-6);
+  Owned<TypeParam> v({1, 2, 1, 2});
+  const float values[] = {1, 2, 2, 4};
+  for (int i = 0; i < 4; ++i) v.data[i] = from_float<TypeParam>(values[i]);
+  Owned<float> norms({1, 1});
+  value_norms(v, norms);
+  EXPECT_EQ(norms.data[0], 5.0f);
+}
+
+TYPED_TEST(Rows, EulerStepReadsItsTables) {
+  Owned<TypeParam> latents({1, 2, 1, 2}), v({2, 1, 4}), velocity({1, 2, 1, 2});
+  for (int i = 0; i < 8; ++i) v.data[i] = from_float<TypeParam>(static_cast<float>(i));
+  const Owned<float> s({2}, {9, 2}), dt({2}, {9, 0.5f});
+  Owned<int64_t> step(std::vector<int64_t>{}, {1});
+  EulerStepArgs args{};
+  args.latents = latents;
+  args.v = v;
+  args.s = s;
+  args.dt = dt;
+  args.step = step;
+  args.velocity = velocity;
+  guided_euler_step(args);
+  // Conditional i, unconditional i + 4: v = i + 4 + 2 * (i - (i + 4)) = i - 4, laid out [position, channel].
+  const float expected[] = {-4, -2, -3, -1};
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(to_float(velocity.data[i]), expected[i]);
+    EXPECT_EQ(to_float(latents.data[i]), 0.5f * expected[i]);
+  }
+  step.data[0] = 2;
+  EXPECT_NE(error_of([&] { guided_euler_step(args); }).find("step"), std::string::npos);
+}
+
+TYPED_TEST(Rows, TaylorExtrapolatesParabolas) {
+  // t^2 at t = 0, 2, 4: order 2 is exact at every later time only for equal intervals, with backward
+  // differences.
+  Owned<TypeParam> state({3, 1}), feature({1}), out({1});
+  const float values[] = {0, 4, 16};
+  for (int i = 0; i < 3; ++i) {
+    feature.data[0] = from_float<TypeParam>(values[i]);
+    taylor_update(state, feature, 2.0, i);
+  }
+  EXPECT_EQ(to_float(state.data[1]), 6.0f);
+  EXPECT_EQ(to_float(state.data[2]), 2.0f);
+  taylor_predict(state, 2.0, 3, out);
+  EXPECT_EQ(to_float(out.data[0]), 16.0f + 12.0f + 4.0f);
+  EXPECT_NE(error_of([&] { taylor_predict(state, 2.0, 0, out); }).find("count"), std::string::npos);
+  Owned<float> delta({3});
+  feature_delta(state, state, delta);
+  EXPECT_EQ(delta.data[0], 0.0f);
+  EXPECT_EQ(delta.data[1], 0.0f);
+  EXPECT_NEAR(delta.data[2], 1.0f, 1e-6);
+}
+
+}  // namespace
+}  // namespace flashu::test

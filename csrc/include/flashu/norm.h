@@ -1,0 +1,75 @@
+/* C API of the norm family: RMSNorm with and without residual, and its modulated form on spans of rows.
+ * Statistics are summed in fp64; products are taken one step wider than the storage and rounded once. Storage
+ * types are f32, bf16 or f16, one for all floating tensors of a call; last strides are 1. Every row is
+ * computed by itself, in one fixed order. */
+#ifndef FLASHU_NORM_H
+#define FLASHU_NORM_H
+
+#include "flashu/flashu.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* out = weight * x / sqrt(mean(x^2) + eps), per row. */
+typedef struct flashu_rms_norm_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor x;      /* [..., width] */
+  flashu_tensor weight; /* [width] */
+  double eps;
+  flashu_tensor out; /* as x */
+  void* stream;
+} flashu_rms_norm_args;
+FLASHU_API int32_t flashu_rms_norm(const flashu_rms_norm_args* args);
+
+/* residual += x (rounded), then x = rms_norm(residual). */
+typedef struct flashu_add_rms_norm_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor x;        /* [..., width], overwritten by the norm */
+  flashu_tensor residual; /* as x, overwritten by the sum */
+  flashu_tensor weight;   /* [width] */
+  double eps;
+  void* stream;
+} flashu_add_rms_norm_args;
+FLASHU_API int32_t flashu_add_rms_norm(const flashu_add_rms_norm_args* args);
+
+/* Spans: num_spans triples (row, offset, length) over tensors of [rows, tokens, width]; they must not
+ * overlap. Span s uses row s of the modulation tensors [num_spans, width]. Host memory. */
+typedef struct flashu_spans {
+  int64_t num_spans;
+  const int64_t* spans;
+} flashu_spans;
+
+/* out = rms_norm(x); inside span s also out = out * (1 + scale[s]) + shift[s]. */
+typedef struct flashu_span_modulate_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor x;      /* [rows, tokens, width] */
+  flashu_tensor weight; /* [width] */
+  flashu_tensor shift;  /* [num_spans, width] */
+  flashu_tensor scale;  /* [num_spans, width] */
+  flashu_spans spans;
+  double eps;
+  flashu_tensor out; /* as x */
+  void* stream;
+} flashu_span_modulate_args;
+FLASHU_API int32_t flashu_span_modulate(const flashu_span_modulate_args* args);
+
+/* residual += y; inside span s: residual += gate[s] * y. */
+typedef struct flashu_span_gate_add_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor residual; /* [rows, tokens, width] */
+  flashu_tensor y;        /* as residual */
+  flashu_tensor gate;     /* [num_spans, width] */
+  flashu_spans spans;
+  void* stream;
+} flashu_span_gate_add_args;
+FLASHU_API int32_t flashu_span_gate_add(const flashu_span_gate_add_args* args);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+#endif /* FLASHU_NORM_H */

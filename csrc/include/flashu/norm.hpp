@@ -1,0 +1,66 @@
+// C++ API of the norm family: typed wrappers over flashu/norm.h that throw flashu::Error.
+#pragma once
+
+#include "flashu/flashu.hpp"
+#include "flashu/norm.h"
+
+namespace flashu {
+
+// Flat (row, offset, length) triples, read during the call.
+inline flashu_spans spans(const std::vector<int64_t>& flat) {
+  if (flat.size() % 3 != 0) {
+    throw Error(FLASHU_INVALID_VALUE, "spans: expected (row, offset, length) triples, got " +
+                                          std::to_string(flat.size()) + " numbers");
+  }
+  return {static_cast<int64_t>(flat.size() / 3), flat.data()};
+}
+
+// out = weight * x / sqrt(mean(x^2) + eps)
+inline void rms_norm(const flashu_tensor& x, const flashu_tensor& weight, double eps,
+                     const flashu_tensor& out) {
+  auto args = make_args<flashu_rms_norm_args>();
+  args.x = x;
+  args.weight = weight;
+  args.eps = eps;
+  args.out = out;
+  check(flashu_rms_norm(&args));
+}
+
+// residual += x, then x = rms_norm(residual)
+inline void add_rms_norm(const flashu_tensor& x, const flashu_tensor& residual, const flashu_tensor& weight,
+                         double eps) {
+  auto args = make_args<flashu_add_rms_norm_args>();
+  args.x = x;
+  args.residual = residual;
+  args.weight = weight;
+  args.eps = eps;
+  check(flashu_add_rms_norm(&args));
+}
+
+// out = rms_norm(x), inside span s times (1 + scale[s]) plus shift[s]
+inline void span_modulate(const flashu_tensor& x, const flashu_tensor& weight, const flashu_tensor& shift,
+                          const flashu_tensor& scale, const flashu_spans& spans, double eps,
+                          const flashu_tensor& out) {
+  auto args = make_args<flashu_span_modulate_args>();
+  args.x = x;
+  args.weight = weight;
+  args.shift = shift;
+  args.scale = scale;
+  args.spans = spans;
+  args.eps = eps;
+  args.out = out;
+  check(flashu_span_modulate(&args));
+}
+
+// residual += y, inside span s times gate[s]
+inline void span_gate_add(const flashu_tensor& residual, const flashu_tensor& y, const flashu_tensor& gate,
+                          const flashu_spans& spans) {
+  auto args = make_args<flashu_span_gate_add_args>();
+  args.residual = residual;
+  args.y = y;
+  args.gate = gate;
+  args.spans = spans;
+  check(flashu_span_gate_add(&args));
+}
+
+}  // namespace flashu

@@ -1,0 +1,69 @@
+/* C API of the step family: one Euler step with guidance, how far features moved, and carrying them forward.
+ */
+#ifndef FLASHU_STEP_H
+#define FLASHU_STEP_H
+
+#include "flashu/flashu.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* latents += dt[step] * v, where v is laid out as the head writes it: for every image [H * W, channels].
+ * With twice as many rows of v as latents the second half is the unconditional one and v = vu + s[step] * (vc
+ * - vu). */
+typedef struct flashu_guided_euler_step_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor latents; /* [images, channels, H, W] f32, bf16 or f16, contiguous */
+  flashu_tensor
+      v; /* f32, bf16 or f16 [images or 2 * images, patches, patch * patch * channels], contiguous */
+  flashu_tensor s;        /* f32 [steps] */
+  flashu_tensor dt;       /* f32 [steps] */
+  flashu_tensor step;     /* i64, one element: which step this is, from 0 */
+  flashu_tensor velocity; /* absent, or as latents: receives the guided velocity */
+  void* stream;
+} flashu_guided_euler_step_args;
+FLASHU_API int32_t flashu_guided_euler_step(const flashu_guided_euler_step_args* args);
+
+/* out = (sum|a - b| / sum|b|, |a - b|_2 / |b|_2, cosine(a, b)); 0 / 0 is 0. */
+typedef struct flashu_feature_delta_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor a;   /* any shape */
+  flashu_tensor b;   /* as a */
+  flashu_tensor out; /* f32 [3] */
+  void* stream;
+} flashu_feature_delta_args;
+FLASHU_API int32_t flashu_feature_delta(const flashu_feature_delta_args* args);
+
+/* state[0] = feature and state[i] = (new state[i - 1] - old state[i - 1]) / interval for i <= min(order,
+ * count), else 0, where count is the number of updates before this one. */
+typedef struct flashu_taylor_update_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor state;   /* [order + 1, ...], contiguous, order 0 to 2 */
+  flashu_tensor feature; /* [...], contiguous */
+  double interval;
+  int64_t count;
+  void* stream;
+} flashu_taylor_update_args;
+FLASHU_API int32_t flashu_taylor_update(const flashu_taylor_update_args* args);
+
+/* out = sum over i <= min(order, count - 1) of state[i] * ahead^i / i!, count being the updates so far, at
+ * least 1. */
+typedef struct flashu_taylor_predict_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor state; /* [order + 1, ...], contiguous */
+  double ahead;
+  int64_t count;
+  flashu_tensor out; /* [...], contiguous */
+  void* stream;
+} flashu_taylor_predict_args;
+FLASHU_API int32_t flashu_taylor_predict(const flashu_taylor_predict_args* args);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+#endif /* FLASHU_STEP_H */
