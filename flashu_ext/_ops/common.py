@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from flashu_ext import _native
 
@@ -30,6 +33,76 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
         raise translated from None
 
 
+def call_into(packet: Any, *args: Any, out: Tensor | None, **kwargs: Any) -> Tensor:
+    """Calls `packet.default`, or `packet.out` where `out` is given.
+
+    torch.compile cannot trace a custom operator that returns its own argument, so there `out` is filled by a copy.
+    """
+    if out is None:
+        return call(packet.default, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        return out.copy_(packet.default(*args, **kwargs))
+    return call(packet.out, *args, out=out, **kwargs)
+
+
+def flatten(name: str, numbers: Iterable[Any], group: int) -> list[int]:
+    """Runs or spans as the flat list that the ops take: given flat, or as tuples of `group` numbers.
+
+    Raises:
+        ValueError: a tuple has another length. TypeError: an entry is neither an integer nor such a tuple.
+    """
+    flat: list[int] = []
+    for entry in numbers:
+        if isinstance(entry, int) and not isinstance(entry, bool):
+            flat.append(entry)
+        elif isinstance(entry, (tuple, list)):
+            if len(entry) != group:
+                raise ValueError(f"{name}: expected tuples of {group} numbers, got one of {len(entry)}")
+            flat.extend(entry)
+        else:
+            raise TypeError(f"{name}: expected integers or tuples of {group} integers, got {type(entry).__name__}")
+    return flat
+
+
+def fake(name: str) -> Callable[[F], F]:
+    """Registers the fake kernel of `flashu::{name}`. Torch also runs it where one argument is a meta tensor and another
+    is not, so it refuses mixed devices; shapes and dtypes are the real kernel's to refuse."""
+    op = name.split(".")[0]
+
+    def decorate(function: F) -> F:
+        names = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            first: tuple[str, Tensor] | None = None
+            for argument, value in (*zip(names, args, strict=False), *kwargs.items()):
+                if isinstance(value, Tensor):
+                    first = first or (argument, value)
+                    if value.device != first[1].device:
+                        raise ValueError(
+                            f"{op}: {argument}: expected device {first[1].device} as {first[0]} has, got {value.device}"
+                        )
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(f"flashu::{name}", checked)
+        return function
+
+    return decorate
+
+
+def fake_out(name: str, function: Callable[..., Any]) -> None:
+    """Registers the fake kernel of `flashu::{name}.out`, which returns the tensor it was given.
+
+    Args:
+        function: the fake kernel of the overload without `out`.
+    """
+
+    @fake(f"{name}.out")
+    @functools.wraps(function)
+    def into(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
+        return out
+
+
 def refuse_backward(name: str) -> None:
     """Gives the functional op `flashu::name` a backward that raises, so that no gradient is lost silently."""
 
@@ -40,7 +113,9 @@ def refuse_backward(name: str) -> None:
 
 
 def capability(
-    dtypes: tuple[torch.dtype, ...] = FLOATING, devices: tuple[str, ...] = ("cpu",), shape: Callable[[Any], bool] | None = None
+    dtypes: tuple[torch.dtype, ...] = FLOATING,
+    devices: tuple[str, ...] = ("cpu",),
+    shape: Callable[[Any], bool] | None = None,
 ) -> Callable[[F], F]:
     """Adds `is_supported(device, dtype, shape=None) -> bool` to an op's function: which calls have a kernel."""
 

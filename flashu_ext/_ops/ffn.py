@@ -1,7 +1,8 @@
 """Gathered SwiGLU feed-forward: only the selected neurons of an FFN are computed.
 
-The neurons S are given as `runs` (flat start, length pairs: ascending, disjoint) or as `index` (int32 or int64, any
-order, each at most once); neither means all. n is their number, and their order is the order of h's columns.
+The neurons S are given as `runs` ((start, length) pairs or the same numbers flat: ascending, disjoint) or as `index`
+(int32 or int64, any order, each at most once); neither means all. n is their number, and their order is the order of
+h's columns.
 Storage is fp32, bf16 or fp16; every sum is taken in fp32 in one fixed order, so a row's result does not depend on
 the other rows, on their number or on the number of threads.
 
@@ -13,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashu_ext._ops.common import call, capability, refuse_backward
+from flashu_ext._ops.common import call, call_into, capability, fake, fake_out, flatten, refuse_backward
 
 _ops = torch.ops.flashu
 
@@ -27,8 +29,7 @@ def gathered_swiglu(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
-    *,
-    runs: Sequence[int] | None = None,
+    runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -43,17 +44,14 @@ def gathered_swiglu(
     Returns:
         [..., n] in x's dtype.
     """
-    if out is None:
-        return call(_ops.gathered_swiglu.default, x, w_gate, w_up, runs=runs, index=index)
-    return call(_ops.gathered_swiglu.out, x, w_gate, w_up, runs=runs, index=index, out=out)
+    return call_into(_ops.gathered_swiglu, x, w_gate, w_up, runs=_flat(runs), index=index, out=out)
 
 
 @capability()
 def gathered_down(
     h: Tensor,
     w_down: Tensor,
-    *,
-    runs: Sequence[int] | None = None,
+    runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
@@ -70,9 +68,7 @@ def gathered_down(
     Returns:
         [..., hidden] in h's dtype.
     """
-    if out is None:
-        return call(_ops.gathered_down.default, h, w_down, runs=runs, index=index, residual=residual)
-    return call(_ops.gathered_down.out, h, w_down, runs=runs, index=index, residual=residual, out=out)
+    return call_into(_ops.gathered_down, h, w_down, runs=_flat(runs), index=index, residual=residual, out=out)
 
 
 @capability()
@@ -81,8 +77,7 @@ def gathered_ffn(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-    *,
-    runs: Sequence[int] | None = None,
+    runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     residual: Tensor | None = None,
     norms: Tensor | None = None,
@@ -106,11 +101,19 @@ def gathered_ffn(
         if out is not None:
             raise ValueError("gathered_ffn: out: expected None together with norms, got a tensor")
         return call(
-            _ops.gathered_ffn_norms.default, x, w_gate, w_up, w_down, norms, runs=runs, index=index, residual=residual
+            _ops.gathered_ffn_norms.default,
+            x,
+            w_gate,
+            w_up,
+            w_down,
+            norms,
+            runs=_flat(runs),
+            index=index,
+            residual=residual,
         )
-    if out is None:
-        return call(_ops.gathered_ffn.default, x, w_gate, w_up, w_down, runs=runs, index=index, residual=residual)
-    return call(_ops.gathered_ffn.out, x, w_gate, w_up, w_down, runs=runs, index=index, residual=residual, out=out)
+    return call_into(
+        _ops.gathered_ffn, x, w_gate, w_up, w_down, runs=_flat(runs), index=index, residual=residual, out=out
+    )
 
 
 @capability()
@@ -128,96 +131,62 @@ def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
     return acc
 
 
+def _flat(runs: Sequence[Any] | None) -> list[int] | None:
+    return None if runs is None else flatten("runs", runs, 2)
+
+
 def _count(weight: Tensor, dim: int, runs: Sequence[int] | None, index: Tensor | None) -> int:
     if runs is not None:
         return sum(runs[1::2])
     return weight.shape[dim] if index is None else index.shape[0]
 
 
-@torch.library.register_fake("flashu::gathered_swiglu")
+@fake("gathered_swiglu")
 def _gathered_swiglu_fake(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, *, runs: Sequence[int] | None = None, index: Tensor | None = None
+    x: Tensor, w_gate: Tensor, w_up: Tensor, runs: Sequence[int] | None = None, index: Tensor | None = None
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], _count(w_gate, 0, runs, index)))
 
 
-@torch.library.register_fake("flashu::gathered_down")
+@fake("gathered_down")
 def _gathered_down_fake(
     h: Tensor,
     w_down: Tensor,
-    *,
-    runs: Sequence[int] | None = None,
+    runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     return h.new_empty((*h.shape[:-1], w_down.shape[0]))
 
 
-@torch.library.register_fake("flashu::gathered_ffn")
+@fake("gathered_ffn")
 def _gathered_ffn_fake(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-    *,
-    runs: Sequence[int] | None = None,
+    runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
 
-@torch.library.register_fake("flashu::gathered_ffn_norms")
+@fake("gathered_ffn_norms")
 def _gathered_ffn_norms_fake(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
     norms: Tensor,
-    *,
-    runs: Sequence[int] | None = None,
+    runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
 
-@torch.library.register_fake("flashu::gathered_swiglu.out")
-def _gathered_swiglu_out_fake(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, *, runs: Sequence[int] | None = None, index: Tensor | None = None, out: Tensor
-) -> Tensor:
-    return out
-
-
-@torch.library.register_fake("flashu::gathered_down.out")
-def _gathered_down_out_fake(
-    h: Tensor,
-    w_down: Tensor,
-    *,
-    runs: Sequence[int] | None = None,
-    index: Tensor | None = None,
-    residual: Tensor | None = None,
-    out: Tensor,
-) -> Tensor:
-    return out
-
-
-@torch.library.register_fake("flashu::gathered_ffn.out")
-def _gathered_ffn_out_fake(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    *,
-    runs: Sequence[int] | None = None,
-    index: Tensor | None = None,
-    residual: Tensor | None = None,
-    out: Tensor,
-) -> Tensor:
-    return out
-
-
-@torch.library.register_fake("flashu::neuron_norms_")
+@fake("neuron_norms_")
 def _neuron_norms_fake(acc: Tensor, h: Tensor) -> None:
     return None
 
@@ -232,5 +201,8 @@ def weight_bytes(hidden: int, neurons: int, dtype: torch.dtype) -> int:
     return math.prod((3, hidden, neurons, dtype.itemsize))
 
 
+fake_out("gathered_swiglu", _gathered_swiglu_fake)
+fake_out("gathered_down", _gathered_down_fake)
+fake_out("gathered_ffn", _gathered_ffn_fake)
 for _name in ("gathered_swiglu", "gathered_down", "gathered_ffn"):
     refuse_backward(_name)

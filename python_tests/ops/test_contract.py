@@ -1,0 +1,216 @@
+"""What holds for every op: schema, compilation, errors, red zones, strides, empty inputs, out=, threads, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from guard import Guarded
+from ops_cases import CASES, DTYPES, OpCase, tensors
+from torch import Tensor
+from torch.testing._internal.optests import opcheck
+
+from flashu_ext import ops
+
+every_op = pytest.mark.parametrize("case", CASES, ids=repr)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+REFUSED = (ValueError, TypeError, IndexError, NotImplementedError)
+
+
+def outcome(case: OpCase, arguments: dict[str, Any]) -> list[Tensor]:
+    """Results and written arguments of a call."""
+    result = tensors(case.function(**arguments))
+    return [t.clone() for t in result + [arguments[name] for name in case.inplace]]
+
+
+def given(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_every_op_has_a_case():
+    assert sorted(case.name for case in CASES) == sorted(ops.__all__)
+
+
+@every_op
+@every_dtype
+def test_opcheck(case: OpCase, dtype: torch.dtype):
+    opcheck(case.overload, tuple(case.schema(case.make(dtype)).values()))
+
+
+@every_op
+def test_torch_compile_gives_the_same_bits_in_one_graph(case: OpCase):
+    expected = outcome(case, case.make(torch.float32))
+    arguments = case.make(torch.float32)
+    torch.compiler.reset()
+    result = tensors(torch.compile(case.function, fullgraph=True, backend="aot_eager")(**arguments))
+    assert same(result + [arguments[name] for name in case.inplace], expected)
+
+
+@every_op
+@every_dtype
+def test_equals_plain_torch_in_that_dtype(case: OpCase, dtype: torch.dtype):
+    ours = outcome(case, case.make(dtype))
+    arguments = case.make(dtype)
+    theirs = tensors(case.oracle(**arguments)) + [arguments[name] for name in case.inplace]
+    for y, t in zip(ours, theirs, strict=True):
+        assert y.dtype == t.dtype and y.shape == t.shape
+        torch.testing.assert_close(y, t, rtol=4 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
+
+
+@every_op
+@every_dtype
+def test_red_zones_with_padded_rows(case: OpCase, dtype: torch.dtype):
+    expected = outcome(case, case.make(dtype))
+    arguments = case.make(dtype)
+    guards = {name: Guarded(t, 0 if name in case.contiguous else 3) for name, t in given(arguments).items()}
+    before = {name: g.tensor.clone() for name, g in guards.items()}
+    assert same(outcome(case, {**arguments, **{name: g.tensor for name, g in guards.items()}}), expected)
+    for name, guarded in guards.items():
+        guarded.check()
+        if name not in case.inplace:
+            assert torch.equal(guarded.tensor, before[name]), f"{name} was written"
+
+
+@every_op
+def test_results_do_not_depend_on_the_number_of_threads(case: OpCase):
+    def wide(arguments: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = outcome(case, wide(case.make(torch.float32)))
+        torch.set_num_threads(4)
+        four = outcome(case, wide(case.make(torch.float32)))
+    finally:
+        torch.set_num_threads(threads)
+    assert same(one, four)
+
+
+def _wrong(name: str, tensor: Tensor, case: OpCase) -> dict[str, Tensor]:
+    """Wrong versions of an argument."""
+    wrong = {
+        "dtype": tensor.to(torch.complex64),
+        "integer": tensor.to(torch.int32) if tensor.is_floating_point() else tensor.to(torch.float32),
+        "double": tensor.double() if name != "acc" else tensor.half(),
+    }
+    if len(given(case.make(torch.float32))) > 1:  # a call on meta tensors alone is fine: it gives a meta tensor
+        wrong["device"] = tensor.to("meta")
+    if name != "step":  # one element in any shape
+        wrong["rank"] = tensor.expand(1, 1, 1, 1, 1, *tensor.shape)
+        # One entry more, where a size is tied to another argument's.
+        free = {
+            ("value_norms", "v"),
+            ("select_topk", "scores"),
+            ("select_threshold", "scores"),
+            ("taylor_predict", "state"),
+        }
+        free |= {("gathered_down", "w_down"), ("gather_rows", "rows")}
+        if (case.name, name) not in free and name != "index":
+            wrong["size"] = torch.cat([tensor, tensor[..., :1]], dim=-1)
+        if tensor.shape[-1] > 1 and tensor.is_floating_point() and tensor.dim() > 1:
+            wrong["inner stride"] = tensor.repeat_interleave(2, -1)[..., ::2]
+    return wrong
+
+
+TENSOR_ARGUMENTS = [(case, name) for case in CASES for name in given(case.make(torch.float32))]
+
+
+@pytest.mark.parametrize(("case", "name"), TENSOR_ARGUMENTS, ids=lambda x: x if isinstance(x, str) else repr(x))
+def test_a_wrong_tensor_is_named_and_nothing_is_written(case: OpCase, name: str):
+    expected = outcome(case, case.make(torch.float32))
+    for kind, bad in _wrong(name, case.make(torch.float32)[name], case).items():
+        arguments = {**case.make(torch.float32), name: bad}
+        before = {n: t.clone() for n, t in given(arguments).items()}
+        foldable = kind == "inner stride" and name not in case.inplace and _copies(case, arguments)
+        if foldable:
+            continue
+        try:
+            case.function(**arguments)
+            pytest.fail(f"{kind} was accepted")
+        except REFUSED as error:
+            text = str(error)
+        assert case.name in text and "expected" in text, f"{kind}: {text}"
+        assert any(f"{n}:" in text for n in [name, *given(arguments)]), f"{kind}: {text}"
+        for n, tensor in given(arguments).items():
+            if tensor.device.type != "meta":
+                assert torch.equal(tensor, before[n]), f"{kind}: {n} was written"
+        assert same(outcome(case, case.make(torch.float32)), expected), "the next good call"
+
+
+def _copies(case: OpCase, arguments: dict[str, Any]) -> bool:
+    """Whether the op takes this layout after all (the torch adapters copy inputs that no row stride reaches)."""
+    try:
+        case.function(**arguments)
+    except REFUSED:
+        return False
+    return True
+
+
+@every_op
+def test_backward_is_refused(case: OpCase):
+    arguments = case.make(torch.float32)
+    for name, tensor in given(arguments).items():
+        if tensor.is_floating_point() and name not in case.inplace and name not in case.fixed:
+            tensor.requires_grad_()
+    try:
+        result = tensors(case.function(**arguments))
+    except RuntimeError:  # an in-place op on a tensor that takes part in autograd is refused by torch itself
+        return
+    losses = [t.sum() for t in result if t.requires_grad]
+    for loss in losses:
+        with pytest.raises(NotImplementedError, match="no backward"):
+            loss.backward()
+    assert losses or case.inplace or not any(t.is_floating_point() for t in result)
+
+
+WITH_OUT = [case for case in CASES if not case.inplace and not case.name.startswith("select_")]
+
+
+@pytest.mark.parametrize("case", WITH_OUT, ids=repr)
+@every_dtype
+def test_out_is_filled_and_returned(case: OpCase, dtype: torch.dtype):
+    expected = case.function(**case.make(dtype))
+    guarded = Guarded(torch.zeros_like(expected))
+    assert case.function(**case.make(dtype), out=guarded.tensor) is guarded.tensor
+    assert torch.equal(guarded.tensor, expected)
+    guarded.check()
+
+
+@pytest.mark.parametrize("case", WITH_OUT, ids=repr)
+def test_wrong_out_is_refused(case: OpCase):
+    expected = case.function(**case.make(torch.float32))
+    wrong = [expected.to(torch.float64), expected.new_empty(*expected.shape, 1), expected.to("meta")]
+    arguments = case.make(torch.float32)
+    for tensor in given(arguments).values():
+        if tensor.numel() >= max(1, expected.numel()) and tensor.dtype == expected.dtype and tensor.is_contiguous():
+            wrong.append(tensor.view(-1)[: expected.numel()].view(expected.shape))
+    for out in wrong:
+        with pytest.raises(REFUSED, match="expected"):
+            case.function(**arguments, out=out)
+
+
+@pytest.mark.parametrize("name", ["select_topk", "select_threshold"])
+def test_selection_outputs(name: str):
+    case = next(c for c in CASES if c.name == name)
+    index, count = case.function(**case.make(torch.float32))
+    mine, counts = torch.zeros_like(index), torch.zeros_like(count)
+    case.function(**case.make(torch.float32), index=mine, count=counts)
+    assert torch.equal(mine, index) and torch.equal(counts, count)
+    with pytest.raises(ValueError, match="count"):
+        case.function(**case.make(torch.float32), index=mine)
+    with pytest.raises(REFUSED, match="count"):
+        case.function(**case.make(torch.float32), index=mine, count=counts.long())
+
+
+@every_op
+def test_is_supported_tells_the_truth(case: OpCase):
+    for dtype in DTYPES:
+        assert case.function.is_supported("cpu", dtype)
+    assert not case.function.is_supported("cpu", torch.int8)
+    assert not case.function.is_supported("meta", torch.float32)
