@@ -179,7 +179,7 @@ def _qwen2(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
     }
 
 
-def _grid(resolution: int) -> dict[str, int]:
+def _grid(resolution: int) -> dict[str, Any]:
     grids = {432: 27, 512: 32, 1024: 64}
     if resolution not in grids:
         raise ValueError(f"resolution: expected one of {sorted(grids)}, got {resolution!r}")

@@ -21,7 +21,7 @@ __all__ = ["Showo2"]
 def _qwen2(fields: dict[str, Any]) -> nn.Module:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(**fields)
+    config: Any = Qwen2Config(**fields)
     if "rope_theta" in fields and getattr(config, "rope_parameters", None) is not None:
         # transformers 5 moved the base there; a plain field must not be lost where its loader does not convert it.
         config.rope_parameters["rope_theta"] = fields["rope_theta"]
@@ -33,7 +33,7 @@ def _siglip_encoder(fields: dict[str, Any]) -> nn.Module:
     from transformers import SiglipVisionConfig
     from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-    config = SiglipVisionConfig(**fields)
+    config: Any = SiglipVisionConfig(**fields)
     config._attn_implementation = "sdpa"
     return SiglipEncoder(config)
 
@@ -46,6 +46,18 @@ class Showo2(nn.Module):
     """
 
     image_position_ids: Tensor
+    # Modules of transformers and torch, whose parts are reached by attribute.
+    showo: Any
+    image_embedder_und: Any
+    image_embedder_gen: Any
+    position_embedding: Any
+    und_trans: Any
+    fusion_proj: Any
+    time_embed: Any
+    time_embed_proj: Any
+    diff_proj: Any
+    diffusion_head_a: Any
+    diffusion_head_b: Any
 
     def __init__(self, config: Showo2Config):
         super().__init__()
@@ -76,11 +88,11 @@ class Showo2(nn.Module):
         """Upstream's initialisation: zero modulation and output layers, small time embedding."""
         for embedder in (self.image_embedder_und, self.image_embedder_gen):
             nn.init.xavier_uniform_(embedder.proj.weight.flatten(1))
-            nn.init.zeros_(embedder.proj.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(embedder.proj.bias)
         for index in (0, 2):
-            nn.init.normal_(self.time_embed.mlp[index].weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.normal_(self.time_embed.mlp[index].weight, std=0.02)
         silent: list[Any] = [self.diffusion_head_b.linear, self.diffusion_head_b.adaLN_modulation[1]]
-        silent += [block.adaLN_modulation[1] for block in self.diffusion_head_a]  # type: ignore[index]
+        silent += [block.adaLN_modulation[1] for block in self.diffusion_head_a]
         for linear in silent:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -114,7 +126,9 @@ class Showo2(nn.Module):
         """The language model: embeds [rows, length, hidden], mask additive [rows, 1, length, length] -> final hidden states."""
         return self.showo.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
 
-    def velocity(self, hidden: Tensor, time: Tensor, mask: Tensor, modality_positions: Tensor, shape: torch.Size) -> Tensor:
+    def velocity(
+        self, hidden: Tensor, time: Tensor, mask: Tensor, modality_positions: Tensor, shape: torch.Size
+    ) -> Tensor:
         """The diffusion head: hidden [rows, length, hidden], time [rows, width] -> velocity of `shape` [rows, channels, H, W]."""
         if hasattr(self, "diff_proj"):
             hidden = self.diff_proj(hidden)

@@ -14,7 +14,13 @@ from torch import Tensor
 __all__ = ["GenerationInputs", "PromptLayout", "load_tokenizer"]
 
 # Qwen2.5's names for Show-o2's special tokens; the tokens in _ADDED are appended to Qwen2.5's vocabulary, in this order.
-_NAMES = {"bos": "<|im_start|>", "boi": "<|vision_start|>", "eoi": "<|vision_end|>", "img_pad": "<|image_pad|>", "pad": "[PAD]"}
+_NAMES = {
+    "bos": "<|im_start|>",
+    "boi": "<|vision_start|>",
+    "eoi": "<|vision_end|>",
+    "img_pad": "<|image_pad|>",
+    "pad": "[PAD]",
+}
 _ADDED = ("[PAD]", "<image>", "<|vid_start|>", "<|vid_end|>")
 _END = "<|im_end|>"
 
@@ -94,7 +100,10 @@ class PromptLayout:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"question: expected a non-empty string, got {text!r:.100}")
         after = [self.boi, self.eoi, *self.encode(text), *self.after_question]
-        as_row: Callable[[Sequence[int]], Tensor] = lambda ids: torch.tensor([list(ids)], dtype=torch.int64, device=device)  # noqa: E731
+
+        def as_row(ids: Sequence[int]) -> Tensor:
+            return torch.tensor([list(ids)], dtype=torch.int64, device=device)
+
         return as_row(self.before_image), as_row(after)
 
     def answer(self, tokens: Sequence[int] | Tensor) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import validate
 
@@ -26,7 +26,7 @@ def time_grid(steps: int, shift: float | None) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
+    model: Any,
     noise: Tensor,
     text_tokens: Tensor,
     text_tokens_null: Tensor | None,

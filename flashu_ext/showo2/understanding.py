@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..structure import Showo2Parts, position_table
 from . import validate
@@ -13,7 +13,9 @@ from . import validate
 __all__ = ["answer_tokens", "prompt_embeds"]
 
 
-def prompt_embeds(model: Any, image_latents: Tensor, tokens_before_image: Tensor, tokens_after_boi: Tensor) -> tuple[Tensor, Tensor]:
+def prompt_embeds(
+    model: Any, image_latents: Tensor, tokens_before_image: Tensor, tokens_after_boi: Tensor
+) -> tuple[Tensor, Tensor]:
     """Embeddings [1, length, hidden] and visibility bool [length, length] of a question about an image.
 
     Layout: tokens_before_image, boi, time token (t = 1), image, eoi, question. The bidirectional span starts one token late:
@@ -43,7 +45,7 @@ def span_embeds(parts: Showo2Parts, image: Tensor, before: Tensor, after: Tensor
 
 @torch.no_grad()
 def answer_tokens(
-    model: nn.Module,
+    model: Any,
     image_latents: Tensor,
     tokens_before_image: Tensor,
     tokens_after_boi: Tensor,
@@ -75,6 +77,10 @@ def answer_tokens(
     mask.masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
     generate: Any = model.mmu_generate
     tokens = generate(
-        input_embeds=embeds, attention_mask=mask[None, None], max_new_tokens=max_new_tokens, top_k=1, eos_token=eos_token
+        input_embeds=embeds,
+        attention_mask=mask[None, None],
+        max_new_tokens=max_new_tokens,
+        top_k=1,
+        eos_token=eos_token,
     )
     return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64, device=embeds.device)

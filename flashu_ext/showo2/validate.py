@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["check_answer_inputs", "check_mmu_inputs", "check_sample_inputs", "check_t2i_inputs", "omni_allowed"]
 
@@ -48,7 +48,9 @@ def _latents(name: str, value: Any, model: Any, device: torch.device) -> tuple[i
     table = model.position_embedding.weight.shape[0]
     patches = (height // patch) * (width // patch)
     if table == model.image_position_ids.shape[-1] and patches != table:
-        raise ValueError(f"{name}: expected {table} patches as the model was built for, got {patches} ({tuple(value.shape)})")
+        raise ValueError(
+            f"{name}: expected {table} patches as the model was built for, got {patches} ({tuple(value.shape)})"
+        )
     return rows, patches
 
 
@@ -71,14 +73,16 @@ def _spans(name: str, value: Any, rows: int, length: int, span: int, device: tor
         if got != span:
             raise ValueError(f"{name}[{row}]: expected a span of {span} tokens for these latents, got {got}")
         if offset < 0 or offset + got > length:
-            raise IndexError(f"{name}[{row}]: span [{offset}, {offset + got}) is outside the sequence of {length} tokens")
+            raise IndexError(
+                f"{name}[{row}]: span [{offset}, {offset + got}) is outside the sequence of {length} tokens"
+            )
 
 
 def check_t2i_inputs(
-    model: nn.Module, image_latents: Tensor, t: Tensor, text_tokens: Tensor, modality_positions: Tensor, guided: bool
+    model: Any, image_latents: Tensor, t: Tensor, text_tokens: Tensor, modality_positions: Tensor, guided: bool
 ) -> None:
     """Inputs of one evaluation (`t2i_generate`). Raises TypeError, ValueError or IndexError naming the argument."""
-    device = model.showo.model.embed_tokens.weight.device  # type: ignore[union-attr]
+    device = model.showo.model.embed_tokens.weight.device
     rows, patches = _latents("image_latents", image_latents, model, device)
     if guided and rows % 2:
         raise ValueError(f"image_latents: expected an even number of rows under guidance, got {rows}")
@@ -86,12 +90,12 @@ def check_t2i_inputs(
     if t.shape[0] != rows:
         raise ValueError(f"t: expected {rows} times, one for each row, got {t.shape[0]}")
     _tokens("text_tokens", text_tokens, rows, model, device)
-    span = patches + (1 if model.config.add_time_embeds else 0)  # type: ignore[union-attr]
+    span = patches + (1 if model.config.add_time_embeds else 0)
     _spans("modality_positions", modality_positions, rows, text_tokens.shape[1], span, device)
 
 
 def check_sample_inputs(
-    model: nn.Module,
+    model: Any,
     noise: Tensor,
     text_tokens: Tensor,
     text_tokens_null: Tensor | None,
@@ -101,9 +105,9 @@ def check_sample_inputs(
     time_shifting_factor: float | None,
 ) -> None:
     """Inputs of a whole image (`sample`). Raises TypeError, ValueError or IndexError naming the argument."""
-    device = model.showo.model.embed_tokens.weight.device  # type: ignore[union-attr]
+    device = model.showo.model.embed_tokens.weight.device
     rows, patches = _latents("noise", noise, model, device)
-    span = patches + (1 if model.config.add_time_embeds else 0)  # type: ignore[union-attr]
+    span = patches + (1 if model.config.add_time_embeds else 0)
     if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
         raise ValueError(f"guidance_scale: expected a finite number >= 0, got {guidance_scale!r}")
     if time_shifting_factor is not None and (
@@ -124,10 +128,10 @@ def check_sample_inputs(
 
 
 def check_answer_inputs(
-    model: nn.Module, image_latents: Tensor, tokens_before_image: Tensor, tokens_after_boi: Tensor, max_new_tokens: int
+    model: Any, image_latents: Tensor, tokens_before_image: Tensor, tokens_after_boi: Tensor, max_new_tokens: int
 ) -> None:
     """Inputs of `answer_tokens`: one image and one question."""
-    device = model.showo.model.embed_tokens.weight.device  # type: ignore[union-attr]
+    device = model.showo.model.embed_tokens.weight.device
     rows, _ = _latents("image_latents", image_latents, model, device)
     if rows != 1:
         raise ValueError(f"image_latents: expected one image, got {rows}")
@@ -139,7 +143,7 @@ def check_answer_inputs(
 
 
 def check_mmu_inputs(
-    model: nn.Module,
+    model: Any,
     input_embeds: Tensor,
     attention_mask: Tensor,
     max_new_tokens: int,
@@ -147,7 +151,7 @@ def check_mmu_inputs(
     top_k: int | None,
 ) -> None:
     """Inputs of `mmu_generate` for one prompt."""
-    weight = model.showo.model.embed_tokens.weight  # type: ignore[union-attr]
+    weight = model.showo.model.embed_tokens.weight
     _tensor("input_embeds", input_embeds, 3, "a floating-point tensor", weight.device)
     if input_embeds.shape[1] == 0 or input_embeds.shape[2] != weight.shape[1]:
         raise ValueError(f"input_embeds: expected [1, length >= 1, {weight.shape[1]}], got {tuple(input_embeds.shape)}")

@@ -44,7 +44,9 @@ def test_the_span_of_an_answer_starts_one_token_late():
     """Moving the span to cover the time token changes upstream's answer: the detail is real."""
     fixture, model = public(), public().model()
     inputs = fixture.answer_inputs
-    _, allowed = prompt_embeds(model, inputs["image_latents"], inputs["tokens_before_image"], inputs["tokens_after_boi"])
+    _, allowed = prompt_embeds(
+        model, inputs["image_latents"], inputs["tokens_before_image"], inputs["tokens_after_boi"]
+    )
     time = inputs["tokens_before_image"].shape[1] + 1
     eoi = time + 37
     assert not allowed[time, time + 1]

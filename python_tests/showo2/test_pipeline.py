@@ -1,0 +1,186 @@
+"""Pipelines: a folder with checkpoint, tokenizer and a small random VAE; prompt layout; image codec; nano; bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import flashu_ext as fx
+from flashu_ext.showo2.codec import WanCodec
+from flashu_ext.showo2.prompts import PromptLayout, load_tokenizer
+
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+WORDS = [
+    "a",
+    "red",
+    "circle",
+    "blue",
+    "square",
+    "what",
+    "?",
+    "system",
+    "user",
+    "assistant",
+    "You",
+    "are",
+    "helpful",
+    ".",
+]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A small stand-in for Qwen2.5's tokenizer: its special tokens, one token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder.mkdir(exist_ok=True)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["[UNK]", *WORDS])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def small_vae() -> Any:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from conformance import public
+
+    path = tmp_path_factory.mktemp("checkpoint")
+    public().model().save_pretrained(path)
+    write_tokenizer(path / "tokenizer")
+    small_vae().save_pretrained(path / "vae")
+    return path
+
+
+def test_special_tokens_and_layout(tmp_path: Path):
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    vocabulary = tokenizer.get_vocab()
+    added = [vocabulary[name] for name in ("[PAD]", "<image>", "<|vid_start|>", "<|vid_end|>")]
+    assert added == list(range(len(vocabulary) - 4, len(vocabulary)))  # Show-o2's additions, in its order
+    layout = PromptLayout.from_tokenizer(tokenizer, image_tokens=5, max_seq_len=16)
+    rows = layout.generation(["a red circle", "a"])
+    ids = vocabulary
+    span = [ids["<|image_pad|>"]] * 5
+    tail = [ids["<|vision_end|>"], ids["<|im_end|>"]]
+    expected = [ids["<|im_start|>"], ids["a"], ids["red"], ids["circle"], ids["<|vision_start|>"], *span, *tail]
+    assert rows.text_tokens[0, :12].tolist() == expected
+    assert rows.text_tokens.shape == (2, 16) and (rows.text_tokens[0, 12:] == ids["[PAD]"]).all()
+    assert rows.modality_positions.tolist() == [[[5, 5]], [[3, 5]]]
+    assert rows.modality_positions_null.tolist() == [[[2, 5]]] * 2
+    before, after = layout.question("what ?")
+    system = [
+        ids[w] for w in ("system", "You", "are", "a", "helpful", "assistant", ".", "<|im_end|>", "<|im_start|>", "user")
+    ]
+    system[5:6] = [ids["assistant"]]
+    assert before[0].tolist() == [ids["<|im_start|>"], *system]
+    # Upstream's inference_mmu.py closes the system message, but not the question.
+    words = ("<|vision_start|>", "<|vision_end|>", "what", "?", "<|im_start|>", "assistant")
+    assert after[0].tolist() == [ids[w] for w in words]
+    long = layout.generation(["red " * 50])
+    assert long.text_tokens.shape == (1, 16)  # the prompt is cut to what the sequence has room for
+
+
+def test_wan_codec_round_trips_its_own_latents():
+    codec = WanCodec(small_vae())
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = codec.encode(images)
+    assert latents.shape == (2, 16, 4, 6) and latents.dtype == torch.float32
+    assert torch.equal(codec.encode(images[:1]), latents[:1]) or torch.allclose(
+        codec.encode(images[:1]), latents[:1], atol=1e-5
+    )
+    decoded = codec.decode(latents)
+    assert decoded.shape == images.shape and decoded.abs().max() <= 1
+    # Normalised: what the VAE itself calls its posterior's mode is latents * std + mean.
+    raw = codec.vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0]
+    torch.testing.assert_close(latents * codec.std + codec.mean, raw, rtol=1e-4, atol=1e-4)
+    for bad in (images[0], images[:, :2]):
+        with pytest.raises(ValueError, match="images: expected"):
+            codec.encode(bad)
+    with pytest.raises(ValueError, match="latents: expected"):
+        codec.decode(latents[:, :8])
+
+
+def test_a_folder_becomes_a_pipeline(folder: Path):
+    pipe = fx.showo2.Pipeline.from_pretrained(folder)
+    dense = pipe.generate("a red circle", seed=3, steps=3)
+    assert dense.size == (pipe.pixels, pipe.pixels)
+    text = pipe.answer(dense, "what ?", max_new_tokens=4)
+    assert isinstance(text, str)
+    with pipe.accelerate() as handle:
+        exact = np.asarray(pipe.generate("a red circle", seed=3, steps=3)).astype(int)
+        assert np.abs(exact - np.asarray(dense).astype(int)).max() <= 1
+        assert pipe.answer(dense, "what ?", max_new_tokens=4) == text
+        assert handle.summary() is not None
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "vae"])
+def test_missing_parts_are_named(folder: Path, tmp_path: Path, part: str):
+    for path in folder.iterdir():
+        if path.name != part:
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(FileNotFoundError, match="tokenizer" if part == "tokenizer" else "VAE"):
+        fx.showo2.Pipeline.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="expected 'nano' or a folder"):
+        fx.showo2.Pipeline.from_pretrained(tmp_path / "nowhere")
+
+
+def test_nano_draws_and_answers():
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    image = pipe.generate("a red circle in the center", seed=0, steps=12)
+    assert image.size == (48, 48)
+    assert pipe.answer(image, "what color is the circle?") == "red"
+    assert pipe.answer(image.resize((200, 100)), "how many objects are there?") in ("one", "two")
+    several = pipe.generate_batch(["a red circle", "a blue square"], seeds=[0, 1], steps=6)
+    alone = pipe.generate("a blue square", seed=1, steps=6)
+    assert np.abs(np.asarray(several[1]).astype(int) - np.asarray(alone).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("preset", ["exact", "paper"])
+def test_nano_accelerated(preset: str):
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    dense = np.asarray(pipe.generate("a green square on the left", seed=1, steps=20)).astype(int)
+    with pipe.accelerate(*pipe.preset(preset)):
+        fast = np.asarray(pipe.generate("a green square on the left", seed=1, steps=20)).astype(int)
+    difference = np.abs(fast - dense)
+    assert difference.max() <= 1 if preset == "exact" else difference.mean() < 60
+
+
+def test_bad_input_is_named():
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    with pytest.raises(TypeError, match="prompt"):
+        pipe.generate(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prompts"):
+        pipe.generate_batch([])
+    with pytest.raises(ValueError, match="seeds"):
+        pipe.generate_batch(["a circle"], seeds=[1, 2])
+    with pytest.raises(ValueError, match="seed"):
+        pipe.generate("a circle", seed=-1)
+    with pytest.raises(ValueError, match="steps"):
+        pipe.generate("a circle", steps=1)
+    with pytest.raises(TypeError, match="image"):
+        pipe.answer("out.png", "what ?")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="question"):
+        pipe.answer(Image.new("RGB", (8, 8)), " ")
+    with pytest.raises(ValueError, match="preset"):
+        pipe.preset("fastest")
