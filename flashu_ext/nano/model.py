@@ -59,7 +59,9 @@ def load_model(directory: Path = DATA) -> Showo2:
     from ..showo2.checkpoint import load
 
     if not (directory / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{directory}: model.safetensors is missing; train it with python -m flashu_ext.nano.train")
+        raise FileNotFoundError(
+            f"{directory}: model.safetensors is missing; train it with python -m flashu_ext.nano.train"
+        )
     import torch
 
     return load(directory, torch.float32)

@@ -14,7 +14,17 @@ from .world import captions, questions, scenes
 __all__ = ["MAX_TEXT", "layout", "vocabulary", "write_tokenizer"]
 
 FILE = Path(__file__).parent / "data" / "tokenizer.json"
-SPECIAL = ("[PAD]", "[UNK]", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "user", "assistant")
+SPECIAL = (
+    "[PAD]",
+    "[UNK]",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "user",
+    "assistant",
+)
 MAX_TEXT = 8
 """Tokens of the longest caption ('a red circle left of a blue square')."""
 

@@ -23,27 +23,74 @@ from ..safe_files import atomic_path
 from . import codec
 from .model import nano_config
 from .tokenizer import layout, write_tokenizer
-from .world import Scene, captions, questions, render, scenes
+from .world import Question, Scene, captions, crowded_scene, description, questions, render, scenes
 
 __all__ = ["Settings", "Trainer"]
 
 NULL_SHARE = 0.1
-EMA_DECAY = 0.9985
 VARIANTS = 24
-"""Renderings of every training scene."""
+LOOSE_VARIANTS = 64
+CROWDED = 12_000
+"""Renderings of every training scene, for drawing and for answering; and scenes of three objects."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one mixture and one learning-rate cycle (warm-up, then a cosine down to 2 %).
+
+    Attributes:
+        drawings, answers: samples per step. answer_weight: of the answers' loss beside the drawings'.
+        averaging: decay of the averaged weights, which are the result.
+        described: share of questions that ask for all of the scene, where scenes are varied. focused: share of the others
+            that are of the kinds in `focus`, on top of their natural share.
+        varied: questions are asked about loosely rendered scenes and crowded ones (see `world`), not about those drawn.
+    """
+
+    steps: int
+    drawings: int
+    answers: int
+    answer_weight: float
+    varied: bool
+    averaging: float
+    described: float = 0.4
+    focus: tuple[str, ...] = ()
+    focused: float = 0.0
+
+
+PHASES = (
+    Phase(2000, 48, 32, 0.5, False, 0.9985),
+    Phase(1200, 10, 96, 1.0, True, 0.995, described=0.4),
+    Phase(600, 10, 112, 1.0, True, 0.99, described=0.1, focus=("relation", "yes/no"), focused=0.6),
+    Phase(320, 10, 112, 1.0, True, 0.98, described=0.2, focus=("color", "yes/no"), focused=0.6),
+)
+"""Drawing is learned first, and what it teaches of the scenes is what answering starts from."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is; a checkpoint of other settings is not resumed."""
+    """What a run is; a checkpoint of other settings is not resumed.
 
-    steps: int = 2000
-    drawings: int = 48
-    answers: int = 32
+    Attributes:
+        phases: how many of PHASES are run.
+    """
+
+    phases: int = len(PHASES)
     muon_lr: float = 0.015
     adam_lr: float = 2e-3
     warmup: int = 100
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in PHASES[: self.phases])
+
+    def phase(self, index: int) -> tuple[Phase, int]:
+        """The phase of step `index`, and the step's number in it."""
+        for phase in PHASES[: self.phases]:
+            if index < phase.steps:
+                return phase, index
+            index -= phase.steps
+        raise IndexError(f"step: expected a number below {self.steps}")
 
 
 class Muon(torch.optim.Optimizer):
@@ -81,23 +128,47 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Data:
-    """All training scenes, rendered and encoded once."""
+    """The training scenes, rendered and encoded once: all of one or two objects, and many of three for answers."""
 
-    def __init__(self, seed: int, variants: int = VARIANTS):
+    def __init__(self, seed: int):
         rng = random.Random(seed)
         self.scenes = scenes(held_out=False)
         singles = [i for i, scene in enumerate(self.scenes) if len(scene.objects) == 1]
         pairs = [i for i, scene in enumerate(self.scenes) if len(scene.objects) == 2]
         self.groups = (singles, pairs)
-        self.variants = variants
-        images = np.stack([render(scene, rng) for scene in self.scenes for _ in range(variants)])
-        self.latents = codec.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        self.latents = _rendered(self.scenes, rng, VARIANTS, loose=False)
+        self.loose = _rendered(self.scenes, rng, LOOSE_VARIANTS, loose=True)
+        self.crowds = [crowded_scene(rng) for _ in range(CROWDED)]
+        self.crowded = _rendered(self.crowds, rng, 1, loose=True)
 
     def draw(self, rng: random.Random, count: int) -> tuple[list[Scene], Tensor]:
-        """`count` scenes, two in five with one object, and their latents [count, ...]."""
+        """`count` scenes to draw, two in five with one object, and their latents [count, ...]."""
         index = [rng.choice(self.groups[0 if rng.random() < 0.4 else 1]) for _ in range(count)]
-        rows = torch.tensor([i * self.variants + rng.randrange(self.variants) for i in index])
-        return [self.scenes[i] for i in index], self.latents[rows]
+        return [self.scenes[i] for i in index], self.latents[index, [rng.randrange(VARIANTS) for _ in index]]
+
+    def ask(self, rng: random.Random, count: int) -> tuple[list[Scene], Tensor]:
+        """`count` scenes to ask about, half of them of three objects, and their latents [count, ...]."""
+        crowds = rng.sample(range(CROWDED), count // 2)
+        index = [rng.choice(self.groups[0 if rng.random() < 0.4 else 1]) for _ in range(count - len(crowds))]
+        chosen = [self.scenes[i] for i in index] + [self.crowds[i] for i in crowds]
+        loose = self.loose[index, [rng.randrange(LOOSE_VARIANTS) for _ in index]]
+        return chosen, torch.cat([loose, self.crowded[crowds, 0]])
+
+
+def _rendered(among: list[Scene], rng: random.Random, variants: int, loose: bool) -> Tensor:
+    """Latents [scenes, variants, ...]."""
+    images = np.stack([render(scene, rng, loose) for scene in among for _ in range(variants)])
+    codes = codec.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    return codes.unflatten(0, (len(among), variants))
+
+
+def _question(scene: Scene, phase: Phase, rng: random.Random) -> Question:
+    if phase.varied and rng.random() < phase.described:
+        return description(scene)
+    possible = questions(scene, rng)
+    if phase.focus and rng.random() < phase.focused:
+        possible = [question for question in possible if question.kind in phase.focus]
+    return rng.choice(possible)
 
 
 class Trainer:
@@ -111,7 +182,8 @@ class Trainer:
         self.layout = layout()
         self.model: Any = Showo2(nano_config()).to(device).train()
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
             hidden = parameter.dim() == 2 and ("layers." in name or "diffusion_head_a" in name)
             (matrices if hidden else others).append(parameter)
@@ -120,8 +192,8 @@ class Trainer:
 
     # ---- batches
 
-    def _drawing_loss(self, rng: random.Random, generator: torch.Generator) -> Tensor:
-        chosen, target = self.data.draw(rng, self.settings.drawings)
+    def _drawing_loss(self, count: int, rng: random.Random, generator: torch.Generator) -> Tensor:
+        chosen, target = self.data.draw(rng, count)
         prompts = [rng.choice(captions(scene)) for scene in chosen]
         inputs = self.layout.generation(prompts)
         null = torch.tensor([rng.random() < NULL_SHARE for _ in prompts])
@@ -138,12 +210,13 @@ class Trainer:
         velocity = model.velocity(model.backbone(embeds, mask), time_embeds, mask, spans, target.shape)
         return F.mse_loss(velocity, target - noise)
 
-    def _answer_loss(self, rng: random.Random) -> Tensor:
-        chosen, latents = self.data.draw(rng, self.settings.answers)
+    def _answer_loss(self, phase: Phase, rng: random.Random) -> Tensor:
+        among = self.data.ask if phase.varied else self.data.draw
+        chosen, latents = among(rng, phase.answers)
         model, plan = self.model, self.layout
         rows, starts, ends = [], [], []
         for scene in chosen:
-            question = rng.choice(questions(scene, rng))
+            question = _question(scene, phase, rng)
             before, after = plan.question(question.text)
             span = [plan.img_pad] * plan.image_tokens
             prompt = [*before[0].tolist(), plan.boi, *span, *after[0, 1:].tolist()]
@@ -155,7 +228,9 @@ class Trainer:
         tokens = torch.tensor([[*row, *[plan.pad] * (length - len(row))] for row in rows], device=self.device)
         offset = len(plan.before_image) + 1
         spans = torch.tensor([[[offset, plan.image_tokens]]], device=self.device).expand(len(rows), 1, 2)
-        embeds, _ = model.embed_sequence(tokens, latents.to(self.device), torch.ones(len(rows), device=self.device), spans)
+        embeds, _ = model.embed_sequence(
+            tokens, latents.to(self.device), torch.ones(len(rows), device=self.device), spans
+        )
         late = spans + torch.tensor([1, 0], device=self.device)  # the span starts one token late, as upstream answers
         hidden = model.backbone(embeds, model.omni_mask(late, length))
         position = torch.arange(1, length, device=self.device)
@@ -167,26 +242,24 @@ class Trainer:
         """Train on batch `index`: (flow loss, answer loss)."""
         rng = random.Random(self.settings.seed * 1_000_003 + index)
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
-        rate = self._rate(index)
+        phase, number = self.settings.phase(index)
+        warm = min(1.0, (number + 1) / self.settings.warmup)
+        rate = warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * number / phase.steps)))
         for optimiser, base in ((self.muon, self.settings.muon_lr), (self.adam, self.settings.adam_lr)):
             for group in optimiser.param_groups:
                 group["lr"] = base * rate
             optimiser.zero_grad(set_to_none=True)
-        flow = self._drawing_loss(rng, generator)
+        flow = self._drawing_loss(phase.drawings, rng, generator)
         flow.backward()
-        answer = self._answer_loss(rng)
-        (0.5 * answer).backward()
+        answer = self._answer_loss(phase, rng)
+        (phase.answer_weight * answer).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.muon.step()
         self.adam.step()
-        decay = min(EMA_DECAY, (index + 1) / (index + 10))
+        decay = min(phase.averaging, (index + 1) / (index + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.model.parameters()], 1 - decay)
         return float(flow.detach()), float(answer.detach())
-
-    def _rate(self, index: int) -> float:
-        warm = min(1.0, (index + 1) / self.settings.warmup)
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * index / self.settings.steps)))
 
     # ---- files
 
@@ -227,27 +300,34 @@ class Trainer:
 
 
 @click.command(epilog="Example: python -m flashu_ext.nano.train --out nano_run")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("nano_run"), help="Folder of the run and its result.")
-@click.option("--steps", default=Settings.steps, show_default=True, help="Training steps in all.")
-@click.option("--drawings", default=Settings.drawings, show_default=True, help="Drawings per step.")
-@click.option("--answers", default=Settings.answers, show_default=True, help="Questions per step.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("nano_run"), help="Folder of the run and its result."
+)
+@click.option(
+    "--phases",
+    default=Settings.phases,
+    show_default=True,
+    type=click.IntRange(1, len(PHASES)),
+    help="Phases of training to run.",
+)
 @click.option("--muon-lr", default=Settings.muon_lr, show_default=True)
 @click.option("--adam-lr", default=Settings.adam_lr, show_default=True)
 @click.option("--seed", default=Settings.seed, show_default=True)
 @click.option("--save-every", default=250, show_default=True, help="Steps between saves of the run.")
 @click.option("--check-every", default=1000, show_default=True, help="Steps between measurements on training scenes.")
-def main(out: Path, steps: int, save_every: int, check_every: int, **settings: Any) -> None:
+def main(out: Path, save_every: int, check_every: int, **settings: Any) -> None:
     """Train the embedded model and write a checkpoint directory (bf16) to OUT/model. A run that was stopped goes on."""
     from tqdm import tqdm
 
-    from .evaluate import measure_drawing
+    from .evaluate import measure_answers, measure_drawing
     from .tokenizer import FILE
 
     if not FILE.is_file():
         write_tokenizer()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(Settings(steps=steps, **settings), Data(settings["seed"]), device)
+    trainer = Trainer(Settings(**settings), Data(settings["seed"]), device)
+    steps = trainer.settings.steps
     run = out / "run.pt"
     first = trainer.resume(run) if run.is_file() else 0
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -264,8 +344,13 @@ def main(out: Path, steps: int, save_every: int, check_every: int, **settings: A
             bar.set_postfix(flow=f"{flow_average:.4f}", answer=f"{answer_average:.4f}")
             trainer.save(run, index + 1)
         if (index + 1) % check_every == 0:
-            right = measure_drawing(trainer.averaged(), scenes(held_out=False), 60, steps=25, seed=index)
-            tqdm.write(f"step {index + 1}: flow {flow_average:.4f} answer {answer_average:.4f} drawn {right} ({time.time() - began:.0f} s)")
+            model = trainer.averaged()
+            drawn = measure_drawing(model, scenes(held_out=False), 60, steps=25, seed=index)
+            answered = measure_answers(model, scenes(held_out=False), 100, seed=index)["all"]
+            took = f"({time.time() - began:.0f} s)"
+            tqdm.write(
+                f"step {index + 1}: flow {flow_average:.4f} answer {answer_average:.4f} drawn {drawn} answered {answered} {took}"
+            )
     trainer.save(run, steps)
     trainer.averaged().to(torch.bfloat16).save_pretrained(out / "model")
     print(f"wrote {out / 'model'}", file=sys.stderr)

@@ -1,0 +1,65 @@
+"""Room: nano. Makes the shipped task plan: which FFN neurons of the embedded model matter for drawing and for answering."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import click
+import torch
+
+from ..calibrate import GenerationSample, UnderstandingSample
+from . import codec
+from .model import DATA, PRUNE_MULTIPLE, load_model
+from .tokenizer import layout
+from .world import Scene, captions, questions, render, scenes
+
+__all__ = ["samples"]
+
+
+def _latents(scene: Scene, rng: random.Random) -> torch.Tensor:
+    return codec.encode(torch.from_numpy(render(scene, rng)).permute(2, 0, 1)[None].float() / 127.5 - 1)
+
+
+def samples(count: int, seed: int) -> tuple[list[GenerationSample], list[UnderstandingSample]]:
+    """`count` drawings and `count` questions with answers, from training scenes."""
+    rng = random.Random(seed)
+    words = layout()
+    generation, understanding = [], []
+    for scene in rng.sample(scenes(held_out=False), count):
+        rows = words.generation([rng.choice(captions(scene))])
+        generation.append(GenerationSample(latents=_latents(scene, rng), **vars(rows)))
+        question = rng.choice(questions(scene, rng))
+        before, after = words.question(question.text)
+        answer = torch.tensor([words.encode(question.answer)], dtype=torch.int64)
+        understanding.append(UnderstandingSample(_latents(scene, rng), before, torch.cat([after, answer], dim=1)))
+    return generation, understanding
+
+
+@click.command(epilog="Example: python -m flashu_ext.nano.calibrate --model nano_run/model")
+@click.option(
+    "--model",
+    "directory",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default=DATA,
+    help="Checkpoint folder; the plan is written into it. Default: the shipped one.",
+)
+@click.option(
+    "--samples", "count", default=40, show_default=True, type=click.IntRange(1, 200), help="Drawings, and questions."
+)
+@click.option("--ratio", default=0.2, show_default=True, type=click.FloatRange(0, 1), help="Share of neurons to prune.")
+@click.option("--seed", default=0, show_default=True)
+def main(directory: Path, count: int, ratio: float, seed: int) -> None:
+    """Score the embedded model's neurons per task and write plan.safetensors beside its weights."""
+    from ..calibrate import calibrate
+
+    model = load_model(directory)
+    plan = calibrate(model, *samples(count, seed), ratio=ratio, multiple=PRUNE_MULTIPLE, seed=seed)
+    plan.save(directory / "plan.safetensors")
+    click.echo(
+        f"{directory / 'plan.safetensors'}: {plan.kept_neurons} of {plan.intermediate} neurons for each task and layer"
+    )
+
+
+if __name__ == "__main__":
+    main()
