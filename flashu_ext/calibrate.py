@@ -55,7 +55,7 @@ class UnderstandingSample:
 
 
 def calibrate(
-    model: nn.Module,
+    model: Any,
     generation: Sequence[GenerationSample] = (),
     understanding: Sequence[UnderstandingSample] = (),
     *,
@@ -128,11 +128,8 @@ class _NeuronNorms:
         self.parts = parts
         self.counted: Tensor | None = None
         mlps = [layer.mlp for layer in parts.layers]
-        self.sums = [
-            torch.zeros(mlp.down_proj.in_features, dtype=torch.float32, device=parts.device)  # type: ignore[union-attr]
-            for mlp in mlps
-        ]
-        accumulate = ops.neuron_norms_
+        self.sums = [torch.zeros(mlp.down_proj.in_features, dtype=torch.float32, device=parts.device) for mlp in mlps]
+        accumulate: Any = ops.neuron_norms_
         self._accumulate = accumulate if accumulate.is_supported(parts.device, parts.dtype) else reference.neuron_norms_
 
     def add(self, layer: int, hidden: Tensor) -> None:
@@ -141,7 +138,7 @@ class _NeuronNorms:
         self._accumulate(self.sums[layer], rows)
 
     def scores(self) -> list[Tensor]:
-        weights = [layer.mlp.down_proj.weight for layer in self.parts.layers]  # type: ignore[union-attr]
+        weights = [layer.mlp.down_proj.weight for layer in self.parts.layers]
         return [w.float().abs().sum(0) * total.sqrt() for w, total in zip(weights, self.sums, strict=True)]
 
 
@@ -156,7 +153,7 @@ def _neuron_norms(parts: Showo2Parts) -> Iterator[_NeuronNorms]:
             def hook(_module: nn.Module, inputs: tuple[Tensor, ...], index: int = index) -> None:
                 norms.add(index, inputs[0])
 
-            hooks.append(layer.mlp.down_proj.register_forward_pre_hook(hook))  # type: ignore[union-attr]
+            hooks.append(layer.mlp.down_proj.register_forward_pre_hook(hook))
         yield norms
     finally:
         for handle in hooks:
@@ -175,7 +172,7 @@ def _see_generation(
     validate.check_t2i_inputs(parts.model, latents, time, tokens, positions, True)
     end = positions[:, 0].sum(dim=-1, keepdim=True)
     norms.counted = torch.arange(tokens.shape[1], device=tokens.device) < end
-    parts.model.t2i_generate(  # type: ignore[operator]
+    parts.model.t2i_generate(
         image_latents=latents,
         t=time,
         text_tokens=tokens,
@@ -188,16 +185,14 @@ def _see_generation(
 
 def _see_understanding(parts: Showo2Parts, sample: UnderstandingSample, norms: _NeuronNorms) -> None:
     """One prefill of image, question and answer."""
-    from .kernel_sets import resolve
     from .config import FlashUConfig
+    from .kernel_sets import resolve
     from .runtime.understanding import UnderstandingEngine
 
     engine = UnderstandingEngine(parts, resolve(FlashUConfig.exact(), parts.device, parts.dtype))
     embeds, allowed = engine.prompt(sample.image_latents, sample.tokens_before_image, sample.tokens_after_boi)
     norms.counted = None
-    parts.model.showo(  # type: ignore[operator]
-        inputs_embeds=embeds, attention_mask=_additive(allowed[None, None], parts.dtype), use_cache=False
-    )
+    parts.model.showo(inputs_embeds=embeds, attention_mask=_additive(allowed[None, None], parts.dtype), use_cache=False)
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:

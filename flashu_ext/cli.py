@@ -19,7 +19,7 @@ import click
 from . import __version__
 
 if TYPE_CHECKING:
-    from .config import FlashUConfig
+    pass
 
 __all__ = ["cli", "main"]
 
@@ -135,43 +135,23 @@ def _pipeline(model: str, preset: str, plan_file: Path | None, verbose: bool) ->
     from .showo2 import Pipeline
 
     pipe = Pipeline.from_pretrained(model)
-    config = _preset_config(model, preset)
+    plan = None
+    if plan_file is not None:
+        from .plan import TaskPlan
+
+        plan = TaskPlan.load(plan_file, model=pipe.model)
+    config, plan = pipe.preset(preset, plan)
     if config is None:
         yield pipe
         return
-    from .plan import TaskPlan
-    from .swap import accelerate
-
-    plan = None
-    if config.ffn_prune_ratio > 0:
-        if plan_file is not None:
-            plan = TaskPlan.load(plan_file, model=pipe.model).with_ratio(
-                config.ffn_prune_ratio, config.prune_multiple
-            )
-        elif model == "nano":
-            from .nano.model import load_plan
-
-            plan = load_plan(pipe.model)
-    with accelerate(pipe.model, config, plan) as handle:
+    with pipe.accelerate(config, plan) as handle:
         yield pipe
         if verbose:
             click.echo(str(handle.summary()), err=True)
 
 
-def _preset_config(model: str, preset: str) -> FlashUConfig | None:
-    from .config import FlashUConfig
-
-    if model == "nano":
-        from .nano.evaluate import preset_config
-
-        return preset_config(preset)
-    return None if preset == "dense" else getattr(FlashUConfig, preset)()
-
-
 @cli.command(
-    epilog=_example(
-        'flashu-ext generate "a red circle above a blue square" --preset paper --seed 0 -o out.png'
-    )
+    epilog=_example('flashu-ext generate "a red circle above a blue square" --preset paper --seed 0 -o out.png')
 )
 @click.argument("prompt")
 @_model_options
@@ -216,9 +196,7 @@ def generate(
 @click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("question")
 @_model_options
-def answer(
-    image: Path, question: str, model: str, preset: str, plan_file: Path | None, verbose: bool
-) -> None:
+def answer(image: Path, question: str, model: str, preset: str, plan_file: Path | None, verbose: bool) -> None:
     """Answer QUESTION about IMAGE."""
     from PIL import Image
 
@@ -245,9 +223,7 @@ def answer(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A FlashUConfig as JSON, instead of a preset.",
 )
-@click.option(
-    "--steps", type=click.IntRange(2), help="Grid points (default: the preset's; 50 where it names none)."
-)
+@click.option("--steps", type=click.IntRange(2), help="Grid points (default: the preset's; 50 where it names none).")
 @click.option(
     "--layers", type=click.IntRange(1), help="LLM layers, to know whether the skip ratio rounds down to none."
 )
@@ -301,21 +277,14 @@ def _plan_record(step_plan: Any, guidance: float) -> dict[str, Any]:
     }
 
 
-_FORWARD = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-
-
-@cli.command(context_settings=_FORWARD, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def info(arguments: Sequence[str]) -> None:
+@cli.command(epilog=_example("flashu-ext info", "flashu-ext info --json"))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def info(as_json: bool) -> None:
     """Tell what this build has, what this machine has, and why anything is missing."""
     from . import info as module
 
-    _leave(module.main(list(arguments)))
-
-
-def _leave(code: int | None) -> None:
-    if code:
-        raise click.exceptions.Exit(code)
+    facts = module.collect()
+    click.echo(json.dumps(facts, indent=1) if as_json else module.describe(facts))
 
 
 # ---- measuring
@@ -326,13 +295,62 @@ def bench() -> None:
     """Measure: one op (ffn) or whole images and answers (e2e)."""
 
 
-@bench.command(context_settings=_FORWARD, add_help_option=False)
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def ffn(arguments: Sequence[str]) -> None:
-    """Time the gathered FFN beside torch's; `flashu-ext bench ffn --help` lists its options."""
+@bench.command(
+    epilog=_example("flashu-ext bench ffn --rows 1 --rows 1460 --dtype bf16", "flashu-ext bench ffn --explain")
+)
+@click.option(
+    "--shape",
+    default="1.5b",
+    show_default=True,
+    type=click.Choice(("1.5b", "7b", "bench", "head")),
+    help="Whose FFN: Show-o2 1.5B or 7B, the bench model, the diffusion head.",
+)
+@click.option(
+    "--dtype", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16")), help="Storage."
+)
+@click.option(
+    "--rows",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1, 8, 16, 128, 512, 1460),
+    show_default=True,
+    help="Tokens (may be repeated).",
+)
+@click.option(
+    "--keep", default=0.8, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Share of neurons kept."
+)
+@click.option(
+    "--seconds", default=4.0, show_default=True, type=click.FloatRange(0), help="Time spent on each number of tokens."
+)
+@click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")
+@click.option("--explain", is_flag=True, help="Print how the CPU kernels block these problems, and do not measure.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write all figures to this file.",
+)
+def ffn(
+    shape: str,
+    dtype: str,
+    rows: tuple[int, ...],
+    keep: float,
+    seconds: float,
+    threads: int | None,
+    explain: bool,
+    json_file: Path | None,
+) -> None:
+    """Time the gathered FFN beside torch dense, a pruned copy, and gather-then-GEMM."""
     from .bench import ffn as module
 
-    _leave(module.main(list(arguments)))
+    settings = module.Settings(shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads)
+    if explain:
+        click.echo(module.explain(settings))
+        return
+    report = module.run(settings)
+    click.echo(report.table())
+    if json_file is not None:
+        json_file.write_text(report.to_json(), encoding="utf-8")
 
 
 @bench.command(
@@ -368,12 +386,8 @@ def ffn(arguments: Sequence[str]) -> None:
     show_default=True,
     help="New tokens of an answer (may be repeated).",
 )
-@click.option(
-    "--steps", default=50, show_default=True, type=click.IntRange(2), help="Grid points of dense and exact."
-)
-@click.option(
-    "--paper-steps", default=35, show_default=True, type=click.IntRange(2), help="Grid points of paper."
-)
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(2), help="Grid points of dense and exact.")
+@click.option("--paper-steps", default=35, show_default=True, type=click.IntRange(2), help="Grid points of paper.")
 @click.option(
     "--repeats",
     default=3,

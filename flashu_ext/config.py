@@ -81,7 +81,9 @@ class FlashUConfig:
             if not _is_real(value) or not 0 <= value < 1:
                 raise _fail(name, "a number in [0, 1)", value)
         if self.token_prune_ratio != 0:
-            raise _fail("token_prune_ratio", "0 (pruning visual tokens is not part of this version)", self.token_prune_ratio)
+            raise _fail(
+                "token_prune_ratio", "0 (pruning visual tokens is not part of this version)", self.token_prune_ratio
+            )
         tau = self.full_network_steps
         if not (_is_int(tau) and tau >= 0) and not (isinstance(tau, float) and 0 <= tau < 1):
             raise _fail("full_network_steps", "a count of steps >= 0 or a fraction in [0, 1)", tau)
@@ -125,7 +127,9 @@ class FlashUConfig:
         """Nothing is approximated: outputs equal the unmodified model's up to rounding. Overrides may not change that."""
         config = cls(**overrides)
         if config.approximates:
-            raise ValueError(f"FlashUConfig.exact: expected no approximating field, got {', '.join(config.approximates)}")
+            raise ValueError(
+                f"FlashUConfig.exact: expected no approximating field, got {', '.join(config.approximates)}"
+            )
         return config
 
     @classmethod
@@ -169,7 +173,7 @@ class FlashUConfig:
     def full_steps(self, steps: int) -> int:
         """tau as a count for `steps` grid points (a fraction is rounded half up, as 0.3 * 35 = 10.5 -> 11)."""
         if isinstance(self.full_network_steps, float):
-            return int(math.floor(self.full_network_steps * steps + 0.5))
+            return math.floor(self.full_network_steps * steps + 0.5)
         return self.full_network_steps
 
     def guidance_at(self, step: int, scale: float) -> float:

@@ -61,7 +61,9 @@ class NeuronLayout:
             mask = torch.zeros(intermediate, dtype=torch.bool)
             mask[index] = True
             if int(mask.sum()) != index.numel():
-                raise ValueError(f"sets[{task!r}]: expected distinct neurons, got {index.numel() - int(mask.sum())} repeats")
+                raise ValueError(
+                    f"sets[{task!r}]: expected distinct neurons, got {index.numel() - int(mask.sum())} repeats"
+                )
             members[task] = mask
         tasks = list(members)
         empty = torch.zeros(intermediate, dtype=torch.bool)
@@ -89,4 +91,8 @@ class NeuronLayout:
     def kept(self, task: str) -> Tensor:
         """The original neuron indices of a task, ascending, int64 [n]."""
         positions = [torch.arange(start, start + length) for start, length in self.runs[task]]
-        return self.permutation[torch.cat(positions)].long().sort().values if positions else torch.empty(0, dtype=torch.int64)
+        return (
+            self.permutation[torch.cat(positions)].long().sort().values
+            if positions
+            else torch.empty(0, dtype=torch.int64)
+        )

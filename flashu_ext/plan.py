@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import strict_json
 from .neurons import NeuronLayout
@@ -38,14 +38,14 @@ def kept_count(intermediate: int, ratio: float, multiple: int) -> int:
     return kept
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: Any) -> str:
     """Digest that tells one model's weights from another's: the LLM's FFN shapes and a sample of its attention weights.
 
     It ignores the order of FFN neurons and survives a cast to bf16, so an accelerated model and its checkpoint agree.
     """
     sample: list[Tensor] = []
     shapes: list[int] = []
-    for layer in model.showo.model.layers:  # type: ignore[union-attr]
+    for layer in model.showo.model.layers:
         down = layer.mlp.down_proj.weight
         shapes += list(down.shape)
         query = layer.self_attn.q_proj.weight.detach().flatten()
@@ -55,7 +55,9 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def _check_scores(task: str, scores: Sequence[Tensor]) -> Tensor:
     if not isinstance(scores, (list, tuple)) or not scores:
-        raise ValueError(f"{task}: expected a non-empty list with one score tensor per layer, got {type(scores).__name__}")
+        raise ValueError(
+            f"{task}: expected a non-empty list with one score tensor per layer, got {type(scores).__name__}"
+        )
     for layer, score in enumerate(scores):
         if not isinstance(score, Tensor) or score.dim() != 1 or not score.is_floating_point():
             got = f"{tuple(score.shape)} {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
@@ -66,7 +68,9 @@ def _check_scores(task: str, scores: Sequence[Tensor]) -> Tensor:
             )
         bad = torch.nonzero(~torch.isfinite(score))
         if bad.numel():
-            raise ValueError(f"{task}[{layer}]: expected finite scores, got {float(score[bad[0, 0]])} at neuron {int(bad[0, 0])}")
+            raise ValueError(
+                f"{task}[{layer}]: expected finite scores, got {float(score[bad[0, 0]])} at neuron {int(bad[0, 0])}"
+            )
     return torch.stack([score.detach().to("cpu", torch.float32) for score in scores])
 
 
@@ -106,7 +110,7 @@ class TaskPlan:
         understanding: Sequence[Tensor] | None = None,
         ratio: float = 0.2,
         multiple: int = 64,
-        model: nn.Module | None = None,
+        model: Any | None = None,
         **other_tasks: Sequence[Tensor],
     ) -> TaskPlan:
         """A plan from neuron scores.
@@ -162,11 +166,13 @@ class TaskPlan:
 
     def with_ratio(self, ratio: float, multiple: int | None = None) -> TaskPlan:
         """The same scores, pruned further or less."""
-        return TaskPlan(self.scores, ratio, self.multiple if multiple is None else multiple, self.fingerprint, self.notes)
+        return TaskPlan(
+            self.scores, ratio, self.multiple if multiple is None else multiple, self.fingerprint, self.notes
+        )
 
-    def check_model(self, model: nn.Module) -> None:
+    def check_model(self, model: Any) -> None:
         """Raises ValueError where the plan was not made for this model."""
-        layers = model.showo.model.layers  # type: ignore[union-attr]
+        layers = model.showo.model.layers
         shape = (len(layers), layers[0].mlp.down_proj.weight.shape[1])
         if shape != (self.layers, self.intermediate):
             raise ValueError(
@@ -197,7 +203,7 @@ class TaskPlan:
         save_safetensors(path, tensors, {"plan": json.dumps(header, allow_nan=False)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> TaskPlan:
+    def load(cls, path: str | os.PathLike[str], model: Any | None = None) -> TaskPlan:
         """Read a plan; with `model`, refuse one that was made for another model.
 
         Raises:
@@ -215,7 +221,11 @@ class TaskPlan:
         if set(header) != fields:
             raise ValueError(f"{path}: expected fields {sorted(fields)}, got {sorted(header)}")
         tasks = header["tasks"]
-        if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
+        if (
+            not isinstance(tasks, list)
+            or not all(isinstance(task, str) for task in tasks)
+            or len(set(tasks)) != len(tasks)
+        ):
             raise ValueError(f"{path}: tasks: expected distinct names, got {tasks!r:.200}")
         if set(tensors) != {f"score.{task}" for task in tasks}:
             raise ValueError(f"{path}: expected scores of {tasks}, got tensors {sorted(tensors)}")
@@ -225,7 +235,9 @@ class TaskPlan:
             raise ValueError(f"{path}: fingerprint: expected a string or null, got {header['fingerprint']!r:.80}")
         for name, tensor in tensors.items():
             if tensor.dim() != 2 or tensor.dtype != torch.float32 or tensor.numel() == 0:
-                raise ValueError(f"{path}: {name}: expected fp32 [layers, neurons], got {tuple(tensor.shape)} {tensor.dtype}")
+                raise ValueError(
+                    f"{path}: {name}: expected fp32 [layers, neurons], got {tuple(tensor.shape)} {tensor.dtype}"
+                )
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{path}: {name}: expected finite scores")
         try:

@@ -95,7 +95,9 @@ def _entry(where: str, value: Any) -> TensorEntry:
         raise ValueError(f"{where}: data_offsets: expected [begin, end] with begin <= end, got {offsets!r:.200}")
     expected = math.prod(shape) * _DTYPE_BYTES[dtype]
     if expected != offsets[1] - offsets[0]:
-        raise ValueError(f"{where}: {dtype} {shape} needs {expected} bytes, data_offsets hold {offsets[1] - offsets[0]}")
+        raise ValueError(
+            f"{where}: {dtype} {shape} needs {expected} bytes, data_offsets hold {offsets[1] - offsets[0]}"
+        )
     return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
@@ -106,7 +108,9 @@ def _check_ranges(path: Path, entries: Mapping[str, TensorEntry], payload: int) 
             raise ValueError(f"{path}: {name}: expected data at byte {position}, got {entry.begin} (overlap or gap)")
         position = entry.end
     if position != payload:
-        raise ValueError(f"{path}: expected {position} bytes of tensor data, the file holds {payload} (truncated or padded)")
+        raise ValueError(
+            f"{path}: expected {position} bytes of tensor data, the file holds {payload} (truncated or padded)"
+        )
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Mapping[str, str]]:

@@ -1,4 +1,4 @@
-"""Room: structure. Finds the parts of a Show-o2 model by attribute names and shapes, ours or upstream's, without importing either.
+"""Room: structure. Finds a Show-o2 model's parts by attribute names and shapes, ours or upstream's, importing neither.
 
 Every other room of the runtime reads the model through `Showo2Parts`, so a difference between model versions is dealt
 with here and nowhere else.
@@ -61,30 +61,30 @@ class AttentionShape:
 class Showo2Parts:
     """A Show-o2 model's parts. Modules are the model's own objects; nothing is copied."""
 
-    model: nn.Module
-    embed_tokens: nn.Module
-    layers: nn.ModuleList
-    final_norm: nn.Module
-    llm_rope: nn.Module
-    lm_head: nn.Module
+    model: Any
+    embed_tokens: Any
+    layers: Any
+    final_norm: Any
+    llm_rope: Any
+    lm_head: Any
     llm_attention: AttentionShape
-    patch_und: nn.Module
-    patch_gen: nn.Module
-    position_embedding: nn.Module
-    vision: nn.Module
-    fusion: nn.Module
-    time_embed: nn.Module
-    time_proj: nn.Module | None
-    diff_proj: nn.Module | None
-    blocks: nn.ModuleList
+    patch_und: Any
+    patch_gen: Any
+    position_embedding: Any
+    vision: Any
+    fusion: Any
+    time_embed: Any
+    time_proj: Any
+    diff_proj: Any
+    blocks: Any
     head_attention: AttentionShape
-    final_layer: nn.Module
+    final_layer: Any
     patch_size: int
     latent_channels: int
     has_time_token: bool
 
     @classmethod
-    def find(cls, model: nn.Module) -> Showo2Parts:
+    def find(cls, model: Any) -> Showo2Parts:
         """Look the parts up.
 
         Raises:
@@ -92,9 +92,9 @@ class Showo2Parts:
         """
         missing = [path for path in _REQUIRED if _get(model, path) is None]
         if not missing:
-            for i, layer in enumerate(model.showo.model.layers):  # type: ignore[union-attr]
+            for i, layer in enumerate(model.showo.model.layers):
                 missing += [f"showo.model.layers.{i}.{path}" for path in (*_LAYER, *_FFN) if _get(layer, path) is None]
-            for i, block in enumerate(model.diffusion_head_a):  # type: ignore[arg-type]
+            for i, block in enumerate(model.diffusion_head_a):
                 missing += [f"diffusion_head_a.{i}.{path}" for path in _BLOCK if _get(block, path) is None]
         if missing:
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
@@ -102,12 +102,12 @@ class Showo2Parts:
                 f"model: expected a Show-o2 model (Showo2 or Showo2Qwen2_5), got {type(model).__name__} without "
                 f"{', '.join(missing[:4])}{more}"
             )
-        llm = model.showo.model  # type: ignore[union-attr]
+        llm = model.showo.model
         blocks: Any = model.diffusion_head_a
         for name, stack in (("showo.model.layers", llm.layers), ("diffusion_head_a", blocks)):
             if len(stack) == 0:
                 raise TypeError(f"model.{name}: expected at least one layer, got none")
-        llm_config = model.showo.config  # type: ignore[union-attr]
+        llm_config = model.showo.config
         first = llm.layers[0].self_attn
         head_dim = getattr(llm_config, "head_dim", None) or first.q_proj.out_features // llm_config.num_attention_heads
         head_first = blocks[0].self_attn
@@ -118,7 +118,7 @@ class Showo2Parts:
             layers=llm.layers,
             final_norm=llm.norm,
             llm_rope=llm.rotary_emb,
-            lm_head=model.showo.lm_head,  # type: ignore[union-attr]
+            lm_head=model.showo.lm_head,
             llm_attention=_attention_shape(first, head_dim),
             patch_und=model.image_embedder_und,
             patch_gen=patch_gen,
@@ -131,9 +131,9 @@ class Showo2Parts:
             blocks=blocks,
             head_attention=_attention_shape(head_first, head_first.head_dim),
             final_layer=model.diffusion_head_b,
-            patch_size=int(model.config.patch_size),  # type: ignore[union-attr]
+            patch_size=int(model.config.patch_size),
             latent_channels=int(patch_gen.proj.in_channels),
-            has_time_token=bool(model.config.add_time_embeds),  # type: ignore[union-attr]
+            has_time_token=bool(model.config.add_time_embeds),
         )
 
     @property
@@ -171,7 +171,7 @@ def position_table(parts: Showo2Parts, height: int, width: int) -> Tensor:
     `interpolate_pos_encoding`).
     """
     table = parts.position_embedding.weight
-    if table.shape[0] == parts.model.image_position_ids.shape[-1]:  # type: ignore[union-attr]
+    if table.shape[0] == parts.model.image_position_ids.shape[-1]:
         if table.shape[0] != height * width:
             raise ValueError(
                 f"image_latents: expected a grid of {table.shape[0]} patches as the model was built for, got {height} x {width}"

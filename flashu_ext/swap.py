@@ -48,10 +48,10 @@ class Handle:
             for index, layer in enumerate(self.runner.parts.layers):
                 layout = self._layouts[index] if self._layouts else None
                 original = layer.mlp
-                replacement = GatheredFFN(original, self.runner.kernels, layout)  # type: ignore[arg-type]
+                replacement = GatheredFFN(original, self.runner.kernels, layout)
                 if layout is not None:
                     _permute(replacement, layout.permutation)
-                self._original_ffns.append(original)  # type: ignore[arg-type]
+                self._original_ffns.append(original)
                 layer.mlp = replacement
             for name in _METHODS:
                 if name in self.model.__dict__:
@@ -117,8 +117,8 @@ class Handle:
             backbone_evaluations=sum(step.backbone for step in done),
             head_evaluations=sum(step.head for step in done),
             layers_skipped=tuple(image.choices) if image else (),
-            neurons={task: self.plan.kept_neurons for task in self.plan.tasks} if self.plan and self._layouts else {},
-            intermediate=int(parts.layers[0].mlp.gate_proj.weight.shape[0]),  # type: ignore[union-attr,index]
+            neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and self._layouts else {},
+            intermediate=int(parts.layers[0].mlp.gate_proj.weight.shape[0]),
             tokens=tokens,
             weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
             extra_weight_bytes=sum(layout.permutation.nbytes for layout in self._layouts or ()),
@@ -129,7 +129,9 @@ class Handle:
 
     def __repr__(self) -> str:
         state = "active" if self._active else "removed"
-        return f"Handle({type(self.model).__name__}, {state}, approximates={list(self.config.approximates) or 'nothing'})"
+        return (
+            f"Handle({type(self.model).__name__}, {state}, approximates={list(self.config.approximates) or 'nothing'})"
+        )
 
 
 def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Handle:

@@ -84,9 +84,7 @@ class OwnSubject:
     def answer(self, inputs: Inputs, tokens: int) -> Tensor:
         from ..showo2 import answer_tokens
 
-        return answer_tokens(
-            self.model, inputs.image_latents, inputs.before, inputs.after, max_new_tokens=tokens
-        )
+        return answer_tokens(self.model, inputs.image_latents, inputs.before, inputs.after, max_new_tokens=tokens)
 
 
 @dataclass
@@ -205,8 +203,7 @@ class Report:
             )
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
         text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
         text.insert(1, "  ".join("-" * width for width in widths))
         about = ", ".join(f"{name} {value}" for name, value in self.machine.items())
@@ -248,11 +245,7 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
     shape = SHAPES[settings.model]
     own, upstream = _subjects(settings, shape)
     cases = _cases(settings, shape, own, upstream)
-    plans = {
-        id(subject): weight_plan(subject.model, shape.prune_multiple)
-        for subject in (own, upstream)
-        if subject
-    }
+    plans = {id(subject): weight_plan(subject.model, shape.prune_multiple) for subject in (own, upstream) if subject}
     for case in cases:  # short, to allocate and to load kernels outside the measurement
         with _under(case, plans):
             case.action(3)
@@ -293,9 +286,7 @@ def _cases(settings: Settings, shape: Shape, own: OwnSubject, upstream: Subject 
     base: Subject = upstream or own
     cases: list[_Case] = []
 
-    def draw(
-        subject: Subject, preset: str, steps: int, config: FlashUConfig | None, baseline: bool = False
-    ) -> None:
+    def draw(subject: Subject, preset: str, steps: int, config: FlashUConfig | None, baseline: bool = False) -> None:
         row = Row("generation", subject.name, preset, steps, baseline, steps - 1, steps - 1, steps - 1)
 
         def action(short: int | None) -> Tensor:
@@ -303,15 +294,11 @@ def _cases(settings: Settings, shape: Shape, own: OwnSubject, upstream: Subject 
 
         cases.append(_Case(row, subject, config, action))
 
-    def answer(
-        subject: Subject, preset: str, tokens: int, config: FlashUConfig | None, baseline: bool = False
-    ) -> None:
+    def answer(subject: Subject, preset: str, tokens: int, config: FlashUConfig | None, baseline: bool = False) -> None:
         def action(short: int | None) -> Tensor:
             return subject.answer(data, short or tokens)
 
-        cases.append(
-            _Case(Row("understanding", subject.name, preset, tokens, baseline), subject, config, action)
-        )
+        cases.append(_Case(Row("understanding", subject.name, preset, tokens, baseline), subject, config, action))
 
     subjects: list[Subject] = [own] if upstream is None else [own, upstream]
     if "generation" in settings.tasks:
@@ -350,11 +337,7 @@ def _count(row: Row, handle: Any) -> None:
 def _compare(cases: list[_Case]) -> None:
     for case in cases:
         base = next(
-            (
-                c
-                for c in cases
-                if c.row.baseline and c.row.task == case.row.task and c.row.size == case.row.size
-            ),
+            (c for c in cases if c.row.baseline and c.row.task == case.row.task and c.row.size == case.row.size),
             None,
         )
         if base is None or base.output is None or case.output is None:

@@ -55,9 +55,7 @@ class Checkout:
         for name in ("models", "transport"):
             loaded = sys.modules.get(name)
             if loaded is not None and not str(getattr(loaded, "__file__", "")).startswith(str(root)):
-                raise ImportError(
-                    f"--upstream: a module named {name!r} is imported already, from {loaded.__file__}"
-                )
+                raise ImportError(f"--upstream: a module named {name!r} is imported already, from {loaded.__file__}")
         sys.path.insert(0, str(root))
         try:
             return cls(
@@ -106,17 +104,12 @@ def build(directory: Path, config: Showo2Config) -> UpstreamSubject:
     return UpstreamSubject(model.eval(), checkout)
 
 
-def _siglip(checkout: Checkout, config: Showo2Config) -> nn.Module:
+def _siglip(checkout: Checkout, config: Showo2Config) -> Any:
     """A SigLIP with one layer more than is kept: upstream drops the last one."""
     from transformers import SiglipConfig
 
-    if (
-        config.position_rows != config.image_latent_height**2
-        or config.image_latent_height != config.image_latent_width
-    ):
-        raise ValueError(
-            "--upstream: expected a square image grid with one row of the position table per patch"
-        )
+    if config.position_rows != config.image_latent_height**2 or config.image_latent_height != config.image_latent_width:
+        raise ValueError("--upstream: expected a square image grid with one row of the position table per patch")
     vision = dict(config.vision)
     vision |= {
         "num_hidden_layers": config.vision["num_hidden_layers"] + 1,
@@ -165,13 +158,9 @@ class UpstreamSubject:
         """Final latents. Source: upstream inference_t2i.py and the transport settings of its configs."""
         tokens = torch.cat([inputs.text_tokens, inputs.text_tokens_null])
         positions = torch.cat([inputs.positions, inputs.positions_null])
-        mask = self.checkout.attention.omni_attn_mask_naive(
-            len(tokens), tokens.shape[1], positions, tokens.device
-        )
+        mask = self.checkout.attention.omni_attn_mask_naive(len(tokens), tokens.shape[1], positions, tokens.device)
         dtype = self.model.showo.model.embed_tokens.weight.dtype
-        transport = self.checkout.transport.create_transport(
-            snr_type="lognorm", do_shift=True, seq_len=tokens.shape[1]
-        )
+        transport = self.checkout.transport.create_transport(snr_type="lognorm", do_shift=True, seq_len=tokens.shape[1])
         sampler = self.checkout.transport.Sampler(transport)
         integrate = sampler.sample_ode(sampling_method="euler", num_steps=steps, time_shifting_factor=shift)
         samples = integrate(
@@ -190,9 +179,7 @@ class UpstreamSubject:
     def answer(self, inputs: Inputs, tokens: int) -> Tensor:
         """Greedy tokens [tokens]. Source: upstream inference_mmu.py, the span one token late included."""
         model = self.model
-        und = model.image_embedder_und(inputs.image_latents) + model.position_embedding(
-            model.image_position_ids
-        )
+        und = model.image_embedder_und(inputs.image_latents) + model.position_embedding(model.image_position_ids)
         und = model.und_trans(und)["last_hidden_state"]
         image = model.fusion_proj(torch.cat([und, model.image_embedder_gen(inputs.image_latents)], dim=-1))
         embed = model.showo.model.embed_tokens

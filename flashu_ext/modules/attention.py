@@ -104,7 +104,9 @@ class RowGeometry:
 class SpanPass:
     """Image tokens attend to their whole span and to the cached prefix. Buffers live as long as the image."""
 
-    def __init__(self, geometry: RowGeometry, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, geometry: RowGeometry, layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ):
         rows, slots = len(geometry.prefix), geometry.longest + geometry.span
         shape = (rows, kv_heads, slots, head_dim)
         self.geometry = geometry

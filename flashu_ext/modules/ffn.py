@@ -50,5 +50,7 @@ class GatheredFFN(nn.Module):
         return self.kernels.gathered_ffn(x, *weights, runs=runs, residual=residual)
 
     def extra_repr(self) -> str:
-        sets = {task: sum(length for _, length in runs) for task, runs in self.layout.runs.items()} if self.layout else {}
+        sets = (
+            {task: sum(length for _, length in runs) for task, runs in self.layout.runs.items()} if self.layout else {}
+        )
         return f"neurons={self.gate_proj.weight.shape[0]}, sets={sets}"

@@ -244,7 +244,5 @@ def _progress(total: int) -> Iterator[Any]:
     except ImportError:
         yield lambda count: None
         return
-    with tqdm(
-        total=total, leave=False, desc="demo", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}"
-    ) as bar:
+    with tqdm(total=total, leave=False, desc="demo", bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}") as bar:
         yield bar.update

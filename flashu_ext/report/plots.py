@@ -71,9 +71,7 @@ def times(result: DemoResult, attribute: str, title: str) -> str:
         axes.scatter(rounds, [row] * len(rounds), s=7, color=INK, alpha=0.45, zorder=3, linewidths=0)
         label = f" {median:.3g} ms" + (f"   {base / median:.1f}x" if row else "")
         axes.text(max(median, *rounds), row, label, va="center", ha="left", fontsize=9.5, color=INK)
-    axes.set_yticks(
-        range(len(result.presets)), [preset.name for preset in result.presets], color=INK, fontsize=10
-    )
+    axes.set_yticks(range(len(result.presets)), [preset.name for preset in result.presets], color=INK, fontsize=10)
     axes.invert_yaxis()
     axes.set_xlim(0, axes.get_xlim()[1] * 1.28)
     axes.set_xticks([])
@@ -90,9 +88,7 @@ def timeline(result: DemoResult) -> str:
         for index, kind in enumerate(preset.kinds):
             axes.barh(row, 0.86, left=index + 0.57, height=0.66, color=KIND_COLORS.get(kind, MUTED))
     longest = max(len(preset.kinds) for preset in result.presets)
-    axes.set_yticks(
-        range(len(result.presets)), [preset.name for preset in result.presets], color=INK, fontsize=10
-    )
+    axes.set_yticks(range(len(result.presets)), [preset.name for preset in result.presets], color=INK, fontsize=10)
     axes.invert_yaxis()
     axes.set_xlim(0.4, longest + 0.6)
     axes.set_xticks([1, *range(5, longest + 1, 5)])

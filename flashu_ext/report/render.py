@@ -30,11 +30,7 @@ def render(result: DemoResult) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    kinds = {
-        kind: color
-        for kind, color in plots.KIND_COLORS.items()
-        if any(kind in p.kinds for p in result.presets)
-    }
+    kinds = {kind: color for kind, color in plots.KIND_COLORS.items() if any(kind in p.kinds for p in result.presets)}
     return template.render(
         result=result,
         dense=result.presets[0],

@@ -117,10 +117,7 @@ class DemoResult:
                 )
             )
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join(lines)
 
@@ -150,8 +147,6 @@ class DemoResult:
                 for preset in self.presets
             ],
             "drawings": [{"prompt": d.prompt, "right": d.right} for d in self.drawings],
-            "answers": [
-                {"question": a.question, "expected": a.expected, "answers": a.answers} for a in self.answers
-            ],
+            "answers": [{"question": a.question, "expected": a.expected, "answers": a.answers} for a in self.answers],
         }
         return json.dumps(record, indent=1, allow_nan=False) + "\n"

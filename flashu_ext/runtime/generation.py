@@ -37,7 +37,12 @@ class GenerationEngine:
         return StepPlan.build(self.config, steps, len(self.parts.layers))
 
     def begin(
-        self, plan: StepPlan, text_tokens: Tensor, modality_positions: Tensor, guided: bool, latent_size: tuple[int, int]
+        self,
+        plan: StepPlan,
+        text_tokens: Tensor,
+        modality_positions: Tensor,
+        guided: bool,
+        latent_size: tuple[int, int],
     ) -> ImageState:
         """Set up an image (or a batch of them).
 
@@ -62,7 +67,7 @@ class GenerationEngine:
             llm_pass=SpanPass(geometry, len(parts.layers), llm.kv_heads, llm.head_dim, dtype, device),
             head_pass=SpanPass(geometry, len(parts.blocks), head.kv_heads, head.head_dim, dtype, device),
             llm_rope=self._rope(parts.llm_rope, position_ids),
-            head_rope=self._rope(parts.blocks[0].self_attn.rotary_emb, position_ids),  # type: ignore[union-attr,arg-type]
+            head_rope=self._rope(parts.blocks[0].self_attn.rotary_emb, position_ids),
             positions=position_table(parts, *grid),
             grid=grid,
         )
@@ -156,7 +161,7 @@ class GenerationEngine:
         attention = CausalPass(tokens, len(parts.blocks), parts.dtype, parts.device)
         if tokens:
             x = self._head_input(hidden)
-            rope = self._text_rope(parts.blocks[0].self_attn.rotary_emb, tokens)  # type: ignore[union-attr,arg-type]
+            rope = self._text_rope(parts.blocks[0].self_attn.rotary_emb, tokens)
             for index, block in enumerate(parts.blocks):
                 x = head_block(block, index, x, None, rope, attention, parts.head_attention, self.kernels)
 
@@ -181,7 +186,7 @@ class GenerationEngine:
         tail and the padding too, so equal choices need them computed. The last layer's output counts after the final norm.
         """
         parts, kernels = self.parts, self.kernels
-        rows, length = state.text_tokens.shape
+        length = state.text_tokens.shape[1]
         x = parts.embed_tokens(state.text_tokens)
         offsets, n = state.geometry.prefix, state.geometry.span
         for row, offset in enumerate(offsets):
@@ -233,7 +238,9 @@ class GenerationEngine:
         state.kept_at.append(step.index)
 
     def _forecast(self, state: ImageState, step: Step) -> Tensor:
-        assert state.head_state is not None and step.head_from is not None, "a cached step follows one that kept its head state"
+        assert state.head_state is not None and step.head_from is not None, (
+            "a cached step follows one that kept its head state"
+        )
         if self.config.head_forecast_order == 0:
             return state.head_state[0]
         ahead = float(step.index - state.kept_at[-1])

@@ -1,4 +1,4 @@
-"""Room: runtime. The entry points of an accelerated model: upstream's two methods, and the loops over whole images and answers."""
+"""Room: runtime. The entry points of an accelerated model: upstream's two methods, and loops over whole images and answers."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Runner:
         self,
         noise: Tensor,
         text_tokens: Tensor,
-        text_tokens_null: Tensor,
+        text_tokens_null: Tensor | None,
         modality_positions: Tensor,
-        modality_positions_null: Tensor,
+        modality_positions_null: Tensor | None,
         steps: int | None = None,
         guidance_scale: float = 5.0,
         time_shifting_factor: float | None = 3.0,
@@ -62,13 +62,14 @@ class Runner:
         guided = guidance_scale > 0
         tokens, positions = text_tokens, modality_positions
         if guided:
+            assert text_tokens_null is not None and modality_positions_null is not None, "checked by `sample`"
             tokens = torch.cat([text_tokens, text_tokens_null])
             positions = torch.cat([modality_positions, modality_positions_null])
         state = self.generation.begin(plan, tokens, positions, guided, (noise.shape[2], noise.shape[3]))
         self.last_image = state
         device = noise.device
         times = time_grid(plan.grid_points, time_shifting_factor)
-        dt = (times[1:] - times[:-1]).to(device)
+        dt = (times[1:] - times[:-1]).to(device, torch.float32)
         scales = [self.config.guidance_at(i + 1, guidance_scale) if guided else 0.0 for i in range(len(plan))]
         scale = torch.tensor(scales, dtype=torch.float32, device=device)
         times = times.to(device)
@@ -78,7 +79,7 @@ class Runner:
             rows = self.generation.evaluate(state, latents, times[i].expand(noise.shape[0]))
             if return_velocity:
                 velocities.append(self._velocity(rows, scales[i], guided, noise.shape))
-            self.kernels.guided_euler_step_(latents, rows, scale, dt, i, self.parts.patch_size, guided)
+            self.kernels.guided_euler_step_(latents, rows.contiguous(), scale, dt, i)
             if callback is not None:
                 callback(i + 1, latents)
         state.release()
@@ -112,7 +113,9 @@ class Runner:
 
         A new image is found by its conditioning and by t, which grows within an image.
         """
-        reason = self._why_original(image_latents, t, text_tokens, modality_positions, first_frame_as_cond, only_denoise_last_image)
+        reason = self._why_original(
+            image_latents, t, text_tokens, modality_positions, first_frame_as_cond, only_denoise_last_image
+        )
         if reason is None:
             reason = self._mask_problem(attention_mask, modality_positions, text_tokens)
         if reason is not None:
@@ -129,7 +132,9 @@ class Runner:
                 guidance_scale=guidance_scale,
                 **kwargs,
             )
-        assert image_latents is not None and t is not None and text_tokens is not None and modality_positions is not None
+        assert (
+            image_latents is not None and t is not None and text_tokens is not None and modality_positions is not None
+        )
         guided = guidance_scale > 0
         validate.check_t2i_inputs(self.parts.model, image_latents, t, text_tokens, modality_positions, guided)
         time = float(t[0])
@@ -177,7 +182,11 @@ class Runner:
         expected = validate.omni_allowed(positions, tokens.shape[1])
         if mask.dim() != 4 or mask.shape[0] not in (1, expected.shape[0]) or mask.shape[2:] != expected.shape[1:]:
             return f"attention mask of shape {tuple(mask.shape)}"
-        return None if torch.equal((mask[:, 0] == 0).expand_as(expected), expected) else "an attention mask of another pattern"
+        return (
+            None
+            if torch.equal((mask[:, 0] == 0).expand_as(expected), expected)
+            else "an attention mask of another pattern"
+        )
 
     def _image_in_progress(
         self, tokens: Tensor, positions: Tensor, guided: bool, latents: Tensor, time: float
@@ -243,7 +252,9 @@ class Runner:
     ) -> Tensor:
         """`flashu_ext.showo2.answer_tokens` of an accelerated model; arguments and results are the same."""
         embeds, allowed = self.understanding.prompt(image_latents, tokens_before_image, tokens_after_boi)
-        tokens = self.understanding.decode(embeds, allowed, max_new_tokens, lambda x: x.argmax(-1, keepdim=True), eos_token)
+        tokens = self.understanding.decode(
+            embeds, allowed, max_new_tokens, lambda x: x.argmax(-1, keepdim=True), eos_token
+        )
         return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64, device=embeds.device)
 
     # ---- housekeeping

@@ -87,9 +87,7 @@ def test_traceback_is_there_when_asked_for(tmp_path: Path) -> None:
 
 def test_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("flashu_ext.showo2.pipeline")
-    result = run(
-        "generate", "a red circle", "--model", str(tmp_path / "absent"), "-o", str(tmp_path / "out.png")
-    )
+    result = run("generate", "a red circle", "--model", str(tmp_path / "absent"), "-o", str(tmp_path / "out.png"))
     assert result.exit_code == 1
     assert result.output.count("\n") == 1 and "absent" in result.output
     assert not (tmp_path / "out.png").exists()
@@ -100,9 +98,7 @@ def test_plan_of_paper_names_the_totals() -> None:
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert lines[0].split() == ["step", "kind", "FFN", "layers", "head", "guidance"]
-    assert lines[-1].startswith(
-        "35 grid points = 34 evaluations: 19 run the backbone, 18 the head, 15 were dead"
-    )
+    assert lines[-1].startswith("35 grid points = 34 evaluations: 19 run the backbone, 18 the head, 15 were dead")
     assert len(lines) == 34 + 3
 
 
@@ -154,8 +150,6 @@ main(["info"])
 
 def test_info_works_without_the_extension() -> None:
     pytest.importorskip("flashu_ext.info")
-    result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "torch" in result.stdout

@@ -9,7 +9,11 @@ from flashu_ext.neurons import NeuronLayout, runs_of
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.sets(st.integers(0, n - 1)), min_size=0, max_size=4))))
+@given(
+    st.integers(1, 60).flatmap(
+        lambda n: st.tuples(st.just(n), st.lists(st.sets(st.integers(0, n - 1)), min_size=0, max_size=4))
+    )
+)
 def test_layout_holds_every_set(case):
     intermediate, sets = case
     named = {f"task{i}": torch.tensor(sorted(s), dtype=torch.int64) for i, s in enumerate(sets)}

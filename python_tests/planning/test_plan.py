@@ -34,7 +34,12 @@ def test_a_plan_survives_its_file(tmp_path):
     plan = TaskPlan.from_scores(generation=scores(), understanding=scores(seed=1), ratio=0.25, multiple=32)
     plan.save(tmp_path / "plan.safetensors")
     back = TaskPlan.load(tmp_path / "plan.safetensors")
-    assert (back.ratio, back.multiple, back.tasks, back.fingerprint) == (0.25, 32, ("generation", "understanding"), None)
+    assert (back.ratio, back.multiple, back.tasks, back.fingerprint) == (
+        0.25,
+        32,
+        ("generation", "understanding"),
+        None,
+    )
     for task in back.tasks:
         for layer in range(3):
             assert torch.equal(back.kept(task, layer), plan.kept(task, layer))
@@ -48,7 +53,10 @@ def test_a_plan_survives_its_file(tmp_path):
         ({"generation": []}, "generation: expected a non-empty list"),
         ({"generation": scores()[0]}, "generation: expected a non-empty list"),
         ({"generation": [torch.rand(4), torch.rand(5)]}, r"generation\[1\]: expected 4 scores"),
-        ({"generation": [torch.tensor([1.0, float("nan")])]}, r"generation\[0\]: expected finite scores, got nan at neuron 1"),
+        (
+            {"generation": [torch.tensor([1.0, float("nan")])]},
+            r"generation\[0\]: expected finite scores, got nan at neuron 1",
+        ),
         ({"generation": [torch.zeros(4, dtype=torch.int64)]}, r"generation\[0\]: expected a 1-D floating-point"),
         ({"generation": scores(), "understanding": scores(layers=2)}, "same layers and neurons"),
         ({"generation": scores(), "ratio": 1.0}, r"ratio: expected a number in \[0, 1\)"),
@@ -126,15 +134,15 @@ F32 = '{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
         (raw(b"{}", length=2**62), "header claims"),
         (raw(b"\xff\xfe"), "not UTF-8"),
         (raw(b"[1]"), "expected a JSON object"),
-        (raw(('{"a":%s,"a":%s}' % (F32, F32)).encode(), b"\0" * 8), "appears twice"),
+        (raw(('{"a":' + F32 + ',"a":' + F32 + "}").encode(), b"\0" * 8), "appears twice"),
         (raw(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,NaN]}}'), "NaN is not allowed"),
         (raw(b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}', b"\0" * 8), "needs 12 bytes"),
         (raw(b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,8]}}', b"\0" * 8), "needs"),
         (raw(b'{"a":{"dtype":"F31","shape":[2],"data_offsets":[0,8]}}', b"\0" * 8), "unknown dtype"),
         (raw(b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}', b"\0" * 8), "shape: expected a list"),
         (raw(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}', b"\0" * 16), "overlap or gap"),
-        (raw(('{"a":%s}' % F32).encode(), b"\0" * 7), "truncated or padded"),
-        (raw(('{"a":%s}' % F32).encode(), b"\0" * 9), "truncated or padded"),
+        (raw(('{"a":' + F32 + "}").encode(), b"\0" * 7), "truncated or padded"),
+        (raw(('{"a":' + F32 + "}").encode(), b"\0" * 9), "truncated or padded"),
     ],
 )
 def test_a_hostile_file_is_refused(tmp_path, content, message):

@@ -94,6 +94,10 @@ def test_what_reaches_the_latents_equals_the_reference_simulation(config):
 
         def without(index, step=step):
             found = plan.at(index)
-            return type(found)(index, found.pruned, False, False, None, False, None, False, True) if index == step.index else found
+            return (
+                type(found)(index, found.pruned, False, False, None, False, None, False, True)
+                if index == step.index
+                else found
+            )
 
         assert reference(without) != reference()

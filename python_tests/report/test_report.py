@@ -53,14 +53,8 @@ def result() -> DemoResult:
             preset("exact", 0.2, max_difference=3e-6, summary="kernels <all>"),
             preset("paper", 0.1, psnr=21.5),
         ],
-        drawings=[
-            Drawing("a red circle & more", {n: png("red") for n in names}, {n: n != "paper" for n in names})
-        ],
-        answers=[
-            Answer(
-                png("blue"), "what color is it ?", "blue", {"dense": "blue", "exact": "blue", "paper": "red"}
-            )
-        ],
+        drawings=[Drawing("a red circle & more", {n: png("red") for n in names}, {n: n != "paper" for n in names})],
+        answers=[Answer(png("blue"), "what color is it ?", "blue", {"dense": "blue", "exact": "blue", "paper": "red"})],
     )
 
 
