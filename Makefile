@@ -30,7 +30,8 @@ python-test: build ## Python tests
 cpp-test: $(VENV)/.tools ## C++ tests of libflashu, without torch, also with the sanitizers
 	$(BIN)/cmake -G Ninja -S . -B build/cpp -DFLASHU_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > build/cpp.log || { cat build/cpp.log; exit 1; }
 	$(BIN)/cmake --build build/cpp
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error
+	for isa in avx512_bf16 avx512 avx2 baseline; do \
+	  FLASHU_ISA=$$isa $(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error || exit 1; done
 	$(BIN)/cmake -G Ninja -S . -B build/asan -DFLASHU_TESTS=ON -DFLASHU_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > build/asan.log || { cat build/asan.log; exit 1; }
 	$(BIN)/cmake --build build/asan
 	$(BIN)/ctest --test-dir build/asan --output-on-failure --no-tests=error

@@ -62,7 +62,7 @@ TEST(RunList, BadListsAreRefused) {
 
 TEST(Tiles, EveryChoiceCoversItsProblem) {
   for (const int64_t rows : {1, 5, 128, 1460, 8192}) {
-    const GemmProblem problem{rows, 14336, 1536, 4, 2, 6, 16, false};
+    const GemmProblem problem{rows, 14336, 1536, 4, 1, 2, 6, 16, false};
     const auto candidates = gemm_candidates(problem);
     ASSERT_FALSE(candidates.empty());
     for (size_t i = 1; i < candidates.size(); ++i)

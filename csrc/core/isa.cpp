@@ -18,11 +18,12 @@ Isa detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     best = Isa::kAvx512;
   }
+  if (best == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::kAvx512Bf16;
   const char* wish = std::getenv("FLASHU_ISA");
   if (wish == nullptr) return best;
-  const std::string_view name(wish);
-  if (name == "baseline") return Isa::kBaseline;
-  if (name == "avx2" && best >= Isa::kAvx2) return Isa::kAvx2;
+  for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (lower <= best && std::string_view(wish) == isa_name(lower)) return lower;
+  }
   return best;
 #else
   return Isa::kBaseline;
@@ -38,6 +39,8 @@ Isa isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:

@@ -32,12 +32,15 @@ TileCandidate cost(const GemmProblem& p, GemmTiles tiles) {
   // A register tile of one or two rows is bound by the latency of its sums, not by the multipliers.
   const double busy_rows = static_cast<double>(std::max<int64_t>(p.rows, 2));
   TileCandidate candidate{tiles, 0, 0, 0, 0};
-  candidate.multiply_us = 2.0 * busy_rows * elements / (kMultiplyFlopsPerUs * threads);
+  candidate.multiply_us =
+      2.0 * busy_rows * elements / (kMultiplyFlopsPerUs * static_cast<double>(p.slot_values) * threads);
   const double pack_rate = kPackElementsPerUs * (p.gathered ? kGatheredPackShare : 1.0);
   candidate.pack_us = chunks * elements / (pack_rate * threads);
   const double weight_bytes = elements * static_cast<double>(p.element_bytes);
   const double column_blocks = static_cast<double>(divide_up(p.columns, tiles.panels * p.panel_columns));
-  const double row_bytes = 4.0 * static_cast<double>(p.rows) * static_cast<double>(p.depth) * column_blocks;
+  const double slot_bytes = 4.0 / static_cast<double>(p.slot_values);
+  const double row_bytes =
+      slot_bytes * static_cast<double>(p.rows) * static_cast<double>(p.depth) * column_blocks;
   const int64_t in_l2 = 4 * tiles.k_block * (tiles.row_block + tiles.panels * p.panel_columns);
   const double spill = in_l2 > kL2Bytes ? 1.5 : 1.0;
   candidate.memory_us =
@@ -69,7 +72,8 @@ std::vector<TileCandidate> gemm_candidates(const GemmProblem& p) {
 std::string explain_gemm_tiles(const GemmProblem& p) {
   std::ostringstream text;
   text << "[" << p.rows << ", " << p.depth << "] x [" << p.depth << ", " << p.columns << "], "
-       << (p.gathered ? "listed" : "one range") << ", " << p.element_bytes << "-byte weights, " << p.threads
+       << (p.gathered ? "listed" : "one range") << ", " << p.element_bytes << "-byte weights, "
+       << (p.slot_values == 2 ? "multiplied in pairs, " : "") << p.threads
        << " threads\n  tiles   row_chunk row_block k_block panels | multiply     pack   memory    total us\n";
   for (const TileCandidate& c : gemm_candidates(p)) {
     text << "  " << std::left << std::setw(7) << c.tiles.name << std::right << std::setw(10)

@@ -14,6 +14,7 @@ struct GemmProblem {
   int64_t columns;
   int64_t depth;
   int64_t element_bytes;  // of the weights as stored: 4, or 2 for bf16 and f16
+  int64_t slot_values;    // k that one multiplication takes: 1, or 2 for bf16 pairs
   int64_t threads;
   int64_t tile_rows;  // of the register tile of the instruction set
   int64_t panel_columns;
@@ -26,7 +27,7 @@ struct GemmTiles {
       name;  // "stream": weights pass through L1 once; "panels": packed panels stay in L2 for a block of rows
   int64_t row_chunk;  // rows that share one packing of the weights
   int64_t row_block;  // rows whose packed operand stays in L2 while the panels of a block are multiplied
-  int64_t k_block;    // a multiple of the summation block
+  int64_t k_block;    // packed slots, a multiple of the summation block
   int64_t panels;     // panels packed together
 };
 

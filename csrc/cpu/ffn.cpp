@@ -66,13 +66,14 @@ void up_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int6
                              a.rows, count);
       return;
     }
-    const int64_t begin = first / packed_h->k_block * packed_h->k_block;
+    const int64_t slot = first / gemm.slot_values[p.type];  // whole: a panel has an even number of neurons
+    const int64_t begin = slot / packed_h->k_block * packed_h->k_block;
     for (int64_t tile = 0; tile < a.tiles(); ++tile) {
-      ffn.pack_tile(packed_h->at(tile, begin) + (first - begin) * a.tile_rows,
-                    c + tile * a.tile_rows * gemm.panel_columns, a.rows_in(tile), count);
+      ffn.pack_tile[p.type](packed_h->at(tile, begin) + (slot - begin) * a.tile_rows,
+                            c + tile * a.tile_rows * gemm.panel_columns, a.rows_in(tile), count);
     }
   };
-  multiply_panels(gemm, s.up, a, divide_up(selected.count, width), {p.type, p.hidden, 0, nullptr},
+  multiply_panels(gemm, s.up, a, divide_up(selected.count, width), {p.type, p.hidden, p.hidden, 0, nullptr},
                   buffers.slots, s.slots, rows_of, finish);
 }
 
@@ -97,7 +98,7 @@ void down_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, in
     ffn.store_rows[p.type](row_of_mutable(p.out, first_row, p.type) + first * size, p.out.stride, residual,
                            p.residual.stride, c, a.rows, count);
   };
-  const Weights weights{p.type, p.intermediate, selected.first,
+  const Weights weights{p.type, p.intermediate, selected.count, selected.first,
                         selected.range ? nullptr : selected.list.data()};
   multiply_panels(gemm, s.down, a, divide_up(p.width, gemm.panel_columns), weights, buffers.slots, s.slots,
                   rows_of, finish);
@@ -105,17 +106,21 @@ void down_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, in
 
 }  // namespace
 
-FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int64_t bytes,
+FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int32_t type,
                         bool gathered, bool has_up, bool has_down) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  core::GemmProblem up{rows,           2 * neurons,        hidden, bytes, core::num_threads(),
-                       gemm.tile_rows, gemm.panel_columns, false};
-  core::GemmProblem down{rows,    width, neurons, bytes, up.threads, gemm.tile_rows, gemm.panel_columns,
-                         gathered};
+  const int64_t values = gemm.slot_values[type];
+  const core::GemmProblem up{rows,   2 * neurons,         hidden,         element_bytes(type),
+                             values, core::num_threads(), gemm.tile_rows, gemm.panel_columns,
+                             false};
+  core::GemmProblem down = up;
+  down.columns = width;
+  down.depth = neurons;
+  down.gathered = gathered;
   FfnScratch s{core::choose_gemm_tiles(up), core::choose_gemm_tiles(down), 0, 0, 0, 1};
   const int64_t chunk = std::min(rows, s.up.row_chunk);  // both halves chunk alike: it depends on rows only
-  if (has_up) s.x_floats = PackedRows::floats(chunk, hidden, gemm.tile_rows);
-  if (has_down) s.h_floats = PackedRows::floats(chunk, neurons, gemm.tile_rows);
+  if (has_up) s.x_floats = PackedRows::floats(chunk, divide_up(hidden, values), gemm.tile_rows);
+  if (has_down) s.h_floats = PackedRows::floats(chunk, divide_up(neurons, values), gemm.tile_rows);
   if (has_up) s.slot_floats = panel_scratch_floats(gemm, s.up);
   if (has_down) s.slot_floats = std::max(s.slot_floats, panel_scratch_floats(gemm, s.down));
   const double work = static_cast<double>(rows) * static_cast<double>(neurons) *
@@ -134,13 +139,14 @@ void run_ffn(const FfnProblem& p, const FfnScratch& s, void* workspace, uint64_t
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   for (int64_t row = 0; row < p.rows; row += s.up.row_chunk) {
     const int64_t rows = std::min(s.up.row_chunk, p.rows - row);
-    const PackedRows h{buffers.h, rows, p.selection->count, gemm.tile_rows, s.down.k_block};
+    const PackedRows h{buffers.h, rows, slots_of(gemm, p.type, p.selection->count), gemm.tile_rows,
+                       s.down.k_block};
     if (p.has_up) {
-      const PackedRows x{buffers.x, rows, p.hidden, gemm.tile_rows, s.up.k_block};
-      pack_rows(gemm, x, row_of(p.x, row, p.type), p.type, p.x.stride);
+      const PackedRows x{buffers.x, rows, slots_of(gemm, p.type, p.hidden), gemm.tile_rows, s.up.k_block};
+      pack_rows(gemm, x, row_of(p.x, row, p.type), p.type, p.x.stride, p.hidden);
       up_half(p, s, x, row, p.has_down ? &h : nullptr, buffers);
     } else {
-      pack_rows(gemm, h, row_of(p.h, row, p.type), p.type, p.h.stride);
+      pack_rows(gemm, h, row_of(p.h, row, p.type), p.type, p.h.stride, p.selection->count);
     }
     if (p.has_down) down_half(p, s, h, row, buffers);
   }

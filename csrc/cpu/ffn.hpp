@@ -41,7 +41,7 @@ struct FfnScratch {
 };
 
 // `neurons` is the number of selected neurons. `has_up` and `has_down` say which halves run.
-FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int64_t element_bytes,
+FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int32_t type,
                         bool gathered, bool has_up, bool has_down);
 
 // Throws FLASHU_WORKSPACE for a workspace that is too small or misaligned.

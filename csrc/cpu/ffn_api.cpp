@@ -53,8 +53,8 @@ core::Rows leading_operand(const char* name, const flashu_tensor& tensor) {
 }
 
 FfnScratch scratch_of(const FfnProblem& p) {
-  return plan_scratch(p.rows, p.hidden, p.width, p.selection->count, p.type == FLASHU_F32 ? 4 : 2,
-                      !p.selection->range, p.has_up, p.has_down);
+  return plan_scratch(p.rows, p.hidden, p.width, p.selection->count, p.type, !p.selection->range, p.has_up,
+                      p.has_down);
 }
 
 void check_up_weights(FfnProblem& p, const flashu_tensor& x, const flashu_tensor& w_gate,

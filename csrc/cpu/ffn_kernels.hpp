@@ -16,8 +16,9 @@ struct FfnKernels {
   // sums[j] += c[r][j]^2 over rows in order, j < count <= kWidth.
   void (*add_squares)(double* sums, const float* c, int64_t rows, int64_t count);
 
-  // c[r][j] -> tile order out[j * tile_rows + r], r < tile_rows, j < count; missing rows become zero.
-  void (*pack_tile)(float* out, const float* c, int64_t rows, int64_t count);
+  // c[r][j], j < count -> tile order, as GemmKernels::pack_rows has it: rounded to bf16 where the slots are
+  // pairs of them, in float otherwise.
+  void (*pack_tile[kStorageTypes])(float* out, const float* c, int64_t rows, int64_t count);
 
   // out[r * stride + j] = c[r][j] (+ residual[r * residual_stride + j]), r < rows, j < count <=
   // panel_columns. The residual has out's storage type and may be null.

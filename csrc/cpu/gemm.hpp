@@ -20,30 +20,35 @@ inline constexpr int64_t kMaxPanelColumns = 64;  // of any instruction set
 
 inline int64_t element_bytes(int32_t type) { return type == FLASHU_F32 ? 4 : 2; }
 
-// The left operand in register-tile order: for each block of k_block k, for each tile of rows,
-// [k][tile_rows].
+// Slots that hold `depth` values of k.
+inline int64_t slots_of(const GemmKernels& kernels, int32_t type, int64_t depth) {
+  return divide_up(depth, kernels.slot_values[type]);
+}
+
+// The left operand in register-tile order: for each block of k_block slots, for each tile of rows,
+// [slot][tile_rows].
 struct PackedRows {
   float* data;
   int64_t rows;
-  int64_t depth;
+  int64_t slots;
   int64_t tile_rows;
   int64_t k_block;
 
-  static int64_t floats(int64_t rows, int64_t depth, int64_t tile_rows) {
-    return align_floats(divide_up(rows, tile_rows) * tile_rows * depth);
+  static int64_t floats(int64_t rows, int64_t slots, int64_t tile_rows) {
+    return align_floats(divide_up(rows, tile_rows) * tile_rows * slots);
   }
   int64_t tiles() const { return divide_up(rows, tile_rows); }
   int64_t rows_in(int64_t tile) const { return std::min(tile_rows, rows - tile * tile_rows); }
-  // Where k = `begin` (a multiple of k_block) of a tile starts.
+  // Where slot `begin` (a multiple of k_block) of a tile starts.
   float* at(int64_t tile, int64_t begin) const {
-    const int64_t count = std::min(k_block, depth - begin);
+    const int64_t count = std::min(k_block, slots - begin);
     return data + begin * tiles() * tile_rows + tile * tile_rows * count;
   }
 };
 
-// Packs x[r * stride + k] of storage type `type` (flashu_dtype), tiles split over threads.
+// Packs x[r * stride + k], k < depth, of storage type `type` (flashu_dtype), tiles split over threads.
 void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void* x, int32_t type,
-               int64_t stride);
+               int64_t stride, int64_t depth);
 
 // Floats of scratch that one thread needs in multiply_panels.
 inline int64_t panel_scratch_floats(const GemmKernels& kernels, const core::GemmTiles& tiles) {
@@ -56,22 +61,24 @@ inline int64_t panel_scratch_floats(const GemmKernels& kernels, const core::Gemm
 struct Weights {
   int32_t type;            // flashu_dtype of the storage
   int64_t width;           // elements of a row, to stay inside it
+  int64_t depth;           // k of the product
   int64_t first;           // the depth is [first, first + depth) of a row
   const int32_t* columns;  // or these of its columns, where given
 };
 
-// Packs k in [begin, begin + count) of a panel.
-inline void pack_weights(const GemmKernels& kernels, const Weights& weights, const void* const* rows,
-                         int64_t begin, int64_t count, float* out) {
-  if (weights.columns != nullptr) {
-    kernels.pack_columns[weights.type](out, rows, weights.columns + begin, count, weights.width);
-    return;
+// The rows of one panel of weights, moved to where a product's depth begins.
+struct PanelRows {
+  const void* row[kMaxPanelColumns];
+
+  // The same rows at element `at` of their depth.
+  PanelRows from(const GemmKernels& kernels, int32_t type, int64_t at) const {
+    PanelRows moved;
+    const int64_t bytes = at * element_bytes(type);
+    for (int64_t j = 0; j < kernels.panel_columns; ++j)
+      moved.row[j] = static_cast<const char*>(row[j]) + bytes;
+    return moved;
   }
-  const void* shifted[kMaxPanelColumns];
-  const int64_t bytes = (weights.first + begin) * element_bytes(weights.type);
-  for (int64_t j = 0; j < kernels.panel_columns; ++j) shifted[j] = static_cast<const char*>(rows[j]) + bytes;
-  kernels.pack_panel[weights.type](out, shifted, count);
-}
+};
 
 // For panels in [0, num_panels): multiplies the packed rows with each panel and calls
 //   finish(panel, c): c[r * panel_columns + j] for r < rows, in tiles of tile_rows rows one after another.
@@ -85,31 +92,46 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
   const int64_t panel_floats = align_floats(tiles.k_block * columns);
   const int64_t product_floats = align_floats(a.tiles() * a.tile_rows * columns);
   const int64_t block_tiles = divide_up(tiles.row_block, a.tile_rows);
-  const bool one_row = a.rows == 1 && weights.columns == nullptr && a.depth > 0;
+  const int64_t values = kernels.slot_values[weights.type];
+  const bool one_row = a.rows == 1 && weights.columns == nullptr && weights.depth > 0;
 
+  const auto panel_rows = [&](int64_t panel) {
+    PanelRows rows;
+    rows_of(panel, rows.row);
+    return weights.columns != nullptr ? rows : rows.from(kernels, weights.type, weights.first);
+  };
   // One row: the weights pass once from memory through registers.
-  const auto multiply_row = [&](int64_t panel, float* product) {
-    const void* rows[kMaxPanelColumns];
-    rows_of(panel, rows);
-    const int64_t bytes = weights.first * element_bytes(weights.type);
-    for (int64_t j = 0; j < columns; ++j) rows[j] = static_cast<const char*>(rows[j]) + bytes;
-    kernels.multiply_row[weights.type](product, a.data, rows, a.depth);
+  const auto multiply_row = [&](int64_t panel, int64_t end, float* product) {
+    const PanelRows next = panel_rows(std::min(panel + 1, end - 1));
+    kernels.multiply_row[weights.type](product, a.data, panel_rows(panel).row,
+                                       panel + 1 < end ? next.row : nullptr, weights.depth);
+  };
+  // Packs `count` k from `begin` on, while the following ones of the same rows are fetched.
+  const auto pack = [&](int64_t panel, int64_t begin, int64_t count, float* out) {
+    const PanelRows rows = panel_rows(panel);
+    if (weights.columns != nullptr) {
+      kernels.pack_columns[weights.type](out, rows.row, weights.columns + begin, count, weights.width);
+      return;
+    }
+    const PanelRows here = rows.from(kernels, weights.type, begin);
+    const PanelRows ahead = here.from(kernels, weights.type, count);
+    kernels.pack_panel[weights.type](out, here.row, begin + count < weights.depth ? ahead.row : nullptr,
+                                     count);
   };
   const auto multiply_block = [&](int64_t panel, int64_t block, float* panels, float* products) {
-    if (a.depth == 0) std::fill_n(products, block * product_floats, 0.0f);
-    for (int64_t k = 0; k < a.depth; k += tiles.k_block) {
-      const int64_t count = std::min(tiles.k_block, a.depth - k);
-      for (int64_t p = 0; p < block; ++p) {
-        const void* rows[kMaxPanelColumns];
-        rows_of(panel + p, rows);
-        pack_weights(kernels, weights, rows, k, count, panels + p * panel_floats);
-      }
+    if (a.slots == 0) std::fill_n(products, block * product_floats, 0.0f);
+    for (int64_t s = 0; s < a.slots; s += tiles.k_block) {
+      const int64_t count = std::min(tiles.k_block, a.slots - s);
+      const int64_t k = s * values;
+      for (int64_t p = 0; p < block; ++p)
+        pack(panel + p, k, std::min(count * values, weights.depth - k), panels + p * panel_floats);
       for (int64_t t = 0; t < a.tiles(); t += block_tiles) {
         const int64_t last_tile = std::min(a.tiles(), t + block_tiles);
         for (int64_t p = 0; p < block; ++p) {
           for (int64_t tile = t; tile < last_tile; ++tile) {
-            kernels.multiply(products + p * product_floats + tile * a.tile_rows * columns, a.at(tile, k),
-                             panels + p * panel_floats, count, static_cast<int32_t>(a.rows_in(tile)), k == 0);
+            kernels.multiply[weights.type](products + p * product_floats + tile * a.tile_rows * columns,
+                                           a.at(tile, s), panels + p * panel_floats, count,
+                                           static_cast<int32_t>(a.rows_in(tile)), s == 0);
           }
         }
       }
@@ -123,7 +145,7 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
       for (int64_t panel = num_panels * slot / slots; panel < end; panel += tiles.panels) {
         const int64_t block = std::min(tiles.panels, end - panel);
         if (one_row) {
-          for (int64_t p = 0; p < block; ++p) multiply_row(panel + p, products + p * product_floats);
+          for (int64_t p = 0; p < block; ++p) multiply_row(panel + p, end, products + p * product_floats);
         } else {
           multiply_block(panel, block, panels, products);
         }

@@ -1,6 +1,8 @@
 // Packing and the register tile of the packed GEMM; compiled once per CPU instruction set.
 #include "cpu/gemm_kernels.hpp"
 
+#include <bit>
+
 #include "cpu/simd.hpp"
 
 namespace flashu::cpu::FLASHU_ISA {
@@ -56,12 +58,53 @@ FLASHU_INLINE void transpose(Floats (&rows)[kWidth]) {
 }
 #endif
 
+// What a slot of a storage type holds and how two slots are multiplied into a sum.
+struct FloatSlot {
+  static constexpr int kValues = 1;
+  FLASHU_INLINE static Floats multiply_add(Floats sum, Floats b, float a) { return sum + b * a; }
+};
+#if defined(__AVX512BF16__)
+struct PairSlot {
+  static constexpr int kValues = 2;
+  FLASHU_INLINE static Floats multiply_add(Floats sum, Floats b, float a) {
+    const __m512bh pairs = (__m512bh)_mm512_set1_epi32(std::bit_cast<int32_t>(a));
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)b, pairs);
+  }
+};
+#endif
+template <class T>
+struct SlotOf {
+  using Type = FloatSlot;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct SlotOf<bfloat16> {
+  using Type = PairSlot;
+};
+#endif
+template <class T>
+inline constexpr int kValues = SlotOf<T>::Type::kValues;
+
+// Two neighbouring bf16 as the slot that holds them; zero in place of the second where there is none.
+FLASHU_INLINE float pair_slot(const bfloat16* values, bool both) {
+  const uint32_t high = both ? static_cast<uint32_t>(values[1].bits) << 16 : 0;
+  return std::bit_cast<float>(high | values[0].bits);
+}
+
 template <class T>
 void pack_rows(float* out, const void* x, int64_t stride, int64_t rows, int64_t count) {
   const T* source = static_cast<const T*>(x);
   for (int64_t r = 0; r < kTileRows; ++r) {
-    for (int64_t k = 0; k < count; ++k)
-      out[k * kTileRows + r] = r < rows ? to_float(source[r * stride + k]) : 0.0f;
+    for (int64_t k = 0; k < count; k += kValues<T>) {
+      float& slot = out[k / kValues<T> * kTileRows + r];
+      if (r >= rows) {
+        slot = 0.0f;
+      } else if constexpr (kValues<T> == 2) {
+        slot = pair_slot(source + r * stride + k, k + 1 < count);
+      } else {
+        slot = to_float(source[r * stride + k]);
+      }
+    }
   }
 }
 
@@ -111,10 +154,26 @@ FLASHU_INLINE void pack_column(float* out, const void* const* source, int64_t co
   for (int c = 0; c < kColumns; ++c) out[c] = to_float(static_cast<const T*>(source[c])[column]);
 }
 
+// Far enough for memory to answer, near enough for 32 rows to stay in L2.
+constexpr int64_t kPrefetchBytes = 1024;
+constexpr int64_t kLine = 64;
+
+// Asks for what lies at element `at` of every panel row, 2 * kWidth elements of it.
 template <class T>
-void pack_panel(float* out, const void* const* source, int64_t count) {
+FLASHU_INLINE void prefetch(const void* const* rows, int64_t at) {
+  for (int c = 0; c < kColumns; ++c) {
+    const char* line = reinterpret_cast<const char*>(static_cast<const T*>(rows[c]) + at);
+#pragma GCC unroll 2
+    for (int64_t byte = 0; byte < static_cast<int64_t>(2 * kWidth * sizeof(T)); byte += kLine)
+      __builtin_prefetch(line + byte, 0, 2);
+  }
+}
+
+template <class T>
+void pack_floats(float* out, const void* const* source, const void* const* ahead, int64_t count) {
   int64_t k = 0;
   for (; k + 2 * kWidth <= count; k += 2 * kWidth) {
+    if (ahead != nullptr) prefetch<T>(ahead, k);
 #pragma GCC unroll 2
     for (int side = 0; side < 2; ++side) {
       Floats columns[2 * kWidth];
@@ -126,11 +185,45 @@ void pack_panel(float* out, const void* const* source, int64_t count) {
   for (; k < count; ++k) pack_column<T>(out + k * kColumns, source, k);
 }
 
+#if defined(__AVX512BF16__)
+// kWidth slots from k on of kWidth rows: slots[i][row].
+FLASHU_INLINE void load_pairs(Floats (&slots)[kWidth], const void* const* rows, int64_t k) {
+  for (int i = 0; i < kWidth; ++i) slots[i] = load_as<Floats>(static_cast<const bfloat16*>(rows[i]) + k);
+  transpose(slots);
+}
+
+FLASHU_INLINE void pack_pair(float* out, const void* const* source, int64_t k, bool both) {
+  for (int c = 0; c < kColumns; ++c) out[c] = pair_slot(static_cast<const bfloat16*>(source[c]) + k, both);
+}
+
+void pack_pairs(float* out, const void* const* source, const void* const* ahead, int64_t count) {
+  int64_t k = 0;
+  for (; k + 2 * kWidth <= count; k += 2 * kWidth) {
+    if (ahead != nullptr) prefetch<bfloat16>(ahead, k);
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side) {
+      Floats slots[kWidth];
+      load_pairs(slots, source + side * kWidth, k);
+      for (int i = 0; i < kWidth; ++i) store(out + (k / 2 + i) * kColumns + side * kWidth, slots[i]);
+    }
+  }
+  for (; k < count; k += 2) pack_pair(out + k / 2 * kColumns, source, k, k + 1 < count);
+}
+#endif
+
+template <class T>
+void pack_panel(float* out, const void* const* source, const void* const* ahead, int64_t count) {
+#if defined(__AVX512BF16__)
+  if constexpr (kValues<T> == 2) return pack_pairs(out, source, ahead, count);
+#endif
+  pack_floats<T>(out, source, ahead, count);
+}
+
 // Loads windows of kWidth neighbouring columns and keeps those that the list names next, in its order: at 80
 // % of the columns that reads little more than a contiguous range.
 template <class T>
-void pack_columns(float* out, const void* const* source, const int32_t* columns, int64_t count,
-                  int64_t width) {
+void pack_float_columns(float* out, const void* const* source, const int32_t* columns, int64_t count,
+                        int64_t width) {
   alignas(64) float window[kWidth * kColumns];
   int64_t k = 0;
   while (k < count) {
@@ -162,34 +255,84 @@ void pack_columns(float* out, const void* const* source, const int32_t* columns,
   }
 }
 
-// Columns [begin, end) of one block of sums. Each column's products are added one by one, as tile() does it.
 template <class T>
-FLASHU_INLINE void add_row_block(Floats (&sums)[2], const float* a, const void* const* source, int64_t begin,
-                                 int64_t end) {
-  int64_t k = begin;
-  for (; k + 2 * kWidth <= end; k += 2 * kWidth) {
-#pragma GCC unroll 2
-    for (int side = 0; side < 2; ++side) {
-      Floats columns[2 * kWidth];
-      load_columns<T>(columns, source + side * kWidth, k);
-#pragma GCC unroll 32
-      for (int i = 0; i < 2 * kWidth; ++i) sums[side] += columns[i] * a[(k + i) * kTileRows];
+void pack_columns(float* out, const void* const* source, const int32_t* columns, int64_t count,
+                  int64_t width) {
+  if constexpr (kValues<T> == 1) {
+    pack_float_columns<T>(out, source, columns, count, width);
+  } else {
+    // As floats first, then two columns to a slot: a bf16 is the high half of its float.
+    constexpr int64_t kStrip = 32;
+    alignas(64) float strip[kStrip * kColumns];
+    for (int64_t k = 0; k < count; k += kStrip) {
+      const int64_t taken = k + kStrip < count ? kStrip : count - k;
+      pack_float_columns<T>(strip, source, columns + k, taken, width);
+      for (int64_t i = 0; i < taken; i += 2) {
+        for (int c = 0; c < kColumns; c += kWidth) {
+          const Words low = (Words)load(strip + i * kColumns + c) >> 16;
+          const Words high = i + 1 < taken ? (Words)load(strip + (i + 1) * kColumns + c) : Words{};
+          store(out + (k + i) / 2 * kColumns + c, (Floats)(low | high));
+        }
+      }
     }
   }
-  for (; k < end; ++k) {
+}
+
+// `slots` slots from k on of one block of sums, whole vectors of them first. Each column's products are added
+// one by one, as tile() does it.
+template <class T>
+FLASHU_INLINE void add_row_block(Floats (&sums)[2], const float* a, const void* const* source,
+                                 const void* const* ahead, int64_t begin, int64_t end, int64_t count) {
+  using Slot = typename SlotOf<T>::Type;
+  constexpr int64_t kAhead = kPrefetchBytes / static_cast<int64_t>(sizeof(T));
+  int64_t k = begin;
+  for (; k + 2 * kWidth <= end; k += 2 * kWidth) {
+    if (k + kAhead < count) {
+      prefetch<T>(source, k + kAhead);
+    } else if (ahead != nullptr) {
+      prefetch<T>(ahead, k + kAhead - count);
+    }
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side) {
+      constexpr int kSlots = 2 * kWidth / Slot::kValues;
+      Floats columns[kSlots];
+#if defined(__AVX512BF16__)
+      if constexpr (Slot::kValues == 2) {
+        load_pairs(columns, source + side * kWidth, k);
+      } else
+#endif
+      {
+        load_columns<T>(columns, source + side * kWidth, k);
+      }
+#pragma GCC unroll 32
+      for (int i = 0; i < kSlots; ++i)
+        sums[side] = Slot::multiply_add(sums[side], columns[i], a[(k / Slot::kValues + i) * kTileRows]);
+    }
+  }
+  for (; k < end; k += Slot::kValues) {
     float column[kColumns];
-    pack_column<T>(column, source, k);
-    sums[0] += load(column) * a[k * kTileRows];
-    sums[1] += load(column + kWidth) * a[k * kTileRows];
+#if defined(__AVX512BF16__)
+    if constexpr (Slot::kValues == 2) {
+      pack_pair(column, source, k, k + 1 < count);
+    } else
+#endif
+    {
+      pack_column<T>(column, source, k);
+    }
+    const float value = a[k / Slot::kValues * kTileRows];
+    sums[0] = Slot::multiply_add(sums[0], load(column), value);
+    sums[1] = Slot::multiply_add(sums[1], load(column + kWidth), value);
   }
 }
 
 template <class T>
-void multiply_row(float* c, const float* a, const void* const* source, int64_t count) {
+void multiply_row(float* c, const float* a, const void* const* source, const void* const* ahead,
+                  int64_t count) {
+  constexpr int64_t kBlock = kSumBlock * kValues<T>;
   Floats total[2] = {};
-  for (int64_t begin = 0; begin < count; begin += kSumBlock) {
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
     Floats sums[2] = {};
-    add_row_block<T>(sums, a, source, begin, begin + kSumBlock < count ? begin + kSumBlock : count);
+    add_row_block<T>(sums, a, source, ahead, begin, begin + kBlock < count ? begin + kBlock : count, count);
     total[0] = begin == 0 ? sums[0] : total[0] + sums[0];
     total[1] = begin == 0 ? sums[1] : total[1] + sums[1];
   }
@@ -198,19 +341,19 @@ void multiply_row(float* c, const float* a, const void* const* source, int64_t c
 }
 
 // One register tile; kRows is a template argument so that the accumulators stay in registers.
-template <int kRows>
-void tile(float* c, const float* a, const float* b, int64_t count, bool first) {
-  for (int64_t begin = 0; begin < count; begin += kSumBlock) {
-    const int64_t end = begin + kSumBlock < count ? begin + kSumBlock : count;
+template <class Slot, int kRows>
+void tile(float* c, const float* a, const float* b, int64_t slots, bool first) {
+  for (int64_t begin = 0; begin < slots; begin += kSumBlock) {
+    const int64_t end = begin + kSumBlock < slots ? begin + kSumBlock : slots;
     Floats left[kRows] = {};
     Floats right[kRows] = {};
-    for (int64_t k = begin; k < end; ++k) {
-      const Floats b0 = load(b + k * kColumns);
-      const Floats b1 = load(b + k * kColumns + kWidth);
+    for (int64_t s = begin; s < end; ++s) {
+      const Floats b0 = load(b + s * kColumns);
+      const Floats b1 = load(b + s * kColumns + kWidth);
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
-        left[r] += b0 * a[k * kTileRows + r];
-        right[r] += b1 * a[k * kTileRows + r];
+        left[r] = Slot::multiply_add(left[r], b0, a[s * kTileRows + r]);
+        right[r] = Slot::multiply_add(right[r], b1, a[s * kTileRows + r]);
       }
     }
     const bool overwrite = first && begin == 0;
@@ -223,33 +366,34 @@ void tile(float* c, const float* a, const float* b, int64_t count, bool first) {
   }
 }
 
-void multiply(float* c, const float* a, const float* b, int64_t count, int32_t rows, bool first) {
+template <class Slot>
+void multiply(float* c, const float* a, const float* b, int64_t slots, int32_t rows, bool first) {
   switch (rows) {
     case 1:
-      return tile<1>(c, a, b, count, first);
+      return tile<Slot, 1>(c, a, b, slots, first);
     case 2:
-      return tile<2>(c, a, b, count, first);
+      return tile<Slot, 2>(c, a, b, slots, first);
     case 3:
-      return tile<3>(c, a, b, count, first);
+      return tile<Slot, 3>(c, a, b, slots, first);
     case 4:
-      return tile<4>(c, a, b, count, first);
+      return tile<Slot, 4>(c, a, b, slots, first);
     case 5:
-      return tile<5>(c, a, b, count, first);
+      return tile<Slot, 5>(c, a, b, slots, first);
     case 6:
-      return tile<6>(c, a, b, count, first);
+      return tile<Slot, 6>(c, a, b, slots, first);
 #if defined(__AVX512F__)
     case 7:
-      return tile<7>(c, a, b, count, first);
+      return tile<Slot, 7>(c, a, b, slots, first);
     case 8:
-      return tile<8>(c, a, b, count, first);
+      return tile<Slot, 8>(c, a, b, slots, first);
     case 9:
-      return tile<9>(c, a, b, count, first);
+      return tile<Slot, 9>(c, a, b, slots, first);
     case 10:
-      return tile<10>(c, a, b, count, first);
+      return tile<Slot, 10>(c, a, b, slots, first);
     case 11:
-      return tile<11>(c, a, b, count, first);
+      return tile<Slot, 11>(c, a, b, slots, first);
     case 12:
-      return tile<12>(c, a, b, count, first);
+      return tile<Slot, 12>(c, a, b, slots, first);
 #endif
     default:
       return;
@@ -261,11 +405,12 @@ void multiply(float* c, const float* a, const float* b, int64_t count, int32_t r
 extern const GemmKernels gemm_kernels{
     kTileRows,
     kColumns,
+    {kValues<float>, kValues<bfloat16>, kValues<float16>},
     {pack_rows<float>, pack_rows<bfloat16>, pack_rows<float16>},
     {pack_panel<float>, pack_panel<bfloat16>, pack_panel<float16>},
     {pack_columns<float>, pack_columns<bfloat16>, pack_columns<float16>},
     {multiply_row<float>, multiply_row<bfloat16>, multiply_row<float16>},
-    multiply,
+    {multiply<FloatSlot>, multiply<SlotOf<bfloat16>::Type>, multiply<FloatSlot>},
 };
 
 }  // namespace flashu::cpu::FLASHU_ISA

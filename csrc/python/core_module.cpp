@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -17,15 +18,19 @@ namespace py = pybind11;
 
 namespace {
 
-std::string explain_gemm(int64_t rows, int64_t columns, int64_t depth, int64_t element_bytes, bool gathered,
-                         int64_t threads) {
-  if (rows < 0 || columns < 0 || depth < 0 || element_bytes < 1 || threads < 0) {
+std::string explain_gemm(int64_t rows, int64_t columns, int64_t depth, const std::string& dtype,
+                         bool gathered, int64_t threads) {
+  if (rows < 0 || columns < 0 || depth < 0 || threads < 0) {
     throw py::value_error("explain_gemm: expected sizes >= 0");
   }
+  const std::map<std::string, int32_t> types = {
+      {"fp32", FLASHU_F32}, {"bf16", FLASHU_BF16}, {"fp16", FLASHU_F16}};
+  const auto type = types.find(dtype);
+  if (type == types.end()) throw py::value_error("dtype: expected fp32, bf16 or fp16, got " + dtype);
   const flashu::cpu::GemmKernels& kernels = FLASHU_PICK_ISA(gemm_kernels);
-  return flashu::core::explain_gemm_tiles({rows, columns, depth, element_bytes,
-                                           threads ? threads : flashu::core::num_threads(), kernels.tile_rows,
-                                           kernels.panel_columns, gathered});
+  return flashu::core::explain_gemm_tiles(
+      {rows, columns, depth, flashu::core::dtype_size(type->second), kernels.slot_values[type->second],
+       threads ? threads : flashu::core::num_threads(), kernels.tile_rows, kernels.panel_columns, gathered});
 }
 
 using Numbers = std::vector<int64_t>;
@@ -90,7 +95,7 @@ PYBIND11_MODULE(_core, m) {
       },
       "What this build is: version, abi_version, compiler, cuda (a sentence), cpu_isa in use.");
   m.def("explain_gemm", &explain_gemm, py::arg("rows"), py::arg("columns"), py::arg("depth"),
-        py::arg("element_bytes"), py::arg("gathered"), py::arg("threads") = 0,
+        py::arg("dtype"), py::arg("gathered"), py::arg("threads") = 0,
         "A table of how [rows, depth] x [depth, columns] may be blocked on this CPU, the choice first; 0 "
         "threads: all.");
 

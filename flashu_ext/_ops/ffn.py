@@ -83,7 +83,9 @@ def gathered_ffn(
     norms: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The whole FFN over the selected neurons; the product in between stays in fp32 and never becomes a tensor.
+    """The whole FFN over the selected neurons; the product in between never becomes a tensor.
+
+    It stays in fp32, or is rounded once to bf16 where bf16 weights meet a CPU that multiplies bf16 pairs.
 
     Args:
         x: [..., hidden].

@@ -154,9 +154,8 @@ def explain(settings: Settings) -> str:
 
     hidden, intermediate = SHAPES[settings.shape]
     kept = int(intermediate * settings.keep)
-    size = DTYPES[settings.dtype].itemsize
     texts = []
     for rows in settings.rows:
-        texts.append(f"gate and up, {rows} rows: " + _core.explain_gemm(rows, 2 * kept, hidden, size, False))
-        texts.append(f"down, {rows} rows: " + _core.explain_gemm(rows, hidden, kept, size, False))
+        texts.append(f"gate and up, {rows} rows: " + _core.explain_gemm(rows, 2 * kept, hidden, settings.dtype, False))
+        texts.append(f"down, {rows} rows: " + _core.explain_gemm(rows, hidden, kept, settings.dtype, False))
     return "\n".join(texts)

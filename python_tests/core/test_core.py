@@ -38,15 +38,15 @@ def test_bad_runs(runs: list[int]):
 
 
 def test_tiles_are_explained():
-    text = _core.explain_gemm(128, 14336, 1536, 4, False, 2)
+    text = _core.explain_gemm(128, 14336, 1536, "fp32", False, 2)
     assert "stream" in text and "total us" in text
     with pytest.raises(ValueError, match="expected sizes"):
-        _core.explain_gemm(-1, 1, 1, 4, False)
+        _core.explain_gemm(-1, 1, 1, "fp32", False)
 
 
 def test_build_facts():
     facts = _core.build_facts()
-    assert facts["abi_version"] == 1 and facts["cpu_isa"] in ("baseline", "avx2", "avx512")
+    assert facts["abi_version"] == 1 and facts["cpu_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 def test_info_tells_what_is_there():

@@ -64,8 +64,9 @@ typedef struct flashu_down_args {
 FLASHU_API int32_t flashu_gathered_down(const flashu_down_args* args);
 FLASHU_API int32_t flashu_gathered_down_workspace(const flashu_down_args* args, uint64_t* bytes);
 
-/* out = (silu(x w_gate[S]^T) * (x w_up[S]^T)) w_down[:, S]^T (+ residual). The product in between stays in
- * float. */
+/* out = (silu(x w_gate[S]^T) * (x w_up[S]^T)) w_down[:, S]^T (+ residual). The product in between never
+ * reaches memory of the caller: it stays in float, or is rounded once to bf16 where bf16 storage meets a CPU
+ * that multiplies bf16 pairs. */
 typedef struct flashu_ffn_args {
   uint32_t struct_size;
   uint32_t reserved;

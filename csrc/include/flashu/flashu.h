@@ -66,8 +66,8 @@ FLASHU_API int32_t flashu_abi_version(void);
  */
 FLASHU_API const char* flashu_last_error(void);
 
-/* One word for the CPU instruction set in use: "baseline", "avx2" or "avx512". The environment variable
- * FLASHU_ISA can lower it, read once. */
+/* One word for the CPU instruction set in use: "baseline", "avx2", "avx512" or "avx512_bf16". The
+ * environment variable FLASHU_ISA can lower it, read once. */
 FLASHU_API const char* flashu_cpu_isa(void);
 
 /* Threads. A backend runs body(begin, end, context) over disjoint pieces that cover [begin, end), each at
