@@ -1,0 +1,148 @@
+// The SIMT emulator: runs a CUDA grid on the CPU, one fiber per CUDA thread, in an order drawn from a seed.
+//
+// What is emulated is what a kernel may rely on, and nothing more: threads run in any order, barriers and warp
+// collectives are the only meetings, asynchronous copies and products happen late and in any order, shared
+// memory begins as NaN. Whatever breaks a rule stops the launch with an Error that says where.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "simt/fiber.hpp"
+
+namespace simt {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+using Place = std::source_location;
+
+struct Index {
+  unsigned x, y, z;
+};
+
+// How the next launches of this OS thread run.
+struct Settings {
+  std::uint64_t seed = 1;
+  bool random = true;          // false: threads in order, asynchronous work in order
+  unsigned resident = 2;       // blocks that run at the same time
+  int yield_percent = 25;      // how often a thread that could go on lets others go first
+  std::uint64_t switches = 1ull << 36;  // more is taken for a livelock
+  // The device that the host code sees.
+  int multiprocessors = 3;
+  int capability = 90;
+};
+Settings& settings();
+
+struct Thread;
+struct Warp;
+struct Block;
+
+// Work that a copy engine or a tensor core does some time after it was asked for. Runs without a stack of its
+// own, so it must not wait; `done` says whether it ran.
+struct Deferred {
+  std::function<void()> work;
+  std::shared_ptr<Deferred> after;  // what must be done before, or null
+  bool done = false;
+};
+
+// ---- the running thread
+
+Thread& self();
+Index thread_index();
+Index block_index();
+Index block_size();
+Index grid_size();
+unsigned linear_thread();  // within its block
+unsigned lane();           // within its warp
+unsigned threads_in_block();
+
+// Stops the launch: "file:line block (x, y, z) thread t: message".
+[[noreturn]] void fail(const Place& where, const std::string& message);
+
+// Lets other threads go first, now or with the probability in the settings.
+void yield();
+void maybe_yield();
+
+// Parks the thread until wake(key); `what` appears in the report of a deadlock.
+void wait_for(const void* key, const char* what, const Place& where);
+void wake(const void* key);
+
+// ---- shared memory
+
+char* dynamic_shared();
+std::size_t dynamic_shared_bytes();
+// The block's variable that belongs to `site`, NaN at first.
+void* static_shared(const void* site, std::size_t bytes, const Place& where);
+// Whether [address, address + bytes) lies in the block's dynamic or static shared memory.
+bool in_shared(const void* address, std::size_t bytes);
+
+// ---- meetings
+
+// bar.sync id, count: `count` threads meet; memory accesses before are seen after.
+void barrier(int id, unsigned count, const Place& where);
+
+// All lanes of `mask` meet, each with a pointer to something of its own; the last to come runs
+// meet(pointers, context), pointers[lane] being null outside the mask. Orders memory only where `fence`.
+void collective(std::uint32_t mask, const char* kind, void* mine,
+                void (*meet)(void* const* pointers, void* context), void* context, bool fence,
+                const Place& where);
+
+template <class Meet>
+void collective(std::uint32_t mask, const char* kind, void* mine, const Meet& meet, bool fence,
+                const Place& where) {
+  collective(
+      mask, kind, mine,
+      [](void* const* pointers, void* context) { (*static_cast<const Meet*>(context))(pointers); },
+      const_cast<void*>(static_cast<const void*>(&meet)), fence, where);
+}
+
+// ---- asynchronous work
+
+// Does `work` at any time from now on, in any order with other work that does not stand `after` it.
+std::shared_ptr<Deferred> defer(std::function<void()> work, std::shared_ptr<Deferred> after = nullptr);
+
+// Does it now unless it is done.
+void complete(Deferred& deferred);
+
+// Groups of asynchronous work that a thread commits and waits for; one set for each kind of instruction.
+class Groups {
+ public:
+  explicit Groups(const char* kind) : kind_(kind) {}
+  void add(std::shared_ptr<Deferred> work) { open_.push_back(std::move(work)); }
+  void commit();
+  // Returns when at most `pending` of the committed groups are not done.
+  void wait(unsigned pending);
+  // The same without a chance for others to go first.
+  void finish(unsigned pending);
+  bool idle() const { return open_.empty() && committed_.empty(); }
+  const char* kind() const { return kind_; }
+
+ private:
+  const char* kind_;
+  std::vector<std::shared_ptr<Deferred>> open_;
+  std::vector<std::vector<std::shared_ptr<Deferred>>> committed_;
+};
+Groups& copy_groups();  // cp.async
+Groups& bulk_groups();  // cp.async.bulk, from shared memory
+Groups& product_groups();  // wgmma, of the whole warp
+
+// Writes by ordinary instructions that the asynchronous proxy (wgmma, bulk copies) may not see yet. Only
+// writes of emulated instructions (stmatrix, cp.async) are known here, plain stores are not.
+void note_generic_write(const void* address, std::size_t bytes);
+void fence_proxy_async();
+void check_proxy(const void* address, std::size_t bytes, const char* what, const Place& where);
+
+// ---- launching, from the host
+
+// Runs body() once for every thread of the grid. Returns false for a grid that no device would take.
+bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body);
+
+}  // namespace simt
