@@ -2,6 +2,7 @@
 #include "core/checks.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 namespace flashu::core {
@@ -152,6 +153,39 @@ void check_disjoint(const char* name, const flashu_tensor& tensor, const char* o
                ": expected memory of its own, got one that overlaps ", other_name);
 }
 
+void check_floating(const char* name, const flashu_tensor& tensor) {
+  check_dtype(name, tensor, {FLASHU_F32, FLASHU_BF16, FLASHU_F16});
+}
+
+void check_like(const char* name, const flashu_tensor& tensor, const char* other_name,
+                const flashu_tensor& other) {
+  check_same_shape(name, tensor, other_name, other);
+  check_same_dtype(name, tensor, other_name, other);
+}
+
+void check_contiguous(const char* name, const flashu_tensor& tensor) {
+  if (numel(tensor) == 0) return;
+  int64_t expected = 1;
+  for (int d = tensor.ndim - 1; d >= 0; --d) {
+    FLASHU_CHECK(tensor.sizes[d] == 1 || tensor.strides[d] == expected, FLASHU_INVALID_VALUE, name,
+                 ": expected a contiguous tensor, got stride ", tensor.strides[d], " in dimension ", d,
+                 " instead of ", expected);
+    expected *= tensor.sizes[d];
+  }
+}
+
+void check_output(const char* name, const flashu_tensor& out,
+                  std::initializer_list<std::pair<const char*, const flashu_tensor*>> inputs) {
+  check_non_overlapping(name, out);
+  for (const auto& [input_name, input] : inputs) {
+    if (present(*input)) check_disjoint(name, out, input_name, *input);
+  }
+}
+
+void check_finite(const char* name, double value) {
+  FLASHU_CHECK(std::isfinite(value), FLASHU_INVALID_VALUE, name, ": expected a finite number, got ", value);
+}
+
 int32_t check_device(std::initializer_list<std::pair<const char*, const flashu_tensor*>> tensors) {
   const auto& [first_name, first] = *tensors.begin();
   for (const auto& [name, tensor] : tensors) {
@@ -159,9 +193,11 @@ int32_t check_device(std::initializer_list<std::pair<const char*, const flashu_t
     FLASHU_CHECK(tensor->device == first->device, FLASHU_INVALID_VALUE, name, ": expected device ",
                  device_text(first->device), " as ", first_name, " has, got ", device_text(tensor->device));
   }
+#if !FLASHU_HAS_CUDA
   FLASHU_CHECK(first->device == FLASHU_DEVICE_CPU, FLASHU_UNSUPPORTED, first_name,
                ": expected a CPU tensor, because this build has no CUDA kernels, got ",
                device_text(first->device));
+#endif
   return first->device;
 }
 

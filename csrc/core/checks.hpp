@@ -98,6 +98,21 @@ void check_non_overlapping(const char* name, const flashu_tensor& tensor);
 void check_disjoint(const char* name, const flashu_tensor& tensor, const char* other_name,
                     const flashu_tensor& other);
 
+// float32, bfloat16 or float16.
+void check_floating(const char* name, const flashu_tensor& tensor);
+
+// Same shape and dtype.
+void check_like(const char* name, const flashu_tensor& tensor, const char* other_name,
+                const flashu_tensor& other);
+
+void check_contiguous(const char* name, const flashu_tensor& tensor);
+
+// A tensor that is written: it overlaps neither itself nor an input. Absent inputs are passed over.
+void check_output(const char* name, const flashu_tensor& out,
+                  std::initializer_list<std::pair<const char*, const flashu_tensor*>> inputs);
+
+void check_finite(const char* name, double value);
+
 // All of one device, and that device has kernels in this build. Returns the device.
 int32_t check_device(std::initializer_list<std::pair<const char*, const flashu_tensor*>> tensors);
 

@@ -5,14 +5,28 @@
 
 #include "core/checks.hpp"
 #include "core/parallel.hpp"
+#include "core/tiles.hpp"
 #include "cpu/ffn_kernels.hpp"
 #include "cpu/gemm.hpp"
+#include "cpu/selection.hpp"
 
 namespace flashu::cpu {
 namespace {
 
 // Below this many multiplications another thread costs more than it brings (about 10 us of work).
 constexpr double kWorkPerSlot = 400e3;
+
+using core::FfnProblem;
+using core::Matrix;
+
+// Sizes of the scratch areas, in floats.
+struct FfnScratch {
+  core::GemmTiles up, down;
+  int64_t x_floats, h_floats, slot_floats;
+  int64_t slots;  // pieces that may run at once
+
+  int64_t bytes() const { return (x_floats + h_floats + slots * slot_floats) * 4; }
+};
 
 // Scratch of one call, carved out of the caller's workspace.
 struct Buffers {
@@ -29,11 +43,10 @@ char* row_of_mutable(const Matrix& matrix, int64_t row, int32_t type) {
 }
 
 // Rows [first_row, first_row + a.rows) of the up half: panels of kWidth gate and kWidth up columns.
-void up_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int64_t first_row,
-             const PackedRows* packed_h, const Buffers& buffers) {
+void up_half(const FfnProblem& p, const Selection& selected, const FfnScratch& s, const PackedRows& a,
+             int64_t first_row, const PackedRows* packed_h, const Buffers& buffers) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
-  const Selection& selected = *p.selection;
   const int64_t width = gemm.panel_columns / 2;
   const int64_t size = element_bytes(p.type);
 
@@ -78,11 +91,10 @@ void up_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int6
 }
 
 // Rows [first_row, first_row + a.rows) of the down half, from packed h.
-void down_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, int64_t first_row,
-               const Buffers& buffers) {
+void down_half(const FfnProblem& p, const Selection& selected, const FfnScratch& s, const PackedRows& a,
+               int64_t first_row, const Buffers& buffers) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
-  const Selection& selected = *p.selection;
   const int64_t size = element_bytes(p.type);
 
   const auto rows_of = [&](int64_t panel, const void** rows) {
@@ -104,32 +116,43 @@ void down_half(const FfnProblem& p, const FfnScratch& s, const PackedRows& a, in
                   rows_of, finish);
 }
 
-}  // namespace
-
-FfnScratch plan_scratch(int64_t rows, int64_t hidden, int64_t width, int64_t neurons, int32_t type,
-                        bool gathered, bool has_up, bool has_down) {
+FfnScratch plan_scratch(const FfnProblem& p, bool gathered) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  const int64_t values = gemm.slot_values[type];
-  const core::GemmProblem up{rows,   2 * neurons,         hidden,         element_bytes(type),
-                             values, core::num_threads(), gemm.tile_rows, gemm.panel_columns,
+  const int64_t values = gemm.slot_values[p.type];
+  const core::GemmProblem up{p.rows,
+                             2 * p.neurons,
+                             p.hidden,
+                             element_bytes(p.type),
+                             values,
+                             core::num_threads(),
+                             gemm.tile_rows,
+                             gemm.panel_columns,
                              false};
   core::GemmProblem down = up;
-  down.columns = width;
-  down.depth = neurons;
+  down.columns = p.width;
+  down.depth = p.neurons;
   down.gathered = gathered;
   FfnScratch s{core::choose_gemm_tiles(up), core::choose_gemm_tiles(down), 0, 0, 0, 1};
-  const int64_t chunk = std::min(rows, s.up.row_chunk);  // both halves chunk alike: it depends on rows only
-  if (has_up) s.x_floats = PackedRows::floats(chunk, divide_up(hidden, values), gemm.tile_rows);
-  if (has_down) s.h_floats = PackedRows::floats(chunk, divide_up(neurons, values), gemm.tile_rows);
-  if (has_up) s.slot_floats = panel_scratch_floats(gemm, s.up);
-  if (has_down) s.slot_floats = std::max(s.slot_floats, panel_scratch_floats(gemm, s.down));
-  const double work = static_cast<double>(rows) * static_cast<double>(neurons) *
-                      static_cast<double>((has_up ? 2 * hidden : 0) + (has_down ? width : 0));
+  const int64_t chunk = std::min(p.rows, s.up.row_chunk);  // both halves chunk alike: it depends on rows only
+  if (p.has_up) s.x_floats = PackedRows::floats(chunk, divide_up(p.hidden, values), gemm.tile_rows);
+  if (p.has_down) s.h_floats = PackedRows::floats(chunk, divide_up(p.neurons, values), gemm.tile_rows);
+  if (p.has_up) s.slot_floats = panel_scratch_floats(gemm, s.up);
+  if (p.has_down) s.slot_floats = std::max(s.slot_floats, panel_scratch_floats(gemm, s.down));
+  const double work = static_cast<double>(p.rows) * static_cast<double>(p.neurons) *
+                      static_cast<double>((p.has_up ? 2 * p.hidden : 0) + (p.has_down ? p.width : 0));
   s.slots = std::clamp<int64_t>(static_cast<int64_t>(work / kWorkPerSlot), 1, up.threads);
   return s;
 }
 
-void run_ffn(const FfnProblem& p, const FfnScratch& s, void* workspace, uint64_t workspace_bytes) {
+}  // namespace
+
+uint64_t ffn_workspace(const FfnProblem& problem) {
+  return static_cast<uint64_t>(plan_scratch(problem, !resolve(problem).range).bytes());
+}
+
+void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
+  const Selection selected = resolve(p);
+  const FfnScratch s = plan_scratch(p, !selected.range);
   FLASHU_CHECK(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % kAlign == 0, FLASHU_WORKSPACE,
                "workspace: expected a pointer aligned to ", kAlign, " bytes, got ", workspace);
   FLASHU_CHECK(workspace_bytes >= static_cast<uint64_t>(s.bytes()), FLASHU_WORKSPACE,
@@ -139,16 +162,15 @@ void run_ffn(const FfnProblem& p, const FfnScratch& s, void* workspace, uint64_t
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   for (int64_t row = 0; row < p.rows; row += s.up.row_chunk) {
     const int64_t rows = std::min(s.up.row_chunk, p.rows - row);
-    const PackedRows h{buffers.h, rows, slots_of(gemm, p.type, p.selection->count), gemm.tile_rows,
-                       s.down.k_block};
+    const PackedRows h{buffers.h, rows, slots_of(gemm, p.type, p.neurons), gemm.tile_rows, s.down.k_block};
     if (p.has_up) {
       const PackedRows x{buffers.x, rows, slots_of(gemm, p.type, p.hidden), gemm.tile_rows, s.up.k_block};
       pack_rows(gemm, x, row_of(p.x, row, p.type), p.type, p.x.stride, p.hidden);
-      up_half(p, s, x, row, p.has_down ? &h : nullptr, buffers);
+      up_half(p, selected, s, x, row, p.has_down ? &h : nullptr, buffers);
     } else {
-      pack_rows(gemm, h, row_of(p.h, row, p.type), p.type, p.h.stride, p.selection->count);
+      pack_rows(gemm, h, row_of(p.h, row, p.type), p.type, p.h.stride, p.neurons);
     }
-    if (p.has_down) down_half(p, s, h, row, buffers);
+    if (p.has_down) down_half(p, selected, s, h, row, buffers);
   }
 }
 

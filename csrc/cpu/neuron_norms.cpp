@@ -1,11 +1,10 @@
-// C API of neuron_norms_: checks, then columns split over threads.
+// neuron_norms_ on the CPU: columns split over threads.
 #include <algorithm>
 
-#include "core/checks.hpp"
 #include "core/parallel.hpp"
 #include "core/rows.hpp"
+#include "cpu/ffn.hpp"
 #include "cpu/neuron_norms_kernels.hpp"
-#include "flashu/ffn.h"
 
 namespace flashu::cpu {
 namespace {
@@ -33,18 +32,10 @@ void run(const flashu_neuron_norms_args& args, const core::Rows& rows, Kernel ke
   });
 }
 
+}  // namespace
+
 void neuron_norms(const flashu_neuron_norms_args& args) {
-  core::check_tensor("acc", args.acc);
-  core::check_tensor("h", args.h);
-  core::check_device({{"acc", &args.acc}, {"h", &args.h}});
-  core::check_dtype("acc", args.acc, {FLASHU_F32, FLASHU_F64});
-  core::check_dtype("h", args.h, {FLASHU_F32, FLASHU_BF16, FLASHU_F16});
-  core::check_rank("acc", args.acc, 1);
-  core::check_inner_contiguous("acc", args.acc);
   const core::Rows rows = core::as_rows("h", args.h);
-  core::check_size("acc", args.acc, 0, rows.width);
-  core::check_disjoint("acc", args.acc, "h", args.h);
-  if (rows.count == 0 || rows.width == 0) return;
   const NeuronNormsKernels& kernels = FLASHU_PICK_ISA(neuron_norms_kernels);
   switch (args.h.dtype) {
     case FLASHU_BF16:
@@ -56,10 +47,4 @@ void neuron_norms(const flashu_neuron_norms_args& args) {
   }
 }
 
-}  // namespace
 }  // namespace flashu::cpu
-
-extern "C" int32_t flashu_neuron_norms(const flashu_neuron_norms_args* args) {
-  using namespace flashu;
-  return core::guarded("neuron_norms_", [&] { cpu::neuron_norms(core::read_args(args)); });
-}

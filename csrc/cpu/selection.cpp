@@ -1,7 +1,6 @@
-// Resolving a selection of neurons.
+// Resolving the selection of a problem.
 #include "cpu/selection.hpp"
 
-#include <limits>
 #include <span>
 
 #include "core/checks.hpp"
@@ -30,54 +29,25 @@ Selection from_index(const flashu_tensor& index, int64_t intermediate) {
   return out;
 }
 
-Selection from_runs(const flashu_selection& selection, int64_t intermediate) {
-  const std::span<const int64_t> flat(selection.runs, static_cast<size_t>(2 * selection.num_runs));
-  const core::RunList runs = core::runs_from_flat("runs", flat, intermediate);
+Selection from_runs(const core::FfnProblem& problem) {
   Selection out;
-  out.count = core::total_length(runs);
-  if (runs.size() == 1) out.first = runs[0].start;
-  if (runs.size() <= 1) return out;
-  out.range = false;
+  out.count = problem.neurons;
+  out.first = problem.first();
+  out.range = problem.one_run();
+  if (out.range) return out;
   out.list.reserve(static_cast<size_t>(out.count));
-  for (const core::Run& run : runs) {
+  for (const core::Run& run : problem.runs) {
     for (int64_t i = 0; i < run.length; ++i) out.list.push_back(static_cast<int32_t>(run.start + i));
   }
   return out;
 }
 
-void check_kind(const flashu_selection& selection) {
-  switch (selection.kind) {
-    case FLASHU_SELECT_ALL:
-      return;
-    case FLASHU_SELECT_RUNS:
-      FLASHU_CHECK(selection.num_runs >= 0 && (selection.num_runs == 0 || selection.runs != nullptr),
-                   FLASHU_INVALID_VALUE, "runs: expected a pointer to 2 * num_runs numbers, got num_runs ",
-                   selection.num_runs);
-      return;
-    case FLASHU_SELECT_INDEX:
-      core::check_tensor("index", selection.index);
-      core::check_dtype("index", selection.index, {FLASHU_I32, FLASHU_I64});
-      core::check_rank("index", selection.index, 1);
-      return;
-    default:
-      core::fail(FLASHU_INVALID_VALUE, "selection.kind: expected 0, 1 or 2, got ", selection.kind);
-  }
-}
-
 }  // namespace
 
-Selection resolve(const flashu_selection& selection, int64_t intermediate) {
-  FLASHU_CHECK(intermediate <= std::numeric_limits<int32_t>::max(), FLASHU_UNSUPPORTED,
-               "selection: expected fewer than 2^31 neurons, got ", intermediate);
-  check_kind(selection);
-  if (selection.kind == FLASHU_SELECT_RUNS) return from_runs(selection, intermediate);
-  if (selection.kind == FLASHU_SELECT_INDEX) {
-    return selection.index.dtype == FLASHU_I32 ? from_index<int32_t>(selection.index, intermediate)
-                                               : from_index<int64_t>(selection.index, intermediate);
-  }
-  Selection all;
-  all.count = intermediate;
-  return all;
+Selection resolve(const core::FfnProblem& problem) {
+  if (!problem.by_index) return from_runs(problem);
+  return problem.index.dtype == FLASHU_I32 ? from_index<int32_t>(problem.index, problem.intermediate)
+                                           : from_index<int64_t>(problem.index, problem.intermediate);
 }
 
 }  // namespace flashu::cpu

@@ -1,10 +1,10 @@
-// The caller's selection of neurons, validated and in the form that the CPU loops read.
+// The selected neurons in the form that the CPU loops read.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "flashu/ffn.h"
+#include "core/ffn_problem.hpp"
 
 namespace flashu::cpu {
 
@@ -20,7 +20,7 @@ struct Selection {
   }
 };
 
-// Throws Failure for runs or indices that are out of range, repeated or malformed.
-Selection resolve(const flashu_selection& selection, int64_t intermediate);
+// Throws Failure for indices that are out of range or repeated.
+Selection resolve(const core::FfnProblem& problem);
 
 }  // namespace flashu::cpu

@@ -1,7 +1,8 @@
-// C API of the step family: checks, then elementwise passes over memory. These move a few hundred kilobytes a
-// step, so plain loops that the compiler vectorises are all they need.
-#include "flashu/step.h"
+// The step family on the CPU: elementwise passes over memory. These move a few hundred kilobytes a step, so
+// plain loops that the compiler vectorises are all they need.
+#include "cpu/step.hpp"
 
+#include <cmath>
 #include <vector>
 
 #include "core/lanes.hpp"
@@ -13,14 +14,6 @@ namespace flashu::cpu {
 namespace {
 
 constexpr int kLargestOrder = 2;
-
-// ---- one Euler step
-
-void check_table(const char* name, const flashu_tensor& table) {
-  core::check_rank(name, table, 1);
-  core::check_dtype(name, table, {FLASHU_F32});
-  core::check_inner_contiguous(name, table);
-}
 
 // Images of [channels, positions] and velocities of [positions, channels].
 template <class L, class V>
@@ -48,62 +41,6 @@ void euler(const flashu_guided_euler_step_args& args, bool guided, float s, floa
     }
   });
 }
-
-void guided_euler_step(const flashu_guided_euler_step_args& args) {
-  core::check_tensor("latents", args.latents);
-  core::check_tensor("v", args.v);
-  core::check_tensor("s", args.s);
-  core::check_tensor("dt", args.dt);
-  core::check_tensor("step", args.step);
-  if (core::present(args.velocity)) core::check_tensor("velocity", args.velocity);
-  core::check_device({{"latents", &args.latents},
-                      {"v", &args.v},
-                      {"s", &args.s},
-                      {"dt", &args.dt},
-                      {"step", &args.step},
-                      {"velocity", &args.velocity}});
-  core::check_rank("latents", args.latents, 4);
-  check_floating("latents", args.latents);
-  check_contiguous("latents", args.latents);
-  core::check_rank("v", args.v, 3);
-  check_floating("v", args.v);
-  check_contiguous("v", args.v);
-  const int64_t images = args.latents.sizes[0];
-  FLASHU_CHECK(args.v.sizes[0] == images || args.v.sizes[0] == 2 * images, FLASHU_INVALID_VALUE,
-               "v: expected ", images, " rows, or ", 2 * images, " with guidance, got ", args.v.sizes[0],
-               " (shape ", core::shape_text(args.v), ")");
-  const int64_t numbers = args.latents.sizes[1] * args.latents.sizes[2] * args.latents.sizes[3];
-  FLASHU_CHECK(args.v.sizes[1] * args.v.sizes[2] == numbers, FLASHU_INVALID_VALUE, "v: expected ", numbers,
-               " numbers a row as latents of shape ", core::shape_text(args.latents), " have, got ",
-               args.v.sizes[1] * args.v.sizes[2], " (shape ", core::shape_text(args.v), ")");
-  check_table("s", args.s);
-  check_table("dt", args.dt);
-  core::check_size("dt", args.dt, 0, args.s.sizes[0]);
-  core::check_dtype("step", args.step, {FLASHU_I64});
-  FLASHU_CHECK(core::numel(args.step) == 1, FLASHU_INVALID_VALUE, "step: expected one element, got shape ",
-               core::shape_text(args.step));
-  check_output("latents", args.latents,
-               {{"v", &args.v}, {"s", &args.s}, {"dt", &args.dt}, {"step", &args.step}});
-  if (core::present(args.velocity)) {
-    check_like("velocity", args.velocity, "latents", args.latents);
-    check_contiguous("velocity", args.velocity);
-    check_output(
-        "velocity", args.velocity,
-        {{"latents", &args.latents}, {"v", &args.v}, {"s", &args.s}, {"dt", &args.dt}, {"step", &args.step}});
-  }
-  const int64_t step = *pointer<int64_t>(args.step);
-  FLASHU_CHECK(step >= 0 && step < args.s.sizes[0], FLASHU_INVALID_INDEX, "step: expected a number in [0, ",
-               args.s.sizes[0], "), got ", step);
-  if (core::numel(args.latents) == 0) return;
-  const bool guided = args.v.sizes[0] != images;
-  const float s = pointer<float>(args.s)[step];
-  const float dt = pointer<float>(args.dt)[step];
-  with_type(args.latents.dtype, [&](auto latent) {
-    with_type(args.v.dtype, [&](auto v) { euler<decltype(latent), decltype(v)>(args, guided, s, dt); });
-  });
-}
-
-// ---- how far features moved
 
 constexpr int64_t kChunk = 4096;  // elements per partial sum: fixed, so that the order of summing is
 
@@ -139,20 +76,23 @@ float ratio(double numerator, double denominator) {
   return numerator == 0 && denominator == 0 ? 0.0f : static_cast<float>(numerator / denominator);
 }
 
+}  // namespace
+
+void guided_euler_step(const flashu_guided_euler_step_args& args) {
+  const int64_t step = *pointer<int64_t>(args.step);
+  FLASHU_CHECK(step >= 0 && step < args.s.sizes[0], FLASHU_INVALID_INDEX, "step: expected a number in [0, ",
+               args.s.sizes[0], "), got ", step);
+  const bool guided = args.v.sizes[0] != args.latents.sizes[0];
+  const float s = pointer<float>(args.s)[step];
+  const float dt = pointer<float>(args.dt)[step];
+  with_type(args.latents.dtype, [&](auto latent) {
+    with_type(args.v.dtype, [&](auto v) { euler<decltype(latent), decltype(v)>(args, guided, s, dt); });
+  });
+}
+
 void feature_delta(const flashu_feature_delta_args& args) {
-  core::check_tensor("a", args.a);
-  core::check_tensor("b", args.b);
-  core::check_tensor("out", args.out);
-  core::check_device({{"a", &args.a}, {"b", &args.b}, {"out", &args.out}});
-  check_floating("a", args.a);
-  check_like("b", args.b, "a", args.a);
   const core::Rows a = core::as_rows("a", args.a);
   const core::Rows b = core::as_rows("b", args.b);
-  core::check_dtype("out", args.out, {FLASHU_F32});
-  core::check_rank("out", args.out, 1);
-  core::check_size("out", args.out, 0, 3);
-  check_contiguous("out", args.out);
-  check_output("out", args.out, {{"a", &args.a}, {"b", &args.b}});
   const int64_t chunks = (a.width + kChunk - 1) / kChunk;  // of one row
   std::vector<DeltaSums> partial(static_cast<size_t>(a.count * chunks));
   with_type(args.a.dtype, [&](auto tag) {
@@ -182,31 +122,8 @@ void feature_delta(const flashu_feature_delta_args& args) {
   out[2] = ratio(sum.dot, std::sqrt(sum.a_squares) * std::sqrt(sum.b_squares));
 }
 
-// ---- carrying features forward
-
-int check_state(const flashu_tensor& state, const char* name, const flashu_tensor& feature) {
-  core::check_tensor("state", state);
-  core::check_tensor(name, feature);
-  core::check_device({{"state", &state}, {name, &feature}});
-  check_floating("state", state);
-  core::check_rank("state", state, feature.ndim + 1);
-  core::check_same_dtype(name, feature, "state", state);
-  for (int d = 0; d < feature.ndim; ++d) core::check_size("state", state, d + 1, feature.sizes[d]);
-  FLASHU_CHECK(state.sizes[0] >= 1 && state.sizes[0] <= kLargestOrder + 1, FLASHU_INVALID_VALUE,
-               "state: expected order + 1 in [1, ", kLargestOrder + 1, "] in dimension 0, got ",
-               state.sizes[0]);
-  check_contiguous("state", state);
-  check_contiguous(name, feature);
-  return static_cast<int>(state.sizes[0]) - 1;
-}
-
 void taylor_update(const flashu_taylor_update_args& args) {
-  const int order = check_state(args.state, "feature", args.feature);
-  check_finite("interval", args.interval);
-  FLASHU_CHECK(args.interval > 0, FLASHU_INVALID_VALUE, "interval: expected a number > 0, got ",
-               args.interval);
-  FLASHU_CHECK(args.count >= 0, FLASHU_INVALID_VALUE, "count: expected a number >= 0, got ", args.count);
-  check_output("state", args.state, {{"feature", &args.feature}});
+  const int order = static_cast<int>(args.state.sizes[0]) - 1;
   const int differences = static_cast<int>(std::min<int64_t>(order, args.count));
   const int64_t n = core::numel(args.feature);
   const float interval = static_cast<float>(args.interval);
@@ -227,11 +144,7 @@ void taylor_update(const flashu_taylor_update_args& args) {
 }
 
 void taylor_predict(const flashu_taylor_predict_args& args) {
-  const int order = check_state(args.state, "out", args.out);
-  check_finite("ahead", args.ahead);
-  FLASHU_CHECK(args.count >= 1, FLASHU_INVALID_VALUE, "count: expected at least one update, got ",
-               args.count);
-  check_output("out", args.out, {{"state", &args.state}});
+  const int order = static_cast<int>(args.state.sizes[0]) - 1;
   const int terms = static_cast<int>(std::min<int64_t>(order, args.count - 1));
   const int64_t n = core::numel(args.out);
   const float ahead = static_cast<float>(args.ahead);
@@ -249,29 +162,4 @@ void taylor_predict(const flashu_taylor_predict_args& args) {
   });
 }
 
-}  // namespace
 }  // namespace flashu::cpu
-
-extern "C" {
-
-int32_t flashu_guided_euler_step(const flashu_guided_euler_step_args* args) {
-  using namespace flashu;
-  return core::guarded("guided_euler_step_", [&] { cpu::guided_euler_step(core::read_args(args)); });
-}
-
-int32_t flashu_feature_delta(const flashu_feature_delta_args* args) {
-  using namespace flashu;
-  return core::guarded("feature_delta", [&] { cpu::feature_delta(core::read_args(args)); });
-}
-
-int32_t flashu_taylor_update(const flashu_taylor_update_args* args) {
-  using namespace flashu;
-  return core::guarded("taylor_update_", [&] { cpu::taylor_update(core::read_args(args)); });
-}
-
-int32_t flashu_taylor_predict(const flashu_taylor_predict_args* args) {
-  using namespace flashu;
-  return core::guarded("taylor_predict", [&] { cpu::taylor_predict(core::read_args(args)); });
-}
-
-}  // extern "C"

@@ -24,7 +24,7 @@ inline void check_cuda(cudaError_t status, const char* what) {
 // What kernel choice depends on.
 struct DeviceFacts {
   int multiprocessors;
-  int capability;  // 90 for sm_90
+  int capability;    // 90 for sm_90
   int shared_bytes;  // that one block may have
 };
 
@@ -36,17 +36,20 @@ inline DeviceFacts device_facts(int device) {
   constexpr int kDevices = 64;
   static std::once_flag once[kDevices];
   static DeviceFacts facts[kDevices];
-  FLASHU_CHECK(device >= 0 && device < kDevices, FLASHU_UNSUPPORTED, "device: expected one of the first ", kDevices,
-               ", got ", device);
+  FLASHU_CHECK(device >= 0 && device < kDevices, FLASHU_UNSUPPORTED, "device: expected one of the first ",
+               kDevices, ", got ", device);
   std::call_once(once[device], [&] {
     int major = 0;
     int minor = 0;
     check_cuda(cudaDeviceGetAttribute(&facts[device].multiprocessors, cudaDevAttrMultiProcessorCount, device),
                "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&facts[device].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
                "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+               "cudaDeviceGetAttribute");
+    check_cuda(
+        cudaDeviceGetAttribute(&facts[device].shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
     facts[device].capability = 10 * major + minor;
   });
   return facts[device];
@@ -84,8 +87,8 @@ struct Launch {
   dim3 block;
   int shared_bytes = 0;
   Stream stream = nullptr;
-  // The kernel calls wait_for_previous() before it touches what the previous kernel of the stream wrote, so it may
-  // begin while that one ends (sm_90; otherwise ignored).
+  // The kernel calls wait_for_previous() before it touches what the previous kernel of the stream wrote, so
+  // it may begin while that one ends (sm_90; otherwise ignored).
   bool overlaps_previous = false;
 };
 
@@ -111,19 +114,22 @@ void launch(const char* name, void (*kernel)(Parameters...), const Launch& how, 
   const std::function<void()> body = [&] { std::apply(kernel, copies); };
   FLASHU_CHECK(simt::launch({how.grid.x, how.grid.y, how.grid.z}, {how.block.x, how.block.y, how.block.z},
                             static_cast<std::size_t>(how.shared_bytes), body),
-               FLASHU_INTERNAL, name, ": invalid launch of ", how.grid.x, " x ", how.grid.y, " x ", how.grid.z,
-               " blocks of ", how.block.x, " threads with ", how.shared_bytes, " bytes of shared memory");
+               FLASHU_INTERNAL, name, ": invalid launch of ", how.grid.x, " x ", how.grid.y, " x ",
+               how.grid.z, " blocks of ", how.block.x, " threads with ", how.shared_bytes,
+               " bytes of shared memory");
 #else
   if (how.shared_bytes > 48 * 1024) {
-    // Once per kernel and device: the attribute belongs to the process, so setting it at every launch is a race.
+    // Once per kernel and device: the attribute belongs to the process, so setting it at every launch is a
+    // race.
     static std::mutex mutex;
-    static std::set<std::tuple<const void*, int, int>> raised;
+    static std::set<std::tuple<const void*, int, int> > raised;
     int device = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
     const std::tuple key{reinterpret_cast<const void*>(kernel), device, how.shared_bytes};
     const std::scoped_lock lock(mutex);
     if (!raised.contains(key)) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes), name);
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
+                 name);
       raised.insert(key);
     }
   }

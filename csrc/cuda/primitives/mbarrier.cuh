@@ -57,7 +57,8 @@ FLASHU_DEVICE void mbarrier_init(Mbarrier* barrier, int count FLASHU_WHERE) {
   state.initialised = 2;
   std::memcpy(barrier, &state, sizeof state);
 #else
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
 #endif
 }
 
@@ -89,7 +90,8 @@ FLASHU_DEVICE void mbarrier_expect(Mbarrier* barrier, int bytes FLASHU_WHERE) {
   emulated::word(barrier, where).bytes += bytes;
   mbarrier_arrive(barrier, where);
 #else
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
                : "memory");
 #endif
 }

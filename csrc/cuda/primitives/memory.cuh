@@ -9,11 +9,11 @@
 // `count` elements of static shared memory.
 #define FLASHU_SHARED(type, name, count) \
   static const char name##_site = 0;     \
-  type* const name =                     \
-      static_cast<type*>(::simt::static_shared(&name##_site, sizeof(type) * (count), ::simt::Place::current()))
+  type* const name = static_cast<type*>( \
+      ::simt::static_shared(&name##_site, sizeof(type) * (count), ::simt::Place::current()))
 #else
-#define FLASHU_DYNAMIC_SHARED(type, name)                               \
-  extern __shared__ __align__(1024) unsigned char flashu_dynamic_[];    \
+#define FLASHU_DYNAMIC_SHARED(type, name)                            \
+  extern __shared__ __align__(1024) unsigned char flashu_dynamic_[]; \
   type* const name = reinterpret_cast<type*>(flashu_dynamic_)
 #define FLASHU_SHARED(type, name, count) __shared__ __align__(16) type name[count]
 #endif
@@ -23,7 +23,8 @@ namespace flashu::cuda {
 // 16 bytes that are read once: they pass by L1.
 FLASHU_DEVICE uint4 load16_streaming(const void* from FLASHU_WHERE) {
 #if FLASHU_EMULATED
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) simt::fail(where, "a 16-byte load of a misaligned address");
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    simt::fail(where, "a 16-byte load of a misaligned address");
   return *static_cast<const uint4*>(from);
 #else
   uint4 value;
@@ -37,7 +38,8 @@ FLASHU_DEVICE uint4 load16_streaming(const void* from FLASHU_WHERE) {
 // 16 bytes of global or shared memory.
 FLASHU_DEVICE uint4 load16(const void* from FLASHU_WHERE) {
 #if FLASHU_EMULATED
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) simt::fail(where, "a 16-byte load of a misaligned address");
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    simt::fail(where, "a 16-byte load of a misaligned address");
 #endif
   return *static_cast<const uint4*>(from);
 }
@@ -63,7 +65,8 @@ FLASHU_DEVICE void cp_async16(void* to, const void* from, bool valid FLASHU_WHER
 #if FLASHU_EMULATED
   const uintptr_t bits = reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0);
   if (bits % 16 != 0) simt::fail(where, "cp.async of a misaligned address");
-  if (!simt::in_shared(to, 16)) simt::fail(where, "cp.async to memory that is not shared memory of this block");
+  if (!simt::in_shared(to, 16))
+    simt::fail(where, "cp.async to memory that is not shared memory of this block");
   // Undefined until it is waited for; whoever still reads what was there sees it go.
   auto* words = static_cast<uint64_t*>(to);
   words[0] = words[1] = ~uint64_t{0};

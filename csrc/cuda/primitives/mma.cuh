@@ -15,7 +15,8 @@ struct MatrixSlot {
   const char* rows[4][8];
 };
 inline MatrixSlot meet_rows(const void* row, const char* kind, const simt::Place& where) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail(where, std::string(kind) + ": a row is misaligned");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    simt::fail(where, std::string(kind) + ": a row is misaligned");
   if (!simt::in_shared(row, 16)) simt::fail(where, std::string(kind) + ": a row is not in shared memory");
   MatrixSlot slot{static_cast<const char*>(row), {}};
   simt::collective(
@@ -89,7 +90,8 @@ FLASHU_DEVICE void stmatrix_x4(void* row, const uint32_t (&in)[4] FLASHU_WHERE) 
 //   a[0..3]: rows g, g + 8, g, g + 8 at k = 2t (+ 8 for the last two), b[0..1]: column g at k = 2t (+ 8)
 //   sums[0..3]: row g columns 2t, 2t + 1; row g + 8 columns 2t, 2t + 1
 template <class T>
-FLASHU_DEVICE void mma_16x8x16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 FLASHU_WHERE) {
+FLASHU_DEVICE void mma_16x8x16(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0,
+                               uint32_t b1 FLASHU_WHERE) {
 #if FLASHU_EMULATED
   struct Slot {
     float* sums;

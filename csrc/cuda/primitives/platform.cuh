@@ -16,8 +16,8 @@
 #include "simt/cuda.hpp"
 #define FLASHU_EMULATED 1
 #define FLASHU_DEVICE inline
-#define FLASHU_WHERE , const simt::Place &where = simt::Place::current()
-#define FLASHU_WHERE_ONLY const simt::Place &where = simt::Place::current()
+#define FLASHU_WHERE , const simt::Place& where = simt::Place::current()
+#define FLASHU_WHERE_ONLY const simt::Place& where = simt::Place::current()
 #endif
 
 #include <cstdint>

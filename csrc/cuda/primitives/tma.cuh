@@ -35,10 +35,12 @@ inline bool tensor_map_can(const void* base, int64_t stride) {
 }
 
 // Host. `stride` in values. Throws Failure where the driver refuses.
-inline TensorMap encode_tensor_map(const void* base, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+inline TensorMap encode_tensor_map(const void* base, int64_t rows, int64_t columns, int64_t stride,
+                                   int box_rows) {
   FLASHU_CHECK(tensor_map_can(base, stride) && rows >= 1 && columns >= 1 && rows <= (int64_t{1} << 32) &&
                    columns <= (int64_t{1} << 32) && box_rows >= 1 && box_rows <= 256,
-               FLASHU_INTERNAL, "tensor map: expected 16-byte aligned rows and a box of at most 256 rows, got a matrix of ",
+               FLASHU_INTERNAL,
+               "tensor map: expected 16-byte aligned rows and a box of at most 256 rows, got a matrix of ",
                rows, " x ", columns, ", stride ", stride, ", box of ", box_rows, " rows");
 #if FLASHU_EMULATED
   return {static_cast<const char*>(base), rows, columns, stride, box_rows};
@@ -47,8 +49,8 @@ inline TensorMap encode_tensor_map(const void* base, int64_t rows, int64_t colum
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
-    const cudaError_t status =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                                cudaEnableDefault, &found);
     return status == cudaSuccess && found == cudaDriverEntryPointSuccess
                ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)
                : nullptr;
@@ -59,10 +61,12 @@ inline TensorMap encode_tensor_map(const void* base, int64_t rows, int64_t colum
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t box[2] = {kBoxColumns, static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUresult status = encode(&result.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(base), sizes,
-                                 strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  FLASHU_CHECK(status == CUDA_SUCCESS, FLASHU_INTERNAL, "cuTensorMapEncodeTiled: error ", static_cast<int>(status));
+  const CUresult status =
+      encode(&result.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void*>(base), sizes, strides, box,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  FLASHU_CHECK(status == CUDA_SUCCESS, FLASHU_INTERNAL, "cuTensorMapEncodeTiled: error ",
+               static_cast<int>(status));
   return result;
 #endif
 }
@@ -72,7 +76,8 @@ namespace emulated {
 
 // Chunk `chunk` of row `row` of a box.
 inline char* box_chunk(char* box, int row, int chunk) {
-  const auto address = reinterpret_cast<uintptr_t>(box) + static_cast<uintptr_t>(row * kBoxRowBytes + chunk * 16);
+  const auto address =
+      reinterpret_cast<uintptr_t>(box) + static_cast<uintptr_t>(row * kBoxRowBytes + chunk * 16);
   return reinterpret_cast<char*>(address ^ ((address >> 7 & 7) << 4));
 }
 
@@ -87,12 +92,14 @@ inline void check_box(const void* box, const TensorMap& map, const char* what, c
 #endif
 
 // One thread: begins to copy the box at (row, column) to shared memory; `barrier` counts its bytes.
-FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row, Mbarrier* barrier FLASHU_WHERE) {
+FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row,
+                            Mbarrier* barrier FLASHU_WHERE) {
 #if FLASHU_EMULATED
   emulated::check_box(to, map, "TMA load", where);
   emulated::word(barrier, where);
   auto* words = static_cast<uint64_t*>(to);
-  for (int i = 0; i < map.box_rows * kBoxRowBytes / 8; ++i) words[i] = ~uint64_t{0};  // undefined until it is there
+  for (int i = 0; i < map.box_rows * kBoxRowBytes / 8; ++i)
+    words[i] = ~uint64_t{0};  // undefined until it is there
   const simt::Unseen unseen;
   simt::defer([to, source = map, column, row, barrier] {
     for (int r = 0; r < source.box_rows; ++r) {
@@ -100,7 +107,8 @@ FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row,
         const int64_t y = int64_t{row} + r;
         const int64_t x = int64_t{column} + c;
         const bool inside = y >= 0 && y < source.rows && x >= 0 && x < source.columns;
-        auto* value = reinterpret_cast<uint16_t*>(emulated::box_chunk(static_cast<char*>(to), r, c / 8)) + c % 8;
+        auto* value =
+            reinterpret_cast<uint16_t*>(emulated::box_chunk(static_cast<char*>(to), r, c / 8)) + c % 8;
         *value = inside ? reinterpret_cast<const uint16_t*>(source.base)[y * source.stride + x] : uint16_t{0};
       }
     }
@@ -109,8 +117,8 @@ FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row,
   simt::maybe_yield();
 #else
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-          "r"(shared_address(to)),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+      "%3}], [%4];" ::"r"(shared_address(to)),
       "l"(&map.map), "r"(column), "r"(row), "r"(shared_address(barrier))
       : "memory");
 #endif
@@ -130,14 +138,16 @@ FLASHU_DEVICE void tma_store(const TensorMap& map, const void* from, int column,
         const int64_t x = int64_t{column} + c;
         if (y < 0 || y >= target.rows || x < 0 || x >= target.columns) continue;
         auto* values = reinterpret_cast<uint16_t*>(const_cast<char*>(target.base));
-        values[y * target.stride + x] = reinterpret_cast<const uint16_t*>(emulated::box_chunk(box, r, c / 8))[c % 8];
+        values[y * target.stride + x] =
+            reinterpret_cast<const uint16_t*>(emulated::box_chunk(box, r, c / 8))[c % 8];
       }
     }
   }));
 #else
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map.map),
-               "r"(shared_address(from)), "r"(column), "r"(row)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&map.map),
+      "r"(shared_address(from)), "r"(column), "r"(row)
+      : "memory");
 #endif
 }
 

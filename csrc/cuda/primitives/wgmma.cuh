@@ -13,15 +13,16 @@ namespace flashu::cuda {
 
 // How an operand lies in shared memory; both are boxes as tma.cuh has them.
 //   kDepth: a row of a box is a row of A (a column of the product for B), with 64 of the depth.
-//   kOuter: a row of a box is one k, with 64 columns of the product; more boxes follow `box_bytes` apart. B only.
+//   kOuter: a row of a box is one k, with 64 columns of the product; more boxes follow `box_bytes` apart. B
+//   only.
 enum class Major { kDepth, kOuter };
 
-// The 64-bit descriptor of an operand. kDepth: the address moves 32 bytes inside a box for every 16 of the depth.
-// kOuter: 2048 bytes (16 rows).
+// The 64-bit descriptor of an operand. kDepth: the address moves 32 bytes inside a box for every 16 of the
+// depth. kOuter: 2048 bytes (16 rows).
 template <Major kMajor>
 FLASHU_DEVICE uint64_t wgmma_descriptor(const void* tile, int box_bytes FLASHU_WHERE) {
-  // Bits 0-13: address / 16. 16-29: leading offset / 16, from box to box for kOuter, unused for kDepth. 32-45:
-  // stride offset / 16, from one group of 8 rows to the next. 62-63 = 1: 128-byte swizzle.
+  // Bits 0-13: address / 16. 16-29: leading offset / 16, from box to box for kOuter, unused for kDepth.
+  // 32-45: stride offset / 16, from one group of 8 rows to the next. 62-63 = 1: 128-byte swizzle.
 #if FLASHU_EMULATED
   if (!simt::in_shared(tile, 16)) simt::fail(where, "wgmma: an operand is not in dynamic shared memory");
   const auto address = static_cast<uint64_t>(static_cast<const char*>(tile) - simt::dynamic_shared());
@@ -35,7 +36,8 @@ FLASHU_DEVICE uint64_t wgmma_descriptor(const void* tile, int box_bytes FLASHU_W
 #if FLASHU_EMULATED
 namespace emulated {
 
-// The sums of one warp while products are under way. A warp works on its own 16 rows of A, as the hardware's do.
+// The sums of one warp while products are under way. A warp works on its own 16 rows of A, as the hardware's
+// do.
 struct WarpSums {
   float* registers[kWarp] = {};
   std::vector<float> running;  // [lane][register]
@@ -69,7 +71,8 @@ void multiply_warp(WarpSums& sums, const char* shared, uint64_t a, uint64_t b, i
   for (int l = 0; l < kWarp; ++l) {
     for (int i = 0; i < kColumns / 2; ++i) {
       float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += left[l / 4 + i / 2 % 2 * 8][k] * right[i / 4 * 8 + l % 4 * 2 + i % 2][k];
+      for (int k = 0; k < 16; ++k)
+        sum += left[l / 4 + i / 2 % 2 * 8][k] * right[i / 4 * 8 + l % 4 * 2 + i % 2][k];
       float& running = sums.running[static_cast<std::size_t>(l * (kColumns / 2) + i)];
       running = (accumulate ? running : 0.0f) + sum;
     }
@@ -106,7 +109,8 @@ void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, co
             simt::fail(where, "wgmma: operands differ between the threads of a warp");
         }
         const bool fresh = sums.under_way == 0 || sums.registers[0] != first.registers;
-        if (fresh && sums.under_way != 0) simt::fail(where, "wgmma: a second set of sums while the first is under way");
+        if (fresh && sums.under_way != 0)
+          simt::fail(where, "wgmma: a second set of sums while the first is under way");
         if (fresh) {
           sums.running.assign(static_cast<std::size_t>(kWarp * kRegisters), 0.0f);
           for (int l = 0; l < kWarp; ++l) {
@@ -127,8 +131,8 @@ void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, co
               multiply_warp<kColumns, T, kMajorB>(*target, shared, first.a, first.b, warp, first.accumulate);
               if (--target->under_way != 0) return;
               for (std::size_t l = 0; l < kWarp; ++l) {
-                std::copy_n(target->running.begin() + static_cast<std::ptrdiff_t>(l * kColumns / 2), kColumns / 2,
-                            target->registers[l]);
+                std::copy_n(target->running.begin() + static_cast<std::ptrdiff_t>(l * kColumns / 2),
+                            kColumns / 2, target->registers[l]);
               }
             },
             sums.last);
@@ -149,7 +153,9 @@ FLASHU_DEVICE void wgmma_fence() {
 
 FLASHU_DEVICE void wgmma_commit(FLASHU_WHERE_ONLY) {
 #if FLASHU_EMULATED
-  simt::collective(kAllLanes, "wgmma commit", nullptr, [](void* const*) { simt::product_groups().commit(); }, false, where);
+  simt::collective(
+      kAllLanes, "wgmma commit", nullptr, [](void* const*) { simt::product_groups().commit(); }, false,
+      where);
 #else
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
@@ -159,14 +165,16 @@ FLASHU_DEVICE void wgmma_commit(FLASHU_WHERE_ONLY) {
 template <int kPending>
 FLASHU_DEVICE void wgmma_wait(FLASHU_WHERE_ONLY) {
 #if FLASHU_EMULATED
-  simt::collective(kAllLanes, "wgmma wait", nullptr, [](void* const*) { simt::product_groups().finish(kPending); }, true,
-                   where);
+  simt::collective(
+      kAllLanes, "wgmma wait", nullptr, [](void* const*) { simt::product_groups().finish(kPending); }, true,
+      where);
 #else
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #endif
 }
 
-// Tells the compiler that a register may have been written behind its back, so that it is not moved across a wait.
+// Tells the compiler that a register may have been written behind its back, so that it is not moved across a
+// wait.
 FLASHU_DEVICE void wgmma_touch([[maybe_unused]] float& value) {
 #if !FLASHU_EMULATED
   asm volatile("" : "+f"(value)::"memory");
@@ -182,19 +190,20 @@ FLASHU_DEVICE void wgmma(float (&sums)[kColumns / 2], uint64_t a, uint64_t b, bo
   emulated::begin_product<kColumns, T, kMajorB>(sums, a, b, accumulate, where);
 }
 #else
-#define FLASHU_SUMS_8(i)                                                                                        \
-  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), \
-      "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define FLASHU_SUMS_8(i)                                                                     \
+  "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), \
+      "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
 #define FLASHU_SUMS_32(i) FLASHU_SUMS_8(i), FLASHU_SUMS_8(i + 8), FLASHU_SUMS_8(i + 16), FLASHU_SUMS_8(i + 24)
 #define FLASHU_SUMS_16(i) FLASHU_SUMS_8(i), FLASHU_SUMS_8(i + 8)
 
-// One instruction: columns, operand types, the registers' list and their operands, the numbers of the operands
-// that follow the registers.
-#define FLASHU_WGMMA(columns, types, list, a_number, b_number, p_number, trans_number, ...)                    \
-  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #p_number ", 0;\n\t"                                  \
-               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." types " {" list "}, %" #a_number          \
-               ", %" #b_number ", p, 1, 1, 0, %" #trans_number ";\n\t}"                                         \
-               : __VA_ARGS__                                                                                  \
+// One instruction: columns, operand types, the registers' list and their operands, the numbers of the
+// operands that follow the registers.
+#define FLASHU_WGMMA(columns, types, list, a_number, b_number, p_number, trans_number, ...)             \
+  asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %" #p_number                                       \
+               ", 0;\n\t"                                                                               \
+               "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." types " {" list "}, %" #a_number \
+               ", %" #b_number ", p, 1, 1, 0, %" #trans_number ";\n\t}"                                 \
+               : __VA_ARGS__                                                                            \
                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kMajorB == Major::kOuter ? 1 : 0))
 #define FLASHU_R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FLASHU_R16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -214,23 +223,27 @@ FLASHU_DEVICE void wgmma(float (&sums)[kColumns / 2], uint64_t a, uint64_t b, bo
 #define FLASHU_LIST_112 FLASHU_LIST_96 ", " FLASHU_R96
 #define FLASHU_LIST_128 FLASHU_LIST_112 ", " FLASHU_R112
 
-#define FLASHU_WGMMA_OF_COLUMNS(columns, list, a_number, b_number, p_number, trans_number, ...)                    \
-  template <int kColumns, class T, Major kMajorB>                                                                  \
-    requires(kColumns == columns)                                                                                  \
-  FLASHU_DEVICE void wgmma(float (&sums)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {                 \
-    if constexpr (std::is_same_v<T, bfloat16>) {                                                                   \
-      FLASHU_WGMMA(columns, "bf16.bf16", list, a_number, b_number, p_number, trans_number, __VA_ARGS__);           \
-    } else {                                                                                                       \
-      FLASHU_WGMMA(columns, "f16.f16", list, a_number, b_number, p_number, trans_number, __VA_ARGS__);             \
-    }                                                                                                              \
+#define FLASHU_WGMMA_OF_COLUMNS(columns, list, a_number, b_number, p_number, trans_number, ...)          \
+  template <int kColumns, class T, Major kMajorB>                                                        \
+    requires(kColumns == columns)                                                                        \
+  FLASHU_DEVICE void wgmma(float (&sums)[kColumns / 2], uint64_t a, uint64_t b, bool accumulate) {       \
+    if constexpr (std::is_same_v<T, bfloat16>) {                                                         \
+      FLASHU_WGMMA(columns, "bf16.bf16", list, a_number, b_number, p_number, trans_number, __VA_ARGS__); \
+    } else {                                                                                             \
+      FLASHU_WGMMA(columns, "f16.f16", list, a_number, b_number, p_number, trans_number, __VA_ARGS__);   \
+    }                                                                                                    \
   }
 FLASHU_WGMMA_OF_COLUMNS(64, FLASHU_LIST_32, 32, 33, 34, 35, FLASHU_SUMS_32(0))
 FLASHU_WGMMA_OF_COLUMNS(96, FLASHU_LIST_48, 48, 49, 50, 51, FLASHU_SUMS_32(0), FLASHU_SUMS_16(32))
 FLASHU_WGMMA_OF_COLUMNS(128, FLASHU_LIST_64, 64, 65, 66, 67, FLASHU_SUMS_32(0), FLASHU_SUMS_32(32))
-FLASHU_WGMMA_OF_COLUMNS(160, FLASHU_LIST_80, 80, 81, 82, 83, FLASHU_SUMS_32(0), FLASHU_SUMS_32(32), FLASHU_SUMS_16(64))
-FLASHU_WGMMA_OF_COLUMNS(192, FLASHU_LIST_96, 96, 97, 98, 99, FLASHU_SUMS_32(0), FLASHU_SUMS_32(32), FLASHU_SUMS_32(64))
-FLASHU_WGMMA_OF_COLUMNS(224, FLASHU_LIST_112, 112, 113, 114, 115, FLASHU_SUMS_32(0), FLASHU_SUMS_32(32), FLASHU_SUMS_32(64), FLASHU_SUMS_16(96))
-FLASHU_WGMMA_OF_COLUMNS(256, FLASHU_LIST_128, 128, 129, 130, 131, FLASHU_SUMS_32(0), FLASHU_SUMS_32(32), FLASHU_SUMS_32(64), FLASHU_SUMS_32(96))
+FLASHU_WGMMA_OF_COLUMNS(160, FLASHU_LIST_80, 80, 81, 82, 83, FLASHU_SUMS_32(0), FLASHU_SUMS_32(32),
+                        FLASHU_SUMS_16(64))
+FLASHU_WGMMA_OF_COLUMNS(192, FLASHU_LIST_96, 96, 97, 98, 99, FLASHU_SUMS_32(0), FLASHU_SUMS_32(32),
+                        FLASHU_SUMS_32(64))
+FLASHU_WGMMA_OF_COLUMNS(224, FLASHU_LIST_112, 112, 113, 114, 115, FLASHU_SUMS_32(0), FLASHU_SUMS_32(32),
+                        FLASHU_SUMS_32(64), FLASHU_SUMS_16(96))
+FLASHU_WGMMA_OF_COLUMNS(256, FLASHU_LIST_128, 128, 129, 130, 131, FLASHU_SUMS_32(0), FLASHU_SUMS_32(32),
+                        FLASHU_SUMS_32(64), FLASHU_SUMS_32(96))
 #endif
 
 }  // namespace flashu::cuda

@@ -32,6 +32,10 @@ typedef struct flashu_selection {
  * rows and of threads. Storage types are f32, bf16 or f16, the same for all floating tensors of a call; last
  * strides are 1. */
 
+/* Device memory is not read by the host: on CUDA an index that is out of range is clamped, and 1 is or-ed
+ * into `status` (i32, one element, optional); an index that is repeated is computed twice. The CPU refuses
+ * both. */
+
 /* out = silu(x w_gate[S]^T) * (x w_up[S]^T) */
 typedef struct flashu_swiglu_args {
   uint32_t struct_size;
@@ -41,6 +45,7 @@ typedef struct flashu_swiglu_args {
   flashu_tensor w_up;   /* [intermediate, hidden] */
   flashu_selection selection;
   flashu_tensor out; /* [..., n] */
+  flashu_tensor status;
   void* workspace;
   uint64_t workspace_bytes;
   void* stream;
@@ -57,6 +62,7 @@ typedef struct flashu_down_args {
   flashu_selection selection;
   flashu_tensor residual; /* [..., hidden] or absent */
   flashu_tensor out;      /* [..., hidden] */
+  flashu_tensor status;
   void* workspace;
   uint64_t workspace_bytes;
   void* stream;
@@ -78,6 +84,7 @@ typedef struct flashu_ffn_args {
   flashu_tensor residual; /* [..., hidden_out] or absent */
   flashu_tensor norms; /* [n] f32 or f64 or absent: += the sum over rows of the squared product, per neuron */
   flashu_tensor out;   /* [..., hidden_out] */
+  flashu_tensor status;
   void* workspace;
   uint64_t workspace_bytes;
   void* stream;

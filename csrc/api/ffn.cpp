@@ -1,0 +1,248 @@
+// C API of the FFN family: every check but that of the index, then the kernels of the device.
+#include "flashu/ffn.h"
+
+#include <limits>
+#include <span>
+
+#include "api/dispatch.hpp"
+#include "core/ffn_problem.hpp"
+#include "core/rows.hpp"
+#include "cpu/ffn.hpp"
+#include "cuda/ffn.hpp"
+
+namespace flashu::api {
+namespace {
+
+using core::FfnProblem;
+using core::Matrix;
+
+// A weight matrix of x's dtype with contiguous rows.
+Matrix weight(const char* name, const flashu_tensor& tensor, const char* like_name,
+              const flashu_tensor& like) {
+  core::check_rank(name, tensor, 2);
+  core::check_same_dtype(name, tensor, like_name, like);
+  core::check_inner_contiguous(name, tensor);
+  return {tensor.data, tensor.strides[0]};
+}
+
+// A tensor of rows that must have the leading dimensions of `like` and `width` columns.
+Matrix rows_like(const char* name, const flashu_tensor& tensor, const char* like_name,
+                 const flashu_tensor& like, int64_t width) {
+  core::check_same_dtype(name, tensor, like_name, like);
+  core::check_rank(name, tensor, like.ndim);
+  for (int d = 0; d < like.ndim - 1; ++d) core::check_size(name, tensor, d, like.sizes[d]);
+  core::check_size(name, tensor, like.ndim - 1, width);
+  return {tensor.data, core::as_rows(name, tensor).stride};
+}
+
+Matrix output(const flashu_tensor& out, const char* like_name, const flashu_tensor& like, int64_t width,
+              std::initializer_list<std::pair<const char*, const flashu_tensor*>> inputs) {
+  const Matrix matrix = rows_like("out", out, like_name, like, width);
+  core::check_output("out", out, inputs);
+  return matrix;
+}
+
+void check_all(std::initializer_list<std::pair<const char*, const flashu_tensor*>> tensors) {
+  for (const auto& [name, tensor] : tensors) {
+    if (core::present(*tensor)) core::check_tensor(name, *tensor);
+  }
+  core::check_device(tensors);
+}
+
+// x or h: the operand whose dtype and leading dimensions the others follow. `shared` is what all args have
+// alike.
+template <class Args>
+FfnProblem begin(const char* name, const flashu_tensor& tensor, const Args& a) {
+  core::check_floating(name, tensor);
+  FfnProblem p{};
+  p.type = tensor.dtype;
+  p.device = tensor.device;
+  p.rows = core::as_rows(name, tensor).count;
+  p.status = a.status;
+  p.stream = a.stream;
+  if (core::present(a.status)) {
+    core::check_dtype("status", a.status, {FLASHU_I32});
+    FLASHU_CHECK(core::numel(a.status) == 1, FLASHU_INVALID_VALUE, "status: expected one element, got shape ",
+                 core::shape_text(a.status));
+  }
+  return p;
+}
+
+// Which neurons; the values of an index are left to the device.
+void check_selection(FfnProblem& p, const flashu_selection& selection, const char* like_name,
+                     const flashu_tensor& like) {
+  FLASHU_CHECK(p.intermediate <= std::numeric_limits<int32_t>::max(), FLASHU_UNSUPPORTED,
+               "selection: expected fewer than 2^31 neurons, got ", p.intermediate);
+  switch (selection.kind) {
+    case FLASHU_SELECT_ALL:
+      if (p.intermediate > 0) p.runs = {{0, p.intermediate}};
+      break;
+    case FLASHU_SELECT_RUNS:
+      FLASHU_CHECK(selection.num_runs >= 0 && (selection.num_runs == 0 || selection.runs != nullptr),
+                   FLASHU_INVALID_VALUE, "runs: expected a pointer to 2 * num_runs numbers, got num_runs ",
+                   selection.num_runs);
+      p.runs = core::runs_from_flat(
+          "runs", std::span<const int64_t>(selection.runs, static_cast<size_t>(2 * selection.num_runs)),
+          p.intermediate);
+      break;
+    case FLASHU_SELECT_INDEX:
+      core::check_tensor("index", selection.index);
+      core::check_dtype("index", selection.index, {FLASHU_I32, FLASHU_I64});
+      core::check_rank("index", selection.index, 1);
+      core::check_device({{like_name, &like}, {"index", &selection.index}});
+      FLASHU_CHECK(selection.index.sizes[0] <= p.intermediate, FLASHU_INVALID_INDEX,
+                   "index: expected each value at most once in [0, ", p.intermediate, "), got ",
+                   selection.index.sizes[0], " values");
+      p.by_index = true;
+      p.index = selection.index;
+      p.neurons = selection.index.sizes[0];
+      return;
+    default:
+      core::fail(FLASHU_INVALID_VALUE, "selection.kind: expected 0, 1 or 2, got ", selection.kind);
+  }
+  p.neurons = core::total_length(p.runs);
+}
+
+void check_up_weights(FfnProblem& p, const flashu_tensor& x, const flashu_tensor& w_gate,
+                      const flashu_tensor& w_up) {
+  const core::Rows rows = core::as_rows("x", x);
+  p.hidden = rows.width;
+  p.x = {x.data, rows.stride};
+  p.w_gate = weight("w_gate", w_gate, "x", x);
+  core::check_size("w_gate", w_gate, 1, p.hidden);
+  p.w_up = weight("w_up", w_up, "x", x);
+  core::check_same_shape("w_up", w_up, "w_gate", w_gate);
+  p.intermediate = w_gate.sizes[0];
+  p.has_up = true;
+}
+
+FfnProblem checked(const flashu_swiglu_args& a) {
+  check_all({{"x", &a.x}, {"w_gate", &a.w_gate}, {"w_up", &a.w_up}, {"out", &a.out}, {"status", &a.status}});
+  FfnProblem p = begin("x", a.x, a);
+  check_up_weights(p, a.x, a.w_gate, a.w_up);
+  check_selection(p, a.selection, "x", a.x);
+  p.h = output(a.out, "x", a.x, p.neurons, {{"x", &a.x}, {"w_gate", &a.w_gate}, {"w_up", &a.w_up}});
+  return p;
+}
+
+FfnProblem checked(const flashu_down_args& a) {
+  check_all({{"h", &a.h},
+             {"w_down", &a.w_down},
+             {"residual", &a.residual},
+             {"out", &a.out},
+             {"status", &a.status}});
+  FfnProblem p = begin("h", a.h, a);
+  p.h = {a.h.data, core::as_rows("h", a.h).stride};
+  p.w_down = weight("w_down", a.w_down, "h", a.h);
+  p.width = a.w_down.sizes[0];
+  p.has_down = true;
+  p.intermediate = a.w_down.sizes[1];
+  check_selection(p, a.selection, "h", a.h);
+  core::check_size("h", a.h, a.h.ndim - 1, p.neurons);
+  if (core::present(a.residual)) p.residual = rows_like("residual", a.residual, "h", a.h, p.width);
+  p.out = output(a.out, "h", a.h, p.width, {{"h", &a.h}, {"w_down", &a.w_down}, {"residual", &a.residual}});
+  return p;
+}
+
+FfnProblem checked(const flashu_ffn_args& a) {
+  check_all({{"x", &a.x},
+             {"w_gate", &a.w_gate},
+             {"w_up", &a.w_up},
+             {"w_down", &a.w_down},
+             {"residual", &a.residual},
+             {"norms", &a.norms},
+             {"out", &a.out},
+             {"status", &a.status}});
+  FfnProblem p = begin("x", a.x, a);
+  check_up_weights(p, a.x, a.w_gate, a.w_up);
+  p.w_down = weight("w_down", a.w_down, "x", a.x);
+  core::check_size("w_down", a.w_down, 1, p.intermediate);
+  p.width = a.w_down.sizes[0];
+  p.has_down = true;
+  check_selection(p, a.selection, "x", a.x);
+  if (core::present(a.residual)) p.residual = rows_like("residual", a.residual, "x", a.x, p.width);
+  p.out = output(a.out, "x", a.x, p.width,
+                 {{"x", &a.x},
+                  {"w_gate", &a.w_gate},
+                  {"w_up", &a.w_up},
+                  {"w_down", &a.w_down},
+                  {"residual", &a.residual}});
+  if (core::present(a.norms)) {
+    core::check_dtype("norms", a.norms, {FLASHU_F32, FLASHU_F64});
+    core::check_rank("norms", a.norms, 1);
+    core::check_inner_contiguous("norms", a.norms);
+    core::check_size("norms", a.norms, 0, p.neurons);
+    for (const auto& [name, other] : {std::pair{"x", &a.x},
+                                      {"w_gate", &a.w_gate},
+                                      {"w_up", &a.w_up},
+                                      {"w_down", &a.w_down},
+                                      {"residual", &a.residual},
+                                      {"out", &a.out}}) {
+      if (core::present(*other)) core::check_disjoint("norms", a.norms, name, *other);
+    }
+    p.norms = a.norms;
+  }
+  return p;
+}
+
+template <class Args>
+int32_t run(const char* op, const Args* args) {
+  return core::guarded(op, [&] {
+    const Args& a = core::read_args(args);
+    const FfnProblem p = checked(a);
+    if (p.rows == 0) return;
+    run_on(
+        p.device, [&] { cpu::ffn(p, a.workspace, a.workspace_bytes); },
+        [&] { cuda::ffn(p, a.workspace, a.workspace_bytes); });
+  });
+}
+
+template <class Args>
+int32_t workspace(const char* op, const Args* args, uint64_t* bytes) {
+  return core::guarded(op, [&] {
+    const Args& a = core::read_args(args);
+    FLASHU_CHECK(bytes != nullptr, FLASHU_INVALID_VALUE, "bytes: expected a pointer, got NULL");
+    const FfnProblem p = checked(a);
+    run_on(p.device, [&] { *bytes = cpu::ffn_workspace(p); }, [&] { *bytes = cuda::ffn_workspace(p); });
+  });
+}
+
+void neuron_norms(const flashu_neuron_norms_args& args) {
+  core::check_tensor("acc", args.acc);
+  core::check_tensor("h", args.h);
+  core::check_device({{"acc", &args.acc}, {"h", &args.h}});
+  core::check_dtype("acc", args.acc, {FLASHU_F32, FLASHU_F64});
+  core::check_floating("h", args.h);
+  core::check_rank("acc", args.acc, 1);
+  core::check_inner_contiguous("acc", args.acc);
+  core::check_size("acc", args.acc, 0, core::as_rows("h", args.h).width);
+  core::check_disjoint("acc", args.acc, "h", args.h);
+  if (core::numel(args.h) == 0) return;
+  run_on(args.h.device, [&] { cpu::neuron_norms(args); }, [&] { cuda::neuron_norms(args); });
+}
+
+}  // namespace
+}  // namespace flashu::api
+
+extern "C" {
+
+int32_t flashu_gathered_swiglu(const flashu_swiglu_args* args) {
+  return flashu::api::run("gathered_swiglu", args);
+}
+int32_t flashu_gathered_swiglu_workspace(const flashu_swiglu_args* args, uint64_t* bytes) {
+  return flashu::api::workspace("gathered_swiglu", args, bytes);
+}
+int32_t flashu_gathered_down(const flashu_down_args* args) { return flashu::api::run("gathered_down", args); }
+int32_t flashu_gathered_down_workspace(const flashu_down_args* args, uint64_t* bytes) {
+  return flashu::api::workspace("gathered_down", args, bytes);
+}
+int32_t flashu_gathered_ffn(const flashu_ffn_args* args) { return flashu::api::run("gathered_ffn", args); }
+int32_t flashu_gathered_ffn_workspace(const flashu_ffn_args* args, uint64_t* bytes) {
+  return flashu::api::workspace("gathered_ffn", args, bytes);
+}
+int32_t flashu_neuron_norms(const flashu_neuron_norms_args* args) {
+  using namespace flashu;
+  return core::guarded("neuron_norms_", [&] { api::neuron_norms(core::read_args(args)); });
+}
+
+}  // extern "C"

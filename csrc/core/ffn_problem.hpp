@@ -1,0 +1,43 @@
+// One gathered FFN, or one half of it, after all checks that do not read device memory: what both the CPU and the
+// CUDA kernels are asked for.
+#pragma once
+
+#include <cstdint>
+
+#include "core/run_list.hpp"
+#include "flashu/ffn.h"
+
+namespace flashu::core {
+
+// A matrix of the problem's storage type, rows `stride` elements apart; null when absent.
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct FfnProblem {
+  int32_t type;  // flashu_dtype F32, BF16 or F16
+  int32_t device;
+  bool has_up;
+  bool has_down;
+  int64_t rows;
+  int64_t hidden;  // width of x
+  int64_t width;   // width of the down half's output
+  int64_t intermediate;
+  int64_t neurons;  // selected ones
+  // Which they are: an index tensor, whose values nobody has looked at yet, or these runs.
+  bool by_index;
+  flashu_tensor index;
+  RunList runs;
+  Matrix x, w_gate, w_up, w_down, residual;
+  Matrix h;  // up half alone: its output; down half alone: its input
+  Matrix out;
+  flashu_tensor norms;   // absent unless both halves run
+  flashu_tensor status;  // absent, or where CUDA kernels report a clamped index
+  void* stream;
+
+  bool one_run() const { return !by_index && runs.size() <= 1; }
+  int64_t first() const { return runs.empty() ? 0 : runs.front().start; }  // of one run
+};
+
+}  // namespace flashu::core

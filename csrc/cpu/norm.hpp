@@ -1,0 +1,13 @@
+// The norm family on the CPU, after all checks (csrc/api/norm.cpp); no tensor is empty.
+#pragma once
+
+#include "flashu/norm.h"
+
+namespace flashu::cpu {
+
+void rms_norm(const flashu_rms_norm_args& args);
+void add_rms_norm(const flashu_add_rms_norm_args& args);
+void span_modulate(const flashu_span_modulate_args& args);
+void span_gate_add(const flashu_span_gate_add_args& args);
+
+}  // namespace flashu::cpu
