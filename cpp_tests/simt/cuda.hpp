@@ -63,8 +63,8 @@ T shuffle(uint32_t mask, T value, const char* kind, const Place& where, const So
   const int own = static_cast<int>(lane());
   Slot slot{value, value, source(own)};
   if ((mask >> slot.from & 1) == 0)
-    fail(where, std::string(kind) + ": lane " + std::to_string(own) + " reads lane " + std::to_string(slot.from) +
-                    ", which is not in the mask");
+    fail(where, std::string(kind) + ": lane " + std::to_string(own) + " reads lane " +
+                    std::to_string(slot.from) + ", which is not in the mask");
   collective(
       mask, kind, &slot,
       [](void* const* slots) {
@@ -81,7 +81,8 @@ T shuffle(uint32_t mask, T value, const char* kind, const Place& where, const So
 }  // namespace simt
 
 template <class T>
-T __shfl_sync(uint32_t mask, T value, int from, int width = 32, const simt::Place& where = simt::Place::current()) {
+T __shfl_sync(uint32_t mask, T value, int from, int width = 32,
+              const simt::Place& where = simt::Place::current()) {
   return simt::shuffle(mask, value, "__shfl_sync", where,
                        [=](int own) { return (own & ~(width - 1)) | (from & (width - 1)); });
 }
@@ -107,7 +108,8 @@ T __shfl_down_sync(uint32_t mask, T value, unsigned by, int width = 32,
     return (own & (width - 1)) + static_cast<int>(by) >= width ? own : own + static_cast<int>(by);
   });
 }
-inline uint32_t __ballot_sync(uint32_t mask, int predicate, const simt::Place& where = simt::Place::current()) {
+inline uint32_t __ballot_sync(uint32_t mask, int predicate,
+                              const simt::Place& where = simt::Place::current()) {
   struct Slot {
     int in;
     uint32_t out;
@@ -135,7 +137,8 @@ T read_modify_write(T* address, const Change& change) {
   static_assert(std::is_integral_v<T>);
   maybe_yield();
   T old = __atomic_load_n(address, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(address, &old, change(old), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (
+      !__atomic_compare_exchange_n(address, &old, change(old), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
   }
   return old;
 }

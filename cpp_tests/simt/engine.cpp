@@ -19,6 +19,7 @@ namespace {
 constexpr std::size_t kStackBytes = 128 << 10;
 constexpr std::size_t kStaticBytes = 64 << 10;
 constexpr std::size_t kSharedLimit = 227 << 10;
+constexpr std::size_t kSharedWithoutAsking = 48 << 10;
 constexpr std::size_t kSharedAlign = 1024;
 constexpr unsigned kLanes = 32;
 constexpr int kBarriers = 16;
@@ -126,6 +127,7 @@ struct Engine {
   const std::function<void()>* body = nullptr;
   std::uint64_t state = 1;
   std::uint64_t switches = 0;
+  int deferred_percent = 25;  // how likely one of `deferred` is done when a thread gives way
   unsigned live = 0;
   std::string error;
 
@@ -154,7 +156,7 @@ void run_one_deferred(Engine& e) {
 // Gives the processor to another thread, or to the host when none can run.
 void leave(bool forever = false) {
   Engine& e = engine();
-  if (!e.deferred.empty() && e.chance(25)) run_one_deferred(e);
+  if (!e.deferred.empty() && e.chance(e.deferred_percent)) run_one_deferred(e);
   while (e.ready.empty() && !e.deferred.empty()) run_one_deferred(e);
   Thread* from = e.current;
   Thread* next = nullptr;
@@ -192,7 +194,8 @@ void park(const char* what, const Place& where, const void* key) {
 void make_ready(Thread* thread) { engine().ready.push_back(thread); }
 
 void check_idle(const Groups& groups) {
-  if (!groups.idle()) fail(Place::current(), std::string("thread exits before it waited for its ") + groups.kind() + " groups");
+  if (!groups.idle())
+    fail(Place::current(), std::string("thread exits before it waited for its ") + groups.kind() + " groups");
 }
 
 void thread_main() {
@@ -231,7 +234,8 @@ void run_wave(const std::vector<std::uint64_t>& blocks, std::size_t shared_bytes
   const unsigned count = e.block.x * e.block.y * e.block.z;
   for (const std::uint64_t number : blocks) {
     auto block = std::make_unique<Block>(shared_bytes);
-    block->index = {static_cast<unsigned>(number % e.grid.x), static_cast<unsigned>(number / e.grid.x % e.grid.y),
+    block->index = {static_cast<unsigned>(number % e.grid.x),
+                    static_cast<unsigned>(number / e.grid.x % e.grid.y),
                     static_cast<unsigned>(number / e.grid.x / e.grid.y)};
     block->live = count;
     block->meetings.resize((count + kLanes - 1) / kLanes * kLanes);
@@ -314,8 +318,8 @@ void fail(const Place& where, const std::string& message) {
   unseen_begin();
   const Index b = e.current->block->index;
   std::ostringstream text;
-  text << at(where) << " block (" << b.x << ", " << b.y << ", " << b.z << ") thread " << e.current->linear << ": "
-       << message;
+  text << at(where) << " block (" << b.x << ", " << b.y << ", " << b.z << ") thread " << e.current->linear
+       << ": " << message;
   e.error = text.str();
   leave(true);
   std::abort();
@@ -407,8 +411,8 @@ void barrier(int id, unsigned count, const Place& where) {
   order_acquire(passed);
 }
 
-void collective(std::uint32_t mask, const char* kind, void* mine, void (*meet)(void* const*, void*), void* context,
-                bool fence, const Place& where) {
+void collective(std::uint32_t mask, const char* kind, void* mine, void (*meet)(void* const*, void*),
+                void* context, bool fence, const Place& where) {
   const Unseen unseen;
   Thread& t = self();
   const unsigned lane = t.linear % kLanes;
@@ -526,12 +530,30 @@ void check_proxy(const void* address, std::size_t bytes, const char* what, const
 
 // ---- launching
 
-bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body) {
+namespace {
+
+std::map<const void*, std::size_t>& shared_limits() {
+  static std::map<const void*, std::size_t> limits;
+  return limits;
+}
+
+std::size_t shared_limit_of(const void* kernel) {
+  if (kernel == nullptr) return kSharedLimit;
+  const auto found = shared_limits().find(kernel);
+  return found == shared_limits().end() ? kSharedWithoutAsking : found->second;
+}
+
+}  // namespace
+
+void set_shared_limit(const void* kernel, std::size_t bytes) { shared_limits()[kernel] = bytes; }
+
+bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body,
+            const void* kernel) {
   const Unseen unseen;
   const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
   const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
-  if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || shared_bytes > kSharedLimit) {
+  if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu ||
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > std::min(kSharedLimit, shared_limit_of(kernel))) {
     return false;
   }
   Engine& e = engine();
@@ -544,6 +566,10 @@ bool launch(Index grid, Index block, std::size_t shared_bytes, const std::functi
   e.block = block;
   e.body = &body;
   order_release(&e.body);
+  // Some launches have copies and products that come at once, in some they come when nobody can go on without
+  // them.
+  constexpr int kDeferredPercents[] = {25, 0, 2, 70};
+  e.deferred_percent = settings().random ? kDeferredPercents[e.draw() % 4] : 25;
   std::vector<std::uint64_t> order(blocks);
   for (std::uint64_t i = 0; i < blocks; ++i) order[i] = i;
   if (settings().random) {
@@ -552,7 +578,8 @@ bool launch(Index grid, Index block, std::size_t shared_bytes, const std::functi
   const std::uint64_t resident = std::max(1u, settings().resident);
   for (std::uint64_t first = 0; first < blocks && e.error.empty(); first += resident) {
     const std::uint64_t last = std::min(blocks, first + resident);
-    run_wave({order.begin() + static_cast<std::ptrdiff_t>(first), order.begin() + static_cast<std::ptrdiff_t>(last)},
+    run_wave({order.begin() + static_cast<std::ptrdiff_t>(first),
+              order.begin() + static_cast<std::ptrdiff_t>(last)},
              shared_bytes);
   }
   e.body = nullptr;

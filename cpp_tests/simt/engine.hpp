@@ -1,8 +1,8 @@
 // The SIMT emulator: runs a CUDA grid on the CPU, one fiber per CUDA thread, in an order drawn from a seed.
 //
-// What is emulated is what a kernel may rely on, and nothing more: threads run in any order, barriers and warp
-// collectives are the only meetings, asynchronous copies and products happen late and in any order, shared
-// memory begins as NaN. Whatever breaks a rule stops the launch with an Error that says where.
+// What is emulated is what a kernel may rely on, and nothing more: threads run in any order, barriers and
+// warp collectives are the only meetings, asynchronous copies and products happen late and in any order,
+// shared memory begins as NaN. Whatever breaks a rule stops the launch with an Error that says where.
 #pragma once
 
 #include <cstdint>
@@ -31,9 +31,9 @@ struct Index {
 // How the next launches of this OS thread run.
 struct Settings {
   std::uint64_t seed = 1;
-  bool random = true;          // false: threads in order, asynchronous work in order
-  unsigned resident = 2;       // blocks that run at the same time
-  int yield_percent = 25;      // how often a thread that could go on lets others go first
+  bool random = true;                   // false: threads in order, asynchronous work in order
+  unsigned resident = 2;                // blocks that run at the same time
+  int yield_percent = 25;               // how often a thread that could go on lets others go first
   std::uint64_t switches = 1ull << 36;  // more is taken for a livelock
   // The device that the host code sees.
   int multiprocessors = 3;
@@ -130,8 +130,8 @@ class Groups {
   std::vector<std::shared_ptr<Deferred>> open_;
   std::vector<std::vector<std::shared_ptr<Deferred>>> committed_;
 };
-Groups& copy_groups();  // cp.async
-Groups& bulk_groups();  // cp.async.bulk, from shared memory
+Groups& copy_groups();     // cp.async
+Groups& bulk_groups();     // cp.async.bulk, from shared memory
 Groups& product_groups();  // wgmma, of the whole warp
 
 // Writes by ordinary instructions that the asynchronous proxy (wgmma, bulk copies) may not see yet. Only
@@ -142,7 +142,13 @@ void check_proxy(const void* address, std::size_t bytes, const char* what, const
 
 // ---- launching, from the host
 
-// Runs body() once for every thread of the grid. Returns false for a grid that no device would take.
-bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body);
+// Dynamic shared memory that launches of a kernel may have from now on, more or less than before; 48 KiB
+// where it was never set.
+void set_shared_limit(const void* kernel, std::size_t bytes);
+
+// Runs body() once for every thread of the grid. Returns false for a grid that no device would take. `kernel`
+// names what the limit belongs to; a launch without it may have all that a block can have.
+bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body,
+            const void* kernel = nullptr);
 
 }  // namespace simt

@@ -1,8 +1,8 @@
 // Launching kernels from the host, and what the host may ask of a device.
 #pragma once
 
+#include <map>
 #include <mutex>
-#include <set>
 #include <tuple>
 #include <utility>
 
@@ -64,9 +64,10 @@ class DeviceGuard {
     static_cast<void>(device);
 #else
     check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ == device) return;
+    // Even where it is the current one: in a thread that has not used CUDA yet this is what binds its
+    // context, and the first call may be one of the driver's, which does not.
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
-    changed_ = true;
+    changed_ = previous_ != device;
 #endif
   }
   ~DeviceGuard() {
@@ -106,33 +107,60 @@ FLASHU_DEVICE void let_next_begin() {
 #endif
 }
 
+// What is known of a kernel on a device.
+struct KernelState {
+  int shared_bytes = 48 * 1024;  // dynamic shared memory that it may have
+  bool waits = false;            // its code has wait_for_previous()
+};
+
+// Allows a kernel so much dynamic shared memory. The attribute is set, not raised, and belongs to the
+// process: it must never be lowered for one launch while another one needs more.
+inline KernelState prepare(const char* name, const void* kernel, int device, int shared_bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, KernelState> states;
+  const std::scoped_lock lock(mutex);
+  const auto [found, first] = states.try_emplace({kernel, device});
+  KernelState& state = found->second;
+#if FLASHU_EMULATED
+  static_cast<void>(name);
+  static_cast<void>(first);
+  if (shared_bytes > state.shared_bytes) {
+    simt::set_shared_limit(kernel, static_cast<std::size_t>(shared_bytes));
+    state.shared_bytes = shared_bytes;
+  }
+#else
+  if (first) {
+    // Which code the device runs decides, not what it could run: code for sm_80 does not wait, on newer
+    // devices too.
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), name);
+    state.waits = attributes.ptxVersion >= 90;
+  }
+  if (shared_bytes > state.shared_bytes) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
+    state.shared_bytes = shared_bytes;
+  }
+#endif
+  return state;
+}
+
 // Throws Failure where the launch is refused. The arguments are copied, as by a real launch.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Launch& how, Arguments&&... arguments) {
 #if FLASHU_EMULATED
   std::tuple<std::decay_t<Parameters>...> copies(static_cast<Parameters>(arguments)...);
   const std::function<void()> body = [&] { std::apply(kernel, copies); };
+  const auto* const identity = reinterpret_cast<const void*>(kernel);
+  prepare(name, identity, 0, how.shared_bytes);
   FLASHU_CHECK(simt::launch({how.grid.x, how.grid.y, how.grid.z}, {how.block.x, how.block.y, how.block.z},
-                            static_cast<std::size_t>(how.shared_bytes), body),
+                            static_cast<std::size_t>(how.shared_bytes), body, identity),
                FLASHU_INTERNAL, name, ": invalid launch of ", how.grid.x, " x ", how.grid.y, " x ",
                how.grid.z, " blocks of ", how.block.x, " threads with ", how.shared_bytes,
                " bytes of shared memory");
 #else
-  if (how.shared_bytes > 48 * 1024) {
-    // Once per kernel and device: the attribute belongs to the process, so setting it at every launch is a
-    // race.
-    static std::mutex mutex;
-    static std::set<std::tuple<const void*, int, int> > raised;
-    int device = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    const std::tuple key{reinterpret_cast<const void*>(kernel), device, how.shared_bytes};
-    const std::scoped_lock lock(mutex);
-    if (!raised.contains(key)) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes),
-                 name);
-      raised.insert(key);
-    }
-  }
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  const KernelState state = prepare(name, reinterpret_cast<const void*>(kernel), device, how.shared_bytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -142,7 +170,7 @@ void launch(const char* name, void (*kernel)(Parameters...), const Launch& how, 
   config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.stream = how.stream;
   config.attrs = &attribute;
-  config.numAttrs = how.overlaps_previous ? 1 : 0;
+  config.numAttrs = how.overlaps_previous && state.waits ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 #endif
 }

@@ -60,10 +60,13 @@ FLASHU_DEVICE uint32_t shared_address(const void* pointer) {
 
 // ---- cp.async: 16 bytes from global to shared memory, without registers and late
 
-// Copies 16 bytes, or writes zeros where not `valid` (then nothing is read).
-FLASHU_DEVICE void cp_async16(void* to, const void* from, bool valid FLASHU_WHERE) {
+// Copies the first `bytes` of 16 and writes zeros for the others, which are not read. `from` is a multiple of
+// 16 where any are.
+FLASHU_DEVICE void cp_async16(void* to, const void* from, int bytes FLASHU_WHERE) {
 #if FLASHU_EMULATED
-  const uintptr_t bits = reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0);
+  if (bytes < 0 || bytes > 16) simt::fail(where, "cp.async of more than 16 bytes");
+  const uintptr_t bits =
+      reinterpret_cast<uintptr_t>(to) | (bytes > 0 ? reinterpret_cast<uintptr_t>(from) : 0);
   if (bits % 16 != 0) simt::fail(where, "cp.async of a misaligned address");
   if (!simt::in_shared(to, 16))
     simt::fail(where, "cp.async to memory that is not shared memory of this block");
@@ -72,14 +75,14 @@ FLASHU_DEVICE void cp_async16(void* to, const void* from, bool valid FLASHU_WHER
   words[0] = words[1] = ~uint64_t{0};
   const simt::Unseen unseen;
   simt::note_generic_write(to, 16);
-  simt::copy_groups().add(simt::defer([words, from, valid] {
-    const auto* source = static_cast<const uint64_t*>(from);
-    words[0] = valid ? source[0] : 0;
-    words[1] = valid ? source[1] : 0;
+  simt::copy_groups().add(simt::defer([words, from, bytes] {
+    words[0] = words[1] = 0;
+    auto* const target = reinterpret_cast<uint16_t*>(words);
+    for (int i = 0; i < bytes / 2; ++i) target[i] = static_cast<const uint16_t*>(from)[i];
   }));
 #else
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
+               "r"(bytes)
                : "memory");
 #endif
 }

@@ -29,16 +29,18 @@ struct TensorMap {
 };
 #endif
 
-// What both need to hold: a base and rows at multiples of 16 bytes.
-inline bool tensor_map_can(const void* base, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0 && stride < (int64_t{1} << 39);
+// What a matrix has to have: a base and rows at multiples of 16 bytes, rows that do not lie on each other.
+inline bool tensor_map_can(const void* base, int64_t columns, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride >= columns && stride > 0 && stride % 8 == 0 &&
+         stride < (int64_t{1} << 39);
 }
 
 // Host. `stride` in values. Throws Failure where the driver refuses.
 inline TensorMap encode_tensor_map(const void* base, int64_t rows, int64_t columns, int64_t stride,
                                    int box_rows) {
-  FLASHU_CHECK(tensor_map_can(base, stride) && rows >= 1 && columns >= 1 && rows <= (int64_t{1} << 32) &&
-                   columns <= (int64_t{1} << 32) && box_rows >= 1 && box_rows <= 256,
+  FLASHU_CHECK(tensor_map_can(base, columns, stride) && rows >= 1 && columns >= 1 &&
+                   rows <= (int64_t{1} << 32) && columns <= (int64_t{1} << 32) && box_rows >= 1 &&
+                   box_rows <= 256,
                FLASHU_INTERNAL,
                "tensor map: expected 16-byte aligned rows and a box of at most 256 rows, got a matrix of ",
                rows, " x ", columns, ", stride ", stride, ", box of ", box_rows, " rows");

@@ -93,6 +93,8 @@ void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, co
   const auto warp = static_cast<int>(simt::linear_thread() / kWarp % 4);
   char* shared = simt::dynamic_shared();
   simt::check_proxy(shared + (a & 0x3fff) * 16, 64 * kBoxRowBytes - 96, "wgmma", where);
+  if (kMajorB == Major::kDepth)
+    simt::check_proxy(shared + (b & 0x3fff) * 16, kColumns * kBoxRowBytes - 96, "wgmma", where);
   auto& groups = simt::product_groups();
   static thread_local std::map<const void*, std::unique_ptr<WarpSums>> every;
   std::unique_ptr<WarpSums>& own = every[&groups];
@@ -143,6 +145,23 @@ void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, co
 
 }  // namespace emulated
 #endif
+
+// setmaxnreg: a warpgroup keeps kRegisters for each thread and gives the rest back, or takes as many. The
+// kernel must have launch bounds, and every warpgroup one of the two as the first thing of its branch.
+template <int kRegisters>
+FLASHU_DEVICE void give_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "what setmaxnreg takes");
+#if !FLASHU_EMULATED
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+FLASHU_DEVICE void take_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "what setmaxnreg takes");
+#if !FLASHU_EMULATED
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
 
 // Before the first product, and after registers of the sums were written.
 FLASHU_DEVICE void wgmma_fence() {

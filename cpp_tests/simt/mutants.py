@@ -1,0 +1,211 @@
+"""Plants bugs in the CUDA kernels and in the emulator's primitives, one at a time, and checks that the emulated tests find
+each of them. A suite that no longer kills its mutants is broken.
+
+    python cpp_tests/simt/mutants.py            all of them (some minutes)
+    python cpp_tests/simt/mutants.py sm90       those whose name has this in it
+
+The sources are copied to a build folder and changed there. Exit code 1: a mutant survived, or no longer applies.
+"""
+
+# ruff: noqa: E501  (a mutant is a line of source)
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` is replaced by `new` in `file`, once; the tests matching `tests` must then fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+NORM, ROUTING, STEP, FFN = "DeviceNorm*", "DeviceRouting*:DeviceMoves*", "DeviceStep*", "DeviceFfn*"
+
+MUTANTS = [
+    # ---- what all kernels share
+    Mutant("vector: no barrier before the warps' sums are read", "csrc/cuda/vector.cuh",
+           "scratch[threadIdx.x / kWarp] = value;\n    __syncthreads();", "scratch[threadIdx.x / kWarp] = value;", NORM),
+    Mutant("vector: one warp too few is summed", "csrc/cuda/vector.cuh",
+           "for (int w = 0; w < kThreads / kWarp; ++w) value", "for (int w = 1; w < kThreads / kWarp; ++w) value", NORM),
+    # ---- norm
+    Mutant("norm: reads a piece past the width", "csrc/cuda/norm.cu",
+           "if (!inside || at >= a.width) continue;", "if (!inside || at > a.width) continue;", NORM),
+    Mutant("norm: rows past the end", "csrc/cuda/norm.cu", "const bool inside = row < a.rows;",
+           "const bool inside = row <= a.rows;", NORM),
+    Mutant("norm: span one token too long", "csrc/cuda/norm.cu", "token < s.end", "token <= s.end", NORM),
+    Mutant("norm: the norm of the sum before it is rounded", "csrc/cuda/norm.cu",
+           "      piece[v] = widen<T>(stored);\n", "", NORM),
+    # ---- step
+    Mutant("step: no barrier between the two halves of a tile", "csrc/cuda/step.cu",
+           "  __syncthreads();\n  const float dt", "  const float dt", STEP),
+    Mutant("step: a position too far", "csrc/cuda/step.cu",
+           "const int64_t position = first_position + i % kTilePositions;",
+           "const int64_t position = first_position + i % kTilePositions + 1;", STEP),
+    Mutant("step: a difference too many", "csrc/cuda/step.cu", "kept[j] = i <= a.terms", "kept[j] = i <= a.terms + 1", STEP),
+    Mutant("step: the last partial sum is left out", "csrc/cuda/step.cu", "b < blocks; b += kWarp)", "b < blocks - 1; b += kWarp)", STEP),
+    # ---- routing
+    Mutant("routing: scratch is overwritten while it is read", "csrc/cuda/routing.cu",
+           "  __syncthreads();  // what the last call left in scratch has been read\n", "", ROUTING),
+    Mutant("routing: no barrier before the histogram is read", "csrc/cuda/routing.cu",
+           "    __syncthreads();\n    if (thread < kWarp) {", "    if (thread < kWarp) {", ROUTING),
+    Mutant("routing: a tie too many", "csrc/cuda/routing.cu", "ties_before + tie_rank < wanted", "ties_before + tie_rank <= wanted", ROUTING),
+    Mutant("routing: the later entry does not win", "csrc/cuda/routing.cu",
+           "if (next_entry(a, batch, entry, row) < a.count) return;", "", ROUTING),
+    Mutant("routing: repeated rows are added twice", "csrc/cuda/routing.cu",
+           "if (named_before(a, batch, entry, row)) return;", "", ROUTING),
+    Mutant("routing: writes past the capacity", "csrc/cuda/routing.cu", "taken + rank < a.capacity", "taken + rank <= a.capacity", ROUTING),
+    # ---- FFN, fp32
+    Mutant("f32: no barrier after a tile is used", "csrc/cuda/ffn_f32.cu", "    __syncthreads();\n  }\n  const auto* const residual",
+           "  }\n  const auto* const residual", FFN),
+    Mutant("f32: depth past the end", "csrc/cuda/ffn_f32.cu", "r < g.rows && k < g.depth ?", "r < g.rows && k <= g.depth ?", FFN),
+    # ---- FFN, sm_80
+    Mutant("sm80: waits for a stage too few", "csrc/cuda/ffn_sm80.cu", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();", FFN),
+    Mutant("sm80: no barrier in the loop", "csrc/cuda/ffn_sm80.cu",
+           "    __syncthreads();  // this stage has come, and the one before it is read\n", "", FFN),
+    Mutant("sm80: fetches into the stage that is read", "csrc/cuda/ffn_sm80.cu",
+           "if (step + kStages - 1 < steps) fetch(step + kStages - 1);", "if (step + kStages < steps) fetch(step + kStages);", FFN),
+    Mutant("sm80: gate and up of another neuron", "csrc/cuda/ffn_sm80.cu", "first_column + r / 16 * 8 + r % 8;", "first_column + r / 16 * 8 + r % 7;", FFN),
+    Mutant("sm80: a row too many is stored", "csrc/cuda/ffn_sm80.cu", "if (r >= g.rows) continue;", "if (r > g.rows) continue;", FFN),
+    # ---- FFN, sm_90
+    Mutant("sm90: parity of a full stage", "csrc/cuda/ffn_sm90.cu",
+           "mbarrier_wait(&barriers->full[ring.stage], ring.parity);", "mbarrier_wait(&barriers->full[ring.stage], ring.parity ^ 1);", FFN),
+    Mutant("sm90: does not wait for an empty stage", "csrc/cuda/ffn_sm90.cu",
+           "        mbarrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);\n        if (lane == 0) {",
+           "        if (lane == 0) {", FFN),
+    Mutant("sm90: expects too few bytes", "csrc/cuda/ffn_sm90.cu", "mbarrier_expect(full, C::kStageBytes);", "mbarrier_expect(full, C::kStageBytes - 1024);", FFN),
+    Mutant("sm90: one warp empties a stage", "csrc/cuda/ffn_sm90.cu", "mbarrier_init(&barriers->empty[s], kConsumers * 4);", "mbarrier_init(&barriers->empty[s], 1);", FFN),
+    Mutant("sm90: a stage is given back while it is read", "csrc/cuda/ffn_sm90.cu",
+           "      wgmma_wait<1>();\n", "", FFN),
+    Mutant("sm90: sums are read while products are under way", "csrc/cuda/ffn_sm90.cu",
+           "    wgmma_wait<0>();\n    if (lane == 0)", "    if (lane == 0)", FFN),
+    Mutant("sm90: results are not fenced", "csrc/cuda/ffn_sm90.cu",
+           "      fence_proxy_async();  // stmatrix wrote what TMA reads\n", "", FFN),
+    Mutant("sm90: copies are not fenced", "csrc/cuda/ffn_sm90.cu",
+           "      fence_proxy_async();  // what cp.async wrote is read by wgmma\n", "", FFN),
+    Mutant("sm90: a result box is overwritten while TMA reads it", "csrc/cuda/ffn_sm90.cu",
+           "if (thread == 0) tma_store_wait_read<1>();", "if (thread == 0) tma_store_wait_read<2>();", FFN),
+    Mutant("sm90: no barrier before a result is stored", "csrc/cuda/ffn_sm90.cu",
+           "      named_barrier(2 + group, 128);\n      if (thread == 0 && first_column", "      if (thread == 0 && first_column", FFN),
+    Mutant("sm90: copies are handed over before they have come", "csrc/cuda/ffn_sm90.cu",
+           "cp_async_wait<kCopiesAhead>();", "cp_async_wait<kCopiesAhead + 1>();", FFN),
+    Mutant("sm90: a box reaches into the next tile", "csrc/cuda/ffn_sm90.cu",
+           "part + 64 <= C::kColumns ? part : C::kColumns - 64;", "part;", FFN),
+    Mutant("sm90: the list of the next tile comes too early", "csrc/cuda/ffn_sm90.cu",
+           "      named_barrier(1, 128);  // the last tile's list is not read any more\n", "", FFN),
+    Mutant("sm90: the depth does not end with the range", "csrc/cuda/ffn_sm90.cu",
+           "encode_tensor_map(g.b, g.columns, g.first + g.depth, g.b_stride, box_b);",
+           "encode_tensor_map(g.b, g.columns, g.intermediate, g.b_stride, box_b);", FFN),
+    Mutant("sm90: boxes of eight of the next lane", "csrc/cuda/ffn_sm90.cu",
+           "lane % (C::kColumns / 8) * 8;", "(lane + 1) % (C::kColumns / 8) * 8;", FFN),
+    Mutant("sm90: a box of up from gate", "csrc/cuda/ffn_sm90.cu", "if (lane >= C::kColumns / 8) {", "if (lane > C::kColumns / 8) {", FFN),
+    Mutant("sm90: reads behind the end of a row", "csrc/cuda/ffn_sm90.cu",
+           "inside ? static_cast<int>(values) * 2 : 0);", "inside ? 16 : 0);", FFN),
+    Mutant("launch: the limit of shared memory is lowered", "csrc/cuda/primitives/launch.cuh",
+           "  if (shared_bytes > state.shared_bytes) {\n    simt::",
+           "  static std::map<int, bool> seen;\n  if (shared_bytes > 49152 && seen.try_emplace(shared_bytes).second) {\n    simt::",
+           FFN),
+    Mutant("launch: the limit of shared memory is not raised", "csrc/cuda/primitives/launch.cuh",
+           "    simt::set_shared_limit(kernel, static_cast<std::size_t>(shared_bytes));\n", "", FFN),
+    Mutant("choice: no tensor map of no columns", "csrc/core/ffn_choice.cpp", "q.hidden > 0 && q.neurons > 0", "q.neurons > 0", FFN),
+    Mutant("ffn: decodes a width of nothing", "csrc/cuda/ffn.cu", "p.width > 0 && ffn_decodes(q)", "ffn_decodes(q)", FFN),
+    # ---- FFN, few rows
+    Mutant("decode: h is read before all of it is there", "csrc/cuda/ffn_decode.cu",
+           "      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);\n    }\n    __syncthreads();",
+           "      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);\n    }", FFN),
+    Mutant("decode: parts are added before they are there", "csrc/cuda/ffn_decode.cu",
+           "    __syncthreads();\n    for (int i = thread; i < kGroups", "    for (int i = thread; i < kGroups", FFN),
+    Mutant("decode: a part of the depth twice", "csrc/cuda/ffn_decode.cu",
+           "const int64_t begin = steps * split / kSplits * kStep;", "const int64_t begin = steps * split / kSplits * kStep - (split > 1 ? kStep : 0);", FFN),
+    Mutant("decode: a block's last neurons", "csrc/cuda/ffn_decode.cu",
+           "min(int64_t{8}, neurons - j)", "min(int64_t{8}, neurons - j + 1)", FFN),
+    Mutant("decode: the last block is left out", "csrc/cuda/ffn_decode.cu",
+           "blocks * (share + 1) / kSumShares;", "(blocks - 1) * (share + 1) / kSumShares;", FFN),
+    # ---- selection and statistics
+    Mutant("ffn: runs are listed one off", "csrc/cuda/ffn.cu", "list[run.position + i] = run.start + i;", "list[run.position + i] = run.start + i + 1;", FFN),
+    Mutant("ffn: an index past the end is used", "csrc/cuda/ffn.cu", "value >= limit) {", "value > limit) {", FFN),
+    Mutant("ffn: a share of the rows is left out", "csrc/cuda/ffn.cu", "for (int s = 0; s < kNormShares; ++s) total", "for (int s = 1; s < kNormShares; ++s) total", FFN),
+]  # fmt: skip
+
+
+def build(folder: Path, source: Path, sanitize: str) -> bool:
+    """Configure once, then build the emulated tests; False where they do not compile."""
+    binary = folder / (sanitize.replace(",", "-") or "plain")
+    if not (binary / "build.ninja").is_file():
+        binary.mkdir(parents=True, exist_ok=True)
+        options = ["-G", "Ninja", "-S", str(source), "-B", str(binary), "-DFLASHU_TESTS=ON", "-DFLASHU_CUDA=OFF"]
+        subprocess.run(["cmake", *options, f"-DFLASHU_SANITIZE={sanitize}"], check=True, stdout=subprocess.DEVNULL)
+    command = ["cmake", "--build", str(binary), "--target", "flashu_emulated_tests"]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def fails(folder: Path, sanitize: str, tests: str, seeds: int) -> bool:
+    """Whether the tests find something (a hang counts)."""
+    binary = folder / (sanitize.replace(",", "-") or "plain") / "cpp_tests" / "flashu_emulated_tests"
+    environment = {**os.environ, "FLASHU_SIMT_SEEDS": str(seeds), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [str(binary), f"--gtest_filter={tests}", "--gtest_fail_fast"]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
+    except subprocess.TimeoutExpired:
+        return True
+    return done.returncode != 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="", help="only mutants with this in their name")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "build" / "mutants", help="where sources and builds are kept"
+    )
+    parser.add_argument("--seeds", type=int, default=6, help="schedules to try")
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if arguments.name in mutant.name]
+    source = arguments.folder / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    for name in ("csrc", "cpp_tests", "CMakeLists.txt"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, source / name)
+    if not build(arguments.folder, source, ""):
+        print("the unchanged sources do not build", file=sys.stderr)
+        return 1
+    survivors = 0
+    for number, mutant in enumerate(chosen, 1):
+        path = source / mutant.file
+        original = path.read_text()
+        if original.count(mutant.old) != 1:
+            outcome = f"does not apply: its text occurs {original.count(mutant.old)} times"
+            survivors += 1
+        else:
+            path.write_text(original.replace(mutant.old, mutant.new))
+            try:
+                outcome = "survived"
+                for sanitize in ("", "address,undefined"):
+                    if not build(arguments.folder, source, sanitize):
+                        outcome = "does not compile"
+                        break
+                    if fails(arguments.folder, sanitize, mutant.tests, arguments.seeds):
+                        outcome = f"killed ({sanitize or 'plain'})"
+                        break
+                survivors += not outcome.startswith("killed")
+            finally:
+                path.write_text(original)
+        print(f"[{number}/{len(chosen)}] {mutant.name}: {outcome}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
