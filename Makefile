@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup
 PACKAGES := numpy safetensors setuptools wheel pybind11 cmake ninja transformers tokenizers pillow tqdm click matplotlib jinja2 \
             pytest hypothesis expecttest ruff mypy clang-format diffusers
 
-.PHONY: help demo test python-test cpp-test lint format build bench info test-abi clean
+.PHONY: help demo test python-test cpp-test tsan mutants lint format build bench info test-abi clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,14 +27,30 @@ test: python-test cpp-test lint ## everything that CI checks
 python-test: build ## Python tests
 	$(BIN)/python -m pytest python_tests
 
-cpp-test: $(VENV)/.tools ## C++ tests of libflashu, without torch, also with the sanitizers
-	$(BIN)/cmake -G Ninja -S . -B build/cpp -DFLASHU_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > build/cpp.log || { cat build/cpp.log; exit 1; }
-	$(BIN)/cmake --build build/cpp
+# The package's own build folder, so that nothing is compiled twice.
+BUILD = build/$(shell $(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)')
+CMAKE := $(BIN)/cmake -G Ninja -S . -DFLASHU_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+CTEST := $(BIN)/ctest --output-on-failure --no-tests=error -j 2 --quiet
+
+cpp-test: build ## C++ tests: the library by every instruction set, the CUDA kernels on the emulator, all with sanitizers
+	$(CMAKE) -B $(BUILD) > build/cmake.log || { cat build/cmake.log; exit 1; }
+	$(BIN)/cmake --build $(BUILD)
 	for isa in avx512_bf16 avx512 avx2 baseline; do \
-	  FLASHU_ISA=$$isa $(BIN)/ctest --test-dir build/cpp --output-on-failure --no-tests=error || exit 1; done
-	$(BIN)/cmake -G Ninja -S . -B build/asan -DFLASHU_TESTS=ON -DFLASHU_SANITIZE=address,undefined -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > build/asan.log || { cat build/asan.log; exit 1; }
+	  echo "C++ tests, at most $$isa" && FLASHU_ISA=$$isa $(CTEST) --test-dir $(BUILD) -E '^(emulated|gpu)[.]' || exit 1; done
+	$(CTEST) --test-dir $(BUILD) -R '^(emulated|gpu)[.]'
+	$(CMAKE) -B build/asan -DFLASHU_CUDA=OFF -DFLASHU_SANITIZE=address,undefined > build/cmake.log || { cat build/cmake.log; exit 1; }
 	$(BIN)/cmake --build build/asan
-	$(BIN)/ctest --test-dir build/asan --output-on-failure --no-tests=error
+	FLASHU_SIMT_SEEDS=2 $(CTEST) --test-dir build/asan
+
+# Races between emulated threads that no value shows. Slow, so on a part of the tests.
+tsan: $(VENV)/.tools ## the CUDA kernels on the emulator under ThreadSanitizer
+	$(CMAKE) -B build/tsan -DFLASHU_CUDA=OFF -DFLASHU_SANITIZE=thread > build/cmake.log || { cat build/cmake.log; exit 1; }
+	$(BIN)/cmake --build build/tsan --target flashu_emulated_tests
+	FLASHU_SIMT_SEEDS=2 TSAN_OPTIONS=halt_on_error=1 build/tsan/cpp_tests/flashu_emulated_tests --gtest_brief=1 \
+	  --gtest_filter='DeviceNorm/1.*:DeviceRouting/1.*:DeviceMoves.*:DeviceStep/1.*:DeviceFfn/1.RowsDo*:DeviceFfn/1.Norms*:DeviceFfn/0.Norms*'
+
+mutants: $(VENV)/.tools ## plants bugs in the CUDA kernels; the tests must find every one
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python cpp_tests/simt/mutants.py
 
 lint: $(VENV)/.tools ## ruff, clang-format and mypy
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-// From checked arguments to the kernels of their device. csrc/api is the only room that knows both cpu and cuda.
+// From checked arguments to the kernels of their device. csrc/api is the only room that knows both cpu and
+// cuda.
 #pragma once
 
 #include "core/checks.hpp"

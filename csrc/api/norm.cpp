@@ -86,8 +86,9 @@ void span_modulate(const flashu_span_modulate_args& args) {
   core::check_like("out", args.out, "x", args.x);
   core::check_inner_contiguous("out", args.out);
   check_eps(args.eps);
-  core::check_output("out", args.out,
-               {{"x", &args.x}, {"weight", &args.weight}, {"shift", &args.shift}, {"scale", &args.scale}});
+  core::check_output(
+      "out", args.out,
+      {{"x", &args.x}, {"weight", &args.weight}, {"shift", &args.shift}, {"scale", &args.scale}});
   core::check_spans(args.spans, args.x.sizes[0], args.x.sizes[1]);
   if (core::numel(args.x) == 0) return;
   run_on(args.x.device, [&] { cpu::span_modulate(args); }, [&] { cuda::span_modulate(args); });

@@ -21,7 +21,7 @@ void check_leading(const char* name, const flashu_tensor& out, const flashu_tens
   core::check_contiguous(name, out);
 }
 
-void cosine_importance(const flashu_cosine_importance_args& args) {
+void check_cosine_importance(const flashu_cosine_importance_args& args) {
   core::check_tensor("x_in", args.x_in);
   core::check_tensor("x_out", args.x_out);
   core::check_tensor("out", args.out);
@@ -50,8 +50,18 @@ void cosine_importance(const flashu_cosine_importance_args& args) {
       core::fail(FLASHU_INVALID_VALUE, "reduce: expected none, mean or last (0 to 2), got ", args.reduce);
   }
   core::check_output("out", args.out, {{"x_in", &args.x_in}, {"x_out", &args.x_out}});
+}
+
+void cosine_importance(const flashu_cosine_importance_args& args) {
+  check_cosine_importance(args);
   if (core::numel(args.out) == 0) return;
   run_on(args.x_in.device, [&] { cpu::cosine_importance(args); }, [&] { cuda::cosine_importance(args); });
+}
+
+void cosine_importance_workspace(const flashu_cosine_importance_args& args, uint64_t* bytes) {
+  FLASHU_CHECK(bytes != nullptr, FLASHU_INVALID_VALUE, "bytes: expected a pointer, got NULL");
+  check_cosine_importance(args);
+  run_on(args.x_in.device, [&] { *bytes = 0; }, [&] { *bytes = cuda::cosine_importance_workspace(args); });
 }
 
 void value_norms(const flashu_value_norms_args& args) {
@@ -157,6 +167,12 @@ int32_t flashu_cosine_importance(const flashu_cosine_importance_args* args) {
   return core::guarded("cosine_importance", [&] { api::cosine_importance(core::read_args(args)); });
 }
 
+int32_t flashu_cosine_importance_workspace(const flashu_cosine_importance_args* args, uint64_t* bytes) {
+  using namespace flashu;
+  return core::guarded("cosine_importance",
+                       [&] { api::cosine_importance_workspace(core::read_args(args), bytes); });
+}
+
 int32_t flashu_value_norms(const flashu_value_norms_args* args) {
   using namespace flashu;
   return core::guarded("value_norms", [&] { api::value_norms(core::read_args(args)); });
@@ -174,20 +190,26 @@ int32_t flashu_select_threshold(const flashu_select_threshold_args* args) {
 
 int32_t flashu_gather_rows(const flashu_move_rows_args* args) {
   using namespace flashu;
-  return core::guarded("gather_rows", [&] { api::move_rows(
-        core::read_args(args), false, cpu::gather_rows, [](const auto& checked) { cuda::gather_rows(checked); }); });
+  return core::guarded("gather_rows", [&] {
+    api::move_rows(core::read_args(args), false, cpu::gather_rows,
+                   [](const auto& checked) { cuda::gather_rows(checked); });
+  });
 }
 
 int32_t flashu_scatter_rows(const flashu_move_rows_args* args) {
   using namespace flashu;
-  return core::guarded("scatter_rows_", [&] { api::move_rows(
-        core::read_args(args), true, cpu::scatter_rows, [](const auto& checked) { cuda::scatter_rows(checked); }); });
+  return core::guarded("scatter_rows_", [&] {
+    api::move_rows(core::read_args(args), true, cpu::scatter_rows,
+                   [](const auto& checked) { cuda::scatter_rows(checked); });
+  });
 }
 
 int32_t flashu_scatter_add_rows(const flashu_move_rows_args* args) {
   using namespace flashu;
-  return core::guarded("scatter_add_rows_", [&] { api::move_rows(
-        core::read_args(args), true, cpu::scatter_add_rows, [](const auto& checked) { cuda::scatter_add_rows(checked); }); });
+  return core::guarded("scatter_add_rows_", [&] {
+    api::move_rows(core::read_args(args), true, cpu::scatter_add_rows,
+                   [](const auto& checked) { cuda::scatter_add_rows(checked); });
+  });
 }
 
 }  // extern "C"

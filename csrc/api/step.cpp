@@ -51,7 +51,7 @@ void guided_euler_step(const flashu_guided_euler_step_args& args) {
   FLASHU_CHECK(core::numel(args.step) == 1, FLASHU_INVALID_VALUE, "step: expected one element, got shape ",
                core::shape_text(args.step));
   core::check_output("latents", args.latents,
-               {{"v", &args.v}, {"s", &args.s}, {"dt", &args.dt}, {"step", &args.step}});
+                     {{"v", &args.v}, {"s", &args.s}, {"dt", &args.dt}, {"step", &args.step}});
   if (core::present(args.velocity)) {
     core::check_like("velocity", args.velocity, "latents", args.latents);
     core::check_contiguous("velocity", args.velocity);
@@ -63,7 +63,7 @@ void guided_euler_step(const flashu_guided_euler_step_args& args) {
   run_on(args.latents.device, [&] { cpu::guided_euler_step(args); }, [&] { cuda::guided_euler_step(args); });
 }
 
-void feature_delta(const flashu_feature_delta_args& args) {
+void check_feature_delta(const flashu_feature_delta_args& args) {
   core::check_tensor("a", args.a);
   core::check_tensor("b", args.b);
   core::check_tensor("out", args.out);
@@ -77,7 +77,17 @@ void feature_delta(const flashu_feature_delta_args& args) {
   core::check_size("out", args.out, 0, 3);
   core::check_contiguous("out", args.out);
   core::check_output("out", args.out, {{"a", &args.a}, {"b", &args.b}});
+}
+
+void feature_delta(const flashu_feature_delta_args& args) {
+  check_feature_delta(args);
   run_on(args.a.device, [&] { cpu::feature_delta(args); }, [&] { cuda::feature_delta(args); });
+}
+
+void feature_delta_workspace(const flashu_feature_delta_args& args, uint64_t* bytes) {
+  FLASHU_CHECK(bytes != nullptr, FLASHU_INVALID_VALUE, "bytes: expected a pointer, got NULL");
+  check_feature_delta(args);
+  run_on(args.a.device, [&] { *bytes = 0; }, [&] { *bytes = cuda::feature_delta_workspace(args); });
 }
 
 void check_state(const flashu_tensor& state, const char* name, const flashu_tensor& feature) {
@@ -129,6 +139,11 @@ int32_t flashu_guided_euler_step(const flashu_guided_euler_step_args* args) {
 int32_t flashu_feature_delta(const flashu_feature_delta_args* args) {
   using namespace flashu;
   return core::guarded("feature_delta", [&] { api::feature_delta(core::read_args(args)); });
+}
+
+int32_t flashu_feature_delta_workspace(const flashu_feature_delta_args* args, uint64_t* bytes) {
+  using namespace flashu;
+  return core::guarded("feature_delta", [&] { api::feature_delta_workspace(core::read_args(args), bytes); });
 }
 
 int32_t flashu_taylor_update(const flashu_taylor_update_args* args) {

@@ -186,6 +186,15 @@ void check_finite(const char* name, double value) {
   FLASHU_CHECK(std::isfinite(value), FLASHU_INVALID_VALUE, name, ": expected a finite number, got ", value);
 }
 
+void check_workspace(const void* workspace, uint64_t bytes, uint64_t needed) {
+  if (needed == 0) return;
+  FLASHU_CHECK(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % kWorkspaceAlign == 0,
+               FLASHU_WORKSPACE, "workspace: expected a pointer aligned to ", kWorkspaceAlign, " bytes, got ",
+               workspace);
+  FLASHU_CHECK(bytes >= needed, FLASHU_WORKSPACE, "workspace: expected at least ", needed, " bytes, got ",
+               bytes);
+}
+
 int32_t check_device(std::initializer_list<std::pair<const char*, const flashu_tensor*>> tensors) {
   const auto& [first_name, first] = *tensors.begin();
   for (const auto& [name, tensor] : tensors) {

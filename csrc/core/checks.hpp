@@ -113,6 +113,13 @@ void check_output(const char* name, const flashu_tensor& out,
 
 void check_finite(const char* name, double value);
 
+// Alignment of every workspace, in bytes.
+inline constexpr uint64_t kWorkspaceAlign = 64;
+
+// The caller's workspace holds `needed` bytes (nothing is asked of it where that is 0); FLASHU_WORKSPACE
+// otherwise.
+void check_workspace(const void* workspace, uint64_t bytes, uint64_t needed);
+
 // All of one device, and that device has kernels in this build. Returns the device.
 int32_t check_device(std::initializer_list<std::pair<const char*, const flashu_tensor*>> tensors);
 

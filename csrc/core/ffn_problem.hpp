@@ -1,5 +1,5 @@
-// One gathered FFN, or one half of it, after all checks that do not read device memory: what both the CPU and the
-// CUDA kernels are asked for.
+// One gathered FFN, or one half of it, after all checks that do not read device memory: what both the CPU and
+// the CUDA kernels are asked for.
 #pragma once
 
 #include <cstdint>

@@ -119,14 +119,8 @@ void down_half(const FfnProblem& p, const Selection& selected, const FfnScratch&
 FfnScratch plan_scratch(const FfnProblem& p, bool gathered) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const int64_t values = gemm.slot_values[p.type];
-  const core::GemmProblem up{p.rows,
-                             2 * p.neurons,
-                             p.hidden,
-                             element_bytes(p.type),
-                             values,
-                             core::num_threads(),
-                             gemm.tile_rows,
-                             gemm.panel_columns,
+  const core::GemmProblem up{p.rows, 2 * p.neurons,       p.hidden,       element_bytes(p.type),
+                             values, core::num_threads(), gemm.tile_rows, gemm.panel_columns,
                              false};
   core::GemmProblem down = up;
   down.columns = p.width;
@@ -153,10 +147,7 @@ uint64_t ffn_workspace(const FfnProblem& problem) {
 void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
   const Selection selected = resolve(p);
   const FfnScratch s = plan_scratch(p, !selected.range);
-  FLASHU_CHECK(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % kAlign == 0, FLASHU_WORKSPACE,
-               "workspace: expected a pointer aligned to ", kAlign, " bytes, got ", workspace);
-  FLASHU_CHECK(workspace_bytes >= static_cast<uint64_t>(s.bytes()), FLASHU_WORKSPACE,
-               "workspace: expected at least ", s.bytes(), " bytes, got ", workspace_bytes);
+  core::check_workspace(workspace, workspace_bytes, static_cast<uint64_t>(s.bytes()));
   float* floats = static_cast<float*>(workspace);
   const Buffers buffers{floats, floats + s.x_floats, floats + s.x_floats + s.h_floats};
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);

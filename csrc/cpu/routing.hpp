@@ -1,5 +1,5 @@
-// The routing family on the CPU, after all checks that do not read data (csrc/api/routing.cpp); outputs are not
-// empty.
+// The routing family on the CPU, after all checks that do not read data (csrc/api/routing.cpp); outputs are
+// not empty.
 #pragma once
 
 #include "flashu/routing.h"

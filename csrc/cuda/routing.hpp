@@ -1,11 +1,14 @@
-// The routing family on CUDA devices, after all checks that do not read data (csrc/api/routing.cpp); outputs are not
-// empty.
+// The routing family on CUDA devices, after all checks that do not read data (csrc/api/routing.cpp); outputs
+// are not empty.
 #pragma once
+
+#include <cstdint>
 
 #include "flashu/routing.h"
 
 namespace flashu::cuda {
 
+uint64_t cosine_importance_workspace(const flashu_cosine_importance_args& args);
 void cosine_importance(const flashu_cosine_importance_args& args);
 void value_norms(const flashu_value_norms_args& args);
 void select_topk(const flashu_select_topk_args& args);

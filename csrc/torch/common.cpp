@@ -1,6 +1,10 @@
 // Tensor views and error conversion for the torch adapters.
 #include "torch/common.hpp"
 
+// Weak: a libtorch for the CPU does not have it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+
 namespace flashu::torch_ops {
 namespace {
 
@@ -84,6 +88,15 @@ Tensor foldable(const Tensor& tensor) {
 
 std::optional<Tensor> foldable(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? std::optional<Tensor>(foldable(*tensor)) : std::nullopt;
+}
+
+void* current_stream(const Tensor& tensor) {
+  if (tensor.is_cpu()) return nullptr;
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
+                      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
+                  "flashu unsupported error: this libtorch has no CUDA streams");
+  return stream;
 }
 
 void check_status(int32_t status) {

@@ -30,11 +30,15 @@ flashu_tensor view(const char* op, const char* name, const std::optional<Tensor>
 // unsupported, internal), from which Python chooses the exception class.
 void check_status(int32_t status);
 
-// A fresh args struct with its size filled in.
+// torch's current stream of the tensor's device; null on the CPU.
+void* current_stream(const Tensor& tensor);
+
+// A fresh args struct with its size filled in, to run on `tensor`'s device and stream.
 template <class Args>
-Args make_args() {
+Args make_args(const Tensor& tensor) {
   Args args{};
   args.struct_size = sizeof(Args);
+  args.stream = current_stream(tensor);
   return args;
 }
 
@@ -48,6 +52,31 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes,
 // else a contiguous copy. For inputs only.
 Tensor foldable(const Tensor& tensor);
 std::optional<Tensor> foldable(const std::optional<Tensor>& tensor);
+
+// Runs an op that takes a workspace, which comes from torch's allocator.
+template <class Args>
+void run_with_workspace(Args& args, const Tensor& like, int32_t (*size)(const Args*, uint64_t*),
+                        int32_t (*op)(const Args*)) {
+  check_status(size(&args, &args.workspace_bytes));
+  std::optional<Tensor> workspace;
+  if (args.workspace_bytes > 0) {
+    // Torch's allocators align to 64 bytes and more, which is what the C API asks for (and checks).
+    const std::vector<int64_t> bytes = {static_cast<int64_t>(args.workspace_bytes)};
+    workspace = new_empty(like, bytes, ScalarType::Byte);
+    args.workspace = workspace->mutable_data_ptr();
+  }
+  check_status(op(&args));
+}
+
+// Registers a family for the devices that this build has kernels for: the adapters serve all of them.
+#if FLASHU_HAS_CUDA
+#define FLASHU_REGISTER(family)                                                          \
+  STABLE_TORCH_LIBRARY_IMPL(flashu, CPU, m) { flashu::torch_ops::register_##family(m); } \
+  STABLE_TORCH_LIBRARY_IMPL(flashu, CUDA, m) { flashu::torch_ops::register_##family(m); }
+#else
+#define FLASHU_REGISTER(family) \
+  STABLE_TORCH_LIBRARY_IMPL(flashu, CPU, m) { flashu::torch_ops::register_##family(m); }
+#endif
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();

@@ -49,28 +49,17 @@ Tensor output(const Tensor& like, int64_t width) {
 
 int64_t size_or_zero(const Tensor& tensor, int dim) { return tensor.dim() > dim ? tensor.size(dim) : 0; }
 
-template <class Args>
-void run(Args& args, const Tensor& like, int32_t (*size)(const Args*, uint64_t*),
-         int32_t (*op)(const Args*)) {
-  check_status(size(&args, &args.workspace_bytes));
-  // Torch's CPU allocator aligns to 64 bytes, which is what the C API asks for (and checks).
-  const Tensor workspace =
-      new_empty(like, std::vector<int64_t>{static_cast<int64_t>(args.workspace_bytes)}, ScalarType::Byte);
-  args.workspace = workspace.mutable_data_ptr();
-  check_status(op(&args));
-}
-
 void gathered_swiglu_out(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Runs& runs,
                          const OptionalTensor& index, const Tensor& out) {
   const char* op = "gathered_swiglu";
   const Tensor rows = foldable(x);
-  auto args = make_args<flashu_swiglu_args>();
+  auto args = make_args<flashu_swiglu_args>(x);
   args.x = view(op, "x", rows);
   args.w_gate = view(op, "w_gate", w_gate);
   args.w_up = view(op, "w_up", w_up);
   args.selection = select(op, runs, index);
   args.out = view(op, "out", out);
-  run(args, x, flashu_gathered_swiglu_workspace, flashu_gathered_swiglu);
+  run_with_workspace(args, x, flashu_gathered_swiglu_workspace, flashu_gathered_swiglu);
 }
 
 Tensor gathered_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
@@ -91,13 +80,13 @@ void gathered_down_out(const Tensor& h, const Tensor& w_down, const Runs& runs, 
   const char* op = "gathered_down";
   const Tensor rows = foldable(h);
   const OptionalTensor added = foldable(residual);
-  auto args = make_args<flashu_down_args>();
+  auto args = make_args<flashu_down_args>(h);
   args.h = view(op, "h", rows);
   args.w_down = view(op, "w_down", w_down);
   args.selection = select(op, runs, index);
   args.residual = view(op, "residual", added);
   args.out = view(op, "out", out);
-  run(args, h, flashu_gathered_down_workspace, flashu_gathered_down);
+  run_with_workspace(args, h, flashu_gathered_down_workspace, flashu_gathered_down);
 }
 
 Tensor gathered_down(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index,
@@ -128,7 +117,7 @@ void run_ffn(const FfnTensors& t, const OptionalTensor& norms, const Tensor& out
   const char* op = "gathered_ffn";
   const Tensor rows = foldable(t.x);
   const OptionalTensor added = foldable(t.residual);
-  auto args = make_args<flashu_ffn_args>();
+  auto args = make_args<flashu_ffn_args>(t.x);
   args.x = view(op, "x", rows);
   args.w_gate = view(op, "w_gate", t.w_gate);
   args.w_up = view(op, "w_up", t.w_up);
@@ -137,7 +126,7 @@ void run_ffn(const FfnTensors& t, const OptionalTensor& norms, const Tensor& out
   args.residual = view(op, "residual", added);
   args.norms = view(op, "norms", norms);
   args.out = view(op, "out", out);
-  run(args, t.x, flashu_gathered_ffn_workspace, flashu_gathered_ffn);
+  run_with_workspace(args, t.x, flashu_gathered_ffn_workspace, flashu_gathered_ffn);
 }
 
 Tensor gathered_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
@@ -162,22 +151,26 @@ Tensor gathered_ffn_norms(const Tensor& x, const Tensor& w_gate, const Tensor& w
 
 void neuron_norms_(const Tensor& acc, const Tensor& h) {
   const Tensor rows = foldable(h);
-  auto args = make_args<flashu_neuron_norms_args>();
+  auto args = make_args<flashu_neuron_norms_args>(acc);
   args.acc = view("neuron_norms_", "acc", acc);
   args.h = view("neuron_norms_", "h", rows);
   check_status(flashu_neuron_norms(&args));
 }
 
 }  // namespace
+
+template <class Library>
+void register_ffn(Library& m) {
+  m.impl("gathered_swiglu", TORCH_BOX(&gathered_swiglu));
+  m.impl("gathered_swiglu.out", TORCH_BOX(&gathered_swiglu_into));
+  m.impl("gathered_down", TORCH_BOX(&gathered_down));
+  m.impl("gathered_down.out", TORCH_BOX(&gathered_down_into));
+  m.impl("gathered_ffn", TORCH_BOX(&gathered_ffn));
+  m.impl("gathered_ffn.out", TORCH_BOX(&gathered_ffn_into));
+  m.impl("gathered_ffn_norms", TORCH_BOX(&gathered_ffn_norms));
+  m.impl("neuron_norms_", TORCH_BOX(&neuron_norms_));
+}
+
 }  // namespace flashu::torch_ops
 
-STABLE_TORCH_LIBRARY_IMPL(flashu, CPU, m) {
-  m.impl("gathered_swiglu", TORCH_BOX(&flashu::torch_ops::gathered_swiglu));
-  m.impl("gathered_swiglu.out", TORCH_BOX(&flashu::torch_ops::gathered_swiglu_into));
-  m.impl("gathered_down", TORCH_BOX(&flashu::torch_ops::gathered_down));
-  m.impl("gathered_down.out", TORCH_BOX(&flashu::torch_ops::gathered_down_into));
-  m.impl("gathered_ffn", TORCH_BOX(&flashu::torch_ops::gathered_ffn));
-  m.impl("gathered_ffn.out", TORCH_BOX(&flashu::torch_ops::gathered_ffn_into));
-  m.impl("gathered_ffn_norms", TORCH_BOX(&flashu::torch_ops::gathered_ffn_norms));
-  m.impl("neuron_norms_", TORCH_BOX(&flashu::torch_ops::neuron_norms_));
-}
+FLASHU_REGISTER(ffn)

@@ -16,7 +16,7 @@ flashu_spans view_spans(const char* op, const std::vector<int64_t>& spans) {
 Tensor rms_norm_out(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
   const char* op = "rms_norm";
   const Tensor rows = foldable(x);
-  auto args = make_args<flashu_rms_norm_args>();
+  auto args = make_args<flashu_rms_norm_args>(x);
   args.x = view(op, "x", rows);
   args.weight = view(op, "weight", weight);
   args.eps = eps;
@@ -31,7 +31,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 
 void add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
   const char* op = "add_rms_norm_";
-  auto args = make_args<flashu_add_rms_norm_args>();
+  auto args = make_args<flashu_add_rms_norm_args>(x);
   args.x = view(op, "x", x);
   args.residual = view(op, "residual", residual);
   args.weight = view(op, "weight", weight);
@@ -42,7 +42,7 @@ void add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight
 Tensor span_modulate_out(const Tensor& x, const Tensor& weight, const Tensor& shift, const Tensor& scale,
                          std::vector<int64_t> spans, double eps, const Tensor& out) {
   const char* op = "span_modulate";
-  auto args = make_args<flashu_span_modulate_args>();
+  auto args = make_args<flashu_span_modulate_args>(x);
   args.x = view(op, "x", x);
   args.weight = view(op, "weight", weight);
   args.shift = view(op, "shift", shift);
@@ -61,7 +61,7 @@ Tensor span_modulate(const Tensor& x, const Tensor& weight, const Tensor& shift,
 
 void span_gate_add_(const Tensor& residual, const Tensor& y, const Tensor& gate, std::vector<int64_t> spans) {
   const char* op = "span_gate_add_";
-  auto args = make_args<flashu_span_gate_add_args>();
+  auto args = make_args<flashu_span_gate_add_args>(residual);
   args.residual = view(op, "residual", residual);
   args.y = view(op, "y", y);
   args.gate = view(op, "gate", gate);
@@ -70,13 +70,17 @@ void span_gate_add_(const Tensor& residual, const Tensor& y, const Tensor& gate,
 }
 
 }  // namespace
+
+template <class Library>
+void register_norm(Library& m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm.out", TORCH_BOX(&rms_norm_out));
+  m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
+  m.impl("span_modulate", TORCH_BOX(&span_modulate));
+  m.impl("span_modulate.out", TORCH_BOX(&span_modulate_out));
+  m.impl("span_gate_add_", TORCH_BOX(&span_gate_add_));
+}
+
 }  // namespace flashu::torch_ops
 
-STABLE_TORCH_LIBRARY_IMPL(flashu, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&flashu::torch_ops::rms_norm));
-  m.impl("rms_norm.out", TORCH_BOX(&flashu::torch_ops::rms_norm_out));
-  m.impl("add_rms_norm_", TORCH_BOX(&flashu::torch_ops::add_rms_norm_));
-  m.impl("span_modulate", TORCH_BOX(&flashu::torch_ops::span_modulate));
-  m.impl("span_modulate.out", TORCH_BOX(&flashu::torch_ops::span_modulate_out));
-  m.impl("span_gate_add_", TORCH_BOX(&flashu::torch_ops::span_gate_add_));
-}
+FLASHU_REGISTER(norm)

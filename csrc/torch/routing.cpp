@@ -21,12 +21,12 @@ Tensor cosine_importance_out(const Tensor& x_in, const Tensor& x_out, int64_t re
   const char* op = "cosine_importance";
   const Tensor in = foldable(x_in);
   const Tensor other = foldable(x_out);
-  auto args = make_args<flashu_cosine_importance_args>();
+  auto args = make_args<flashu_cosine_importance_args>(x_in);
   args.reduce = static_cast<int32_t>(std::clamp<int64_t>(reduce, -1, 3));
   args.x_in = view(op, "x_in", in);
   args.x_out = view(op, "x_out", other);
   args.out = view(op, "out", out);
-  check_status(flashu_cosine_importance(&args));
+  run_with_workspace(args, x_in, flashu_cosine_importance_workspace, flashu_cosine_importance);
   return out;
 }
 
@@ -40,7 +40,7 @@ Tensor cosine_importance(const Tensor& x_in, const Tensor& x_out, int64_t reduce
 
 Tensor value_norms_out(const Tensor& v, const Tensor& out) {
   const char* op = "value_norms";
-  auto args = make_args<flashu_value_norms_args>();
+  auto args = make_args<flashu_value_norms_args>(v);
   args.v = view(op, "v", v);
   args.out = view(op, "out", out);
   check_status(flashu_value_norms(&args));
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> select_topk_out(const Tensor& scores, int64_t k, cons
                                            const Tensor& count) {
   const char* op = "select_topk";
   const Tensor rows = foldable(scores);
-  auto args = make_args<flashu_select_topk_args>();
+  auto args = make_args<flashu_select_topk_args>(scores);
   args.scores = view(op, "scores", rows);
   args.k = k;
   args.index = view(op, "index", index);
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> select_threshold_out(const Tensor& scores, double thr
                   ": index: expected size ", capacity, " in the last dimension, as capacity says, got ",
                   index.dim() > 0 ? index.size(index.dim() - 1) : 0);
   const Tensor rows = foldable(scores);
-  auto args = make_args<flashu_select_threshold_args>();
+  auto args = make_args<flashu_select_threshold_args>(scores);
   args.scores = view(op, "scores", rows);
   args.threshold = threshold;
   args.index = view(op, "index", index);
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> select_threshold(const Tensor& scores, double thresho
 template <class Op>
 void move_rows(const char* name, Op op, const Tensor& rows, const Tensor& index, const char* moved_name,
                const Tensor& moved) {
-  auto args = make_args<flashu_move_rows_args>();
+  auto args = make_args<flashu_move_rows_args>(rows);
   args.rows = view(name, "rows", rows);
   args.index = view(name, "index", index);
   args.moved = view(name, moved_name, moved);
@@ -128,19 +128,23 @@ void scatter_add_rows_(const Tensor& rows, const Tensor& index, const Tensor& mo
 }
 
 }  // namespace
+
+template <class Library>
+void register_routing(Library& m) {
+  m.impl("cosine_importance", TORCH_BOX(&cosine_importance));
+  m.impl("cosine_importance.out", TORCH_BOX(&cosine_importance_out));
+  m.impl("value_norms", TORCH_BOX(&value_norms));
+  m.impl("value_norms.out", TORCH_BOX(&value_norms_out));
+  m.impl("select_topk", TORCH_BOX(&select_topk));
+  m.impl("select_topk.out", TORCH_BOX(&select_topk_out));
+  m.impl("select_threshold", TORCH_BOX(&select_threshold));
+  m.impl("select_threshold.out", TORCH_BOX(&select_threshold_out));
+  m.impl("gather_rows", TORCH_BOX(&gather_rows));
+  m.impl("gather_rows.out", TORCH_BOX(&gather_rows_out));
+  m.impl("scatter_rows_", TORCH_BOX(&scatter_rows_));
+  m.impl("scatter_add_rows_", TORCH_BOX(&scatter_add_rows_));
+}
+
 }  // namespace flashu::torch_ops
 
-STABLE_TORCH_LIBRARY_IMPL(flashu, CPU, m) {
-  m.impl("cosine_importance", TORCH_BOX(&flashu::torch_ops::cosine_importance));
-  m.impl("cosine_importance.out", TORCH_BOX(&flashu::torch_ops::cosine_importance_out));
-  m.impl("value_norms", TORCH_BOX(&flashu::torch_ops::value_norms));
-  m.impl("value_norms.out", TORCH_BOX(&flashu::torch_ops::value_norms_out));
-  m.impl("select_topk", TORCH_BOX(&flashu::torch_ops::select_topk));
-  m.impl("select_topk.out", TORCH_BOX(&flashu::torch_ops::select_topk_out));
-  m.impl("select_threshold", TORCH_BOX(&flashu::torch_ops::select_threshold));
-  m.impl("select_threshold.out", TORCH_BOX(&flashu::torch_ops::select_threshold_out));
-  m.impl("gather_rows", TORCH_BOX(&flashu::torch_ops::gather_rows));
-  m.impl("gather_rows.out", TORCH_BOX(&flashu::torch_ops::gather_rows_out));
-  m.impl("scatter_rows_", TORCH_BOX(&flashu::torch_ops::scatter_rows_));
-  m.impl("scatter_add_rows_", TORCH_BOX(&flashu::torch_ops::scatter_add_rows_));
-}
+FLASHU_REGISTER(routing)

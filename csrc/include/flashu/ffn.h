@@ -25,10 +25,7 @@ typedef struct flashu_selection {
   flashu_tensor index;
 } flashu_selection;
 
-/* Workspace: memory of the caller, aligned to 64 bytes, at least the size that flashu_<op>_workspace() gives
- * for the same arguments (it checks them as the op does, reads no tensor but the index, and ignores the
- * workspace fields) and the same number of threads. A larger one is fine, a smaller one is FLASHU_WORKSPACE.
- * Every sum is taken in float, in one fixed order: a row's result has the same bits whatever the number of
+/* Every sum is taken in float, in one fixed order: a row's result has the same bits whatever the number of
  * rows and of threads. Storage types are f32, bf16 or f16, the same for all floating tensors of a call; last
  * strides are 1. */
 

@@ -1,10 +1,5 @@
-// C++ API of the FFN family: typed wrappers over flashu/ffn.h that throw flashu::Error and, unless the caller
-// brings a workspace, hold one for the duration of the call.
+// C++ API of the FFN family: typed wrappers over flashu/ffn.h that throw flashu::Error.
 #pragma once
-
-#include <cstddef>
-#include <memory>
-#include <new>
 
 #include "flashu/ffn.h"
 #include "flashu/flashu.hpp"
@@ -37,46 +32,27 @@ inline flashu_selection select_index(const flashu_tensor& index) {
   return selection;
 }
 
-namespace detail {
-
-struct AlignedDelete {
-  void operator()(std::byte* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
-};
-
-template <class Args>
-void run_with_workspace(Args args, int32_t (*size)(const Args*, uint64_t*), int32_t (*run)(const Args*)) {
-  args.struct_size = sizeof(Args);
-  std::unique_ptr<std::byte[], AlignedDelete> memory;
-  if (args.workspace == nullptr) {
-    check(size(&args, &args.workspace_bytes));
-    memory.reset(new (std::align_val_t{64}) std::byte[args.workspace_bytes]);
-    args.workspace = memory.get();
-  }
-  check(run(&args));
-}
-
-}  // namespace detail
-
 // out = silu(x w_gate[S]^T) * (x w_up[S]^T)
 inline void gathered_swiglu(const SwigluArgs& args) {
-  detail::run_with_workspace(args, flashu_gathered_swiglu_workspace, flashu_gathered_swiglu);
+  detail::run_with_workspace(args, args.x.device, flashu_gathered_swiglu_workspace, flashu_gathered_swiglu);
 }
 
 // out = h w_down[:, S]^T (+ residual)
 inline void gathered_down(const DownArgs& args) {
-  detail::run_with_workspace(args, flashu_gathered_down_workspace, flashu_gathered_down);
+  detail::run_with_workspace(args, args.h.device, flashu_gathered_down_workspace, flashu_gathered_down);
 }
 
 // out = swiglu(x) w_down[:, S]^T (+ residual); norms += squares of the product in between
 inline void gathered_ffn(const FfnArgs& args) {
-  detail::run_with_workspace(args, flashu_gathered_ffn_workspace, flashu_gathered_ffn);
+  detail::run_with_workspace(args, args.x.device, flashu_gathered_ffn_workspace, flashu_gathered_ffn);
 }
 
 // acc[j] += sum over rows of h[r, j]^2
-inline void neuron_norms(const flashu_tensor& acc, const flashu_tensor& h) {
+inline void neuron_norms(const flashu_tensor& acc, const flashu_tensor& h, void* stream = nullptr) {
   auto args = make_args<flashu_neuron_norms_args>();
   args.acc = acc;
   args.h = h;
+  args.stream = stream;
   check(flashu_neuron_norms(&args));
 }
 

@@ -70,6 +70,11 @@ FLASHU_API const char* flashu_last_error(void);
  * environment variable FLASHU_ISA can lower it, read once. */
 FLASHU_API const char* flashu_cpu_isa(void);
 
+/* Workspace: memory of the caller on the op's device, aligned to 64 bytes, at least the size that
+ * flashu_<op>_workspace() gives for the same arguments (it checks them as the op does and ignores the
+ * workspace fields) and the same number of threads. A larger one is fine, a smaller one is FLASHU_WORKSPACE.
+ */
+
 /* Threads. A backend runs body(begin, end, context) over disjoint pieces that cover [begin, end), each at
  * least `grain` long (the last may be shorter), and returns when all are done. Inside a piece it may be
  * called again and must then not deadlock. num_threads() tells how many pieces may run at once. Results never

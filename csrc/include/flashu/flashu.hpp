@@ -2,8 +2,11 @@
 // API; each op family adds a header of thin typed wrappers.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,5 +58,33 @@ Args make_args() {
   args.struct_size = sizeof(Args);
   return args;
 }
+
+// Memory for an op that needs some; see "Workspace" in flashu.h. Without one the C++ API allocates it for ops
+// on the CPU; ops on CUDA devices that need one refuse.
+struct Workspace {
+  void* data = nullptr;
+  uint64_t bytes = 0;
+};
+
+namespace detail {
+
+struct AlignedDelete {
+  void operator()(std::byte* memory) const { ::operator delete[](memory, std::align_val_t{64}); }
+};
+
+template <class Args>
+void run_with_workspace(Args args, int32_t device, int32_t (*size)(const Args*, uint64_t*),
+                        int32_t (*run)(const Args*)) {
+  args.struct_size = sizeof(Args);
+  std::unique_ptr<std::byte[], AlignedDelete> memory;
+  if (args.workspace == nullptr && device == FLASHU_DEVICE_CPU) {
+    check(size(&args, &args.workspace_bytes));
+    memory.reset(new (std::align_val_t{64}) std::byte[args.workspace_bytes]);
+    args.workspace = memory.get();
+  }
+  check(run(&args));
+}
+
+}  // namespace detail
 
 }  // namespace flashu

@@ -17,30 +17,32 @@ inline flashu_spans spans(const std::vector<int64_t>& flat) {
 
 // out = weight * x / sqrt(mean(x^2) + eps)
 inline void rms_norm(const flashu_tensor& x, const flashu_tensor& weight, double eps,
-                     const flashu_tensor& out) {
+                     const flashu_tensor& out, void* stream = nullptr) {
   auto args = make_args<flashu_rms_norm_args>();
   args.x = x;
   args.weight = weight;
   args.eps = eps;
   args.out = out;
+  args.stream = stream;
   check(flashu_rms_norm(&args));
 }
 
 // residual += x, then x = rms_norm(residual)
 inline void add_rms_norm(const flashu_tensor& x, const flashu_tensor& residual, const flashu_tensor& weight,
-                         double eps) {
+                         double eps, void* stream = nullptr) {
   auto args = make_args<flashu_add_rms_norm_args>();
   args.x = x;
   args.residual = residual;
   args.weight = weight;
   args.eps = eps;
+  args.stream = stream;
   check(flashu_add_rms_norm(&args));
 }
 
 // out = rms_norm(x), inside span s times (1 + scale[s]) plus shift[s]
 inline void span_modulate(const flashu_tensor& x, const flashu_tensor& weight, const flashu_tensor& shift,
                           const flashu_tensor& scale, const flashu_spans& spans, double eps,
-                          const flashu_tensor& out) {
+                          const flashu_tensor& out, void* stream = nullptr) {
   auto args = make_args<flashu_span_modulate_args>();
   args.x = x;
   args.weight = weight;
@@ -49,17 +51,19 @@ inline void span_modulate(const flashu_tensor& x, const flashu_tensor& weight, c
   args.spans = spans;
   args.eps = eps;
   args.out = out;
+  args.stream = stream;
   check(flashu_span_modulate(&args));
 }
 
 // residual += y, inside span s times gate[s]
 inline void span_gate_add(const flashu_tensor& residual, const flashu_tensor& y, const flashu_tensor& gate,
-                          const flashu_spans& spans) {
+                          const flashu_spans& spans, void* stream = nullptr) {
   auto args = make_args<flashu_span_gate_add_args>();
   args.residual = residual;
   args.y = y;
   args.gate = gate;
   args.spans = spans;
+  args.stream = stream;
   check(flashu_span_gate_add(&args));
 }
 

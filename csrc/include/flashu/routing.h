@@ -22,9 +22,13 @@ typedef struct flashu_cosine_importance_args {
   flashu_tensor x_in;  /* [..., width] */
   flashu_tensor x_out; /* as x_in */
   flashu_tensor out;   /* f32, contiguous */
+  void* workspace;
+  uint64_t workspace_bytes;
   void* stream;
 } flashu_cosine_importance_args;
 FLASHU_API int32_t flashu_cosine_importance(const flashu_cosine_importance_args* args);
+FLASHU_API int32_t flashu_cosine_importance_workspace(const flashu_cosine_importance_args* args,
+                                                      uint64_t* bytes);
 
 /* out[b, t] = L2 norm of v[b, :, t, :]. */
 typedef struct flashu_value_norms_args {

@@ -33,9 +33,12 @@ typedef struct flashu_feature_delta_args {
   flashu_tensor a;   /* any shape */
   flashu_tensor b;   /* as a */
   flashu_tensor out; /* f32 [3] */
+  void* workspace;
+  uint64_t workspace_bytes;
   void* stream;
 } flashu_feature_delta_args;
 FLASHU_API int32_t flashu_feature_delta(const flashu_feature_delta_args* args);
+FLASHU_API int32_t flashu_feature_delta_workspace(const flashu_feature_delta_args* args, uint64_t* bytes);
 
 /* state[0] = feature and state[i] = (new state[i - 1] - old state[i - 1]) / interval for i <= min(order,
  * count), else 0, where count is the number of updates before this one. */

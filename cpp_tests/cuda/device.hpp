@@ -1,0 +1,31 @@
+// The device under test: the emulator's, or a GPU. The same tests are compiled twice, once with
+// device_emulated.cpp and once with device_gpu.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace flashu::test {
+
+// Why there is no device, "" where there is one.
+std::string why_no_device();
+
+void* device_allocate(std::size_t bytes);
+void device_free(void* memory);
+void copy_to_device(void* to, const void* from, std::size_t bytes);
+void copy_from_device(void* to, const void* from, std::size_t bytes);
+// Waits for all work; throws std::runtime_error where it failed.
+void device_synchronize();
+
+// Schedules to run every test under: 1, 2, ... on the emulator, 0 alone on a GPU. FLASHU_SIMT_SEEDS says how
+// many.
+std::vector<uint64_t> schedules();
+void use_schedule(uint64_t schedule);
+
+// Pretends to be a device of this capability (80, 90) as far as kernel choice goes; false where that cannot
+// be.
+bool use_capability(int capability);
+
+}  // namespace flashu::test

@@ -1,0 +1,449 @@
+// The gathered FFN on the device against a reference in double: every kernel, layout and selection; exact
+// integers; rows that do not depend on each other; neurons left out that hold anything.
+#include "flashu/ffn.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <optional>
+
+#include "core/ffn_choice.hpp"
+#include "cuda/support.hpp"
+
+namespace flashu::test {
+namespace {
+
+// Which neurons, in each of the ways that the API has.
+struct Chosen {
+  std::string name;
+  std::optional<std::vector<int64_t>> runs;
+  std::optional<std::vector<int64_t>> index;
+  bool wide_index = false;
+
+  std::vector<int64_t> list(int64_t intermediate) const {
+    if (index) return *index;
+    std::vector<int64_t> out;
+    if (!runs) {
+      out.resize(static_cast<size_t>(intermediate));
+      std::iota(out.begin(), out.end(), 0);
+      return out;
+    }
+    for (size_t i = 0; i < runs->size(); i += 2) {
+      for (int64_t j = 0; j < (*runs)[i + 1]; ++j) out.push_back((*runs)[i] + j);
+    }
+    return out;
+  }
+};
+
+std::vector<int64_t> shuffled(int64_t count, int64_t limit, uint32_t seed) {
+  std::vector<int64_t> all(static_cast<size_t>(limit));
+  std::iota(all.begin(), all.end(), 0);
+  std::shuffle(all.begin(), all.end(), std::mt19937(seed));
+  all.resize(static_cast<size_t>(count));
+  return all;
+}
+
+std::vector<Chosen> selections(int64_t intermediate) {
+  return {{"all", {}, {}},
+          {"first range", {{0, intermediate * 4 / 5 / 8 * 8}}, {}},
+          {"odd range", {{13, intermediate - 20}}, {}},
+          {"runs of eights", {{8, 24, 40, 64, 120, intermediate / 8 * 8 - 128}}, {}},
+          {"runs", {{1, 5, 7, 30, 60, 41}}, {}},
+          {"index", {}, {shuffled(intermediate * 3 / 4, intermediate, 1)}},
+          {"wide index", {}, {shuffled(77, intermediate, 2)}, true},
+          {"none", {std::vector<int64_t>{}}, {}}};
+}
+
+template <class T>
+struct Operands {
+  Guarded<T> x, gate, up, down, residual;
+  int64_t rows, hidden, intermediate, width;
+
+  // `padding` behind rows and `offset` off alignment put the operands outside what TMA and cp.async take.
+  Operands(int64_t m, int64_t k, int64_t i, int64_t n, int64_t padding = 0, int64_t offset = 0)
+      : x(normal<T>({m, k}, 1, padding, 1, offset)),
+        gate(normal<T>({i, k}, 2, padding, 1 / std::sqrt(static_cast<float>(k)), offset)),
+        up(normal<T>({i, k}, 3, padding, 1 / std::sqrt(static_cast<float>(k)), offset)),
+        down(normal<T>({n, i}, 4, padding, 1 / std::sqrt(static_cast<float>(i)), offset)),
+        residual(normal<T>({m, n}, 5, padding)),
+        rows(m),
+        hidden(k),
+        intermediate(i),
+        width(n) {}
+};
+
+double silu(double x) { return x / (1 + std::exp(-x)); }
+
+// The product in between, rounded to T as the device stores it.
+template <class T>
+std::vector<double> reference_h(const Operands<T>& o, const std::vector<int64_t>& list) {
+  std::vector<double> h;
+  for (int64_t r = 0; r < o.rows; ++r) {
+    for (const int64_t n : list) {
+      double gate = 0;
+      double up = 0;
+      for (int64_t k = 0; k < o.hidden; ++k) {
+        const double x = static_cast<double>(to_float(o.x[r * o.hidden + k]));
+        gate += x * static_cast<double>(to_float(o.gate[n * o.hidden + k]));
+        up += x * static_cast<double>(to_float(o.up[n * o.hidden + k]));
+      }
+      h.push_back(static_cast<double>(to_float(from_float<T>(static_cast<float>(silu(gate) * up)))));
+    }
+  }
+  return h;
+}
+
+// How far a result may be off: one rounding, and a small part of the size that a sum of such terms has by
+// chance (a wrong or missing term is a whole one of them).
+template <class T>
+constexpr double kNoise = std::is_same_v<T, bfloat16>  ? 0.02
+                          : std::is_same_v<T, float16> ? 0.004
+                                                       : 1e-5;
+
+template <class T>
+void expect_down(const Guarded<T>& got, const std::vector<double>& h, const Guarded<T>& down,
+                 const std::vector<int64_t>& list, const Guarded<T>* residual, int64_t rows,
+                 int64_t intermediate, int64_t width, bool exact) {
+  const auto n = static_cast<int64_t>(list.size());
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < width; ++c) {
+      double sum = residual != nullptr ? static_cast<double>(to_float((*residual)[r * width + c])) : 0;
+      double noise = sum * sum;
+      for (int64_t j = 0; j < n; ++j) {
+        const double term =
+            h[static_cast<size_t>(r * n + j)] *
+            static_cast<double>(to_float(down[c * intermediate + list[static_cast<size_t>(j)]]));
+        sum += term;
+        noise += term * term;
+      }
+      const auto y = static_cast<double>(to_float(got[r * width + c]));
+      if (exact) {
+        ASSERT_EQ(y, static_cast<double>(to_float(from_float<T>(static_cast<float>(sum)))))
+            << "row " << r << ", column " << c;
+      } else {
+        ASSERT_LE(std::fabs(y - sum), spacing<T>(sum) + kNoise<T> * std::sqrt(noise))
+            << "row " << r << ", column " << c;
+      }
+    }
+  }
+}
+
+struct OnDevice {
+  flashu_selection selection{};
+  Guarded<int32_t> narrow{std::vector<int64_t>{0}};
+  Guarded<int64_t> wide{std::vector<int64_t>{0}};
+
+  explicit OnDevice(const Chosen& chosen) {
+    if (chosen.runs) selection = select_runs(*chosen.runs);
+    if (!chosen.index) return;
+    const auto n = static_cast<int64_t>(chosen.index->size());
+    const auto value = [&](int64_t i) { return (*chosen.index)[static_cast<size_t>(i)]; };
+    if (chosen.wide_index) {
+      wide = Guarded<int64_t>({n}).fill(value);
+      selection = select_index(wide.upload());
+    } else {
+      narrow = Guarded<int32_t>({n}).fill([&](int64_t i) { return static_cast<int32_t>(value(i)); });
+      selection = select_index(narrow.upload());
+    }
+  }
+};
+
+template <class Args>
+DeviceWorkspace workspace_for(Args& args, int32_t (*size)(const Args*, uint64_t*)) {
+  uint64_t bytes = 0;
+  args.struct_size = sizeof(Args);
+  check(size(&args, &bytes));
+  return DeviceWorkspace(bytes);
+}
+
+template <class T>
+Guarded<T> run_ffn(Operands<T>& o, const Chosen& chosen, bool with_residual, int64_t out_padding = 0,
+                   Guarded<double>* norms = nullptr) {
+  Guarded<T> out({o.rows, o.width}, out_padding);
+  OnDevice on_device(chosen);
+  FfnArgs args{};
+  args.x = o.x.upload();
+  args.w_gate = o.gate.upload();
+  args.w_up = o.up.upload();
+  args.w_down = o.down.upload();
+  args.selection = on_device.selection;
+  if (with_residual) args.residual = o.residual.upload();
+  if (norms != nullptr) args.norms = norms->upload();
+  args.out = out.upload();
+  const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_ffn_workspace);
+  args.workspace = workspace.get().data;
+  args.workspace_bytes = workspace.get().bytes;
+  gathered_ffn(args);
+  device_synchronize();
+  return out.download();
+}
+
+template <class T>
+class DeviceFfn : public DeviceTest {};
+TYPED_TEST_SUITE(DeviceFfn, Storage3);
+
+template <class T>
+void whole_ffn(Operands<T> o, const Chosen& chosen, bool residual, int64_t out_padding = 0) {
+  SCOPED_TRACE(chosen.name + ", " + std::to_string(o.rows) + " rows");
+  const std::vector<int64_t> list = chosen.list(o.intermediate);
+  const auto h = reference_h(o, list);
+  const auto got = run_ffn(o, chosen, residual, out_padding);
+  expect_down(got, h, o.down, list, residual ? &o.residual : nullptr, o.rows, o.intermediate, o.width, false);
+}
+
+TYPED_TEST(DeviceFfn, EverySelectionOnHopper) {
+  const Operands<TypeParam> o(40, 136, 304, 72);
+  for (const Chosen& chosen : selections(304)) {
+    this->under_every_schedule([&] { whole_ffn(o, chosen, true); });
+  }
+}
+
+TYPED_TEST(DeviceFfn, EverySelectionOnAmpere) {
+  const Operands<TypeParam> o(40, 136, 304, 72);
+  if (!use_capability(80)) GTEST_SKIP() << "this device is no sm_80";
+  for (const Chosen& chosen : selections(304)) {
+    this->under_every_schedule([&] { whole_ffn(o, chosen, true); });
+  }
+}
+
+TYPED_TEST(DeviceFfn, EverySelectionWhenDecoding) {
+  for (const int64_t rows : {int64_t{1}, int64_t{7}, int64_t{13}}) {
+    const Operands<TypeParam> o(rows, 200, 304, 100);
+    for (const Chosen& chosen : selections(304)) {
+      this->under_every_schedule([&] { whole_ffn(o, chosen, rows != 7); });
+    }
+  }
+}
+
+TYPED_TEST(DeviceFfn, SeveralTilesInBothDirections) {
+  const Operands<TypeParam> o(150, 72, 400, 264);
+  for (const int capability : {90, 80}) {
+    if (!use_capability(capability)) continue;
+    whole_ffn(o, {"all", {}, {}}, true, 8);
+    whole_ffn(o, {"index", {}, {shuffled(300, 400, 3)}}, false);
+  }
+}
+
+TYPED_TEST(DeviceFfn, OperandsThatAreNotAligned) {
+  for (const int64_t rows : {int64_t{5}, int64_t{33}}) {
+    // With padding 3 rows are aligned, but hold no whole pieces of 16 bytes.
+    for (const auto& [padding, offset] : {std::array<int64_t, 2>{1, 0}, {0, 1}, {8, 0}, {4, 3}, {3, 0}}) {
+      const Operands<TypeParam> o(rows, 45, 61, 29, padding, offset);
+      whole_ffn(o, {"all", {}, {}}, true, 3);
+      whole_ffn(o, {"runs", {{1, 9, 20, 8}}, {}}, true, 3);
+      whole_ffn(o, {"odd range", {{3, 50}}, {}}, false);
+      whole_ffn(o, {"index", {}, {shuffled(31, 61, 4)}}, true, 3);
+    }
+  }
+}
+
+// The limit of dynamic shared memory is set per kernel: after a small launch a large one still has what it
+// needs.
+TYPED_TEST(DeviceFfn, LaunchesOfAnySizeInAnyOrder) {
+  for (const int64_t rows : {int64_t{8}, int64_t{16}}) {
+    const Operands<TypeParam> wide(rows, 1792, 16, 8);
+    const Operands<TypeParam> narrow(rows, 1600, 16, 8);
+    for (const auto* o : {&wide, &narrow, &wide}) whole_ffn(*o, {"all", {}, {}}, false);
+  }
+}
+
+TYPED_TEST(DeviceFfn, NothingToMultiply) {
+  for (const int64_t rows : {int64_t{0}, int64_t{1}, int64_t{40}}) {
+    for (const auto& [hidden, width] : {std::array<int64_t, 2>{0, 24}, {64, 0}, {0, 0}}) {
+      const Operands<TypeParam> o(rows, hidden, 96, width);
+      whole_ffn(o, {"all", {}, {}}, true);
+      whole_ffn(o, {"index", {}, {shuffled(31, 96, 4)}}, false);
+    }
+  }
+}
+
+TYPED_TEST(DeviceFfn, HalvesAlone) {
+  for (const int64_t rows : {int64_t{4}, int64_t{40}}) {
+    Operands<TypeParam> o(rows, 136, 304, 72);
+    for (const Chosen& chosen : selections(304)) {
+      SCOPED_TRACE(chosen.name);
+      const std::vector<int64_t> list = chosen.list(304);
+      const auto n = static_cast<int64_t>(list.size());
+      const auto h = reference_h(o, list);
+      OnDevice on_device(chosen);
+      Guarded<TypeParam> out({rows, n}, n % 8);
+      SwigluArgs up{};
+      up.x = o.x.upload();
+      up.w_gate = o.gate.upload();
+      up.w_up = o.up.upload();
+      up.selection = on_device.selection;
+      up.out = out.upload();
+      const DeviceWorkspace up_workspace = workspace_for(up, flashu_gathered_swiglu_workspace);
+      up.workspace = up_workspace.get().data;
+      up.workspace_bytes = up_workspace.get().bytes;
+      gathered_swiglu(up);
+      device_synchronize();
+      const auto got = out.download();
+      for (int64_t i = 0; i < rows * n; ++i) {
+        const double expected = h[static_cast<size_t>(i)];
+        ASSERT_LE(std::fabs(static_cast<double>(to_float(got[i])) - expected),
+                  2 * spacing<TypeParam>(expected) + 2e-5)
+            << "element " << i;
+      }
+    }
+  }
+}
+
+TYPED_TEST(DeviceFfn, DownIsExactOnIntegers) {
+  for (const int capability : {90, 80}) {
+    if (!use_capability(capability)) continue;
+    for (const auto& [rows, intermediate, width] :
+         {std::array<int64_t, 3>{1, 96, 8}, {130, 200, 40}, {64, 72, 200}, {3, 50, 7}}) {
+      auto w = whole<TypeParam>({width, intermediate}, 1);
+      for (const Chosen& chosen : selections(std::max<int64_t>(intermediate, 136))) {
+        const std::vector<int64_t> list = chosen.list(intermediate);
+        if (!list.empty() && *std::max_element(list.begin(), list.end()) >= intermediate) continue;
+        SCOPED_TRACE(chosen.name);
+        const auto n = static_cast<int64_t>(list.size());
+        auto h = whole<TypeParam>({rows, n}, 2, (8 - n % 8) % 8);
+        auto residual = whole<TypeParam>({rows, width}, 3);
+        std::vector<double> values;
+        for (int64_t i = 0; i < rows * n; ++i) values.push_back(static_cast<double>(to_float(h[i])));
+        this->under_every_schedule([&] {
+          Guarded<TypeParam> out({rows, width});
+          OnDevice on_device(chosen);
+          DownArgs args{};
+          args.h = h.upload();
+          args.w_down = w.upload();
+          args.selection = on_device.selection;
+          args.residual = residual.upload();
+          args.out = out.upload();
+          const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_down_workspace);
+          args.workspace = workspace.get().data;
+          args.workspace_bytes = workspace.get().bytes;
+          gathered_down(args);
+          device_synchronize();
+          expect_down(out.download(), values, w, list, &residual, rows, intermediate, width, true);
+        });
+      }
+    }
+  }
+}
+
+TYPED_TEST(DeviceFfn, RowsDoNotDependOnEachOther) {
+  const Operands<TypeParam> many(140, 72, 120, 40);
+  const Chosen chosen{"range", {{8, 96}}, {}};
+  auto all = many;
+  const auto together = run_ffn(all, chosen, false);
+  for (const auto& [first, count] : {std::array<int64_t, 2>{0, 17}, {100, 40}}) {
+    Operands<TypeParam> part(count, 72, 120, 40);
+    part.x.fill([&](int64_t i) { return many.x[first * 72 + i]; });
+    const auto alone = run_ffn(part, chosen, false);
+    for (int64_t i = 0; i < count * 40; ++i)
+      ASSERT_EQ(to_float(alone[i]), to_float(together[first * 40 + i])) << "element " << i;
+  }
+}
+
+TYPED_TEST(DeviceFfn, BadValuesStayInTheirRowAndNeuronsLeftOutMayHoldAnything) {
+  for (const int64_t rows : {int64_t{9}, int64_t{20}}) {
+    for (const Chosen& chosen :
+         {Chosen{"range", {{16, 40}}, {}}, Chosen{"index", {}, {shuffled(40, 96, 5)}}}) {
+      Operands<TypeParam> o(rows, 64, 96, 24);
+      const auto expected = run_ffn(o, chosen, true);
+      const std::vector<int64_t> list = chosen.list(96);
+      const TypeParam nan = from_float<TypeParam>(std::numeric_limits<float>::quiet_NaN());
+      for (int64_t n = 0; n < 96; ++n) {
+        if (std::find(list.begin(), list.end(), n) != list.end()) continue;
+        for (int64_t k = 0; k < 64; ++k) o.gate[n * 64 + k] = o.up[n * 64 + k] = nan;
+        for (int64_t c = 0; c < 24; ++c) o.down[c * 96 + n] = nan;
+      }
+      o.x[3 * 64 + 5] = nan;
+      const auto got = run_ffn(o, chosen, true);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < 24; ++c) {
+          const float y = to_float(got[r * 24 + c]);
+          if (r == 3) {
+            ASSERT_TRUE(std::isnan(y));
+          } else {
+            ASSERT_EQ(y, to_float(expected[r * 24 + c])) << "row " << r << ", column " << c;
+          }
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(DeviceFfn, AnIndexOutOfRangeIsClampedAndReported) {
+  Operands<TypeParam> o(20, 64, 96, 24);
+  const Chosen clamped{"index", {}, {{0, 95, 7}}};
+  const auto expected = run_ffn(o, clamped, false);
+  Guarded<int32_t> index({3});
+  index[0] = -4;
+  index[1] = 96;
+  index[2] = 7;
+  Guarded<int32_t> status({1});
+  status[0] = 0;
+  Guarded<TypeParam> out({20, 24});
+  FfnArgs args{};
+  args.x = o.x.upload();
+  args.w_gate = o.gate.upload();
+  args.w_up = o.up.upload();
+  args.w_down = o.down.upload();
+  args.selection = select_index(index.upload());
+  args.status = status.upload();
+  args.out = out.upload();
+  const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_ffn_workspace);
+  args.workspace = workspace.get().data;
+  args.workspace_bytes = workspace.get().bytes;
+  gathered_ffn(args);
+  device_synchronize();
+  expect_equal(out.download(), expected);
+  EXPECT_EQ(status.download()[0], 1);
+}
+
+TYPED_TEST(DeviceFfn, NormsOfTheProductInBetween) {
+  for (const int64_t rows : {int64_t{3}, int64_t{70}}) {
+    Operands<TypeParam> o(rows, 72, 96, 24);
+    const Chosen chosen{"range", {{8, 80}}, {}};
+    const auto h = reference_h(o, chosen.list(96));
+    Guarded<double> norms({80});
+    norms.fill([](int64_t) { return 2.0; });
+    run_ffn(o, chosen, false, 0, &norms);
+    const auto got = norms.download();
+    for (int64_t j = 0; j < 80; ++j) {
+      double sum = 2;
+      for (int64_t r = 0; r < rows; ++r)
+        sum += h[static_cast<size_t>(r * 80 + j)] * h[static_cast<size_t>(r * 80 + j)];
+      ASSERT_NEAR(got[j], sum, 0.02 * sum);
+    }
+  }
+}
+
+TYPED_TEST(DeviceFfn, NeuronNorms) {
+  for (const auto& [rows, width, padding] : {std::array<int64_t, 3>{1, 5, 0}, {33, 70, 2}, {300, 32, 0}}) {
+    auto h = normal<TypeParam>({rows, width}, 1, padding);
+    Guarded<float> expected({width});
+    expected.fill([](int64_t j) { return static_cast<float>(j); });
+    const auto before = expected;
+    neuron_norms(expected, h);
+    this->under_every_schedule([&] {
+      auto got = before;
+      neuron_norms(got.upload(), h.upload());
+      device_synchronize();
+      expect_near(got.download(), expected, 8);
+    });
+  }
+}
+
+TEST(FfnChoice, IsPrintedAndPrefersFullWaves) {
+  core::FfnQuestion q{1460,  1536, 1536, 7168,  true, true, FLASHU_BF16, false,
+                      false, true, true, false, 90,   true, 132};
+  const auto up = core::ffn_candidates(q, true);
+  EXPECT_EQ(up.front().kernel, core::FfnKernel::kSm90);
+  for (size_t i = 1; i < up.size(); ++i) EXPECT_LE(up[i - 1].us, up[i].us);
+  EXPECT_NE(core::explain_ffn(q).find("sm90"), std::string::npos);
+  q.rows = 4;
+  EXPECT_TRUE(core::ffn_decodes(q));
+  EXPECT_NE(core::explain_ffn(q).find("one pass"), std::string::npos);
+  q.aligned = false;
+  EXPECT_FALSE(core::ffn_decodes(q));
+  EXPECT_EQ(core::ffn_candidates(q, true).front().kernel, core::FfnKernel::kSm80);
+}
+
+}  // namespace
+}  // namespace flashu::test

@@ -1,0 +1,126 @@
+// The norm family on the device against the CPU: every width path, strided and misaligned rows, spans.
+#include "flashu/norm.hpp"
+
+#include "cuda/support.hpp"
+
+namespace flashu::test {
+namespace {
+
+template <class T>
+class DeviceNorm : public DeviceTest {};
+TYPED_TEST_SUITE(DeviceNorm, Storage3);
+
+struct Shape {
+  int64_t rows, width, padding, offset;
+};
+// Widths: scalar, part of a warp (64, 128), a warp, blocks of 128 and 256; the last ones too wide for
+// registers.
+constexpr Shape kShapes[] = {{1, 1, 0, 0},    {3, 7, 2, 0},    {37, 64, 0, 0},  {9, 64, 8, 0},
+                             {5, 128, 0, 0},  {4, 72, 0, 1},   {7, 256, 0, 0},  {3, 520, 0, 0},
+                             {2, 1536, 8, 0}, {2, 2048, 0, 0}, {2, 2056, 0, 0}, {1, 4096, 0, 0},
+                             {1, 8200, 0, 0}};
+
+TYPED_TEST(DeviceNorm, RmsNorm) {
+  for (const Shape& s : kShapes) {
+    SCOPED_TRACE("width " + std::to_string(s.width));
+    const auto x = normal<TypeParam>({s.rows, s.width}, 1, s.padding, 2, s.offset);
+    const auto weight = normal<TypeParam>({s.width}, 2);
+    Guarded<TypeParam> expected({s.rows, s.width}, s.padding);
+    rms_norm(x, weight, 1e-6, expected);
+    this->under_every_schedule([&] {
+      auto in = x;
+      auto w = weight;
+      Guarded<TypeParam> out({s.rows, s.width}, s.padding);
+      const flashu_tensor on_device = out.upload();
+      rms_norm(in.upload(), w.upload(), 1e-6, on_device);
+      device_synchronize();
+      expect_near(out.download(), expected, sizeof(TypeParam) == 4 ? 8 : 1);
+    });
+  }
+}
+
+TYPED_TEST(DeviceNorm, AddRmsNorm) {
+  for (const Shape& s : kShapes) {
+    SCOPED_TRACE("width " + std::to_string(s.width));
+    const auto x = normal<TypeParam>({s.rows, s.width}, 1, s.padding, 2, s.offset);
+    const auto residual = normal<TypeParam>({s.rows, s.width}, 3, s.padding);
+    const auto weight = normal<TypeParam>({s.width}, 2);
+    auto expected_x = x;
+    auto expected_sum = residual;
+    add_rms_norm(expected_x, expected_sum, weight, 1e-5);
+    this->under_every_schedule([&] {
+      auto got_x = x;
+      auto got_sum = residual;
+      auto w = weight;
+      add_rms_norm(got_x.upload(), got_sum.upload(), w.upload(), 1e-5);
+      device_synchronize();
+      expect_equal(got_sum.download(), expected_sum);
+      expect_near(got_x.download(), expected_x, sizeof(TypeParam) == 4 ? 8 : 1);
+    });
+  }
+}
+
+TYPED_TEST(DeviceNorm, SpansOfEveryKind) {
+  const std::vector<std::vector<int64_t>> lists = {
+      {}, {0, 2, 3}, {0, 0, 5, 1, 1, 2, 2, 0, 0}, {2, 1, 4, 0, 0, 1, 0, 3, 2}, {1, 0, 5, 2, 0, 5, 0, 0, 5}};
+  for (const int64_t width : {int64_t{5}, int64_t{64}, int64_t{640}}) {
+    for (const auto& spans : lists) {
+      const int64_t count = static_cast<int64_t>(spans.size() / 3);
+      const auto x = normal<TypeParam>({3, 5, width}, 1, 8);
+      const auto y = normal<TypeParam>({3, 5, width}, 7, 8);
+      const auto weight = normal<TypeParam>({width}, 2);
+      const auto shift = normal<TypeParam>({count, width}, 3, 16);
+      const auto scale = normal<TypeParam>({count, width}, 4);
+      Guarded<TypeParam> expected({3, 5, width}, 8);
+      span_modulate(x, weight, shift, scale, flashu::spans(spans), 1e-6, expected);
+      auto expected_sum = x;
+      span_gate_add(expected_sum, y, scale, flashu::spans(spans));
+      this->under_every_schedule([&] {
+        auto in = x;
+        auto more = y;
+        auto w = weight;
+        auto a = shift;
+        auto b = scale;
+        Guarded<TypeParam> out({3, 5, width}, 8);
+        const flashu_tensor on_device = out.upload();
+        const flashu_tensor scales = b.upload();
+        span_modulate(in.upload(), w.upload(), a.upload(), scales, flashu::spans(spans), 1e-6, on_device);
+        device_synchronize();
+        expect_near(out.download(), expected, sizeof(TypeParam) == 4 ? 16 : 2, 4e-6);
+        span_gate_add(in.upload(), more.upload(), scales, flashu::spans(spans));
+        device_synchronize();
+        expect_near(in.download(), expected_sum, 1);
+      });
+    }
+  }
+}
+
+TYPED_TEST(DeviceNorm, MoreSpansThanOneTableHolds) {
+  constexpr int64_t kRows = 70;
+  std::vector<int64_t> spans;
+  for (int64_t r = 0; r < kRows; ++r) spans.insert(spans.end(), {r, 0, 1, r, 2, 1});
+  const auto residual = whole<TypeParam>({kRows, 3, 8}, 1);
+  const auto y = whole<TypeParam>({kRows, 3, 8}, 2);
+  const auto gate = whole<TypeParam>({2 * kRows, 8}, 3);
+  auto expected = residual;
+  span_gate_add(expected, y, gate, flashu::spans(spans));
+  auto got = residual;
+  auto more = y;
+  auto g = gate;
+  span_gate_add(got.upload(), more.upload(), g.upload(), flashu::spans(spans));
+  device_synchronize();
+  expect_equal(got.download(), expected);
+
+  std::vector<int64_t> many;
+  for (int64_t t = 0; t < 97; ++t) many.insert(many.end(), {0, t, 1});
+  auto row = whole<TypeParam>({1, 97, 8}, 1);
+  auto row_y = whole<TypeParam>({1, 97, 8}, 2);
+  auto gates = whole<TypeParam>({97, 8}, 3);
+  const std::string text =
+      error_of([&] { span_gate_add(row.upload(), row_y.upload(), gates.upload(), flashu::spans(many)); });
+  EXPECT_NE(text.find("spans: expected at most 96 spans in a row on CUDA, got 97"), std::string::npos)
+      << text;
+}
+
+}  // namespace
+}  // namespace flashu::test

@@ -1,0 +1,46 @@
+// Which CUDA kernels serve a gathered FFN: problem -> candidates -> predicted cost -> choice. Pure and
+// printable; no device is touched.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace flashu::core {
+
+// What the choice depends on; sizes as in FfnProblem.
+struct FfnQuestion {
+  int64_t rows, hidden, width, neurons;
+  bool has_up, has_down;
+  int32_t type;        // flashu_dtype
+  bool listed;         // the neurons come from a list instead of one range
+  bool blocks_of_8;    // ... that names eight neighbours at a time
+  bool aligned;        // rows of every operand begin at multiples of 16 bytes
+  bool range_aligned;  // the range of neurons begins at a multiple of 8
+  bool needs_h;        // the product in between is asked for (statistics)
+  int capability;      // 90 for sm_90
+  bool has_sm90;       // this build has kernels for it
+  int multiprocessors;
+};
+
+enum class FfnKernel { kF32, kSm80, kSm90 };
+
+// One half of the FFN by one kernel.
+struct FfnCandidate {
+  FfnKernel kernel;
+  int columns;  // of a tile: neurons for the up half
+  int64_t tiles;
+  double waves;  // tiles / multiprocessors, and how full the last wave is
+  double us;     // predicted, from the rates below
+};
+
+// All kernels that can serve the up (or the down) half, best predicted first.
+std::vector<FfnCandidate> ffn_candidates(const FfnQuestion& question, bool up);
+
+// Whether the one-pass kernel for few rows serves the whole FFN.
+bool ffn_decodes(const FfnQuestion& question);
+
+// A table for people.
+std::string explain_ffn(const FfnQuestion& question);
+
+}  // namespace flashu::core

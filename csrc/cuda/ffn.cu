@@ -1,0 +1,341 @@
+// The gathered FFN on CUDA devices: the selection as the kernels read it, the workspace, and which kernel
+// runs. Also the neuron statistics.
+#include <algorithm>
+
+#include "core/checks.hpp"
+#include "core/ffn_choice.hpp"
+#include "core/rows.hpp"
+#include "core/typed.hpp"
+#include "cuda/ffn.hpp"
+#include "cuda/ffn_decode.hpp"
+#include "cuda/ffn_gemm.cuh"
+#include "cuda/ffn_sm90.hpp"
+#include "cuda/primitives/tma.cuh"
+#include "cuda/vector.cuh"
+
+#if !defined(FLASHU_HAS_SM90)
+#define FLASHU_HAS_SM90 0
+#endif
+
+namespace flashu::cuda {
+namespace {
+
+using core::FfnProblem;
+using core::pointer;
+
+constexpr int kThreads = 256;
+
+// ---- the selection
+
+// Runs travel as kernel arguments, so that a captured graph keeps them.
+constexpr int kRunsOfLaunch = 240;
+struct RunTable {
+  struct Entry {
+    int32_t start, length, position;  // `position`: of its first neuron in the list
+  };
+  int32_t count;
+  Entry runs[kRunsOfLaunch];
+};
+
+__global__ void __launch_bounds__(kThreads) list_runs(const __grid_constant__ RunTable table, int32_t* list) {
+  for (int r = static_cast<int>(blockIdx.x); r < table.count; r += static_cast<int>(gridDim.x)) {
+    const RunTable::Entry& run = table.runs[r];
+    for (int i = static_cast<int>(threadIdx.x); i < run.length; i += kThreads)
+      list[run.position + i] = run.start + i;
+  }
+}
+
+template <class I>
+__global__ void __launch_bounds__(kThreads)
+    read_index(const I* index, int64_t stride, int64_t count, int64_t limit, int32_t* list, int32_t* status) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  int64_t value = index[i * stride];
+  if (value < 0 || value >= limit) {
+    // A trap would destroy the process's context: the nearest neuron serves instead, and the caller may find
+    // out.
+    value = value < 0 ? 0 : limit - 1;
+    if (status != nullptr) atomicOr(status, 1);
+  }
+  list[i] = static_cast<int32_t>(value);
+}
+
+void write_list(const FfnProblem& p, int32_t* list, Stream stream) {
+  if (p.by_index) {
+    const Launch how{dim3(static_cast<unsigned>(divide_up(p.neurons, kThreads))), dim3(kThreads), 0, stream};
+    int32_t* const status = pointer<int32_t>(p.status);
+    if (p.index.dtype == FLASHU_I32) {
+      launch("read_index", read_index<int32_t>, how, pointer<const int32_t>(p.index), p.index.strides[0],
+             p.neurons, p.intermediate, list, status);
+    } else {
+      launch("read_index", read_index<int64_t>, how, pointer<const int64_t>(p.index), p.index.strides[0],
+             p.neurons, p.intermediate, list, status);
+    }
+    return;
+  }
+  RunTable table{};
+  int64_t position = 0;
+  const auto send = [&] {
+    if (table.count == 0) return;
+    const Launch how{dim3(static_cast<unsigned>(table.count)), dim3(kThreads), 0, stream};
+    launch("list_runs", list_runs, how, table, list);
+    table.count = 0;
+  };
+  for (const core::Run& run : p.runs) {
+    table.runs[table.count++] = {static_cast<int32_t>(run.start), static_cast<int32_t>(run.length),
+                                 static_cast<int32_t>(position)};
+    position += run.length;
+    if (table.count == kRunsOfLaunch) send();
+  }
+  send();
+}
+
+bool runs_come_in_eights(const FfnProblem& p) {
+  return !p.by_index &&
+         std::all_of(p.runs.begin(), p.runs.end(), [](const core::Run& run) { return run.length % 8 == 0; });
+}
+
+// ---- workspace
+
+constexpr int64_t kAlign = static_cast<int64_t>(core::kWorkspaceAlign);
+int64_t aligned(int64_t bytes) { return divide_up(bytes, kAlign) * kAlign; }
+
+int64_t element_bytes(int32_t type) { return type == FLASHU_F32 ? 4 : 2; }
+
+// What a call needs beyond its operands, and where it lies in the workspace.
+struct Plan {
+  core::FfnQuestion question;
+  bool decodes = false;
+  int64_t list_bytes = 0;
+  int64_t h_bytes = 0;
+  int64_t h_stride = 0;
+  int64_t partial_bytes = 0;
+  int64_t bytes() const { return list_bytes + h_bytes + partial_bytes; }
+};
+
+bool takes_tma(const core::Matrix& matrix, int64_t columns) {
+  return matrix.data == nullptr || tensor_map_can(matrix.data, columns, matrix.stride);
+}
+
+FfnDecode decode_of(const FfnProblem& p, int multiprocessors) {
+  FfnDecode f{};
+  f.x = p.x.data;
+  f.x_row_stride = p.x.stride;
+  f.rows = p.rows;
+  f.hidden = p.hidden;
+  f.gate = p.w_gate.data;
+  f.up = p.w_up.data;
+  f.down = p.w_down.data;
+  f.gate_stride = p.w_gate.stride;
+  f.up_stride = p.w_up.stride;
+  f.down_stride = p.w_down.stride;
+  f.neurons = p.neurons;
+  f.first = p.first();
+  f.width = p.width;
+  f.residual = p.residual.data;
+  f.residual_stride = p.residual.stride;
+  f.out = p.out.data;
+  f.out_stride = p.out.stride;
+  f.neurons_of_block = decode_neurons_of_block(p.neurons, multiprocessors);
+  return f;
+}
+
+Plan plan_of(const FfnProblem& p) {
+  const DeviceFacts facts = device_facts(p.device);
+  Plan plan;
+  core::FfnQuestion& q = plan.question;
+  q.rows = p.rows;
+  q.hidden = p.hidden;
+  q.width = p.width;
+  q.neurons = p.neurons;
+  q.has_up = p.has_up;
+  q.has_down = p.has_down;
+  q.type = p.type;
+  q.listed = !p.one_run();
+  q.blocks_of_8 = q.listed && runs_come_in_eights(p);
+  q.aligned = p.type != FLASHU_F32;
+  for (const core::Matrix& matrix : {p.x, p.w_gate, p.w_up}) q.aligned &= takes_tma(matrix, p.hidden);
+  q.aligned &= takes_tma(p.w_down, p.intermediate) && takes_tma(p.h, p.neurons) && takes_tma(p.out, p.width);
+  q.range_aligned = q.listed || p.first() % 8 == 0;
+  q.needs_h = core::present(p.norms);
+  q.capability = facts.capability;
+  q.has_sm90 = FLASHU_HAS_SM90 != 0;
+  q.multiprocessors = facts.multiprocessors;
+  if (p.neurons == 0 || p.rows == 0) return plan;
+  const FfnDecode decode = decode_of(p, facts.multiprocessors);
+  plan.decodes = p.width > 0 && ffn_decodes(q) && decode_fits(decode, facts.shared_bytes);
+  if (q.listed) plan.list_bytes = aligned(p.neurons * 4);
+  if (plan.decodes) {
+    plan.partial_bytes = aligned(decode_blocks(decode) * p.rows * p.width * 4);
+  } else if (p.has_up && p.has_down) {
+    plan.h_stride = divide_up(p.neurons, 8) * 8;
+    plan.h_bytes = aligned(p.rows * plan.h_stride * element_bytes(p.type));
+  }
+  return plan;
+}
+
+// ---- running
+
+void run_gemm(const FfnGemm& g, const Plan& plan, int32_t type, Stream stream) {
+  const core::FfnCandidate choice = core::ffn_candidates(plan.question, g.gated()).front();
+  switch (choice.kernel) {
+    case core::FfnKernel::kF32:
+      return ffn_gemm_f32(g, stream);
+    case core::FfnKernel::kSm80:
+      return ffn_gemm_sm80(g, type, stream);
+    case core::FfnKernel::kSm90:
+#if FLASHU_HAS_SM90
+      return ffn_gemm_sm90(g, type, choice.columns, stream, plan.question.multiprocessors);
+#else
+      break;
+#endif
+  }
+}
+
+// out = residual, or zero: what is left of a down half without neurons.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    copy_or_clear(T* out, int64_t out_stride, const T* residual, int64_t residual_stride, int64_t rows,
+                  int64_t width) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= rows * width) return;
+  const int64_t row = i / width;
+  const int64_t column = i % width;
+  out[row * out_stride + column] = residual != nullptr ? residual[row * residual_stride + column] : T{};
+}
+
+void without_neurons(const FfnProblem& p, Stream stream) {
+  if (!p.has_down || p.width == 0) return;
+  core::with_type(p.type, [&](auto tag) {
+    using T = decltype(tag);
+    const Launch how{dim3(static_cast<unsigned>(divide_up(p.rows * p.width, kThreads))), dim3(kThreads), 0,
+                     stream};
+    launch("copy_or_clear", copy_or_clear<T>, how, static_cast<T*>(p.out.data), p.out.stride,
+           static_cast<const T*>(p.residual.data), p.residual.stride, p.rows, p.width);
+  });
+}
+
+// ---- statistics
+
+template <class T, class A>
+struct NormsArguments {
+  const T* h;
+  int64_t rows, stride, width;
+  A* acc;
+};
+
+constexpr int kNormColumns = 32;  // of a block: a warp's width, so that rows are read in whole sectors
+constexpr int kNormShares = kThreads / kNormColumns;
+
+// A block to 32 columns; eight shares of the rows are added in order, in double.
+template <class T, class A>
+__global__ void __launch_bounds__(kThreads) add_squares(const NormsArguments<T, A> a) {
+  FLASHU_SHARED(double, shares, kNormShares* kNormColumns);
+  const int column = static_cast<int>(threadIdx.x) % kNormColumns;
+  const int share = static_cast<int>(threadIdx.x) / kNormColumns;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kNormColumns + column;
+  const int64_t begin = a.rows * share / kNormShares;
+  const int64_t end = a.rows * (share + 1) / kNormShares;
+  double sum = 0;
+  if (c < a.width) {
+    // Sixteen squares in float, then on in double: few enough that float loses nothing that matters.
+    for (int64_t r = begin; r < end; r += 16) {
+      float part = 0;
+#pragma unroll 4
+      for (int64_t i = r; i < min(r + 16, end); ++i) {
+        const float value = to_float(a.h[i * a.stride + c]);
+        part += value * value;
+      }
+      sum += static_cast<double>(part);
+    }
+  }
+  shares[share * kNormColumns + column] = sum;
+  __syncthreads();
+  if (share != 0 || c >= a.width) return;
+  double total = 0;
+  for (int s = 0; s < kNormShares; ++s) total += shares[s * kNormColumns + column];
+  a.acc[c] = static_cast<A>(static_cast<double>(a.acc[c]) + total);
+}
+
+void add_norms(const flashu_tensor& acc, int32_t type, const void* h, int64_t rows, int64_t stride,
+               int64_t width, Stream stream) {
+  core::with_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    const Launch how{dim3(static_cast<unsigned>(divide_up(width, kNormColumns))), dim3(kThreads), 0, stream};
+    const auto* const values = static_cast<const T*>(h);
+    if (acc.dtype == FLASHU_F64) {
+      launch("add_squares", add_squares<T, double>, how,
+             NormsArguments<T, double>{values, rows, stride, width, pointer<double>(acc)});
+    } else {
+      launch("add_squares", add_squares<T, float>, how,
+             NormsArguments<T, float>{values, rows, stride, width, pointer<float>(acc)});
+    }
+  });
+}
+
+}  // namespace
+
+uint64_t ffn_workspace(const FfnProblem& problem) { return static_cast<uint64_t>(plan_of(problem).bytes()); }
+
+void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
+  const DeviceGuard guard(p.device);
+  const Plan plan = plan_of(p);
+  core::check_workspace(workspace, workspace_bytes, static_cast<uint64_t>(plan.bytes()));
+  const auto stream = static_cast<Stream>(p.stream);
+  if (p.neurons == 0) return without_neurons(p, stream);
+  auto* const memory = static_cast<char*>(workspace);
+  auto* const list = plan.question.listed ? reinterpret_cast<int32_t*>(memory) : nullptr;
+  if (list != nullptr) write_list(p, list, stream);
+  if (plan.decodes) {
+    FfnDecode f = decode_of(p, plan.question.multiprocessors);
+    f.list = list;
+    f.partial = reinterpret_cast<float*>(memory + plan.list_bytes);
+    return ffn_decode(f, p.type, stream);
+  }
+  core::Matrix h = p.h;
+  if (p.has_up && p.has_down) h = {memory + plan.list_bytes, plan.h_stride};
+  FfnGemm g{};
+  g.rows = p.rows;
+  g.intermediate = p.intermediate;
+  g.list = list;
+  g.first = p.first();
+  g.blocks_of_8 = plan.question.blocks_of_8;
+  if (p.has_up) {
+    FfnGemm up = g;
+    up.a = p.x.data;
+    up.a_stride = p.x.stride;
+    up.b = p.w_gate.data;
+    up.b2 = p.w_up.data;
+    up.b_stride = p.w_gate.stride;
+    up.b2_stride = p.w_up.stride;
+    up.columns = p.neurons;
+    up.depth = p.hidden;
+    up.out = h.data;
+    up.out_stride = h.stride;
+    run_gemm(up, plan, p.type, stream);
+    if (core::present(p.norms)) add_norms(p.norms, p.type, h.data, p.rows, h.stride, p.neurons, stream);
+  }
+  if (p.has_down && p.width > 0) {
+    FfnGemm down = g;
+    down.a = h.data;
+    down.a_stride = h.stride;
+    down.b = p.w_down.data;
+    down.b_stride = p.w_down.stride;
+    down.columns = p.width;
+    down.depth = p.neurons;
+    down.residual = p.residual.data;
+    down.residual_stride = p.residual.stride;
+    down.out = p.out.data;
+    down.out_stride = p.out.stride;
+    run_gemm(down, plan, p.type, stream);
+  }
+}
+
+void neuron_norms(const flashu_neuron_norms_args& args) {
+  const DeviceGuard guard(args.h.device);
+  const core::Rows h = core::as_rows("h", args.h);
+  add_norms(args.acc, args.h.dtype, args.h.data, h.count, h.stride, h.width,
+            static_cast<Stream>(args.stream));
+}
+
+}  // namespace flashu::cuda

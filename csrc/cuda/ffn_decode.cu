@@ -1,0 +1,278 @@
+// The whole gathered FFN for at most 16 rows (decoding), bf16 and fp16, sm_80 and newer. Every block takes
+// some neurons: it streams their gate and up rows and their columns of down once, and h stays in its shared
+// memory. The blocks' contributions are added in order by a second kernel.
+//
+// Floor: the weights' bytes / bandwidth. The rows ride along: weights are the left operand of mma.sync (16
+// neurons or 16 columns), the rows the right one (8 of them, or two times 8). Each lane loads 16 bytes of a
+// weight row and uses them as they come: the order of the depth inside 32 values is the same for both
+// operands, so it does not matter.
+#include "core/typed.hpp"
+#include "cuda/ffn_decode.hpp"
+#include "cuda/primitives/mma.cuh"
+#include "cuda/vector.cuh"
+
+namespace flashu::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kSplits = 4;                 // of the depth of the up half
+constexpr int kGroups = kWarps / kSplits;  // of 16 neurons at a time
+constexpr int kNeuronsOfRound = kGroups * 16;
+constexpr int kStep = 32;  // of the depth: four lanes with eight values each
+
+// Rows of x and h stand 64 bytes off a multiple of 128, so that two rows do not meet in a bank.
+constexpr int64_t padded(int64_t values) { return (values + 63) / 64 * 64 + 32; }
+
+struct DecodeArguments {
+  FfnDecode f;
+  int64_t x_stride;  // in shared memory
+  int64_t h_stride;
+  int64_t out_rows;  // padded to 8 or 16
+};
+
+template <class T>
+FLASHU_DEVICE uint4 weight_piece(const T* row, int64_t k, bool inside) {
+  return inside ? load16_streaming(row + k) : uint4{0, 0, 0, 0};
+}
+
+// Two products of 16 deep with what the lanes have loaded: `low` and `high` are rows g and g + 8 of the left
+// operand.
+template <class T>
+FLASHU_DEVICE void multiply_pieces(float (&sums)[4], const uint4& low, const uint4& high,
+                                   const uint4& right) {
+  const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+  const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+  mma_16x8x16<T>(sums, first, right.x, right.y);
+  mma_16x8x16<T>(sums, second, right.z, right.w);
+}
+
+// kTiles: of 8 rows.
+template <class T, int kTiles>
+__global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArguments a) {
+  FLASHU_DYNAMIC_SHARED(char, shared);
+  const FfnDecode& f = a.f;
+  T* const x = reinterpret_cast<T*>(shared);  // [8 kTiles][x_stride]
+  T* const h = x + 8 * kTiles * a.x_stride;   // [8 kTiles][h_stride]
+  float* const parts =
+      reinterpret_cast<float*>(h + 8 * kTiles * a.h_stride);  // [warp][gate, up][tile][lane][4]
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarp;
+  const int lane = thread % kWarp;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const int64_t first_neuron = static_cast<int64_t>(blockIdx.x) * f.neurons_of_block;
+  const int64_t neurons = min(f.neurons_of_block, f.neurons - first_neuron);
+
+  // Rows that do not exist and what lies behind the depth are zero in both operands.
+  for (int64_t i = thread; i < 8 * kTiles * (a.x_stride / 8); i += kThreads) {
+    const int64_t row = i / (a.x_stride / 8);
+    const int64_t k = i % (a.x_stride / 8) * 8;
+    const bool inside = row < f.rows && k < f.hidden;
+    store16(x + row * a.x_stride + k,
+            inside ? load16(static_cast<const T*>(f.x) + row * f.x_row_stride + k) : uint4{0, 0, 0, 0});
+  }
+  for (int64_t i = thread; i < 8 * kTiles * a.h_stride; i += kThreads) h[i] = T{};
+  __syncthreads();
+
+  // ---- up: 16 neurons to a warp, a part of the depth to each of four
+  const int group = warp % kGroups;
+  const int split = warp / kGroups;
+  const int64_t steps = (f.hidden + kStep - 1) / kStep;
+  const int64_t begin = steps * split / kSplits * kStep;
+  const int64_t end = steps * (split + 1) / kSplits * kStep;
+  for (int64_t round = 0; round < neurons; round += kNeuronsOfRound) {
+    float sums[2][kTiles][4] = {};
+    const T* rows[2][2];  // [gate, up][g, g + 8]
+    bool exists[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t j = round + group * 16 + half * 8 + g;
+      exists[half] = j < neurons;
+      const int64_t at = first_neuron + (exists[half] ? j : 0);
+      const int64_t neuron = f.list != nullptr ? f.list[at] : f.first + at;
+      rows[0][half] = static_cast<const T*>(f.gate) + neuron * f.gate_stride;
+      rows[1][half] = static_cast<const T*>(f.up) + neuron * f.up_stride;
+    }
+    constexpr int kAhead = 4;  // steps whose loads are under way together
+    for (int64_t k0 = begin; k0 < end; k0 += kAhead * kStep) {
+      uint4 pieces[kAhead][2][2];
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        const int64_t k = k0 + s * kStep + t * 8;
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            pieces[s][w][half] = weight_piece(rows[w][half], k, exists[half] && k < f.hidden && k < end);
+        }
+      }
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        const int64_t k = k0 + s * kStep + t * 8;
+        if (k0 + s * kStep >= end) break;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const uint4 right = load16(x + (tile * 8 + g) * a.x_stride + k);
+#pragma unroll
+          for (int w = 0; w < 2; ++w)
+            multiply_pieces<T>(sums[w][tile], pieces[s][w][0], pieces[s][w][1], right);
+        }
+      }
+    }
+    // The parts of the depth meet in shared memory and are added in order.
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          parts[(((warp * 2 + w) * kTiles + tile) * kWarp + lane) * 4 + i] = sums[w][tile][i];
+      }
+    }
+    __syncthreads();
+    for (int i = thread; i < kGroups * kTiles * kWarp * 4; i += kThreads) {
+      const int part_group = i / (kTiles * kWarp * 4);
+      const int rest = i % (kTiles * kWarp * 4);
+      float gate = 0;
+      float up = 0;
+      for (int s = 0; s < kSplits; ++s) {
+        const int w = s * kGroups + part_group;
+        gate += parts[(w * 2 + 0) * kTiles * kWarp * 4 + rest];
+        up += parts[(w * 2 + 1) * kTiles * kWarp * 4 + rest];
+      }
+      const int of_lane = rest / 4 % kWarp;
+      const int64_t j = round + part_group * 16 + of_lane / 4 + rest % 4 / 2 * 8;
+      const int row = rest / (kWarp * 4) * 8 + of_lane % 4 * 2 + rest % 2;
+      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);
+    }
+    __syncthreads();
+  }
+
+  // ---- down: 16 columns of the result to a warp
+  float* const out = f.partial + static_cast<int64_t>(blockIdx.x) * f.rows * f.width;
+  const int64_t down_steps = (neurons + kStep - 1) / kStep;
+  for (int64_t column = warp * 16; column < f.width; column += kWarps * 16) {
+    float sums[kTiles][4] = {};
+    const T* rows[2];
+    bool exists[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      exists[half] = column + half * 8 + g < f.width;
+      rows[half] = static_cast<const T*>(f.down) + (exists[half] ? column + half * 8 + g : 0) * f.down_stride;
+    }
+    for (int64_t s = 0; s < down_steps; ++s) {
+      const int64_t j = s * kStep + t * 8;
+      uint4 pieces[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t values = exists[half] ? min(int64_t{8}, neurons - j) : 0;
+        if (f.list == nullptr && values == 8) {
+          pieces[half] = load16_streaming(rows[half] + f.first + first_neuron + j);
+        } else {
+          uint32_t words[4] = {};
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            if (i >= values) continue;
+            const int64_t at = first_neuron + j + i;
+            const uint32_t bits = rows[half][f.list != nullptr ? f.list[at] : f.first + at].bits;
+            words[i / 2] |= bits << (i % 2 * 16);
+          }
+          pieces[half] = {words[0], words[1], words[2], words[3]};
+        }
+      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile)
+        multiply_pieces<T>(sums[tile], pieces[0], pieces[1], load16(h + (tile * 8 + g) * a.h_stride + j));
+    }
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = tile * 8 + t * 2 + i % 2;
+        const int64_t c = column + g + i / 2 * 8;
+        if (row < f.rows && c < f.width) out[row * f.width + c] = sums[tile][i];
+      }
+    }
+  }
+  let_next_begin();
+}
+
+// out = the sum of the blocks' contributions (+ residual): four blocks' worth of lanes share a column, in
+// order.
+constexpr int kSumThreads = 256;
+constexpr int kSumShares = 4;
+constexpr int kSumColumns = kSumThreads / kSumShares;
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) sum_blocks(const FfnDecode f, int blocks) {
+  FLASHU_SHARED(float, shares, kSumShares* kSumColumns);
+  wait_for_previous();
+  const int column = static_cast<int>(threadIdx.x) % kSumColumns;
+  const int share = static_cast<int>(threadIdx.x) / kSumColumns;
+  const int64_t numbers = f.rows * f.width;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumColumns + column;
+  float sum = 0;
+  if (i < numbers) {
+    const int begin = blocks * share / kSumShares;
+    const int end = blocks * (share + 1) / kSumShares;
+#pragma unroll 8
+    for (int b = begin; b < end; ++b) sum += f.partial[b * numbers + i];
+  }
+  shares[share * kSumColumns + column] = sum;
+  __syncthreads();
+  if (share != 0 || i >= numbers) return;
+  float total = 0;
+#pragma unroll
+  for (int s = 0; s < kSumShares; ++s) total += shares[s * kSumColumns + column];
+  const int64_t row = i / f.width;
+  const int64_t c = i % f.width;
+  if (f.residual != nullptr)
+    total += to_float(static_cast<const T*>(f.residual)[row * f.residual_stride + c]);
+  static_cast<T*>(f.out)[row * f.out_stride + c] = from_float<T>(total);
+}
+
+int64_t shared_bytes(const DecodeArguments& a, int tiles) {
+  return 8 * tiles * (a.x_stride + a.h_stride) * 2 + int64_t{kWarps} * 2 * tiles * kWarp * 4 * 4;
+}
+
+DecodeArguments arguments_of(const FfnDecode& f) {
+  return {f, padded(f.hidden), padded(f.neurons_of_block), f.rows <= 8 ? 8 : 16};
+}
+
+template <class T, int kTiles>
+void launch_decode(const FfnDecode& f, Stream stream) {
+  const DecodeArguments a = arguments_of(f);
+  const int blocks = static_cast<int>(decode_blocks(f));
+  const Launch up{dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                  static_cast<int>(shared_bytes(a, kTiles)), stream};
+  launch("decode_neurons", decode_neurons<T, kTiles>, up, a);
+  const Launch sum{dim3(static_cast<unsigned>(divide_up(f.rows * f.width, kSumColumns))), dim3(kSumThreads),
+                   0, stream, true};
+  launch("sum_blocks", sum_blocks<T>, sum, f, blocks);
+}
+
+}  // namespace
+
+int64_t decode_blocks(const FfnDecode& f) { return divide_up(f.neurons, f.neurons_of_block); }
+
+int64_t decode_neurons_of_block(int64_t neurons, int multiprocessors) {
+  // One wave of blocks, each with whole groups of 8 neurons: 16 bytes of a row of down.
+  return std::max<int64_t>(divide_up(divide_up(neurons, multiprocessors), 8) * 8, 8);
+}
+
+bool decode_fits(const FfnDecode& f, int shared_limit) {
+  return f.rows <= 16 && shared_bytes(arguments_of(f), f.rows <= 8 ? 1 : 2) <= shared_limit;
+}
+
+void ffn_decode(const FfnDecode& f, int32_t type, Stream stream) {
+  core::with_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (sizeof(T) == 2) {
+      if (f.rows <= 8) return launch_decode<T, 1>(f, stream);
+      launch_decode<T, 2>(f, stream);
+    }
+  });
+}
+
+}  // namespace flashu::cuda

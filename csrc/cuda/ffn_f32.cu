@@ -1,0 +1,99 @@
+// Gathered FFN halves in fp32: a plain tiled product, for models that are checked rather than served. Sums
+// run over the depth in order.
+#include "cuda/ffn_gemm.cuh"
+#include "cuda/vector.cuh"
+
+namespace flashu::cuda {
+namespace {
+
+constexpr int kTile = 64;   // rows, and columns, of a block
+constexpr int kDepth = 16;  // of a step
+constexpr int kThreads = 256;
+constexpr int kOfThread = 4;  // rows, and columns, of a thread
+
+// kGated: the up half, two products at once.
+template <bool kGated>
+__global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
+  FLASHU_SHARED(float, left, kDepth*(kTile + 1));
+  FLASHU_SHARED(float, right, (kGated ? 2 : 1) * kDepth * (kTile + 1));
+  constexpr int kRow = kTile + 1;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kTile;
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto* const a = static_cast<const float*>(g.a);
+  const auto* const b = static_cast<const float*>(g.b);
+  const auto* const b2 = static_cast<const float*>(g.b2);
+  float sums[kOfThread][kOfThread] = {};
+  float sums2[kOfThread][kOfThread] = {};
+  const int row = thread / 16 * kOfThread;
+  const int column = thread % 16 * kOfThread;
+  for (int64_t k0 = 0; k0 < g.depth; k0 += kDepth) {
+    for (int i = thread; i < kTile * kDepth; i += kThreads) {
+      const int64_t k = k0 + i % kDepth;
+      const int64_t r = first_row + i / kDepth;
+      const int64_t c = first_column + i / kDepth;
+      const int at = i % kDepth * kRow + i / kDepth;
+      left[at] = r < g.rows && k < g.depth ? a[r * g.a_stride + k] : 0.0f;
+      const bool inside = c < g.columns && k < g.depth;
+      if constexpr (kGated) {
+        const int64_t neuron = inside ? (g.list != nullptr ? g.list[c] : g.first + c) : 0;
+        right[at] = inside ? b[neuron * g.b_stride + k] : 0.0f;
+        right[kDepth * kRow + at] = inside ? b2[neuron * g.b2_stride + k] : 0.0f;
+      } else {
+        const int64_t neuron = inside ? (g.list != nullptr ? g.list[k] : g.first + k) : 0;
+        right[at] = inside ? b[c * g.b_stride + neuron] : 0.0f;
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kDepth; ++k) {
+      float x[kOfThread];
+      float y[kOfThread];
+      float z[kOfThread];
+#pragma unroll
+      for (int i = 0; i < kOfThread; ++i) {
+        x[i] = left[k * kRow + row + i];
+        y[i] = right[k * kRow + column + i];
+        z[i] = kGated ? right[(kDepth + k) * kRow + column + i] : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kOfThread; ++i) {
+#pragma unroll
+        for (int j = 0; j < kOfThread; ++j) {
+          sums[i][j] += x[i] * y[j];
+          if constexpr (kGated) sums2[i][j] += x[i] * z[j];
+        }
+      }
+    }
+    __syncthreads();
+  }
+  const auto* const residual = static_cast<const float*>(g.residual);
+  auto* const out = static_cast<float*>(g.out);
+#pragma unroll
+  for (int i = 0; i < kOfThread; ++i) {
+    const int64_t r = first_row + row + i;
+#pragma unroll
+    for (int j = 0; j < kOfThread; ++j) {
+      const int64_t c = first_column + column + j;
+      if (r >= g.rows || c >= g.columns) continue;
+      float value = sums[i][j];
+      if constexpr (kGated) {
+        value = value / (1.0f + expf(-value)) * sums2[i][j];
+      } else if (residual != nullptr) {
+        value += residual[r * g.residual_stride + c];
+      }
+      out[r * g.out_stride + c] = value;
+    }
+  }
+}
+
+}  // namespace
+
+void ffn_gemm_f32(const FfnGemm& g, Stream stream) {
+  const Launch how{dim3(static_cast<unsigned>(divide_up(g.rows, kTile)),
+                        static_cast<unsigned>(divide_up(g.columns, kTile))),
+                   dim3(kThreads), 0, stream};
+  launch("gemm_f32", g.gated() ? gemm_f32<true> : gemm_f32<false>, how, g);
+}
+
+}  // namespace flashu::cuda

@@ -1,0 +1,40 @@
+// One half of a gathered FFN as a matrix product, the way its kernels see it:
+//   up:   out[r, j] = silu(a[r] . gate[n(j)]) * (a[r] . up[n(j)])        columns = neurons, depth = hidden
+//   down: out[r, c] = sum over j of a[r, j] * down[c, n(j)] (+ residual)  columns = width, depth = neurons
+// where n(j) = list[j], or first + j without a list.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/primitives/launch.cuh"
+
+namespace flashu::cuda {
+
+struct FfnGemm {
+  const void* a;
+  int64_t a_stride, rows;
+  const void* b;   // gate, or down
+  const void* b2;  // up, or null: which half this is
+  int64_t b_stride, b2_stride;
+  int64_t columns, depth;
+  int64_t intermediate;
+  const int32_t* list;
+  int64_t first;
+  bool blocks_of_8;  // the list names eight neighbours at a time
+  const void* residual;
+  int64_t residual_stride;
+  void* out;
+  int64_t out_stride;
+
+  bool gated() const { return b2 != nullptr; }
+};
+
+// Within 4 units in the last place of fp32; a divisor that is too large for __fdividef stands for a result
+// below 1e-35.
+FLASHU_DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+
+// Host entry points of the kernels, one file each. `type` is a flashu_dtype.
+void ffn_gemm_f32(const FfnGemm& gemm, Stream stream);
+void ffn_gemm_sm80(const FfnGemm& gemm, int32_t type, Stream stream);
+
+}  // namespace flashu::cuda

@@ -1,0 +1,214 @@
+// Gathered FFN halves in bf16 and fp16 for sm_80 and newer, and for every layout that the faster kernels do
+// not take: cp.async into swizzled tiles, ldmatrix, mma.sync. Sums run over the depth in order, 16 at a time.
+//
+// A block makes 128 x 128 of a product; the up half interleaves gate and up rows by eight, so that both
+// halves of a neuron end in the same thread and SiLU needs no exchange.
+#include "core/typed.hpp"
+#include "cuda/ffn_gemm.cuh"
+#include "cuda/primitives/mma.cuh"
+#include "cuda/vector.cuh"
+
+namespace flashu::cuda {
+namespace {
+
+constexpr int kTileRows = 128;
+constexpr int kTileColumns = 128;  // of the product; 64 neurons with gate and up
+constexpr int kDepth = 32;         // of a stage
+constexpr int kStages = 4;
+constexpr int kThreads = 256;  // 2 x 4 warps of 64 rows x 32 columns
+constexpr int kChunks = kDepth / 8;
+constexpr int kTileBytes = kTileRows * kDepth * 2;
+constexpr int kSharedBytes = kStages * 2 * kTileBytes;
+static_assert(kTileRows == kTileColumns, "both operands have tiles of one size");
+
+// How 8 neighbours of an operand's depth are read.
+enum class Reads {
+  kVectors,  // 16 aligned bytes
+  kValues,   // one by one: rows that are not aligned
+  kListed,   // one by one, where the list says: the columns of down
+};
+
+// 16-byte chunk `chunk` of row `row`: two rows share a line of banks, so the chunks of a pair of rows are
+// exchanged by the number of the pair.
+FLASHU_DEVICE int chunk_offset(int row, int chunk) { return row * kDepth * 2 + (chunk ^ (row / 2 & 3)) * 16; }
+
+// Brings 8 values to shared memory; `values` of them are inside, the rest become zero.
+template <class T, Reads kReads>
+FLASHU_DEVICE void fetch_chunk(char* to, const T* row, int64_t k, int64_t values, const int32_t* list) {
+  if constexpr (kReads == Reads::kVectors) {
+    cp_async16(to, row + k, values > 0 ? 16 : 0);
+  } else {
+    uint16_t bits[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      bits[i] = 0;
+      if (i < values) bits[i] = row[kReads == Reads::kListed ? list[k + i] : k + i].bits;
+    }
+    const auto pair = [&](int i) { return static_cast<uint32_t>(bits[i + 1]) << 16 | bits[i]; };
+    store16(to, {pair(0), pair(2), pair(4), pair(6)});
+  }
+}
+
+// Two blocks to a multiprocessor; values read one by one need more registers than that leaves.
+template <class T, bool kGated, Reads kReadsA, Reads kReadsB>
+__global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) gemm_sm80(const FfnGemm g) {
+  FLASHU_DYNAMIC_SHARED(char, shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarp;
+  const int warp = thread / kWarp;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
+  constexpr int kColumnsOfBlock = kGated ? kTileColumns / 2 : kTileColumns;
+  const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kColumnsOfBlock;
+
+  // A thread fetches two chunks of each operand in every stage; their rows stay the same.
+  const T* a_rows[2];
+  const T* b_rows[2];
+  int chunk_rows[2];
+  bool a_inside[2];
+  bool b_inside[2];
+  const int chunk = thread % kChunks;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = thread / kChunks + i * (kThreads / kChunks);
+    chunk_rows[i] = r;
+    a_inside[i] = first_row + r < g.rows;
+    a_rows[i] = static_cast<const T*>(g.a) + (a_inside[i] ? (first_row + r) * g.a_stride : 0);
+    if constexpr (kGated) {
+      const int64_t j = first_column + r / 16 * 8 + r % 8;
+      b_inside[i] = j < g.columns;
+      const int64_t neuron = !b_inside[i] ? 0 : g.list != nullptr ? g.list[j] : g.first + j;
+      b_rows[i] = r % 16 < 8 ? static_cast<const T*>(g.b) + neuron * g.b_stride
+                             : static_cast<const T*>(g.b2) + neuron * g.b2_stride;
+    } else {
+      const int64_t c = first_column + r;
+      b_inside[i] = c < g.columns;
+      b_rows[i] =
+          static_cast<const T*>(g.b) + (b_inside[i] ? c * g.b_stride : 0) + (g.list != nullptr ? 0 : g.first);
+    }
+  }
+  const int steps = static_cast<int>((g.depth + kDepth - 1) / kDepth);
+  const auto fetch = [&](int step) {
+    char* const stage = shared + step % kStages * 2 * kTileBytes;
+    const int64_t k = static_cast<int64_t>(step) * kDepth + chunk * 8;
+    const int64_t values = min(int64_t{8}, g.depth - k);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = chunk_offset(chunk_rows[i], chunk);
+      fetch_chunk<T, kReadsA>(stage + at, a_rows[i], k, a_inside[i] ? values : 0, nullptr);
+      fetch_chunk<T, kReadsB>(stage + kTileBytes + at, b_rows[i], k, b_inside[i] ? values : 0, g.list);
+    }
+  };
+
+  float sums[4][4][4] = {};  // [16 rows][8 columns][register]
+  const int warp_row = warp % 2 * 64;
+  const int warp_column = warp / 2 * 32;
+  const auto multiply = [&](int step) {
+    const char* const a = shared + step % kStages * 2 * kTileBytes;
+    const char* const b = a + kTileBytes;
+#pragma unroll
+    for (int k = 0; k < kChunks; k += 2) {
+      uint32_t left[4][4];
+      uint32_t right[2][4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        ldmatrix_x4(left[i], a + chunk_offset(warp_row + i * 16 + lane % 16, k + lane / 16));
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        ldmatrix_x4(right[j], b + chunk_offset(warp_column + j * 16 + lane % 16, k + lane / 16));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          mma_16x8x16<T>(sums[i][j], left[i], right[j / 2][j % 2], right[j / 2][2 + j % 2]);
+      }
+    }
+  };
+
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < steps) fetch(step);
+    cp_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // this stage has come, and the one before it is read
+    if (step + kStages - 1 < steps) fetch(step + kStages - 1);
+    cp_async_commit();
+    multiply(step);
+  }
+  cp_async_wait<0>();
+
+  const auto* const residual = static_cast<const T*>(g.residual);
+  auto* const out = static_cast<T*>(g.out);
+  // Whether two neighbours may be stored as one word.
+  const bool words = reinterpret_cast<uintptr_t>(out) % 4 == 0 && g.out_stride % 2 == 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t r = first_row + warp_row + i * 16 + half * 8 + lane / 4;
+      if (r >= g.rows) continue;
+#pragma unroll
+      for (int j = 0; j < 4; j += kGated ? 2 : 1) {
+        const int64_t c = first_column + (warp_column + j * 8) / (kGated ? 2 : 1) + lane % 4 * 2;
+        float value[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          value[e] = sums[i][j][half * 2 + e];
+          if constexpr (kGated) {
+            value[e] = silu(value[e]) * sums[i][j + 1][half * 2 + e];
+          } else if (residual != nullptr && c + e < g.columns) {
+            value[e] += to_float(residual[r * g.residual_stride + c + e]);
+          }
+        }
+        T* const to = out + r * g.out_stride + c;
+        if (words && c + 1 < g.columns) {
+          *reinterpret_cast<uint32_t*>(to) = pack2<T>(value[0], value[1]);
+        } else {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (c + e < g.columns) to[e] = from_float<T>(value[e]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T, bool kGated, Reads kReadsA, Reads kReadsB>
+void launch_gemm(const FfnGemm& g, Stream stream) {
+  constexpr int kColumnsOfBlock = kGated ? kTileColumns / 2 : kTileColumns;
+  const Launch how{dim3(static_cast<unsigned>(divide_up(g.rows, kTileRows)),
+                        static_cast<unsigned>(divide_up(g.columns, kColumnsOfBlock))),
+                   dim3(kThreads), kSharedBytes, stream};
+  launch("gemm_sm80", gemm_sm80<T, kGated, kReadsA, kReadsB>, how, g);
+}
+
+template <class T>
+void run(const FfnGemm& g, Stream stream) {
+  const auto* const a = static_cast<const T*>(g.a);
+  const auto* const b = static_cast<const T*>(g.b);
+  const bool a_vectors = takes_vectors(a, {g.a_stride, g.depth});
+  if (g.gated()) {
+    const bool b_vectors =
+        takes_vectors(b, {g.b_stride}) && takes_vectors(static_cast<const T*>(g.b2), {g.b2_stride});
+    if (a_vectors && b_vectors) return launch_gemm<T, true, Reads::kVectors, Reads::kVectors>(g, stream);
+    return launch_gemm<T, true, Reads::kValues, Reads::kValues>(g, stream);
+  }
+  if (g.list != nullptr) {
+    if (a_vectors) return launch_gemm<T, false, Reads::kVectors, Reads::kListed>(g, stream);
+    return launch_gemm<T, false, Reads::kValues, Reads::kListed>(g, stream);
+  }
+  if (a_vectors && takes_vectors(b + g.first, {g.b_stride})) {
+    return launch_gemm<T, false, Reads::kVectors, Reads::kVectors>(g, stream);
+  }
+  launch_gemm<T, false, Reads::kValues, Reads::kValues>(g, stream);
+}
+
+}  // namespace
+
+void ffn_gemm_sm80(const FfnGemm& g, int32_t type, Stream stream) {
+  if (type == FLASHU_BF16) return run<bfloat16>(g, stream);
+  run<float16>(g, stream);
+}
+
+}  // namespace flashu::cuda
