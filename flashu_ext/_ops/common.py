@@ -16,6 +16,9 @@ _native.load()
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
+# One library registers all ops for the devices that it was built for.
+DEVICES = ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("flashu::rms_norm", "CUDA") else ("cpu",)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -114,7 +117,7 @@ def refuse_backward(name: str) -> None:
 
 def capability(
     dtypes: tuple[torch.dtype, ...] = FLOATING,
-    devices: tuple[str, ...] = ("cpu",),
+    devices: tuple[str, ...] = DEVICES,
     shape: Callable[[Any], bool] | None = None,
 ) -> Callable[[F], F]:
     """Adds `is_supported(device, dtype, shape=None) -> bool` to an op's function: which calls have a kernel."""

@@ -1,0 +1,50 @@
+"""Room: benchmarks. `python -m flashu_ext.bench gpu | sass | ffn | e2e`, in a source folder or installed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from ..cli import bench
+from .sass import main as sass
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Measurements."""
+
+
+@main.command(epilog="Example: python -m flashu_ext.bench gpu --out out --part ffn --part rows")
+@click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for logs and results."
+)
+@click.option("--part", "parts", multiple=True, help="Only this part (may be repeated): conformance, ffn, rows, ...")
+@click.option(
+    "--device",
+    default="cuda",
+    show_default=True,
+    type=click.Choice(("cuda", "cpu")),
+    help="cpu: small shapes, to try the command.",
+)
+@click.option("--seconds", default=0.4, show_default=True, type=click.FloatRange(0), help="Time spent on each shape.")
+@click.option("--build", type=click.Path(file_okay=False, path_type=Path), help="Build folder with the C++ programs.")
+def gpu(out: Path, parts: tuple[str, ...], device: str, seconds: float, build: Path | None) -> None:
+    """Conformance, tests, sanitizers and tables on a GPU; exit 1 where something failed."""
+    from . import gpu as module
+
+    unknown = [part for part in parts if part not in module.PARTS]
+    if unknown:
+        raise click.UsageError(f"--part: expected one of {', '.join(module.PARTS)}, got {unknown[0]!r}")
+    result = module.run(module.Settings(out, device, parts, seconds, build))
+    click.echo(f"\n{module.markdown(result)}\nwrote {out / 'results.json'} and {out / 'results.md'}")
+    sys.exit(1 if any(text.startswith("failed") for text in result.parts.values()) else 0)
+
+
+main.add_command(sass, "sass")
+for name, command in bench.commands.items():
+    main.add_command(command, name)
+
+if __name__ == "__main__":
+    main(prog_name="python -m flashu_ext.bench")

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# On a bare, offline GPU machine (torch, nvcc, cmake, ninja and pybind11 installed, nothing installable): build, test and
+# measure. Usage, from the repository's root: flashu_ext/bench/gpu.sh OUT [arguments of `python -m flashu_ext.bench gpu`]
+set -euo pipefail
+out=${1:?usage: flashu_ext/bench/gpu.sh OUT [arguments]}
+shift
+cd "$(dirname "$0")/../.."
+mkdir -p "$out"
+began=$SECONDS
+export FLASHU_CUDA=1 FLASHU_CUDA_ARCHS="${FLASHU_CUDA_ARCHS:-90a}" FLASHU_BUILD_DIR="$PWD/build/gpu"
+# GoogleTest may be missing there; its sources are taken from GTEST_ROOT where that is set.
+tests=0
+if [ -e /usr/include/gtest/gtest.h ] || [ -n "${GTEST_ROOT:-}" ]; then tests=1; fi
+FLASHU_TESTS=$tests python3 setup.py build_ext --inplace > "$out/build.log" 2>&1 || { tail -40 "$out/build.log"; exit 1; }
+echo "built in $((SECONDS - began)) s (C++ tests: $tests)"
+PYTHONPATH="$PWD" exec python3 -m flashu_ext.bench gpu --out "$out" --build "$FLASHU_BUILD_DIR" "$@"
