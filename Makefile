@@ -30,7 +30,7 @@ python-test: build ## Python tests
 # The package's own build folder, so that nothing is compiled twice.
 BUILD = build/$(shell $(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)')
 CMAKE := $(BIN)/cmake -G Ninja -S . -DFLASHU_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
-CTEST := $(BIN)/ctest --output-on-failure --no-tests=error -j 2 --quiet
+CTEST := $(BIN)/ctest --output-on-failure --no-tests=error -j 2 --progress
 
 cpp-test: build ## C++ tests: the library by every instruction set, the CUDA kernels on the emulator, all with sanitizers
 	$(CMAKE) -B $(BUILD) > build/cmake.log || { cat build/cmake.log; exit 1; }

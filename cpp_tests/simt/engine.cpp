@@ -198,15 +198,33 @@ void check_idle(const Groups& groups) {
     fail(Place::current(), std::string("thread exits before it waited for its ") + groups.kind() + " groups");
 }
 
+// Thrown by fail() through the emulated thread, so that what the thread had allocated is freed.
+struct Abandoned {};
+
+bool run_body() {
+  Engine& e = engine();
+  try {
+    order_acquire(&e.body);
+    (*e.body)();
+    order_release(&e.live);
+    const Thread& t = self();
+    for (const Groups* groups : {&t.copies, &t.bulks, &t.products}) check_idle(*groups);
+    return true;
+  } catch (const Abandoned&) {
+    return false;
+  }
+}
+
 void thread_main() {
   fiber_started();
   Engine& e = engine();
-  order_acquire(&e.body);
-  (*e.body)();
-  order_release(&e.live);
+  const bool ended = run_body();
   unseen_begin();  // leave() ends it
+  if (!ended) {
+    leave(true);
+    std::abort();
+  }
   Thread& t = self();
-  for (const Groups* groups : {&t.copies, &t.bulks, &t.products}) check_idle(*groups);
   t.done = true;
   --e.live;
   --t.block->live;
@@ -315,14 +333,13 @@ unsigned threads_in_block() {
 void fail(const Place& where, const std::string& message) {
   Engine& e = engine();
   if (e.current == nullptr) throw Error(at(where) + ": " + message);
-  unseen_begin();
+  const Unseen unseen;
   const Index b = e.current->block->index;
   std::ostringstream text;
   text << at(where) << " block (" << b.x << ", " << b.y << ", " << b.z << ") thread " << e.current->linear
        << ": " << message;
   e.error = text.str();
-  leave(true);
-  std::abort();
+  throw Abandoned{};
 }
 
 void yield() {
