@@ -70,10 +70,12 @@ bench: build ## the FFN and whole images and answers, beside torch
 info: build ## what this build and this machine have
 	$(BIN)/flashu-ext info
 
-test-abi: build ## the same library in a CUDA build of the newest torch (downloads it into .venv-abi)
+# The CUDA wheel of torch brings cuobjdump along (in triton), which sass needs.
+test-abi: build ## the same library in a CUDA build of the newest torch (downloads it into .venv-abi), and its SASS
 	test -x .venv-abi/bin/python || $(PYTHON) -m venv .venv-abi
-	.venv-abi/bin/python -m pip install --quiet --disable-pip-version-check torch numpy safetensors pytest hypothesis expecttest
+	.venv-abi/bin/python -m pip install --quiet --disable-pip-version-check torch numpy safetensors pytest hypothesis expecttest click tqdm
 	PYTHONPATH=. .venv-abi/bin/python -m pytest -p no:cacheprovider python_tests/ops
+	PYTHONPATH=. .venv-abi/bin/python -m flashu_ext.bench.sass --quiet
 
 build: $(VENV)/.built ## .venv with the package built in place
 
