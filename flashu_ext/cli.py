@@ -296,7 +296,9 @@ def bench() -> None:
 
 
 @bench.command(
-    epilog=_example("flashu-ext bench ffn --rows 1 --rows 1460 --dtype bf16", "flashu-ext bench ffn --explain")
+    epilog=_example(
+        "flashu-ext bench ffn --rows 1 --rows 1460 --dtype bf16", "flashu-ext bench ffn --explain cuda --dtype bf16"
+    )
 )
 @click.option(
     "--shape",
@@ -323,7 +325,13 @@ def bench() -> None:
     "--seconds", default=4.0, show_default=True, type=click.FloatRange(0), help="Time spent on each number of tokens."
 )
 @click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")
-@click.option("--explain", is_flag=True, help="Print how the CPU kernels block these problems, and do not measure.")
+@click.option(
+    "--explain",
+    type=click.Choice(("cpu", "cuda")),
+    is_flag=False,
+    flag_value="cpu",
+    help="Print which kernels and tiles serve these problems (cuda: on sm_90 and sm_80, no GPU needed), and do not measure.",
+)
 @click.option(
     "--json",
     "json_file",
@@ -337,15 +345,15 @@ def ffn(
     keep: float,
     seconds: float,
     threads: int | None,
-    explain: bool,
+    explain: str | None,
     json_file: Path | None,
 ) -> None:
     """Time the gathered FFN beside torch dense, a pruned copy, and gather-then-GEMM."""
     from .bench import ffn as module
 
     settings = module.Settings(shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads)
-    if explain:
-        click.echo(module.explain(settings))
+    if explain is not None:
+        click.echo(module.explain(settings, explain))
         return
     report = module.run(settings)
     click.echo(report.table())

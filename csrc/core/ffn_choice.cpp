@@ -32,7 +32,9 @@ FfnCandidate candidate(const FfnQuestion& q, bool up, FfnKernel kernel, int colu
                        double flops_per_us) {
   const int64_t all_columns = up ? q.neurons : q.width;
   const int64_t depth = up ? q.hidden : q.neurons;
-  FfnCandidate c{kernel, columns, divide_up(q.rows, rows_of_tile) * divide_up(all_columns, columns), 0, 0};
+  FfnCandidate c{kernel,  static_cast<int>(rows_of_tile),
+                 columns, divide_up(q.rows, rows_of_tile) * divide_up(all_columns, columns),
+                 0,       0};
   c.waves = static_cast<double>(c.tiles) / static_cast<double>(std::max(q.multiprocessors, 1));
   const double flops = 2.0 * static_cast<double>(rows_of_tile) * static_cast<double>(columns) * (up ? 2 : 1) *
                        static_cast<double>(depth);
@@ -95,9 +97,10 @@ std::string explain_ffn(const FfnQuestion& q) {
     bool first = true;
     for (const FfnCandidate& c : ffn_candidates(q, up)) {
       text << "  " << (up ? "up  " : "down") << (first ? " * " : "   ") << std::left << std::setw(5)
-           << name_of(c.kernel) << " 128 x " << std::setw(4) << c.columns << std::right << std::setw(7)
-           << c.tiles << " tiles " << std::fixed << std::setprecision(2) << std::setw(7) << c.waves
-           << " waves " << std::setprecision(0) << std::setw(7) << c.us << " us predicted\n";
+           << name_of(c.kernel) << std::right << std::setw(4) << c.rows << " x " << std::left << std::setw(4)
+           << c.columns << std::right << std::setw(7) << c.tiles << " tiles " << std::fixed
+           << std::setprecision(2) << std::setw(7) << c.waves << " waves " << std::setprecision(0)
+           << std::setw(7) << c.us << " us predicted\n";
       first = false;
     }
   }

@@ -28,6 +28,7 @@ enum class FfnKernel { kF32, kSm80, kSm90 };
 // One half of the FFN by one kernel.
 struct FfnCandidate {
   FfnKernel kernel;
+  int rows;     // of a tile
   int columns;  // of a tile: neurons for the up half
   int64_t tiles;
   double waves;  // tiles / multiprocessors, and how full the last wave is

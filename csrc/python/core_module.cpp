@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/checks.hpp"
+#include "core/ffn_choice.hpp"
 #include "core/parallel.hpp"
 #include "core/run_list.hpp"
 #include "core/tiles.hpp"
@@ -18,19 +19,44 @@ namespace py = pybind11;
 
 namespace {
 
+int32_t type_of(const std::string& dtype) {
+  const std::map<std::string, int32_t> types = {
+      {"fp32", FLASHU_F32}, {"bf16", FLASHU_BF16}, {"fp16", FLASHU_F16}};
+  const auto type = types.find(dtype);
+  if (type == types.end()) throw py::value_error("dtype: expected fp32, bf16 or fp16, got " + dtype);
+  return type->second;
+}
+
 std::string explain_gemm(int64_t rows, int64_t columns, int64_t depth, const std::string& dtype,
                          bool gathered, int64_t threads) {
   if (rows < 0 || columns < 0 || depth < 0 || threads < 0) {
     throw py::value_error("explain_gemm: expected sizes >= 0");
   }
-  const std::map<std::string, int32_t> types = {
-      {"fp32", FLASHU_F32}, {"bf16", FLASHU_BF16}, {"fp16", FLASHU_F16}};
-  const auto type = types.find(dtype);
-  if (type == types.end()) throw py::value_error("dtype: expected fp32, bf16 or fp16, got " + dtype);
+  const int32_t type = type_of(dtype);
   const flashu::cpu::GemmKernels& kernels = FLASHU_PICK_ISA(gemm_kernels);
   return flashu::core::explain_gemm_tiles(
-      {rows, columns, depth, flashu::core::dtype_size(type->second), kernels.slot_values[type->second],
+      {rows, columns, depth, flashu::core::dtype_size(type), kernels.slot_values[type],
        threads ? threads : flashu::core::num_threads(), kernels.tile_rows, kernels.panel_columns, gathered});
+}
+
+std::string explain_ffn(int64_t rows, int64_t hidden, int64_t neurons, const std::string& dtype, bool listed,
+                        int capability, int multiprocessors) {
+  if (rows < 0 || hidden < 0 || neurons < 0) throw py::value_error("explain_ffn: expected sizes >= 0");
+  if (capability < 80 || multiprocessors < 1) {
+    throw py::value_error("explain_ffn: expected capability >= 80 and multiprocessors >= 1");
+  }
+  flashu::core::FfnQuestion question{};
+  question.rows = rows;
+  question.hidden = question.width = hidden;
+  question.neurons = neurons;
+  question.has_up = question.has_down = true;
+  question.type = type_of(dtype);
+  question.listed = listed;
+  question.aligned = question.range_aligned = true;
+  question.capability = capability;
+  question.has_sm90 = true;
+  question.multiprocessors = multiprocessors;
+  return flashu::core::explain_ffn(question);
 }
 
 using Numbers = std::vector<int64_t>;
@@ -98,6 +124,12 @@ PYBIND11_MODULE(_core, m) {
         py::arg("dtype"), py::arg("gathered"), py::arg("threads") = 0,
         "A table of how [rows, depth] x [depth, columns] may be blocked on this CPU, the choice first; 0 "
         "threads: all.");
+
+  m.def("explain_ffn", &explain_ffn, py::arg("rows"), py::arg("hidden"), py::arg("neurons"), py::arg("dtype"),
+        py::arg("listed"), py::arg("capability") = 90, py::arg("multiprocessors") = 132,
+        "Which CUDA kernels would serve a gathered FFN of contiguous operands, with predicted costs, the "
+        "choice "
+        "first.");
 
   // Run lists: flat (start, length) pairs over [0, limit), ascending and disjoint; results do not touch.
   m.def("runs_from_index", &runs_from_index, py::arg("index"), py::arg("limit"),

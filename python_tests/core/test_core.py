@@ -75,3 +75,14 @@ def test_info_and_import_work_with_nothing_built(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "the compiled ops are not available" in done.stderr
+
+
+def test_cuda_tiles_are_explained():
+    text = _core.explain_ffn(1460, 1536, 7168, "bf16", False)
+    assert "sm90" in text and "sm80" in text
+    assert "sm90" not in _core.explain_ffn(1460, 1536, 7168, "bf16", False, 80, 108)
+    assert "one pass" in _core.explain_ffn(1, 1536, 7168, "fp16", True)
+    with pytest.raises(ValueError, match="capability"):
+        _core.explain_ffn(1, 1, 1, "bf16", False, 70)
+    with pytest.raises(ValueError, match="dtype"):
+        _core.explain_ffn(1, 1, 1, "int8", False)

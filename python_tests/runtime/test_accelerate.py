@@ -286,7 +286,9 @@ def test_no_weight_is_kept_twice():
     def tensors():
         return sum(
             t.untyped_storage().nbytes()
-            for t in {id(t.untyped_storage()): t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}.values()
+            for t in {
+                id(t.untyped_storage()): t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)
+            }.values()
         )
 
     before = tensors()
