@@ -1,4 +1,4 @@
-"""Room: benchmarks. `python -m flashu_ext.bench gpu | sass | ffn | e2e`, in a source folder or installed."""
+"""Room: benchmarks. `python -m flashu_ext.bench gpu | sass | readme | roofline | ffn | e2e`, in a source folder or installed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from ..cli import bench
+from .readme import main as readme
+from .roofline import main as roofline
 from .sass import main as sass
 
 
@@ -43,6 +45,8 @@ def gpu(out: Path, parts: tuple[str, ...], device: str, seconds: float, build: P
 
 
 main.add_command(sass, "sass")
+main.add_command(readme, "readme")
+main.add_command(roofline, "roofline")
 for name, command in bench.commands.items():
     main.add_command(command, name)
 

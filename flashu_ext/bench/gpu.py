@@ -8,6 +8,7 @@ code is 1 if any failed. The tables go to DIR/results.json and DIR/results.md, w
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from .. import ops
 from . import machine
+from .roofline import plot
 from .timing import Timing, measure
 
 __all__ = ["Line", "Settings", "markdown", "run"]
@@ -103,6 +105,8 @@ def run(settings: Settings) -> Result:
         result.parts[name] = f"{text} ({time.perf_counter() - began:.0f} s)"
         print(f"{name}: {result.parts[name]}", flush=True)
         _write(settings, result)
+    if any(line.flops for line in result.lines) and importlib.util.find_spec("matplotlib"):
+        plot(asdict(result), settings.out / "roofline.png")
     return result
 
 

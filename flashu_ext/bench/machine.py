@@ -41,10 +41,14 @@ def describe() -> str:
 
 def command_line() -> str:
     """The command that is running, as a person would type it."""
-    program = Path(sys.argv[0]).name if sys.argv else "python"
-    if program in ("__main__.py", "cli.py", "-c", "pytest"):
-        program = "flashu-ext"
-    return shlex.join([program, *sys.argv[1:]])
+    path = Path(sys.argv[0] if sys.argv else "python")
+    if path.name == "cli.py":
+        return shlex.join(["flashu-ext", *sys.argv[1:]])
+    if path.suffix == ".py" and "flashu_ext" in path.parts:  # python -m flashu_ext...
+        parts = path.parts[len(path.parts) - 1 - path.parts[::-1].index("flashu_ext") :]
+        module = ".".join(parts).removesuffix(".py").removesuffix(".__main__")
+        return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    return shlex.join([path.name, *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

@@ -164,6 +164,7 @@ def main(
     """Measure prompt adherence and answer accuracy on scenes the model was not trained on."""
     from pathlib import Path
 
+    from ..bench.machine import command_line, facts
     from ..swap import accelerate
     from .model import DATA, load_model, load_plan
 
@@ -189,7 +190,8 @@ def main(
             click.echo(f"  {name:20} {share}")
         results[preset] = {name: {**asdict(share), "interval": share.interval} for name, share in rows.items()}
     if json_path:
-        Path(json_path).write_text(json.dumps({"split": split, "seed": seed, "presets": results}, indent=1) + "\n")
+        record = {"command": command_line(), "machine": facts(), "split": split, "seed": seed, "presets": results}
+        Path(json_path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,146 @@
+"""Room: benchmarks. The README's tables, made from the committed results, so that no number there is typed by hand.
+
+Between `<!-- results: NAME -->` and `<!-- end -->` stands what this command wrote there. The results are JSON files of
+`flashu-ext bench`, `python -m flashu_ext.nano.evaluate` and `python -m flashu_ext.bench gpu`, in bench/results.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+__all__ = ["RESULTS", "filled"]
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).resolve().parents[2] / "README.md"
+_SECTION = re.compile(r"(<!-- results: ([a-z0-9_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _source(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    if isinstance(machine, dict):
+        machine = ", ".join(f"{name} {value}" for name, value in machine.items())
+    return f"\n\n`{record['command']}` on {machine}"
+
+
+def _ffn(record: dict[str, Any]) -> str:
+    variants = list(record["results"][0]["microseconds"])
+    rows = []
+    for result in record["results"]:
+        times = result["microseconds"]
+        cells = [f"{times[name] / 1e3:.2f} ({times[name] / times['torch dense']:.2f}x)" for name in variants]
+        rows.append([str(result["rows"]), *cells])
+    settings = record["settings"]
+    title = (
+        f"Gathered FFN, {settings['shape']}, {settings['dtype']}, {100 * settings['keep']:.0f} % of the neurons: "
+        "milliseconds (share of torch dense)\n\n"
+    )
+    return title + _table(["tokens", *variants], rows) + _source(record)
+
+
+def _e2e(record: dict[str, Any]) -> str:
+    rows = []
+    for row in record["rows"]:
+        drawing = row["task"] == "generation"
+        output = ""
+        if row["equal_tokens"] is not None:
+            output = f"{row['equal_tokens']} of {row['size']} tokens equal"
+        elif row["difference"] is not None:
+            output = f"latents differ by {row['difference']:.1e}"
+        rows.append(
+            [
+                f"image, {row['size']} grid points" if drawing else f"answer, {row['size']} tokens",
+                f"{row['program']} {row['preset']}",
+                "" if row["backbone"] is None else f"{row['backbone']} / {row['head']}",
+                f"{row['median']:.2f}",
+                "" if row["baseline"] else f"{row['speedup']:.2f}x",
+                "baseline" if row["baseline"] else output,
+            ]
+        )
+    header = ["task", "program", "backbone / head runs", "s (median)", "speed-up", "output"]
+    return _table(header, rows) + _source(record)
+
+
+def _nano(record: dict[str, Any]) -> str:
+    presets = record["presets"]
+    names = list(next(iter(presets.values())))
+    rows = []
+    for name in names:
+        cells = []
+        for preset in presets.values():
+            share = preset[name]
+            low, high = share["interval"]
+            cells.append(f"{100 * share['right'] / share['n']:.1f} ({100 * low:.1f} to {100 * high:.1f})")
+        rows.append([name, str(presets[next(iter(presets))][name]["n"]), *cells])
+    title = "Right, in % with 95 % intervals, on scenes kept out of the training\n\n"
+    return title + _table(["", "n", *presets], rows) + _source(record)
+
+
+def _gpu(record: dict[str, Any]) -> str:
+    rows = []
+    for line in record["lines"]:
+        times = line["timing"]["microseconds"]
+        ours, base = times.get(line["ours"]), times.get(line["baseline"])
+        rows.append(
+            [
+                f"{line['op']} {line['shape']}",
+                "-" if ours is None else f"{ours:.1f}",
+                "-" if line["goal_us"] is None else f"{line['goal_us']:g}",
+                "-" if base is None else f"{base:.1f}",
+                "-" if ours is None or base is None else f"{base / ours:.2f}x",
+            ]
+        )
+    return _table(["op", "us", "goal", "baseline us", "speed-up"], rows) + _source(record)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"ffn": _ffn, "e2e": _e2e, "nano": _nano, "gpu": _gpu}
+"""By the first word of a section's name; the rest says which file: `ffn_bf16` is results/ffn_bf16.json."""
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """`text` with every results section written anew.
+
+    Raises:
+        ValueError: a section has an unknown name, or its result is missing.
+    """
+
+    def section(match: re.Match[str]) -> str:
+        name = match[2]
+        kind = name.split("_")[0]
+        path = results / f"{name}.json"
+        if kind not in TABLES:
+            raise ValueError(f"results section: expected one of {', '.join(TABLES)}, got {name!r}")
+        if not path.is_file():
+            raise ValueError(f"results section {name}: {path} is missing")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return f"{match[1]}{TABLES[kind](record)}\n{match[3]}"
+
+    return _SECTION.sub(section, text)
+
+
+@click.command(epilog="Example: python -m flashu_ext.bench readme --check")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 where the README differs from the results.")
+@click.option(
+    "--readme", default=README, show_default=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+def main(check: bool, readme: Path) -> None:
+    """Write the README's tables from the committed results."""
+    text = readme.read_text(encoding="utf-8")
+    try:
+        new = filled(text)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    if check:
+        sys.exit("the README's tables differ from the results: python -m flashu_ext.bench readme" if new != text else 0)
+    readme.write_text(new, encoding="utf-8")

@@ -1,0 +1,51 @@
+"""The README's tables come from the committed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from flashu_ext.bench import ffn
+from flashu_ext.bench.readme import README, RESULTS, filled
+from flashu_ext.bench.readme import main as readme_command
+
+
+def section(name: str) -> str:
+    return f"before\n<!-- results: {name} -->\nold\n<!-- end -->\nafter"
+
+
+def test_a_measured_result_becomes_a_table(tmp_path: Path):
+    report = ffn.run(ffn.Settings(shape="bench", rows=(1,), seconds=0.0))
+    (tmp_path / "ffn_small.json").write_text(report.to_json())
+    text = filled(section("ffn_small"), tmp_path)
+    assert text.startswith("before\n") and text.endswith("\nafter") and "old" not in text
+    assert "| tokens | torch dense |" in text and report.machine in text and "fp32" in text
+    assert filled(text, tmp_path) == text
+
+
+@pytest.mark.parametrize(("name", "said"), [("ffn_other", "is missing"), ("speed", "expected one of")])
+def test_sections_without_a_result_are_refused(tmp_path: Path, name: str, said: str):
+    with pytest.raises(ValueError, match=said):
+        filled(section(name), tmp_path)
+
+
+def test_check_finds_a_number_typed_by_hand(tmp_path: Path):
+    text = README.read_text()
+    page = tmp_path / "README.md"
+    page.write_text(text)
+    assert CliRunner().invoke(readme_command, ["--check", "--readme", str(page)]).exit_code == 0
+    page.write_text(text.replace("<!-- end -->", "typed\n<!-- end -->", 1))
+    assert CliRunner().invoke(readme_command, ["--check", "--readme", str(page)]).exit_code == 1
+    assert CliRunner().invoke(readme_command, ["--readme", str(page)]).exit_code == 0
+    assert page.read_text() == text
+
+
+def test_every_result_says_how_it_was_made():
+    files = list(RESULTS.glob("*.json"))
+    assert files
+    for file in files:
+        record = json.loads(file.read_text())
+        assert record["command"] and record["machine"], file
