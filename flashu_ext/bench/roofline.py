@@ -38,7 +38,9 @@ def plot(record: dict[str, Any], path: Path) -> None:
             if line[role] in line["timing"]["microseconds"]
         ]
         name = lines[0][role] if lines else role
-        axes.scatter(*zip(*points, strict=True) if points else ([], []), marker=marker, color=color, label=name, zorder=3)
+        axes.scatter(
+            *zip(*points, strict=True) if points else ([], []), marker=marker, color=color, label=name, zorder=3
+        )
     for x, line in zip(intensities, lines, strict=True):
         if line["ours"] in line["timing"]["microseconds"]:
             y = line["flops"] / line["timing"]["microseconds"][line["ours"]] / 1e6

@@ -1,0 +1,152 @@
+"""Room: nano. One fixed task for the embedded model - prompts with noise, pictures with questions - and what comes of it.
+
+Every program that compares settings (the demo, the fidelity report, the search for settings) runs the same task under each,
+so that differences are the settings' own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import codec
+from .evaluate import GUIDANCE, SHIFT, Share, to_images
+from .judge import judge
+from .tokenizer import layout
+from .world import Question, Scene, captions, questions, render, scenes
+
+__all__ = ["Outputs", "Probe", "Split"]
+
+BATCH = 24
+NEW_TOKENS = 4
+
+Split = str
+"""'held-out' (scenes that training never saw), or 'training'."""
+
+Advance = Callable[[int], Any]
+
+
+def _nothing(count: int) -> None:
+    pass
+
+
+@dataclass
+class Outputs:
+    """What a model made of a probe.
+
+    Attributes:
+        latents: fp32 [drawings, 16, 72, 2]. images: uint8 [drawings, 48, 48, 3].
+        answers: text per question. tokens: token ids per question.
+    """
+
+    latents: Tensor
+    images: np.ndarray
+    answers: list[str]
+    tokens: list[list[int]]
+
+
+@dataclass
+class Probe:
+    """What is drawn and asked. Build it with `Probe.make`.
+
+    Attributes:
+        scenes, prompts, noise: one of each per drawing; noise is fp32 [drawings, 16, 72, 2].
+        pictures: uint8 [48, 48, 3] each. picture_latents: [1, 16, 72, 2] each. asked: (picture, question).
+    """
+
+    scenes: list[Scene]
+    prompts: list[str]
+    noise: Tensor
+    pictures: list[np.ndarray]
+    picture_latents: list[Tensor]
+    asked: list[tuple[int, Question]]
+
+    @classmethod
+    def make(cls, drawings: int, asked: int, seed: int = 0, split: Split = "held-out") -> Probe:
+        """`drawings` prompts, half of one object and half of two, and `asked` questions about fresh pictures.
+
+        Raises:
+            ValueError: an unknown split.
+        """
+        if split not in ("held-out", "training"):
+            raise ValueError(f"split: expected 'held-out' or 'training', got {split!r}")
+        rng = random.Random(seed)
+        held_out = split == "held-out"
+        one, two = (rng.sample(pool, len(pool)) for pool in (scenes(held_out, 1), scenes(held_out, 2)))
+        chosen = [(two if i % 2 else one)[i // 2 % len(two if i % 2 else one)] for i in range(drawings)]
+        generator = torch.Generator().manual_seed(seed)
+        pictures: list[np.ndarray] = []
+        latents: list[Tensor] = []
+        queue: list[tuple[int, Question]] = []
+        while len(queue) < asked:
+            pool = two if len(pictures) % 3 else one
+            scene = pool[len(pictures) % len(pool)]
+            picture = render(scene, rng)
+            latents.append(codec.encode(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1))
+            queue += [(len(pictures), question) for question in questions(scene, rng)]
+            pictures.append(picture)
+        return cls(
+            scenes=chosen,
+            prompts=[rng.choice(captions(scene)) for scene in chosen],
+            noise=torch.randn(drawings, *codec.LATENT_SHAPE, generator=generator),
+            pictures=pictures,
+            picture_latents=latents,
+            asked=queue[:asked],
+        )
+
+    # ---- one at a time
+
+    def draw(self, model: Any, chosen: Sequence[int], steps: int | None = None) -> Tensor:
+        """Final latents of the drawings with these numbers, in one batch; `steps` grid points where the config sets none."""
+        from ..showo2.sampling import sample
+
+        rows = layout().generation([self.prompts[i] for i in chosen])
+        noise = self.noise[list(chosen)]
+        return sample(model, noise, **vars(rows), steps=steps, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT)
+
+    def ask(self, model: Any, number: int) -> tuple[str, list[int]]:
+        """The answer to one question, as text and as tokens."""
+        from ..showo2.understanding import answer_tokens
+
+        words = layout()
+        picture, question = self.asked[number]
+        before, after = words.question(question.text)
+        latents = self.picture_latents[picture]
+        tokens = answer_tokens(model, latents, before, after, max_new_tokens=NEW_TOKENS, eos_token=words.eos)
+        return words.answer(tokens), tokens.tolist()
+
+    # ---- all of it
+
+    def perform(self, model: Any, advance: Advance = _nothing, steps: int | None = None) -> Outputs:
+        """Draw and answer everything; `advance(n)` is called after every n drawings or answers."""
+        drawn = [torch.empty(0, *codec.LATENT_SHAPE)]
+        for start in range(0, len(self.prompts), BATCH):
+            chosen = range(start, min(start + BATCH, len(self.prompts)))
+            drawn.append(self.draw(model, chosen, steps))
+            advance(len(chosen))
+        answers, tokens = [], []
+        for number in range(len(self.asked)):
+            text, ids = self.ask(model, number)
+            answers.append(text)
+            tokens.append(ids)
+            advance(1)
+        latents = torch.cat(drawn)
+        return Outputs(latents, to_images(latents), answers, tokens)
+
+    def verdicts(self, outputs: Outputs) -> list[bool]:
+        """Which drawings are right."""
+        return [judge(image, scene).right for image, scene in zip(outputs.images, self.scenes, strict=True)]
+
+    def adherence(self, outputs: Outputs) -> Share:
+        verdicts = self.verdicts(outputs)
+        return Share(sum(verdicts), len(verdicts))
+
+    def accuracy(self, outputs: Outputs) -> Share:
+        right = [text == question.answer for text, (_, question) in zip(outputs.answers, self.asked, strict=True)]
+        return Share(sum(right), len(right))
