@@ -11,7 +11,7 @@ TORCH ?= $(if $(wildcard /proc/driver/nvidia/version /usr/bin/nvidia-smi),torch,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 APT_PACKAGES := g++ make libgtest-dev
 SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
-PACKAGES := numpy safetensors setuptools wheel pybind11 cmake ninja transformers tokenizers pillow tqdm click matplotlib jinja2 \
+PACKAGES := numpy safetensors setuptools wheel pybind11 cmake ninja transformers tokenizers pillow tqdm click matplotlib jinja2 scikit-image \
             pytest hypothesis expecttest ruff mypy clang-format diffusers
 
 .PHONY: help demo test python-test cpp-test tsan mutants lint format build bench info test-abi clean

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import numpy as np
 
 from ..bench import machine
 from ..config import FlashUConfig
+from ..fidelity import psnr
 from ..nano.evaluate import PRESETS, Share, preset_config
 from ..nano.model import load_model, load_plan
 from ..nano.probe import Outputs, Probe
@@ -108,9 +111,8 @@ def _judged(preset: str, probe: Probe, outputs: dict[str, Outputs], summary: str
 
 def _psnr(images: np.ndarray, others: np.ndarray) -> float | None:
     """Mean PSNR in dB over images that differ at all; None where none does."""
-    errors = ((images.astype(np.float64) - others.astype(np.float64)) ** 2).mean(axis=(1, 2, 3))
-    errors = errors[errors > 0]
-    return float((10 * np.log10(255**2 / errors)).mean()) if errors.size else None
+    differing = [value for value in psnr(images, others) if math.isfinite(value)]
+    return statistics.fmean(differing) if differing else None
 
 
 def _png(image: np.ndarray) -> bytes:

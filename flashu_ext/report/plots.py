@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import statistics
 import textwrap
 from pathlib import Path
-from typing import Any
 
+from .figures import GRID, INK, MUTED, figure, style, svg
 from .result import DemoResult
 
-__all__ = ["KIND_COLORS", "data_uri", "gallery", "timeline", "times"]
+__all__ = ["KIND_COLORS", "gallery", "timeline", "times"]
 
-INK, MUTED, GRID = "#1c2333", "#6b7386", "#e3e6ee"
 PRESET_COLORS = ("#9aa3b5", "#3d6fd6", "#e0762f", "#2f9c72")
 KIND_COLORS = {
     "full": "#3d6fd6",
@@ -24,44 +22,10 @@ KIND_COLORS = {
 }
 
 
-def data_uri(content: bytes, kind: str) -> str:
-    """Bytes as an address that a page can hold."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    # The object interface: pyplot would keep global state and look for a display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.patch.set_alpha(0)
-    return figure, figure.add_subplot()
-
-
-def _style(axes: Any) -> None:
-    axes.set_facecolor("none")
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.tick_params(colors=MUTED, labelsize=9, length=0)
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    buffer = io.BytesIO()
-    # No date and no random names in the file, so that equal results give equal pages.
-    with matplotlib.rc_context({"svg.hashsalt": "flashu_ext"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return data_uri(buffer.getvalue(), "image/svg+xml")
-
-
 def times(result: DemoResult, attribute: str, title: str) -> str:
     """Bars of `image_seconds` or `answer_seconds` medians, each round as a dot; an SVG data URI."""
-    figure, axes = _figure(4.6, 1.9)
-    _style(axes)
+    drawn, axes = figure(4.6, 1.9)
+    style(axes)
     base = None
     for row, preset in enumerate(result.presets):
         rounds = [1e3 * seconds for seconds in getattr(preset, attribute)]
@@ -76,13 +40,13 @@ def times(result: DemoResult, attribute: str, title: str) -> str:
     axes.set_xlim(0, axes.get_xlim()[1] * 1.28)
     axes.set_xticks([])
     axes.set_title(title, loc="left", fontsize=10.5, color=INK)
-    return _svg(figure)
+    return svg(drawn)
 
 
 def timeline(result: DemoResult) -> str:
     """What every evaluation of one image computes, a row per preset; an SVG data URI."""
-    figure, axes = _figure(9.6, 0.55 + 0.42 * len(result.presets))
-    _style(axes)
+    drawn, axes = figure(9.6, 0.55 + 0.42 * len(result.presets))
+    style(axes)
     axes.spines["bottom"].set_visible(False)
     for row, preset in enumerate(result.presets):
         for index, kind in enumerate(preset.kinds):
@@ -92,7 +56,7 @@ def timeline(result: DemoResult) -> str:
     axes.invert_yaxis()
     axes.set_xlim(0.4, longest + 0.6)
     axes.set_xticks([1, *range(5, longest + 1, 5)])
-    return _svg(figure)
+    return svg(drawn)
 
 
 def gallery(result: DemoResult, path: Path, columns: int = 6) -> None:

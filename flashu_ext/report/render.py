@@ -1,20 +1,19 @@
-"""Room: report. Writes a demo's result as a self-contained page, a picture and JSON."""
+"""Room: report. Writes results as self-contained pages, with pictures and JSON beside them."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from . import plots
+from . import analysis_plots, figures, plots
 from .result import DemoResult
 
-__all__ = ["render", "write_report"]
-
-TEMPLATE = Path(__file__).with_name("demo.html.j2")
+__all__ = ["page", "render", "render_analysis", "write", "write_report"]
 
 
-def render(result: DemoResult) -> str:
-    """The page as HTML; it refers to no other file.
+def page(template: str, **values: Any) -> str:
+    """A template of this folder as HTML that refers to no other file.
 
     Raises:
         ImportError: jinja2 or matplotlib is missing; the message says how to install them.
@@ -27,32 +26,55 @@ def render(result: DemoResult) -> str:
             f"report: {error.name} is needed; install it with: pip install 'flashu_ext[report]'"
         ) from error
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return environment.get_template(template).render(**values)
+
+
+def render(result: DemoResult) -> str:
+    """The demo's page."""
     kinds = {kind: color for kind, color in plots.KIND_COLORS.items() if any(kind in p.kinds for p in result.presets)}
-    return template.render(
+    return page(
+        "demo.html.j2",
         result=result,
         dense=result.presets[0],
         kinds=kinds,
         image_plot=plots.times(result, "image_seconds", "One image"),
         answer_plot=plots.times(result, "answer_seconds", "One answer"),
         timeline=plots.timeline(result),
-        png=lambda content: plots.data_uri(content, "image/png"),
+        png=lambda content: figures.data_uri(content, "image/png"),
     )
 
 
-def write_report(result: DemoResult, folder: Path) -> Path:
-    """Write report.html, gallery.png and results.json into `folder`, and return the page's path.
+def write(text: str, path: Path) -> Path:
+    """Write a page; it is complete or absent: written beside its place and moved there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".html.part")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+    return path
 
-    The page is complete or absent: it is written beside its place and moved there.
-    """
-    page = render(result)
+
+def write_report(result: DemoResult, folder: Path) -> Path:
+    """Write the demo's report.html, gallery.png and results.json into `folder`, and return the page's path."""
+    text = render(result)
     folder.mkdir(parents=True, exist_ok=True)
     plots.gallery(result, folder / "gallery.png")
     (folder / "results.json").write_text(result.to_json(), encoding="utf-8")
-    path = folder / "report.html"
-    draft = path.with_suffix(".html.part")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write(text, folder / "report.html")
+
+
+def render_analysis(result: Any) -> str:
+    """The page of an `analysis.Analysis`."""
+    return page(
+        "analysis.html.j2",
+        result=result,
+        overlap_plot=analysis_plots.overlap(result),
+        removal_plot=analysis_plots.removal(result),
+        importance_plot=analysis_plots.importance(result),
+        drift_plot=analysis_plots.drift(result),
+    )

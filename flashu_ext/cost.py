@@ -1,0 +1,174 @@
+"""Room: cost. What an image costs under a step plan: floating-point operations by shapes, and seconds as measured here.
+
+The cost model of a machine is a table of measured evaluations by kind of work; a plan's price is the sum over its steps,
+so a search can price settings that it never ran.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import FlashUConfig
+from .schedule import Step, StepPlan
+from .structure import Showo2Parts
+
+__all__ = ["CostModel", "Geometry", "dense_flops", "image_flops"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Tokens of one row. prefix: text before the image. span: image tokens (time token included). length: padded whole."""
+
+    prefix: int
+    span: int
+    length: int
+
+
+def _linear(module: nn.Module) -> float:
+    """Multiply-adds per token of all linear layers inside, counted as two operations."""
+    return sum(2.0 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _attention(heads: int, head_dim: int, queries: int, keys: float) -> float:
+    return 4.0 * heads * head_dim * queries * keys
+
+
+def _encoder(parts: Showo2Parts, patches: int) -> float:
+    """SigLIP, patch embeddings and fusion for one image."""
+    config = getattr(parts.vision, "config", None)
+    width = parts.position_embedding.weight.shape[1]
+    layers = getattr(config, "num_hidden_layers", 0) if config is not None else 0
+    flops = _linear(parts.vision) * patches + _linear(parts.fusion) * patches
+    flops += layers * 4.0 * width * patches * patches
+    convolution = parts.patch_gen.proj
+    return flops + 2 * 2.0 * convolution.weight.numel() * patches
+
+
+def _llm_layer(parts: Showo2Parts, layer: int, queries: int, keys: float, kept: float) -> float:
+    module = parts.layers[layer]
+    shape = parts.llm_attention
+    flops = (_linear(module.self_attn) + _linear(module.mlp) * kept) * queries
+    return flops + _attention(shape.heads, shape.head_dim, queries, keys)
+
+
+def _head(parts: Showo2Parts, queries: int, keys: float) -> float:
+    flops = 0.0
+    for block in parts.blocks:
+        flops += (_linear(block.self_attn) + _linear(block.mlp)) * queries + _linear(block.adaLN_modulation)
+        flops += _attention(parts.head_attention.heads, parts.head_attention.head_dim, queries, keys)
+    if parts.diff_proj is not None:
+        flops += _linear(parts.diff_proj) * queries
+    return flops
+
+
+def _final(parts: Showo2Parts, queries: int) -> float:
+    return _linear(parts.final_layer.linear) * queries + _linear(parts.final_layer.adaLN_modulation)
+
+
+def dense_flops(parts: Showo2Parts, geometry: Geometry, evaluations: int, guided: bool = True) -> float:
+    """Operations of one image as unmodified Show-o2 computes it: every token, in both branches, logits included."""
+    rows, n = (2 if guided else 1), geometry.length
+    one = _encoder(parts, geometry.span) + _head(parts, n, n) + _final(parts, n) + _linear(parts.lm_head) * n
+    one += sum(_llm_layer(parts, i, n, n, 1.0) for i in range(len(parts.layers)))
+    return evaluations * rows * one
+
+
+def image_flops(parts: Showo2Parts, plan: StepPlan, geometry: Geometry, guided: bool = True) -> float:
+    """Operations of one image as the runtime executes `plan`.
+
+    The prompt is counted once for each network variant, and measuring steps run the whole padded sequence.
+    """
+    config = plan.config
+    layers = len(parts.layers)
+    skip = int(layers * config.layer_skip_ratio)
+    total = 0.0
+    variants: set[tuple[bool, int | None]] = set()
+    keys = geometry.prefix + geometry.span
+    for step in plan.steps:
+        rows = 2 if guided and getattr(step, "guided", True) else 1
+        kept = 1.0 - config.ffn_prune_ratio if step.pruned else 1.0
+        if step.backbone:
+            total += _encoder(parts, geometry.span)
+            queries = geometry.length if step.measure else geometry.span
+            seen = geometry.length if step.measure else keys
+            used = layers - (skip if step.skip_from is not None else 0)
+            total += rows * used * _llm_layer(parts, 0, queries, seen, kept)
+            variant = (step.pruned, step.skip_from)
+            if not step.measure and variant not in variants:
+                variants.add(variant)
+                total += rows * used * _llm_layer(parts, 0, geometry.prefix, geometry.prefix, kept)
+                total += rows * _head(parts, geometry.prefix, geometry.prefix)
+        if step.head:
+            total += rows * _head(parts, geometry.span, keys)
+        total += rows * _final(parts, geometry.span)
+    return total
+
+
+Kind = tuple[Any, ...]
+
+
+def _kind(step: Step, config: FlashUConfig) -> Kind:
+    """What decides how long an evaluation takes; equal for steps that run the same work."""
+    return (
+        step.backbone,
+        step.measure,
+        step.head,
+        config.ffn_prune_ratio if step.pruned else 0.0,
+        config.layer_skip_ratio if step.skip_from is not None else 0.0,
+        config.head_forecast_order if not step.head else 0,
+        getattr(step, "guided", True),
+        *(getattr(config, name, None) for name in ("token_skip_ratio", "encoder_cache_interval")),
+    )
+
+
+@dataclass
+class CostModel:
+    """Seconds per evaluation by kind of work, measured with one model, batch and machine.
+
+    Attributes:
+        draw: runs one image under a config and calls back after every evaluation. rounds: images per measurement.
+    """
+
+    draw: Callable[[FlashUConfig, Callable[[int, Any], None]], None]
+    layers: int
+    rounds: int = 3
+    table: dict[Kind, float] = field(default_factory=dict)
+
+    def plan(self, config: FlashUConfig) -> StepPlan:
+        return StepPlan.build(config, None, self.layers)
+
+    def seconds(self, config: FlashUConfig) -> float:
+        """Predicted seconds of one image; kinds of work never seen before are measured first."""
+        plan = self.plan(config)
+        if any(_kind(step, config) not in self.table for step in plan.steps):
+            self._measure(config, plan)
+        return sum(self.table[_kind(step, config)] for step in plan.steps)
+
+    def _measure(self, config: FlashUConfig, plan: StepPlan) -> None:
+        samples: dict[Kind, list[float]] = {}
+        for turn in range(self.rounds + 1):
+            marks = [_now()]
+
+            def mark(_step: int, _latents: Any, marks: list[float] = marks) -> None:
+                marks.append(_now())
+
+            self.draw(config, mark)
+            if turn == 0:
+                continue  # caches, allocator and threads warm up
+            for step, begin, end in zip(plan.steps, marks, marks[1:], strict=False):
+                samples.setdefault(_kind(step, config), []).append(end - begin)
+        for kind, times in samples.items():
+            self.table.setdefault(kind, statistics.median(times))
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
