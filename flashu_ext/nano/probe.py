@@ -102,13 +102,33 @@ class Probe:
 
     # ---- one at a time
 
-    def draw(self, model: Any, chosen: Sequence[int], steps: int | None = None) -> Tensor:
-        """Final latents of the drawings with these numbers, in one batch; `steps` grid points where the config sets none."""
+    def draw(
+        self,
+        model: Any,
+        chosen: Sequence[int],
+        steps: int | None = None,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Final latents of the drawings with these numbers, in one batch.
+
+        Args:
+            steps: grid points where the config sets none. callback: as `showo2.sample` takes it.
+        """
         from ..showo2.sampling import sample
 
         rows = layout().generation([self.prompts[i] for i in chosen])
         noise = self.noise[list(chosen)]
-        return sample(model, noise, **vars(rows), steps=steps, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT)
+        result = sample(
+            model,
+            noise,
+            **vars(rows),
+            steps=steps,
+            guidance_scale=GUIDANCE,
+            time_shifting_factor=SHIFT,
+            callback=callback,
+        )
+        assert isinstance(result, Tensor)
+        return result
 
     def ask(self, model: Any, number: int) -> tuple[str, list[int]]:
         """The answer to one question, as text and as tokens."""

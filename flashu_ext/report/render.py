@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from . import analysis_plots, figures, plots
+from . import analysis_plots, figures, pareto_plots, plots
 from .result import DemoResult
 
-__all__ = ["page", "render", "render_analysis", "write", "write_report"]
+__all__ = ["page", "render", "render_analysis", "render_fidelity", "write", "write_report"]
 
 
 def page(template: str, **values: Any) -> str:
@@ -77,4 +77,50 @@ def render_analysis(result: Any) -> str:
         removal_plot=analysis_plots.removal(result),
         importance_plot=analysis_plots.importance(result),
         drift_plot=analysis_plots.drift(result),
+    )
+
+
+def render_fidelity(result: Any) -> str:
+    """The page of a `pareto.FidelityResult`."""
+    points = result.points
+
+    def drawing(cost: Any, fidelity: Any, labels: tuple[str, str], interval: Any = None) -> str:
+        return pareto_plots.pareto(points, cost, fidelity, labels, interval)
+
+    return page(
+        "fidelity.html.j2",
+        result=result,
+        dense=points[0],
+        drawing_plots=[
+            drawing(
+                lambda p: 1e3 * p.image_time,
+                lambda p: p.adherence.share,
+                ("ms per image, measured", "right drawings"),
+                lambda p: p.adherence.interval,
+            ),
+            drawing(
+                lambda p: p.flops / 1e9,
+                lambda p: p.adherence.share,
+                ("GFLOP per image", "right drawings"),
+                lambda p: p.adherence.interval,
+            ),
+            drawing(
+                lambda p: 1e3 * p.image_time, lambda p: min(p.psnr, 60), ("ms per image, measured", "PSNR to dense, dB")
+            ),
+            drawing(lambda p: 1e3 * p.image_time, lambda p: p.ssim, ("ms per image, measured", "SSIM to dense")),
+        ],
+        answering_plots=[
+            drawing(
+                lambda p: 1e3 * p.answer_time,
+                lambda p: p.accuracy.share,
+                ("ms per answer, measured", "right answers"),
+                lambda p: p.accuracy.interval,
+            ),
+            drawing(
+                lambda p: 1e3 * p.answer_time,
+                lambda p: p.equal_answers.share,
+                ("ms per answer, measured", "answers equal to dense's"),
+                lambda p: p.equal_answers.interval,
+            ),
+        ],
     )

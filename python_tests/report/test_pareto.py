@@ -1,0 +1,59 @@
+"""The fidelity report: its front, its gates, and a small run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashu_ext.comparison import Setting, compare
+from flashu_ext.config import FlashUConfig
+from flashu_ext.nano.model import load_model
+from flashu_ext.nano.probe import Probe
+from flashu_ext.report import pareto
+from flashu_ext.report.pareto_plots import front
+from flashu_ext.report.render import render_fidelity
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12))
+def test_the_front_is_what_nothing_beats(values: list[tuple[int, int]]):
+    points = [(float(x), float(y)) for x, y in values]
+    chosen = front(points)
+    for x, y in points:
+        beaten = any(a <= x and b >= y and (a, b) != (x, y) for a, b in points)
+        assert beaten or (x, y) in [points[k] for k in chosen]
+    costs = [points[i] for i in chosen]
+    assert costs == sorted(costs) and all(b[1] > a[1] for a, b in itertools.pairwise(costs))
+
+
+def test_a_small_report():
+    chosen = [
+        Setting("dense", "dense, fewer steps", None, 6),
+        Setting("exact", "exact", FlashUConfig.exact(steps=6)),
+        Setting("cached", "one knob", FlashUConfig(head_cache_interval=3, steps=6)),
+    ]
+    result = pareto.run(2, 3, 1, chosen=chosen, progress=False)
+    dense, exact, cached = result.points
+    assert dense.psnr == exact.psnr == 100 and exact.equal_answers.share == 1.0 and exact.ssim == pytest.approx(1.0)
+    assert cached.psnr < 100 and exact.flops < dense.flops and cached.flops < exact.flops
+    assert [gate.setting for gate in result.gates] == ["exact", "exact"] and all(gate.passed for gate in result.gates)
+    record = json.loads(result.to_json())
+    assert record["points"][1]["image_median"] == exact.image_time and "exact" in result.table()
+    page = render_fidelity(result)
+    assert page.count("<img") == 6 and "cached" in page
+
+
+def test_a_gate_fails_where_both_intervals_are_apart():
+    model = load_model()
+    broken = Setting("broken", "fast", FlashUConfig(layer_skip_ratio=0.9, layer_skip_interval=1, steps=12))
+    points = compare(model, [Setting("dense", "", None, 12), broken], Probe.make(20, 0), None, repeats=1)
+    gates = pareto.gates(points, ["broken"])
+    assert not gates[0].passed and gates[0].task == "drawing" and gates[1].passed
+
+
+def test_dense_comes_first():
+    with pytest.raises(ValueError, match="expected dense first"):
+        compare(load_model(), [Setting("exact", "", FlashUConfig.exact())], Probe.make(1, 1), None)
