@@ -86,7 +86,9 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "expected version 1, got 2"),
+        ({"version": 3}, "expected version 1 or 2, got 3"),
+        ({"version": [1]}, "expected version 1 or 2"),
+        ({"version": 2}, "expected fields"),
         ({"format": "x"}, "expected format"),
         ({"extra": 1}, "expected fields"),
         ({"tasks": ["generation", "generation"]}, "distinct names"),
