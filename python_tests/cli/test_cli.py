@@ -36,7 +36,7 @@ def test_help_has_an_example(path: tuple[str, ...]) -> None:
 
 
 def test_commands() -> None:
-    assert set(cli.commands) == {"demo", "generate", "answer", "plan", "bench", "info"}
+    assert set(cli.commands) == {"demo", "generate", "answer", "calibrate", "plan", "bench", "info"}
     assert set(cli.commands["bench"].commands) == {"ffn", "e2e"}
 
 
@@ -58,6 +58,11 @@ def test_version() -> None:
         ("generate", "a circle", "--steps", "many"),
         ("generate", "a circle", "-o", "/no/such/folder/out.png"),
         ("answer", "/no/such/image.png", "what colour is it?"),
+        ("calibrate", "nano", "--data", "/no/such/folder"),
+        ("calibrate", "nano", "--out", "/no/such/folder/plan.safetensors"),
+        ("calibrate", "nano", "--estimator", "magic"),
+        ("calibrate", "nano", "--ratio", "1"),
+        ("calibrate", "some/checkpoint"),
         ("bench", "e2e", "--repeats", "0"),
         ("bench", "e2e", "--upstream", "/no/such/folder"),
     ],
