@@ -92,7 +92,7 @@ def calibrate(
 
     Args:
         model: a Show-o2 model that is not accelerated.
-        generation, understanding: samples of each task, read once and one at a time; any iterable. A task without samples
+        generation, understanding: samples of each task, read once and one at a time; any iterable. A task that is left out
             gets no neuron set.
         tasks: further tasks by name. Their samples are all of one kind; tasks of either kind may be many.
         estimator: 'wanda' (the paper's), 'flap' or 'reconstruction', see `estimators.ESTIMATORS`.
@@ -135,11 +135,9 @@ def calibrate(
         for task, samples in given.items():
             bar.set_postfix_str(task)
             run.see(task, samples, bar)
-    found = {task: run.states[task] for task in given if task in run.states}
-    if not found:
-        raise ValueError(f"{', '.join(given)}: expected at least one sample, got none")
-    calibration = measured(found, run.observer.down, times)
-    notes = {"samples": {task: state.samples for task, state in found.items()}, "seed": seed}
+    states = {task: run.states[task] for task in given}
+    calibration = measured(states, run.observer.down, times)
+    notes = {"samples": {task: state.samples for task, state in states.items()}, "seed": seed}
     plan = TaskPlan.from_calibration(
         calibration, estimator=estimator, ratio=ratio, multiple=multiple, model=model, notes=notes
     )
@@ -214,6 +212,8 @@ class _Run:
             else:
                 self._add(task, index, sample, digest)
             bar.update()
+        if index + 1 == 0:
+            raise ValueError(f"{task}: expected at least one sample, got none")
         if index + 1 < seen:
             raise ValueError(f"{self.checkpoint}: checkpoint of {seen} samples of {task}, got {index + 1}")
 

@@ -452,6 +452,11 @@ def changed(sample, **fields):
     [
         (lambda: {}, ValueError, "expected samples of at least one task, got none"),
         (lambda: {"generation": iter(())}, ValueError, "generation: expected at least one sample, got none"),
+        (
+            lambda: {"generation": drawings(1), "tasks": {"x": []}},
+            ValueError,
+            "x: expected at least one sample, got none",
+        ),
         (lambda: {"generation": 3}, TypeError, "generation: expected an iterable of samples, got int"),
         (
             lambda: {"generation": questions()},
@@ -525,6 +530,18 @@ def test_an_accelerated_model_is_refused():
         run(model, drawings())
 
 
+# ---- other storage
+
+
+def test_half_precision_finds_nearly_the_same_neurons():
+    model = public().model().bfloat16()
+    plan = run(model, drawings(), questions())
+    for task in plan.tasks:
+        for layer in range(plan.layers):
+            shared = set(plan.kept(task, layer).tolist()) & set(calibrated()[0].kept(task, layer).tolist())
+            assert len(shared) >= 0.9 * plan.kept_neurons
+
+
 # ---- the embedded model
 
 
@@ -539,6 +556,15 @@ def test_the_shipped_plan_of_version_1_is_found_again():
         for layer in range(shipped.layers):
             shared = set(plan.kept(task, layer).tolist()) & set(shipped.kept(task, layer).tolist())
             assert len(shared) >= 0.95 * shipped.kept_neurons  # other samples, noise and time: nearly the same neurons
+
+
+def test_a_preset_takes_a_plan_with_ratios_of_its_own_as_it_is():
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    plan = load_plan(pipe.model).with_ratios([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    config, taken = pipe.preset("paper", plan)
+    assert taken is plan and (config.ffn_prune_ratio, config.prune_multiple) == (0.35, 16)
+    with pipe.accelerate(config, taken) as handle:
+        assert handle.summary().neurons["generation"] == plan.kept_neurons
 
 
 IMPORT_ORDER = """

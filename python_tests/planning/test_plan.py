@@ -277,6 +277,10 @@ def test_adaptive_ratios_give_more_to_layers_that_stand_out():
     even_layer = (even - even.mean()) / even.std(correction=0)
     assert int((even_layer > -((4 / 60) ** 0.5)).sum()) == 37
     assert plan.kept_counts == (36, 28) and set(range(60, 64)) <= set(plan.kept("generation", 1).tolist())
+    both = TaskPlan.from_scores(generation=[even, peaked], understanding=[even, peaked], ratio=0.5, multiple=4)
+    assert both.with_adaptive_ratios().kept_counts == (36, 28)
+    opposed = TaskPlan.from_scores(generation=[even, peaked], understanding=[peaked, even], ratio=0.5, multiple=4)
+    assert opposed.with_adaptive_ratios().kept_counts == (32, 32)
 
 
 def test_bad_ratios_are_named():
