@@ -121,7 +121,7 @@ def calibrate(
     check_pruning(ratio, multiple)
     given = _given(generation, understanding, tasks)
     times = tuple(times)
-    if not times or not all(isinstance(t, (int, float)) and 0 <= t <= 1 for t in times):
+    if not times or not all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t <= 1 for t in times):
         raise ValueError(f"times: expected at least one time in [0, 1], got {list(times)}")
     for name, value, least in (("seed", seed, 0), ("checkpoint_interval", checkpoint_interval, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -249,7 +249,8 @@ class _Run:
                 else:
                     _see_understanding(self.observer, sample)
         except (TypeError, ValueError, IndexError) as error:
-            raise type(error)(f"{task}[{index}]: {error}") from error
+            kind_of_error = next(base for base in (TypeError, ValueError, IndexError) if isinstance(error, base))
+            raise kind_of_error(f"{task}[{index}]: {error}") from error
         state.samples, state.digest = index + 1, digest
         self.unsaved += 1
         if self.checkpoint is not None and self.unsaved >= self.interval:

@@ -480,6 +480,7 @@ def changed(sample, **fields):
             "tasks: 'generation' is given twice",
         ),
         (lambda: {"generation": drawings(), "times": (0.5, 1.5)}, ValueError, r"times: .* got \[0.5, 1.5\]"),
+        (lambda: {"generation": drawings(), "times": (True,)}, ValueError, r"times: .* got \[True\]"),
         (lambda: {"generation": drawings(), "times": ()}, ValueError, "times: expected at least one"),
         (
             lambda: {"generation": drawings(), "estimator": "magic"},
