@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["cli", "main"]
 
 PRESETS = ("dense", "exact", "paper")
+ESTIMATORS = ("wanda", "flap", "reconstruction")
 
 # What a command may run into because of its input or the machine. The rest are bugs: their tracebacks stay.
 _EXPECTED_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, MemoryError)
@@ -204,6 +205,110 @@ def answer(image: Path, question: str, model: str, preset: str, plan_file: Path 
         picture = file.convert("RGB")
     with _pipeline(model, preset, plan_file, verbose) as pipe:
         click.echo(pipe.answer(picture, question))
+
+
+@cli.command(
+    epilog=_example(
+        "flashu-ext calibrate nano --out plan.safetensors",
+        "flashu-ext calibrate CHECKPOINT --data DIR --estimator flap --checkpoint state.safetensors --out plan.safetensors",
+    )
+)
+@click.argument("model")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with the samples; nano draws its own where none is given.",
+)
+@click.option(
+    "--out",
+    default="plan.safetensors",
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Task plan to write.",
+)
+@click.option(
+    "--estimator",
+    default="wanda",
+    show_default=True,
+    type=click.Choice(ESTIMATORS),
+    help="How neurons are scored: the paper's score, variance of a neuron, or the error of leaving it out.",
+)
+@click.option(
+    "--ratio",
+    default=0.2,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of neurons to prune.",
+)
+@click.option("--adaptive", is_flag=True, help="Share the kept neurons out over the layers by their scores.")
+@click.option(
+    "--multiple", type=click.IntRange(1), help="Kept neurons are a multiple of this (default: 64, for nano 16)."
+)
+@click.option(
+    "--times",
+    multiple=True,
+    type=click.FloatRange(0, 1),
+    help="Time at which drawing is seen: 0 noise, 1 image (may be repeated; default: five from 0.05 to 0.95).",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the noise.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to go on from after an interruption; deleted when done.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help="At most so many samples of each task (default: all, for nano 40)."
+)
+def calibrate(
+    model: str,
+    data: Path | None,
+    out: Path,
+    estimator: str,
+    ratio: float,
+    adaptive: bool,
+    multiple: int | None,
+    times: tuple[float, ...],
+    seed: int,
+    checkpoint: Path | None,
+    limit: int | None,
+) -> None:
+    """Find out which neurons and layers of MODEL ('nano' or a checkpoint folder) each task needs.
+
+    DATA holds images and one file of JSON lines per task: generation.jsonl with {"image": "cat.png", "prompt": "a cat"},
+    understanding.jsonl with {"image": "cat.png", "question": "what is it?", "answer": "a cat"}, and any other name with
+    either.
+    """
+    for name, path in (("--out", out), ("--checkpoint", checkpoint)):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise click.UsageError(f"{name}: expected a file in an existing folder, got {str(path)!r}")
+    if data is None and model != "nano":
+        raise click.UsageError("--data: expected a folder with samples; only nano draws its own")
+    from .calibrate import DEFAULT_TIMES
+    from .calibrate import calibrate as run
+    from .calibration_data import folder_samples
+    from .nano.calibrate import SAMPLES, samples
+    from .nano.model import PRUNE_MULTIPLE
+    from .showo2 import Pipeline
+
+    pipe = Pipeline.from_pretrained(model)
+    if data is not None:
+        tasks: Any = folder_samples(pipe, data, limit)
+    else:
+        tasks = dict(zip(("generation", "understanding"), samples(limit or SAMPLES, seed), strict=True))
+    plan = run(
+        pipe.model,
+        tasks=tasks,
+        estimator=estimator,
+        ratio=ratio,
+        multiple=multiple or (PRUNE_MULTIPLE if model == "nano" else 64),
+        times=times or DEFAULT_TIMES,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+    if adaptive:
+        plan = plan.with_adaptive_ratios()
+    plan.save(out)
+    click.echo(f"{out}\n{plan.describe()}")
 
 
 # ---- looking inside

@@ -147,7 +147,8 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
 
     Raises:
         TypeError: not a Show-o2 model, or config or plan of another type.
-        ValueError: pruning without a plan, or with a plan of another model, ratio or multiple.
+        ValueError: pruning without a plan, or with a plan of another model, ratio or multiple. A plan with ratios of its own
+            for every layer is asked for by their mean, `plan.ratio`.
         RuntimeError: the model is accelerated already.
     In each case the model is as it was.
     """

@@ -8,13 +8,16 @@ from pathlib import Path
 import click
 import torch
 
-from ..calibrate import GenerationSample, UnderstandingSample
+from ..calibrate import GenerationSample, UnderstandingSample, calibrate
 from . import codec
 from .model import DATA, PRUNE_MULTIPLE, load_model
 from .tokenizer import layout
 from .world import Scene, captions, questions, render, scenes
 
-__all__ = ["samples"]
+__all__ = ["SAMPLES", "samples"]
+
+SAMPLES = 40
+"""Drawings, and questions, that the shipped plan is made from."""
 
 
 def _latents(scene: Scene, rng: random.Random) -> torch.Tensor:
@@ -22,17 +25,25 @@ def _latents(scene: Scene, rng: random.Random) -> torch.Tensor:
 
 
 def samples(count: int, seed: int) -> tuple[list[GenerationSample], list[UnderstandingSample]]:
-    """`count` drawings and `count` questions with answers, from training scenes."""
+    """`count` drawings and `count` questions with answers, from training scenes.
+
+    Raises:
+        ValueError: more than there are training scenes.
+    """
     rng = random.Random(seed)
     words = layout()
     generation, understanding = [], []
-    for scene in rng.sample(scenes(held_out=False), count):
+    everything = scenes(held_out=False)
+    if count > len(everything):
+        raise ValueError(f"count: expected at most {len(everything)} training scenes, got {count}")
+    for scene in rng.sample(everything, count):
         rows = words.generation([rng.choice(captions(scene))])
         generation.append(GenerationSample(latents=_latents(scene, rng), **vars(rows)))
         question = rng.choice(questions(scene, rng))
         before, after = words.question(question.text)
         answer = torch.tensor([words.encode(question.answer)], dtype=torch.int64)
-        understanding.append(UnderstandingSample(_latents(scene, rng), before, torch.cat([after, answer], dim=1)))
+        tokens = torch.cat([after, answer], dim=1)
+        understanding.append(UnderstandingSample(_latents(scene, rng), before, tokens, answer.shape[1]))
     return generation, understanding
 
 
@@ -45,20 +56,29 @@ def samples(count: int, seed: int) -> tuple[list[GenerationSample], list[Underst
     help="Checkpoint folder; the plan is written into it. Default: the shipped one.",
 )
 @click.option(
-    "--samples", "count", default=40, show_default=True, type=click.IntRange(1, 200), help="Drawings, and questions."
+    "--samples",
+    "count",
+    default=SAMPLES,
+    show_default=True,
+    type=click.IntRange(1, 200),
+    help="Drawings, and questions.",
 )
-@click.option("--ratio", default=0.2, show_default=True, type=click.FloatRange(0, 1), help="Share of neurons to prune.")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--ratio",
+    default=0.2,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of neurons to prune.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 def main(directory: Path, count: int, ratio: float, seed: int) -> None:
-    """Score the embedded model's neurons per task and write plan.safetensors beside its weights."""
-    from ..calibrate import calibrate
+    """Score the neurons of a model in training and write plan.safetensors beside its weights.
 
-    model = load_model(directory)
-    plan = calibrate(model, *samples(count, seed), ratio=ratio, multiple=PRUNE_MULTIPLE, seed=seed)
+    `flashu-ext calibrate nano` does the same for the shipped model, with every setting.
+    """
+    plan = calibrate(load_model(directory), *samples(count, seed), ratio=ratio, multiple=PRUNE_MULTIPLE, seed=seed)
     plan.save(directory / "plan.safetensors")
-    click.echo(
-        f"{directory / 'plan.safetensors'}: {plan.kept_neurons} of {plan.intermediate} neurons for each task and layer"
-    )
+    click.echo(f"{directory / 'plan.safetensors'}\n{plan.describe()}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ class Summary:
         steps: evaluations of the last image by kind (see `schedule.Step.kind`).
         backbone_evaluations, head_evaluations: how many of them ran the language model, and the head's blocks.
         layers_skipped: (step, layers) for every measurement of the last image.
-        neurons: task -> FFN neurons read per layer, for tasks with a set of their own. intermediate: all of them.
+        neurons: task -> FFN neurons read per layer (where layers differ, their mean, rounded), for tasks with a set of their
+            own. intermediate: all of them.
         tokens: 'prefix' (longest prompt, computed once), 'span' (per step), 'tail' (dropped) of the last image; 'prefilled' and
             'reused' prompt tokens over all answers.
         weight_bytes: the model's weights. extra_weight_bytes: what acceleration keeps beside them (the permutations).

@@ -175,7 +175,8 @@ class Pipeline:
         """The config and plan of 'dense' (none), 'exact' or 'paper' for this model.
 
         Args:
-            plan: for a config that prunes; None: the embedded model's own, and none for others.
+            plan: for a config that prunes; None: the embedded model's own, and none for others. One with a ratio for each layer
+                is left as it is, any other is pruned as the config says.
 
         Raises:
             ValueError: no such preset.
@@ -194,6 +195,8 @@ class Pipeline:
             return config, None
         if plan is None:
             return config, load_plan(self.model) if self.name == "nano" else None
+        if plan.ratios is not None:
+            return config.replace(ffn_prune_ratio=plan.ratio, prune_multiple=plan.multiple), plan
         return config, plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
 
     def accelerate(self, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Handle:

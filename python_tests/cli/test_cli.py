@@ -36,7 +36,7 @@ def test_help_has_an_example(path: tuple[str, ...]) -> None:
 
 
 def test_commands() -> None:
-    assert set(cli.commands) == {"demo", "generate", "answer", "plan", "bench", "info"}
+    assert set(cli.commands) == {"demo", "generate", "answer", "calibrate", "plan", "bench", "info"}
     assert set(cli.commands["bench"].commands) == {"ffn", "e2e"}
 
 
@@ -58,6 +58,11 @@ def test_version() -> None:
         ("generate", "a circle", "--steps", "many"),
         ("generate", "a circle", "-o", "/no/such/folder/out.png"),
         ("answer", "/no/such/image.png", "what colour is it?"),
+        ("calibrate", "nano", "--data", "/no/such/folder"),
+        ("calibrate", "nano", "--out", "/no/such/folder/plan.safetensors"),
+        ("calibrate", "nano", "--estimator", "magic"),
+        ("calibrate", "nano", "--ratio", "1"),
+        ("calibrate", "some/checkpoint"),
         ("bench", "e2e", "--repeats", "0"),
         ("bench", "e2e", "--upstream", "/no/such/folder"),
     ],
@@ -153,3 +158,96 @@ def test_info_works_without_the_extension() -> None:
     result = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "torch" in result.stdout
+
+
+# ---- calibrate
+
+
+def write_folder(folder: Path, lines: dict[str, list[str]]) -> Path:
+    from PIL import Image
+
+    folder.mkdir()
+    for n in range(3):
+        Image.new("RGB", (60, 50), (80 * n, 40, 200 - 80 * n)).save(folder / f"{n}.png")
+    for name, content in lines.items():
+        (folder / name).write_text("\n".join(content))
+    return folder
+
+
+DRAWN = [json.dumps({"image": f"{n}.png", "prompt": "a red circle"}) for n in range(3)]
+ASKED = [json.dumps({"image": f"{n}.png", "question": "what color is it?", "answer": "red"}) for n in range(3)]
+
+
+def test_calibrate_a_folder(tmp_path: Path) -> None:
+    from flashu_ext.estimators import ESTIMATORS
+    from flashu_ext.nano.model import load_model
+    from flashu_ext.plan import TaskPlan
+
+    data = write_folder(
+        tmp_path / "data", {"generation.jsonl": DRAWN, "counting.jsonl": [*ASKED, ""], "understanding.jsonl": ASKED[:1]}
+    )
+    out = tmp_path / "plan.safetensors"
+    arguments = ["calibrate", "nano", "--data", str(data), "--out", str(out), "--times", "0.2", "--times", "0.8"]
+    for estimator in ESTIMATORS:
+        checkpoint = str(tmp_path / "state.safetensors")
+        result = run(*arguments, "--limit", "2", "--estimator", estimator, "--adaptive", "--checkpoint", checkpoint)
+        assert result.exit_code == 0, result.output
+        assert "task      counting: " in result.output
+        plan = TaskPlan.load(out, model=load_model())
+        assert plan.tasks == ("generation", "understanding", "counting") and plan.times == (0.2, 0.8)
+        assert plan.notes["samples"] == {"generation": 2, "understanding": 1, "counting": 2}
+        assert (plan.estimator, plan.multiple, plan.ratio) == (estimator, 16, 0.2) and plan.ratios is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "plan.safetensors"]
+    # The plan is one that the other commands take.
+    drawn = run("generate", "a red circle", "--preset", "paper", "--plan", str(out), "--steps", "4", "-v",
+                "-o", str(tmp_path / "out.png"))  # fmt: skip
+    assert drawn.exit_code == 0, drawn.output
+    assert f"counting {plan.kept_neurons}" in drawn.output
+
+
+def test_calibrate_nano_draws_its_own_samples(tmp_path: Path) -> None:
+    from flashu_ext.plan import TaskPlan
+
+    out = tmp_path / "plan.safetensors"
+    result = run("calibrate", "nano", "--limit", "2", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    plan = TaskPlan.load(out)
+    assert plan.tasks == ("generation", "understanding") and plan.kept_counts == (304,) * 6
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ({}, "expected generation.jsonl, understanding.jsonl or other <task>.jsonl files"),
+        ({"generation.jsonl": []}, "generation.jsonl: expected at least one line, got none"),
+        ({"generation.jsonl": [DRAWN[0], "{"]}, "generation.jsonl:2: not valid JSON"),
+        (
+            {"generation.jsonl": [DRAWN[0], "", "3"]},
+            "generation.jsonl:3: expected an object with image, prompt, got '3'",
+        ),
+        ({"generation.jsonl": ASKED}, "generation.jsonl:1: expected an object with image, prompt, got"),
+        ({"x.jsonl": [ASKED[0], DRAWN[0]]}, "x.jsonl:2: expected an object with answer, image, question, got"),
+        (
+            {"x.jsonl": ['{"image": "0.png"}']},
+            "x.jsonl:1: expected an object with image, prompt or answer, image, question",
+        ),
+        ({"x.jsonl": ['{"image": "0.png", "image": "1.png", "prompt": ""}']}, "x.jsonl:1: key 'image' appears twice"),
+        ({"x.jsonl": ['{"image": "0.png", "prompt": 3}']}, "x.jsonl:1: prompt: expected a non-empty string, got 3"),
+        ({"x.jsonl": [ASKED[0].replace("red", " ")]}, "x.jsonl:1: answer: expected a non-empty string, got ' '"),
+        ({"x.jsonl": ['{"image": "9.png", "prompt": "a"}']}, "x.jsonl:1: image: no such file"),
+        ({"x.jsonl": ['{"image": "../0.png", "prompt": "a"}']}, "x.jsonl:1: image: expected a path within the folder"),
+        ({"x.jsonl": ['{"image": "x.jsonl", "prompt": "a"}']}, "x.jsonl: not an image"),
+    ],
+)
+def test_calibrate_names_what_is_wrong_with_its_data(tmp_path: Path, lines: dict[str, list[str]], message: str) -> None:
+    data, out = write_folder(tmp_path / "data", lines), tmp_path / "plan.safetensors"
+    result = run("calibrate", "nano", "--data", str(data), "--out", str(out))
+    assert result.exit_code == 1, result.output
+    assert message in result.output and not out.exists()
+
+
+def test_calibrate_offers_every_estimator() -> None:
+    from flashu_ext import cli as module
+    from flashu_ext.estimators import ESTIMATORS
+
+    assert tuple(ESTIMATORS) == module.ESTIMATORS

@@ -134,6 +134,31 @@ def test_a_folder_becomes_a_pipeline(folder: Path):
         assert handle.summary() is not None
 
 
+def test_a_checkpoint_folder_is_calibrated_from_images(folder: Path, tmp_path: Path):
+    from click.testing import CliRunner
+
+    from flashu_ext.cli import cli
+
+    Image.new("RGB", (70, 50), (200, 30, 30)).save(tmp_path / "a.png")
+    (tmp_path / "generation.jsonl").write_text('{"image": "a.png", "prompt": "a red square"}\n')
+    (tmp_path / "understanding.jsonl").write_text('{"image": "a.png", "question": "what ?", "answer": "a circle"}\n')
+    out = tmp_path / "plan.safetensors"
+    arguments = ["calibrate", str(folder), "--data", str(tmp_path), "--out", str(out), "--times", "0.5"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    pipe = fx.showo2.Pipeline.from_pretrained(folder)
+    plan = fx.TaskPlan.load(out, model=pipe.model)
+    assert plan.kept_neurons == 192 and plan.multiple == 64
+    tokens = {task: sums.tokens for task, sums in plan.calibration.sums.items()}
+    span = pipe.layout.image_tokens
+    # bos, prompt, boi and span, with and without the prompt; system prompt, boi, span, eoi, question, role, answer
+    assert tokens["generation"] == 2 * (2 + span) + 3
+    before, after = pipe.layout.question("what ?")
+    assert tokens["understanding"] == before.shape[1] + span + after.shape[1] + 2
+    with pipe.accelerate(*pipe.preset("paper", plan)):
+        assert pipe.generate("a red circle", steps=4).size == (pipe.pixels, pipe.pixels)
+
+
 @pytest.mark.parametrize("part", ["tokenizer", "vae"])
 def test_missing_parts_are_named(folder: Path, tmp_path: Path, part: str):
     for path in folder.iterdir():
