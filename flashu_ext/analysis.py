@@ -232,6 +232,7 @@ def run(
     drawings: int = 60,
     questions: int = 150,
     seed: int = 0,
+    removed: Sequence[float] = REMOVED,
     model_name: str = "nano",
     progress: bool = True,
 ) -> Analysis:
@@ -240,7 +241,7 @@ def run(
     Args:
         model: a model that is not accelerated. samples: (count, seed) -> calibration samples of both tasks.
         count: calibration samples of each task. drawings, questions: held-out ones per measurement.
-        seed: of everything random. progress: show a progress bar.
+        removed: shares of every layer's neurons that are removed. seed: of everything random. progress: show a progress bar.
     """
     began = time.perf_counter()
     generation, understanding = samples(count, seed)
@@ -251,11 +252,11 @@ def run(
         for part in (slice(half), slice(half, None))
     ]
     probe = Probe.make(drawings, questions, seed)
-    runs = 1 + len(REMOVED_SETS) * len(REMOVED)
+    runs = 1 + len(REMOVED_SETS) * len(removed)
     removals = []
     with _bar(runs * (drawings + questions), progress) as advance:
         intact = _measure(model, probe, "nothing", 0.0, advance)
-        for fraction in REMOVED:
+        for fraction in removed:
             for of in REMOVED_SETS:
                 config = FlashUConfig(ffn_prune_ratio=fraction, prune_multiple=1)
                 with accelerate(model, config, _without(plan, of, fraction, seed)):
@@ -297,7 +298,7 @@ def verdicts(result: Analysis) -> list[str]:
             f"Critical {100 * overlap.fraction:.0f} %: Jaccard {overlap.mean:.2f} between the tasks, {floor:.2f} or more between "
             f"halves of one task's samples, {overlap.expected:.2f} for random sets; {text}."
         )
-    for fraction in REMOVED:
+    for fraction in dict.fromkeys(r.fraction for r in result.removals):
         found = {r.of: r for r in result.removals if r.fraction == fraction}
         cross = [
             ("generation's critical neurons", found["generation:most"], "adherence", "accuracy"),

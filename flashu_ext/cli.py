@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .cli_studies import COMMANDS
 
 if TYPE_CHECKING:
     pass
@@ -548,6 +549,10 @@ def e2e(
         json_file.write_text(report.to_json(), encoding="utf-8")
     if not report.agrees:
         raise RuntimeError(report.disagreement())
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -71,7 +71,7 @@ class FidelityResult:
 
 def settings(fidelities: Sequence[float] = (0.99, 0.95)) -> list[Setting]:
     """Dense at full and at fewer steps, exact, paper, every knob by itself, and fast at each fidelity."""
-    pruned = {"prune_multiple": PRUNE_MULTIPLE}
+    pruned: dict[str, Any] = {"prune_multiple": PRUNE_MULTIPLE}
     fewer = (35, 25, 18, 13, 9)
 
     def knob(name: str, **fields: Any) -> Setting:
