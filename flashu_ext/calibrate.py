@@ -185,12 +185,11 @@ def _see_generation(
 
 def _see_understanding(parts: Showo2Parts, sample: UnderstandingSample, norms: _NeuronNorms) -> None:
     """One prefill of image, question and answer."""
-    from .config import FlashUConfig
-    from .kernel_sets import resolve
-    from .runtime.understanding import UnderstandingEngine
+    from .showo2.understanding import prompt_embeds
 
-    engine = UnderstandingEngine(parts, resolve(FlashUConfig.exact(), parts.device, parts.dtype))
-    embeds, allowed = engine.prompt(sample.image_latents, sample.tokens_before_image, sample.tokens_after_boi)
+    embeds, allowed = prompt_embeds(
+        parts.model, sample.image_latents, sample.tokens_before_image, sample.tokens_after_boi
+    )
     norms.counted = None
     parts.model.showo(inputs_embeds=embeds, attention_mask=_additive(allowed[None, None], parts.dtype), use_cache=False)
 
