@@ -45,12 +45,18 @@ def oracle(
     layer: int = 2,
     score: str = "value_norm",
     skip: float = 0.0,
+    hidden: slice | None = None,
 ) -> tuple[list[int], Tensor, list[int]]:
-    """A dense model's greedy answer with tokens pruned and layers skipped: (tokens, logits [n, vocab], skipped layers)."""
+    """A dense model's greedy answer with tokens pruned and layers skipped: (tokens, logits [n, vocab], skipped layers).
+
+    hidden: positions of the prompt that only they themselves look at.
+    """
     llm, config = model.showo.model, model.showo.config
     heads = (config.num_attention_heads, config.num_key_value_heads)
     embeds, allowed = prompt_embeds(model, image_latents, tokens_before_image, tokens_after_boi)
     embeds, prompt = embeds[0], embeds.shape[1]
+    if hidden is not None:
+        allowed[:, hidden] = torch.eye(prompt, dtype=torch.bool)[:, hidden]
     first = tokens_before_image.shape[1] + (2 if model.config.add_time_embeds else 1)
     visual = torch.arange(first, first + prompt - tokens_before_image.shape[1] - tokens_after_boi.shape[1] - 1)
     if not model.config.add_time_embeds:

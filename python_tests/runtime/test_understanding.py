@@ -37,20 +37,25 @@ def batch(asked):
 
 def logits_of(handle, asked, new=NEW):
     """Greedy answers through the engine: (tokens per question, logits per question [new, vocab])."""
-    engine, rows = handle.runner.understanding, [[] for _ in asked]
-
-    def pick(logits, prompts):
-        for row, prompt in zip(logits, prompts, strict=True):
-            rows[prompt].append(row.clone())
-        return logits.argmax(-1, keepdim=True)
-
+    engine = handle.runner.understanding
     with torch.no_grad():
         images = engine.image_embeds([a["image_latents"] for a in asked])
         prompts = [
             engine.question(image, a["tokens_before_image"], a["tokens_after_boi"])
             for image, a in zip(images, asked, strict=True)
         ]
-        tokens = engine.decode(prompts, new, pick, None)
+        return decoded(engine, prompts, new)
+
+
+def decoded(engine, prompts, new=NEW):
+    rows = [[] for _ in prompts]
+
+    def pick(logits, numbers):
+        for row, prompt in zip(logits, numbers, strict=True):
+            rows[prompt].append(row.clone())
+        return logits.argmax(-1, keepdim=True)
+
+    tokens = engine.decode(prompts, new, pick, None)
     return [[int(t) for t in row] for row in tokens], [torch.stack(row) for row in rows]
 
 
@@ -129,6 +134,23 @@ def test_mmu_generate_finds_the_image_in_the_mask():
         assert handle.summary().tokens["visual"] == 0  # all see all: nothing says which are the image's
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_hidden_tokens_stay_hidden(score):
+    """The same embeddings under another mask are another prompt: nothing is lent across the difference."""
+    model, asked = public().model(), ask(1, before=30)
+    embeds, allowed = fx.showo2.understanding.prompt_embeds(model, *asked.values())
+    config = fx.FlashUConfig(token_prune_ratio=0.5, token_prune_score=score)
+    with fx.accelerate(model, config) as handle, torch.no_grad():
+        engine = handle.runner.understanding
+        for hidden in (None, slice(20, 21), None, slice(1, 29)):
+            mask = allowed.clone()
+            if hidden is not None:
+                mask[:, hidden] = torch.eye(len(mask), dtype=torch.bool)[:, hidden]
+            (got,), (logits,) = decoded(engine, [engine.prompt(embeds, mask)])
+            tokens, expected, _ = oracle(model, **asked, max_new_tokens=NEW, ratio=0.5, score=score, hidden=hidden)
+            assert got == tokens and relative(logits, expected) < LIMIT
+
+
 def test_visual_spans_are_read_off_a_mask():
     def allowed(*spans, n=20):
         return fx.showo2.validate.omni_allowed(torch.tensor([spans]), n)[0]
@@ -167,11 +189,13 @@ def test_a_layer_that_is_not_there_is_refused():
 # ---- skipped layers
 
 
-def test_answers_skip_the_layers_that_turned_the_question_least():
-    model, asked = public().model(), [ask(1), ask(2, 5, 4), ask(3, 6, 5)]
-    results = [oracle(model, **a, max_new_tokens=NEW, ratio=0.4, skip=0.4) for a in asked]
-    assert len({tuple(skipped) for _, _, skipped in results}) > 1, "rows of one batch that skip different layers"
-    with fx.accelerate(model, fx.FlashUConfig(token_prune_ratio=0.4, answer_layer_skip_ratio=0.4)) as handle:
+@pytest.mark.parametrize("skip", [0.13, 0.4, 0.5, 0.9])
+def test_answers_skip_the_layers_that_turned_the_question_least(skip):
+    model, asked = public().model(), [ask(1), ask(2, 5, 4), ask(3, 6, 5), ask(4, 7, 6)]
+    results = [oracle(model, **a, max_new_tokens=NEW, ratio=0.4, skip=skip) for a in asked]
+    if skip in (0.4, 0.5):
+        assert len({tuple(skipped) for _, _, skipped in results}) > 1, "rows of one batch that skip different layers"
+    with fx.accelerate(model, fx.FlashUConfig(token_prune_ratio=0.4, answer_layer_skip_ratio=skip)) as handle:
         tokens, logits = logits_of(handle, asked)
         assert handle.summary().answer_layers_skipped == tuple(tuple(skipped) for _, _, skipped in results)
         alone = [logits_of(handle, [a])[0][0] for a in asked]
