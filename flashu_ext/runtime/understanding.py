@@ -120,12 +120,9 @@ class _Narrowing:
     def _attention_scores(self, prompt: Prompt, row: int, start: int, normed: Tensor, new: slice) -> Tensor:
         cos, sin = self.rope
         keys, _ = self.cache.layer(self.cache.split)
-        before = keys[
-            row, :, :start
-        ]  # 'attention' lends nothing behind the first image, so every earlier token is there
-        return self.pruner.attention_scores(
-            self.attention, normed, (cos[:, new], sin[:, new]), before, prompt.allowed[-1]
-        )
+        # This score lends nothing behind the first image, so all earlier tokens are in the cache.
+        before, rope = keys[row, :, :start], (cos[:, new], sin[:, new])
+        return self.pruner.attention_scores(self.attention, normed, rope, before, prompt.allowed[-1])
 
 
 class _DecodePass:
@@ -234,7 +231,7 @@ class UnderstandingEngine:
         if max_new_tokens == 0 or not prompts:
             return answers
         parts = self.parts
-        # Written from its first slot to its last before it replaces the old cache: an error on the way leaves that as it is.
+        # The old cache is read, not written, until the new one holds all prompts: an error on the way leaves it usable.
         cache = PromptCache(
             prompts, max_new_tokens - 1, self.pruner.layer, len(parts.layers), parts.llm_attention, prompts[0].embeds
         )

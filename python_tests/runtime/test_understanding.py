@@ -198,6 +198,7 @@ def test_answers_skip_the_layers_that_turned_the_question_least(skip):
     with fx.accelerate(model, fx.FlashUConfig(token_prune_ratio=0.4, answer_layer_skip_ratio=skip)) as handle:
         tokens, logits = logits_of(handle, asked)
         assert handle.summary().answer_layers_skipped == tuple(tuple(skipped) for _, _, skipped in results)
+        assert f"in answers  {results[0][2]}; " in str(handle.summary())
         alone = [logits_of(handle, [a])[0][0] for a in asked]
     for row, (expected, numbers, _) in enumerate(results):
         assert tokens[row] == expected == alone[row] and relative(logits[row], numbers) < LIMIT
