@@ -194,18 +194,51 @@ def generate(
     click.echo(f"{output}: {image.width} x {image.height}, {seconds:.2f} s ({preset})")
 
 
-@cli.command(epilog=_example('flashu-ext answer out.png "what color is the circle?" --preset exact'))
+@cli.command(
+    epilog=_example(
+        'flashu-ext answer out.png "what color is the circle?" --preset exact',
+        'flashu-ext answer out.png "describe the image" --temperature 0.7 --top-p 0.9 --seed 1',
+    )
+)
 @click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("question")
 @_model_options
-def answer(image: Path, question: str, model: str, preset: str, plan_file: Path | None, verbose: bool) -> None:
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(0), help="Longest answer.")
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="0: the most likely token; above: one is drawn.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Draw among the k most likely tokens.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw among the likely tokens that make up this much."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the draws.")
+def answer(
+    image: Path,
+    question: str,
+    model: str,
+    preset: str,
+    plan_file: Path | None,
+    verbose: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> None:
     """Answer QUESTION about IMAGE."""
     from PIL import Image
 
     with Image.open(image) as file:
         picture = file.convert("RGB")
     with _pipeline(model, preset, plan_file, verbose) as pipe:
-        click.echo(pipe.answer(picture, question))
+        text = pipe.answer(
+            picture, question, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        )
+        click.echo(text)
 
 
 @cli.command(

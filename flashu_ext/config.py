@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FlashUConfig", "GuidancePhase"]
+__all__ = ["TOKEN_SCORES", "FlashUConfig", "GuidancePhase"]
 
 GuidancePhase = tuple[int, float]
+
+TOKEN_SCORES = ("value_norm", "value_norm_small", "attention", "random")
+"""Rules that choose the visual tokens to drop; see `FlashUConfig.token_prune_score`."""
 
 
 def _fail(name: str, expected: str, got: object) -> ValueError:
@@ -48,8 +51,12 @@ class FlashUConfig:
         guidance: phases ``(evaluations, scale)`` of the guidance scale, or None: the caller's scale throughout.
             After the last phase the caller's scale holds.
         guidance_relative: the scales in ``guidance`` multiply the caller's scale instead of replacing it.
-        token_prune_ratio: fraction of visual tokens dropped while answering. Only 0 is available in this version.
-        token_prune_layer: LLM layer whose value norms decide it.
+        token_prune_ratio: fraction of an image's tokens dropped while answering, the count rounded down, in [0, 1).
+        token_prune_layer: LLM layer, from 0, that scores them; it and the layers after it go on without the dropped ones.
+        token_prune_score: who is dropped. 'value_norm': the largest value vectors (the paper's); for comparison
+            'value_norm_small': the smallest, 'attention': least looked at by the question's last token, 'random' (seeded).
+        answer_layer_skip_ratio: fraction of LLM layers, rounded down, that an answer's tokens skip: those that turned the
+            prompt's last token least (r_LS while understanding). The prompt itself runs through all layers. In [0, 1).
         prune_multiple: kept neurons per layer are a multiple of this.
         ffn_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels of that family; False
             runs plain torch instead, so that a difference can be bisected.
@@ -69,6 +76,8 @@ class FlashUConfig:
     guidance_relative: bool = False
     token_prune_ratio: float = 0.0
     token_prune_layer: int = 2
+    token_prune_score: str = "value_norm"
+    answer_layer_skip_ratio: float = 0.0
     prune_multiple: int = 64
     ffn_kernels: bool = True
     routing_kernels: bool = True
@@ -76,14 +85,10 @@ class FlashUConfig:
     step_kernels: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("ffn_prune_ratio", "layer_skip_ratio", "token_prune_ratio"):
+        for name in ("ffn_prune_ratio", "layer_skip_ratio", "token_prune_ratio", "answer_layer_skip_ratio"):
             value = getattr(self, name)
             if not _is_real(value) or not 0 <= value < 1:
                 raise _fail(name, "a number in [0, 1)", value)
-        if self.token_prune_ratio != 0:
-            raise _fail(
-                "token_prune_ratio", "0 (pruning visual tokens is not part of this version)", self.token_prune_ratio
-            )
         tau = self.full_network_steps
         if not (_is_int(tau) and tau >= 0) and not (isinstance(tau, float) and 0 <= tau < 1):
             raise _fail("full_network_steps", "a count of steps >= 0 or a fraction in [0, 1)", tau)
@@ -97,6 +102,8 @@ class FlashUConfig:
             raise _fail("head_forecast_order", "0, 1 or 2", self.head_forecast_order)
         if self.steps is not None and (not _is_int(self.steps) or self.steps < 2):
             raise _fail("steps", "None or an integer >= 2 (grid points)", self.steps)
+        if self.token_prune_score not in TOKEN_SCORES:
+            raise _fail("token_prune_score", f"one of {', '.join(TOKEN_SCORES)}", self.token_prune_score)
         for name in ("guidance_relative", "ffn_kernels", "routing_kernels", "norm_kernels", "step_kernels"):
             if not isinstance(getattr(self, name), bool):
                 raise _fail(name, "True or False", getattr(self, name))
@@ -167,6 +174,7 @@ class FlashUConfig:
             "head_cache_interval": self.head_cache_interval > 1,
             "guidance": self.guidance is not None,
             "token_prune_ratio": self.token_prune_ratio > 0,
+            "answer_layer_skip_ratio": self.answer_layer_skip_ratio > 0,
         }
         return tuple(name for name, on in active.items() if on)
 

@@ -19,7 +19,7 @@ __all__ = ["FAMILIES", "KernelSet", "resolve"]
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "ffn": ("gathered_ffn",),
-    "routing": ("cosine_importance",),
+    "routing": ("cosine_importance", "value_norms", "select_topk", "gather_rows"),
     "norm": ("rms_norm", "add_rms_norm_", "span_modulate", "span_gate_add_"),
     "step": ("guided_euler_step_", "taylor_update_", "taylor_predict"),
 }
@@ -36,6 +36,9 @@ class KernelSet:
 
     gathered_ffn: Callable[..., Any]
     cosine_importance: Callable[..., Any]
+    value_norms: Callable[..., Any]
+    select_topk: Callable[..., Any]
+    gather_rows: Callable[..., Any]
     rms_norm: Callable[..., Any]
     add_rms_norm_: Callable[..., Any]
     span_modulate: Callable[..., Any]

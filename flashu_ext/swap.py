@@ -103,7 +103,9 @@ class Handle:
         runner, parts = self.runner, self.runner.parts
         image = runner.last_image
         done = image.plan.steps[: image.step] if image else ()
-        tokens = {"prefilled": runner.understanding.prefilled, "reused": runner.understanding.reused}
+        answers = runner.understanding
+        tokens = {"prefilled": answers.prefilled, "reused": answers.reused}
+        tokens |= {"visual": answers.visual, "visual kept": answers.visual_kept}
         if image is not None:
             length, geometry = image.text_tokens.shape[1], image.geometry
             tokens |= {
@@ -117,6 +119,7 @@ class Handle:
             backbone_evaluations=sum(step.backbone for step in done),
             head_evaluations=sum(step.head for step in done),
             layers_skipped=tuple(image.choices) if image else (),
+            answer_layers_skipped=answers.skipped,
             neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and self._layouts else {},
             intermediate=int(parts.layers[0].mlp.gate_proj.weight.shape[0]),
             tokens=tokens,
@@ -147,8 +150,9 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
 
     Raises:
         TypeError: not a Show-o2 model, or config or plan of another type.
-        ValueError: pruning without a plan, or with a plan of another model, ratio or multiple. A plan with ratios of its own
-            for every layer is asked for by their mean, `plan.ratio`.
+        ValueError: pruning neurons without a plan, or with a plan of another model, ratio or multiple (a plan with ratios of
+            its own for every layer is asked for by their mean, `plan.ratio`); pruning tokens at a layer that the model does
+            not have.
         RuntimeError: the model is accelerated already.
     In each case the model is as it was.
     """
@@ -160,6 +164,11 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
     parts = Showo2Parts.find(model)
     if find_runner(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
+    layers = len(parts.layers)
+    if config.token_prune_ratio > 0 and config.token_prune_layer >= layers:
+        raise ValueError(
+            f"config.token_prune_layer: expected a layer in [0, {layers}) of this model, got {config.token_prune_layer}"
+        )
     layouts = _layouts(model, config, plan)
     kernels = resolve(config, parts.device, parts.dtype)
     originals = {name: getattr(model, name) for name in _METHODS}

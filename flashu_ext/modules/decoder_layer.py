@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -10,18 +11,25 @@ from ..kernel_sets import KernelSet
 from ..structure import AttentionShape, norm_eps
 from .attention import AttentionPass, rotate
 
-__all__ = ["decoder_layer", "project_qkv"]
+__all__ = ["decoder_layer", "project_qkv", "pruning_layer"]
 
 Rope = tuple[Tensor, Tensor]
+
+Pass = TypeVar("Pass", bound=AttentionPass)
+Choose = Callable[[Tensor, Tensor], tuple[Tensor, Pass]]
+"""(normed [1, n, hidden], value [1, n, kv_heads, d]) -> indices of the tokens that stay, int64 [m] ascending, and the
+attention pass among them."""
 
 
 def project_qkv(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
     """x [rows, n, hidden] -> query [rows, n, heads, d], key and value [rows, n, kv_heads, d], not yet rotated."""
-    rows, n, _ = x.shape
-    query = attention.q_proj(x).view(rows, n, shape.heads, shape.head_dim)
-    key = attention.k_proj(x).view(rows, n, shape.kv_heads, shape.head_dim)
-    value = attention.v_proj(x).view(rows, n, shape.kv_heads, shape.head_dim)
-    return query, key, value
+    query, key = _project_qk(attention, x, shape)
+    return query, key, attention.v_proj(x).view(*x.shape[:2], shape.kv_heads, shape.head_dim)
+
+
+def _project_qk(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    query = attention.q_proj(x).view(*x.shape[:2], shape.heads, shape.head_dim)
+    return query, attention.k_proj(x).view(*x.shape[:2], shape.kv_heads, shape.head_dim)
 
 
 def decoder_layer(
@@ -42,7 +50,39 @@ def decoder_layer(
     """
     normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
     query, key, value = project_qkv(layer.self_attn, normed, shape)
-    attended = layer.self_attn.o_proj(attention(index, rotate(query, rope), rotate(key, rope), value))
+    attended = attention(index, rotate(query, rope), rotate(key, rope), value)
+    return _after_attention(layer, x, attended, kernels, task)
+
+
+def pruning_layer(
+    layer: Any,
+    index: int,
+    x: Tensor,
+    rope: Rope,
+    choose: Choose[Pass],
+    shape: AttentionShape,
+    kernels: KernelSet,
+    task: str | None,
+) -> tuple[Tensor, Rope, Pass]:
+    """A decoder layer that drops tokens: x [1, n, hidden] -> ([1, m, hidden], rotary table and pass of the m that stay).
+
+    All tokens are normed and projected to values, which the choice reads; from there on only those that stay are computed,
+    so a dropped token costs this layer one of its seven matrices.
+    """
+    normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
+    value = layer.self_attn.v_proj(normed)
+    keep, attention = choose(normed, value.view(*value.shape[:2], shape.kv_heads, shape.head_dim))
+    x, normed, value = (kernels.gather_rows(rows[0], keep)[None] for rows in (x, normed, value))
+    rope = (rope[0][:, keep], rope[1][:, keep])
+    query, key = _project_qk(layer.self_attn, normed, shape)
+    value = value.view(*value.shape[:2], shape.kv_heads, shape.head_dim)
+    attended = attention(index, rotate(query, rope), rotate(key, rope), value)
+    return _after_attention(layer, x, attended, kernels, task), rope, attention
+
+
+def _after_attention(layer: Any, x: Tensor, attended: Tensor, kernels: KernelSet, task: str | None) -> Tensor:
+    """Output projection, residual, norm and FFN; `x` is overwritten."""
+    attended = layer.self_attn.o_proj(attended)
     norm = layer.post_attention_layernorm
     normed = kernels.add_rms_norm_(attended, x, norm.weight, norm_eps(norm))
     return layer.mlp(normed, task=task, residual=x)

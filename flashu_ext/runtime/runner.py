@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import FlashUConfig
 from ..kernel_sets import KernelSet
 from ..showo2 import validate
+from ..showo2.decoding import TokenSampler
 from ..structure import Showo2Parts
 from .generation import GenerationEngine
 from .state import ImageState
@@ -34,7 +35,7 @@ class Runner:
         self.kernels = kernels
         self.originals = originals
         self.generation = GenerationEngine(parts, config, kernels)
-        self.understanding = UnderstandingEngine(parts, kernels)
+        self.understanding = UnderstandingEngine(parts, config, kernels)
         self.fallbacks: Counter[str] = Counter()
         self.last_image: ImageState | None = None
         self._in_progress: list[ImageState] = []
@@ -234,31 +235,29 @@ class Runner:
         length = input_embeds.shape[1]
         validate.check_mmu_inputs(self.parts.model, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
 
-        def pick(logits: Tensor) -> Tensor:
-            logits = logits / temperature
-            if top_k is not None:
-                least = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < least, float("-inf"))
-            return torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
-
-        allowed = (attention_mask == 0).reshape(length, length)
-        return self.understanding.decode(input_embeds.to(self.parts.dtype), allowed, max_new_tokens, pick, eos_token)
+        prompt = self.understanding.prompt(
+            input_embeds.to(self.parts.dtype), (attention_mask == 0).reshape(length, length)
+        )
+        sampler = TokenSampler(temperature, top_k)
+        return self.understanding.decode([prompt], max_new_tokens, sampler, eos_token)[0]
 
     @torch.no_grad()
     def answer_tokens(
         self,
-        image_latents: Tensor,
-        tokens_before_image: Tensor,
-        tokens_after_boi: Tensor,
-        max_new_tokens: int = 64,
-        eos_token: int | None = None,
-    ) -> Tensor:
-        """`flashu_ext.showo2.answer_tokens` of an accelerated model; arguments and results are the same."""
-        embeds, allowed = self.understanding.prompt(image_latents, tokens_before_image, tokens_after_boi)
-        tokens = self.understanding.decode(
-            embeds, allowed, max_new_tokens, lambda x: x.argmax(-1, keepdim=True), eos_token
-        )
-        return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64, device=embeds.device)
+        image_latents: Sequence[Tensor],
+        befores: Sequence[Tensor],
+        afters: Sequence[Tensor],
+        max_new_tokens: int,
+        eos_token: int | None,
+        sampler: TokenSampler,
+    ) -> list[Tensor]:
+        """`flashu_ext.showo2.answer_tokens_batch` of an accelerated model; one image [1, channels, H, W] a question."""
+        engine = self.understanding
+        images = engine.image_embeds(image_latents)
+        prompts = [engine.question(*inputs) for inputs in zip(images, befores, afters, strict=True)]
+        answers = engine.decode(prompts, max_new_tokens, sampler, eos_token)
+        empty = torch.empty(0, dtype=torch.int64, device=self.parts.device)
+        return [torch.stack(answer) if answer else empty for answer in answers]
 
     # ---- housekeeping
 

@@ -16,10 +16,12 @@ class Summary:
         steps: evaluations of the last image by kind (see `schedule.Step.kind`).
         backbone_evaluations, head_evaluations: how many of them ran the language model, and the head's blocks.
         layers_skipped: (step, layers) for every measurement of the last image.
+        answer_layers_skipped: for each prompt of the last call the layers that its answer skipped.
         neurons: task -> FFN neurons read per layer (where layers differ, their mean, rounded), for tasks with a set of their
             own. intermediate: all of them.
         tokens: 'prefix' (longest prompt, computed once), 'span' (per step), 'tail' (dropped) of the last image; 'prefilled' and
-            'reused' prompt tokens over all answers.
+            'reused' prompt tokens over all answers; 'visual' image tokens in the prompts of the last call and 'visual kept' of
+            them behind the pruning layer.
         weight_bytes: the model's weights. extra_weight_bytes: what acceleration keeps beside them (the permutations).
         cache_bytes: keys, values and states held now.
         kernels: op -> backend. fallbacks: reason -> occurrences.
@@ -29,6 +31,7 @@ class Summary:
     backbone_evaluations: int
     head_evaluations: int
     layers_skipped: tuple[tuple[int, tuple[int, ...]], ...]
+    answer_layers_skipped: tuple[tuple[int, ...], ...]
     neurons: Mapping[str, int]
     intermediate: int
     tokens: Mapping[str, int]
@@ -47,6 +50,7 @@ class Summary:
             f"evaluations   {listed(self.steps)}",
             f"              {self.backbone_evaluations} backbone, {self.head_evaluations} head",
             f"layers skipped {skipped}",
+            f"   in answers  {'; '.join(str(list(layers)) for layers in self.answer_layers_skipped if layers) or 'none'}",
             f"FFN neurons   {listed(self.neurons)} (of {self.intermediate})",
             f"tokens        {listed(self.tokens)}",
             f"memory        weights {self.weight_bytes / 2**20:.1f} MiB, extra {self.extra_weight_bytes / 2**20:.3f} MiB, "

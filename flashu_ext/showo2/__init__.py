@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline as Pipeline
     from .sampling import sample as sample
     from .understanding import answer_tokens as answer_tokens
+    from .understanding import answer_tokens_batch as answer_tokens_batch
 
 _HOMES = {
     "Showo2Config": "config",
@@ -22,6 +23,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "sample": "sampling",
     "answer_tokens": "understanding",
+    "answer_tokens_batch": "understanding",
 }
 
 __all__ = list(_HOMES)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..structure import Showo2Parts, position_table
 from . import validate
 from .config import HeadConfig, Showo2Config
+from .decoding import TokenSampler, decode_dense
 from .embedders import PatchEmbed, TimestepEmbedder
 from .head import FinalLayer, ModulatedAttentionBlock, RMSNorm
 
@@ -246,21 +247,8 @@ class Showo2(nn.Module):
         lowest = torch.finfo(embeds.dtype).min
         mask = torch.zeros(length, length, dtype=embeds.dtype, device=embeds.device)
         mask.masked_fill_(attention_mask.reshape(length, length) != 0, lowest)
-        result: list[Tensor] = []
-        for _ in range(max_new_tokens):
-            hidden = self.backbone(embeds, mask[None, None])
-            logits = self.showo.lm_head(hidden[:, -1]) / temperature
-            if top_k is not None:
-                least = torch.topk(logits, min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < least, float("-inf"))
-            token = torch.multinomial(torch.softmax(logits, dim=-1), num_samples=1)
-            result.append(token[0, 0])
-            if eos_token is not None and int(token) == eos_token:
-                break
-            embeds = torch.cat([embeds, self.showo.model.embed_tokens(token)], dim=1)
-            mask = F.pad(mask, (0, 1, 0, 1), value=lowest)
-            mask[-1] = F.pad(mask[-2, :-1], (0, 1), value=0.0)
-        return result
+        sampler = TokenSampler(temperature, top_k)
+        return decode_dense(self, embeds, mask, max_new_tokens, sampler, eos_token)
 
     # ---- files
 

@@ -15,7 +15,7 @@ from .codec import ImageCodec, WanCodec
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
 from .sampling import sample
-from .understanding import answer_tokens
+from .understanding import answer_tokens_batch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,33 +137,87 @@ class Pipeline:
 
     def noise(self, seeds: Sequence[int], count: int | None = None) -> Tensor:
         """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed."""
-        if count is not None and len(seeds) != count:
-            raise ValueError(f"seeds: expected one for each of {count} prompts, got {len(seeds)}")
-        for seed in seeds:
-            if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-                raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+        self._check_seeds(seeds, len(seeds) if count is None else count, "prompts")
         config = self.model.config
         patch = config.patch_size
         shape = (config.image_latent_dim, config.image_latent_height * patch, config.image_latent_width * patch)
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(rows).to(self._device)
 
+    @staticmethod
+    def _check_seeds(seeds: Sequence[int], count: int, what: str) -> None:
+        if len(seeds) != count:
+            raise ValueError(f"seeds: expected one for each of {count} {what}, got {len(seeds)}")
+        for seed in seeds:
+            if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+                raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+
     # ---- answering
 
-    def answer(self, image: Image, question: str, max_new_tokens: int = 64) -> str:
-        """Answer a question about an image, greedily.
+    def answer(
+        self,
+        image: Image,
+        question: str,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> str:
+        """Answer a question about an image, greedily unless a temperature is given.
 
         Args:
             image: PIL image of any size; it is scaled to cover the model's square and cropped in the middle.
+            temperature, top_k, top_p: as in `answer_tokens`. seed: of the draws; None: torch's own generator.
 
         Raises:
             TypeError, ValueError: an argument is wrong; it is named.
         """
-        before, after = self.layout.question(question, self._device)
-        tokens = answer_tokens(
-            self.model, self.encode(image), before, after, max_new_tokens=max_new_tokens, eos_token=self.layout.eos
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        seeds = None if seed is None else [seed]
+        return self.answer_batch([image], [question], max_new_tokens, seeds=seeds, **sampling)[0]
+
+    def answer_batch(
+        self,
+        images: Sequence[Image],
+        questions: Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Answer questions[i] about images[i], together where the model is accelerated; one image may serve all questions.
+
+        Args:
+            seeds: one for each question, so that its draws do not depend on the others. The rest is as in `answer`.
+        """
+        if isinstance(questions, str) or not isinstance(questions, Sequence):
+            raise TypeError(f"questions: expected a list of strings, got {type(questions).__name__}")
+        if not isinstance(images, Sequence):
+            raise TypeError(f"images: expected a list of PIL images, got {type(images).__name__}")
+        if len(images) not in (1, len(questions)):
+            raise ValueError(f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}")
+        generators = None
+        if seeds is not None:
+            self._check_seeds(seeds, len(questions), "questions")
+            generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
+        rows = [self.layout.question(question, self._device) for question in questions]
+        answers = answer_tokens_batch(
+            self.model,
+            [self.encode(image) for image in images],
+            [before for before, _ in rows],
+            [after for _, after in rows],
+            max_new_tokens=max_new_tokens,
+            eos_token=self.layout.eos,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generators=generators,
         )
-        return self.layout.answer(tokens)
+        return [self.layout.answer(tokens) for tokens in answers]
 
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""

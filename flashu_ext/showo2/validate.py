@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_answer_inputs", "check_mmu_inputs", "check_sample_inputs", "check_t2i_inputs", "omni_allowed"]
+__all__ = [
+    "check_answer_inputs",
+    "check_generator",
+    "check_mmu_inputs",
+    "check_sample_inputs",
+    "check_sampling",
+    "check_t2i_inputs",
+    "omni_allowed",
+]
 
 
 def omni_allowed(modality_positions: Tensor, length: int) -> Tensor:
@@ -128,18 +136,28 @@ def check_sample_inputs(
 
 
 def check_answer_inputs(
-    model: Any, image_latents: Tensor, tokens_before_image: Tensor, tokens_after_boi: Tensor, max_new_tokens: int
+    model: Any,
+    image_latents: Any,
+    tokens_before_image: Any,
+    tokens_after_boi: Any,
+    max_new_tokens: int,
+    eos_token: int | None = None,
+    row: str = "",
 ) -> None:
-    """Inputs of `answer_tokens`: one image and one question."""
+    """Inputs of `answer_tokens`: one image and one question. row: its place in a batch, as '[3]', for messages."""
     device = model.showo.model.embed_tokens.weight.device
-    rows, _ = _latents("image_latents", image_latents, model, device)
+    rows, _ = _latents(f"image_latents{row}", image_latents, model, device)
     if rows != 1:
-        raise ValueError(f"image_latents: expected one image, got {rows}")
-    _tokens("tokens_before_image", tokens_before_image, 1, model, device)
-    _tokens("tokens_after_boi", tokens_after_boi, 1, model, device)
+        raise ValueError(f"image_latents{row}: expected one image, got {rows}")
+    _tokens(f"tokens_before_image{row}", tokens_before_image, 1, model, device)
+    _tokens(f"tokens_after_boi{row}", tokens_after_boi, 1, model, device)
     if tokens_after_boi.shape[1] < 2:
-        raise ValueError(f"tokens_after_boi: expected boi, eoi and a question, got {tokens_after_boi.shape[1]} tokens")
+        raise ValueError(
+            f"tokens_after_boi{row}: expected boi, eoi and a question, got {tokens_after_boi.shape[1]} tokens"
+        )
     _count("max_new_tokens", max_new_tokens)
+    if eos_token is not None and (isinstance(eos_token, bool) or not isinstance(eos_token, int)):
+        raise TypeError(f"eos_token: expected None or a token id, got {eos_token!r}")
 
 
 def check_mmu_inputs(
@@ -159,10 +177,30 @@ def check_mmu_inputs(
     if attention_mask.numel() != length * length or tuple(attention_mask.shape[-2:]) != (length, length):
         raise ValueError(f"attention_mask: expected [1, 1, {length}, {length}], got {tuple(attention_mask.shape)}")
     _count("max_new_tokens", max_new_tokens)
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
-    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+    check_sampling(temperature, top_k)
+    if temperature == 0:
+        raise ValueError("temperature: expected a finite number > 0, got 0 (top_k=1 is greedy)")
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None = None) -> None:
+    """How tokens are drawn; see `decoding.TokenSampler`."""
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, (int, float))
+        or not 0 <= temperature < float("inf")
+    ):
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k: expected None or an integer >= 1, got {top_k!r}")
+    if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p!r}")
+
+
+def check_generator(name: str, value: Any, device: torch.device) -> None:
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"{name}: expected a torch.Generator, got {type(value).__name__}")
+    if value.device.type != device.type:
+        raise ValueError(f"{name}: expected a generator on {device} as the model, got {value.device}")
 
 
 def _count(name: str, value: Any) -> None:

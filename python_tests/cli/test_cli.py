@@ -63,6 +63,8 @@ def test_version() -> None:
         ("calibrate", "nano", "--estimator", "magic"),
         ("calibrate", "nano", "--ratio", "1"),
         ("calibrate", "some/checkpoint"),
+        ("answer", __file__, "what colour is it?", "--top-p", "0"),
+        ("answer", __file__, "what colour is it?", "--temperature", "-1"),
         ("bench", "e2e", "--repeats", "0"),
         ("bench", "e2e", "--upstream", "/no/such/folder"),
     ],
@@ -96,6 +98,16 @@ def test_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.output.count("\n") == 1 and "absent" in result.output
     assert not (tmp_path / "out.png").exists()
+
+
+def test_answers_are_drawn_as_asked(tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    pytest.importorskip("PIL.Image").new("RGB", (48, 48), "red").save(image)
+    ask = ("answer", str(image), "what color is the circle?", "--max-new-tokens", "2")
+    answers = [run(*ask, *more) for more in ([], ["--preset", "dense"], ["--temperature", "1", "--top-k", "1"])]
+    assert {result.exit_code for result in answers} == {0} and len({result.output for result in answers}) == 1
+    hot = [run(*ask, "--temperature", "50", "--top-p", "1", "--seed", seed).output for seed in "112"]
+    assert hot[0] == hot[1] != hot[2]
 
 
 def test_plan_of_paper_names_the_totals() -> None:

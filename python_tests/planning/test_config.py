@@ -8,12 +8,21 @@ from flashu_ext import FlashUConfig
 
 
 def test_presets_validate_and_survive_json():
-    for config in (FlashUConfig.exact(), FlashUConfig.paper(), FlashUConfig.paper(steps=50, head_cache_interval=4)):
+    for config in (
+        FlashUConfig.exact(),
+        FlashUConfig.paper(),
+        FlashUConfig.paper(steps=50, head_cache_interval=4),
+        FlashUConfig(token_prune_ratio=0.5, token_prune_score="attention", answer_layer_skip_ratio=0.25),
+    ):
         assert FlashUConfig.from_json(config.to_json()) == config
 
 
 def test_exact_refuses_to_approximate():
     assert FlashUConfig.exact().approximates == ()
+    for name in ("token_prune_ratio", "answer_layer_skip_ratio"):
+        assert FlashUConfig(**{name: 0.5}).approximates == (name,)
+    # Layer and score say how tokens are pruned; the ratio says whether.
+    assert FlashUConfig.exact(token_prune_layer=0, token_prune_score="random").approximates == ()
     with pytest.raises(ValueError, match="ffn_prune_ratio"):
         FlashUConfig.exact(ffn_prune_ratio=0.2)
 
@@ -47,7 +56,12 @@ BAD = [
     ("guidance", [(3, float("inf"))]),
     ("guidance", [(3,)]),
     ("guidance_relative", True),
-    ("token_prune_ratio", 0.5),
+    ("token_prune_ratio", 1.0),
+    ("token_prune_ratio", float("nan")),
+    ("token_prune_layer", -1),
+    ("token_prune_score", "largest"),
+    ("token_prune_score", ["value_norm"]),
+    ("answer_layer_skip_ratio", 1),
     ("prune_multiple", 0),
     ("norm_kernels", 1),
 ]

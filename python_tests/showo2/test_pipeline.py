@@ -181,6 +181,25 @@ def test_nano_draws_and_answers():
     assert np.abs(np.asarray(several[1]).astype(int) - np.asarray(alone).astype(int)).max() <= 1
 
 
+def test_nano_answers_in_batches_and_draws_answers():
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    images = pipe.generate_batch(["a red circle in the center", "a blue square"], seeds=[0, 1], steps=12)
+    images.append(images[0])
+    questions = ["what color is the circle?", "what color is the square?", "how many objects are there?"]
+    drawing = {"temperature": 10.0, "top_k": 40, "top_p": 0.99}
+    alone = [pipe.answer(image, question) for image, question in zip(images, questions, strict=True)]
+    assert alone[:2] == ["red", "blue"]
+    drawn = [pipe.answer(images[0], questions[0], 4, **drawing, seed=seed) for seed in range(8)]
+    assert len(set(drawn)) > 1
+    for config in (None, fx.FlashUConfig.exact(), fx.FlashUConfig(token_prune_ratio=0.1)):
+        handle = pipe.accelerate(config) if config is not None else None
+        assert pipe.answer_batch(images, questions) == alone
+        if config is None or not config.approximates:
+            assert pipe.answer_batch(images[:1], questions[:1] * 8, 4, **drawing, seeds=range(8)) == drawn
+        if handle is not None:
+            handle.remove()
+
+
 @pytest.mark.parametrize("preset", ["exact", "paper"])
 def test_nano_accelerated(preset: str):
     pipe = fx.showo2.Pipeline.from_pretrained("nano")
@@ -207,5 +226,16 @@ def test_bad_input_is_named():
         pipe.answer("out.png", "what ?")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="question"):
         pipe.answer(Image.new("RGB", (8, 8)), " ")
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="seed: expected an integer"):
+        pipe.answer(image, "what ?", seed=-1)
+    with pytest.raises(ValueError, match="top_p: expected"):
+        pipe.answer(image, "what ?", temperature=1.0, top_p=0.0)
+    with pytest.raises(ValueError, match="images: expected one, or one for each of 3 questions, got 2"):
+        pipe.answer_batch([image, image], ["what ?"] * 3)
+    with pytest.raises(TypeError, match="questions: expected a list of strings, got str"):
+        pipe.answer_batch([image], "what ?")
+    with pytest.raises(TypeError, match="images: expected a list"):
+        pipe.answer_batch(image, ["what ?"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preset"):
         pipe.preset("fastest")

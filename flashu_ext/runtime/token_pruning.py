@@ -1,0 +1,97 @@
+"""Room: runtime. Which visual tokens a prefill drops: the image spans of a prompt, their tokens' scores, and the choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import FlashUConfig
+from ..kernel_sets import KernelSet
+from ..modules.attention import rotate
+from ..structure import Showo2Parts
+from .prompt_cache import Span, reach
+
+__all__ = ["TokenPruner", "visual_spans"]
+
+RANDOM_SEED = 0
+
+
+def visual_spans(allowed: Tensor, has_time_token: bool) -> tuple[Span, ...]:
+    """Where a prompt's images are, read off its mask bool [n, n].
+
+    A token of a bidirectional span looks past itself, all but the span's last one. Under a time token the span starts one
+    late (see `showo2.understanding.prompt_embeds`), so its last one is eoi; without, it is the last image token. A span at
+    either end of the prompt is no image of Show-o2's layout, and a whole bidirectional prompt is not taken for one.
+    """
+    past = (reach(allowed) > torch.arange(allowed.shape[0], device=allowed.device)).tolist()
+    spans: list[Span] = []
+    start = None
+    for position, looks_past in enumerate(past):
+        if looks_past and start is None:
+            start = position
+        elif not looks_past and start is not None:
+            end = position if has_time_token else position + 1
+            if start > 0 and end < len(past):
+                spans.append((start, end - start))
+            start = None
+    return tuple(spans)
+
+
+class TokenPruner:
+    """Chooses visual tokens as a FlashUConfig says. `layer` is the layer that drops them: the number of layers when off."""
+
+    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
+        self.parts = parts
+        self.kernels = kernels
+        self.ratio = config.token_prune_ratio
+        self.score = config.token_prune_score
+        self.layer = config.token_prune_layer if self.ratio > 0 else len(parts.layers)
+
+    @property
+    def sees_question(self) -> bool:
+        """Whether the choice depends on what follows the image, which then cannot be lent to another question."""
+        return self.ratio > 0 and self.score == "attention"
+
+    def dropped(self, spans: tuple[Span, ...]) -> tuple[int, ...]:
+        """How many tokens of each span are dropped."""
+        return tuple(int(count * self.ratio) for _, count in spans)
+
+    def keep(self, scores: Tensor, count: int, drop: int) -> Tensor:
+        """Which of a span's `count` tokens stay, ascending int64 [count - drop]: those with the highest of scores [>= count]."""
+        span = scores[:count]
+        if self.score == "random":
+            # Drawn for the span alone, so that an image keeps the same tokens in every prompt and batch.
+            generator = torch.Generator().manual_seed(RANDOM_SEED)
+            span = torch.rand(count, generator=generator).to(scores.device)
+        # A broken token must not push out the others, so NaN is the lowest score.
+        span = torch.nan_to_num(span, nan=float("-inf"))
+        return self.kernels.select_topk(span, count - drop)[0]
+
+    def scores(self, value: Tensor) -> Tensor:
+        """Scores fp32 [n] by which tokens stay, from values [1, n, kv_heads, d]; not for 'attention'."""
+        norms = self.kernels.value_norms(value.transpose(1, 2))[0]
+        return norms if self.score == "value_norm_small" else -norms
+
+    def attention_scores(
+        self, attention: Any, normed: Tensor, rope: tuple[Tensor, Tensor], before: Tensor, visible: Tensor
+    ) -> Tensor:
+        """How much the last token looks at each token of its prompt, averaged over heads: fp32 [n].
+
+        Args:
+            attention: the layer's attention module. normed: [1, n, hidden], the prompt's new tokens.
+            rope: their rotary table, [1, n, 1, d]. before: rotated keys of earlier tokens, [kv_heads, m, d].
+            visible: bool [m + n], what the last token sees.
+        """
+        shape = self.parts.llm_attention
+        last = rotate(
+            attention.q_proj(normed[:, -1:]).view(1, 1, shape.heads, shape.head_dim),
+            (rope[0][:, -1:], rope[1][:, -1:]),
+        )
+        key = rotate(attention.k_proj(normed).view(1, -1, shape.kv_heads, shape.head_dim), rope)
+        keys = torch.cat([before, key[0].transpose(0, 1)], dim=1).float()
+        query = last.float().view(shape.kv_heads, -1, shape.head_dim)
+        logits = (query @ keys.transpose(1, 2)) / shape.head_dim**0.5
+        weights = torch.softmax(logits.masked_fill(~visible, float("-inf")), dim=-1)
+        return weights.mean(dim=(0, 1))[before.shape[1] :]
