@@ -108,6 +108,8 @@ def test_the_encoder_runs_at_intervals_of_evaluations_that_run_the_backbone():
     assert indices(cached, "backbone") == [1, 2, 3, 4, 8, 10, 11]
     assert indices(cached, "encode") == [1, 3, 8, 10, 11] and cached.encoder_evaluations == 5
     assert "5 run the encoder" in cached.describe()
+    # steps that run no backbone use nothing up: step 8 is the second one since step 4
+    assert indices(StepPlan.build(config.replace(head_cache_interval=4)), "encode") == [1, 4, 10, 11]
 
 
 # ---- guidance

@@ -129,14 +129,15 @@ def record_choices(monkeypatch):
     return record
 
 
-def equals_oracle(config, chosen, way="sample"):
-    """Draw, compare with the oracle, and return the summary."""
-    fixture, model = public(), public().model()
+def equals_oracle(config, chosen, way="sample", prepare=lambda model: model):
+    """Draw, compare with the oracle, and return the summary. `prepare` changes a fresh model."""
+    fixture = public()
+    model = prepare(fixture.model())
     chosen.clear()
     with fx.accelerate(model, config) as handle:
         latents = sample(model, fixture) if way == "sample" else sample_as_upstream(model, fixture, config.steps)
         summary, image = handle.summary(), handle.runner.last_image
-    oracle = Oracle(fixture.model(), fixture.sample_inputs, config, chosen)
+    oracle = Oracle(prepare(fixture.model()), fixture.sample_inputs, config, chosen)
     assert relative(latents, oracle.draw()) < LIMIT
     assert oracle.kinds == image.kinds
     assert not {reason for reason in summary.fallbacks if "routing_kernels" not in reason}
@@ -151,6 +152,17 @@ def test_a_knob_equals_plain_torch(name, way, chosen):
     assert bool(chosen) == config.token_skip
     if config.adaptive_cache:
         assert summary.decided["cached"] > 0, "a case in which nothing is cached shows nothing"
+
+
+def test_the_last_layers_tokens_are_judged_before_the_final_norm(chosen):
+    @torch.no_grad()
+    def prepare(model):
+        # the fixture's norm has weights of one, which do not turn a vector
+        weight = model.showo.model.norm.weight
+        weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) * 4)
+        return model
+
+    equals_oracle(FlashUConfig(steps=7, **TOKENS, **LAYERS_TOO), chosen, prepare=prepare)
 
 
 ANY_KNOBS = {
