@@ -78,7 +78,8 @@ class FlashUConfig:
             added to their input when they last ran; False carries their output forward and runs no language model.
         adaptive_cache: whether an evaluation outside the full-network steps is cached is decided while running, by how
             far a cheap early signal has moved since the head last ran. `head_cache_interval` then is the largest
-            distance between two computations (0: any). Measuring evaluations are never cached.
+            distance between two computations (0: any). Measuring evaluations are never cached; images of one batch share
+            every decision, so here a result does depend on its batch.
         adaptive_cache_budget: the sum of relative L1 changes of that signal at which the head is computed again, >= 0;
             0 computes always.
         encoder_cache: features of the SigLIP encoder are reused across evaluations, never in full-network steps.

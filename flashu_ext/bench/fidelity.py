@@ -49,11 +49,14 @@ class Row:
 HEADER = ("setting", "LLM GFLOP", "backbone", "head", "encoder", "rel. L2", "worst", "right")
 
 
-def llm_flops(model: Any, image: Any) -> float:
+def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
     """Floating-point operations (a multiply-add is two) of the language model for one finished image of a batch.
 
     Counts every linear layer and both attention products: a routed layer's keys and values for all tokens, the rest for the
     active ones; a layer measurement over the whole sequence, as it is run; the prompt once per choice of layers.
+
+    Args:
+        tail: False counts a layer measurement as if it, too, ran on the image span alone.
     """
     config = model.config.llm
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -68,18 +71,17 @@ def llm_flops(model: Any, image: Any) -> float:
 
     total = 0.0
     skipped: Mapping[int, tuple[int, ...]] = dict(image.choices)
-    prompts: set[tuple[int, ...]] = set()
+    # A measurement over the whole sequence leaves the whole network's prompt behind.
+    prompts: set[tuple[int, ...]] = {()} if skipped and tail else set()
     for step in image.ran:
         rows = 2 if image.guided and step.guided else 1
-        if step.measure:
+        if step.measure and tail:
             total += rows * layers * layer(length, length, length)
         elif step.backbone:
             out = skipped[step.skip_from] if step.skip_from is not None else ()
             active = geometry.span - (image.router.carried if step.tokens_from else 0)
             total += rows * (layers - len(out)) * layer(geometry.span, active, prefix + geometry.span)
-            if out not in prompts and (
-                out or not skipped
-            ):  # a layer measurement leaves the whole network's prompt behind
+            if out not in prompts:
                 prompts.add(out)
                 total += 2 * (layers - len(out)) * layer(prefix, prefix, prefix)
     return total
@@ -127,8 +129,8 @@ class _Drawings:
             return latents, handle.runner.last_image, handle.summary()
 
     def cost(self, **changes: Any) -> float:
-        """Operations under a setting; they depend on shapes alone, so one prompt tells them."""
-        return llm_flops(self.pipe.model, self._latents(1, **changes)[1])
+        """Operations under a setting without any tail; they depend on shapes alone, so one prompt tells them."""
+        return llm_flops(self.pipe.model, self._latents(1, **changes)[1], tail=False)
 
     def row(self, name: str, **changes: Any) -> Row:
         from ..nano.evaluate import to_images
@@ -158,7 +160,11 @@ def measure(prompts: int = 8, seed: int = 0, steps: int = 50) -> list[Row]:
 
 
 def _skipping(drawings: _Drawings) -> Iterator[Row]:
-    """Whole layers, each followed by routed tokens that cost at most as much."""
+    """Whole layers, each followed by routed tokens that cost at most as much.
+
+    The tail that a layer measurement runs over is left out of this comparison, which favours the layers: a measurement
+    on the span would do, and only differs from the reference's.
+    """
     depth, tokens = drawings.config.llm["num_hidden_layers"], drawings.tokens
     for layers, interval in ((1, 2), (1, 5), (1, 10), (2, 5)):
         whole = {"layer_skip_ratio": (layers + 0.5) / depth, "layer_skip_interval": interval}
