@@ -212,6 +212,16 @@ def test_neuron_pruning_goes_with_every_other_knob():
     assert summary.steps == kinds
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_drawn_again_bit_by_bit(dtype):
+    fixture = public()
+    model = fixture.model().to(dtype)
+    for name in ("all of it", "all of it, adaptive"):
+        with fx.accelerate(model, FlashUConfig(steps=12, full_network_steps=2, **CASES[name])) as handle:
+            first, again = sample(model, fixture), sample(model, fixture)
+            assert first.isfinite().all() and torch.equal(first, again) and not handle.summary().fallbacks
+
+
 # ---- what is counted, and what is not run
 
 
