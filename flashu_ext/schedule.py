@@ -109,8 +109,8 @@ class StepPlan:
         if num_tokens is not None and int(num_tokens * config.token_skip_ratio) == 0:
             config = config.replace(token_skip=False)
         drafts = _drafts(config, grid_points, num_layers)
-        steps_ = _with_branches(config, guidance_scale, _without_dead_work(config, drafts))
-        return cls(config, grid_points, _with_encoder(config, drafts, steps_))
+        live = _with_branches(config, guidance_scale, _without_dead_work(config, drafts))
+        return cls(config, grid_points, _with_encoder(config, drafts, live))
 
     def __len__(self) -> int:
         return len(self.steps)

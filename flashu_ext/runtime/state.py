@@ -89,7 +89,7 @@ class ImageState:
         semantic: the encoder's features [images or rows, patches, clip] kept for later steps, or None.
         encode_due: a step that should have run the encoder was cached instead.
         ran: what was run, step by step: the plan's steps with everything decided.
-        routed: layers times image tokens 'computed' and 'carried' by the language model.
+        routed: tokens of the span times layers of the language model, 'computed' and 'carried' past a layer.
     """
 
     plan: StepPlan

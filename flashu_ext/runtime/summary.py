@@ -17,7 +17,7 @@ class Summary:
         backbone_evaluations, head_evaluations: how many of them ran the language model, and the head's blocks.
         encoder_evaluations: how many ran the SigLIP encoder.
         decided: evaluations that were decided while running (`adaptive_cache`): 'computed' and 'cached'.
-        routed: image tokens times rows times layers of the language model: 'computed', and 'carried' past a layer
+        routed: tokens of the image span times rows times layers of the language model: 'computed', and 'carried' past a layer
             (`token_skip`).
         layers_skipped: (step, layers) for every measurement of the last image.
         neurons: task -> FFN neurons read per layer, for tasks with a set of their own. intermediate: all of them.
