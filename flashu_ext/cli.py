@@ -391,7 +391,7 @@ def plan(
     else:
         overrides = {"steps": steps} if steps is not None else {}
         config = getattr(FlashUConfig, preset)(**overrides)
-    step_plan = StepPlan.build(config, steps, layers)
+    step_plan = StepPlan.build(config, steps, layers, guidance)
     if as_json:
         click.echo(json.dumps(_plan_record(step_plan, guidance), indent=1))
     else:
@@ -406,6 +406,8 @@ def _plan_record(step_plan: Any, guidance: float) -> dict[str, Any]:
         "evaluations": len(step_plan),
         "backbone": step_plan.backbone_evaluations,
         "head": step_plan.head_evaluations,
+        "encoder": step_plan.encoder_evaluations,
+        "adaptive": step_plan.adaptive_evaluations,
         "dead": step_plan.dead_evaluations,
         "kinds": step_plan.counts(),
         "steps": [

@@ -32,6 +32,21 @@ def _is_real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+_SWITCHES = (
+    "guidance_relative",
+    "token_skip",
+    "token_skip_forecast",
+    "head_residual_reuse",
+    "adaptive_cache",
+    "encoder_cache",
+    "skip_unit_guidance",
+    "ffn_kernels",
+    "routing_kernels",
+    "norm_kernels",
+    "step_kernels",
+)
+
+
 @dataclass(frozen=True)
 class FlashUConfig:
     """Settings of an accelerated model. Start from a preset and override: ``FlashUConfig.paper(steps=35)``.
@@ -58,6 +73,26 @@ class FlashUConfig:
         answer_layer_skip_ratio: fraction of LLM layers, rounded down, that an answer's tokens skip: those that turned the
             prompt's last token least (r_LS while understanding). The prompt itself runs through all layers. In [0, 1).
         prune_multiple: kept neurons per layer are a multiple of this.
+        token_skip: image tokens whose state a layer hardly changes are carried past it by the residual path while the
+            others are gathered, computed and scattered back. Drawing only.
+        token_skip_ratio: fraction of the image tokens carried past every layer, rounded down, in [0, 1). The time token
+            is always computed.
+        token_skip_interval: evaluations between two measurements of token importance, >= 1; a measuring evaluation
+            skips nothing, so 1 skips never.
+        token_skip_forecast: between measurements importance is extrapolated linearly from the last two; False takes
+            the last one.
+        head_residual_reuse: a cached evaluation runs the language model and replaces the head's blocks by what they
+            added to their input when they last ran; False carries their output forward and runs no language model.
+        adaptive_cache: whether an evaluation outside the full-network steps is cached is decided while running, by how
+            far a cheap early signal has moved since the head last ran. `head_cache_interval` then is the largest
+            distance between two computations (0: any). Measuring evaluations are never cached; images of one batch share
+            every decision, so here a result does depend on its batch.
+        adaptive_cache_budget: the sum of relative L1 changes of that signal at which the head is computed again, >= 0;
+            0 computes always.
+        encoder_cache: features of the SigLIP encoder are reused across evaluations, never in full-network steps.
+        encoder_cache_interval: evaluations that share them, >= 1.
+        skip_unit_guidance: an evaluation whose guidance scale is exactly 1 runs the conditional branch alone, as
+            v_null + 1 (v - v_null) = v. Only rounding changes.
         ffn_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels of that family; False
             runs plain torch instead, so that a difference can be bisected.
 
@@ -79,13 +114,30 @@ class FlashUConfig:
     token_prune_score: str = "value_norm"
     answer_layer_skip_ratio: float = 0.0
     prune_multiple: int = 64
+    token_skip: bool = False
+    token_skip_ratio: float = 0.0
+    token_skip_interval: int = 5
+    token_skip_forecast: bool = False
+    head_residual_reuse: bool = False
+    adaptive_cache: bool = False
+    adaptive_cache_budget: float = 0.0
+    encoder_cache: bool = False
+    encoder_cache_interval: int = 2
+    skip_unit_guidance: bool = False
     ffn_kernels: bool = True
     routing_kernels: bool = True
     norm_kernels: bool = True
     step_kernels: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("ffn_prune_ratio", "layer_skip_ratio", "token_prune_ratio", "answer_layer_skip_ratio"):
+        ratios = (
+            "ffn_prune_ratio",
+            "layer_skip_ratio",
+            "token_prune_ratio",
+            "answer_layer_skip_ratio",
+            "token_skip_ratio",
+        )
+        for name in ratios:
             value = getattr(self, name)
             if not _is_real(value) or not 0 <= value < 1:
                 raise _fail(name, "a number in [0, 1)", value)
@@ -96,15 +148,19 @@ class FlashUConfig:
             value = getattr(self, name)
             if not _is_int(value) or value < 0:
                 raise _fail(name, "an integer >= 0", value)
-        if not _is_int(self.prune_multiple) or self.prune_multiple < 1:
-            raise _fail("prune_multiple", "an integer >= 1", self.prune_multiple)
+        for name in ("prune_multiple", "token_skip_interval", "encoder_cache_interval"):
+            value = getattr(self, name)
+            if not _is_int(value) or value < 1:
+                raise _fail(name, "an integer >= 1", value)
+        if not _is_real(self.adaptive_cache_budget) or self.adaptive_cache_budget < 0:
+            raise _fail("adaptive_cache_budget", "a finite number >= 0", self.adaptive_cache_budget)
         if not _is_int(self.head_forecast_order) or self.head_forecast_order not in (0, 1, 2):
             raise _fail("head_forecast_order", "0, 1 or 2", self.head_forecast_order)
         if self.steps is not None and (not _is_int(self.steps) or self.steps < 2):
             raise _fail("steps", "None or an integer >= 2 (grid points)", self.steps)
         if self.token_prune_score not in TOKEN_SCORES:
             raise _fail("token_prune_score", f"one of {', '.join(TOKEN_SCORES)}", self.token_prune_score)
-        for name in ("guidance_relative", "ffn_kernels", "routing_kernels", "norm_kernels", "step_kernels"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise _fail(name, "True or False", getattr(self, name))
         object.__setattr__(self, "guidance", self._checked_guidance())
@@ -168,10 +224,16 @@ class FlashUConfig:
     @property
     def approximates(self) -> tuple[str, ...]:
         """Names of the fields whose values change the outputs."""
+        adaptive = self.adaptive_cache and self.adaptive_cache_budget > 0
+        fixed = not self.adaptive_cache and self.head_cache_interval > 1
         active = {
             "ffn_prune_ratio": self.ffn_prune_ratio > 0,
             "layer_skip_ratio": self.layer_skip_ratio > 0 and self.layer_skip_interval > 0,
-            "head_cache_interval": self.head_cache_interval > 1,
+            "token_skip": self.token_skip and self.token_skip_ratio > 0 and self.token_skip_interval > 1,
+            "head_cache_interval": fixed,
+            "adaptive_cache": adaptive,
+            "head_residual_reuse": self.head_residual_reuse and (fixed or adaptive),
+            "encoder_cache": self.encoder_cache and self.encoder_cache_interval > 1,
             "guidance": self.guidance is not None,
             "token_prune_ratio": self.token_prune_ratio > 0,
             "answer_layer_skip_ratio": self.answer_layer_skip_ratio > 0,

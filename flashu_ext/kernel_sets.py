@@ -19,9 +19,9 @@ __all__ = ["FAMILIES", "KernelSet", "resolve"]
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "ffn": ("gathered_ffn",),
-    "routing": ("cosine_importance", "value_norms", "select_topk", "gather_rows"),
+    "routing": ("cosine_importance", "value_norms", "select_topk", "gather_rows", "scatter_rows_"),
     "norm": ("rms_norm", "add_rms_norm_", "span_modulate", "span_gate_add_"),
-    "step": ("guided_euler_step_", "taylor_update_", "taylor_predict"),
+    "step": ("guided_euler_step_", "feature_delta", "taylor_update_", "taylor_predict"),
 }
 """Op names by family; FlashUConfig has one switch per family."""
 
@@ -39,11 +39,13 @@ class KernelSet:
     value_norms: Callable[..., Any]
     select_topk: Callable[..., Any]
     gather_rows: Callable[..., Any]
+    scatter_rows_: Callable[..., Any]
     rms_norm: Callable[..., Any]
     add_rms_norm_: Callable[..., Any]
     span_modulate: Callable[..., Any]
     span_gate_add_: Callable[..., Any]
     guided_euler_step_: Callable[..., Any]
+    feature_delta: Callable[..., Any]
     taylor_update_: Callable[..., Any]
     taylor_predict: Callable[..., Any]
     chosen: Mapping[str, str] = field(default_factory=dict)

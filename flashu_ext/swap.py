@@ -20,6 +20,7 @@ from .plan import TaskPlan
 from .runtime import find_runner
 from .runtime.generation import TASK as GENERATION
 from .runtime.runner import Runner
+from .runtime.state import ImageState
 from .runtime.summary import Summary
 from .structure import Showo2Parts
 
@@ -102,12 +103,12 @@ class Handle:
         """What the accelerated model is and did; see `Summary`."""
         runner, parts = self.runner, self.runner.parts
         image = runner.last_image
-        done = image.plan.steps[: image.step] if image else ()
+        done = image.ran if image else []
         answers = runner.understanding
         tokens = {"prefilled": answers.prefilled, "reused": answers.reused}
         tokens |= {"visual": answers.visual, "visual kept": answers.visual_kept}
         if image is not None:
-            length, geometry = image.text_tokens.shape[1], image.geometry
+            length, geometry = image.all_rows.text_tokens.shape[1], image.all_rows.geometry
             tokens |= {
                 "prefix": geometry.longest,
                 "span": geometry.span,
@@ -118,6 +119,9 @@ class Handle:
             steps=dict(Counter(image.kinds)) if image else {},
             backbone_evaluations=sum(step.backbone for step in done),
             head_evaluations=sum(step.head for step in done),
+            encoder_evaluations=sum(step.encode for step in done),
+            decided=_decided(image) if image and self.config.adaptive_cache else {},
+            routed=dict(image.routed) if image and self.config.token_skip else {},
             layers_skipped=tuple(image.choices) if image else (),
             answer_layers_skipped=answers.skipped,
             neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and self._layouts else {},
@@ -175,6 +179,13 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
     handle = Handle(Runner(parts, config, kernels, originals), plan, layouts)
     handle._install()
     return handle
+
+
+def _decided(image: ImageState) -> dict[str, int]:
+    """How the evaluations that were decided while running came out."""
+    open_ones = [step for step in image.ran if image.plan.at(step.index).adaptive]
+    computed = sum(step.head for step in open_ones)
+    return {"computed": computed, "cached": len(open_ones) - computed}
 
 
 def _layouts(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -> list[NeuronLayout] | None:

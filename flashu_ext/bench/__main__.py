@@ -1,4 +1,4 @@
-"""Room: benchmarks. `python -m flashu_ext.bench gpu | sass | readme | roofline | ffn | e2e`, in a source folder or installed."""
+"""Room: benchmarks. `python -m flashu_ext.bench COMMAND`, in a source folder or installed; `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -42,6 +42,23 @@ def gpu(out: Path, parts: tuple[str, ...], device: str, seconds: float, build: P
     result = module.run(module.Settings(out, device, parts, seconds, build))
     click.echo(f"\n{module.markdown(result)}\nwrote {out / 'results.json'} and {out / 'results.md'}")
     sys.exit(1 if any(text.startswith("failed") for text in result.parts.values()) else 0)
+
+
+@main.command(epilog="Example: python -m flashu_ext.bench fidelity --prompts 8 --json fidelity.json")
+@click.option("--prompts", default=8, show_default=True, type=click.IntRange(1), help="Held-out prompts to draw.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Seed of the prompts and the noise.")
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(2), help="Grid points.")
+@click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the numbers here."
+)
+def fidelity(prompts: int, seed: int, steps: int, json_path: Path | None) -> None:
+    """Distance from the embedded model's exact drawings under skipped layers, routed tokens and caches."""
+    from . import fidelity as module
+
+    rows = module.measure(prompts, seed, steps)
+    click.echo(module.table(rows))
+    if json_path is not None:
+        json_path.write_text(module.to_json(rows), encoding="utf-8")
 
 
 main.add_command(sass, "sass")

@@ -6,7 +6,8 @@ owns the cache policy; layers know nothing of prefixes, spans or masks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-__all__ = ["CausalPass", "KeyValue", "MaskedPass", "RowGeometry", "SpanPass", "attend", "rotate"]
+__all__ = ["CausalPass", "KeyValue", "MaskedPass", "Rope", "RowGeometry", "SpanPass", "attend", "rope_table", "rotate"]
+
+Rope = tuple[Tensor, Tensor]
+"""cos and sin, [rows or 1, n, 1, head_dim] each."""
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values, [rows, kv_heads, tokens, head_dim] each, keys rotated."""
@@ -30,7 +34,13 @@ class AttentionPass(Protocol):
         ...
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rope_table(module: Callable[..., tuple[Tensor, Tensor]], position_ids: Tensor, dtype: torch.dtype) -> Rope:
+    """What a model's rotary module gives for position_ids [rows or 1, n], as `rotate` takes it."""
+    cos, sin = module(torch.empty(0, dtype=dtype, device=position_ids.device), position_ids)
+    return cos[:, :, None], sin[:, :, None]
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotary embedding of x [rows, n, heads, d] by cos and sin [rows or 1, n, 1, d], halves convention."""
     cos, sin = rope
     half = x.shape[-1] // 2
@@ -100,6 +110,14 @@ class RowGeometry:
             out[row, :, self.longest - length :] = cache[row, :, :length]
         return out
 
+    def right_align_all(self, caches: Sequence[KeyValue | None]) -> list[KeyValue | None]:
+        """`right_align` of every layer's keys and values; None stays None."""
+        return [None if pair is None else (self.right_align(pair[0]), self.right_align(pair[1])) for pair in caches]
+
+    def spans(self, x: Tensor) -> Tensor:
+        """Every row's span of x [rows, length, ...] -> [rows, span, ...]."""
+        return torch.stack([x[row, offset : offset + self.span] for row, offset in enumerate(self.prefix)])
+
 
 class SpanPass:
     """Image tokens attend to their whole span and to the cached prefix. Buffers live as long as the image."""
@@ -114,21 +132,38 @@ class SpanPass:
             (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
             for _ in range(layers)
         ]
-        groups = geometry.groups()
+        self._attend_in_groups(dtype, device)
+        # Whose prefix every row holds; shared with the passes of `first`, which write into the same buffers.
+        self._owners: list[object] = [None] * rows
+
+    def first(self, rows: int) -> SpanPass:
+        """A pass over the first `rows` rows that shares this one's buffers."""
+        part = copy.copy(self)
+        part.geometry = RowGeometry(self.geometry.prefix[:rows], self.geometry.span)
+        slot = self.geometry.longest - part.geometry.longest
+        part.buffers = [(keys[:rows, :, slot:], values[:rows, :, slot:]) for keys, values in self.buffers]
+        part._attend_in_groups(self.buffers[0][0].dtype, self.buffers[0][0].device)
+        return part
+
+    def _attend_in_groups(self, dtype: torch.dtype, device: torch.device) -> None:
+        groups = self.geometry.groups()
         self._groups = groups if len(groups) <= MAX_GROUPS else None
-        self._mask = None if self._groups else geometry.mask(dtype, device)
-        self._loaded: object = None
+        self._mask = None if self._groups else self.geometry.mask(dtype, device)
 
     def load_prefix(self, prefix: Sequence[KeyValue | None], owner: object) -> None:
-        """Put a prefix's keys and values (right-aligned; None for skipped layers) in front of the span, once per owner."""
-        if self._loaded is owner:
+        """Put a prefix's keys and values (right-aligned; None for skipped layers) in front of the span, once per owner.
+
+        The prefix may have more rows, and with them more slots at the left; the first rows are taken.
+        """
+        rows, end = len(self.geometry.prefix), self.geometry.longest
+        if all(held is owner for held in self._owners[:rows]):
             return
-        end = self.geometry.longest
         for buffer, cached in zip(self.buffers, prefix, strict=True):
             if cached is not None:
-                buffer[0][:, :, :end] = cached[0]
-                buffer[1][:, :, :end] = cached[1]
-        self._loaded = owner
+                slot = cached[0].shape[2] - end
+                buffer[0][:, :, :end] = cached[0][:rows, :, slot:]
+                buffer[1][:, :, :end] = cached[1][:rows, :, slot:]
+        self._owners[:rows] = [owner] * rows
 
     def nbytes(self) -> int:
         return sum(k.nbytes + v.nbytes for k, v in self.buffers)

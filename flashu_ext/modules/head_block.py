@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..kernel_sets import KernelSet
 from ..structure import AttentionShape, norm_eps
-from .attention import AttentionPass, rotate
-from .decoder_layer import Rope, project_qkv
+from .attention import AttentionPass, Rope, rotate
+from .decoder_layer import project_qkv
 
 __all__ = ["final_layer", "head_block"]
 

@@ -18,6 +18,7 @@ KIND_COLORS = {
     "measure": "#8d5bd0",
     "measure only": "#c9a8ef",
     "pruned": "#e0762f",
+    "head residual": "#f0b98f",
     "head cached": "#e3e6ee",
 }
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from ..config import FlashUConfig
 from ..kernel_sets import KernelSet
-from ..modules.attention import AttentionPass, CausalPass, KeyValue, MaskedPass, RowGeometry, SpanPass
-from ..modules.decoder_layer import decoder_layer
-from ..modules.head_block import final_layer, head_block
+from ..modules.attention import RowGeometry, SpanPass, rope_table
 from ..schedule import Step, StepPlan
-from ..structure import Showo2Parts, norm_eps, position_table
-from .encoder import embed_image, embed_time
-from .state import ImageState, PrefixCache, Rope, Variant
+from ..structure import Showo2Parts, position_table
+from .backbone import TASK, Backbone
+from .encoder import early_signal, embed_image, embed_time, semantic_features
+from .head import Head
+from .head_cache import AdaptiveGate, HeadCache
+from .state import ImageState, Rows
+from .token_router import TokenRouter
 
 __all__ = ["TASK", "GenerationEngine"]
-
-TASK = "generation"
 
 
 class GenerationEngine:
@@ -29,53 +29,64 @@ class GenerationEngine:
         self.parts = parts
         self.config = config
         self.kernels = kernels
+        self.backbone = Backbone(parts, config, kernels)
+        self.head = Head(parts, config, kernels)
 
     # ---- an image begins
 
-    def plan(self, steps: int | None) -> StepPlan:
-        """The step plan for `steps` grid points (None: the config's, or 50)."""
-        return StepPlan.build(self.config, steps, len(self.parts.layers))
-
     def begin(
         self,
-        plan: StepPlan,
+        steps: int | None,
         text_tokens: Tensor,
         modality_positions: Tensor,
-        guided: bool,
+        guidance_scale: float,
         latent_size: tuple[int, int],
     ) -> ImageState:
         """Set up an image (or a batch of them).
 
         Args:
+            steps: grid points; None takes the config's, or 50.
             text_tokens: int64 [rows, length]. modality_positions: int64 [rows, 1, 2]: (offset, length) of each row's span.
-            guided: the second half of the rows is the unconditional one. latent_size: (H, W) of the latents.
+            guidance_scale: the caller's; above 0 the second half of the rows is the unconditional one.
+            latent_size: (H, W) of the latents.
         """
-        parts = self.parts
-        offsets = modality_positions[:, 0, 0].tolist()
-        span = int(modality_positions[0, 0, 1])
+        parts, config = self.parts, self.config
+        guided = guidance_scale > 0
         grid = (latent_size[0] // parts.patch_size, latent_size[1] // parts.patch_size)
-        geometry = RowGeometry(tuple(offsets), span)
-        position_ids = modality_positions[:, 0, :1] + torch.arange(span, device=text_tokens.device)
-        llm, head = parts.llm_attention, parts.head_attention
-        dtype, device = parts.dtype, parts.device
+        plan = StepPlan.build(config, steps, len(parts.layers), guidance_scale, grid[0] * grid[1])
+        rows = self._rows(text_tokens, modality_positions)
         return ImageState(
             plan=plan,
-            text_tokens=text_tokens.clone(),
+            all_rows=rows,
+            conditional=rows.first(rows.count // 2) if guided else rows,
             modality_positions=modality_positions.clone(),
-            geometry=geometry,
             guided=guided,
-            llm_pass=SpanPass(geometry, len(parts.layers), llm.kv_heads, llm.head_dim, dtype, device),
-            head_pass=SpanPass(geometry, len(parts.blocks), head.kv_heads, head.head_dim, dtype, device),
-            llm_rope=self._rope(parts.llm_rope, position_ids),
-            head_rope=self._rope(parts.blocks[0].self_attn.rotary_emb, position_ids),
+            planned_scale=self.planned_scale(guidance_scale),
             positions=position_table(parts, *grid),
             grid=grid,
+            cache=HeadCache(config.head_forecast_order, restarts=config.adaptive_cache),
+            gate=AdaptiveGate(config.adaptive_cache_budget),
+            router=TokenRouter(int(grid[0] * grid[1] * config.token_skip_ratio), parts.has_time_token),
         )
 
-    def _rope(self, module: Callable[..., Rope], position_ids: Tensor) -> Rope:
-        like = torch.empty(0, dtype=self.parts.dtype, device=self.parts.device)
-        cos, sin = module(like, position_ids)
-        return cos[:, :, None], sin[:, :, None]
+    def planned_scale(self, guidance_scale: float) -> float | None:
+        """The caller's guidance scale where a step plan depends on it, else None."""
+        return guidance_scale if self.config.skip_unit_guidance else None
+
+    def _rows(self, text_tokens: Tensor, modality_positions: Tensor) -> Rows:
+        parts = self.parts
+        geometry = RowGeometry(tuple(modality_positions[:, 0, 0].tolist()), int(modality_positions[0, 0, 1]))
+        position_ids = modality_positions[:, 0, :1] + torch.arange(geometry.span, device=text_tokens.device)
+        llm, head = parts.llm_attention, parts.head_attention
+        dtype, device = parts.dtype, parts.device
+        return Rows(
+            text_tokens=text_tokens.clone(),
+            geometry=geometry,
+            llm_pass=SpanPass(geometry, len(parts.layers), llm.kv_heads, llm.head_dim, dtype, device),
+            head_pass=SpanPass(geometry, len(parts.blocks), head.kv_heads, head.head_dim, dtype, device),
+            llm_rope=rope_table(parts.llm_rope, position_ids, dtype),
+            head_rope=rope_table(parts.blocks[0].self_attn.rotary_emb, position_ids, dtype),
+        )
 
     # ---- one evaluation
 
@@ -87,172 +98,61 @@ class GenerationEngine:
             t: fp32 [images or rows].
 
         Returns:
-            Velocity rows before guidance, [rows, patches, patch * patch * channels].
+            Velocity rows before guidance, [rows, patches, patch * patch * channels]; only the conditional ones, [images,
+            ...], where the step plan leaves the other branch out.
         """
-        parts = self.parts
-        step = state.plan.at(state.step + 1)
-        time, time_token = embed_time(parts, t)
+        planned = state.plan.at(state.step + 1)
+        rows = state.rows(planned)
+        latents, t = latents[: rows.count], t[: rows.count]
+        time, time_token = embed_time(self.parts, t)
+        step = self._decided(state, planned, latents, time_token)
+        time, hidden, prefix = _to_rows(time, rows), None, None
         if step.backbone:
-            span = embed_image(parts, latents, state.positions)
-            span = self._to_rows(span, state)
-            if parts.has_time_token:
-                span = torch.cat([self._to_rows(time_token, state)[:, None], span], dim=1)
-        time = self._to_rows(time, state)
-        if step.backbone:
-            hidden, prefix = self._backbone(state, step, span)
+            span, step = self._embed(state, step, latents)
+            span = _to_rows(span, rows)
+            if self.parts.has_time_token:
+                span = torch.cat([_to_rows(time_token, rows)[:, None], span], dim=1)
+            hidden, prefix = self.backbone.run(state, rows, step, span)
         if step.head:
-            head_state = self._head(state, hidden, time, prefix)
-            if step.keep_head:
-                self._keep(state, step, head_state)
+            assert hidden is not None, "a step that runs the head runs its backbone"
+            head_state = self.head.run(state, rows, step, hidden, time, prefix)
         else:
-            head_state = self._forecast(state, step)
+            head_state = self.head.carry(state, rows, step, hidden)
         state.step += 1
-        state.kinds.append(step.kind)
-        skip = 1 if parts.has_time_token else 0
-        return final_layer(parts.final_layer, head_state[:, skip:], time, self.kernels)
+        state.ran.append(step)
+        return self.head.velocity(head_state, time)
 
-    def _to_rows(self, x: Tensor, state: ImageState) -> Tensor:
-        """Repeat per-image values for the guided rows that share them."""
-        return torch.cat([x, x]) if x.shape[0] != state.rows else x
+    def _decided(self, state: ImageState, step: Step, latents: Tensor, time_token: Tensor) -> Step:
+        """The step with the question answered whether its head is cached, one answer for the whole batch.
 
-    def _backbone(self, state: ImageState, step: Step, span: Tensor) -> tuple[Tensor, PrefixCache | None]:
-        """The language model on the image span -> final hidden states [rows, span, hidden] and the prefix in force."""
-        task = TASK if step.pruned else None
-        if step.measure:
-            return self._measure(state, step, span, (task, ()))
-        skipped = state.skipped if step.skip_from is not None else ()
-        variant: Variant = (task, skipped or ())
-        prefix = self._prefix(state, variant)
-        state.llm_pass.load_prefix(prefix.llm, prefix)
-        x = self._llm(span, state.llm_pass, state.llm_rope, variant)
-        return self._final_norm(x), prefix
-
-    def _llm(self, x: Tensor, attention: AttentionPass, rope: Rope, variant: Variant) -> Tensor:
-        task, skipped = variant
-        for index, layer in enumerate(self.parts.layers):
-            if index not in skipped:
-                x = decoder_layer(layer, index, x, rope, attention, self.parts.llm_attention, self.kernels, task)
-        return x
-
-    def _final_norm(self, x: Tensor) -> Tensor:
-        norm = self.parts.final_norm
-        return self.kernels.rms_norm(x, norm.weight, norm_eps(norm))
-
-    # ---- the text before the image
-
-    def _prefix(self, state: ImageState, variant: Variant) -> PrefixCache:
-        """The prompt never sees image or time, so its keys and values are computed once per network variant."""
-        cached = state.prefixes.get(variant)
-        if cached is None:
-            tokens = state.geometry.longest
-            attention = CausalPass(tokens, len(self.parts.layers), self.parts.dtype, self.parts.device)
-            hidden = self.parts.embed_tokens(state.text_tokens[:, :tokens])
-            if tokens:
-                hidden = self._llm(hidden, attention, self._text_rope(self.parts.llm_rope, tokens), variant)
-            cached = self._keep_prefix(state, variant, attention.cache, self._final_norm(hidden))
-        return cached
-
-    def _keep_prefix(
-        self, state: ImageState, variant: Variant, llm: list[KeyValue | None], hidden: Tensor
-    ) -> PrefixCache:
-        """Run the head's blocks over the prompt's final hidden states [rows, prefix, hidden] and keep both caches."""
-        geometry, parts = state.geometry, self.parts
-        tokens = geometry.longest
-        attention = CausalPass(tokens, len(parts.blocks), parts.dtype, parts.device)
-        if tokens:
-            x = self._head_input(hidden)
-            rope = self._text_rope(parts.blocks[0].self_attn.rotary_emb, tokens)
-            for index, block in enumerate(parts.blocks):
-                x = head_block(block, index, x, None, rope, attention, parts.head_attention, self.kernels)
-
-        def aligned(pair: KeyValue | None) -> KeyValue | None:
-            return None if pair is None else (geometry.right_align(pair[0]), geometry.right_align(pair[1]))
-
-        prefix = PrefixCache([aligned(pair) for pair in llm], [aligned(pair) for pair in attention.cache])
-        state.prefixes[variant] = prefix
-        return prefix
-
-    def _text_rope(self, module: Callable[..., Rope], tokens: int) -> Rope:
-        return self._rope(module, torch.arange(tokens, device=self.parts.device)[None])
-
-    # ---- layer importance
-
-    def _measure(
-        self, state: ImageState, step: Step, span: Tensor, variant: Variant
-    ) -> tuple[Tensor, PrefixCache | None]:
-        """Run all layers over the whole sequence and choose the layers to skip from here on.
-
-        Importance is 1 - cosine(input, output), averaged over all positions of all rows: the reference averages over the
-        tail and the padding too, so equal choices need them computed. The last layer's output counts after the final norm.
+        Sum and comparison stay on the device. The host reads one flag where the answer is open: it launches other kernels
+        then, so it cannot do without.
         """
-        parts, kernels = self.parts, self.kernels
-        length = state.text_tokens.shape[1]
-        x = parts.embed_tokens(state.text_tokens)
-        offsets, n = state.geometry.prefix, state.geometry.span
-        for row, offset in enumerate(offsets):
-            x[row, offset : offset + n] = span[row]
-        attention = MaskedPass(_omni_mask(state.geometry, length, parts.dtype, parts.device), len(parts.layers))
-        rope = self._text_rope(parts.llm_rope, length)
-        importance = []
-        last = len(parts.layers) - 1
-        for index, layer in enumerate(parts.layers):
-            before = x.clone()
-            x = decoder_layer(layer, index, x, rope, attention, parts.llm_attention, kernels, variant[0])
-            after = self._final_norm(x) if index == last else x
-            importance.append(kernels.cosine_importance(before, after).float().mean())
-        scores = torch.stack(importance).tolist()
-        count = int(len(scores) * self.config.layer_skip_ratio)
-        state.skipped = tuple(sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count]))
-        state.choices.append((step.index, state.skipped))
-        hidden = torch.stack([after[row, offset : offset + n] for row, offset in enumerate(offsets)])
-        prefix = None
-        if step.head:
-            prefix = self._keep_prefix(state, variant, attention.cache, after[:, : state.geometry.longest].contiguous())
-        return hidden, prefix
+        if not self.config.adaptive_cache or not (step.adaptive or step.keep_head):
+            return step
+        gate, cache = state.gate, state.cache
+        gate.watch(early_signal(self.parts, latents, time_token), self.kernels)
+        if step.adaptive:
+            interval = self.config.head_cache_interval
+            too_old = interval > 0 and step.index - cache.kept_at[-1] >= interval
+            if not too_old and not bool(gate.due()):
+                state.encode_due |= step.encode
+                return step.cached(cache.kept_at[-1], self.config.head_residual_reuse)
+        gate.computed()
+        return step
 
-    # ---- the head
-
-    def _head_input(self, hidden: Tensor) -> Tensor:
-        # The blocks write into their input: where the widths agree that is `hidden`, which no one reads after this.
-        return hidden if self.parts.diff_proj is None else self.parts.diff_proj(hidden)
-
-    def _head(self, state: ImageState, hidden: Tensor, time: Tensor, prefix: PrefixCache | None) -> Tensor:
-        assert prefix is not None, "a step that runs the head has a prefix"
-        state.head_pass.load_prefix(prefix.head, prefix)
-        x = self._head_input(hidden)
-        for index, block in enumerate(self.parts.blocks):
-            x = head_block(
-                block, index, x, time, state.head_rope, state.head_pass, self.parts.head_attention, self.kernels
-            )
-        return x
-
-    def _keep(self, state: ImageState, step: Step, head_state: Tensor) -> None:
-        order = self.config.head_forecast_order
-        if order == 0:
-            state.head_state = head_state[None]
-        else:
-            if state.head_state is None:
-                state.head_state = head_state.new_zeros(order + 1, *head_state.shape)
-            interval = float(step.index - state.kept_at[-1]) if state.kept_at else 1.0
-            self.kernels.taylor_update_(state.head_state, head_state, interval, len(state.kept_at))
-        state.kept_at.append(step.index)
-
-    def _forecast(self, state: ImageState, step: Step) -> Tensor:
-        assert state.head_state is not None and step.head_from is not None, (
-            "a cached step follows one that kept its head state"
-        )
-        if self.config.head_forecast_order == 0:
-            return state.head_state[0]
-        ahead = float(step.index - state.kept_at[-1])
-        return self.kernels.taylor_predict(state.head_state, ahead, len(state.kept_at))
+    def _embed(self, state: ImageState, step: Step, latents: Tensor) -> tuple[Tensor, Step]:
+        """The image's embeddings [images or rows, patches, hidden], and the step with the question answered whether the
+        encoder ran for them."""
+        images, semantic = latents.shape[0], state.semantic
+        if semantic is None or step.encode or state.encode_due or semantic.shape[0] < images:
+            semantic = semantic_features(self.parts, latents, state.positions)
+            state.semantic = semantic if self.config.encoder_cache else None
+            state.encode_due = False
+            step = dataclasses.replace(step, encode=True)
+        return embed_image(self.parts, latents, state.positions, semantic[:images]), step
 
 
-def _omni_mask(geometry: RowGeometry, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive [rows, 1, length, length]: causal, except that a row's span sees itself whole."""
-    position = torch.arange(length, device=device)
-    causal = position[:, None] >= position[None, :]
-    start = torch.tensor(geometry.prefix, device=device)[:, None]
-    inside = (position >= start) & (position < start + geometry.span)
-    allowed = causal | (inside[:, :, None] & inside[:, None, :])
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
-    return mask.masked_fill_(~allowed, float("-inf"))[:, None]
+def _to_rows(x: Tensor, rows: Rows) -> Tensor:
+    """Repeat per-image values for the guided rows that share them."""
+    return torch.cat([x, x]) if x.shape[0] != rows.count else x

@@ -59,15 +59,15 @@ class Runner:
         """`flashu_ext.showo2.sample` of an accelerated model; arguments and results are the same."""
         from ..showo2.sampling import time_grid
 
-        plan = self.generation.plan(steps)
         guided = guidance_scale > 0
         tokens, positions = text_tokens, modality_positions
         if guided:
             assert text_tokens_null is not None and modality_positions_null is not None, "checked by `sample`"
             tokens = torch.cat([text_tokens, text_tokens_null])
             positions = torch.cat([modality_positions, modality_positions_null])
-        state = self.generation.begin(plan, tokens, positions, guided, (noise.shape[2], noise.shape[3]))
+        state = self.generation.begin(steps, tokens, positions, guidance_scale, (noise.shape[2], noise.shape[3]))
         self.last_image = state
+        plan = state.plan
         device = noise.device
         times = time_grid(plan.grid_points, time_shifting_factor)
         dt = (times[1:] - times[:-1]).to(device, torch.float32)
@@ -82,17 +82,17 @@ class Runner:
         for i in range(len(plan)):
             rows = self.generation.evaluate(state, latents, times[i].expand(noise.shape[0]))
             if return_velocity:
-                velocities.append(self._velocity(rows, scales[i], guided, noise.shape))
+                velocities.append(self._velocity(rows, scales[i], noise.shape))
             self.kernels.guided_euler_step_(latents, rows.contiguous(), scale, dt, steps_done[i])
             if callback is not None:
                 callback(i + 1, latents)
         state.release()
         return (latents, torch.stack(velocities)) if return_velocity else latents
 
-    def _velocity(self, rows: Tensor, scale: float, guided: bool, shape: torch.Size) -> Tensor:
-        """Velocity rows [rows, patches, p * p * c] -> guided velocity [images, channels, H, W]."""
+    def _velocity(self, rows: Tensor, scale: float, shape: torch.Size) -> Tensor:
+        """Velocity rows [images or 2 * images, patches, p * p * c] -> guided velocity of `shape` [images, channels, H, W]."""
         velocity = rows.reshape(rows.shape[0], -1, shape[1]).transpose(1, 2).reshape(rows.shape[0], *shape[1:])
-        if guided:
+        if rows.shape[0] != shape[0]:
             conditional, unconditional = velocity.chunk(2)
             velocity = unconditional + scale * (conditional - unconditional)
         return velocity
@@ -142,7 +142,7 @@ class Runner:
         guided = guidance_scale > 0
         validate.check_t2i_inputs(self.parts.model, image_latents, t, text_tokens, modality_positions, guided)
         time = float(t[0])
-        state = self._image_in_progress(text_tokens, modality_positions, guided, image_latents, time)
+        state = self._image_in_progress(text_tokens, modality_positions, guidance_scale, image_latents, time)
         state.last_time = time
         latents, times = image_latents, t
         if guided:
@@ -156,7 +156,7 @@ class Runner:
             self._in_progress.remove(state)
             state.release()
         scale = self.config.guidance_at(index, guidance_scale) if guided else 0.0
-        velocity = self._velocity(rows, scale, guided, image_latents.shape)
+        velocity = self._velocity(rows, scale, torch.Size((state.images, *image_latents.shape[1:])))
         return torch.cat([velocity, velocity]) if guided else velocity
 
     def _why_original(
@@ -193,18 +193,20 @@ class Runner:
         )
 
     def _image_in_progress(
-        self, tokens: Tensor, positions: Tensor, guided: bool, latents: Tensor, time: float
+        self, tokens: Tensor, positions: Tensor, guidance_scale: float, latents: Tensor, time: float
     ) -> ImageState:
         size = (latents.shape[2], latents.shape[3])
         grid = (size[0] // self.parts.patch_size, size[1] // self.parts.patch_size)
         for state in self._in_progress:
-            if state.matches(tokens, positions, guided, grid):
+            if state.matches(
+                tokens, positions, guidance_scale > 0, grid, self.generation.planned_scale(guidance_scale)
+            ):
                 if time > state.last_time:
                     self.last_image = state
                     return state
                 self._in_progress.remove(state)
                 break
-        state = self.generation.begin(self.generation.plan(None), tokens, positions, guided, size)
+        state = self.generation.begin(None, tokens, positions, guidance_scale, size)
         self._in_progress = [*self._in_progress, state][-IMAGES_IN_PROGRESS:]
         self.last_image = state
         return state

@@ -15,6 +15,10 @@ class Summary:
     Attributes:
         steps: evaluations of the last image by kind (see `schedule.Step.kind`).
         backbone_evaluations, head_evaluations: how many of them ran the language model, and the head's blocks.
+        encoder_evaluations: how many ran the SigLIP encoder.
+        decided: evaluations that were decided while running (`adaptive_cache`): 'computed' and 'cached'.
+        routed: tokens of the image span times rows times layers of the language model: 'computed', and 'carried' past a layer
+            (`token_skip`).
         layers_skipped: (step, layers) for every measurement of the last image.
         answer_layers_skipped: for each prompt of the last call the layers that its answer skipped.
         neurons: task -> FFN neurons read per layer (where layers differ, their mean, rounded), for tasks with a set of their
@@ -30,6 +34,9 @@ class Summary:
     steps: Mapping[str, int]
     backbone_evaluations: int
     head_evaluations: int
+    encoder_evaluations: int
+    decided: Mapping[str, int]
+    routed: Mapping[str, int]
     layers_skipped: tuple[tuple[int, tuple[int, ...]], ...]
     answer_layers_skipped: tuple[tuple[int, ...], ...]
     neurons: Mapping[str, int]
@@ -48,7 +55,10 @@ class Summary:
         skipped = "; ".join(f"as of step {step}: {list(layers)}" for step, layers in self.layers_skipped) or "none"
         lines = [
             f"evaluations   {listed(self.steps)}",
-            f"              {self.backbone_evaluations} backbone, {self.head_evaluations} head",
+            f"              {self.backbone_evaluations} backbone, {self.head_evaluations} head, "
+            f"{self.encoder_evaluations} encoder",
+            f"decided       {listed(self.decided)}",
+            f"tokens routed {listed(self.routed)}",
             f"layers skipped {skipped}",
             f"   in answers  {'; '.join(str(list(layers)) for layers in self.answer_layers_skipped if layers) or 'none'}",
             f"FFN neurons   {listed(self.neurons)} (of {self.intermediate})",

@@ -263,3 +263,16 @@ def test_calibrate_offers_every_estimator() -> None:
     from flashu_ext.estimators import ESTIMATORS
 
     assert tuple(ESTIMATORS) == module.ESTIMATORS
+
+
+def test_plan_shows_the_columns_of_knobs_that_are_on(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    config = FlashUConfig(
+        steps=8, token_skip=True, token_skip_ratio=0.5, encoder_cache=True, adaptive_cache=True, skip_unit_guidance=True
+    )
+    path.write_text(config.to_json())
+    lines = run("plan", "--config", str(path), "--guidance", "1").output.splitlines()
+    assert lines[0].split() == "step kind encoder FFN layers tokens head branches guidance".split()
+    assert lines[3].split()[-2:] == ["one", "1"] and "run the encoder; 5 of these may be cached" in lines[-1]
+    record = json.loads(run("plan", "--config", str(path), "--json").output)
+    assert record["adaptive"] == 5 and record["encoder"] == 4 and record["steps"][1]["tokens_from"] == [1]

@@ -64,6 +64,17 @@ BAD = [
     ("answer_layer_skip_ratio", 1),
     ("prune_multiple", 0),
     ("norm_kernels", 1),
+    ("token_skip", 1),
+    ("token_skip_ratio", 1.0),
+    ("token_skip_interval", 0),
+    ("token_skip_forecast", None),
+    ("head_residual_reuse", "yes"),
+    ("adaptive_cache", 0),
+    ("adaptive_cache_budget", -0.1),
+    ("adaptive_cache_budget", float("inf")),
+    ("encoder_cache", 2),
+    ("encoder_cache_interval", 0),
+    ("skip_unit_guidance", 1),
 ]
 
 
@@ -90,3 +101,17 @@ def test_bad_json_is_refused(text, message):
 
 def test_json_holds_every_field():
     assert set(json.loads(FlashUConfig.paper().to_json())) == set(FlashUConfig.__dataclass_fields__)
+
+
+def test_a_knob_that_does_nothing_approximates_nothing():
+    idle = FlashUConfig.exact(
+        token_skip=True, token_skip_ratio=0.5, token_skip_interval=1, head_residual_reuse=True,
+        adaptive_cache=True, adaptive_cache_budget=0.0, head_cache_interval=5,
+        encoder_cache=True, encoder_cache_interval=1, skip_unit_guidance=True,
+    )  # fmt: skip
+    assert idle.approximates == ()
+    busy = idle.replace(token_skip_interval=2, adaptive_cache_budget=0.1, encoder_cache_interval=2)
+    assert busy.approximates == ("token_skip", "adaptive_cache", "head_residual_reuse", "encoder_cache")
+    assert busy.replace(adaptive_cache=False).approximates == (
+        "token_skip", "head_cache_interval", "head_residual_reuse", "encoder_cache",
+    )  # fmt: skip

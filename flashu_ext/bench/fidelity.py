@@ -1,0 +1,209 @@
+"""Room: benchmarks. How far skipping and caching move the embedded model's drawings, beside the operations they save.
+
+Fidelity is the relative L2 distance of the final latents from those of the exact model with the same noise. Operations are
+counted from what was run, for one conditional and one unconditional row; nothing here is a time.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import FlashUConfig
+from .machine import command_line, facts
+
+__all__ = ["Row", "llm_flops", "measure", "table", "to_json", "token_ratio_within"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting. `distance` is a mean over prompts, `worst` their maximum, `right` how many drawings show the prompt."""
+
+    name: str
+    changes: Mapping[str, Any]
+    llm_gflops: float
+    backbone: int
+    head: int
+    encoder: int
+    distance: float
+    worst: float
+    right: int
+    prompts: int
+
+    def cells(self) -> tuple[str, ...]:
+        return (
+            self.name, f"{self.llm_gflops:.3f}", str(self.backbone), str(self.head), str(self.encoder),
+            f"{self.distance:.4f}", f"{self.worst:.4f}", f"{self.right}/{self.prompts}",
+        )  # fmt: skip
+
+
+HEADER = ("setting", "LLM GFLOP", "backbone", "head", "encoder", "rel. L2", "worst", "right")
+
+
+def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
+    """Floating-point operations (a multiply-add is two) of the language model for one finished image of a batch.
+
+    Counts every linear layer and both attention products: a routed layer's keys and values for all tokens, the rest for the
+    active ones; a layer measurement over the whole sequence, as it is run; the prompt once per choice of layers.
+
+    Args:
+        tail: False counts a layer measurement as if it, too, ran on the image span alone.
+    """
+    config = model.config.llm
+    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    d = hidden // config["num_attention_heads"]
+    kv = config["num_key_value_heads"] * d
+    geometry, count = image.all_rows.geometry, image.all_rows.count
+    length, prefix = image.all_rows.text_tokens.shape[1], sum(geometry.prefix) / count
+
+    def layer(tokens: float, active: float, keys: float) -> float:
+        weights = 2 * tokens * hidden * 2 * kv + 2 * active * hidden * (2 * hidden + 3 * inner)
+        return weights + 4 * active * keys * hidden
+
+    total = 0.0
+    skipped: Mapping[int, tuple[int, ...]] = dict(image.choices)
+    # A measurement over the whole sequence leaves the whole network's prompt behind.
+    prompts: set[tuple[int, ...]] = {()} if skipped and tail else set()
+    for step in image.ran:
+        rows = 2 if image.guided and step.guided else 1
+        if step.measure and tail:
+            total += rows * layers * layer(length, length, length)
+        elif step.backbone:
+            out = skipped[step.skip_from] if step.skip_from is not None else ()
+            active = geometry.span - (image.router.carried if step.tokens_from else 0)
+            total += rows * (layers - len(out)) * layer(geometry.span, active, prefix + geometry.span)
+            if out not in prompts:
+                prompts.add(out)
+                total += 2 * (layers - len(out)) * layer(prefix, prefix, prefix)
+    return total
+
+
+def token_ratio_within(tokens: int, budget: float, cost: Callable[[float], float]) -> float:
+    """The smallest share of `tokens` to carry for which `cost(share)`, falling with it, is at most `budget`."""
+
+    def share(carried: int) -> float:
+        return (carried + 0.5) / tokens  # between two counts, so that rounding down gives this one
+
+    carried = bisect.bisect_left(range(tokens), True, key=lambda n: cost(share(n)) <= budget)
+    if carried == tokens:
+        raise ValueError(f"budget: expected what carrying {tokens - 1} of {tokens} tokens reaches, got {budget:.3g}")
+    return share(carried)
+
+
+class _Drawings:
+    """Held-out prompts of the embedded model with their noise, drawn under one setting after the other."""
+
+    def __init__(self, prompts: int, seed: int, steps: int):
+        from ..nano.world import captions, scenes
+        from ..showo2 import Pipeline
+
+        self.pipe = Pipeline.from_pretrained("nano")
+        self.steps = steps
+        self.scenes = random.Random(seed).sample(scenes(held_out=True), prompts)
+        self.inputs = vars(self.pipe.layout.generation([captions(scene)[0] for scene in self.scenes]))
+        self.config = config = self.pipe.model.config
+        self.tokens = config.image_latent_height * config.image_latent_width
+        shape = (config.image_latent_height * config.patch_size, config.image_latent_width * config.patch_size)
+        generator = torch.Generator().manual_seed(seed)
+        self.noise = torch.randn(prompts, config.image_latent_dim, *shape, generator=generator)
+        self.exact, _, _ = self._latents(prompts)
+
+    def _latents(self, prompts: int, **changes: Any) -> tuple[Tensor, Any, Any]:
+        from ..nano.evaluate import GUIDANCE, SHIFT
+        from ..showo2 import sample
+
+        inputs = {name: value[:prompts] for name, value in self.inputs.items()}
+        with self.pipe.accelerate(FlashUConfig(steps=self.steps, **changes)) as handle:
+            latents = sample(
+                self.pipe.model, self.noise[:prompts], **inputs, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT
+            )
+            return latents, handle.runner.last_image, handle.summary()
+
+    def cost(self, **changes: Any) -> float:
+        """Operations under a setting without any tail; they depend on shapes alone, so one prompt tells them."""
+        return llm_flops(self.pipe.model, self._latents(1, **changes)[1], tail=False)
+
+    def row(self, name: str, **changes: Any) -> Row:
+        from ..nano.evaluate import to_images
+        from ..nano.judge import judge
+
+        latents, image, summary = self._latents(len(self.scenes), **changes)
+        far = (latents - self.exact).flatten(1).norm(dim=1) / self.exact.flatten(1).norm(dim=1)
+        right = [judge(picture, scene).right for picture, scene in zip(to_images(latents), self.scenes, strict=True)]
+        return Row(
+            name=name,
+            changes=changes,
+            llm_gflops=llm_flops(self.pipe.model, image) / 1e9,
+            backbone=summary.backbone_evaluations,
+            head=summary.head_evaluations,
+            encoder=summary.encoder_evaluations,
+            distance=float(far.mean()),
+            worst=float(far.max()),
+            right=sum(right),
+            prompts=len(right),
+        )
+
+
+def measure(prompts: int = 8, seed: int = 0, steps: int = 50) -> list[Row]:
+    """Draw held-out prompts under every setting."""
+    drawings = _Drawings(prompts, seed, steps)
+    return [drawings.row("exact"), *_skipping(drawings), *_caching(drawings)]
+
+
+def _skipping(drawings: _Drawings) -> Iterator[Row]:
+    """Whole layers, each followed by routed tokens that cost at most as much.
+
+    The tail that a layer measurement runs over is left out of this comparison, which favours the layers: a measurement
+    on the span would do, and only differs from the reference's.
+    """
+    depth, tokens = drawings.config.llm["num_hidden_layers"], drawings.tokens
+    for layers, interval in ((1, 2), (1, 5), (1, 10), (2, 5)):
+        whole = {"layer_skip_ratio": (layers + 0.5) / depth, "layer_skip_interval": interval}
+        yield drawings.row(f"layers: {layers} of {depth}, every {interval}", **whole)
+        for forecast in (False, True):
+            routed = {"token_skip": True, "token_skip_interval": interval, "token_skip_forecast": forecast}
+            cost = functools.partial(_cost_of_ratio, drawings, routed)
+            ratio = token_ratio_within(tokens, drawings.cost(**whole), cost)
+            said = f"{int(ratio * tokens)} of {tokens}, every {interval}{', forecast' if forecast else ''}"
+            yield drawings.row(f"tokens: {said}", token_skip_ratio=ratio, **routed)
+
+
+def _cost_of_ratio(drawings: _Drawings, routed: dict[str, Any], ratio: float) -> float:
+    return drawings.cost(token_skip_ratio=ratio, **routed)
+
+
+def _caching(drawings: _Drawings) -> Iterator[Row]:
+    for interval in (2, 4):
+        fixed = {"head_cache_interval": interval}
+        yield drawings.row(f"head state, every {interval}", **fixed)
+        for order in (1, 2):
+            yield drawings.row(f"head forecast {order}, every {interval}", head_forecast_order=order, **fixed)
+        yield drawings.row(f"head residual, every {interval}", head_residual_reuse=True, **fixed)
+    for budget in (0.05, 0.1, 0.2, 0.4):
+        yield drawings.row(f"adaptive, budget {budget:g}", adaptive_cache=True, adaptive_cache_budget=budget)
+    for interval in (2, 4, 8):
+        yield drawings.row(f"encoder, every {interval}", encoder_cache=True, encoder_cache_interval=interval)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows for people."""
+    lines = [HEADER, *(row.cells() for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """The rows with the command and the machine that made them."""
+    record = {"command": command_line(), "machine": facts(), "rows": [dataclasses.asdict(row) for row in rows]}
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
