@@ -23,15 +23,15 @@ from ..safe_files import atomic_path
 from . import codec
 from .model import nano_config
 from .tokenizer import layout, write_tokenizer
-from .world import Question, Scene, captions, description, questions, render, scattered_scene, scenes
+from .world import Question, Scene, captions, crowded_scene, description, questions, render, scenes
 
 __all__ = ["Settings", "Trainer"]
 
 NULL_SHARE = 0.1
 VARIANTS = 24
 LOOSE_VARIANTS = 64
-SCATTERED = 40_000
-"""Renderings of every training scene, for drawing and for answering; and scattered scenes."""
+CROWDED = 12_000
+"""Renderings of every training scene, for drawing and for answering; and scenes of three objects."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,29 @@ class Phase:
     Attributes:
         drawings, answers: samples per step. answer_weight: of the answers' loss beside the drawings'.
         averaging: decay of the averaged weights, which are the result.
-        described: share of questions that ask for all of the scene, where it is not a scattered one.
+        described: share of questions that ask for all of the scene, where scenes are varied. focused: share of the others
+            that are of the kinds in `focus`, on top of their natural share.
+        varied: questions are asked about loosely rendered scenes and crowded ones (see `world`), not about those drawn.
     """
 
     steps: int
     drawings: int
     answers: int
     answer_weight: float
+    varied: bool
     averaging: float
-    described: float
+    described: float = 0.4
+    focus: tuple[str, ...] = ()
+    focused: float = 0.0
 
 
 PHASES = (
-    Phase(1800, 48, 24, 0.5, 0.998, described=0.3),
-    Phase(4200, 24, 72, 1.0, 0.998, described=0.1),
+    Phase(2000, 48, 32, 0.5, False, 0.9985),
+    Phase(1200, 10, 96, 1.0, True, 0.995, described=0.4),
+    Phase(600, 10, 112, 1.0, True, 0.99, described=0.1, focus=("relation", "yes/no"), focused=0.6),
+    Phase(320, 10, 112, 1.0, True, 0.98, described=0.2, focus=("color", "yes/no"), focused=0.6),
 )
-"""Drawing is learned first, and what it teaches of the scenes is what answering starts from. Both go on to the end: what is
-left out of the mixture is forgotten within some hundred steps."""
+"""Drawing is learned first, and what it teaches of the scenes is what answering starts from."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def _orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Data:
-    """The training scenes, rendered and encoded once: all of one or two objects, and many scattered ones for answers."""
+    """The training scenes, rendered and encoded once: all of one or two objects, and many of three for answers."""
 
     def __init__(self, seed: int):
         rng = random.Random(seed)
@@ -132,8 +138,8 @@ class Data:
         self.groups = (singles, pairs)
         self.latents = _rendered(self.scenes, rng, VARIANTS, loose=False)
         self.loose = _rendered(self.scenes, rng, LOOSE_VARIANTS, loose=True)
-        self.scattered = [scattered_scene(rng) for _ in range(SCATTERED)]
-        self.scattered_latents = _rendered(self.scattered, rng, 1, loose=True)
+        self.crowds = [crowded_scene(rng) for _ in range(CROWDED)]
+        self.crowded = _rendered(self.crowds, rng, 1, loose=True)
 
     def draw(self, rng: random.Random, count: int) -> tuple[list[Scene], Tensor]:
         """`count` scenes to draw, two in five with one object, and their latents [count, ...]."""
@@ -141,12 +147,12 @@ class Data:
         return [self.scenes[i] for i in index], self.latents[index, [rng.randrange(VARIANTS) for _ in index]]
 
     def ask(self, rng: random.Random, count: int) -> tuple[list[Scene], Tensor]:
-        """`count` scenes to ask about, half of them scattered, and their latents [count, ...]."""
-        scattered = rng.sample(range(SCATTERED), count // 2)
-        index = [rng.choice(self.groups[0 if rng.random() < 0.3 else 1]) for _ in range(count - len(scattered))]
-        chosen = [self.scenes[i] for i in index] + [self.scattered[i] for i in scattered]
+        """`count` scenes to ask about, half of them of three objects, and their latents [count, ...]."""
+        crowds = rng.sample(range(CROWDED), count // 2)
+        index = [rng.choice(self.groups[0 if rng.random() < 0.4 else 1]) for _ in range(count - len(crowds))]
+        chosen = [self.scenes[i] for i in index] + [self.crowds[i] for i in crowds]
         loose = self.loose[index, [rng.randrange(LOOSE_VARIANTS) for _ in index]]
-        return chosen, torch.cat([loose, self.scattered_latents[scattered, 0]])
+        return chosen, torch.cat([loose, self.crowded[crowds, 0]])
 
 
 def _rendered(among: list[Scene], rng: random.Random, variants: int, loose: bool) -> Tensor:
@@ -157,9 +163,12 @@ def _rendered(among: list[Scene], rng: random.Random, variants: int, loose: bool
 
 
 def _question(scene: Scene, phase: Phase, rng: random.Random) -> Question:
-    if scene.points is None and rng.random() < phase.described:
+    if phase.varied and rng.random() < phase.described:
         return description(scene)
-    return rng.choice(questions(scene, rng))
+    possible = questions(scene, rng)
+    if phase.focus and rng.random() < phase.focused:
+        possible = [question for question in possible if question.kind in phase.focus]
+    return rng.choice(possible)
 
 
 class Trainer:
@@ -202,7 +211,8 @@ class Trainer:
         return F.mse_loss(velocity, target - noise)
 
     def _answer_loss(self, phase: Phase, rng: random.Random) -> Tensor:
-        chosen, latents = self.data.ask(rng, phase.answers)
+        among = self.data.ask if phase.varied else self.data.draw
+        chosen, latents = among(rng, phase.answers)
         model, plan = self.model, self.layout
         rows, starts, ends = [], [], []
         for scene in chosen:

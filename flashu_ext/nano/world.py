@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import random
 from dataclasses import dataclass
 
@@ -24,11 +23,11 @@ __all__ = [
     "Question",
     "Scene",
     "captions",
+    "crowded_scene",
     "description",
     "is_held_out",
     "questions",
     "render",
-    "scattered_scene",
     "scenes",
 ]
 
@@ -49,11 +48,10 @@ LOOSE_PLACE_JITTER = 3.0
 LOOSE_SIZE_JITTER = 0.25
 LOOSE_SHIFT = 8.0
 LOOSE_COLOR_JITTER = 20.0
-# Of scattered scenes: radii, and how much free ground is between objects and to the edge.
-SCATTERED_RADII = (5.0, 10.0)
-SCATTERED_GAP = 1.5
-SCATTERED_SLOPE = 1.5
-"""One object is left of another, and not above it, where they are this many times further apart across than along."""
+# Three in a line are smaller and further apart.
+CENTER = SIZE / 2
+CROWDED_SPREAD = 1.45
+CROWDED_RADIUS = 6.5
 HELD_OUT_SHARE = 6
 """One combination in this many is held out."""
 
@@ -81,41 +79,25 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """One object, or two: from left to right or from top to bottom. Scattered ones also have centres and radii.
-
-    Attributes:
-        points: (x, y, radius) of each object in pixels, y down, or None where `place` says it all.
-    """
+    """One object, or several in a line: from left to right or from top to bottom."""
 
     objects: tuple[Object, ...]
-    points: tuple[tuple[float, float, float], ...] | None = None
 
     @property
     def key(self) -> str:
         """The combination, as text."""
         return " + ".join(f"{o.name} {o.place}" for o in self.objects)
 
-    def relation(self, first: int, second: int) -> str | None:
-        """How an object lies to another: 'left', 'right', 'above' or 'below'; None where it is neither clearly."""
-        if self.points is None:
-            ahead = "left" if self.objects[0].place == "left" else "above"
-            return ahead if first < second else _OPPOSITE[ahead]
-        across = self.points[second][0] - self.points[first][0]
-        along = self.points[second][1] - self.points[first][1]
-        if abs(across) >= SCATTERED_SLOPE * abs(along):
-            return "left" if across > 0 else "right"
-        if abs(along) >= SCATTERED_SLOPE * abs(across):
-            return "above" if along > 0 else "below"
-        return None
-
-    def pair(self, first: int, second: int) -> Scene | None:
-        """The combination that two of the objects make up where they stand clearly beside or above each other."""
-        relation = self.relation(first, second)
-        if relation in ("right", "below"):
-            first, second, relation = second, first, _OPPOSITE[relation]
-        if relation is None:
+    @property
+    def relation(self) -> str | None:
+        """How an object lies to the ones after it: 'left' or 'above'."""
+        if len(self.objects) < 2:
             return None
-        ends = ("left", "right") if relation == "left" else ("top", "bottom")
+        return "left" if self.objects[0].place == "left" else "above"
+
+    def pair(self, first: int, second: int) -> Scene:
+        """The scene of two of the objects alone, at its two ends."""
+        ends = ("left", "right") if self.relation == "left" else ("top", "bottom")
         chosen = (self.objects[first], self.objects[second])
         return Scene(tuple(Object(o.color, o.shape, place) for o, place in zip(chosen, ends, strict=True)))
 
@@ -147,39 +129,28 @@ def scenes(held_out: bool, count: int | None = None) -> list[Scene]:
     return [scene for scene in chosen if count is None or len(scene.objects) == count]
 
 
-def scattered_scene(rng: random.Random) -> Scene:
-    """Two to four different objects of any size anywhere, no two of which make up a held-out combination.
+def crowded_scene(rng: random.Random) -> Scene:
+    """Three different objects in a line, no two of which make up a held-out combination.
 
-    For training answers only: neither drawn nor asked about in evaluation. There are too many of them to be known by heart,
-    so what is asked has to be looked up in the picture.
+    For training answers only: neither drawn nor asked about in evaluation. They are many more combinations than one or two
+    objects have, too many to be known by heart.
     """
     kinds = list(itertools.product(COLORS, SHAPES))
     while True:
-        objects = tuple(Object(*kind, "anywhere") for kind in rng.sample(kinds, rng.randint(2, 4)))
-        points: list[tuple[float, float, float]] = []
-        for _ in range(40):
-            radius = rng.uniform(*SCATTERED_RADII)
-            x, y = (rng.uniform(radius + 1, SIZE - radius - 1) for _ in range(2))
-            if all(math.hypot(x - a, y - b) >= radius + r + SCATTERED_GAP for a, b, r in points):
-                points.append((x, y, radius))
-            if len(points) == len(objects):
-                break
-        if len(points) < len(objects):
-            continue
-        scene = Scene(objects, tuple(points))
-        pairs = (scene.pair(i, j) for i, j in itertools.combinations(range(len(objects)), 2))
-        if not any(pair is not None and is_held_out(pair) for pair in pairs):
+        places = rng.choice([("left", "center", "right"), ("top", "center", "bottom")])
+        scene = Scene(tuple(Object(*kind, place) for kind, place in zip(rng.sample(kinds, 3), places, strict=True)))
+        if not any(is_held_out(scene.pair(i, j)) for i, j in itertools.combinations(range(3), 2)):
             return scene
 
 
 def captions(scene: Scene) -> list[str]:
     """What a scene may be called when it is to be drawn."""
     first = scene.objects[0]
-    if len(scene.objects) == 1:
+    relation = scene.relation
+    if relation is None:
         plain = [f"a {first.name}"] if first.place == "center" else []
         return [*plain, f"a {first.name} {_WHERE[first.place]}"]
-    second, relation = scene.objects[1], scene.relation(0, 1)
-    assert relation is not None
+    second = scene.objects[1]
     return [
         f"a {first.name} {_SAID[relation]} a {second.name}",
         f"a {second.name} {_SAID[_OPPOSITE[relation]]} a {first.name}",
@@ -188,7 +159,12 @@ def captions(scene: Scene) -> list[str]:
 
 def description(scene: Scene) -> Question:
     """All of a scene, for training only: every word of the answer has to belong to the right object."""
-    return Question("description", "what objects are there ?", captions(scene)[-1 if len(scene.objects) == 1 else 0])
+    relation = scene.relation
+    if relation is None:
+        text = captions(scene)[-1]
+    else:
+        text = f" {_SAID[relation]} ".join(f"a {o.name}" for o in scene.objects)
+    return Question("description", "what objects are there ?", text)
 
 
 def questions(scene: Scene, rng: random.Random) -> list[Question]:
@@ -204,21 +180,22 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
         result.append(Question("shape", f"what shape is the {asked.color} object ?", asked.shape))
     if others:
         other = rng.choice(others) if len(others) > 1 else others[0]
-        relation = scene.relation(scene.objects.index(asked), scene.objects.index(other))
-        if relation is not None:
-            result.append(Question("relation", f"where is the {asked.name} relative to the {other.name} ?", relation))
-            claimed = relation if rng.random() < 0.5 else rng.choice([r for r in _OPPOSITE if r != relation])
-            text = f"is the {asked.name} {_SAID[claimed]} the {other.name} ?"
-            result.append(Question("yes/no", text, "yes" if claimed == relation else "no"))
+        before = scene.objects.index(asked) < scene.objects.index(other)
+        relation = scene.relation if before else _OPPOSITE[scene.relation or ""]
+        assert relation is not None
+        result.append(Question("relation", f"where is the {asked.name} relative to the {other.name} ?", relation))
+        claimed = relation if rng.random() < 0.5 else rng.choice([r for r in _OPPOSITE if r != relation])
+        text = f"is the {asked.name} {_SAID[claimed]} the {other.name} ?"
+        result.append(Question("yes/no", text, "yes" if claimed == relation else "no"))
     else:
         result.append(Question("relation", f"where is the {asked.shape} ?", asked.place))
-    if all(question.kind != "yes/no" for question in result) or rng.random() < 0.5:
+    if not others or rng.random() < 0.5:
         name, answer = asked.name, "yes"
         if rng.random() < 0.5:
             present = {o.name for o in scene.objects}
             name = rng.choice([f"{c} {s}" for c in COLORS for s in SHAPES if f"{c} {s}" not in present])
             answer = "no"
-        if result and result[-1].kind == "yes/no":
+        if others:
             result.pop()
         result.append(Question("yes/no", f"is there a {name} ?", answer))
     return result
@@ -236,18 +213,22 @@ def render(scene: Scene, rng: random.Random | None = None, loose: bool = False, 
     x, y = axis[None, :], axis[:, None]
     image = np.empty((side, side, 3), dtype=np.float32)
     image[:] = BACKGROUND
-    shift = (0.0, 0.0)
-    if loose and rng is not None and scene.points is None and len(scene.objects) == 2:
-        across = rng.uniform(-LOOSE_SHIFT, LOOSE_SHIFT)
-        shift = (0.0, across) if scene.relation(0, 1) == "left" else (across, 0.0)
-    for number, item in enumerate(scene.objects):
-        if scene.points is None:
-            cx, cy = (at + by for at, by in zip(PLACES[item.place], shift, strict=True))
-            radius = RADIUS
-        else:
-            cx, cy, radius = scene.points[number]
+    across = rng.uniform(-LOOSE_SHIFT, LOOSE_SHIFT) if loose and rng is not None and scene.relation else 0.0
+    shift = (0.0, across) if scene.relation == "left" else (across, 0.0)
+    crowded = len(scene.objects) > 2
+    if crowded:
+        place_jitter, size_jitter = PLACE_JITTER, SIZE_JITTER
+    for item in scene.objects:
+        cx, cy = (at + by for at, by in zip(PLACES[item.place], shift, strict=True))
+        radius = RADIUS
+        if crowded:
+            cx, cy, radius = (
+                CENTER + CROWDED_SPREAD * (cx - CENTER),
+                CENTER + CROWDED_SPREAD * (cy - CENTER),
+                CROWDED_RADIUS,
+            )
         color = np.array(COLORS[item.color], dtype=np.float32)
-        if rng is not None and scene.points is None:
+        if rng is not None:
             cx, cy = cx + rng.uniform(-place_jitter, place_jitter), cy + rng.uniform(-place_jitter, place_jitter)
             radius *= 1 + rng.uniform(-size_jitter, size_jitter)
         if loose and rng is not None:
