@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cli", "main"]
 
-PRESETS = ("dense", "exact", "paper")
+PRESETS = ("dense", "exact", "paper", "fast")
 ESTIMATORS = ("wanda", "flap", "reconstruction")
 
 # What a command may run into because of its input or the machine. The rest are bugs: their tracebacks stay.
@@ -117,7 +117,12 @@ def _model_options(command: Any) -> Any:
             default="exact",
             show_default=True,
             type=click.Choice(PRESETS),
-            help="dense: the unmodified model; exact: same outputs; paper: Flash-Unified's settings.",
+            help="dense: the unmodified model; exact: same outputs; paper: Flash-Unified's settings; fast: tuned.",
+        ),
+        click.option(
+            "--tuned",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help="Folder that `flashu-ext tune` wrote: its config and plan, instead of a preset.",
         ),
         click.option(
             "--plan",
@@ -132,17 +137,23 @@ def _model_options(command: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _pipeline(model: str, preset: str, plan_file: Path | None, verbose: bool) -> Iterator[Any]:
-    """A pipeline, accelerated as the preset says while the block runs."""
+def _pipeline(
+    model: str, preset: str, plan_file: Path | None, verbose: bool, tuned: Path | None = None
+) -> Iterator[Any]:
+    """A pipeline, accelerated as the preset or the tuned folder says while the block runs."""
+    from .config import FlashUConfig
+    from .plan import TaskPlan
     from .showo2 import Pipeline
 
+    if tuned is not None and plan_file is not None:
+        raise click.UsageError("--plan: expected none beside --tuned, which brings its own")
     pipe = Pipeline.from_pretrained(model)
-    plan = None
-    if plan_file is not None:
-        from .plan import TaskPlan
-
-        plan = TaskPlan.load(plan_file, model=pipe.model)
-    config, plan = pipe.preset(preset, plan)
+    if tuned is not None:
+        config: FlashUConfig | None = FlashUConfig.from_json((tuned / "config.json").read_text(encoding="utf-8"))
+        plan: TaskPlan | None = TaskPlan.load(tuned / "plan.safetensors", model=pipe.model)
+    else:
+        plan = TaskPlan.load(plan_file, model=pipe.model) if plan_file is not None else None
+        config, plan = pipe.preset(preset, plan)
     if config is None:
         yield pipe
         return
@@ -176,6 +187,7 @@ def generate(
     prompt: str,
     model: str,
     preset: str,
+    tuned: Path | None,
     plan_file: Path | None,
     verbose: bool,
     output: Path,
@@ -186,12 +198,12 @@ def generate(
     """Draw PROMPT."""
     if not output.resolve().parent.is_dir():
         raise click.UsageError(f"--output: expected a file in an existing folder, got {str(output)!r}")
-    with _pipeline(model, preset, plan_file, verbose) as pipe:
+    with _pipeline(model, preset, plan_file, verbose, tuned) as pipe:
         start = time.perf_counter()
         image = pipe.generate(prompt, seed=seed, steps=steps, guidance_scale=guidance)
         seconds = time.perf_counter() - start
     image.save(output)
-    click.echo(f"{output}: {image.width} x {image.height}, {seconds:.2f} s ({preset})")
+    click.echo(f"{output}: {image.width} x {image.height}, {seconds:.2f} s ({tuned or preset})")
 
 
 @cli.command(
@@ -221,6 +233,7 @@ def answer(
     question: str,
     model: str,
     preset: str,
+    tuned: Path | None,
     plan_file: Path | None,
     verbose: bool,
     max_new_tokens: int,
@@ -234,7 +247,7 @@ def answer(
 
     with Image.open(image) as file:
         picture = file.convert("RGB")
-    with _pipeline(model, preset, plan_file, verbose) as pipe:
+    with _pipeline(model, preset, plan_file, verbose, tuned) as pipe:
         text = pipe.answer(
             picture, question, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
@@ -531,7 +544,7 @@ def ffn(
     "--tokens",
     multiple=True,
     type=click.IntRange(1),
-    default=(32, 64),
+    default=(1, 32, 64),
     show_default=True,
     help="New tokens of an answer (may be repeated).",
 )

@@ -74,8 +74,10 @@ def running(model: Any, setting: Setting, plan: TaskPlan | None) -> Iterator[Any
     if setting.config is None:
         yield None
         return
-    chosen = setting.plan or plan
-    with accelerate(model, setting.config, chosen if setting.config.ffn_prune_ratio > 0 else None) as handle:
+    config, chosen = setting.config, setting.plan
+    if chosen is None and plan is not None:
+        chosen = plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
+    with accelerate(model, config, chosen if config.ffn_prune_ratio > 0 else None) as handle:
         yield handle
 
 
@@ -103,10 +105,12 @@ def compare(
         advance: called with a number of outputs; len(settings) * (drawings + questions + repeats) in all.
 
     Raises:
-        ValueError: the first setting is not dense.
+        ValueError: the first setting is not dense, or the probe has no drawing or no question to time.
     """
     if not settings or settings[0].config is not None:
         raise ValueError("settings: expected dense first")
+    if not probe.prompts or not probe.asked:
+        raise ValueError(f"probe: expected drawings and questions, got {len(probe.prompts)} and {len(probe.asked)}")
     outputs: list[Outputs] = []
     for setting in settings:
         with running(model, setting, plan):

@@ -6,10 +6,12 @@ Field names are plain words; the symbols of the Flash-Unified paper (arXiv 2603.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 __all__ = ["TOKEN_SCORES", "FlashUConfig", "GuidancePhase"]
@@ -219,6 +221,28 @@ class FlashUConfig:
             settings["guidance_relative"] = True
         return cls(**settings)
 
+    @classmethod
+    def fast(cls, fidelity: float = 0.99, **overrides: Any) -> FlashUConfig:
+        """The cheapest settings known to keep `fidelity` of the dense model's right drawings and right answers.
+
+        They were found by `flashu-ext tune` on the embedded model and are shipped in tuned.json, with what was measured. They
+        carry over to another model only as a starting point: calibrate it, and tune on it.
+
+        Args:
+            fidelity: what must be left, in (0, 1]. The settings tuned for the least fidelity that is not below it are taken;
+                where there are none, nothing is approximated.
+
+        Raises:
+            ValueError: fidelity is out of range, or an override is.
+        """
+        if not _is_real(fidelity) or not 0 < fidelity <= 1:
+            raise ValueError(f"fidelity: expected a number in (0, 1], got {fidelity!r}")
+        found = [entry for entry in _tuned() if entry["fidelity"] >= fidelity]
+        if not found:
+            return cls(**overrides)
+        best = min(found, key=lambda entry: float(entry["fidelity"]))
+        return cls.from_json(json.dumps(best["config"])).replace(**overrides)
+
     # ---- derived
 
     @property
@@ -280,6 +304,13 @@ class FlashUConfig:
         if unknown:
             raise ValueError(f"FlashUConfig: unknown field {unknown[0]!r}; known fields: {', '.join(sorted(known))}")
         return cls(**data)
+
+
+@functools.cache
+def _tuned() -> list[dict[str, Any]]:
+    text = (Path(__file__).parent / "tuned.json").read_text(encoding="utf-8")
+    entries: list[dict[str, Any]] = strict_json(text, "tuned.json")["settings"]
+    return entries
 
 
 def strict_json(text: str, name: str) -> Any:

@@ -51,10 +51,14 @@ def _encoder(parts: Showo2Parts, patches: int) -> float:
     return flops + 2 * 2.0 * convolution.weight.numel() * patches
 
 
-def _llm_layer(parts: Showo2Parts, layer: int, queries: int, keys: float, kept: float) -> float:
-    module = parts.layers[layer]
-    shape = parts.llm_attention
-    flops = (_linear(module.self_attn) + _linear(module.mlp) * kept) * queries
+def _llm_layer(
+    parts: Showo2Parts, layer: int, tokens: int, keys: float, kept: float, active: int | None = None
+) -> float:
+    """One layer on `tokens`, of which `active` (default: all) are computed and the others give their keys and values only."""
+    module, shape = parts.layers[layer], parts.llm_attention
+    queries = tokens if active is None else active
+    key_value = _linear(module.self_attn.k_proj) + _linear(module.self_attn.v_proj)
+    flops = key_value * tokens + (_linear(module.self_attn) - key_value + _linear(module.mlp) * kept) * queries
     return flops + _attention(shape.heads, shape.head_dim, queries, keys)
 
 
@@ -92,14 +96,16 @@ def image_flops(parts: Showo2Parts, plan: StepPlan, geometry: Geometry, guided: 
     variants: set[tuple[bool, int | None]] = set()
     keys = geometry.prefix + geometry.span
     for step in plan.steps:
-        rows = 2 if guided and getattr(step, "guided", True) else 1
+        rows = 2 if guided and step.guided else 1
         kept = 1.0 - config.ffn_prune_ratio if step.pruned else 1.0
-        if step.backbone:
+        if step.encode:
             total += _encoder(parts, geometry.span)
+        if step.backbone:
             queries = geometry.length if step.measure else geometry.span
             seen = geometry.length if step.measure else keys
             used = layers - (skip if step.skip_from is not None else 0)
-            total += rows * used * _llm_layer(parts, 0, queries, seen, kept)
+            active = queries - int((queries - 1) * config.token_skip_ratio) if step.tokens_from else None
+            total += rows * used * _llm_layer(parts, 0, queries, seen, kept, active)
             variant = (step.pruned, step.skip_from)
             if not step.measure and variant not in variants:
                 variants.add(variant)
@@ -123,8 +129,11 @@ def _kind(step: Step, config: FlashUConfig) -> Kind:
         config.ffn_prune_ratio if step.pruned else 0.0,
         config.layer_skip_ratio if step.skip_from is not None else 0.0,
         config.head_forecast_order if not step.head else 0,
-        getattr(step, "guided", True),
-        *(getattr(config, name, None) for name in ("token_skip_ratio", "encoder_cache_interval")),
+        step.guided,
+        step.residual,
+        step.encode,
+        step.measure_tokens,
+        config.token_skip_ratio if step.tokens_from else 0.0,
     )
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,19 +33,30 @@ DRAWING_KNOBS: Mapping[str, Levels] = {
     "steps": [{"steps": n} for n in (50, 35, 25, 20, 16, 13, 11, 9)],
     "head cache": [
         {"head_cache_interval": 0},
-        {"head_cache_interval": 2, "full_network_steps": 0.3},
-        {"head_cache_interval": 3, "full_network_steps": 0.3},
-        {"head_cache_interval": 3, "full_network_steps": 0.15},
-        {"head_cache_interval": 5, "full_network_steps": 0.15},
+        *(
+            {"head_cache_interval": n, "head_forecast_order": 1, "full_network_steps": tail}
+            for n, tail in ((2, 0.3), (3, 0.3), (3, 0.15), (4, 0.15))
+        ),
     ],
-    "forecast": [{"head_forecast_order": 0}, {"head_forecast_order": 1}, {"head_forecast_order": 2}],
+    "encoder cache": [
+        {"encoder_cache": False},
+        *({"encoder_cache": True, "encoder_cache_interval": n} for n in (2, 4)),
+    ],
     "neurons": [{"ffn_prune_ratio": ratio} for ratio in (0.0, 0.1, 0.2, 0.3, 0.4)],
+    "carried tokens": [
+        {"token_skip": False},
+        *({"token_skip": True, "token_skip_ratio": ratio, "token_skip_interval": 5} for ratio in (0.2, 0.4)),
+    ],
 }
 ANSWER_KNOBS: Mapping[str, Levels] = {
-    "visual tokens": [{"token_prune_ratio": ratio} for ratio in (0.0, 0.25, 0.5, 0.7)],
+    "visual tokens": [
+        {"token_prune_ratio": ratio, "token_prune_score": "value_norm_small"} for ratio in (0.0, 0.25, 0.5, 0.7)
+    ],
+    "answer layers": [{"answer_layer_skip_ratio": ratio} for ratio in (0.0, 0.17, 0.34)],
 }
 KNOBS: Mapping[str, Levels] = {**DRAWING_KNOBS, **ANSWER_KNOBS}
-"""Knob -> its levels, mildest first; the first level of each is exact."""
+"""Knob -> its levels, mildest first; the first level of each is exact. The first group is priced by an image, the second by
+an answer."""
 
 LEAST_SAVING = 0.02
 """A step that saves less of the predicted cost than this is not worth a measurement."""
@@ -51,11 +64,17 @@ LEAST_SAVING = 0.02
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured step of the walk. seconds: predicted, of one image. accepted: it became the base of the next step."""
+    """One measured step of the walk.
+
+    Attributes:
+        seconds: of one image (predicted) or, for a knob of answering, of one answer; before: without the step.
+        accepted: it became the base of the next step.
+    """
 
     knob: str
     level: int
     seconds: float
+    before: float
     adherence: Share
     accuracy: Share
     accepted: bool
@@ -90,12 +109,14 @@ class Tuned:
 
     def table(self) -> str:
         """The walk and the report, for a terminal."""
-        lines = [f"{'knob':<15} {'level':<52} {'ms/image':>9} {'right drawings':>15} {'right answers':>14}"]
+        lines = [f"{'knob':<15} {'level':<66} {'cost':>14} {'right drawings':>15} {'right answers':>14}"]
         for trial in self.trials:
             level = ", ".join(f"{k} {v}" for k, v in KNOBS[trial.knob][trial.level].items())
+            cost = 100 * (trial.seconds / trial.before - 1)
+            drawn, answered = 100 * trial.adherence.share, 100 * trial.accuracy.share
+            verdict = "kept" if trial.accepted else "dropped"
             lines.append(
-                f"{trial.knob:<15} {level:<52} {1e3 * trial.seconds:>9.1f} {100 * trial.adherence.share:>13.1f} % "
-                f"{100 * trial.accuracy.share:>12.1f} %  {'kept' if trial.accepted else 'dropped'}"
+                f"{trial.knob:<15} {level:<66} {cost:>+12.1f} % {drawn:>13.1f} % {answered:>12.1f} %  {verdict}"
             )
         if self.points:
             lines += ["", "on the other split:"]
@@ -154,27 +175,35 @@ def tune(
             probe.draw(model, [0], callback=callback)
 
     costs = CostModel(draw, len(Showo2Parts.find(model).layers))
+
+    def price(knob: str, settings: FlashUConfig) -> float:
+        if knob in DRAWING_KNOBS:
+            return costs.seconds(settings)
+        with running(model, Setting("", "", settings), plan):
+            return _answer_seconds(model, probe)
+
     levels = dict.fromkeys(knobs, 0)
     trials: list[Trial] = []
     closed: set[str] = set()
     while True:
-        now = costs.seconds(config)
         offers = []
         for knob, options in knobs.items():
             if knob in closed or levels[knob] + 1 >= len(options):
                 continue
             changed = config.replace(**options[levels[knob] + 1])
-            price = costs.seconds(changed)
-            if knob in ANSWER_KNOBS or price < now * (1 - LEAST_SAVING):
-                offers.append((price, knob, changed))
+            now, then = price(knob, config), price(knob, changed)
+            if then < now * (1 - LEAST_SAVING):
+                offers.append((then / now, then, now, knob, changed))
+            elif knob in ANSWER_KNOBS:
+                closed.add(knob)
         if not offers:
             break
-        price, knob, changed = min(offers, key=lambda offer: offer[0])
+        _, then, now, knob, changed = min(offers, key=lambda offer: offer[0])
         with running(model, Setting("", "", changed), plan):
             outputs = probe.perform(model, advance)
         shares = probe.adherence(outputs), probe.accuracy(outputs)
         kept = all(own.share >= fidelity * ref.share for own, ref in zip(shares, reference, strict=True))
-        trials.append(Trial(knob, levels[knob] + 1, price, *shares, kept))
+        trials.append(Trial(knob, levels[knob] + 1, then, now, *shares, kept))
         if kept:
             config = changed
             levels[knob] += 1
@@ -191,6 +220,17 @@ def tune(
     result.points = compare(model, settings, held_out, plan, repeats=repeats, seed=seed, advance=advance)
     bar.close()
     return result
+
+
+def _answer_seconds(model: Any, probe: Probe, count: int = 24) -> float:
+    """Median time of one answer about a picture not seen before."""
+    first = {picture: number for number, (picture, _) in reversed(list(enumerate(probe.asked)))}
+    times = []
+    for number in list(first.values())[: count + 2]:
+        start = time.perf_counter()
+        probe.ask(model, number)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:] or times)
 
 
 def _bar(progress: bool) -> Any:

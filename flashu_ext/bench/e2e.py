@@ -1,7 +1,7 @@
 """Room: benchmarks. Whole images and answers: dense, exact and paper, interleaved in one process.
 
 The baseline is this library's dense model or, with `--upstream`, the unmodified Show-o2 classes on the same
-weights. Rows with as many steps as the baseline and rows with fewer are kept apart.
+weights. Rows with as many steps as the baseline and rows with fewer are kept apart. An answer of one token is its prefill.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Settings:
     model: str = "bench"
     upstream: Path | None = None
     tasks: tuple[str, ...] = ("generation", "understanding")
-    tokens: tuple[int, ...] = (32, 64)
+    tokens: tuple[int, ...] = (1, 32, 64)
     steps: int = 50
     paper_steps: int = 35
     repeats: int = 3
@@ -314,6 +314,8 @@ def _cases(settings: Settings, shape: Shape, own: OwnSubject, upstream: Subject 
             for subject in subjects:
                 answer(subject, "exact", tokens, exact)
             answer(own, "paper", tokens, paper(settings.paper_steps))
+            halved = paper(settings.paper_steps).replace(token_prune_ratio=0.5)
+            answer(own, "paper, half the image", tokens, halved)
     return cases
 
 

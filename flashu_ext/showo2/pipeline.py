@@ -226,7 +226,7 @@ class Pipeline:
     # ---- acceleration
 
     def preset(self, name: str, plan: TaskPlan | None = None) -> tuple[FlashUConfig | None, TaskPlan | None]:
-        """The config and plan of 'dense' (none), 'exact' or 'paper' for this model.
+        """The config and plan of 'dense' (none), 'exact', 'paper' or 'fast' for this model.
 
         Args:
             plan: for a config that prunes; None: the embedded model's own, and none for others. One with a ratio for each layer

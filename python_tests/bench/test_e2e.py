@@ -66,6 +66,7 @@ def test_rows() -> None:
         ("understanding", "dense", 5),
         ("understanding", "exact", 5),
         ("understanding", "paper", 5),
+        ("understanding", "paper, half the image", 5),
     ]
     dense, exact, paper, fewer = report.rows[:4]
     assert report.agrees
@@ -93,7 +94,7 @@ def test_command_writes_json(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, [*arguments, "--tokens", "3", "--json", str(path)])
     assert result.exit_code == 0, result.output
     record = json.loads(path.read_text())
-    assert {row["preset"] for row in record["rows"]} == {"dense", "exact", "paper"}
+    assert {row["preset"] for row in record["rows"]} == {"dense", "exact", "paper", "paper, half the image"}
     fewer = [row for row in record["rows"] if not row["equal_steps"]]
     assert [row["size"] for row in fewer] == [5]
     assert record["machine"]["torch"] == torch.__version__

@@ -36,7 +36,18 @@ def test_help_has_an_example(path: tuple[str, ...]) -> None:
 
 
 def test_commands() -> None:
-    assert set(cli.commands) == {"demo", "generate", "answer", "calibrate", "plan", "bench", "info"}
+    assert set(cli.commands) == {
+        "demo",
+        "generate",
+        "answer",
+        "calibrate",
+        "plan",
+        "bench",
+        "info",
+        "analyze",
+        "report",
+        "tune",
+    }
     assert set(cli.commands["bench"].commands) == {"ffn", "e2e"}
 
 
