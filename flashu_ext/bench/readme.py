@@ -87,6 +87,36 @@ def _nano(record: dict[str, Any]) -> str:
     return title + _table(["", "n", *presets], rows) + _source(record)
 
 
+def _fidelity(record: dict[str, Any]) -> str:
+    points = record["points"]
+    dense = points[0]
+    rows = []
+    for point in points:
+        shares = [f"{100 * point[task]['right'] / point[task]['n']:.1f}" for task in ("adherence", "accuracy")]
+        rows.append(
+            [
+                point["name"],
+                f"{1e3 * point['image_median']:.0f} ({dense['image_median'] / point['image_median']:.2f}x)",
+                f"{point['flops'] / 1e9:.1f}",
+                shares[0],
+                "equal" if point["psnr"] >= 100 else f"{point['psnr']:.1f}",
+                f"{1e3 * point['answer_median']:.1f} ({dense['answer_median'] / point['answer_median']:.2f}x)",
+                shares[1],
+            ]
+        )
+    header = [
+        "setting",
+        "ms / image",
+        "GFLOP",
+        "right drawings, %",
+        "PSNR to dense, dB",
+        "ms / answer",
+        "right answers, %",
+    ]
+    n = f"{dense['adherence']['n']} drawings and {dense['accuracy']['n']} questions per setting, held-out scenes\n\n"
+    return n + _table(header, rows) + _source(record)
+
+
 def _gpu(record: dict[str, Any]) -> str:
     rows = []
     for line in record["lines"]:
@@ -104,7 +134,13 @@ def _gpu(record: dict[str, Any]) -> str:
     return _table(["op", "us", "goal", "baseline us", "speed-up"], rows) + _source(record)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"ffn": _ffn, "e2e": _e2e, "nano": _nano, "gpu": _gpu}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "ffn": _ffn,
+    "e2e": _e2e,
+    "nano": _nano,
+    "fidelity": _fidelity,
+    "gpu": _gpu,
+}
 """By the first word of a section's name; the rest says which file: `ffn_bf16` is results/ffn_bf16.json."""
 
 
