@@ -287,3 +287,28 @@ def test_plan_shows_the_columns_of_knobs_that_are_on(tmp_path: Path) -> None:
     assert lines[3].split()[-2:] == ["one", "1"] and "run the encoder; 5 of these may be cached" in lines[-1]
     record = json.loads(run("plan", "--config", str(path), "--json").output)
     assert record["adaptive"] == 5 and record["encoder"] == 4 and record["steps"][1]["tokens_from"] == [1]
+
+
+def test_tuned_settings_draw_and_answer(tmp_path: Path) -> None:
+    from flashu_ext.nano.model import PRUNE_MULTIPLE, load_model, load_plan
+
+    config = FlashUConfig.fast(prune_multiple=PRUNE_MULTIPLE, steps=4, ffn_prune_ratio=0.1)
+    (tmp_path / "config.json").write_text(config.to_json())
+    load_plan(load_model()).with_ratio(0.1, PRUNE_MULTIPLE).save(tmp_path / "plan.safetensors")
+    out = str(tmp_path / "out.png")
+    drawn = run("generate", "a red circle", "--tuned", str(tmp_path), "-o", out, "-v")
+    assert drawn.exit_code == 0 and "generation 336" in drawn.output, drawn.output
+    assert run("answer", out, "how many objects are there ?", "--tuned", str(tmp_path)).exit_code == 0
+    assert run("generate", "a red circle", "--preset", "fast", "-o", out).exit_code == 0
+    both = run(
+        "generate", "a circle", "--tuned", str(tmp_path), "--plan", str(tmp_path / "plan.safetensors"), "-o", out
+    )
+    assert both.exit_code == 2 and "expected none beside --tuned" in both.output
+    (tmp_path / "config.json").write_text("{")
+    broken = run("generate", "a circle", "--tuned", str(tmp_path), "-o", out)
+    assert broken.exit_code == 1 and "not valid JSON" in broken.output
+
+
+@pytest.mark.parametrize("command", ["analyze", "report", "tune"])
+def test_studies_refuse_nothing_to_measure(command: str) -> None:
+    assert run(command, "--drawings", "0").exit_code == 2 and run(command, "--model", "/no/such/folder").exit_code == 2
