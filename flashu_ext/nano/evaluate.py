@@ -179,7 +179,7 @@ def main(
     results: dict[str, Any] = {}
     for preset in presets:
         config = preset_config(preset, steps)
-        plan = load_plan(model, folder) if config is not None and config.ffn_prune_ratio > 0 else None
+        plan = load_plan(model, folder, config) if config is not None else None
         began = time.time()
         with accelerate(model, config, plan) if config is not None else nullcontext():
             rows = {

@@ -10,6 +10,7 @@ from .codec import CHANNELS, GRID
 from .tokenizer import vocabulary
 
 if TYPE_CHECKING:
+    from ..config import FlashUConfig
     from ..plan import TaskPlan
     from ..showo2.model import Showo2
 
@@ -67,8 +68,9 @@ def load_model(directory: Path = DATA) -> Showo2:
     return load(directory, torch.float32)
 
 
-def load_plan(model: Showo2, directory: Path = DATA) -> TaskPlan:
-    """The shipped task plan for `FlashUConfig.paper(prune_multiple=PRUNE_MULTIPLE)`."""
+def load_plan(model: Showo2, directory: Path = DATA, config: FlashUConfig | None = None) -> TaskPlan:
+    """The shipped task plan, pruned as `config` says (default: as `FlashUConfig.paper(prune_multiple=PRUNE_MULTIPLE)` does)."""
     from ..plan import TaskPlan
 
-    return TaskPlan.load(directory / "plan.safetensors", model=model)
+    plan = TaskPlan.load(directory / "plan.safetensors", model=model)
+    return plan if config is None else plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)

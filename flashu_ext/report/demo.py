@@ -74,7 +74,7 @@ def _accelerated(model: Any, preset: str, plan: TaskPlan) -> Iterator[Any]:
     if config is None:
         yield None
         return
-    with accelerate(model, config, plan if config.ffn_prune_ratio > 0 else None) as handle:
+    with accelerate(model, config, plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)) as handle:
         yield handle
 
 

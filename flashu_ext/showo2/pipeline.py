@@ -248,7 +248,7 @@ class Pipeline:
         if config is None or config.ffn_prune_ratio == 0:
             return config, None
         if plan is None:
-            return config, load_plan(self.model) if self.name == "nano" else None
+            return config, load_plan(self.model, config=config) if self.name == "nano" else None
         if plan.ratios is not None:
             return config.replace(ffn_prune_ratio=plan.ratio, prune_multiple=plan.multiple), plan
         return config, plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
