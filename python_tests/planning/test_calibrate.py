@@ -546,12 +546,12 @@ def test_half_precision_finds_nearly_the_same_neurons():
 # ---- the embedded model
 
 
-def test_the_shipped_plan_of_version_1_is_found_again():
+def test_the_shipped_plan_is_found_again_from_other_samples():
     from flashu_ext.nano.calibrate import samples
 
     model = load_model()
     shipped = load_plan(model)
-    assert shipped.calibration is None and dict(shipped.layer_importance) == {} and shipped.times == ()
+    assert shipped.calibration is not None and set(shipped.layer_importance) == {"generation", "understanding"}
     plan = fx.calibrate(model, *samples(20, 3), multiple=16, progress=False)
     for task in shipped.tasks:
         for layer in range(shipped.layers):
