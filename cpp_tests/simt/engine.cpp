@@ -486,6 +486,7 @@ void complete(Deferred& deferred) {
       [](void* context) {
         auto& own = *static_cast<Deferred*>(context);
         order_acquire(&own);  // what its issuer did before
+        if (own.after) order_acquire(&own.after->done);
         own.work();
         order_release(&own.done);
       },
