@@ -123,7 +123,6 @@ void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, co
               value = std::bit_cast<float>(~uint32_t{0});
             }
           }
-          sums.last = nullptr;
         }
         ++sums.under_way;
         WarpSums* const target = &sums;
