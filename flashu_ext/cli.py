@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .cli_bench import bench
 from .cli_studies import COMMANDS
+from .cli_support import Group, example
 
 if TYPE_CHECKING:
     pass
@@ -27,33 +29,8 @@ __all__ = ["cli", "main"]
 PRESETS = ("dense", "exact", "paper", "fast")
 ESTIMATORS = ("wanda", "flap", "reconstruction")
 
-# What a command may run into because of its input or the machine. The rest are bugs: their tracebacks stay.
-_EXPECTED_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, MemoryError)
 
-
-class _Group(click.Group):
-    """A group whose commands fail with one line and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except click.exceptions.Exit:  # --help and --version; click derives it from RuntimeError
-            raise
-        except click.Abort:
-            raise
-        except _EXPECTED_ERRORS as error:
-            if ctx.find_root().params.get("traceback"):
-                raise
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise click.ClickException(text) from error
-
-
-def _example(*lines: str) -> str:
-    """A help epilog that keeps its line breaks."""
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="flashu-ext")
 @click.option("--traceback", is_flag=True, help="On failure show the Python traceback instead of one line.")
 def cli(traceback: bool) -> None:
@@ -63,7 +40,7 @@ def cli(traceback: bool) -> None:
 # ---- the main job
 
 
-@cli.command(epilog=_example("flashu-ext demo --out flashu_demo"))
+@cli.command(epilog=example("flashu-ext demo --out flashu_demo"))
 @click.option(
     "--out",
     default="flashu_demo",
@@ -164,7 +141,7 @@ def _pipeline(
 
 
 @cli.command(
-    epilog=_example('flashu-ext generate "a red circle above a blue square" --preset paper --seed 0 -o out.png')
+    epilog=example('flashu-ext generate "a red circle above a blue square" --preset paper --seed 0 -o out.png')
 )
 @click.argument("prompt")
 @_model_options
@@ -207,7 +184,7 @@ def generate(
 
 
 @cli.command(
-    epilog=_example(
+    epilog=example(
         'flashu-ext answer out.png "what color is the circle?" --preset exact',
         'flashu-ext answer out.png "describe the image" --temperature 0.7 --top-p 0.9 --seed 1',
     )
@@ -255,7 +232,7 @@ def answer(
 
 
 @cli.command(
-    epilog=_example(
+    epilog=example(
         "flashu-ext calibrate nano --out plan.safetensors",
         "flashu-ext calibrate CHECKPOINT --data DIR --estimator flap --checkpoint state.safetensors --out plan.safetensors",
     )
@@ -361,7 +338,7 @@ def calibrate(
 # ---- looking inside
 
 
-@cli.command(epilog=_example("flashu-ext plan --preset paper --steps 35"))
+@cli.command(epilog=example("flashu-ext plan --preset paper --steps 35"))
 @click.option(
     "--preset",
     default="paper",
@@ -431,7 +408,7 @@ def _plan_record(step_plan: Any, guidance: float) -> dict[str, Any]:
     }
 
 
-@cli.command(epilog=_example("flashu-ext info", "flashu-ext info --json"))
+@cli.command(epilog=example("flashu-ext info", "flashu-ext info --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def info(as_json: bool) -> None:
     """Tell what this build has, what this machine has, and why anything is missing."""
@@ -441,165 +418,7 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=1) if as_json else module.describe(facts))
 
 
-# ---- measuring
-
-
-@cli.group(cls=_Group)
-def bench() -> None:
-    """Measure: one op (ffn) or whole images and answers (e2e)."""
-
-
-@bench.command(
-    epilog=_example(
-        "flashu-ext bench ffn --rows 1 --rows 1460 --dtype bf16", "flashu-ext bench ffn --explain cuda --dtype bf16"
-    )
-)
-@click.option(
-    "--shape",
-    default="1.5b",
-    show_default=True,
-    type=click.Choice(("1.5b", "7b", "bench", "head")),
-    help="Whose FFN: Show-o2 1.5B or 7B, the bench model, the diffusion head.",
-)
-@click.option(
-    "--dtype", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16")), help="Storage."
-)
-@click.option(
-    "--rows",
-    multiple=True,
-    type=click.IntRange(1),
-    default=(1, 8, 16, 128, 512, 1460),
-    show_default=True,
-    help="Tokens (may be repeated).",
-)
-@click.option(
-    "--keep", default=0.8, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Share of neurons kept."
-)
-@click.option(
-    "--seconds", default=4.0, show_default=True, type=click.FloatRange(0), help="Time spent on each number of tokens."
-)
-@click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")
-@click.option(
-    "--explain",
-    type=click.Choice(("cpu", "cuda")),
-    is_flag=False,
-    flag_value="cpu",
-    help="Print which kernels and tiles serve these problems (cuda: on sm_90 and sm_80, no GPU needed), and do not measure.",
-)
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write all figures to this file.",
-)
-def ffn(
-    shape: str,
-    dtype: str,
-    rows: tuple[int, ...],
-    keep: float,
-    seconds: float,
-    threads: int | None,
-    explain: str | None,
-    json_file: Path | None,
-) -> None:
-    """Time the gathered FFN beside torch dense, a pruned copy, and gather-then-GEMM."""
-    from .bench import ffn as module
-
-    settings = module.Settings(shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads)
-    if explain is not None:
-        click.echo(module.explain(settings, explain))
-        return
-    report = module.run(settings)
-    click.echo(report.table())
-    if json_file is not None:
-        json_file.write_text(report.to_json(), encoding="utf-8")
-
-
-@bench.command(
-    epilog=_example(
-        "flashu-ext bench e2e --model bench --repeats 3 --json e2e.json",
-        "flashu-ext bench e2e --upstream path/to/Show-o/show-o2",
-    )
-)
-@click.option(
-    "--model",
-    default="bench",
-    show_default=True,
-    type=click.Choice(("bench", "tiny")),
-    help="Shape of the random-weight model; tiny only shows that everything runs.",
-)
-@click.option(
-    "--upstream",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="A Show-o2 checkout: its unmodified classes are the baseline.",
-)
-@click.option(
-    "--task",
-    "tasks",
-    multiple=True,
-    type=click.Choice(("generation", "understanding")),
-    help="Only this task (may be repeated).",
-)
-@click.option(
-    "--tokens",
-    multiple=True,
-    type=click.IntRange(1),
-    default=(1, 32, 64),
-    show_default=True,
-    help="New tokens of an answer (may be repeated).",
-)
-@click.option("--steps", default=50, show_default=True, type=click.IntRange(2), help="Grid points of dense and exact.")
-@click.option("--paper-steps", default=35, show_default=True, type=click.IntRange(2), help="Grid points of paper.")
-@click.option(
-    "--repeats",
-    default=3,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Timed rounds; the median is reported.",
-)
-@click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")
-@click.option("--seed", default=0, show_default=True, type=int, help="Seed of weights, noise and tokens.")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write all figures to this file.",
-)
-def e2e(
-    model: str,
-    upstream: Path | None,
-    tasks: tuple[str, ...],
-    tokens: tuple[int, ...],
-    steps: int,
-    paper_steps: int,
-    repeats: int,
-    threads: int | None,
-    seed: int,
-    json_file: Path | None,
-) -> None:
-    """Time whole images and answers: dense, exact and paper, interleaved in one process."""
-    from .bench import e2e as module
-
-    settings = module.Settings(
-        model=model,
-        upstream=upstream,
-        tasks=tasks or ("generation", "understanding"),
-        tokens=tokens,
-        steps=steps,
-        paper_steps=paper_steps,
-        repeats=repeats,
-        threads=threads,
-        seed=seed,
-    )
-    report = module.run(settings)
-    click.echo(report.table())
-    if json_file is not None:
-        json_file.write_text(report.to_json(), encoding="utf-8")
-    if not report.agrees:
-        raise RuntimeError(report.disagreement())
-
-
-for _command in COMMANDS:
+for _command in (bench, *COMMANDS):
     cli.add_command(_command)
 
 

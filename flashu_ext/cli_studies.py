@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .cli_support import example
+
 __all__ = ["COMMANDS"]
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -23,7 +25,7 @@ def _model(folder: Path | None) -> tuple[Any, Any, str]:
     return model, load_plan(model, folder or DATA), "nano" if folder is None else str(folder)
 
 
-@click.command(epilog="\b\nExample:\n  flashu-ext analyze --out flashu_analysis")
+@click.command(epilog=example("flashu-ext analyze --out flashu_analysis"))
 @click.option("--out", default="flashu_analysis", show_default=True, type=_FOLDER, help="Folder for the page and JSON.")
 @click.option(
     "--model", "folder", type=_OLD_FOLDER, help="Another checkpoint of the embedded model (default: the shipped one)."
@@ -64,7 +66,7 @@ def analyze(
     click.echo(f"wrote {path} and {out / 'analysis.json'} ({result.seconds:.0f} s)")
 
 
-@click.command(epilog="\b\nExample:\n  flashu-ext report --out flashu_report --drawings 200 --questions 300")
+@click.command(epilog=example("flashu-ext report --out flashu_report --drawings 200 --questions 300"))
 @click.option("--out", default="flashu_report", show_default=True, type=_FOLDER, help="Folder for the page and JSON.")
 @click.option(
     "--drawings", default=100, show_default=True, type=click.IntRange(1), help="Held-out drawings per setting."
@@ -94,8 +96,10 @@ def report(out: Path, drawings: int, questions: int, repeats: int, seed: int, qu
 
 
 @click.command(
-    epilog="\b\nExample:\n  flashu-ext tune --fidelity 0.99 --out flashu_tuned\n"
-    '  flashu-ext generate "a red circle" --tuned flashu_tuned'
+    epilog=example(
+        "flashu-ext tune --fidelity 0.99 --out flashu_tuned",
+        'flashu-ext generate "a red circle" --tuned flashu_tuned',
+    )
 )
 @click.option(
     "--fidelity",

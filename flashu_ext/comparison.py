@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from . import fidelity
 from .config import FlashUConfig
@@ -21,7 +21,7 @@ from .schedule import StepPlan
 from .structure import Showo2Parts
 from .swap import accelerate
 
-__all__ = ["Point", "Setting", "compare", "equal_share", "running"]
+__all__ = ["Point", "Setting", "Timed", "compare", "equal_share", "running", "time_round"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Setting:
     group: str
     config: FlashUConfig | None
     steps: int | None = None
-    plan: TaskPlan | None = None
 
 
 @dataclass
@@ -69,15 +68,14 @@ class Point:
 
 
 @contextmanager
-def running(model: Any, setting: Setting, plan: TaskPlan | None) -> Iterator[Any]:
-    """The model under a setting: a fresh handle, or None for dense."""
-    if setting.config is None:
+def running(model: Any, config: FlashUConfig | None, plan: TaskPlan | None) -> Iterator[Any]:
+    """The model under a config, the plan pruned as it says: a fresh handle, or None for dense."""
+    if config is None:
         yield None
         return
-    config, chosen = setting.config, setting.plan
-    if chosen is None and plan is not None:
-        chosen = plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
-    with accelerate(model, config, chosen if config.ffn_prune_ratio > 0 else None) as handle:
+    if plan is not None:
+        plan = plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
+    with accelerate(model, config, plan) as handle:
         yield handle
 
 
@@ -101,7 +99,7 @@ def compare(
 
     Args:
         settings: the first is dense at full steps, which the others are compared with.
-        plan: neuron sets for settings that prune and bring none of their own.
+        plan: neuron scores, for settings that prune.
         advance: called with a number of outputs; len(settings) * (drawings + questions + repeats) in all.
 
     Raises:
@@ -113,25 +111,33 @@ def compare(
         raise ValueError(f"probe: expected drawings and questions, got {len(probe.prompts)} and {len(probe.asked)}")
     outputs: list[Outputs] = []
     for setting in settings:
-        with running(model, setting, plan):
+        with running(model, setting.config, plan):
             outputs.append(probe.perform(model, advance, setting.steps))
     points = [_point(model, s, probe, own, outputs[0]) for s, own in zip(settings, outputs, strict=True)]
     order = random.Random(seed)
     for turn in range(repeats):
         for setting, point in order.sample(list(zip(settings, points, strict=True)), len(settings)):
-            with running(model, setting, plan):
-                _time(model, probe, turn, setting, point)
+            with running(model, setting.config, plan):
+                time_round(model, probe, turn, point, setting.steps)
             advance(1)
     return points
 
 
-def _time(model: Any, probe: Probe, turn: int, setting: Setting, point: Point) -> None:
+class Timed(Protocol):
+    """What keeps times of single images and answers."""
+
+    image_seconds: list[float]
+    answer_seconds: list[float]
+
+
+def time_round(model: Any, probe: Probe, turn: int, into: Timed, steps: int | None = None) -> None:
+    """Time one image and one answer, alone; round `turn` has the same prompt and question for everyone."""
     start = time.perf_counter()
-    probe.draw(model, [turn % len(probe.prompts)], setting.steps)
-    point.image_seconds.append(time.perf_counter() - start)
+    probe.draw(model, [turn % len(probe.prompts)], steps)
+    into.image_seconds.append(time.perf_counter() - start)
     start = time.perf_counter()
     probe.ask(model, turn % len(probe.asked))
-    point.answer_seconds.append(time.perf_counter() - start)
+    into.answer_seconds.append(time.perf_counter() - start)
 
 
 def _point(model: Any, setting: Setting, probe: Probe, own: Outputs, dense: Outputs) -> Point:

@@ -241,7 +241,7 @@ class FlashUConfig:
         if not found:
             return cls(**overrides)
         best = min(found, key=lambda entry: float(entry["fidelity"]))
-        return cls.from_json(json.dumps(best["config"])).replace(**overrides)
+        return cls(**(best["config"] | overrides))
 
     # ---- derived
 

@@ -19,7 +19,7 @@ from .config import FlashUConfig
 from .schedule import Step, StepPlan
 from .structure import Showo2Parts
 
-__all__ = ["CostModel", "Geometry", "dense_flops", "image_flops"]
+__all__ = ["CostModel", "Geometry", "dense_flops", "image_flops", "llm_layer_flops"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def _linear(module: nn.Module) -> float:
     return sum(2.0 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _attention(heads: int, head_dim: int, queries: int, keys: float) -> float:
+def _attention(heads: int, head_dim: int, queries: float, keys: float) -> float:
     return 4.0 * heads * head_dim * queries * keys
 
 
@@ -51,10 +51,15 @@ def _encoder(parts: Showo2Parts, patches: int) -> float:
     return flops + 2 * 2.0 * convolution.weight.numel() * patches
 
 
-def _llm_layer(
-    parts: Showo2Parts, layer: int, tokens: int, keys: float, kept: float, active: int | None = None
+def llm_layer_flops(
+    parts: Showo2Parts, layer: int, tokens: float, keys: float, kept: float = 1.0, active: float | None = None
 ) -> float:
-    """One layer on `tokens`, of which `active` (default: all) are computed and the others give their keys and values only."""
+    """Operations of one language-model layer on a row of `tokens`.
+
+    Args:
+        keys: that a query attends to. kept: share of the FFN's neurons.
+        active: tokens that are computed (default: all); the others give their keys and values only.
+    """
     module, shape = parts.layers[layer], parts.llm_attention
     queries = tokens if active is None else active
     key_value = _linear(module.self_attn.k_proj) + _linear(module.self_attn.v_proj)
@@ -80,7 +85,7 @@ def dense_flops(parts: Showo2Parts, geometry: Geometry, evaluations: int, guided
     """Operations of one image as unmodified Show-o2 computes it: every token, in both branches, logits included."""
     rows, n = (2 if guided else 1), geometry.length
     one = _encoder(parts, geometry.span) + _head(parts, n, n) + _final(parts, n) + _linear(parts.lm_head) * n
-    one += sum(_llm_layer(parts, i, n, n, 1.0) for i in range(len(parts.layers)))
+    one += sum(llm_layer_flops(parts, i, n, n, 1.0) for i in range(len(parts.layers)))
     return evaluations * rows * one
 
 
@@ -105,11 +110,11 @@ def image_flops(parts: Showo2Parts, plan: StepPlan, geometry: Geometry, guided: 
             seen = geometry.length if step.measure else keys
             used = layers - (skip if step.skip_from is not None else 0)
             active = queries - int((queries - 1) * config.token_skip_ratio) if step.tokens_from else None
-            total += rows * used * _llm_layer(parts, 0, queries, seen, kept, active)
+            total += rows * used * llm_layer_flops(parts, 0, queries, seen, kept, active)
             variant = (step.pruned, step.skip_from)
             if not step.measure and variant not in variants:
                 variants.add(variant)
-                total += rows * used * _llm_layer(parts, 0, geometry.prefix, geometry.prefix, kept)
+                total += rows * used * llm_layer_flops(parts, 0, geometry.prefix, geometry.prefix, kept)
                 total += rows * _head(parts, geometry.prefix, geometry.prefix)
         if step.head:
             total += rows * _head(parts, geometry.span, keys)

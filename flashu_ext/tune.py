@@ -171,16 +171,20 @@ def tune(
     reference = probe.adherence(dense), probe.accuracy(dense)
 
     def draw(settings: FlashUConfig, callback: Callable[[int, Any], None]) -> None:
-        with running(model, Setting("", "", settings), plan):
+        with running(model, settings, plan):
             probe.draw(model, [0], callback=callback)
 
     costs = CostModel(draw, len(Showo2Parts.find(model).layers))
 
+    answers: dict[FlashUConfig, float] = {}
+
     def price(knob: str, settings: FlashUConfig) -> float:
         if knob in DRAWING_KNOBS:
             return costs.seconds(settings)
-        with running(model, Setting("", "", settings), plan):
-            return _answer_seconds(model, probe)
+        if settings not in answers:
+            with running(model, settings, plan):
+                answers[settings] = _answer_seconds(model, probe)
+        return answers[settings]
 
     levels = dict.fromkeys(knobs, 0)
     trials: list[Trial] = []
@@ -199,7 +203,7 @@ def tune(
         if not offers:
             break
         _, then, now, knob, changed = min(offers, key=lambda offer: offer[0])
-        with running(model, Setting("", "", changed), plan):
+        with running(model, changed, plan):
             outputs = probe.perform(model, advance)
         shares = probe.adherence(outputs), probe.accuracy(outputs)
         kept = all(own.share >= fidelity * ref.share for own, ref in zip(shares, reference, strict=True))

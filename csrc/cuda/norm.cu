@@ -271,19 +271,26 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+// What rms_norm and add_rms_norm have in common.
+template <class T, class Args>
+NormArguments<T> plain_arguments(const Args& args) {
+  NormArguments<T> a{};
+  a.x = folded<T>("x", args.x);
+  a.weight = pointer<T>(args.weight);
+  a.rows = a.tokens = core::as_rows("x", args.x).count;
+  a.width = static_cast<int32_t>(args.x.sizes[args.x.ndim - 1]);
+  a.eps = static_cast<float>(args.eps);
+  return a;
+}
+
 }  // namespace
 
 void rms_norm(const flashu_rms_norm_args& args) {
   const DeviceGuard guard(args.x.device);
   core::with_type(args.x.dtype, [&](auto tag) {
     using T = decltype(tag);
-    NormArguments<T> a{};
-    a.x = folded<T>("x", args.x);
+    NormArguments<T> a = plain_arguments<T>(args);
     a.out = folded<T>("out", args.out);
-    a.weight = pointer<T>(args.weight);
-    a.rows = a.tokens = core::as_rows("x", args.x).count;
-    a.width = static_cast<int32_t>(args.x.sizes[args.x.ndim - 1]);
-    a.eps = static_cast<float>(args.eps);
     const bool vectors =
         rows_take_vectors(a.x) && rows_take_vectors(a.out) && takes_vectors(a.weight, {a.width});
     launch_norm<T, Norm::kPlain>(a, {}, vectors, static_cast<Stream>(args.stream));
@@ -294,13 +301,8 @@ void add_rms_norm(const flashu_add_rms_norm_args& args) {
   const DeviceGuard guard(args.x.device);
   core::with_type(args.x.dtype, [&](auto tag) {
     using T = decltype(tag);
-    NormArguments<T> a{};
-    a.x = folded<T>("x", args.x);
+    NormArguments<T> a = plain_arguments<T>(args);
     a.residual = folded<T>("residual", args.residual);
-    a.weight = pointer<T>(args.weight);
-    a.rows = a.tokens = core::as_rows("x", args.x).count;
-    a.width = static_cast<int32_t>(args.x.sizes[args.x.ndim - 1]);
-    a.eps = static_cast<float>(args.eps);
     const bool vectors =
         rows_take_vectors(a.x) && rows_take_vectors(a.residual) && takes_vectors(a.weight, {a.width});
     launch_norm<T, Norm::kAdd>(a, {}, vectors, static_cast<Stream>(args.stream));

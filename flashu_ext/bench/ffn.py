@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from . import machine
 
-__all__ = ["DTYPES", "Report", "Row", "Settings", "explain", "run"]
+__all__ = ["DTYPES", "SHAPES", "Report", "Row", "Settings", "explain", "run"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"1.5b": (1536, 8960), "7b": (3584, 18944), "bench": (512, 2816), "head": (2048, 8192)}

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ..config import FlashUConfig
+from ..cost import llm_layer_flops
+from ..structure import Showo2Parts
 from .machine import command_line, facts
 
 __all__ = ["Row", "llm_flops", "measure", "table", "to_json", "token_ratio_within"]
@@ -58,16 +60,13 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
     Args:
         tail: False counts a layer measurement as if it, too, ran on the image span alone.
     """
-    config = model.config.llm
-    hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    d = hidden // config["num_attention_heads"]
-    kv = config["num_key_value_heads"] * d
+    parts = Showo2Parts.find(model)
+    layers = len(parts.layers)
     geometry, count = image.all_rows.geometry, image.all_rows.count
     length, prefix = image.all_rows.text_tokens.shape[1], sum(geometry.prefix) / count
 
     def layer(tokens: float, active: float, keys: float) -> float:
-        weights = 2 * tokens * hidden * 2 * kv + 2 * active * hidden * (2 * hidden + 3 * inner)
-        return weights + 4 * active * keys * hidden
+        return llm_layer_flops(parts, 0, tokens, keys, active=active)
 
     total = 0.0
     skipped: Mapping[int, tuple[int, ...]] = dict(image.choices)
@@ -133,12 +132,14 @@ class _Drawings:
         return llm_flops(self.pipe.model, self._latents(1, **changes)[1], tail=False)
 
     def row(self, name: str, **changes: Any) -> Row:
-        from ..nano.evaluate import to_images
+        from ..nano import codec
         from ..nano.judge import judge
 
         latents, image, summary = self._latents(len(self.scenes), **changes)
         far = (latents - self.exact).flatten(1).norm(dim=1) / self.exact.flatten(1).norm(dim=1)
-        right = [judge(picture, scene).right for picture, scene in zip(to_images(latents), self.scenes, strict=True)]
+        right = [
+            judge(picture, scene).right for picture, scene in zip(codec.pictures(latents), self.scenes, strict=True)
+        ]
         return Row(
             name=name,
             changes=changes,

@@ -27,18 +27,19 @@ from torch import Tensor
 
 from .. import ops
 from . import machine
+from .ffn import SHAPES
 from .roofline import plot
 from .timing import Timing, measure
 
 __all__ = ["Line", "Settings", "markdown", "run"]
 
 ROOT = Path(__file__).resolve().parents[2]
-FFN_SHAPES = {"1.5B": (1536, 8960), "7B": (3584, 18944), "head": (2048, 8192)}
+FFN_SHAPES = {name: SHAPES[name] for name in ("1.5b", "7b", "head")}
 FFN_ROWS = (1, 4, 16, 64, 256, 1460, 2048, 8192)
 # Goals for the whole FFN at 80 % of the neurons on an H200, microseconds.
 GOALS = {
-    ("1.5B", 1): 18, ("1.5B", 16): 19, ("1.5B", 1460): 140, ("1.5B", 2048): 188, ("1.5B", 8192): 730,
-    ("7B", 1): 82, ("7B", 16): 84, ("7B", 1460): 660, ("7B", 2048): 905, ("7B", 8192): 3560,
+    ("1.5b", 1): 18, ("1.5b", 16): 19, ("1.5b", 1460): 140, ("1.5b", 2048): 188, ("1.5b", 8192): 730,
+    ("7b", 1): 82, ("7b", 16): 84, ("7b", 1460): 660, ("7b", 2048): 905, ("7b", 8192): 3560,
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ SAMPLES = 40
 
 
 def _latents(scene: Scene, rng: random.Random) -> torch.Tensor:
-    return codec.encode(torch.from_numpy(render(scene, rng)).permute(2, 0, 1)[None].float() / 127.5 - 1)
+    return codec.encode(codec.to_unit(render(scene, rng)[None]))
 
 
 def samples(count: int, seed: int) -> tuple[list[GenerationSample], list[UnderstandingSample]]:

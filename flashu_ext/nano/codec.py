@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .world import SIZE
 
-__all__ = ["CHANNELS", "LATENT_SHAPE", "decode", "encode"]
+__all__ = ["CHANNELS", "LATENT_SHAPE", "decode", "encode", "pictures", "to_unit"]
 
 BLOCK = 4
 CHANNELS = 16
@@ -77,17 +78,26 @@ def decode(latents: Tensor) -> Tensor:
     return blocks.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(batch, 3, SIZE, SIZE).clamp(-1, 1)
 
 
+def to_unit(images: np.ndarray) -> Tensor:
+    """Pictures uint8 [B, 48, 48, 3] -> images fp32 [B, 3, 48, 48] in [-1, 1], as `encode` takes them."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def pictures(latents: Tensor) -> np.ndarray:
+    """Latents [B, 16, 72, 2] -> pictures uint8 [B, 48, 48, 3]."""
+    pixels = (decode(latents).permute(0, 2, 3, 1) + 1) * 127.5
+    return pixels.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+
+
 def _measure() -> None:
     """Print the constants above, measured over one rendering of every training scene."""
     import random
-
-    import numpy as np
 
     from .world import render, scenes
 
     rng = random.Random(0)
     images = np.stack([render(scene, rng) for scene in scenes(held_out=False)])
-    codes = _analyse(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).flatten(0, 4)
+    codes = _analyse(to_unit(images)).flatten(0, 4)
     std = codes.std(0)
     print("mean", [round(v, 3) for v in codes.mean(0).tolist()])
     print("scale", [round(v, 3) for v in (0.5 * (std * std.max()).sqrt()).tolist()])

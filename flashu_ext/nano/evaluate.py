@@ -6,13 +6,12 @@ import json
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +20,12 @@ from .judge import judge
 from .tokenizer import layout
 from .world import Question, Scene, captions, questions, render, scenes
 
-__all__ = ["PRESETS", "Share", "measure_answers", "measure_drawing", "preset_config", "to_images"]
+__all__ = ["PRESETS", "Share", "answer", "draw", "make_noise", "measure_answers", "measure_drawing", "preset_config"]
 
 GUIDANCE = 2.5
 SHIFT = 1.5
 """Guidance and time shift of the embedded model, chosen on training scenes."""
+ANSWER_TOKENS = 4
 PRESETS = ("dense", "exact", "paper", "fast")
 
 
@@ -57,10 +57,10 @@ class Share:
 def preset_config(preset: str, steps: int | None = None) -> Any:
     """FlashUConfig of a preset for the embedded model, or None for dense.
 
-    'paper' leaves layer skipping out: of six layers one is a sixth of the depth, and without it 8 to 21 % of the drawings
-    are right (100 % with it; 24 each of one and two objects). While answering, half of the visual tokens are dropped, those
+    'paper' leaves layer skipping out: of six layers one is a sixth of the depth, and skipping it leaves 27 of 100 drawings
+    right (96 without; `flashu-ext report`). While answering, half of the visual tokens are dropped, those
     with the *smallest* value norms: dropping the largest ones, which is the paper's rule, leaves 45 % of the answers right
-    here (92 % against 93 % without dropping; 152 questions). The rest is the paper's. 'fast' is tuned for a fidelity of 0.99.
+    here (`flashu-ext report`; 93 % without dropping). The rest is the paper's. 'fast' is tuned for a fidelity of 0.99.
     """
     from ..config import FlashUConfig
     from .model import PRUNE_MULTIPLE
@@ -78,22 +78,38 @@ def preset_config(preset: str, steps: int | None = None) -> Any:
     return FlashUConfig.paper(prune_multiple=PRUNE_MULTIPLE, layer_skip_ratio=0.0, **dropped, **overrides)
 
 
-def to_images(latents: Tensor) -> np.ndarray:
-    """Latents [B, 16, 72, 2] -> uint8 [B, 48, 48, 3]."""
-    pixels = (codec.decode(latents).permute(0, 2, 3, 1) + 1) * 127.5
-    return pixels.round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+def make_noise(count: int, seed: int) -> Tensor:
+    """Noise of `count` drawings, fp32 [count, 16, 72, 2] on the CPU; the same on every device."""
+    return torch.randn(count, *codec.LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(model: Any, prompts: Sequence[str], seed: int, steps: int | None) -> np.ndarray:
-    """Draw one image for each prompt: uint8 [B, 48, 48, 3]."""
+def draw(
+    model: Any,
+    prompts: Sequence[str],
+    noise: Tensor,
+    steps: int | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Draw one image for each prompt, in one batch: final latents [B, 16, 72, 2].
+
+    Args:
+        noise: [B, 16, 72, 2]. steps: grid points where the config sets none. callback: as `showo2.sample` takes it.
+    """
     from ..showo2.sampling import sample
 
     device = model.showo.model.embed_tokens.weight.device
     inputs = layout().generation(list(prompts), device)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(prompts), *codec.LATENT_SHAPE, generator=generator).to(device)
-    latents = sample(model, noise, **vars(inputs), steps=steps, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT)
-    return to_images(latents)
+    latents = sample(
+        model,
+        noise.to(device),
+        **vars(inputs),
+        steps=steps,
+        guidance_scale=GUIDANCE,
+        time_shifting_factor=SHIFT,
+        callback=callback,
+    )
+    assert isinstance(latents, Tensor)
+    return latents
 
 
 def measure_drawing(
@@ -105,18 +121,21 @@ def measure_drawing(
     right = 0
     for start in range(0, n, batch):
         chosen = order[start : start + batch]
-        images = draw(model, [rng.choice(captions(scene)) for scene in chosen], seed * 7919 + start, steps)
+        prompts = [rng.choice(captions(scene)) for scene in chosen]
+        images = codec.pictures(draw(model, prompts, make_noise(len(chosen), seed * 7919 + start), steps))
         right += sum(judge(image, scene).right for image, scene in zip(images, chosen, strict=True))
     return Share(right, n)
 
 
-def answer(model: Any, latents: Tensor, question: Question) -> str:
-    """The model's answer to a question about latents [1, 16, 72, 2]."""
+def answer(model: Any, latents: Tensor, question: Question) -> tuple[str, list[int]]:
+    """The model's answer to a question about latents [1, 16, 72, 2], as text and as token ids."""
     from ..showo2.understanding import answer_tokens
 
-    plan = layout()
-    before, after = plan.question(question.text)
-    return plan.answer(answer_tokens(model, latents, before, after, max_new_tokens=4, eos_token=plan.eos))
+    words = layout()
+    device = model.showo.model.embed_tokens.weight.device
+    before, after = (tokens.to(device) for tokens in words.question(question.text))
+    tokens = answer_tokens(model, latents.to(device), before, after, max_new_tokens=ANSWER_TOKENS, eos_token=words.eos)
+    return words.answer(tokens), tokens.tolist()
 
 
 def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -> dict[str, Share]:
@@ -127,10 +146,9 @@ def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -
     while asked < n:
         scene = among[index % len(among)]
         index += 1
-        image = torch.from_numpy(render(scene, rng)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        latents = codec.encode(image)
+        latents = codec.encode(codec.to_unit(render(scene, rng)[None]))
         for question in questions(scene, rng):
-            right = answer(model, latents, question) == question.answer
+            right = answer(model, latents, question)[0] == question.answer
             counts.setdefault(question.kind, [0, 0])
             counts[question.kind][0] += right
             counts[question.kind][1] += 1

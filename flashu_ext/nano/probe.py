@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from . import codec
-from .evaluate import GUIDANCE, SHIFT, Share, to_images
+from .evaluate import Share, answer, draw, make_noise
 from .judge import judge
-from .tokenizer import layout
 from .world import Question, Scene, captions, questions, render, scenes
 
 __all__ = ["Outputs", "Probe", "Split"]
 
 BATCH = 24
-NEW_TOKENS = 4
 
 Split = str
 """'held-out' (scenes that training never saw), or 'training'."""
@@ -80,7 +78,6 @@ class Probe:
         held_out = split == "held-out"
         one, two = (rng.sample(pool, len(pool)) for pool in (scenes(held_out, 1), scenes(held_out, 2)))
         chosen = [(two if i % 2 else one)[i // 2 % len(two if i % 2 else one)] for i in range(drawings)]
-        generator = torch.Generator().manual_seed(seed)
         pictures: list[np.ndarray] = []
         latents: list[Tensor] = []
         queue: list[tuple[int, Question]] = []
@@ -88,13 +85,13 @@ class Probe:
             pool = two if len(pictures) % 3 else one
             scene = pool[len(pictures) % len(pool)]
             picture = render(scene, rng)
-            latents.append(codec.encode(torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1))
+            latents.append(codec.encode(codec.to_unit(picture[None])))
             queue += [(len(pictures), question) for question in questions(scene, rng)]
             pictures.append(picture)
         return cls(
             scenes=chosen,
             prompts=[rng.choice(captions(scene)) for scene in chosen],
-            noise=torch.randn(drawings, *codec.LATENT_SHAPE, generator=generator),
+            noise=make_noise(drawings, seed),
             pictures=pictures,
             picture_latents=latents,
             asked=queue[:asked],
@@ -114,32 +111,12 @@ class Probe:
         Args:
             steps: grid points where the config sets none. callback: as `showo2.sample` takes it.
         """
-        from ..showo2.sampling import sample
-
-        rows = layout().generation([self.prompts[i] for i in chosen])
-        noise = self.noise[list(chosen)]
-        result = sample(
-            model,
-            noise,
-            **vars(rows),
-            steps=steps,
-            guidance_scale=GUIDANCE,
-            time_shifting_factor=SHIFT,
-            callback=callback,
-        )
-        assert isinstance(result, Tensor)
-        return result
+        return draw(model, [self.prompts[i] for i in chosen], self.noise[list(chosen)], steps, callback)
 
     def ask(self, model: Any, number: int) -> tuple[str, list[int]]:
         """The answer to one question, as text and as tokens."""
-        from ..showo2.understanding import answer_tokens
-
-        words = layout()
         picture, question = self.asked[number]
-        before, after = words.question(question.text)
-        latents = self.picture_latents[picture]
-        tokens = answer_tokens(model, latents, before, after, max_new_tokens=NEW_TOKENS, eos_token=words.eos)
-        return words.answer(tokens), tokens.tolist()
+        return answer(model, self.picture_latents[picture], question)
 
     # ---- all of it
 
@@ -148,7 +125,7 @@ class Probe:
         drawn = [torch.empty(0, *codec.LATENT_SHAPE)]
         for start in range(0, len(self.prompts), BATCH):
             chosen = range(start, min(start + BATCH, len(self.prompts)))
-            drawn.append(self.draw(model, chosen, steps))
+            drawn.append(self.draw(model, chosen, steps).cpu())
             advance(len(chosen))
         answers, tokens = [], []
         for number in range(len(self.asked)):
@@ -157,7 +134,7 @@ class Probe:
             tokens.append(ids)
             advance(1)
         latents = torch.cat(drawn)
-        return Outputs(latents, to_images(latents), answers, tokens)
+        return Outputs(latents, codec.pictures(latents), answers, tokens)
 
     def verdicts(self, outputs: Outputs) -> list[bool]:
         """Which drawings are right."""

@@ -158,7 +158,7 @@ class Data:
 def _rendered(among: list[Scene], rng: random.Random, variants: int, loose: bool) -> Tensor:
     """Latents [scenes, variants, ...]."""
     images = np.stack([render(scene, rng, loose) for scene in among for _ in range(variants)])
-    codes = codec.encode(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    codes = codec.encode(codec.to_unit(images))
     return codes.unflatten(0, (len(among), variants))
 
 

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from ..bench import machine
+from ..comparison import equal_share, running, time_round
 from ..config import FlashUConfig
 from ..fidelity import psnr
-from ..nano.evaluate import PRESETS, Share, preset_config
+from ..nano.evaluate import PRESETS, preset_config
 from ..nano.model import load_model, load_plan
 from ..nano.probe import Outputs, Probe
-from ..plan import TaskPlan
 from ..schedule import StepPlan
-from ..swap import accelerate
 from .result import Answer, DemoResult, Drawing, PresetResult
 
 __all__ = ["run"]
@@ -47,14 +46,14 @@ def run(seed: int = 0, images: int = 48, questions: int = 96, repeats: int = 5) 
     results: dict[str, PresetResult] = {}
     with _progress(len(PRESETS) * (images + questions) + repeats * len(PRESETS)) as advance:
         for preset in PRESETS:
-            with _accelerated(model, preset, plan) as handle:
+            with running(model, preset_config(preset), plan) as handle:
                 outputs[preset] = probe.perform(model, advance)
                 summary = str(handle.summary()) if handle is not None else ""
             results[preset] = _judged(preset, probe, outputs, summary)
         for index in range(repeats):
             for preset in PRESETS:
-                with _accelerated(model, preset, plan):
-                    _time(model, probe, index, results[preset])
+                with running(model, preset_config(preset), plan):
+                    time_round(model, probe, index, results[preset])
                 advance(1)
     return DemoResult(
         model=f"nano ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters)",
@@ -67,32 +66,10 @@ def run(seed: int = 0, images: int = 48, questions: int = 96, repeats: int = 5) 
     )
 
 
-@contextmanager
-def _accelerated(model: Any, preset: str, plan: TaskPlan) -> Iterator[Any]:
-    """The model under a preset; a fresh handle, so that nothing is kept from an earlier round."""
-    config = preset_config(preset)
-    if config is None:
-        yield None
-        return
-    with accelerate(model, config, plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)) as handle:
-        yield handle
-
-
-def _time(model: Any, probe: Probe, index: int, result: PresetResult) -> None:
-    """One image and one answer, alone; round `index` has the same prompt and question under every preset."""
-    start = time.perf_counter()
-    probe.draw(model, [index % len(probe.prompts)])
-    result.image_seconds.append(time.perf_counter() - start)
-    start = time.perf_counter()
-    probe.ask(model, index % len(probe.asked))
-    result.answer_seconds.append(time.perf_counter() - start)
-
-
 def _judged(preset: str, probe: Probe, outputs: dict[str, Outputs], summary: str) -> PresetResult:
     own, dense = outputs[preset], outputs[PRESETS[0]]
     config = preset_config(preset)
     steps = StepPlan.build(config if config is not None else FlashUConfig.exact(), None, None)
-    equal = [a == b for a, b in zip(own.tokens, dense.tokens, strict=True)]
     exact = config is not None and not config.approximates
     return PresetResult(
         name=preset,
@@ -102,7 +79,7 @@ def _judged(preset: str, probe: Probe, outputs: dict[str, Outputs], summary: str
         head=steps.head_evaluations,
         adherence=probe.adherence(own),
         accuracy=probe.accuracy(own),
-        equal_answers=Share(sum(equal), len(equal)),
+        equal_answers=equal_share(own, dense),
         max_difference=float((own.latents - dense.latents).abs().max()) if exact else None,
         psnr=None if preset == PRESETS[0] else _psnr(own.images, dense.images),
         summary=summary,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flashu_ext.nano import codec
-from flashu_ext.nano.evaluate import Share, measure_answers, preset_config, to_images
+from flashu_ext.nano.evaluate import Share, measure_answers, preset_config
 from flashu_ext.nano.judge import judge
 from flashu_ext.nano.model import DATA, load_model, load_plan, nano_config
 from flashu_ext.nano.tokenizer import FILE, MAX_TEXT, layout, vocabulary, write_tokenizer
@@ -38,7 +38,7 @@ def test_a_perfect_drawing_is_always_judged_right_and_a_wrong_one_is_not():
     rng = random.Random(0)
     everything = scenes(False) + scenes(True)
     for scene in everything:
-        image = to_images(codec.encode(pixels(render(scene, rng))))[0]
+        image = codec.pictures(codec.encode(pixels(render(scene, rng))))[0]
         assert judge(image, scene).right, scene.key
         other = rng.choice([s for s in everything if s.key != scene.key])
         assert not judge(image, other).right, f"{scene.key} passed for {other.key}"
