@@ -49,6 +49,45 @@ TYPED_TEST(Rows, SpansAreModulatedAndTheRestIsNot) {
             std::string::npos);
 }
 
+TYPED_TEST(Rows, HeadsAreTurnedByAQuarterIntoTheirSlots) {
+  // Turned by 90 degrees (a, b) is (-b, a); in the norm of (3, 3) and a weight of 2 both are 2.
+  Owned<TypeParam> query({1, 2, 1, 2}), cos({1, 2, 2}), sin({1, 2, 2}), weight({2});
+  Owned<TypeParam> keys({1, 3, 1, 2}), values({1, 3, 1, 2}), out({1, 1, 2, 2});
+  for (int i = 0; i < 4; ++i) {
+    query.data[i] = from_float<TypeParam>(3.0f);
+    cos.data[i] = from_float<TypeParam>(0.0f);
+    sin.data[i] = from_float<TypeParam>(1.0f);
+  }
+  for (auto& value : weight.data) value = from_float<TypeParam>(2.0f);
+  for (auto& value : keys.data) value = from_float<TypeParam>(7.0f);
+  const Owned<int64_t> start({1}, {2});
+  RotaryCacheArgs args{};
+  args.query = query;
+  args.key = query;
+  args.value = query;
+  args.cos = cos;
+  args.sin = sin;
+  args.keys = keys;
+  args.values = values;
+  args.start = start;
+  args.query_norm = weight;
+  args.key_norm = weight;
+  args.out = out;
+  rotary_cache(args);
+  const float turned[] = {-2, 2};
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(to_float(out.data[i]), turned[i % 2]) << i;
+  // Token 0 has slot 2, token 1 has none.
+  for (int i = 0; i < 6; ++i) {
+    EXPECT_EQ(to_float(keys.data[i]), i < 4 ? 7.0f : turned[i % 2]) << i;
+    EXPECT_EQ(to_float(values.data[i]), i < 4 ? 0.0f : 3.0f) << i;
+  }
+  args.key_norm = {};
+  EXPECT_NE(error_of([&] { rotary_cache(args); }).find("key_norm: expected a weight"), std::string::npos);
+  args.query_norm = {};
+  args.out = query;
+  EXPECT_NE(error_of([&] { rotary_cache(args); }).find("out"), std::string::npos);
+}
+
 TYPED_TEST(Rows, TopKKeepsOrderAndBreaksTiesLow) {
   Owned<TypeParam> scores({1, 6});
   const float values[] = {1, 3, -2, 3, 3, 0};

@@ -5,7 +5,7 @@ raises ImportError, with every cause, where it cannot be loaded.
 """
 
 from ._ops.ffn import gathered_down, gathered_ffn, gathered_swiglu, neuron_norms_
-from ._ops.norm import add_rms_norm_, rms_norm, span_gate_add_, span_modulate
+from ._ops.norm import add_rms_norm_, rms_norm, rotary_cache_, span_gate_add_, span_modulate
 from ._ops.routing import (
     cosine_importance,
     gather_rows,
@@ -28,6 +28,7 @@ __all__ = [
     "guided_euler_step_",
     "neuron_norms_",
     "rms_norm",
+    "rotary_cache_",
     "scatter_add_rows_",
     "scatter_rows_",
     "select_threshold",

@@ -24,6 +24,7 @@ __all__ = [
     "guided_euler_step_",
     "neuron_norms_",
     "rms_norm",
+    "rotary_cache_",
     "scatter_add_rows_",
     "scatter_rows_",
     "select_threshold",
@@ -225,6 +226,49 @@ def span_gate_add_(residual: Tensor, y: Tensor, gate: Tensor, spans: Sequence[An
     for s, (row, offset, length) in enumerate(_groups(spans, 3)):
         gated[row, offset : offset + length] *= _wide(gate[s])
     return residual.copy_(_wide(residual) + gated)
+
+
+def rotary_cache_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor | None = None,
+    *,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.rotary_cache_`. With `start` the whole cache is written, for nothing may be read back."""
+    if query_norm is not None and key_norm is not None:
+        query, key = rms_norm(query, query_norm, eps), rms_norm(key, key_norm, eps)
+    _into_slots(keys, _rotated(key, cos, sin), start)
+    _into_slots(values, value, start)
+    turned = _rotated(query, cos, sin).transpose(1, 2)
+    return turned.contiguous() if out is None else out.copy_(turned)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [rows, n, heads, d] turned by cos and sin [rows or 1, n, d], halves convention."""
+    wide, half = _wide(x), x.shape[-1] // 2
+    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
+    return (wide * _wide(cos)[:, :, None] + turned * _wide(sin)[:, :, None]).to(x.dtype)
+
+
+def _into_slots(cache: Tensor, x: Tensor, start: Tensor | None) -> None:
+    """Token i of row r of x [rows, n, heads, d] goes to slot start[r] + i of the cache, if there is one."""
+    (rows, n), capacity = x.shape[:2], cache.shape[1]
+    if start is None:
+        cache[:, :n] = x
+    elif n:
+        first = start.reshape(-1, 1).clamp(-n, capacity)  # as far outside as any; the difference cannot overflow
+        token = (torch.arange(capacity, device=x.device) - first).expand(rows, capacity)
+        at = token.clamp(0, n - 1)[..., None, None].expand(rows, capacity, *x.shape[2:])
+        cache.copy_(torch.where(((token >= 0) & (token < n))[..., None, None], x.gather(1, at), cache))
 
 
 # ---- step

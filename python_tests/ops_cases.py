@@ -104,6 +104,24 @@ def _gate(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def _rotary(dtype: torch.dtype) -> dict[str, Any]:
+    """One row begins in front of the cache, the other one ends behind it."""
+    angle = _randn(4, 2, 3, 4, dtype=torch.float32, scale=2.0).repeat(1, 1, 2)
+    return {
+        "query": _randn(1, 2, 3, 6, 8, dtype=dtype),
+        "key": _randn(2, 2, 3, 2, 8, dtype=dtype),
+        "value": _randn(3, 2, 3, 2, 8, dtype=dtype),
+        "cos": angle.cos().to(dtype),
+        "sin": angle.sin().to(dtype),
+        "keys": _randn(5, 2, 5, 2, 8, dtype=dtype),
+        "values": _randn(6, 2, 5, 2, 8, dtype=dtype),
+        "start": torch.tensor([-1, 3]),
+        "query_norm": _randn(7, 8, dtype=dtype),
+        "key_norm": _randn(8, 8, dtype=dtype),
+        "eps": 1e-6,
+    }
+
+
 def _move(dtype: torch.dtype, moved: bool) -> dict[str, Any]:
     arguments = {"rows": _randn(1, 2, 9, 11, dtype=dtype), "index": torch.tensor([[3, -1, 8, 0], [1, 1, -1, 7]])}
     return {**arguments, "moved": _randn(2, 2, 4, 11, dtype=dtype)} if moved else arguments
@@ -162,6 +180,7 @@ CASES = [
     ),
     OpCase("span_modulate", _spans),
     OpCase("span_gate_add_", _gate, inplace=("residual",)),
+    OpCase("rotary_cache_", _rotary, inplace=("keys", "values"), fixed=("start",)),
     OpCase(
         "guided_euler_step_",
         _euler,

@@ -1,6 +1,7 @@
 // The norm family on the CPU: rows split over threads.
 #include "cpu/norm.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -30,6 +31,18 @@ const NormKernels<float16>& kernels<float16>() {
 
 double inverse_rms(double squares, int64_t width, double eps) {
   return 1.0 / std::sqrt(squares / static_cast<double>(width) + eps);
+}
+
+// A head of a tensor of four dimensions.
+template <class T>
+T* head(const flashu_tensor& tensor, int64_t i, int64_t j, int64_t k) {
+  return pointer<T>(tensor) + i * tensor.strides[0] + j * tensor.strides[1] + k * tensor.strides[2];
+}
+
+// The angles of a token; a table of one row serves all.
+template <class T>
+const T* table_row(const flashu_tensor& table, int64_t row, int64_t token) {
+  return pointer<T>(table) + (table.sizes[0] > 1 ? row * table.strides[0] : 0) + token * table.strides[1];
 }
 
 }  // namespace
@@ -117,6 +130,46 @@ void span_gate_add(const flashu_span_gate_add_args& args) {
             }
           }
         });
+  });
+}
+
+void rotary_cache(const flashu_rotary_cache_args& args) {
+  const int64_t tokens = args.query.sizes[1];
+  const int64_t d = args.query.sizes[3];
+  const bool normed = core::present(args.query_norm);
+  // A start for every row, one for all, or none.
+  const bool starts = core::present(args.start);
+  const int64_t start_stride = core::numel(args.start) > 1 ? args.start.strides[0] : 0;
+  const int64_t width = (args.query.sizes[2] + 2 * args.key.sizes[2]) * d;
+  with_type(args.query.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const NormKernels<T>& k = kernels<T>();
+    core::parallel_for(0, args.query.sizes[0] * tokens, row_grain(width), [&](int64_t first, int64_t last) {
+      std::vector<T> scaled(static_cast<size_t>(normed ? d : 0));
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t row = i / tokens;
+        const int64_t token = i % tokens;
+        const T* const cos = table_row<T>(args.cos, row, token);
+        const T* const sin = table_row<T>(args.sin, row, token);
+        const auto turn = [&](T* to, const T* from, const flashu_tensor& norm) {
+          if (normed) {
+            const double inverse = inverse_rms(k.sum_squares(from, d), d, args.eps);
+            k.scale(scaled.data(), from, pointer<T>(norm), inverse, d);
+            from = scaled.data();
+          }
+          k.rotate(to, from, cos, sin, d / 2);
+        };
+        for (int64_t h = 0; h < args.query.sizes[2]; ++h)
+          turn(head<T>(args.out, row, h, token), head<T>(args.query, row, token, h), args.query_norm);
+        const int64_t start = starts ? pointer<int64_t>(args.start)[row * start_stride] : 0;
+        // start + token may not fit; a slot outside the cache is not written.
+        if (start < -token || start >= args.keys.sizes[1] - token) continue;
+        for (int64_t h = 0; h < args.key.sizes[2]; ++h) {
+          turn(head<T>(args.keys, row, start + token, h), head<T>(args.key, row, token, h), args.key_norm);
+          std::copy_n(head<T>(args.value, row, token, h), d, head<T>(args.values, row, start + token, h));
+        }
+      }
+    });
   });
 }
 

@@ -69,8 +69,19 @@ void gate_add(T* residual, const T* y, const T* gate, int64_t n) {
 }
 
 template <class T>
+void rotate(T* out, const T* x, const T* cos, const T* sin, int64_t half) {
+  for (int64_t j = 0; j < half; ++j) {
+    const Wide<T> low = widen(x[j]);
+    const Wide<T> high = widen(x[j + half]);
+    out[j] = from_float<T>(static_cast<float>(low * widen(cos[j]) - high * widen(sin[j])));
+    out[j + half] =
+        from_float<T>(static_cast<float>(high * widen(cos[j + half]) + low * widen(sin[j + half])));
+  }
+}
+
+template <class T>
 constexpr NormKernels<T> kTable{sum_squares<T>, add_sum_squares<T>, scale<T>, modulate<T>,
-                                add<T>,         gate_add<T>};
+                                add<T>,         gate_add<T>,        rotate<T>};
 
 }  // namespace
 

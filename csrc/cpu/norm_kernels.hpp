@@ -23,6 +23,9 @@ struct NormKernels {
   // residual[j] += y[j], or gate[j] * y[j] where gate is given
   void (*add)(T* residual, const T* y, int64_t n);
   void (*gate_add)(T* residual, const T* y, const T* gate, int64_t n);
+  // out[j] = x[j] * cos[j] - x[j + half] * sin[j]; out[j + half] = x[j + half] * cos[j + half] + x[j] * sin[j
+  // + half]
+  void (*rotate)(T* out, const T* x, const T* cos, const T* sin, int64_t half);
 };
 
 FLASHU_DECLARE_ISA(NormKernels<float>, norm_f32)

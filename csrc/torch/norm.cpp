@@ -69,6 +69,40 @@ void span_gate_add_(const Tensor& residual, const Tensor& y, const Tensor& gate,
   check_status(flashu_span_gate_add(&args));
 }
 
+Tensor rotary_cache_out(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
+                        const Tensor& sin, const Tensor& keys, const Tensor& values,
+                        const std::optional<Tensor>& start, const std::optional<Tensor>& query_norm,
+                        const std::optional<Tensor>& key_norm, double eps, const Tensor& out) {
+  const char* op = "rotary_cache_";
+  auto args = make_args<flashu_rotary_cache_args>(query);
+  args.query = view(op, "query", query);
+  args.key = view(op, "key", key);
+  args.value = view(op, "value", value);
+  args.cos = view(op, "cos", cos);
+  args.sin = view(op, "sin", sin);
+  args.keys = view(op, "keys", keys);
+  args.values = view(op, "values", values);
+  args.start = view(op, "start", start);
+  args.query_norm = view(op, "query_norm", query_norm);
+  args.key_norm = view(op, "key_norm", key_norm);
+  args.eps = eps;
+  args.out = view(op, "out", out);
+  check_status(flashu_rotary_cache(&args));
+  return out;
+}
+
+Tensor rotary_cache_(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
+                     const Tensor& sin, const Tensor& keys, const Tensor& values,
+                     const std::optional<Tensor>& start, const std::optional<Tensor>& query_norm,
+                     const std::optional<Tensor>& key_norm, double eps) {
+  // Of another rank only to be refused, by name.
+  const std::vector<int64_t> sizes =
+      query.dim() == 4 ? std::vector<int64_t>{query.size(0), query.size(2), query.size(1), query.size(3)}
+                       : std::vector<int64_t>{0};
+  return rotary_cache_out(query, key, value, cos, sin, keys, values, start, query_norm, key_norm, eps,
+                          new_empty(query, sizes));
+}
+
 }  // namespace
 
 template <class Library>
@@ -79,6 +113,8 @@ void register_norm(Library& m) {
   m.impl("span_modulate", TORCH_BOX(&span_modulate));
   m.impl("span_modulate.out", TORCH_BOX(&span_modulate_out));
   m.impl("span_gate_add_", TORCH_BOX(&span_gate_add_));
+  m.impl("rotary_cache_", TORCH_BOX(&rotary_cache_));
+  m.impl("rotary_cache_.out", TORCH_BOX(&rotary_cache_out));
 }
 
 }  // namespace flashu::torch_ops

@@ -58,6 +58,14 @@ STABLE_TORCH_LIBRARY(flashu, m) {
       "span_modulate.out(Tensor x, Tensor weight, Tensor shift, Tensor scale, int[] spans, float eps, *, "
       "Tensor(a!) out) -> Tensor(a!)");
   m.def("span_gate_add_(Tensor(a!) residual, Tensor y, Tensor gate, int[] spans) -> ()");
+  m.def(
+      "rotary_cache_(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) keys, "
+      "Tensor(b!) values, Tensor? start=None, Tensor? query_norm=None, Tensor? key_norm=None, "
+      "float eps=1e-06) -> Tensor");
+  m.def(
+      "rotary_cache_.out(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) keys, "
+      "Tensor(b!) values, Tensor? start=None, Tensor? query_norm=None, Tensor? key_norm=None, "
+      "float eps=1e-06, *, Tensor(c!) out) -> Tensor(c!)");
 
   // step
   m.def(

@@ -110,9 +110,24 @@ def refuse_backward(name: str) -> None:
     """Gives the functional op `flashu::name` a backward that raises, so that no gradient is lost silently."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"flashu::{name} has no backward: it is for inference; call it under torch.no_grad()")
+        raise _no_backward(name)
 
     torch.library.register_autograd(f"flashu::{name}", backward)
+
+
+def refuse_backward_from(name: str, result: Tensor) -> Tensor:
+    """The same for what one call of an op gave that also writes in place, for which torch registers no backward."""
+
+    def backward(grad: Tensor) -> None:
+        raise _no_backward(name)
+
+    if result.requires_grad and not torch.compiler.is_compiling():
+        result.register_hook(backward)
+    return result
+
+
+def _no_backward(name: str) -> NotImplementedError:
+    return NotImplementedError(f"flashu::{name} has no backward: it is for inference; call it under torch.no_grad()")
 
 
 def capability(

@@ -273,6 +273,9 @@ def _row_lines(settings: Settings, result: Result) -> str:
     x, y, weight = randn(2, tokens // 2, 2048), randn(2, tokens // 2, 2048), randn(2048)
     shift, scale = randn(2, 2048), randn(2, 2048)
     spans = [0, 0, tokens // 2, 1, 0, tokens // 2]
+    heads = randn(2, tokens // 2, 12, 128), randn(2, tokens // 2, 2, 128), randn(2, tokens // 2, 2, 128)
+    tables = randn(1, tokens // 2, 128), randn(1, tokens // 2, 128)
+    caches = (randn(2, 2, tokens, 128).transpose(1, 2), randn(2, 2, tokens, 128).transpose(1, 2))
     scores, values = torch.rand(1, 2048, device=device), randn(1, 4, 2048, 128)
     index = torch.arange(0, 2048, 2, device=device)
     rows = randn(2048, 1536)
@@ -289,6 +292,7 @@ def _row_lines(settings: Settings, result: Result) -> str:
         "add_rms_norm_": ((x.clone(), y.clone(), weight, 1e-6), 4 * moved),
         "span_modulate": ((x, weight, shift, scale, spans, 1e-6), 2 * moved),
         "span_gate_add_": ((x.clone(), y, scale, spans), 3 * moved),
+        "rotary_cache_": ((*heads, *tables, *caches), 2.0 * 2 * sum(t.numel() for t in heads)),
         "cosine_importance": ((x, y, "mean"), 2 * moved),
         "value_norms": ((values,), 2.0 * values.numel()),
         "select_topk": ((scores, 1024), 4.0 * scores.numel() + 8 * 1024),

@@ -1,7 +1,8 @@
-/* C API of the norm family: RMSNorm with and without residual, and its modulated form on spans of rows.
- * Statistics are summed in fp64; products are taken one step wider than the storage and rounded once. Storage
- * types are f32, bf16 or f16, one for all floating tensors of a call; last strides are 1. Every row is
- * computed by itself, in one fixed order. */
+/* C API of the norm family: RMSNorm with and without residual, its modulated form on spans of rows, and the
+ * step from projected queries, keys and values to what attention reads. Statistics are summed in fp64;
+ * products are taken one step wider than the storage and rounded once. Storage types are f32, bf16 or f16,
+ * one for all floating tensors of a call; last strides are 1. Every row is computed by itself, in one fixed
+ * order. */
 #ifndef FLASHU_NORM_H
 #define FLASHU_NORM_H
 
@@ -68,6 +69,30 @@ typedef struct flashu_span_gate_add_args {
   void* stream;
 } flashu_span_gate_add_args;
 FLASHU_API int32_t flashu_span_gate_add(const flashu_span_gate_add_args* args);
+
+/* Rotary position embedding of queries and keys (halves convention: the angle of element j is that of j + d /
+ * 2), each head normed before it where norms are given; keys and values go into a cache. Token i of row r has
+ * slot start[r] + i there; a slot outside [0, capacity) is not written. The norm is that of flashu_rms_norm,
+ * rounded to the storage type; the rotation is rounded once. What is written overlaps nothing else, by
+ * extent. */
+typedef struct flashu_rotary_cache_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  flashu_tensor query;      /* [rows, n, heads, d], d even */
+  flashu_tensor key;        /* [rows, n, kv_heads, d] */
+  flashu_tensor value;      /* as key */
+  flashu_tensor cos;        /* [rows or 1, n, d] */
+  flashu_tensor sin;        /* as cos */
+  flashu_tensor keys;       /* [rows, capacity, kv_heads, d], written */
+  flashu_tensor values;     /* as keys, written */
+  flashu_tensor start;      /* i64 [rows], [1] or of no dimension; absent: 0, and then n <= capacity */
+  flashu_tensor query_norm; /* [d], or absent */
+  flashu_tensor key_norm;   /* [d], or absent, as query_norm is */
+  double eps;               /* of the norms */
+  flashu_tensor out;        /* [rows, heads, n, d]: the queries */
+  void* stream;
+} flashu_rotary_cache_args;
+FLASHU_API int32_t flashu_rotary_cache(const flashu_rotary_cache_args* args);
 
 #ifdef __cplusplus
 } /* extern "C" */

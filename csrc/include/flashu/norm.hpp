@@ -67,4 +67,13 @@ inline void span_gate_add(const flashu_tensor& residual, const flashu_tensor& y,
   check(flashu_span_gate_add(&args));
 }
 
+// Positions, head norms and cache slots: all but struct_size is the caller's to fill (flashu/norm.h).
+using RotaryCacheArgs = flashu_rotary_cache_args;
+
+// out = rotated queries; keys and values receive the rotated keys and the values
+inline void rotary_cache(RotaryCacheArgs args) {
+  args.struct_size = sizeof args;
+  check(flashu_rotary_cache(&args));
+}
+
 }  // namespace flashu
