@@ -93,6 +93,30 @@ void all_of(const std::string& type) {
   device_synchronize();
   print("span_gate_add " + type, sum.download());
 
+  auto query = whole<T>({2, 5, 3, 64}, 10);
+  auto key = whole<T>({2, 5, 1, 64}, 11);
+  auto cos = whole<T>({1, 5, 64}, 12);
+  auto sin = whole<T>({1, 5, 64}, 13);
+  auto keys = whole<T>({2, 6, 1, 64}, 14);
+  auto values = whole<T>({2, 6, 1, 64}, 15);
+  Guarded<int64_t> start({2});
+  start[0] = -1;
+  start[1] = 3;
+  Guarded<T> turned({2, 3, 5, 64});
+  RotaryCacheArgs rotary{};
+  rotary.query = query.upload();
+  rotary.key = rotary.value = key.upload();
+  rotary.cos = cos.upload();
+  rotary.sin = sin.upload();
+  rotary.keys = keys.upload();
+  rotary.values = values.upload();
+  rotary.start = start.upload();
+  rotary.out = turned.upload();
+  rotary_cache(rotary);
+  device_synchronize();
+  print("rotary_cache " + type, turned.download());
+  print("rotary_cache keys " + type, keys.download());
+
   Guarded<T> ones({4, 2048});
   ones.fill([](int64_t i) { return from_float<T>(i % 2 == 0 ? 2.0f : -2.0f); });
   auto weight = whole<T>({2048}, 4);

@@ -32,7 +32,7 @@ class Mutant:
     tests: str
 
 
-NORM, ROUTING, STEP, FFN = "DeviceNorm*", "DeviceRouting*:DeviceMoves*", "DeviceStep*", "DeviceFfn*"
+NORM, ROTARY, ROUTING, STEP, FFN = "DeviceNorm*", "DeviceRotary*", "DeviceRouting*:DeviceMoves*", "DeviceStep*", "DeviceFfn*"
 
 MUTANTS = [
     # ---- what all kernels share
@@ -48,6 +48,16 @@ MUTANTS = [
     Mutant("norm: span one token too long", "csrc/cuda/norm.cu", "token < s.end", "token <= s.end", NORM),
     Mutant("norm: the norm of the sum before it is rounded", "csrc/cuda/norm.cu",
            "      piece[v] = widen<T>(stored);\n", "", NORM),
+    # ---- rotary
+    Mutant("rotary: a slot behind the cache", "csrc/cuda/rotary.cu", "start >= a.capacity - token)", "start > a.capacity - token)", ROTARY),
+    Mutant("rotary: a slot in front of the cache", "csrc/cuda/rotary.cu", "if (start < -token ||", "if (start < -token - 1 ||", ROTARY),
+    Mutant("rotary: heads past the end of a row", "csrc/cuda/rotary.cu", "if (index >= a.row_heads)", "if (index > a.row_heads)", ROTARY),
+    Mutant("rotary: idle threads read past the half", "csrc/cuda/rotary.cu", "low_at < a.half;", "low_at <= a.half;", ROTARY),
+    Mutant("rotary: the norm is not rounded", "csrc/cuda/rotary.cu",
+           "    piece.value[i] = rounded<T>(piece.value[i] * (inverse * weight.value[i]));",
+           "    piece.value[i] = piece.value[i] * (inverse * weight.value[i]);", ROTARY),
+    Mutant("rotary: angles of the first row", "csrc/cuda/rotary.cu", "task.cos = a.cos.at(row, token);", "task.cos = a.cos.at(0, token);", ROTARY),
+    Mutant("rotary: one start for all", "csrc/cuda/rotary.cu", "a.start[row * a.start_stride]", "a.start[0]", ROTARY),
     # ---- step
     Mutant("step: no barrier between the two halves of a tile", "csrc/cuda/step.cu",
            "  __syncthreads();\n  const float dt", "  const float dt", STEP),
