@@ -32,7 +32,13 @@ class Mutant:
     tests: str
 
 
-NORM, ROTARY, ROUTING, STEP, FFN = "DeviceNorm*", "DeviceRotary*", "DeviceRouting*:DeviceMoves*", "DeviceStep*", "DeviceFfn*"
+NORM, ROTARY, ROUTING, STEP, FFN = (
+    "DeviceNorm*",
+    "DeviceRotary*",
+    "DeviceRouting*:DeviceMoves*",
+    "DeviceStep*",
+    "DeviceFfn*",
+)
 
 MUTANTS = [
     # ---- what all kernels share
