@@ -46,6 +46,7 @@ _SWITCHES = (
     "routing_kernels",
     "norm_kernels",
     "step_kernels",
+    "step_graphs",
 )
 
 
@@ -97,6 +98,7 @@ class FlashUConfig:
             v_null + 1 (v - v_null) = v. Only rounding changes.
         ffn_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels of that family; False
             runs plain torch instead, so that a difference can be bisected.
+        step_graphs: on a GPU evaluations are captured in CUDA graphs and replayed; False launches every operator anew.
 
     Raises:
         ValueError: a field is out of range; the message names it, what was expected and what came.
@@ -130,6 +132,7 @@ class FlashUConfig:
     routing_kernels: bool = True
     norm_kernels: bool = True
     step_kernels: bool = True
+    step_graphs: bool = True
 
     def __post_init__(self) -> None:
         ratios = (

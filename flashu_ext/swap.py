@@ -108,13 +108,17 @@ class Handle:
         tokens = {"prefilled": answers.prefilled, "reused": answers.reused}
         tokens |= {"visual": answers.visual, "visual kept": answers.visual_kept}
         if image is not None:
-            length, geometry = image.all_rows.text_tokens.shape[1], image.all_rows.geometry
+            length, geometry = image.workspace.shape.length, image.geometry
             tokens |= {
                 "prefix": geometry.longest,
                 "span": geometry.span,
                 "tail": length - min(geometry.prefix) - geometry.span,
             }
         reasons = Counter(f"{name}: {why}" for name, why in runner.kernels.fallbacks.items()) + runner.fallbacks
+        workspaces = runner.generation.workspaces
+        failed = {pieces.why_eager for pieces in workspaces.pieces()} - {None, workspaces.why_not}
+        reasons += Counter(f"step graphs: {why}" for why in failed)
+        held = runner.held_bytes()
         return Summary(
             steps=dict(Counter(image.kinds)) if image else {},
             backbone_evaluations=sum(step.backbone for step in done),
@@ -129,7 +133,14 @@ class Handle:
             tokens=tokens,
             weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
             extra_weight_bytes=sum(layout.permutation.nbytes for layout in self._layouts or ()),
-            cache_bytes=runner.cache_bytes(),
+            cache_bytes=sum(held.values()),
+            memory=held,
+            last_image_memory=(image.held_bytes or image.nbytes()) if image else {},
+            launches=_per_step(image, "launches") if image else {},
+            syncs=sum(work.syncs for work in image.work) if image else 0,
+            host_waits=sum(work.waits for work in image.work) if image else 0,
+            step_runner=f"eager: {workspaces.why_not}" if workspaces.why_not else "graphs",
+            graphs=_graphs(runner),
             kernels=dict(runner.kernels.chosen),
             fallbacks=dict(reasons),
         )
@@ -179,6 +190,23 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
     handle = Handle(Runner(parts, config, kernels, originals), plan, layouts)
     handle._install()
     return handle
+
+
+def _per_step(image: ImageState, name: str) -> dict[str, int]:
+    """By kind of evaluation the most that one of the last image asked for."""
+    result: dict[str, int] = {}
+    for work in image.work:
+        result[work.kind] = max(result.get(work.kind, 0), getattr(work, name))
+    return result
+
+
+def _graphs(runner: Runner) -> dict[str, int]:
+    pieces = runner.generation.workspaces.pieces()
+    return {
+        "captured": sum(each.captured for each in pieces),
+        "replays": sum(each.replayed for each in pieces),
+        "run eagerly": sum(each.eager for each in pieces),
+    }
 
 
 def _decided(image: ImageState) -> dict[str, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernel_sets import KernelSet
 from ..structure import AttentionShape, norm_eps
-from .attention import AttentionPass, Rope, rotate
+from .attention import AttentionPass, Rope, SpanPass
 
 __all__ = ["decoder_layer", "project_qkv", "pruning_layer", "routed_decoder_layer"]
 
@@ -58,8 +58,7 @@ def decoder_layer(
     """
     normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
     query, key, value = project_qkv(layer.self_attn, normed, shape)
-    attended = attention(index, rotate(query, rope), rotate(key, rope), value)
-    return _after_attention(layer, x, attended, kernels, task)
+    return _after_attention(layer, x, attention(index, query, key, value, rope), kernels, task)
 
 
 def pruning_layer(
@@ -84,7 +83,7 @@ def pruning_layer(
     rope = (rope[0][:, keep], rope[1][:, keep])
     query, key = _project_qk(layer.self_attn, normed, shape)
     value = value.view(*value.shape[:2], shape.kv_heads, shape.head_dim)
-    attended = attention(index, rotate(query, rope), rotate(key, rope), value)
+    attended = attention(index, query, key, value, rope)
     return _after_attention(layer, x, attended, kernels, task), rope, attention
 
 
@@ -102,7 +101,7 @@ def routed_decoder_layer(
     x: Tensor,
     active: Tensor,
     rope: Rope,
-    attention: AttentionPass,
+    attention: SpanPass,
     shape: AttentionShape,
     kernels: KernelSet,
     task: str | None,
@@ -121,9 +120,8 @@ def routed_decoder_layer(
     key, value = _project_kv(layer.self_attn, normed, shape)
     moved = kernels.gather_rows(x, active)
     query = layer.self_attn.q_proj(kernels.gather_rows(normed, active)).view(rows, k, shape.heads, shape.head_dim)
-    cos, sin = (kernels.gather_rows(table[:, :, 0], active)[:, :, None] for table in rope)
-    attended = attention(index, rotate(query, (cos, sin)), rotate(key, rope), value)
-    attended = layer.self_attn.o_proj(attended)
+    own = tuple(kernels.gather_rows(table, active) for table in rope)
+    attended = layer.self_attn.o_proj(attention.routed(index, query, key, value, rope, (own[0], own[1])))
     norm = layer.post_attention_layernorm
     normed = kernels.add_rms_norm_(attended, moved, norm.weight, norm_eps(norm))
     return kernels.scatter_rows_(x, active, layer.mlp(normed, task=task, residual=moved))

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..kernel_sets import KernelSet
 from ..structure import AttentionShape, norm_eps
-from .attention import AttentionPass, Rope, rotate
+from .attention import AttentionPass, Rope, head_norms
 from .decoder_layer import project_qkv
 
-__all__ = ["final_layer", "head_block"]
+__all__ = ["block_modulation", "final_layer", "head_block", "modulation_table"]
+
+BLOCK_PARTS, FINAL_PARTS = 6, 2
+"""Shift, scale and gate of attention and FFN in a block; shift and scale in the final layer."""
+
+
+def modulation_table(blocks: Sequence[Any], final: Any, time: Tensor) -> Tensor:
+    """The adaLN projections of every block, and of the final layer, for time embeddings [times, width].
+
+    All times of an image in one product a block, so these weights are read once an image instead of once an evaluation.
+
+    Returns:
+        [times, (6 * blocks + 2) * width].
+    """
+    return torch.cat([layer.adaLN_modulation(time) for layer in (*blocks, final)], dim=1)
+
+
+def block_modulation(modulation: Tensor, index: int, width: int) -> list[Tensor]:
+    """Six [rows, width] of block `index` from rows of a `modulation_table`."""
+    first = index * BLOCK_PARTS * width
+    return list(modulation[:, first : first + BLOCK_PARTS * width].chunk(BLOCK_PARTS, dim=1))
 
 
 def head_block(
     block: Any,
     index: int,
     x: Tensor,
-    time: Tensor | None,
+    modulation: Tensor | None,
     rope: Rope,
     attention: AttentionPass,
     shape: AttentionShape,
@@ -27,25 +49,19 @@ def head_block(
     """Modulated attention block: x [rows, n, width] -> [rows, n, width]. `x` is consumed: it may be overwritten.
 
     Args:
-        time: time embedding [rows, width] of an image span that fills every row, or None for text rows, which upstream
-            leaves unmodulated (shift 0, scale 0, gate 1).
+        modulation: rows of a `modulation_table` for an image span that fills every row, or None for text rows, which
+            upstream leaves unmodulated (shift 0, scale 0, gate 1).
     Source: Show-o2 `ModulatedAttentionBlock`.
     """
     rows, n, width = x.shape
-    spans = [number for row in range(rows) for number in (row, 0, n)] if time is not None else []
-    if time is not None:
-        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = block.adaLN_modulation(time).chunk(6, dim=1)
-    else:
-        shift_attn = scale_attn = gate_attn = shift_ffn = scale_ffn = gate_ffn = x.new_empty(0, width)
+    spans = [number for row in range(rows) for number in (row, 0, n)] if modulation is not None else []
+    parts = [x.new_empty(0, width)] * BLOCK_PARTS if modulation is None else block_modulation(modulation, index, width)
+    shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = parts
 
     norm = block.input_layernorm
     normed = kernels.span_modulate(x, norm.weight, shift_attn, scale_attn, spans, norm_eps(norm))
     query, key, value = project_qkv(block.self_attn, normed, shape)
-    query_norm, key_norm = getattr(block.self_attn, "q_norm", None), getattr(block.self_attn, "k_norm", None)
-    if query_norm is not None and key_norm is not None:
-        query = kernels.rms_norm(query, query_norm.weight, norm_eps(query_norm))
-        key = kernels.rms_norm(key, key_norm.weight, norm_eps(key_norm))
-    attended = attention(index, rotate(query, rope), rotate(key, rope), value)
+    attended = attention(index, query, key, value, rope, head_norms(block.self_attn))
     kernels.span_gate_add_(x, block.self_attn.o_proj(attended), gate_attn, spans)
 
     norm = block.post_attention_layernorm
@@ -56,13 +72,13 @@ def head_block(
     return x
 
 
-def final_layer(layer: Any, x: Tensor, time: Tensor, kernels: KernelSet) -> Tensor:
-    """x [rows, tokens, width], time [rows, width] -> velocity rows [rows, tokens, patch * patch * channels].
+def final_layer(layer: Any, x: Tensor, modulation: Tensor, kernels: KernelSet) -> Tensor:
+    """x [rows, tokens, width], rows of a `modulation_table` -> velocity rows [rows, tokens, patch * patch * channels].
 
     Source: Show-o2 `FinalLayer`.
     """
-    rows, n, _ = x.shape
-    shift, scale = layer.adaLN_modulation(time).chunk(2, dim=1)
+    rows, n, width = x.shape
+    shift, scale = modulation[:, -FINAL_PARTS * width :].chunk(FINAL_PARTS, dim=1)
     spans = [number for row in range(rows) for number in (row, 0, n)]
     norm = layer.norm_final
     return layer.linear(kernels.span_modulate(x, norm.weight, shift, scale, spans, norm_eps(norm)))

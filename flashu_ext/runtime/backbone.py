@@ -8,11 +8,13 @@ from torch import Tensor
 
 from ..config import FlashUConfig
 from ..kernel_sets import KernelSet
-from ..modules.attention import AttentionPass, CausalPass, KeyValue, MaskedPass, Rope, RowGeometry, rope_table
+from ..modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass
 from ..modules.decoder_layer import decoder_layer, routed_decoder_layer
 from ..schedule import Step
 from ..structure import Showo2Parts, norm_eps
-from .state import ImageState, PrefixCache, Rows, Variant
+from .head import Head
+from .state import Variant
+from .workspace import Workspace
 
 __all__ = ["TASK", "Backbone"]
 
@@ -20,32 +22,43 @@ TASK = "generation"
 
 
 class Backbone:
-    """Runs the language model for images in progress. Holds no state of its own."""
+    """Runs the language model in a workspace. Device work only: it changes no plain number, and reads no value back."""
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
+    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, head: Head):
         self.parts = parts
         self.config = config
         self.kernels = kernels
+        self.head = head
 
-    def run(self, state: ImageState, rows: Rows, step: Step, span: Tensor) -> tuple[Tensor, PrefixCache | None]:
-        """span [rows, span, hidden], which is consumed -> final hidden states of that shape, and the prefix in force (None
-        where the head does not run)."""
-        task = TASK if step.pruned else None
-        if step.measure:
-            return self._measure(state, rows, step, span, (task, ()))
-        skipped = state.skipped if step.skip_from is not None else ()
-        variant: Variant = (task, skipped or ())
-        prefix = self._prefix(state, rows, variant)
-        rows.llm_pass.load_prefix(prefix.llm, prefix)
-        active = None
-        if step.tokens_from:
-            active = state.router.active(step.tokens_from, step.index, rows.count, self.kernels)
+    # ---- the text before the image
+
+    def prefix(self, ws: Workspace, rows: int, variant: Variant) -> None:
+        """The prompt never sees image or time, so its keys and values are computed once per network variant, and for the
+        unconditional branch only where that is run. Into the workspace, the head's too."""
+        tokens = ws.shape.prefix
+        if tokens == 0:
+            return
+        hidden = self.parts.embed_tokens(ws.text_tokens[:rows, :tokens])
+        attention = CausalPass(tokens, ws.prefix(rows)[0], self.kernels)
+        hidden = self._layers(hidden, attention, self._text_rope(ws, tokens), variant)
+        self.head.prefix(ws, rows, self._final_norm(hidden))
+
+    def _text_rope(self, ws: Workspace, tokens: int) -> Rope:
+        return ws.text_rope[0][:, :tokens], ws.text_rope[1][:, :tokens]
+
+    # ---- the image
+
+    def run(self, ws: Workspace, step: Step, rows: int, variant: Variant, span: Tensor) -> None:
+        """span [rows, span, hidden], which is consumed -> final hidden states of that shape, into the workspace."""
+        active = ws.router.active(step.tokens_from, step.index, rows, self.kernels) if step.tokens_from else None
         importance: list[Tensor] | None = [] if step.measure_tokens else None
-        x = self._layers(span, rows.llm_pass, rows.llm_rope, variant, active, importance)
+        mask = ws.mask[:rows] if ws.mask is not None else None
+        attention = SpanPass(ws.llm[:, :, :rows], ws.geometry.first(rows), self.kernels, mask)
+        rope = (ws.llm_rope[0][:rows], ws.llm_rope[1][:rows])
+        x = self._layers(span, attention, rope, variant, active, importance)
         if importance is not None:
-            state.router.measured(step.index, importance)
-        self._count(state, rows, len(self.parts.layers) - len(variant[1]), active)
-        return self._final_norm(x), prefix
+            ws.router.store(importance, ws.shape.rows)
+        ws.hidden[:rows] = self._final_norm(x)
 
     def _layers(
         self,
@@ -71,6 +84,7 @@ class Backbone:
             if active is None:
                 x = decoder_layer(layer, index, x, rope, attention, shape, kernels, task)
             else:
+                assert isinstance(attention, SpanPass), "tokens are routed in an image span"
                 x = routed_decoder_layer(layer, index, x, active[index], rope, attention, shape, kernels, task)
             if importance is not None:
                 importance.append(kernels.cosine_importance(before, x))
@@ -80,87 +94,48 @@ class Backbone:
         norm = self.parts.final_norm
         return self.kernels.rms_norm(x, norm.weight, norm_eps(norm))
 
-    def _count(self, state: ImageState, rows: Rows, layers: int, active: Tensor | None) -> None:
-        carried = state.router.carried if active is not None else 0
-        state.routed["computed"] += layers * rows.count * (rows.geometry.span - carried)
-        state.routed["carried"] += layers * rows.count * carried
-
-    # ---- the text before the image
-
-    def _prefix(self, state: ImageState, rows: Rows, variant: Variant) -> PrefixCache:
-        """The prompt never sees image or time, so its keys and values are computed once per network variant, and for the
-        unconditional branch only where that is run."""
-        for count in (state.all_rows.count, rows.count):
-            if (variant, count) in state.prefixes:
-                return state.prefixes[variant, count]
-        tokens = rows.geometry.longest
-        attention = CausalPass(tokens, len(self.parts.layers), self.parts.dtype, self.parts.device)
-        hidden = self.parts.embed_tokens(rows.text_tokens[:, :tokens])
-        if tokens:
-            hidden = self._layers(hidden, attention, self._text_rope(tokens), variant)
-        return self._keep_prefix(state, rows, variant, attention.cache, self._final_norm(hidden))
-
-    def _keep_prefix(
-        self, state: ImageState, rows: Rows, variant: Variant, cache: list[KeyValue | None], hidden: Tensor
-    ) -> PrefixCache:
-        """Keep the prompt's keys and values, and its final hidden states [rows, prefix, hidden] for the head."""
-        prefix = PrefixCache(rows.geometry, rows.geometry.right_align_all(cache), None, hidden)
-        state.prefixes[variant, rows.count] = prefix
-        return prefix
-
-    def _text_rope(self, tokens: int) -> Rope:
-        return rope_table(self.parts.llm_rope, torch.arange(tokens, device=self.parts.device)[None], self.parts.dtype)
-
     # ---- layer importance
 
-    def _measure(
-        self, state: ImageState, rows: Rows, step: Step, span: Tensor, variant: Variant
-    ) -> tuple[Tensor, PrefixCache | None]:
-        """Run all layers over the whole sequence and choose the layers to skip from here on.
+    def measure(self, ws: Workspace, step: Step, rows: int, variant: Variant, span: Tensor) -> None:
+        """Run all layers over the whole sequence, for their importance: 1 - cosine(input, output), averaged over all
+        positions of all rows. The reference averages over the tail and the padding too, so equal choices need them
+        computed; the last layer's output counts after the final norm.
 
-        Importance is 1 - cosine(input, output), averaged over all positions of all rows: the reference averages over the
-        tail and the padding too, so equal choices need them computed. The last layer's output counts after the final norm.
         Where token importance is measured too, it is that of the span, and in the last layer of the layer's own output.
+        Leaves in the workspace what `run` and `prefix` do, and the importance of the layers.
         """
         parts, kernels = self.parts, self.kernels
-        length = rows.text_tokens.shape[1]
-        x = parts.embed_tokens(rows.text_tokens)
-        offsets, n = rows.geometry.prefix, rows.geometry.span
-        for row, offset in enumerate(offsets):
-            x[row, offset : offset + n] = span[row]
-        attention = MaskedPass(_omni_mask(rows.geometry, length, parts.dtype, parts.device), len(parts.layers))
-        rope = self._text_rope(length)
-        importance: list[Tensor] = []
+        llm, length, n = parts.llm_attention, ws.shape.length, ws.span
+        places = ws.offsets[:rows, None] + torch.arange(n, device=ws.offsets.device)
+        x = kernels.scatter_rows_(parts.embed_tokens(ws.text_tokens[:rows]), places, span)
+        # One piece of memory for the keys and values of all layers: of each only the prompt's are kept.
+        scratch = x.new_empty(1, 2, rows, length, llm.kv_heads, llm.head_dim).expand(len(parts.layers), *[-1] * 5)
+        attention = MaskedPass(_omni_mask(ws, rows), scratch, kernels, kept=ws.prefix(rows)[0])
+        rope = self._text_rope(ws, length)
         of_tokens: list[Tensor] = []
         last = len(parts.layers) - 1
         for index, layer in enumerate(parts.layers):
             before = x.clone()
-            x = decoder_layer(layer, index, x, rope, attention, parts.llm_attention, kernels, variant[0])
+            x = decoder_layer(layer, index, x, rope, attention, llm, kernels, variant[0])
             after = self._final_norm(x) if index == last else x
             turned = kernels.cosine_importance(before, after)
-            importance.append(turned.float().mean())
+            ws.importance[index] = turned.float().mean()
             if step.measure_tokens:
-                of_tokens.append(turned if index < last else kernels.cosine_importance(before, x))
-        scores = torch.stack(importance).tolist()
-        count = int(len(scores) * self.config.layer_skip_ratio)
-        state.skipped = tuple(sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count]))
-        state.choices.append((step.index, state.skipped))
+                turned = turned if index < last else kernels.cosine_importance(before, x)
+                of_tokens.append(turned.gather(1, places))
         if step.measure_tokens:
-            state.router.measured(step.index, [rows.geometry.spans(scores) for scores in of_tokens])
-        self._count(state, rows, len(parts.layers), None)
-        prefix = None
-        if step.head:
-            text = after[:, : rows.geometry.longest].contiguous()
-            prefix = self._keep_prefix(state, rows, variant, attention.cache, text)
-        return rows.geometry.spans(after), prefix
+            ws.router.store(of_tokens, ws.shape.rows)
+        if step.head and ws.shape.prefix:
+            self.head.prefix(ws, rows, after[:, : ws.shape.prefix].contiguous())
+        ws.hidden[:rows] = kernels.gather_rows(after, places)
 
 
-def _omni_mask(geometry: RowGeometry, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _omni_mask(ws: Workspace, rows: int) -> Tensor:
     """Additive [rows, 1, length, length]: causal, except that a row's span sees itself whole."""
-    position = torch.arange(length, device=device)
+    position = torch.arange(ws.shape.length, device=ws.offsets.device)
     causal = position[:, None] >= position[None, :]
-    start = torch.tensor(geometry.prefix, device=device)[:, None]
-    inside = (position >= start) & (position < start + geometry.span)
+    start = ws.offsets[:rows, None]
+    inside = (position >= start) & (position < start + ws.span)
     allowed = causal | (inside[:, :, None] & inside[:, None, :])
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    mask = torch.zeros(allowed.shape, dtype=ws.hidden.dtype, device=ws.offsets.device)
     return mask.masked_fill_(~allowed, float("-inf"))[:, None]

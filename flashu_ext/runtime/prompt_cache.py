@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from ..structure import AttentionShape
 
 __all__ = ["Prompt", "PromptCache", "Span", "common_prefix", "reach"]
+
+Provide = Callable[[int, tuple[int, int], int, Tensor], Any]
+"""Rows, capacities of the two buffers, `split` and a tensor of their dtype -> an object with `buffers`, or None."""
 
 Span = tuple[int, int]
 """(first position, count) of an image's tokens in a prompt."""
@@ -58,18 +62,32 @@ class PromptCache:
     Attributes:
         buffers: two tensors [layers, 2, rows, kv_heads, capacity, head_dim]: layers before `split`, and the others.
         ends: the slot at which answers begin, in each of the two.
+        memory: what the buffers are part of, where they are not the cache's own.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], new_tokens: int, split: int, layers: int, shape: AttentionShape, like: Tensor
+        self,
+        prompts: Sequence[Prompt],
+        new_tokens: int,
+        split: int,
+        layers: int,
+        shape: AttentionShape,
+        like: Tensor,
+        provide: Provide | None = None,
     ):
+        """provide: memory of fixed place for these, or None; without it the cache has memory of its own."""
         self.prompts = list(prompts)
         self.split = split
         self.ends = (max(p.length for p in prompts), max(p.slots(p.length) for p in prompts))
+        capacities = (self.ends[0] + new_tokens, self.ends[1] + new_tokens)
+        self.memory = provide(len(prompts), capacities, split, like) if provide else None
+        if self.memory is not None:
+            self.buffers = self.memory.buffers
+            return
         first, second = (
             # Zeros: a slot that a row does not use is masked, and must not hold a NaN.
-            like.new_zeros(count, 2, len(prompts), shape.kv_heads, end + new_tokens, shape.head_dim)
-            for count, end in zip((split, layers - split), self.ends, strict=True)
+            like.new_zeros(count, 2, len(prompts), shape.kv_heads, capacity, shape.head_dim)
+            for count, capacity in zip((split, layers - split), capacities, strict=True)
         )
         self.buffers = (first, second)
 
@@ -84,7 +102,8 @@ class PromptCache:
             mine[:, :, row, :, :slots] = theirs[:, :, source_row, :, :slots]
 
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers) + sum(prompt.nbytes() for prompt in self.prompts)
+        own = sum(buffer.nbytes for buffer in self.buffers) if self.memory is None else 0
+        return own + sum(prompt.nbytes() for prompt in self.prompts)
 
 
 def layer_of(buffers: tuple[Tensor, Tensor], split: int, layer: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from ..kernel_sets import KernelSet
 from ..showo2 import validate
 from ..showo2.decoding import TokenSampler
 from ..structure import Showo2Parts
+from .decoding import OnToken
 from .generation import GenerationEngine
 from .state import ImageState
 from .understanding import UnderstandingEngine
@@ -65,29 +66,30 @@ class Runner:
             assert text_tokens_null is not None and modality_positions_null is not None, "checked by `sample`"
             tokens = torch.cat([text_tokens, text_tokens_null])
             positions = torch.cat([modality_positions, modality_positions_null])
-        state = self.generation.begin(steps, tokens, positions, guidance_scale, (noise.shape[2], noise.shape[3]))
+        engine = self.generation
+        state = engine.begin(steps, tokens, positions, guidance_scale, (noise.shape[2], noise.shape[3]))
         self.last_image = state
-        plan = state.plan
-        device = noise.device
-        times = time_grid(plan.grid_points, time_shifting_factor)
-        dt = (times[1:] - times[:-1]).to(device, torch.float32)
-        scales = [self.config.guidance_at(i + 1, guidance_scale) if guided else 0.0 for i in range(len(plan))]
-        scale = torch.tensor(scales, dtype=torch.float32, device=device)
-        times = times.to(device)
-        latents = noise.float().clone(memory_format=torch.contiguous_format)
-        steps_done = torch.arange(
-            len(plan), device=device
-        )  # the step that an evaluation is, without a copy from the host
-        velocities = []
-        for i in range(len(plan)):
-            rows = self.generation.evaluate(state, latents, times[i].expand(noise.shape[0]))
-            if return_velocity:
-                velocities.append(self._velocity(rows, scales[i], noise.shape))
-            self.kernels.guided_euler_step_(latents, rows.contiguous(), scale, dt, steps_done[i])
-            if callback is not None:
-                callback(i + 1, latents)
-        state.release()
-        return (latents, torch.stack(velocities)) if return_velocity else latents
+        try:
+            count, device = len(state.plan), noise.device
+            times = time_grid(state.plan.grid_points, time_shifting_factor)
+            scales = [self.config.guidance_at(i + 1, guidance_scale) if guided else 0.0 for i in range(count)]
+            scale = torch.tensor(scales, dtype=torch.float32)
+            tables = torch.stack([times[:-1], scale, times[1:] - times[:-1]]).to(device)
+            engine.load_times(state, *tables)
+            latents = state.workspace.latents[: state.images]
+            latents.copy_(noise)
+            velocities = []
+            for i in range(count):
+                engine.step(state)
+                if return_velocity:
+                    rows = state.rows(state.ran[-1])
+                    velocities.append(self._velocity(state.workspace.velocity[:rows], scales[i], noise.shape))
+                if callback is not None:
+                    callback(i + 1, latents)
+            drawn = latents.clone()
+        finally:
+            engine.end(state)
+        return (drawn, torch.stack(velocities)) if return_velocity else drawn
 
     def _velocity(self, rows: Tensor, scale: float, shape: torch.Size) -> Tensor:
         """Velocity rows [images or 2 * images, patches, p * p * c] -> guided velocity of `shape` [images, channels, H, W]."""
@@ -151,13 +153,14 @@ class Runner:
             if torch.equal(first, second) and bool((t == t[0]).all()):
                 latents, times = first, t[: state.images]
         index = state.step + 1
-        rows = self.generation.evaluate(state, latents, times)
-        if state.step >= len(state.plan):
-            self._in_progress.remove(state)
-            state.release()
+        rows = self.generation.velocity_at(state, latents, times)
         scale = self.config.guidance_at(index, guidance_scale) if guided else 0.0
         velocity = self._velocity(rows, scale, torch.Size((state.images, *image_latents.shape[1:])))
-        return torch.cat([velocity, velocity]) if guided else velocity
+        velocity = torch.cat([velocity, velocity]) if guided else velocity.clone()
+        if state.step >= len(state.plan):
+            self._in_progress.remove(state)
+            self.generation.end(state)
+        return velocity
 
     def _why_original(
         self,
@@ -204,12 +207,18 @@ class Runner:
                 if time > state.last_time:
                     self.last_image = state
                     return state
-                self._in_progress.remove(state)
+                self._drop(state)
                 break
+        while len(self._in_progress) >= IMAGES_IN_PROGRESS:
+            self._drop(self._in_progress[0])
         state = self.generation.begin(None, tokens, positions, guidance_scale, size)
-        self._in_progress = [*self._in_progress, state][-IMAGES_IN_PROGRESS:]
+        self._in_progress.append(state)
         self.last_image = state
         return state
+
+    def _drop(self, state: ImageState) -> None:
+        self._in_progress.remove(state)
+        self.generation.end(state)
 
     @torch.no_grad()
     def mmu_generate(
@@ -252,21 +261,26 @@ class Runner:
         max_new_tokens: int,
         eos_token: int | None,
         sampler: TokenSampler,
+        on_token: OnToken | None = None,
     ) -> list[Tensor]:
         """`flashu_ext.showo2.answer_tokens_batch` of an accelerated model; one image [1, channels, H, W] a question."""
         engine = self.understanding
         images = engine.image_embeds(image_latents)
         prompts = [engine.question(*inputs) for inputs in zip(images, befores, afters, strict=True)]
-        answers = engine.decode(prompts, max_new_tokens, sampler, eos_token)
+        answers = engine.decode(prompts, max_new_tokens, sampler, eos_token, on_token)
         empty = torch.empty(0, dtype=torch.int64, device=self.parts.device)
         return [torch.stack(answer) if answer else empty for answer in answers]
 
     # ---- housekeeping
 
-    def cache_bytes(self) -> int:
-        return sum(state.nbytes() for state in self._in_progress) + self.understanding.nbytes()
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes held now beside the model's weights, by purpose."""
+        held = self.generation.workspaces.nbytes()
+        answers = self.understanding.nbytes()
+        return held | ({"answers' keys and values": answers} if answers else {})
 
     def reset(self) -> None:
         """Forget images in progress and the last prompt."""
         self._in_progress.clear()
+        self.generation.workspaces.clear()
         self.understanding.reset()

@@ -27,7 +27,14 @@ class Summary:
             'reused' prompt tokens over all answers; 'visual' image tokens in the prompts of the last call and 'visual kept' of
             them behind the pruning layer.
         weight_bytes: the model's weights. extra_weight_bytes: what acceleration keeps beside them (the permutations).
-        cache_bytes: keys, values and states held now.
+        cache_bytes: held now beside the weights: keys and values, tables, activations that outlive an evaluation, caches.
+        memory: the same by purpose. last_image_memory: what the last image held, by purpose.
+        launches: by kind of evaluation the most operators that one of the last image launched; a matrix product or an
+            attention of torch counts as one.
+        syncs: times in the last image's evaluations that an operator made the host wait for the device. host_waits: times
+            that the host waited for numbers sent earlier (a measurement of layers, the adaptive cache's flag).
+        step_runner: 'graphs', or 'eager: ' and why. graphs: pieces of evaluations 'captured' in the workspaces held now, their
+            'replays', and how many 'run eagerly'.
         kernels: op -> backend. fallbacks: reason -> occurrences.
     """
 
@@ -45,12 +52,22 @@ class Summary:
     weight_bytes: int
     extra_weight_bytes: int
     cache_bytes: int
+    memory: Mapping[str, int]
+    last_image_memory: Mapping[str, int]
+    launches: Mapping[str, int]
+    syncs: int
+    host_waits: int
+    step_runner: str
+    graphs: Mapping[str, int]
     kernels: Mapping[str, str]
     fallbacks: Mapping[str, int]
 
     def __str__(self) -> str:
         def listed(items: Mapping[str, object]) -> str:
             return ", ".join(f"{name} {value}" for name, value in items.items()) or "none"
+
+        def mebibytes(items: Mapping[str, int]) -> str:
+            return listed({name: f"{count / 2**20:.2f} MiB" for name, count in items.items()})
 
         skipped = "; ".join(f"as of step {step}: {list(layers)}" for step, layers in self.layers_skipped) or "none"
         lines = [
@@ -65,6 +82,11 @@ class Summary:
             f"tokens        {listed(self.tokens)}",
             f"memory        weights {self.weight_bytes / 2**20:.1f} MiB, extra {self.extra_weight_bytes / 2**20:.3f} MiB, "
             f"caches {self.cache_bytes / 2**20:.1f} MiB",
+            f"  held now    {mebibytes(self.memory)}",
+            f"  last image  {mebibytes(self.last_image_memory)}",
+            f"launches      {listed(self.launches)} an evaluation",
+            f"host waits    {self.syncs} synchronising operators, {self.host_waits} for numbers sent earlier",
+            f"evaluations run by {self.step_runner}; {listed(self.graphs)}",
             f"kernels       {listed(self.kernels)}",
             f"fallbacks     {listed(self.fallbacks)}",
         ]

@@ -81,7 +81,7 @@ class TokenPruner:
 
         Args:
             attention: the layer's attention module. normed: [1, n, hidden], the prompt's new tokens.
-            rope: their rotary table, [1, n, 1, d]. before: rotated keys of earlier tokens, [kv_heads, m, d].
+            rope: their rotary table, [1, n, d]. before: rotated keys of earlier tokens, [kv_heads, m, d].
             visible: bool [m + n], what the last token sees.
         """
         shape = self.parts.llm_attention

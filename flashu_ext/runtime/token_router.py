@@ -1,4 +1,5 @@
-"""Room: runtime. Which image tokens every layer computes: importance as measured, predicted, and cut to a fixed number."""
+"""Room: runtime. Which image tokens every layer of the language model computes: importance measured now and then, kept or
+predicted, and cut to a fixed number."""
 
 from __future__ import annotations
 
@@ -16,6 +17,9 @@ KEPT_MEASUREMENTS = 2
 class TokenRouter:
     """Token importance of one image, on the device; the number of active tokens is fixed, so shapes never depend on it.
 
+    Memory stays where it is from image to image; `store` and `active` run on the device and change no plain number here,
+    as in `head_cache`.
+
     Attributes:
         carried: image tokens of a row that are carried past a layer.
     """
@@ -23,15 +27,34 @@ class TokenRouter:
     def __init__(self, carried: int, has_time_token: bool):
         self.carried = carried
         self.has_time_token = has_time_token
-        self._measured: dict[int, Tensor] = {}
-        self._chosen: tuple[tuple[int, ...], Tensor] | None = None
+        self._measured_at: list[int] = []
+        self._buffer: Tensor | None = None
 
-    def measured(self, index: int, importance: list[Tensor]) -> None:
-        """Take in what step `index` measured: per layer, fp32 [rows, span]."""
-        self._measured[index] = torch.stack(importance)
-        while len(self._measured) > KEPT_MEASUREMENTS:
-            del self._measured[min(self._measured)]
-        self._chosen = None
+    def slot(self, index: int | None = None) -> int:
+        """Where the measurement of step `index` lies; None: where the next one goes."""
+        at = len(self._measured_at) if index is None else self._measured_at.index(index)
+        return at % KEPT_MEASUREMENTS
+
+    def store(self, importance: list[Tensor], rows: int) -> None:
+        """Take in a measurement: per layer, fp32 [measured rows, span]. `measured` is told afterwards.
+
+        Args:
+            rows: the most that are ever measured.
+        """
+        stacked = torch.stack(importance)
+        if self._buffer is None:
+            self._buffer = stacked.new_zeros(KEPT_MEASUREMENTS, stacked.shape[0], rows, stacked.shape[2])
+        self._buffer[self.slot(), :, : stacked.shape[1]] = stacked
+
+    def measured(self, index: int) -> None:
+        """Step `index` was taken in."""
+        self._measured_at.append(index)
+
+    def reads(self, sources: tuple[int, ...], index: int) -> tuple[float, ...]:
+        """The numbers that `active` depends on beside what was measured: equal numbers, equal work."""
+        if len(sources) == 1:
+            return (self.slot(sources[0]),)
+        return (self.slot(sources[0]), self.slot(sources[1]), (index - sources[0]) / (sources[0] - sources[1]))
 
     def active(self, sources: tuple[int, ...], index: int, rows: int, kernels: KernelSet) -> Tensor:
         """The tokens that step `index` computes: int64 [layers, rows, active], ascending in every row.
@@ -41,27 +64,21 @@ class TokenRouter:
                 extrapolated linearly.
             rows: the first so many of the rows that were measured.
         """
-        steady = len(sources) == 1
-        if steady and self._chosen is not None and self._chosen[0] == sources and self._chosen[1].shape[1] >= rows:
-            return self._chosen[1][:, :rows]
-        newest = self._measured[sources[0]]
-        importance = newest if steady else newest[:, :rows]
-        if not steady:
-            slope = (importance - self._measured[sources[1]][:, :rows]) / (sources[0] - sources[1])
-            importance = importance + slope * (index - sources[0])
+        assert self._buffer is not None, "tokens are chosen after they were measured"
+        slot, *rest = self.reads(sources, index)
+        importance = self._buffer[int(slot), :, :rows]
+        if rest:
+            importance = importance + (importance - self._buffer[int(rest[0]), :, :rows]) * rest[1]
         if self.has_time_token:
             # The time token tells every other one what time it is; it is one token, and always computed.
             importance = importance.clone()
             importance[:, :, 0] = float("inf")
         chosen, _ = kernels.select_topk(importance.contiguous(), importance.shape[-1] - self.carried)
-        if steady:
-            self._chosen = (sources, chosen)
-        return chosen[:, :rows]
+        return chosen
 
-    def release(self) -> None:
-        self._measured.clear()
-        self._chosen = None
+    def reset(self) -> None:
+        """Another image begins."""
+        self._measured_at.clear()
 
     def nbytes(self) -> int:
-        chosen = self._chosen[1].nbytes if self._chosen is not None else 0
-        return chosen + sum(importance.nbytes for importance in self._measured.values())
+        return self._buffer.nbytes if self._buffer is not None else 0

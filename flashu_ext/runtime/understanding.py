@@ -12,7 +12,8 @@ always runs whole; skipped layers neither read nor write keys and values of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,43 +21,51 @@ from torch import Tensor
 
 from ..config import FlashUConfig
 from ..kernel_sets import KernelSet
-from ..modules.attention import attend
-from ..modules.decoder_layer import Rope, decoder_layer, pruning_layer
+from ..modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
+from ..modules.decoder_layer import decoder_layer, pruning_layer
 from ..showo2.understanding import span_embeds
 from ..structure import Showo2Parts, norm_eps, position_table
+from .decoding import TASK, Decoder, OnToken, Pick, additive
 from .encoder import embed_image
-from .prompt_cache import Prompt, PromptCache, common_prefix, layer_of
+from .graphs import CudaCapture
+from .prompt_cache import Prompt, PromptCache, common_prefix
 from .token_pruning import TokenPruner, visual_spans
 
 __all__ = ["TASK", "UnderstandingEngine"]
 
-TASK = "understanding"
-
 # How many prompts of the last call, and of the same call, a prompt is compared with: a comparison reads both prompts.
 MAX_SOURCES = 16
-
-Pick = Callable[[Tensor, Sequence[int]], Tensor]
-"""Logits [rows, vocab] and the numbers of the prompts they belong to -> token ids [rows, 1]."""
 
 
 class _PrefillPass:
     """New tokens of several prompts, end to end in one row: each attends within its own prompt, over its cached prefix too."""
 
-    def __init__(self, cache: PromptCache, pieces: Sequence[tuple[int, int, Tensor]]):
+    def __init__(self, cache: PromptCache, pieces: Sequence[tuple[int, int, Tensor]], kernels: KernelSet):
         """pieces: (row of the cache, slots filled before, additive mask [1, 1, n, filled + n])."""
         self.cache = cache
         self.pieces = pieces
+        self.kernels = kernels
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, norms: HeadNorms | None = None
+    ) -> Tensor:
         keys, values = self.cache.layer(layer)
         attended = []
         at = 0
         for row, start, mask in self.pieces:
-            new, (n, end) = slice(at, at + mask.shape[2]), mask.shape[2:]
-            keys[row, :, start:end] = key[0, new].transpose(0, 1)
-            values[row, :, start:end] = value[0, new].transpose(0, 1)
-            one = slice(row, row + 1)
-            attended.append(attend(query[:, new], keys[one, :, :end], values[one, :, :end], mask))
+            n, end = mask.shape[2:]
+            new, one = slice(at, at + n), slice(row, row + 1)
+            folded = rotate_into(
+                self.kernels,
+                query[:, new],
+                key[:, new],
+                value[:, new],
+                (rope[0][:, new], rope[1][:, new]),
+                norms,
+                keys[one, :, start:end].transpose(1, 2),
+                values[one, :, start:end].transpose(1, 2),
+            )
+            attended.append(attend_folded(folded, keys[one, :, :end], values[one, :, :end], n, mask))
             at += n
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
@@ -98,9 +107,9 @@ class _Narrowing:
             lent = stay[:0] if prompt.kept is None else prompt.kept[: prompt.slots(start)]
             prompt.kept = torch.cat([lent, stay])
             allowed = prompt.allowed[stay][:, prompt.kept]
-            pieces.append((row, lent.shape[0], _additive(allowed, prompt.embeds.dtype)[None, None]))
+            pieces.append((row, lent.shape[0], additive(allowed, prompt.embeds.dtype)[None, None]))
             at = new.stop
-        return torch.cat(keep), _PrefillPass(self.cache, pieces)
+        return torch.cat(keep), _PrefillPass(self.cache, pieces, self.pruner.kernels)
 
     def _stay(self, prompt: Prompt, start: int, scores: Tensor | None) -> Tensor:
         """Positions from `start` on that stay, ascending; scores are those of the positions from `start` on."""
@@ -125,39 +134,6 @@ class _Narrowing:
         return self.pruner.attention_scores(self.attention, normed, rope, before, prompt.allowed[-1])
 
 
-class _DecodePass:
-    """One new token in every row: written behind the answers so far, attends to all that its prompt's last token saw."""
-
-    def __init__(self, cache: PromptCache, answer_slots: int):
-        self.split, self.ends, self.buffers = cache.split, cache.ends, cache.buffers
-        self.count = 0
-        masks = []
-        for end, late in zip(cache.ends, (False, True), strict=True):
-            rows = [p.allowed[-1, p.kept] if late and p.kept is not None else p.allowed[-1] for p in cache.prompts]
-            allowed = torch.ones(len(rows), end + answer_slots, dtype=torch.bool, device=rows[0].device)
-            for row, seen in enumerate(rows):
-                allowed[row, :end] = torch.nn.functional.pad(seen, (0, end - seen.shape[0]))
-            masks.append(
-                None if bool(allowed.all()) else _additive(allowed, cache.prompts[0].embeds.dtype)[:, None, None]
-            )
-        self.masks = masks
-
-    def narrow(self, rows: Tensor) -> None:
-        """Go on with some rows only. They are copied, so the cache itself stays whole for the next question."""
-        first, second = (buffer.index_select(2, rows) for buffer in self.buffers)
-        self.buffers = (first, second)
-        self.masks = [None if mask is None else mask[rows] for mask in self.masks]
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        region = 0 if layer < self.split else 1
-        keys, values = layer_of(self.buffers, self.split, layer)
-        slot, mask = self.ends[region] + self.count, self.masks[region]
-        keys[:, :, slot : slot + 1] = key.transpose(1, 2)
-        values[:, :, slot : slot + 1] = value.transpose(1, 2)
-        seen = None if mask is None else mask[..., : slot + 1]
-        return attend(query, keys[:, :, : slot + 1], values[:, :, : slot + 1], seen)
-
-
 class UnderstandingEngine:
     """Answers batches of prompts and keeps the last batch's cache for the next question."""
 
@@ -165,6 +141,9 @@ class UnderstandingEngine:
         self.parts = parts
         self.kernels = kernels
         self.pruner = TokenPruner(parts, config, kernels)
+        self.decoder = Decoder(parts, kernels)
+        if config.step_graphs and parts.device.type == "cuda":
+            self.decoder.capture = CudaCapture
         self.layers_to_skip = int(len(parts.layers) * config.answer_layer_skip_ratio)
         self.prefilled = 0
         self.reused = 0
@@ -178,11 +157,12 @@ class UnderstandingEngine:
         """Forget the last prompts and images."""
         self._cache = None
         self._images = []
+        self.decoder.reset()
 
     def nbytes(self) -> int:
         """Bytes of the caches kept for the next question."""
         images = sum(latents.nbytes + embeds.nbytes for latents, embeds in self._images)
-        return images + (self._cache.nbytes() if self._cache else 0)
+        return images + self.decoder.nbytes() + (self._cache.nbytes() if self._cache else 0)
 
     # ---- inputs
 
@@ -217,12 +197,18 @@ class UnderstandingEngine:
     # ---- decoding
 
     def decode(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, pick: Pick, eos_token: int | None
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        pick: Pick,
+        eos_token: int | None,
+        on_token: OnToken | None = None,
     ) -> list[list[Tensor]]:
-        """Continue prompts, which need not be of one length. A row that is done leaves the batch.
+        """Continue prompts, which need not be of one length.
 
         Args:
             pick: chooses tokens from logits. eos_token: ends a row's answer, and is part of it.
+            on_token: sees every token of every prompt as it comes.
 
         Returns:
             Per prompt token ids, 0-d int64 tensors, at most `max_new_tokens`.
@@ -233,67 +219,27 @@ class UnderstandingEngine:
         parts = self.parts
         # The old cache is read, not written, until the new one holds all prompts: an error on the way leaves it usable.
         cache = PromptCache(
-            prompts, max_new_tokens - 1, self.pruner.layer, len(parts.layers), parts.llm_attention, prompts[0].embeds
+            prompts,
+            max_new_tokens - 1,
+            self.pruner.layer,
+            len(parts.layers),
+            parts.llm_attention,
+            prompts[0].embeds,
+            functools.partial(self.decoder.memory, busy=self._cache.memory if self._cache else None),
         )
         hidden, skipped = self._prefill(cache)
         self._cache, self.skipped = cache, skipped
         self.visual = sum(prompt.visual for prompt in prompts)
         self.visual_kept = self.visual - sum(sum(prompt.dropped) for prompt in prompts)
 
-        attention = _DecodePass(cache, max_new_tokens - 1)
-        live = list(range(len(prompts)))
-        runs = self._layers_run([skipped[row] for row in live])
-        positions = torch.tensor([[prompt.length] for prompt in prompts], device=hidden.device)
-        while True:
-            token = pick(parts.lm_head(hidden), live)
-            for row, one in zip(live, token[:, 0].unbind(), strict=True):
-                answers[row].append(one)
-            if attention.count == max_new_tokens - 1:
-                return answers
-            if eos_token is not None:
-                going = [i for i, value in enumerate(token[:, 0].tolist()) if value != eos_token]
-                if not going:
-                    return answers
-                if len(going) < len(live):
-                    rows = torch.tensor(going, device=hidden.device)
-                    attention.narrow(rows)
-                    token, positions = token[rows], positions[rows]
-                    live = [live[i] for i in going]
-                    runs = self._layers_run([skipped[row] for row in live])
-            x = parts.embed_tokens(token).to(hidden.dtype)
-            hidden = self._step(x, positions + attention.count, attention, runs)
-            attention.count += 1
+        return self.decoder.run(cache, hidden, skipped, max_new_tokens, pick, eos_token, on_token)
 
     def _rope(self, x: Tensor, positions: Tensor) -> Rope:
-        cos, sin = self.parts.llm_rope(x, positions)
-        return cos[:, :, None], sin[:, :, None]
+        return rope_table(self.parts.llm_rope, positions, x.dtype)
 
     def _final_norm(self, x: Tensor) -> Tensor:
         norm = self.parts.final_norm
         return self.kernels.rms_norm(x, norm.weight, norm_eps(norm))
-
-    def _step(self, x: Tensor, positions: Tensor, attention: _DecodePass, runs: Sequence[bool | Tensor]) -> Tensor:
-        """One token a row, x [rows, 1, hidden] -> final hidden states [rows, hidden]."""
-        parts = self.parts
-        rope = self._rope(x, positions)
-        for index, (layer, run) in enumerate(zip(parts.layers, runs, strict=True)):
-            if run is False:
-                continue
-            # The layer writes into its input; rows that skip it need theirs again.
-            before = x.clone() if isinstance(run, Tensor) else x
-            x = decoder_layer(layer, index, x, rope, attention, parts.llm_attention, self.kernels, TASK)
-            if isinstance(run, Tensor):
-                x = torch.where(run, x, before)
-        return self._final_norm(x[:, 0])
-
-    def _layers_run(self, skipped: Sequence[tuple[int, ...]]) -> list[bool | Tensor]:
-        """Per layer whether the rows run it: True, False, or bool [rows, 1, 1] where they differ."""
-        runs: list[bool | Tensor] = []
-        for layer in range(len(self.parts.layers)):
-            rows = [layer not in chosen for chosen in skipped]
-            mixed = any(rows) and not all(rows)
-            runs.append(torch.tensor(rows, device=self.parts.device)[:, None, None] if mixed else rows[0])
-        return runs
 
     # ---- prefill
 
@@ -357,9 +303,10 @@ class UnderstandingEngine:
         attention = _PrefillPass(
             cache,
             [
-                (row, start, _additive(p.allowed[start:], x.dtype)[None, None])
+                (row, start, additive(p.allowed[start:], x.dtype)[None, None])
                 for p, (row, start) in zip(prompts, chunks, strict=True)
             ],
+            kernels,
         )
         rows = torch.tensor([row for row, _ in chunks], device=device)
         last = torch.tensor([position.shape[0] for position in positions], device=device).cumsum(0) - 1
@@ -389,8 +336,3 @@ class UnderstandingEngine:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-
-
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a bool mask of any shape is True, -inf elsewhere."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from . import validate
 from .decoding import TokenSampler, decode_dense
 
 __all__ = ["answer_tokens", "answer_tokens_batch", "prompt_embeds"]
+
+OnToken = Callable[[int, int], None]
+"""Called with a question's number and its next token id."""
 
 
 def prompt_embeds(
@@ -58,6 +61,7 @@ def answer_tokens(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    on_token: OnToken | None = None,
 ) -> Tensor:
     """Answer to a question about an image, greedy unless a temperature is given.
 
@@ -68,6 +72,7 @@ def answer_tokens(
         max_new_tokens: upper bound. eos_token: stop after this token, which is part of the result.
         temperature: 0 takes the most likely token; above, one is drawn. top_k, top_p: among which (`TokenSampler`).
         generator: on the model's device, draws the tokens; None: torch's own.
+        on_token: called with 0 and each token id as it comes; a dense model's come all at the end.
 
     Returns:
         int64 [at most max_new_tokens].
@@ -81,7 +86,7 @@ def answer_tokens(
         validate.check_generator("generator", generator, image_latents.device)
     sampler = TokenSampler(temperature, top_k, top_p, None if generator is None else [generator])
     inputs = ([image_latents], [tokens_before_image], [tokens_after_boi])
-    return _answer(model, *inputs, max_new_tokens, eos_token, sampler)[0]
+    return _answer(model, *inputs, max_new_tokens, eos_token, sampler, on_token)[0]
 
 
 @torch.no_grad()
@@ -97,6 +102,7 @@ def answer_tokens_batch(
     top_k: int | None = None,
     top_p: float | None = None,
     generators: Sequence[torch.Generator] | None = None,
+    on_token: OnToken | None = None,
 ) -> list[Tensor]:
     """Answers to several questions, of any lengths; each equals that of `answer_tokens` alone.
 
@@ -108,6 +114,7 @@ def answer_tokens_batch(
             a single image serves all questions.
         befores, afters: as `tokens_before_image` and `tokens_after_boi` of `answer_tokens`, one for each question.
         generators: one for each question; None: torch's own, whose draws an accelerated model deals out in another order.
+        on_token: called with a question's number and its next token id, for every token as it comes.
         The rest is as in `answer_tokens`.
 
     Returns:
@@ -140,7 +147,7 @@ def answer_tokens_batch(
     for row, generator in enumerate(generators or ()):
         validate.check_generator(f"generators[{row}]", generator, images[row].device)
     sampler = TokenSampler(temperature, top_k, top_p, generators)
-    return _answer(model, images, befores, afters, max_new_tokens, eos_token, sampler)
+    return _answer(model, images, befores, afters, max_new_tokens, eos_token, sampler, on_token)
 
 
 def _answer(
@@ -151,16 +158,19 @@ def _answer(
     max_new_tokens: int,
     eos_token: int | None,
     sampler: TokenSampler,
+    on_token: OnToken | None,
 ) -> list[Tensor]:
     from ..runtime import find_runner
 
     runner = find_runner(model)
     if runner is not None:
-        return runner.answer_tokens(images, befores, afters, max_new_tokens, eos_token, sampler)
-    return [
-        _answer_dense(model, prompt_embeds(model, *inputs), row, max_new_tokens, eos_token, sampler)
-        for row, inputs in enumerate(zip(images, befores, afters, strict=True))
-    ]
+        return runner.answer_tokens(images, befores, afters, max_new_tokens, eos_token, sampler, on_token)
+    answers = []
+    for row, inputs in enumerate(zip(images, befores, afters, strict=True)):
+        answers.append(_answer_dense(model, prompt_embeds(model, *inputs), row, max_new_tokens, eos_token, sampler))
+        for token in answers[-1].tolist() if on_token is not None else ():
+            on_token(row, token)  # type: ignore[misc]
+    return answers
 
 
 def _answer_dense(

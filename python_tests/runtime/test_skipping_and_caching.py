@@ -376,44 +376,71 @@ def test_another_scale_is_another_image_where_the_plan_depends_on_it():
 
 
 def test_the_gate_sums_relative_changes_on_the_device():
-    gate = AdaptiveGate(0.5)
+    gate = AdaptiveGate(0.5, rows=2)
+
+    def watch(signal):
+        gate.watch(signal, KERNELS)
+        gate.watched(signal.shape[0])
+
     x = torch.ones(2, 3, 4)
-    gate.watch(x, KERNELS)
+    watch(x)
     assert not gate.due() and isinstance(gate.due(), torch.Tensor)
-    gate.watch(x * 1.25, KERNELS)
+    where = gate.signal.data_ptr(), gate.moved.data_ptr()
+    watch(x * 1.25)
     assert not gate.due() and float(gate.moved) == pytest.approx(0.25)
-    gate.watch(x[:1], KERNELS)  # of the rows that both have, -0.25 of 1.25
+    watch(x[:1])  # of the rows that both have, -0.25 of 1.25
     assert not gate.due() and float(gate.moved) == pytest.approx(0.45)
-    gate.watch(x[:1] * 1.06, KERNELS)
+    watch(x[:1] * 1.06)
     assert gate.due(), "0.51 in all"
     gate.computed()
     assert not gate.due()
-    gate.watch(x * float("nan"), KERNELS)
+    watch(x * float("nan"))
     assert gate.due(), "what is not a number is no reason to go on without computing"
+    gate.reset()
+    watch(x * 3)
+    assert not gate.due() and float(gate.moved) == 0, "another image begins"
+    assert where == (gate.signal.data_ptr(), gate.moved.data_ptr())
 
 
 @pytest.mark.parametrize("restarts", [False, True])
 def test_a_head_cache_grows_and_shrinks_with_the_branches(restarts):
     cache = HeadCache(order=1, restarts=restarts)
+
+    def keep(feature, index):
+        cache.resize(feature.shape[0], feature)
+        cache.keep(feature, index, KERNELS)
+        cache.kept(index)
+
     one, two, four = (torch.full((rows, 3, 2), value) for rows, value in ((2, 1.0), (2, 2.0), (4, 4.0)))
-    cache.keep(one, 1, KERNELS)
-    cache.keep(two, 2, KERNELS)
-    assert torch.equal(cache.carry(3, 2, KERNELS), two + 1)
-    cache.keep(four, 3, KERNELS)
-    assert torch.equal(cache.carry(4, 2, KERNELS), (four if restarts else four + 2)[:2])
-    cache.keep(four + 1, 4, KERNELS)
-    assert torch.equal(cache.carry(6, 4, KERNELS), four + 3), "two states of all rows make their difference"
-    cache.keep(two, 5, KERNELS)
-    assert cache.table.shape[1] == 2 and torch.equal(cache.carry(6, 2, KERNELS), two - 3)
-    with pytest.raises(AssertionError, match="at least as many rows"):
-        cache.carry(6, 4, KERNELS)
+    for _ in range(2):
+        keep(one, 1)
+        where = cache.table.data_ptr()
+        keep(two, 2)
+        assert torch.equal(cache.carry(3, 2, KERNELS), two + 1)
+        keep(four, 3)
+        assert torch.equal(cache.carry(4, 2, KERNELS), (four if restarts else four + 2)[:2])
+        keep(four + 1, 4)
+        assert torch.equal(cache.carry(6, 4, KERNELS), four + 3), "two states of all rows make their difference"
+        keep(two, 5)
+        assert cache.table.shape[1] == 2 and torch.equal(cache.carry(6, 2, KERNELS), two - 3)
+        assert cache.table.data_ptr() == where, "memory stays where it is"
+        with pytest.raises(AssertionError, match="at least as many rows"):
+            cache.carry(6, 4, KERNELS)
+        cache.reset()
 
 
 def test_the_router_predicts_constant_or_linear_importance():
     router = TokenRouter(carried=2, has_time_token=True)
-    router.measured(1, [torch.tensor([[0.0, 0.4, 0.3, 0.1]])])
+
+    def measure(index, importance):
+        router.store([torch.tensor([importance])], rows=1)
+        router.measured(index)
+
+    measure(1, [0.0, 0.4, 0.3, 0.1])
     assert router.active((1,), 2, 1, KERNELS).tolist() == [[[0, 1]]]
-    router.measured(3, [torch.tensor([[0.0, 0.2, 0.3, 0.3]])])
+    measure(3, [0.0, 0.2, 0.3, 0.3])
     assert router.active((3,), 4, 1, KERNELS).tolist() == [[[0, 2]]], "of equals the first"
     assert router.active((3, 1), 4, 1, KERNELS).tolist() == [[[0, 3]]], "what grows is ahead"
+    measure(5, [0.0, 0.9, 0.1, 0.2])
+    assert router.active((5,), 6, 1, KERNELS).tolist() == [[[0, 1]]], "the oldest made room"
     assert TokenRouter(carried=2, has_time_token=False).nbytes() == 0 < router.nbytes()

@@ -359,6 +359,7 @@ def test_one_image_serves_a_batch_and_is_encoded_once(monkeypatch):
 
 
 def test_an_error_on_the_way_leaves_the_next_answer_right(monkeypatch):
+    import flashu_ext.runtime.decoding as decoding
     import flashu_ext.runtime.understanding as room
 
     model, asked = public().model(), [ask(1), ask(1, after=9), ask(2)]
@@ -376,10 +377,12 @@ def test_an_error_on_the_way_leaves_the_next_answer_right(monkeypatch):
                     raise MemoryError("no room")
                 return real(*arguments)
 
-            monkeypatch.setattr(room, "decoder_layer", failing)
+            for place in (room, decoding):
+                monkeypatch.setattr(place, "decoder_layer", failing)
             with pytest.raises(MemoryError, match="no room"):
                 answer_tokens_batch(model, *batch(asked[1:]), max_new_tokens=9)
-            monkeypatch.setattr(room, "decoder_layer", real)
+            for place in (room, decoding):
+                monkeypatch.setattr(place, "decoder_layer", real)
             assert logits_of(handle, asked)[0] == expected
             assert answer_tokens(model, **asked[1], max_new_tokens=NEW).tolist() == expected[1]
 

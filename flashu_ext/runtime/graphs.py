@@ -1,0 +1,131 @@
+"""Room: runtime. Runs pieces of device-only work over and over: captured in CUDA graphs where that is possible, else
+operator by operator.
+
+A piece is a function without arguments that reads and writes memory at fixed addresses, with a key that holds every plain
+number it depends on: equal keys, equal work. It first runs operator by operator, counted; the second time it is captured;
+from then on it is replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .counting import Counts, DispatchCounter
+
+__all__ = ["Capture", "CudaCapture", "Pieces", "Readback"]
+
+Work = Callable[[], Any]
+
+
+class Capture(Protocol):
+    """Turns a piece of work into something that can be replayed. One for each workspace."""
+
+    def __call__(self, work: Work) -> Callable[[], None]:
+        """Capture work, which does not run by that, and return its replay."""
+        ...
+
+
+class CudaCapture:
+    """CUDA graphs that share one memory pool: replays never overlap, and what outlives one lies in the workspace."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, work: Work) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        return graph.replay
+
+
+class Pieces:
+    """The pieces of work of one workspace.
+
+    Attributes:
+        why_eager: why nothing is captured, or None. captured: pieces that are replayed.
+        replayed, eager: runs so far of either kind.
+    """
+
+    def __init__(self, capture: Capture | None, why_eager: str | None, counts: dict[Hashable, Counts]):
+        """capture: None runs everything operator by operator. counts: of every key, shared by all workspaces."""
+        self.why_eager = why_eager
+        self._capture = capture
+        self._counts = counts
+        self._seen: set[Hashable] = set()
+        self._replays: dict[Hashable, Callable[[], None]] = {}
+        self.replayed = self.eager = 0
+
+    @property
+    def captured(self) -> int:
+        return len(self._replays)
+
+    def run(self, key: Hashable, work: Work) -> Counts:
+        """Run a piece and return what it asks of the device."""
+        replay = self._replays.get(key)
+        if replay is None and self._capture is not None and key in self._seen:
+            replay = self._captured(key, work)
+        if replay is not None:
+            replay()
+            self.replayed += 1
+        else:
+            self._run_eagerly(key, work)
+            self._seen.add(key)
+            self.eager += 1
+        return self._counts[key]
+
+    def _run_eagerly(self, key: Hashable, work: Work) -> None:
+        if key in self._counts:
+            work()
+            return
+        with DispatchCounter() as counter:
+            work()
+        self._counts[key] = counter.counts
+
+    def _captured(self, key: Hashable, work: Work) -> Callable[[], None] | None:
+        assert self._capture is not None
+        try:
+            self._replays[key] = self._capture(work)
+        except RuntimeError as error:
+            # What cannot be captured still runs. Capturing has run nothing, so the images' memory is as it was.
+            self._capture = None
+            self.why_eager = f"capturing failed: {str(error).splitlines()[0]}"
+            return None
+        return self._replays[key]
+
+
+class Readback:
+    """A few numbers on their way from the device to the host, which waits only when it needs them.
+
+    The copy is queued behind the work that makes the numbers; whatever is launched between `post` and `wait` keeps the device
+    busy while the host waits.
+    """
+
+    def __init__(self) -> None:
+        self.waits = 0
+        self._values: Tensor | None = None
+        self._event: Any = None
+
+    def post(self, values: Tensor) -> None:
+        """Send values, of any shape, contiguous, exact in fp64. They may be overwritten on the device from here on."""
+        if values.device.type != "cuda":
+            self._values = values.clone()
+            return
+        if self._values is None or self._values.shape != values.shape:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._event = torch.cuda.Event()
+        self._values.copy_(values, non_blocking=True)
+        self._event.record()
+
+    def wait(self) -> list[float]:
+        """The numbers sent last, flat."""
+        assert self._values is not None, "`post` comes first"
+        self.waits += 1
+        if self._event is not None:
+            self._event.synchronize()
+        return [float(value) for value in self._values.numpy().ravel()]

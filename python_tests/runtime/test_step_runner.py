@@ -1,0 +1,337 @@
+"""Room: tests of the step runner: pieces captured and replayed over images and prompts, no host syncs, launches, memory."""
+
+import pytest
+import torch
+from conformance import public, relative
+from runtime.test_skipping_and_caching import CASES, sample, sample_as_upstream
+from runtime.test_understanding import ask, batch
+from tape import TapeCapture
+
+import flashu_ext as fx
+from flashu_ext import FlashUConfig
+from flashu_ext.runtime.counting import DispatchCounter
+from flashu_ext.runtime.graphs import Pieces
+from flashu_ext.showo2 import answer_tokens_batch
+
+LIMIT = 1e-4
+STEPS = 10
+
+SOME = {
+    "exact": {},
+    "paper": None,
+    **{name: CASES[name] for name in (
+        "tokens forecast", "tokens in the layers left", "head residual, routed and skipped", "encoder and head cache",
+        "adaptive, forecast", "unit guidance, forecast", "all of it", "all of it, adaptive",
+    )},
+}  # fmt: skip
+
+
+def capturing(handle, capture=TapeCapture):
+    """Have a handle on the CPU run as on a GPU."""
+    handle.runner.generation.workspaces.capture = capture
+    handle.runner.understanding.decoder.capture = capture
+    return handle
+
+
+def accelerate(model, fixture, name):
+    if name == "paper":
+        return fx.accelerate(model, fixture.flashu_config(), fixture.flashu_plan())
+    return fx.accelerate(model, FlashUConfig(steps=STEPS, **SOME[name]))
+
+
+def prompts(fixture):
+    """Inputs of three images: the fixture's, another noise, and prompts of other lengths and words."""
+    base = fixture.sample_inputs
+    other = {**base, "noise": base["noise"].flip(0)}
+    shorter = dict(base)
+    for key in ("text_tokens", "text_tokens_null"):
+        shorter[key] = base[key].roll(-1, dims=1)
+    for key in ("modality_positions", "modality_positions_null"):
+        moved = base[key].clone()
+        moved[..., 0] -= 1
+        shorter[key] = moved
+    return [base, other, shorter, base]
+
+
+# ---- captured work
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_replays_draw_what_eager_work_draws(name):
+    fixture, model = public(), public().model()
+    with accelerate(model, fixture, name) as handle:
+        expected = [fx.showo2.sample(model, **inputs) for inputs in prompts(fixture)]
+        assert handle.summary().step_runner.startswith("eager: ")
+    with accelerate(model, fixture, name) as handle:
+        capturing(handle)
+        captured = []
+        for inputs, latents in zip(prompts(fixture), expected, strict=True):
+            assert relative(fx.showo2.sample(model, **inputs), latents) < LIMIT
+            graphs = handle.summary().graphs
+            captured.append(graphs["captured"])
+        assert graphs["captured"] and graphs["replays"] > graphs["run eagerly"]
+        assert captured[-1] == captured[-2], "what was captured serves the next prompts"
+        assert not handle.summary().fallbacks
+
+
+@pytest.mark.parametrize("name", ["exact", "paper", "all of it"])
+def test_replays_serve_calls_of_upstreams_sampler(name):
+    fixture, model = public(), public().model()
+    steps = fixture.spec["flashu"]["steps"] if name == "paper" else STEPS
+    with accelerate(model, fixture, name) as handle:
+        expected = sample_as_upstream(model, fixture, steps)
+    with accelerate(model, fixture, name) as handle:
+        capturing(handle)
+        for _ in range(3):
+            assert relative(sample_as_upstream(model, fixture, steps), expected) < LIMIT
+        assert handle.summary().graphs["replays"] > 0
+        assert relative(sample(model, fixture, steps=steps), expected) < LIMIT, "and whole images after them"
+
+
+def test_images_in_progress_have_memory_of_their_own():
+    fixture, model = public(), public().model()
+    first, second = prompts(fixture)[:2]
+    with capturing(fx.accelerate(model, FlashUConfig(steps=6))) as handle:
+        alone = [fx.showo2.sample(model, **inputs) for inputs in (first, second)]
+        nested = []
+
+        def other(step, latents):
+            if step in (2, 4):
+                nested.append(fx.showo2.sample(model, **second))
+
+        for _ in range(2):
+            assert torch.equal(fx.showo2.sample(model, **first, callback=other), alone[0])
+        assert all(torch.equal(latents, alone[1]) for latents in nested)
+        assert len(handle.runner.generation.workspaces.pieces()) == 2, "memory is handed on, not made anew"
+
+
+def test_an_error_gives_the_memory_back():
+    fixture, model = public(), public().model()
+    with capturing(fx.accelerate(model, FlashUConfig(steps=6))) as handle:
+        expected = sample(model, fixture)
+
+        def stop(step, latents):
+            if step == 3:
+                raise KeyboardInterrupt
+
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                sample(model, fixture, callback=stop)
+        assert torch.equal(sample(model, fixture), expected)
+        assert len(handle.runner.generation.workspaces.pieces()) == 1
+
+
+def test_a_failed_capture_falls_back_and_says_why():
+    fixture, model = public(), public().model()
+    calls = []
+
+    class Fails:
+        def __call__(self, work):
+            calls.append(work)
+            raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
+
+    with fx.accelerate(model, FlashUConfig(steps=6)) as handle:
+        expected = sample(model, fixture)
+        capturing(handle, Fails)
+        assert relative(sample(model, fixture), expected) < LIMIT
+        assert handle.summary().fallbacks == {"step graphs: capturing failed: CUDA error: operation not permitted": 1}
+    assert len(calls) == 1, "it is not tried again"
+
+
+def test_a_piece_runs_then_is_captured_then_replayed():
+    x, log = torch.zeros(3), []
+
+    def work():
+        log.append("python")
+        x.add_(1)
+
+    pieces = Pieces(TapeCapture(), None, {})
+    for count in range(1, 5):
+        assert pieces.run("key", work).launches == {"add_": 1}
+        assert x.tolist() == [count] * 3
+    assert log == ["python"] * 2 and (pieces.eager, pieces.captured, pieces.replayed) == (1, 1, 3)
+    assert pieces.run("other", lambda: x.sub_(x)).launched == 1
+
+
+# ---- the host never waits in the loop
+
+
+@pytest.fixture
+def no_reads(monkeypatch):
+    """Within `with no_reads():` a tensor's value can't be asked for."""
+    forbidden = ("item", "cpu", "tolist", "__bool__", "__float__", "__int__", "__index__")
+    originals = {name: getattr(torch.Tensor, name) for name in forbidden}
+    active = []
+
+    def guard(name):
+        def method(self, *args, **kwargs):
+            assert not active, f"Tensor.{name} in the loop"
+            return originals[name](self, *args, **kwargs)
+
+        return method
+
+    for name in forbidden:
+        monkeypatch.setattr(torch.Tensor, name, guard(name))
+    return active
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_loop_brings_no_value_to_the_host(name, no_reads, monkeypatch):
+    fixture, model = public(), public().model()
+    with accelerate(model, fixture, name) as handle:
+        engine, seen = handle.runner.generation, []
+        original = engine.step
+
+        def step(state):
+            no_reads.append(1)
+            with DispatchCounter() as counter:
+                original(state)
+            no_reads.clear()
+            seen.append(counter.counts)
+
+        monkeypatch.setattr(engine, "step", step)
+        fx.showo2.sample(model, **fixture.sample_inputs)
+        summary = handle.summary()
+    assert len(seen) == sum(summary.steps.values())
+    assert sum(counts.synced for counts in seen) == summary.syncs == 0
+    choices = len(summary.layers_skipped)
+    assert summary.host_waits >= choices
+    if not handle.config.adaptive_cache:
+        assert summary.host_waits == choices, "the host waits for a choice of layers, and for nothing else"
+    if name == "exact":
+        assert summary.host_waits == 0
+
+
+def test_the_counter_counts_reads_and_launches_not_views():
+    x = torch.arange(6.0)
+    with DispatchCounter() as counter:
+        y = x.view(2, 3).t()[0].contiguous() + 1
+        torch.equal(y, y)
+        float(y.sum())
+        torch.empty(3)
+        fx.ops.gathered_ffn(torch.ones(1, 4), *(torch.ones(*s) for s in ((8, 4), (8, 4), (4, 8))))
+    assert counter.counts.syncs == {"equal": 1, "_local_scalar_dense": 1}
+    launches = dict(counter.counts.launches)
+    assert launches.pop("gathered_ffn") == 2 and launches.pop("ones") == 4
+    assert launches == {"clone": 1, "add": 1, "sum": 1}
+
+
+def test_launches_of_an_evaluation_are_reported_by_kind():
+    fixture, model = public(), public().model()
+    with accelerate(model, fixture, "paper") as handle:
+        fx.showo2.sample(model, **fixture.sample_inputs)
+        first = handle.summary()
+        fx.showo2.sample(model, **fixture.sample_inputs)
+        assert handle.summary().launches == first.launches
+    assert set(first.launches) == set(first.steps)
+    assert first.launches["head cached"] < 12 < first.launches["pruned"] < first.launches["full"]
+    assert "an evaluation" in str(first)
+
+
+# ---- memory
+
+
+def test_memory_is_reported_by_purpose_and_returned():
+    fixture, model = public(), public().model()
+    with fx.accelerate(model, FlashUConfig(steps=6, head_cache_interval=2, encoder_cache=True)) as handle:
+        sample(model, fixture)
+        summary = handle.summary()
+        assert summary.cache_bytes == 0 == sum(summary.memory.values()), "without captured work nothing is kept"
+        last = summary.last_image_memory
+        assert {"keys and values", "time tables", "activations", "encoder cache", "head cache"} <= set(last)
+        capturing(handle)
+        for _ in range(3):
+            sample(model, fixture)
+            held = handle.summary().memory
+        assert held == handle.summary().memory and held["keys and values"] > last["keys and values"]
+        before = dict(held)
+        sample(model, fixture)
+        assert handle.summary().memory == before, "bounded"
+        assert handle.summary().cache_bytes == sum(held.values())
+    assert handle.summary().cache_bytes == 0
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize("changes", [{}, {"token_prune_ratio": 0.5}, {"answer_layer_skip_ratio": 0.25}])
+def test_replayed_answers_equal_eager_ones(changes):
+    model, config = public().model(), FlashUConfig(**changes)
+    asked = [[ask(1), ask(2, before=3, after=9)], [ask(3, after=4), ask(1)], [ask(2), ask(4)], [ask(5), ask(6)]]
+    with fx.accelerate(model, config):
+        expected = [answer_tokens_batch(model, *batch(each), max_new_tokens=8) for each in asked]
+    with capturing(fx.accelerate(model, config)) as handle:
+        for each, wanted in zip(asked, expected, strict=True):
+            got = answer_tokens_batch(model, *batch(each), max_new_tokens=8)
+            assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+        memories = handle.runner.understanding.decoder._memories
+        assert len(memories) == 2 and all(memory.pieces.captured for memory in memories)
+        assert handle.runner.understanding.decoder.waits == 0, "without an end token no token is read"
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_answers_stop_and_stream_row_by_row(captured):
+    model, asked = public().model(), [ask(seed, after=5 + seed) for seed in range(4)]
+    with fx.accelerate(model) as handle:
+        if captured:
+            capturing(handle)
+        whole = answer_tokens_batch(model, *batch(asked), max_new_tokens=10)
+        eos = int(whole[0][4])
+        streamed = [[] for _ in asked]
+        got = answer_tokens_batch(
+            model,
+            *batch(asked),
+            max_new_tokens=10,
+            eos_token=eos,
+            on_token=lambda row, token: streamed[row].append(token),
+        )
+    for tokens, full, stream in zip(got, whole, streamed, strict=True):
+        ends = (full == eos).nonzero().flatten().tolist()
+        assert tokens.tolist() == full[: ends[0] + 1 if ends else None].tolist() == stream
+
+
+# ---- on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["exact", "paper", "tokens forecast", "all of it"])
+def test_graphs_on_a_gpu_draw_what_eager_work_draws_without_syncs(name):
+    fixture = public()
+    model = fixture.model().cuda()
+    inputs = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in each.items()} for each in prompts(fixture)]
+    config = fixture.flashu_config() if name == "paper" else FlashUConfig(steps=STEPS, **SOME[name])
+    plan = fixture.flashu_plan() if name == "paper" else None
+    with fx.accelerate(model, config.replace(step_graphs=False), plan):
+        expected = [fx.showo2.sample(model, **each) for each in inputs]
+    with fx.accelerate(model, config, plan) as handle:
+        engine, original = handle.runner.generation, handle.runner.generation.step
+
+        def step(state):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                original(state)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        engine.step = step
+        for each, latents in zip(inputs, expected, strict=True):
+            assert relative(fx.showo2.sample(model, **each).cpu(), latents.cpu()) < LIMIT
+        assert handle.summary().graphs["replays"] > 0 and not handle.summary().fallbacks
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_graphs_on_a_gpu_answer_what_eager_work_answers():
+    model, asked = public().model().cuda(), [ask(1), ask(2, before=3, after=9)]
+    images, befores, afters = batch(asked)
+    inputs = (images.cuda(), [b.cuda() for b in befores], [a.cuda() for a in afters])
+    with fx.accelerate(model, FlashUConfig(step_graphs=False)):
+        expected = answer_tokens_batch(model, *inputs, max_new_tokens=8)
+    with fx.accelerate(model) as handle:
+        for _ in range(4):
+            got = answer_tokens_batch(model, *inputs, max_new_tokens=8)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        assert handle.runner.understanding.decoder._memories[0].pieces.captured
