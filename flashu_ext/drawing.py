@@ -28,6 +28,7 @@ __all__ = ["MANIFEST", "complete_png", "draw", "missing", "open_folder", "settin
 MANIFEST = "manifest.json"
 VERSION = 1
 SHOWN_DIFFERENCES = 6
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 # ---- the folder
@@ -129,6 +130,10 @@ def complete_png(path: str | os.PathLike[str]) -> bool:
     from PIL import Image
 
     try:
+        with open(path, "rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)  # which PIL does not ask for
+            if file.read() != _PNG_END:
+                return False
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError):  # PIL's words for a file that is missing, cut off or no PNG
