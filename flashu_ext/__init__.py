@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from . import parallel as parallel
     from . import reference as reference
     from . import showo2 as showo2
     from .calibrate import GenerationSample as GenerationSample
@@ -33,7 +34,7 @@ _HOMES = {
     "Handle": "swap",
     "accelerate": "swap",
 }
-_MODULES = ("nano", "ops", "reference", "showo2")
+_MODULES = ("nano", "ops", "parallel", "reference", "showo2")
 
 __all__ = [*_HOMES, *_MODULES, "__version__"]
 

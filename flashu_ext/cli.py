@@ -6,27 +6,22 @@ Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import __version__
 from .cli_bench import bench
+from .cli_generate import generate
 from .cli_studies import COMMANDS
-from .cli_support import Group, example
-
-if TYPE_CHECKING:
-    pass
+from .cli_support import PRESETS, Group, example, model_options, open_pipeline
 
 __all__ = ["cli", "main"]
 
-PRESETS = ("dense", "exact", "paper", "fast")
 ESTIMATORS = ("wanda", "flap", "reconstruction")
 
 
@@ -81,108 +76,6 @@ def demo(out: Path, seed: int, images: int, questions: int, repeats: int) -> Non
     click.echo(f"\nreport: {path}")
 
 
-def _model_options(command: Any) -> Any:
-    for option in (
-        click.option(
-            "--model",
-            default="nano",
-            show_default=True,
-            help="'nano', or a folder with a Show-o2 checkpoint.",
-        ),
-        click.option(
-            "--preset",
-            default="exact",
-            show_default=True,
-            type=click.Choice(PRESETS),
-            help="dense: the unmodified model; exact: same outputs; paper: Flash-Unified's settings; fast: tuned.",
-        ),
-        click.option(
-            "--tuned",
-            type=click.Path(exists=True, file_okay=False, path_type=Path),
-            help="Folder that `flashu-ext tune` wrote: its config and plan, instead of a preset.",
-        ),
-        click.option(
-            "--plan",
-            "plan_file",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Task plan for a pruning preset (nano brings its own).",
-        ),
-        click.option("--verbose", "-v", is_flag=True, help="Print what the accelerated model did."),
-    ):
-        command = option(command)
-    return command
-
-
-@contextlib.contextmanager
-def _pipeline(
-    model: str, preset: str, plan_file: Path | None, verbose: bool, tuned: Path | None = None
-) -> Iterator[Any]:
-    """A pipeline, accelerated as the preset or the tuned folder says while the block runs."""
-    from .config import FlashUConfig
-    from .plan import TaskPlan
-    from .showo2 import Pipeline
-
-    if tuned is not None and plan_file is not None:
-        raise click.UsageError("--plan: expected none beside --tuned, which brings its own")
-    pipe = Pipeline.from_pretrained(model)
-    if tuned is not None:
-        config: FlashUConfig | None = FlashUConfig.from_json((tuned / "config.json").read_text(encoding="utf-8"))
-        plan: TaskPlan | None = TaskPlan.load(tuned / "plan.safetensors", model=pipe.model)
-    else:
-        plan = TaskPlan.load(plan_file, model=pipe.model) if plan_file is not None else None
-        config, plan = pipe.preset(preset, plan)
-    if config is None:
-        yield pipe
-        return
-    with pipe.accelerate(config, plan) as handle:
-        yield pipe
-        if verbose:
-            click.echo(str(handle.summary()), err=True)
-
-
-@cli.command(
-    epilog=example('flashu-ext generate "a red circle above a blue square" --preset paper --seed 0 -o out.png')
-)
-@click.argument("prompt")
-@_model_options
-@click.option(
-    "-o",
-    "--output",
-    default="out.png",
-    show_default=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Image file to write.",
-)
-@click.option("--seed", default=0, show_default=True, type=int, help="Seed of the noise.")
-@click.option(
-    "--steps",
-    type=click.IntRange(2),
-    help="Grid points of the sampler (default: the preset's; 50 where it names none).",
-)
-@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale (default: the model's).")
-def generate(
-    prompt: str,
-    model: str,
-    preset: str,
-    tuned: Path | None,
-    plan_file: Path | None,
-    verbose: bool,
-    output: Path,
-    seed: int,
-    steps: int | None,
-    guidance: float | None,
-) -> None:
-    """Draw PROMPT."""
-    if not output.resolve().parent.is_dir():
-        raise click.UsageError(f"--output: expected a file in an existing folder, got {str(output)!r}")
-    with _pipeline(model, preset, plan_file, verbose, tuned) as pipe:
-        start = time.perf_counter()
-        image = pipe.generate(prompt, seed=seed, steps=steps, guidance_scale=guidance)
-        seconds = time.perf_counter() - start
-    image.save(output)
-    click.echo(f"{output}: {image.width} x {image.height}, {seconds:.2f} s ({tuned or preset})")
-
-
 @cli.command(
     epilog=example(
         'flashu-ext answer out.png "what color is the circle?" --preset exact',
@@ -191,7 +84,7 @@ def generate(
 )
 @click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("question")
-@_model_options
+@model_options
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(0), help="Longest answer.")
 @click.option(
     "--temperature",
@@ -224,7 +117,7 @@ def answer(
 
     with Image.open(image) as file:
         picture = file.convert("RGB")
-    with _pipeline(model, preset, plan_file, verbose, tuned) as pipe:
+    with open_pipeline(model, preset, plan_file, verbose, tuned) as (pipe, _):
         text = pipe.answer(
             picture, question, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
         )
@@ -418,7 +311,7 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=1) if as_json else module.describe(facts))
 
 
-for _command in (bench, *COMMANDS):
+for _command in (generate, bench, *COMMANDS):
     cli.add_command(_command)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,10 +122,15 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        *,
+        sampler: Callable[..., Any] | None = None,
     ) -> list[Image]:
-        """Draw several prompts at once; image i has the noise of seeds[i] (0, 1, ... where none are given)."""
+        """Draw several prompts at once; image i has the noise of seeds[i] (0, 1, ... where none are given).
+
+        sampler: called in the place of `sample`, with its arguments (as `flashu_ext.parallel.sample_guided`).
+        """
         inputs = self.layout.generation(prompts, self._device)
-        latents = sample(
+        latents = (sampler or sample)(
             self.model,
             self.noise(list(range(len(prompts))) if seeds is None else seeds, len(prompts)),
             **vars(inputs),
