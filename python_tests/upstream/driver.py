@@ -31,7 +31,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashu_ext.bench import e2e
+from flashu_ext.bench import e2e, e2e_gpu
 from flashu_ext.bench.shapes import SHAPES, fill
 from flashu_ext.bench.upstream import build
 
@@ -201,6 +201,14 @@ def compared(root: Path) -> list[list[Any]]:
     return [[row.program, row.preset, row.size, not row.disagrees] for row in report.rows]
 
 
+def measured(root: Path) -> list[list[Any]]:
+    """[task, variant, note] for every row of `bench e2e --gpu`, on the CPU, that runs upstream's class on our model's weights."""
+    settings = e2e_gpu.Settings(
+        ("tiny",), (2,), e2e_gpu.VARIANTS[:2], upstream=root, device="cpu", steps=7, tokens=2, repeats=1
+    )
+    return [[row.task, row.variant, row.note] for row in e2e_gpu.run(settings).rows]
+
+
 def main(root: Path, readme: Path, out: Path) -> None:
     declare_operators()
     torch.set_num_threads(1)
@@ -238,7 +246,7 @@ def main(root: Path, readme: Path, out: Path) -> None:
         value is parameters[name][0] and torch.equal(value, parameters[name][1])
         for name, value in model.named_parameters()
     )
-    facts["e2e"] = compared(root)
+    facts["e2e"], facts["e2e_gpu"] = compared(root), measured(root)
     (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 

@@ -103,6 +103,13 @@ def test_bench_agrees_with_upstream(ran: dict[str, Any]) -> None:
     assert all(agrees for *_, agrees in rows), rows
 
 
+@upstream
+def test_bench_for_gpus_runs_upstream(ran: dict[str, Any]) -> None:
+    rows = ran["facts"]["e2e_gpu"]
+    assert {variant for _, variant, _ in rows} == {"Show-o2 (upstream)", "dense"}
+    assert len(rows) == 4 and all(note is None for *_, note in rows), rows
+
+
 def test_readme_shows_one_line_for_each_script() -> None:
     sys.path.insert(0, str(DRIVER.parent))
     try:
