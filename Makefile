@@ -24,8 +24,20 @@ demo: build ## draw and answer with the embedded model, dense, exact and paper; 
 
 test: python-test cpp-test lint ## everything that CI checks
 
-python-test: build ## Python tests
+python-test: build $(if $(SHOWO2_UPSTREAM),upstream-env) ## Python tests; SHOWO2_UPSTREAM=DIR adds those against a Show-o2 checkout
 	$(BIN)/python -m pytest python_tests
+
+# What upstream's models and scripts import, at the versions that its build_env.sh pins. Its torch (2.5.1) is too old for us.
+PINNED := transformers|diffusers|einops|timm|huggingface-hub|accelerate
+.PHONY: upstream-env
+upstream-env: .venv-upstream/.ready ## .venv-upstream with the versions that the checkout in SHOWO2_UPSTREAM pins
+
+.venv-upstream/.ready: $(if $(SHOWO2_UPSTREAM),$(SHOWO2_UPSTREAM)/build_env.sh)
+	@test -n '$(SHOWO2_UPSTREAM)' || { echo "make: SHOWO2_UPSTREAM= must name a Show-o2 checkout's show-o2 folder" >&2; exit 1; }
+	test -x .venv-upstream/bin/python || $(PYTHON) -m venv .venv-upstream
+	.venv-upstream/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy safetensors torchdiffeq omegaconf pillow \
+	  $$(grep -oE '($(PINNED))==[0-9.]+' '$(SHOWO2_UPSTREAM)/build_env.sh')
+	touch $@
 
 # The package's own build folder, so that nothing is compiled twice.
 BUILD = build/$(shell $(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)')

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a bare, offline GPU machine (torch, nvcc, cmake, ninja and pybind11 installed, nothing installable): build, test and
 # measure. Usage, from the repository's root: flashu_ext/bench/gpu.sh OUT [arguments of `python -m flashu_ext.bench gpu`]
+# or, for whole images and answers (10 minutes of their own): flashu_ext/bench/gpu.sh OUT --e2e [arguments of `bench e2e`]
 set -euo pipefail
 out=${1:?usage: flashu_ext/bench/gpu.sh OUT [arguments]}
 shift
@@ -13,4 +14,8 @@ tests=0
 if [ -e /usr/include/gtest/gtest.h ] || [ -n "${GTEST_ROOT:-}" ]; then tests=1; fi
 FLASHU_TESTS=$tests python3 setup.py build_ext --inplace > "$out/build.log" 2>&1 || { tail -40 "$out/build.log"; exit 1; }
 echo "built in $((SECONDS - began)) s (C++ tests: $tests)"
+if [ "${1:-}" = --e2e ]; then
+  shift
+  PYTHONPATH="$PWD" exec python3 -m flashu_ext.bench e2e --gpu --json "$out/e2e_gpu.json" --plot "$out/e2e_gpu.png" "$@"
+fi
 PYTHONPATH="$PWD" exec python3 -m flashu_ext.bench gpu --out "$out" --build "$FLASHU_BUILD_DIR" "$@"

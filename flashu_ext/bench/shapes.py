@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..plan import TaskPlan
 from ..showo2.config import Showo2Config
 
-__all__ = ["SHAPES", "Inputs", "Shape", "fill", "inputs", "weight_plan"]
+__all__ = ["SHAPES", "Inputs", "Shape", "fill", "fill_on_device", "inputs", "weight_plan"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,14 @@ class Shape:
     prune_multiple: int
 
 
+def _published(config: Showo2Config) -> Shape:
+    """432 px with upstream's padding (1024) and a prompt and a question of usual lengths."""
+    return Shape(config, sequence=1024, prompt=40, before=14, question=24, prune_multiple=64)
+
+
 SHAPES = {
+    "1.5b": _published(Showo2Config.show_o2_1_5b()),
+    "7b": _published(Showo2Config.show_o2_7b()),
     "bench": Shape(
         Showo2Config(
             llm={
@@ -128,6 +135,20 @@ def fill(model: nn.Module, seed: int) -> None:
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+@torch.no_grad()
+def fill_on_device(model: nn.Module, seed: int) -> None:
+    """As `fill`, drawn where the weights are and in their dtype: billions of them, so the values depend on the device."""
+    generator: torch.Generator | None = None
+    for name, parameter in sorted(model.named_parameters()):  # tied weights come once
+        if generator is None:
+            generator = torch.Generator(device=parameter.device).manual_seed(seed)
+        if parameter.dim() == 1:
+            parameter.normal_(0 if name.endswith("bias") else 1, 0.05, generator=generator)
+        else:
+            scale = 0.3 if "embed" in name and parameter.dim() == 2 else 1 / math.sqrt(math.prod(parameter.shape[1:]))
+            parameter.normal_(0, scale, generator=generator)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """One image's and one answer's inputs; shapes as in `showo2.sample` and `answer_tokens`, batch 1."""
@@ -177,7 +198,7 @@ def weight_plan(model: nn.Module, multiple: int) -> TaskPlan:
     """A plan from the column norms of W_down, which need no data; the choice of sets costs no time."""
     layers = model.showo.model.layers  # type: ignore[union-attr]
     down = [layer.mlp.down_proj.weight.detach().float() for layer in layers]  # type: ignore[union-attr]
-    scores = [weight.norm(dim=0) for weight in down]
+    scores = [weight.norm(dim=0).cpu() for weight in down]
     # Understanding ranks the neurons differently, as in trained models: the sets overlap in part.
     other = [score.roll(score.numel() // 3) for score in scores]
     return TaskPlan.from_scores(generation=scores, understanding=other, ratio=0.2, multiple=multiple)

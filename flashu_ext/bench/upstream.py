@@ -186,12 +186,12 @@ class UpstreamSubject:
         before, after = embed(inputs.before), embed(inputs.after)
         pieces, start = [before, after[:, :1]], inputs.before.shape[1] + 1
         if model.config.add_time_embeds:
-            time = model.time_embed(torch.tensor([[1.0]]), before.dtype)
+            time = model.time_embed(torch.tensor([[1.0]], device=before.device), before.dtype)
             pieces.append(model.time_embed_proj(time) if hasattr(model, "time_embed_proj") else time)
             start += 1
         embeds = torch.cat([*pieces, image, after[:, 1:]], dim=1)
         span = image.shape[1] + (1 if model.config.add_time_embeds else 0)
-        spans = torch.tensor([[[start, span]]])
+        spans = torch.tensor([[[start, span]]], device=embeds.device)
         mask = self.checkout.attention.omni_attn_mask_naive(1, embeds.shape[1], spans, embeds.device)
         generated = model.mmu_generate(
             input_embeds=embeds,
