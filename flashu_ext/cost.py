@@ -92,7 +92,8 @@ def dense_flops(parts: Showo2Parts, geometry: Geometry, evaluations: int, guided
 def image_flops(parts: Showo2Parts, plan: StepPlan, geometry: Geometry, guided: bool = True) -> float:
     """Operations of one image as the runtime executes `plan`.
 
-    The prompt is counted once for each network variant, and measuring steps run the whole padded sequence.
+    The prompt is counted once for each network variant, and measuring steps run the whole padded sequence. The head's
+    modulation is counted where it is used; it is computed for all steps together, one row a step, which is next to nothing.
     """
     config = plan.config
     layers = len(parts.layers)

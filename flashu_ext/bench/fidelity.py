@@ -62,8 +62,8 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
     """
     parts = Showo2Parts.find(model)
     layers = len(parts.layers)
-    geometry, count = image.all_rows.geometry, image.all_rows.count
-    length, prefix = image.all_rows.text_tokens.shape[1], sum(geometry.prefix) / count
+    geometry, count = image.geometry, len(image.geometry.prefix)
+    length, prefix = image.workspace.shape.length, sum(geometry.prefix) / count
 
     def layer(tokens: float, active: float, keys: float) -> float:
         return llm_layer_flops(parts, 0, tokens, keys, active=active)
