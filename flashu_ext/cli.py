@@ -98,6 +98,7 @@ def demo(out: Path, seed: int, images: int, questions: int, repeats: int) -> Non
     "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw among the likely tokens that make up this much."
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the draws.")
+@click.option("--stream", is_flag=True, help="Print the answer as it comes.")
 def answer(
     image: Path,
     question: str,
@@ -111,6 +112,7 @@ def answer(
     top_k: int | None,
     top_p: float | None,
     seed: int,
+    stream: bool,
 ) -> None:
     """Answer QUESTION about IMAGE."""
     from PIL import Image
@@ -118,10 +120,14 @@ def answer(
     with Image.open(image) as file:
         picture = file.convert("RGB")
     with open_pipeline(model, preset, plan_file, verbose, tuned) as (pipe, _):
-        text = pipe.answer(
-            picture, question, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-        )
-        click.echo(text)
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        if stream:
+            pipe.answer(
+                picture, question, max_new_tokens, on_text=lambda piece: click.echo(piece, nl=False), **settings
+            )
+            click.echo()
+        else:
+            click.echo(pipe.answer(picture, question, max_new_tokens, **settings))
 
 
 @cli.command(

@@ -169,11 +169,13 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
     ) -> str:
         """Answer a question about an image, greedily unless a temperature is given.
 
         Args:
             image: PIL image of any size; it is scaled to cover the model's square and cropped in the middle.
+            on_text: called with every new piece of the answer as it comes; together they are the answer.
             temperature, top_k, top_p: as in `answer_tokens`. seed: of the draws; None: torch's own generator.
 
         Raises:
@@ -181,7 +183,23 @@ class Pipeline:
         """
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         seeds = None if seed is None else [seed]
-        return self.answer_batch([image], [question], max_new_tokens, seeds=seeds, **sampling)[0]
+        if on_text is None:
+            return self.answer_batch([image], [question], max_new_tokens, seeds=seeds, **sampling)[0]
+        tokens: list[int] = []
+        given = ""
+
+        def on_token(_: int, token: int) -> None:
+            nonlocal given
+            tokens.append(token)
+            piece = self.layout.pieces(tokens, given)
+            given += piece
+            if piece:
+                on_text(piece)
+
+        answer = self.answer_batch([image], [question], max_new_tokens, seeds=seeds, on_token=on_token, **sampling)[0]
+        if answer != given and answer.startswith(given):
+            on_text(answer[len(given) :])
+        return answer
 
     def answer_batch(
         self,
@@ -193,11 +211,13 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         seeds: Sequence[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
         """Answer questions[i] about images[i], together where the model is accelerated; one image may serve all questions.
 
         Args:
-            seeds: one for each question, so that its draws do not depend on the others. The rest is as in `answer`.
+            seeds: one for each question, so that its draws do not depend on the others.
+            on_token: called with a question's number and its next token id, as it comes. The rest is as in `answer`.
         """
         if isinstance(questions, str) or not isinstance(questions, Sequence):
             raise TypeError(f"questions: expected a list of strings, got {type(questions).__name__}")
@@ -221,6 +241,7 @@ class Pipeline:
             top_k=top_k,
             top_p=top_p,
             generators=generators,
+            on_token=on_token,
         )
         return [self.layout.answer(tokens) for tokens in answers]
 

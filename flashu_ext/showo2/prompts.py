@@ -111,6 +111,11 @@ class PromptLayout:
         ids = [int(token) for token in tokens]
         return self.decode([token for token in ids if token != self.eos]).strip()
 
+    def pieces(self, tokens: Sequence[int], given: str) -> str:
+        """What follows `given`, the text so far, where an answer's tokens are these; '' while a character is incomplete."""
+        text = self.answer(tokens)
+        return "" if text.endswith("\ufffd") or not text.startswith(given) else text[len(given) :]
+
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, image_tokens: int, max_seq_len: int = 1024) -> PromptLayout:
         """The published layout on a `load_tokenizer` tokenizer. `image_tokens` includes the time token.

@@ -115,7 +115,9 @@ def test_answers_are_drawn_as_asked(tmp_path: Path) -> None:
     image = tmp_path / "image.png"
     pytest.importorskip("PIL.Image").new("RGB", (48, 48), "red").save(image)
     ask = ("answer", str(image), "what color is the circle?", "--max-new-tokens", "2")
-    answers = [run(*ask, *more) for more in ([], ["--preset", "dense"], ["--temperature", "1", "--top-k", "1"])]
+    answers = [
+        run(*ask, *more) for more in ([], ["--preset", "dense"], ["--temperature", "1", "--top-k", "1"], ["--stream"])
+    ]
     assert {result.exit_code for result in answers} == {0} and len({result.output for result in answers}) == 1
     hot = [run(*ask, "--temperature", "50", "--top-p", "1", "--seed", seed).output for seed in "112"]
     assert hot[0] == hot[1] != hot[2]

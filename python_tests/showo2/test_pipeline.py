@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,30 @@ def test_nano_answers_in_batches_and_draws_answers():
             assert pipe.answer_batch(images[:1], questions[:1] * 8, 4, **drawing, seeds=range(8)) == drawn
         if handle is not None:
             handle.remove()
+
+
+@pytest.mark.parametrize("preset", ["dense", "exact"])
+def test_an_answer_comes_in_pieces(preset):
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    image = pipe.generate("a red circle above a blue square", seed=0, steps=12)
+    config, _ = pipe.preset(preset)
+    if config is not None:
+        pipe.accelerate(config)
+    pieces = []
+    answer = pipe.answer(image, "describe the image", on_text=pieces.append)
+    assert "".join(pieces) == answer == pipe.answer(image, "describe the image") and len(pieces) > 2
+
+
+def test_incomplete_characters_are_held_back():
+    layout = fx.showo2.Pipeline.from_pretrained("nano").layout
+    raw = "né 😀".encode()
+    layout = dataclasses.replace(layout, decode=lambda ids: bytes(ids).decode(errors="replace"), eos=0)
+    given = ""
+    for end in range(1, len(raw) + 1):
+        piece = layout.pieces(list(raw[:end]), given)
+        given += piece
+        assert "\ufffd" not in piece and "né 😀".startswith(given)
+    assert given == "né 😀"
 
 
 @pytest.mark.parametrize("preset", ["exact", "paper"])
