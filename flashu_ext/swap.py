@@ -136,7 +136,7 @@ class Handle:
             cache_bytes=sum(held.values()),
             memory=held,
             last_image_memory=(image.held_bytes or image.nbytes()) if image else {},
-            launches=_per_step(image, "launches") if image else {},
+            launches=_launches(image) if image else {},
             syncs=sum(work.syncs for work in image.work) if image else 0,
             host_waits=sum(work.waits for work in image.work) if image else 0,
             step_runner=f"eager: {workspaces.why_not}" if workspaces.why_not else "graphs",
@@ -192,12 +192,9 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
     return handle
 
 
-def _per_step(image: ImageState, name: str) -> dict[str, int]:
-    """By kind of evaluation the most that one of the last image asked for."""
-    result: dict[str, int] = {}
-    for work in image.work:
-        result[work.kind] = max(result.get(work.kind, 0), getattr(work, name))
-    return result
+def _launches(image: ImageState) -> dict[str, int]:
+    """Of the last evaluation of every kind: the first of a network variant computes its prompt's keys and values too."""
+    return {work.kind: work.launches for work in image.work}
 
 
 def _graphs(runner: Runner) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ..kernel_sets import KernelSet
-from ..structure import norm_eps
+from ..structure import AttentionShape, norm_eps
 
 __all__ = [
     "AttentionPass",
@@ -26,8 +26,8 @@ __all__ = [
     "Rope",
     "RowGeometry",
     "SpanPass",
-    "attend",
     "attend_folded",
+    "fold_mask",
     "head_norms",
     "rope_table",
     "rotate",
@@ -120,13 +120,9 @@ def rotate_into(
     return turned.view(rows, kv_heads, heads // kv_heads * n, d)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`attend_folded` of queries [rows, n, heads, d]."""
-    rows, n, heads, d = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    folded = query.view(rows, n, kv_heads, group, d).permute(0, 2, 3, 1, 4).reshape(rows, kv_heads, group * n, d)
-    return attend_folded(folded, key, value, n, mask)
+def fold_mask(mask: Tensor, shape: AttentionShape) -> Tensor:
+    """A mask [rows, 1, n, tokens] as `attend_folded` takes it, [rows, 1, group * n, tokens]."""
+    return mask.repeat(1, 1, shape.heads // shape.kv_heads, 1)
 
 
 def attend_folded(query: Tensor, key: Tensor, value: Tensor, n: int, mask: Tensor | None = None) -> Tensor:
@@ -136,15 +132,13 @@ def attend_folded(query: Tensor, key: Tensor, value: Tensor, n: int, mask: Tenso
 
     Args:
         query: [rows, kv_heads, group * n, d]. key, value: [rows, kv_heads, tokens, d].
-        mask: None, or additive, broadcastable to [rows, 1, n, tokens]; a token axis of 1 stays 1.
+        mask: None, or additive, broadcastable to [rows, 1, group * n, tokens].
 
     Returns:
         [rows, n, heads * d].
     """
     rows, kv_heads, folded, d = query.shape
     group = folded // n if n else 1
-    if mask is not None and mask.shape[2] != 1:
-        mask = mask.repeat(1, 1, group, 1)
     out = sdpa(query, key, value, attn_mask=mask)
     return out.view(rows, kv_heads, group, n, d).permute(0, 3, 1, 2, 4).reshape(rows, n, kv_heads * group * d)
 
@@ -243,7 +237,7 @@ class MaskedPass:
 
     def __init__(self, mask: Tensor, cache: Tensor, kernels: KernelSet, kept: Tensor | None = None):
         """Args:
-        mask: additive [rows or 1, 1, tokens, tokens].
+        mask: additive [rows or 1, 1, group * tokens, tokens] (`fold_mask`).
         cache: [layers, 2, rows, tokens, kv_heads, d]; layers may share one piece of memory (`expand`).
         kept: [layers, 2, rows, some tokens, kv_heads, d], receives the first of them, where the cache does not last.
         """
@@ -265,6 +259,6 @@ class MaskedPass:
 class CausalPass(MaskedPass):
     """A text sequence from its start; keeps every layer's keys and values."""
 
-    def __init__(self, tokens: int, cache: Tensor, kernels: KernelSet):
+    def __init__(self, tokens: int, shape: AttentionShape, cache: Tensor, kernels: KernelSet):
         mask = torch.full((1, 1, tokens, tokens), float("-inf"), dtype=cache.dtype, device=cache.device).triu_(1)
-        super().__init__(mask, cache, kernels)
+        super().__init__(fold_mask(mask, shape), cache, kernels)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..config import FlashUConfig
 from ..kernel_sets import KernelSet
-from ..modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass
+from ..modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass, fold_mask
 from ..modules.decoder_layer import decoder_layer, routed_decoder_layer
 from ..schedule import Step
 from ..structure import Showo2Parts, norm_eps
@@ -39,7 +39,7 @@ class Backbone:
         if tokens == 0:
             return
         hidden = self.parts.embed_tokens(ws.text_tokens[:rows, :tokens])
-        attention = CausalPass(tokens, ws.prefix(rows)[0], self.kernels)
+        attention = CausalPass(tokens, self.parts.llm_attention, ws.prefix(rows)[0], self.kernels)
         hidden = self._layers(hidden, attention, self._text_rope(ws, tokens), variant)
         self.head.prefix(ws, rows, self._final_norm(hidden))
 
@@ -110,7 +110,7 @@ class Backbone:
         x = kernels.scatter_rows_(parts.embed_tokens(ws.text_tokens[:rows]), places, span)
         # One piece of memory for the keys and values of all layers: of each only the prompt's are kept.
         scratch = x.new_empty(1, 2, rows, length, llm.kv_heads, llm.head_dim).expand(len(parts.layers), *[-1] * 5)
-        attention = MaskedPass(_omni_mask(ws, rows), scratch, kernels, kept=ws.prefix(rows)[0])
+        attention = MaskedPass(fold_mask(_omni_mask(ws, rows), llm), scratch, kernels, kept=ws.prefix(rows)[0])
         rope = self._text_rope(ws, length)
         of_tokens: list[Tensor] = []
         last = len(parts.layers) - 1

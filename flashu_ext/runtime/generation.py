@@ -144,7 +144,7 @@ class GenerationEngine:
 
     def _evaluate(self, state: ImageState, latents: int, moves: bool) -> int:
         """One evaluation; latents: how many of the workspace's are in use. Returns the rows that ran."""
-        waits = state.readback.waits
+        waits = state.waits
         planned = state.plan.at(state.step + 1)
         rows = state.rows(planned)
         images = min(latents, rows)
@@ -164,7 +164,7 @@ class GenerationEngine:
                 step.kind,
                 sum(counts.launched for counts in done),
                 sum(counts.synced for counts in done),
-                state.readback.waits - waits,
+                state.waits - waits,
             )
         )
         return rows
@@ -190,8 +190,8 @@ class GenerationEngine:
             interval = self.config.head_cache_interval
             too_old = interval > 0 and step.index - cache.kept_at[-1] >= interval
             if not too_old:
-                state.readback.post(gate.due().float())
-                if not state.readback.wait()[0]:
+                state.flag.post(gate.due().float())
+                if not state.flag.wait()[0]:
                     state.encode_due |= step.encode
                     return step.cached(cache.kept_at[-1], self.config.head_residual_reuse)
         gate.computed()
@@ -221,7 +221,7 @@ class GenerationEngine:
         state.encode_due &= not encode
         if step.measure:
             ws.owner = (variant, rows) if step.head else None
-            state.readback.post(ws.importance)
+            state.importance.post(ws.importance)
             state.measured = step.index
         if step.measure_tokens:
             router.measured(step.index)
@@ -249,7 +249,7 @@ class GenerationEngine:
     def _skipped(self, state: ImageState) -> tuple[int, ...]:
         """The layers in force, chosen from a measurement as soon as it has arrived."""
         if state.measured is not None:
-            scores = state.readback.wait()
+            scores = state.importance.wait()
             count = int(len(scores) * self.config.layer_skip_ratio)
             state.skipped = tuple(sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count]))
             state.choices.append((state.measured, state.skipped))

@@ -26,7 +26,7 @@ class Head:
     def prefix(self, ws: Workspace, rows: int, hidden: Tensor) -> None:
         """The prompt's final hidden states [rows, tokens, hidden], consumed -> its keys and values, into the workspace."""
         tokens = hidden.shape[1]
-        attention = CausalPass(tokens, ws.prefix(rows)[1], self.kernels)
+        attention = CausalPass(tokens, self.parts.head_attention, ws.prefix(rows)[1], self.kernels)
         rope = (ws.head_text_rope[0][:, :tokens], ws.head_text_rope[1][:, :tokens])
         x = self._input(hidden)
         for index, block in enumerate(self.parts.blocks):

@@ -83,7 +83,8 @@ class Runner:
                 engine.step(state)
                 if return_velocity:
                     rows = state.rows(state.ran[-1])
-                    velocities.append(self._velocity(state.workspace.velocity[:rows], scales[i], noise.shape))
+                    velocity = self._velocity(state.workspace.velocity[:rows], scales[i], noise.shape)
+                    velocities.append(velocity.clone())  # the next evaluation overwrites it
                 if callback is not None:
                     callback(i + 1, latents)
             drawn = latents.clone()

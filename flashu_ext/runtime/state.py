@@ -43,7 +43,8 @@ class ImageState:
         planned_scale: the caller's guidance scale, where the plan depends on it.
         step: evaluations done. last_time: t of the last one.
         skipped: the layers chosen by the last measurement, or None before the first.
-        measured: the step whose measurement is on its way to the host, or None.
+        measured: the step whose measurement is on its way to the host, or None. importance: that measurement of the layers.
+        flag: the adaptive cache's answer.
         semantic_rows: latents whose encoder features are kept for later steps.
         encode_due: a step that should have run the encoder was cached instead.
         prefixes: by variant and rows the prefixes kept aside, of the language model and of the head.
@@ -62,7 +63,8 @@ class ImageState:
     last_time: float = float("-inf")
     skipped: tuple[int, ...] | None = None
     measured: int | None = None
-    readback: Readback = field(default_factory=Readback)
+    importance: Readback = field(default_factory=Readback)
+    flag: Readback = field(default_factory=Readback)
     semantic_rows: int = 0
     encode_due: bool = False
     prefixes: OrderedDict[tuple[Variant, int], tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
@@ -75,6 +77,11 @@ class ImageState:
     @property
     def images(self) -> int:
         return len(self.geometry.prefix) // 2 if self.guided else len(self.geometry.prefix)
+
+    @property
+    def waits(self) -> int:
+        """Times that the host waited for an answer."""
+        return self.importance.waits + self.flag.waits
 
     @property
     def kinds(self) -> list[str]:

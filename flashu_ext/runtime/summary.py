@@ -29,7 +29,7 @@ class Summary:
         weight_bytes: the model's weights. extra_weight_bytes: what acceleration keeps beside them (the permutations).
         cache_bytes: held now beside the weights: keys and values, tables, activations that outlive an evaluation, caches.
         memory: the same by purpose. last_image_memory: what the last image held, by purpose.
-        launches: by kind of evaluation the most operators that one of the last image launched; a matrix product or an
+        launches: by kind of evaluation the operators that the last image's last one launched; a matrix product or an
             attention of torch counts as one.
         syncs: times in the last image's evaluations that an operator made the host wait for the device. host_waits: times
             that the host waited for numbers sent earlier (a measurement of layers, the adaptive cache's flag).

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import FlashUConfig
 from ..kernel_sets import KernelSet
-from ..modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
+from ..modules.attention import HeadNorms, Rope, attend_folded, fold_mask, rope_table, rotate_into
 from ..modules.decoder_layer import decoder_layer, pruning_layer
 from ..showo2.understanding import span_embeds
 from ..structure import Showo2Parts, norm_eps, position_table
@@ -41,7 +41,7 @@ class _PrefillPass:
     """New tokens of several prompts, end to end in one row: each attends within its own prompt, over its cached prefix too."""
 
     def __init__(self, cache: PromptCache, pieces: Sequence[tuple[int, int, Tensor]], kernels: KernelSet):
-        """pieces: (row of the cache, slots filled before, additive mask [1, 1, n, filled + n])."""
+        """pieces: (row of the cache, slots filled before, folded mask [1, 1, group * n, filled + n])."""
         self.cache = cache
         self.pieces = pieces
         self.kernels = kernels
@@ -53,7 +53,8 @@ class _PrefillPass:
         attended = []
         at = 0
         for row, start, mask in self.pieces:
-            n, end = mask.shape[2:]
+            end = mask.shape[3]
+            n = end - start
             new, one = slice(at, at + n), slice(row, row + 1)
             folded = rotate_into(
                 self.kernels,
@@ -107,7 +108,13 @@ class _Narrowing:
             lent = stay[:0] if prompt.kept is None else prompt.kept[: prompt.slots(start)]
             prompt.kept = torch.cat([lent, stay])
             allowed = prompt.allowed[stay][:, prompt.kept]
-            pieces.append((row, lent.shape[0], additive(allowed, prompt.embeds.dtype)[None, None]))
+            pieces.append(
+                (
+                    row,
+                    lent.shape[0],
+                    fold_mask(additive(allowed, prompt.embeds.dtype)[None, None], self.pruner.parts.llm_attention),
+                )
+            )
             at = new.stop
         return torch.cat(keep), _PrefillPass(self.cache, pieces, self.pruner.kernels)
 
@@ -303,7 +310,7 @@ class UnderstandingEngine:
         attention = _PrefillPass(
             cache,
             [
-                (row, start, additive(p.allowed[start:], x.dtype)[None, None])
+                (row, start, fold_mask(additive(p.allowed[start:], x.dtype)[None, None], shape))
                 for p, (row, start) in zip(prompts, chunks, strict=True)
             ],
             kernels,
@@ -315,7 +322,8 @@ class UnderstandingEngine:
             narrowing = _Narrowing(self.pruner, cache, chunks, layer.self_attn, rope) if index == cache.split else None
             if narrowing is not None and narrowing.drops:
                 x, rope, attention = pruning_layer(layer, index, x, rope, narrowing, shape, kernels, TASK)
-                last = torch.tensor([mask.shape[2] for _, _, mask in attention.pieces], device=device).cumsum(0) - 1
+                counts = [mask.shape[3] - start for _, start, mask in attention.pieces]
+                last = torch.tensor(counts, device=device).cumsum(0) - 1
             else:
                 if narrowing is not None:
                     _, attention = narrowing(None, None)

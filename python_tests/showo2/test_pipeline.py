@@ -209,8 +209,9 @@ def test_an_answer_comes_in_pieces(preset):
     if config is not None:
         pipe.accelerate(config)
     pieces = []
-    answer = pipe.answer(image, "describe the image", on_text=pieces.append)
-    assert "".join(pieces) == answer == pipe.answer(image, "describe the image") and len(pieces) > 2
+    drawing = {"max_new_tokens": 8, "temperature": 10.0, "seed": 1}
+    answer = pipe.answer(image, "describe the image", on_text=pieces.append, **drawing)
+    assert "".join(pieces) == answer == pipe.answer(image, "describe the image", **drawing) and len(pieces) > 2
 
 
 def test_incomplete_characters_are_held_back():

@@ -1,0 +1,109 @@
+"""Room: benchmarks. Operators that one evaluation and one answer token launch: dense, and accelerated by kind of evaluation.
+
+Counted, not timed: the number of operators depends on a model's layers and on the code, not on widths or on the device, so
+models with the layers of the published ones and narrow widths are run on the CPU. On a GPU whose evaluations are captured
+the same work is a few graph launches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from ..config import FlashUConfig
+from ..runtime.counting import DispatchCounter
+from ..safe_files import atomic_path
+from ..showo2 import Showo2, Showo2Config, answer_tokens, sample
+from ..swap import accelerate
+from . import machine
+from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
+
+__all__ = ["main", "measure", "table"]
+
+PUBLISHED = ("1.5b", "7b")
+
+
+def _narrow(shape: Shape) -> Shape:
+    """As deep as a published model, as wide as the tiny one."""
+    tiny, config = SHAPES["tiny"], shape.config
+    depth: dict[str, dict[str, Any]] = {
+        part: {**getattr(tiny.config, part), name: getattr(config, part)[name]}
+        for part, name in (("llm", "num_hidden_layers"), ("vision", "num_hidden_layers"), ("head", "num_layers"))
+    }
+    return dataclasses.replace(tiny, config=Showo2Config(**{**vars(tiny.config), **depth}))
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Operators by what runs: {'evaluation': {program: {kind: count}}, 'answer token': {program: count}}.
+
+    Args:
+        name: '1.5b' or '7b'.
+    """
+    shape = _narrow(SHAPES[name])
+    model = Showo2(shape.config)
+    fill(model, seed=0)
+    data = inputs(shape, seed=0)
+    plan = weight_plan(model, shape.prune_multiple)
+    paper = FlashUConfig.paper(prune_multiple=shape.prune_multiple)
+    evaluation: dict[str, dict[str, int]] = {}
+    with DispatchCounter() as two, torch.no_grad():
+        _draw(model, data, 3)
+    with DispatchCounter() as one, torch.no_grad():
+        _draw(model, data, 2)
+    evaluation["dense"] = {"full": two.counts.launched - one.counts.launched}
+    for program, config in (("exact", FlashUConfig.exact(steps=4)), ("paper", paper)):
+        with accelerate(model, config, plan if config.ffn_prune_ratio else None) as handle:
+            _draw(model, data, None)
+            evaluation[program] = dict(handle.summary().launches)
+    answer = {"dense": _answer_token(model, data)}
+    with accelerate(model, FlashUConfig.exact()):
+        answer["exact"] = _answer_token(model, data)
+    return {"evaluation": evaluation, "answer token": answer}
+
+
+def _draw(model: Any, data: Inputs, steps: int | None) -> None:
+    tensors = (data.noise, data.text_tokens, data.text_tokens_null, data.positions, data.positions_null)
+    sample(model, *tensors, steps=steps, guidance_scale=5.0)
+
+
+def _answer_token(model: Any, data: Inputs) -> int:
+    """Operators of one more token."""
+    counts = []
+    for tokens in (3, 4):
+        if hasattr(model.__dict__.get("mmu_generate"), "__self__"):
+            model.__dict__["mmu_generate"].__self__.understanding.reset()
+        with DispatchCounter() as counter, torch.no_grad():
+            answer_tokens(model, data.image_latents, data.before, data.after, max_new_tokens=tokens)
+        counts.append(counter.counts.launched)
+    return counts[1] - counts[0]
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| model | program | evaluation | operators | answer token |", "|---|---|---|---|---|"]
+    for name, result in record["models"].items():
+        for program, kinds in result["evaluation"].items():
+            for number, (kind, count) in enumerate(kinds.items()):
+                token = result["answer token"].get(program, "") if number == 0 else ""
+                lines.append(f"| {name} | {program} | {kind} | {count:,} | {token} |")
+    return "\n".join(lines)
+
+
+@click.command(epilog="Example: python -m flashu_ext.bench launches --json launches.json")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the counts here.")
+def main(path: Path | None) -> None:
+    """Count the operators that an evaluation and an answer token launch, dense and accelerated; no GPU needed."""
+    record = {
+        "command": machine.command_line(),
+        "machine": machine.facts(),
+        "models": {name: measure(name) for name in PUBLISHED},
+    }
+    click.echo(table(record))
+    if path is not None:
+        with atomic_path(path) as draft:
+            draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
