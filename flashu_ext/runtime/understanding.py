@@ -108,13 +108,8 @@ class _Narrowing:
             lent = stay[:0] if prompt.kept is None else prompt.kept[: prompt.slots(start)]
             prompt.kept = torch.cat([lent, stay])
             allowed = prompt.allowed[stay][:, prompt.kept]
-            pieces.append(
-                (
-                    row,
-                    lent.shape[0],
-                    fold_mask(additive(allowed, prompt.embeds.dtype)[None, None], self.pruner.parts.llm_attention),
-                )
-            )
+            mask = fold_mask(additive(allowed, prompt.embeds.dtype)[None, None], self.pruner.parts.llm_attention)
+            pieces.append((row, lent.shape[0], mask))
             at = new.stop
         return torch.cat(keep), _PrefillPass(self.cache, pieces, self.pruner.kernels)
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conformance import relative
 from PIL import Image
 from ranks import DYING, run_ranks
 from safetensors.torch import load_file
-from tolerance import assert_accurate
 from torch import Tensor
 
 import flashu_ext as fx
@@ -25,6 +25,9 @@ from flashu_ext.parallel import check_guidance_parallel
 from flashu_ext.showo2 import sample
 
 PROGRAM = "import runpy, sys; sys.argv[0] = sys.argv.pop(1); runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+LIMIT = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,8 @@ def test_two_ranks_are_as_accurate_as_one_process(drawn: Any, name: str, dtype: 
     for ours, others, one, exact in zip(*both, single, truth, strict=True):
         assert torch.equal(ours, others), "both ranks hold the same bits"
         assert ours.dtype == one.dtype
-        assert_accurate(ours.float(), exact.double(), one.float())
+        # Whole drawings: what rounding does to them grows from step to step, so this is not an operator's tolerance.
+        assert relative(ours, exact) <= max(2 * relative(one, exact), LIMIT)
     config = guided_cases.CONFIGS[name]
     if config is not None and config.approximates:
         assert (truth[0] - true_drawing("dense")[0]).abs().max() > 1e-3, "the knob does something here"
@@ -63,7 +67,7 @@ def test_steps_of_an_exact_model_are_the_callers(drawn: Any) -> None:
     arguments = ("exact", torch.float32), ("exact", torch.float64)
     one, truth = (guided_cases.draw(sample, *of, steps=3)[0] for of in arguments)
     assert torch.equal(ours["exact, 3 steps"], others["exact, 3 steps"])
-    assert_accurate(ours["exact, 3 steps"], truth.double(), one)
+    assert relative(ours["exact, 3 steps"], truth) <= max(2 * relative(one, truth), LIMIT)
 
 
 def test_refusals_are_the_same_on_both_ranks(drawn: Any) -> None:
