@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup
 PACKAGES := numpy safetensors setuptools wheel pybind11 cmake ninja transformers tokenizers pillow tqdm click matplotlib jinja2 scikit-image \
             pytest hypothesis expecttest ruff mypy clang-format diffusers
 
-.PHONY: help demo test python-test cpp-test tsan mutants lint format build bench info test-abi clean
+.PHONY: help demo test python-test cpp-test tsan mutants lint format build bench info test-abi gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -88,6 +88,15 @@ test-abi: build ## the same library in a CUDA build of the newest torch (downloa
 	.venv-abi/bin/python -m pip install --quiet --disable-pip-version-check torch numpy safetensors pytest hypothesis expecttest click tqdm
 	PYTHONPATH=. .venv-abi/bin/python -m pytest -p no:cacheprovider python_tests/ops
 	PYTHONPATH=. .venv-abi/bin/python -m flashu_ext.bench.sass --quiet
+
+# A GPU machine may be bare and offline: what the benchmarks import beside torch travels as wheels, which gpu.sh installs.
+GPU_PYTHON ?= 3.12
+GPU_PACKAGES := transformers safetensors numpy click tqdm jinja2 pytest hypothesis expecttest
+gpu-wheels: $(VENV)/.tools ## packages for an offline GPU machine, into build/wheels (GPU_PYTHON=3.12)
+	rm -rf build/wheels
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --dest build/wheels --python-version $(GPU_PYTHON) \
+	  --only-binary=:all: --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 $(GPU_PACKAGES)
+	du -sh build/wheels
 
 build: $(VENV)/.built ## .venv with the package built in place
 

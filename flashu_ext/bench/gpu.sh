@@ -8,6 +8,12 @@ shift
 cd "$(dirname "$0")/../.."
 mkdir -p "$out"
 began=$SECONDS
+# Wheels that `make gpu-wheels` fetched, for what is missing here.
+if [ -d build/wheels ] && ! python3 -c 'import click, hypothesis, pytest, safetensors, tqdm, transformers' 2> /dev/null; then
+  python3 -m pip install --quiet --no-index --find-links build/wheels --target build/gpu_site --upgrade \
+    transformers safetensors click tqdm jinja2 pytest hypothesis expecttest
+fi
+export PYTHONPATH="$PWD:$PWD/build/gpu_site"
 export FLASHU_CUDA=1 FLASHU_CUDA_ARCHS="${FLASHU_CUDA_ARCHS:-90a}" FLASHU_BUILD_DIR="$PWD/build/gpu"
 # GoogleTest may be missing there; its sources are taken from GTEST_ROOT where that is set.
 tests=0
@@ -16,6 +22,6 @@ FLASHU_TESTS=$tests python3 setup.py build_ext --inplace > "$out/build.log" 2>&1
 echo "built in $((SECONDS - began)) s (C++ tests: $tests)"
 if [ "${1:-}" = --e2e ]; then
   shift
-  PYTHONPATH="$PWD" exec python3 -m flashu_ext.bench e2e --gpu --json "$out/e2e_gpu.json" --plot "$out/e2e_gpu.png" "$@"
+  exec python3 -m flashu_ext.bench e2e --gpu --json "$out/e2e_gpu.json" --plot "$out/e2e_gpu.png" "$@"
 fi
-PYTHONPATH="$PWD" exec python3 -m flashu_ext.bench gpu --out "$out" --build "$FLASHU_BUILD_DIR" "$@"
+exec python3 -m flashu_ext.bench gpu --out "$out" --build "$FLASHU_BUILD_DIR" "$@"
