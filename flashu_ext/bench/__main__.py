@@ -11,6 +11,7 @@ from ..cli import bench
 from .readme import main as readme
 from .roofline import main as roofline
 from .sass import main as sass
+from .steps import main as steps
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,6 +65,7 @@ def fidelity(prompts: int, seed: int, steps: int, json_path: Path | None) -> Non
 main.add_command(sass, "sass")
 main.add_command(readme, "readme")
 main.add_command(roofline, "roofline")
+main.add_command(steps, "steps")
 for name, command in bench.commands.items():
     main.add_command(command, name)
 

@@ -141,6 +141,12 @@ def _e2e_gpu(record: dict[str, Any]) -> str:
     return _table(header, rows) + _source(record)
 
 
+def _steps(record: dict[str, Any]) -> str:
+    from .steps import tables
+
+    return tables(record) + _source(record)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ffn": _ffn,
     "e2e": _e2e,
@@ -148,6 +154,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "nano": _nano,
     "fidelity": _fidelity,
     "gpu": _gpu,
+    "steps": _steps,
 }
 """By a section's name, or by its first word; the rest says which file: `ffn_bf16` is results/ffn_bf16.json."""
 

@@ -1,8 +1,9 @@
-"""Room: benchmarks. Operators that one evaluation and one answer token launch: dense, and accelerated by kind of evaluation.
+"""Room: benchmarks. What evaluations cost before any clock runs: operators launched, dense and by kind of evaluation, and the
+memory that the step runner keeps at the published shapes.
 
 Counted, not timed: the number of operators depends on a model's layers and on the code, not on widths or on the device, so
 models with the layers of the published ones and narrow widths are run on the CPU. On a GPU whose evaluations are captured
-the same work is a few graph launches.
+the same work is a few graph launches. Memory is counted at the true shapes, on the meta device.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import torch
 
 from ..config import FlashUConfig
 from ..runtime.counting import DispatchCounter
+from ..runtime.workspace import Shape as WorkspaceShape
+from ..runtime.workspace import Workspace
 from ..safe_files import atomic_path
 from ..showo2 import Showo2, Showo2Config, answer_tokens, sample
+from ..structure import Showo2Parts
 from ..swap import accelerate
 from . import machine
 from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
 
-__all__ = ["main", "measure", "table"]
+__all__ = ["launches", "main", "memory", "tables"]
 
 PUBLISHED = ("1.5b", "7b")
 
@@ -38,7 +42,7 @@ def _narrow(shape: Shape) -> Shape:
     return dataclasses.replace(tiny, config=Showo2Config(**{**vars(tiny.config), **depth}))
 
 
-def measure(name: str) -> dict[str, Any]:
+def launches(name: str) -> dict[str, Any]:
     """Operators by what runs: {'evaluation': {program: {kind: count}}, 'answer token': {program: count}}.
 
     Args:
@@ -83,27 +87,55 @@ def _answer_token(model: Any, data: Inputs) -> int:
     return counts[1] - counts[0]
 
 
-def table(record: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = ["| model | program | evaluation | operators | answer token |", "|---|---|---|---|---|"]
-    for name, result in record["models"].items():
-        for program, kinds in result["evaluation"].items():
-            for number, (kind, count) in enumerate(kinds.items()):
-                token = result["answer token"].get(program, "") if number == 0 else ""
-                lines.append(f"| {name} | {program} | {kind} | {count:,} | {token} |")
+def memory(name: str, images: int) -> dict[str, int]:
+    """Bytes by purpose: bf16 weights, and what the step runner keeps to draw `images` at once, guided, at 432 px with paper's
+    settings. Intermediate results of one layer come on top, and the image codec, which is not ours."""
+    shape = SHAPES[name]
+    config = shape.config
+    with torch.device("meta"):
+        model = Showo2(config).to(torch.bfloat16)
+    parts = Showo2Parts.find(model)
+    latent_size = (config.image_latent_height * config.patch_size, config.image_latent_width * config.patch_size)
+    wanted = WorkspaceShape(2 * images, images, latent_size, shape.sequence, shape.prompt + 2, 49)
+    workspace = Workspace(parts, FlashUConfig.paper(), wanted.rounded(), fixed=True)
+    return {"weights": sum(parameter.nbytes for parameter in model.parameters()), **workspace.nbytes()}
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Markdown: launches, then memory."""
+    lines = ["| program | evaluation | operators | operators an answer token |", "|---|---|---|---|"]
+    counted = record["launches"]
+    for program, kinds in counted["evaluation"].items():
+        for number, (kind, count) in enumerate(kinds.items()):
+            token = counted["answer token"].get(program, "") if number == 0 else ""
+            lines.append(f"| {program} | {kind} | {count:,} | {token} |")
+    purposes = list(record["memory"][0]["bytes"])
+    lines += [
+        "",
+        "| GiB | images | " + " | ".join(purposes) + " | all |",
+        "|---|---" + "|---" * len(purposes) + "|---|",
+    ]
+    for entry in record["memory"]:
+        sizes = [entry["bytes"].get(purpose, 0) for purpose in purposes]
+        cells = " | ".join(f"{size / 2**30:.2f}" for size in (*sizes, sum(sizes)))
+        lines.append(f"| {entry['model']} | {entry['images']} | {cells} |")
     return "\n".join(lines)
 
 
-@click.command(epilog="Example: python -m flashu_ext.bench launches --json launches.json")
+@click.command(epilog="Example: python -m flashu_ext.bench steps --json steps.json")
 @click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the counts here.")
 def main(path: Path | None) -> None:
-    """Count the operators that an evaluation and an answer token launch, dense and accelerated; no GPU needed."""
+    """Count operators an evaluation and an answer token launch, and the step runner's memory; no GPU needed."""
     record = {
         "command": machine.command_line(),
         "machine": machine.facts(),
-        "models": {name: measure(name) for name in PUBLISHED},
+        # 1.5B and 7B have the same layers, so the same operators.
+        "launches": launches("1.5b"),
+        "memory": [
+            {"model": name, "images": images, "bytes": memory(name, images)} for name in PUBLISHED for images in (1, 4)
+        ],
     }
-    click.echo(table(record))
+    click.echo(tables(record))
     if path is not None:
         with atomic_path(path) as draft:
             draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
