@@ -65,7 +65,7 @@ class TapeCapture:
         return lambda: _replay(recorder.tape)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _replay(tape: list[tuple[Any, Any, Any, list[Tensor]]]) -> None:
     for func, args, kwargs, outs in tape:
         again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]

@@ -18,7 +18,7 @@ from ..modules.attention import HeadNorms, Rope, attend_folded, rope_table, rota
 from ..modules.decoder_layer import decoder_layer
 from ..structure import Showo2Parts, norm_eps
 from .counting import Counts
-from .graphs import Capture, Pieces, Readback
+from .graphs import Pieces, Readback, addresses, capture_on, lasting
 from .prompt_cache import PromptCache, layer_of
 
 __all__ = ["TASK", "AnswerMemory", "Decoder", "OnToken", "Pick", "additive"]
@@ -169,13 +169,15 @@ class _Answers:
 class Decoder:
     """Continues prompts whose keys and values are cached."""
 
-    def __init__(self, parts: Showo2Parts, kernels: KernelSet):
+    def __init__(self, parts: Showo2Parts, kernels: KernelSet, wanted: bool):
+        """wanted: `FlashUConfig.step_graphs`."""
         self.parts = parts
         self.kernels = kernels
-        self.capture: Callable[[], Capture] | None = None
+        self.capture, _ = capture_on(parts.device, wanted)
         self.counts: dict[Hashable, Counts] = {}
         self.last: Counts = Counts()
         self.waits = 0
+        self._weights = 0
         self._memories: list[AnswerMemory] = []
 
     def memory(
@@ -188,10 +190,14 @@ class Decoder:
         """
         if self.capture is None:
             return None
+        if (weights := addresses(self.parts.model)) != self._weights:
+            self._weights = weights
+            self._memories = []
         for memory in self._memories:
             if memory is not busy and memory.holds(rows, capacities, split, like.dtype):
                 return memory
-        made = AnswerMemory(rows, capacities, split, self.parts, like, Pieces(self.capture(), None, self.counts))
+        with lasting():
+            made = AnswerMemory(rows, capacities, split, self.parts, like, Pieces(self.capture(), None, self.counts))
         self._memories = [memory for memory in self._memories if memory is busy] + [made]
         return made
 

@@ -8,15 +8,17 @@ from then on it is replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import contextlib
+import functools
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .counting import Counts, DispatchCounter
 
-__all__ = ["Capture", "CudaCapture", "Pieces", "Readback"]
+__all__ = ["Capture", "CudaCapture", "Pieces", "Readback", "addresses", "capture_on", "lasting"]
 
 Work = Callable[[], Any]
 
@@ -32,16 +34,39 @@ class Capture(Protocol):
 class CudaCapture:
     """CUDA graphs that share one memory pool: replays never overlap, and what outlives one lies in the workspace."""
 
-    def __init__(self) -> None:
-        self._pool: Any = None
+    def __init__(self, device: torch.device):
+        # A stream of its own: torch's default one for captures belongs to whatever device was current at first.
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.device(self._stream.device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             work()
         return graph.replay
+
+
+def capture_on(device: torch.device, wanted: bool) -> tuple[Callable[[], Capture] | None, str | None]:
+    """What captures work on a device, or None and why there is nothing. wanted: `FlashUConfig.step_graphs`."""
+    if not wanted:
+        return None, "FlashUConfig.step_graphs is False"
+    if device.type != "cuda":
+        return None, f"CUDA graphs need a CUDA device, the model is on {device.type}"
+    return functools.partial(CudaCapture, device), None
+
+
+def addresses(model: nn.Module) -> int:
+    """A number that changes where a model's weights do not lie where they lay, as after `model.to(...)`: what was captured
+    reads the old place."""
+    return hash(tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())))
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Memory made inside may be written to in any mode, wherever the caller is: tensors made under `torch.inference_mode` may
+    not, once it has ended."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Pieces:
@@ -114,13 +139,13 @@ class Readback:
     def post(self, values: Tensor) -> None:
         """Send values, of any shape, contiguous, exact in fp64. They may be overwritten on the device from here on."""
         if values.device.type != "cuda":
-            self._values = values.clone()
+            self._values, self._event = values.clone(), None
             return
         if self._values is None or self._values.shape != values.shape:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._event = torch.cuda.Event()
         self._values.copy_(values, non_blocking=True)
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> list[float]:
         """The numbers sent last, flat."""

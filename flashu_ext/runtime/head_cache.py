@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernel_sets import KernelSet
+from .graphs import lasting
 
 __all__ = ["AdaptiveGate", "HeadCache"]
 
@@ -40,7 +41,8 @@ class HeadCache:
         """
         old = self.table if self.kept_at else None
         if rows not in self._tables:
-            self._tables[rows] = like.new_zeros(self.order + 1, rows, *like.shape[1:])
+            with lasting():
+                self._tables[rows] = like.new_zeros(self.order + 1, rows, *like.shape[1:])
         self.table = table = self._tables[rows]
         if old is None or old is table:
             return
@@ -114,8 +116,9 @@ class AdaptiveGate:
         """Take in a step's signal [rows, ...]; of two unequal numbers of rows the rows that both have are compared.
         `watched` is told afterwards."""
         if self.signal is None or self.moved is None:
-            self.signal = signal.new_zeros(self.rows, *signal.shape[1:])
-            self.moved = torch.zeros((), dtype=torch.float32, device=signal.device)
+            with lasting():
+                self.signal = signal.new_zeros(self.rows, *signal.shape[1:])
+                self.moved = torch.zeros((), dtype=torch.float32, device=signal.device)
         rows = min(signal.shape[0], self.watched_rows)
         if rows:
             self.moved += kernels.feature_delta(signal[:rows], self.signal[:rows])[0]

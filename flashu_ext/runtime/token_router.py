@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernel_sets import KernelSet
+from .graphs import lasting
 
 __all__ = ["TokenRouter"]
 
@@ -43,7 +44,8 @@ class TokenRouter:
         """
         stacked = torch.stack(importance)
         if self._buffer is None:
-            self._buffer = stacked.new_zeros(KEPT_MEASUREMENTS, stacked.shape[0], rows, stacked.shape[2])
+            with lasting():
+                self._buffer = stacked.new_zeros(KEPT_MEASUREMENTS, stacked.shape[0], rows, stacked.shape[2])
         self._buffer[self.slot(), :, : stacked.shape[1]] = stacked
 
     def measured(self, index: int) -> None:

@@ -27,7 +27,6 @@ from ..showo2.understanding import span_embeds
 from ..structure import Showo2Parts, norm_eps, position_table
 from .decoding import TASK, Decoder, OnToken, Pick, additive
 from .encoder import embed_image
-from .graphs import CudaCapture
 from .prompt_cache import Prompt, PromptCache, common_prefix
 from .token_pruning import TokenPruner, visual_spans
 
@@ -143,9 +142,7 @@ class UnderstandingEngine:
         self.parts = parts
         self.kernels = kernels
         self.pruner = TokenPruner(parts, config, kernels)
-        self.decoder = Decoder(parts, kernels)
-        if config.step_graphs and parts.device.type == "cuda":
-            self.decoder.capture = CudaCapture
+        self.decoder = Decoder(parts, kernels, config.step_graphs)
         self.layers_to_skip = int(len(parts.layers) * config.answer_layer_skip_ratio)
         self.prefilled = 0
         self.reused = 0

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from ..config import FlashUConfig
 from ..structure import Showo2Parts
 from .counting import Counts
-from .graphs import Capture, CudaCapture, Pieces
+from .graphs import Pieces, addresses, capture_on, lasting
 from .workspace import Shape, Workspace
 
 __all__ = ["Workspaces"]
 
 KEPT_IDLE = 2
 """Workspaces kept between images: for the batch size in use, and for the smaller last batch of a list."""
+
+
+@dataclass
+class _Taken:
+    """A workspace, what runs there, where the weights lay when it was made, and the end of its last image's work."""
+
+    workspace: Workspace
+    pieces: Pieces
+    weights: int
+    done: Any = None
 
 
 class Workspaces:
@@ -30,37 +44,41 @@ class Workspaces:
     def __init__(self, parts: Showo2Parts, config: FlashUConfig):
         self.parts = parts
         self.config = config
-        self.capture: Callable[[], Capture] | None = None
-        self.why_not: str | None = None
-        if not config.step_graphs:
-            self.why_not = "FlashUConfig.step_graphs is False"
-        elif parts.device.type != "cuda":
-            self.why_not = f"CUDA graphs need a CUDA device, the model is on {parts.device.type}"
-        else:
-            self.capture = CudaCapture
+        self.capture, self.why_not = capture_on(parts.device, config.step_graphs)
         self.counts: dict[Hashable, Counts] = {}
-        self._idle: list[tuple[Workspace, Pieces]] = []
-        self._taken: list[tuple[Workspace, Pieces]] = []
+        self._weights = 0
+        self._idle: list[_Taken] = []
+        self._taken: list[_Taken] = []
 
     def take(self, shape: Shape) -> tuple[Workspace, Pieces]:
         """A workspace that holds images of a shape, and what runs there; it is the caller's until `give_back`."""
-        for pair in self._idle:
-            if pair[0].shape.holds(shape):
-                self._idle.remove(pair)
-                self._taken.append(pair)
-                return pair
+        if self.capture is not None and (weights := addresses(self.parts.model)) != self._weights:
+            self._weights = weights
+            self._idle.clear()
+        for kept in self._idle:
+            if kept.workspace.shape.holds(shape):
+                self._idle.remove(kept)
+                self._taken.append(kept)
+                if kept.done is not None:
+                    torch.cuda.current_stream(kept.workspace.hidden.device).wait_event(kept.done)
+                return kept.workspace, kept.pieces
         fixed = self.capture is not None
-        workspace = Workspace(self.parts, self.config, shape.rounded() if fixed else shape, fixed)
-        pair = (workspace, Pieces(self.capture() if self.capture else None, self.why_not, self.counts))
-        self._taken.append(pair)
-        return pair
+        with lasting():
+            workspace = Workspace(self.parts, self.config, shape.rounded() if fixed else shape, fixed)
+        pieces = Pieces(self.capture() if self.capture else None, self.why_not, self.counts)
+        self._taken.append(_Taken(workspace, pieces, self._weights))
+        return workspace, pieces
 
     def give_back(self, workspace: Workspace) -> None:
-        for pair in self._taken:
-            if pair[0] is workspace:
-                self._taken.remove(pair)
-                if self.capture is not None:
-                    self._idle = [*self._idle, pair][-KEPT_IDLE:]
+        """The image is done with it. The next one may run on another stream; it waits for this one's work."""
+        for taken in self._taken:
+            if taken.workspace is workspace:
+                self._taken.remove(taken)
+                if self.capture is None or taken.weights != self._weights:
+                    return
+                if workspace.hidden.device.type == "cuda":
+                    taken.done = torch.cuda.current_stream(workspace.hidden.device).record_event()
+                self._idle = [*self._idle, taken][-KEPT_IDLE:]
                 return
 
     def clear(self) -> None:
@@ -71,11 +89,11 @@ class Workspaces:
     def nbytes(self) -> dict[str, int]:
         """Bytes of all workspaces, idle or in use, by purpose."""
         total: dict[str, int] = {}
-        for workspace, _ in (*self._idle, *self._taken):
-            for purpose, count in workspace.nbytes().items():
+        for each in (*self._idle, *self._taken):
+            for purpose, count in each.workspace.nbytes().items():
                 total[purpose] = total.get(purpose, 0) + count
         return total
 
     def pieces(self) -> list[Pieces]:
         """What runs in all workspaces, idle or in use."""
-        return [pieces for _, pieces in (*self._idle, *self._taken)]
+        return [each.pieces for each in (*self._idle, *self._taken)]

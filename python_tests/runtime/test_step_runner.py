@@ -153,6 +153,37 @@ def test_a_piece_runs_then_is_captured_then_replayed():
     assert pieces.run("other", lambda: x.sub_(x)).launched == 1
 
 
+def test_weights_that_moved_are_captured_anew():
+    fixture, model = public(), public().model()
+    asked = batch([ask(1), ask(2)])
+    with fx.accelerate(model, FlashUConfig(steps=6)) as handle:
+        capturing(handle)
+        for _ in range(3):
+            before = sample(model, fixture)
+            answer_tokens_batch(model, *asked, max_new_tokens=6)
+        model.bfloat16().float()
+        latents, tokens = sample(model, fixture), answer_tokens_batch(model, *asked, max_new_tokens=6)
+        assert relative(latents, before) > LIMIT
+    with fx.accelerate(model, FlashUConfig(steps=6)):
+        assert relative(latents, sample(model, fixture)) < LIMIT
+        expected = answer_tokens_batch(model, *asked, max_new_tokens=6)
+        assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["exact", "all of it, adaptive"])
+def test_inference_mode_may_come_and_go(name):
+    fixture, model = public(), public().model()
+    asked = batch([ask(1), ask(2)])
+    with capturing(accelerate(model, fixture, name)) as handle:
+        expected, answers = sample(model, fixture), answer_tokens_batch(model, *asked, max_new_tokens=6)
+        handle.runner.reset()
+        for mode in (True, False, True, False):
+            with torch.inference_mode(mode):
+                assert relative(sample(model, fixture), expected) < LIMIT
+                got = answer_tokens_batch(model, *asked, max_new_tokens=6)
+                assert all(torch.equal(a, b) for a, b in zip(got, answers, strict=True))
+
+
 # ---- the host never waits in the loop
 
 
