@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ..schedule import Step, StepPlan
 from .graphs import Pieces, Readback
 from .workspace import Workspace
 
-__all__ = ["ImageState", "StepWork", "Variant"]
+__all__ = ["Conditioning", "ImageState", "StepWork", "Variant"]
 
 Variant = tuple[str | None, tuple[int, ...]]
 """A network variant: the task whose neuron set is in force (None: all neurons) and the layers skipped."""
@@ -32,6 +33,38 @@ class StepWork:
     waits: int
 
 
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """The arguments of a call through upstream's interface that do not change within an image, as objects: equal ones are the
+    very same tensors, not written to since, so nothing has to be read to know it."""
+
+    tensors: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
+    numbers: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, latents: Any, t: Any, text_tokens: Any, modality_positions: Any, attention_mask: Any, guidance_scale: float
+    ) -> Conditioning | None:
+        """None where writing to a tensor leaves no trace (made under `torch.inference_mode`), or one is missing."""
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        tensors = (text_tokens, modality_positions, mask)
+        given = [tensor for tensor in tensors if tensor is not None]
+        needed = (latents, t, text_tokens, modality_positions)
+        if not all(isinstance(tensor, Tensor) for tensor in needed) or any(tensor.is_inference() for tensor in given):
+            return None
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (latents, t)]
+        return cls(tensors, tuple(tensor._version for tensor in given), (*shapes, guidance_scale, mask is None))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Conditioning)
+            and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+            and self.versions == other.versions
+            and self.numbers == other.numbers
+        )
+
+
 @dataclass
 class ImageState:
     """One image (or batch of images) being drawn.
@@ -41,6 +74,7 @@ class ImageState:
         modality_positions: [rows, 1, 2], (offset, length) of the image span.
         guided: rows come in two halves that share one latent.
         planned_scale: the caller's guidance scale, where the plan depends on it.
+        conditioning: of the last call through upstream's interface.
         step: evaluations done. last_time: t of the last one.
         skipped: the layers chosen by the last measurement, or None before the first.
         measured: the step whose measurement is on its way to the host, or None. importance: that measurement of the layers.
@@ -59,6 +93,7 @@ class ImageState:
     modality_positions: Tensor
     guided: bool
     planned_scale: float | None
+    conditioning: Conditioning | None = None
     step: int = 0
     last_time: float = float("-inf")
     skipped: tuple[int, ...] | None = None

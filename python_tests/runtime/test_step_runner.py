@@ -233,6 +233,51 @@ def test_the_loop_brings_no_value_to_the_host(name, no_reads, monkeypatch):
         assert summary.host_waits == 0
 
 
+def test_a_call_of_upstreams_sampler_reads_once(no_reads, monkeypatch):
+    fixture, model = public(), public().model()
+    with fx.accelerate(model, FlashUConfig(steps=6)) as handle:
+        expected, seen = sample_as_upstream(model, fixture, 6), []
+        original = model.t2i_generate
+
+        def call(**arguments):
+            if seen:
+                no_reads.append(1)  # the first call looks at its conditioning
+            with DispatchCounter() as counter:
+                result = original(**arguments)
+            no_reads.clear()
+            seen.append(counter.counts.synced)
+            return result
+
+        monkeypatch.setitem(model.__dict__, "t2i_generate", call)
+        assert handle.active
+        assert relative(sample_as_upstream(model, fixture, 6), expected) < LIMIT
+        monkeypatch.setitem(model.__dict__, "t2i_generate", original)
+    assert seen[0] > 0 and seen[1:] == [0] * 4
+
+
+def test_conditioning_written_to_in_place_is_noticed():
+    fixture, model = public(), public().model()
+    i = fixture.sample_inputs
+    tokens = torch.cat([i["text_tokens"], i["text_tokens_null"]])
+    call = {
+        "image_latents": i["noise"].repeat(2, 1, 1, 1),
+        "text_tokens": tokens,
+        "modality_positions": torch.cat([i["modality_positions"], i["modality_positions_null"]]),
+        "guidance_scale": 4.0,
+    }
+    times = [torch.full((4,), value) for value in (0.1, 0.2, 0.3)]
+    with fx.accelerate(model, FlashUConfig(steps=6)) as handle:
+        model.t2i_generate(t=times[0], **call)
+        model.t2i_generate(t=times[1], **call)
+        assert handle.runner.last_image.step == 2
+        tokens[:, 3] = 7
+        got = model.t2i_generate(t=times[2], **call)
+        assert handle.runner.last_image.step == 1, "another image"
+        assert relative(got, model.t2i_generate(t=times[2], **{**call, "text_tokens": tokens.clone()})) < LIMIT
+        again = model.t2i_generate(t=times[0], **call)
+        assert handle.runner.last_image.step == 1 and again.isfinite().all(), "time went back"
+
+
 def test_the_counter_counts_reads_and_launches_not_views():
     x = torch.arange(6.0)
     with DispatchCounter() as counter:
