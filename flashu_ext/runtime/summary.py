@@ -86,7 +86,8 @@ class Summary:
             f"  last image  {mebibytes(self.last_image_memory)}",
             f"launches      {listed(self.launches)} an evaluation",
             f"host waits    {self.syncs} synchronising operators, {self.host_waits} for numbers sent earlier",
-            f"evaluations run by {self.step_runner}; {listed(self.graphs)}",
+            f"step runner   {self.step_runner}"
+            + ("" if self.step_runner.startswith("eager") else f": {listed(self.graphs)}"),
             f"kernels       {listed(self.kernels)}",
             f"fallbacks     {listed(self.fallbacks)}",
         ]
