@@ -164,9 +164,10 @@ def gather_rows(rows: Tensor, index: Tensor, *, out: Tensor | None = None) -> Te
 def scatter_rows_(rows: Tensor, index: Tensor, moved: Tensor) -> Tensor:
     """See `flashu_ext.ops.scatter_rows_`."""
     for target, at, source in _sequences(rows, index, moved):
-        for entry, row in enumerate(at.tolist()):
-            if row >= 0:
-                target[row] = source[entry]
+        # Entries of -1 go to one more row, which is dropped: nothing is read back to the host.
+        padded = torch.cat([target, target[:1] if target.shape[0] else target.new_zeros(1, target.shape[1])])
+        padded.index_copy_(0, torch.where(at < 0, target.shape[0], at.long()), source)
+        target.copy_(padded[:-1])
     return rows
 
 
@@ -278,15 +279,15 @@ def guided_euler_step_(
     latents: Tensor, v: Tensor, s: Tensor, dt: Tensor, step: Tensor | int, *, velocity: Tensor | None = None
 ) -> Tensor:
     """See `flashu_ext.ops.guided_euler_step_`."""
-    at = int(step)
+    at = torch.as_tensor(step, device=latents.device).reshape(1)
     rows = _wide(v).reshape(v.shape[0], -1, latents.shape[1]).transpose(1, 2)
     if v.shape[0] != latents.shape[0]:
         conditional, unconditional = rows.chunk(2)
-        rows = unconditional + s[at] * (conditional - unconditional)
+        rows = unconditional + s.index_select(0, at) * (conditional - unconditional)
     rows = rows.reshape(latents.shape)
     if velocity is not None:
         velocity.copy_(rows)
-    return latents.copy_(_wide(latents) + dt[at] * rows)
+    return latents.copy_(_wide(latents) + dt.index_select(0, at) * rows)
 
 
 def feature_delta(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:

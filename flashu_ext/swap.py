@@ -108,7 +108,7 @@ class Handle:
         tokens = {"prefilled": answers.prefilled, "reused": answers.reused}
         tokens |= {"visual": answers.visual, "visual kept": answers.visual_kept}
         if image is not None:
-            length, geometry = image.workspace.shape.length, image.geometry
+            length, geometry = image.length, image.geometry
             tokens |= {
                 "prefix": geometry.longest,
                 "span": geometry.span,
@@ -116,7 +116,7 @@ class Handle:
             }
         reasons = Counter(f"{name}: {why}" for name, why in runner.kernels.fallbacks.items()) + runner.fallbacks
         workspaces = runner.generation.workspaces
-        failed = {pieces.why_eager for pieces in workspaces.pieces()} - {None, workspaces.why_not}
+        failed = {workspaces.failure, answers.decoder.failure} - {None}
         reasons += Counter(f"step graphs: {why}" for why in failed)
         held = runner.held_bytes()
         return Summary(
@@ -139,7 +139,7 @@ class Handle:
             launches=_launches(image) if image else {},
             syncs=sum(work.syncs for work in image.work) if image else 0,
             host_waits=sum(work.waits for work in image.work) if image else 0,
-            step_runner=f"eager: {workspaces.why_not}" if workspaces.why_not else "graphs",
+            step_runner=f"eager: {why_not}" if (why_not := workspaces.why_not or workspaces.failure) else "graphs",
             graphs=_graphs(runner),
             kernels=dict(runner.kernels.chosen),
             fallbacks=dict(reasons),

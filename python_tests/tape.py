@@ -3,7 +3,8 @@ the recorded memory and numbers, whatever the Python code that made them would d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -51,11 +52,34 @@ class _Recorder(TorchDispatchMode):
                 self.before[where] = (whole, whole.clone())
 
 
+READ_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+
+@contextlib.contextmanager
+def _no_reads() -> Iterator[None]:
+    """Values that the host asks for without an operator, as it can on a CPU."""
+    originals = {name: getattr(torch.Tensor, name) for name in READ_METHODS}
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError(f"Tensor.{name} brings a value to the host; a capture cannot do that")
+
+        return method
+
+    for name in READ_METHODS:
+        setattr(torch.Tensor, name, refuse(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch.Tensor, name, original)
+
+
 class TapeCapture:
     """Captures as CUDA graphs do: nothing has run afterwards, and memory made by the work holds nothing."""
 
     def __call__(self, work: Callable[[], Any]) -> Callable[[], None]:
-        with torch.no_grad(), _Recorder() as recorder:
+        with torch.no_grad(), _no_reads(), _Recorder() as recorder:
             work()
         for whole, values in recorder.before.values():
             whole.copy_(values)

@@ -63,7 +63,7 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
     parts = Showo2Parts.find(model)
     layers = len(parts.layers)
     geometry, count = image.geometry, len(image.geometry.prefix)
-    length, prefix = image.workspace.shape.length, sum(geometry.prefix) / count
+    length, prefix = image.length, sum(geometry.prefix) / count
 
     def layer(tokens: float, active: float, keys: float) -> float:
         return llm_layer_flops(parts, 0, tokens, keys, active=active)
@@ -78,7 +78,7 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
             total += rows * layers * layer(length, length, length)
         elif step.backbone:
             out = skipped[step.skip_from] if step.skip_from is not None else ()
-            active = geometry.span - (image.workspace.router.carried if step.tokens_from else 0)
+            active = geometry.span - (image.carried if step.tokens_from else 0)
             total += rows * (layers - len(out)) * layer(geometry.span, active, prefix + geometry.span)
             if out not in prompts:
                 prompts.add(out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..kernel_sets import KernelSet
 from ..modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
 from ..modules.decoder_layer import decoder_layer
+from ..showo2.decoding import TokenSampler
 from ..structure import Showo2Parts, norm_eps
 from .counting import Counts
 from .graphs import Pieces, Readback, addresses, capture_on, lasting
@@ -41,6 +43,7 @@ class AnswerMemory:
     Attributes:
         buffers: as `PromptCache.buffers`. masks: additive [rows, 1, 1, capacity] for each.
         runs: bool [layers, rows, 1, 1], where rows differ in the layers they skip.
+        in_use: answers are being written here. done: the end of the last ones' work, on a GPU.
         token, position: int64 [rows, 1]. slots: int64 [2], where the new token goes in each of the two buffers.
         logits: [rows, vocab].
     """
@@ -64,6 +67,8 @@ class AnswerMemory:
         positions = torch.arange(self.capacities[0], device=like.device)[None]
         self.rope = rope_table(parts.llm_rope, positions, like.dtype)
         self.pieces = pieces
+        self.in_use = False
+        self.done: Any = None
 
     def holds(self, rows: int, capacities: tuple[int, int], split: int, dtype: torch.dtype) -> bool:
         enough = all(mine >= asked for mine, asked in zip(self.capacities, capacities, strict=True))
@@ -177,6 +182,8 @@ class Decoder:
         self.counts: dict[Hashable, Counts] = {}
         self.last: Counts = Counts()
         self.waits = 0
+        self.failure: str | None = None
+        self._resets = 0
         self._weights = 0
         self._memories: list[AnswerMemory] = []
 
@@ -194,15 +201,26 @@ class Decoder:
             self._weights = weights
             self._memories = []
         for memory in self._memories:
-            if memory is not busy and memory.holds(rows, capacities, split, like.dtype):
+            if memory is not busy and not memory.in_use and memory.holds(rows, capacities, split, like.dtype):
+                if memory.done is not None:
+                    torch.cuda.current_stream(like.device).wait_event(memory.done)
+                # A slot that a row does not use is masked, and must not hold the NaN of an earlier prompt.
+                for buffer in memory.buffers:
+                    buffer.zero_()
                 return memory
         with lasting():
-            made = AnswerMemory(rows, capacities, split, self.parts, like, Pieces(self.capture(), None, self.counts))
-        self._memories = [memory for memory in self._memories if memory is busy] + [made]
+            pieces = Pieces(self.capture(), None, self.counts, self._failed)
+            made = AnswerMemory(rows, capacities, split, self.parts, like, pieces)
+        self._memories = [memory for memory in self._memories if memory is busy or memory.in_use] + [made]
         return made
 
+    def _failed(self, why: str) -> None:
+        self.capture, self.failure = None, why
+
     def reset(self) -> None:
+        """Drop what is kept. Answers under way end with an error: the network they were begun with may be gone."""
         self._memories = []
+        self._resets += 1
 
     def nbytes(self) -> int:
         """Bytes of memory kept between batches."""
@@ -232,7 +250,14 @@ class Decoder:
         answers = _Answers([[] for _ in prompts], list(prompts), eos_token, on_token)
         first = pick(self.parts.lm_head(hidden), list(prompts))
         if cache.memory is not None:
-            self._run_fixed(cache, cache.memory, first, skipped, max_new_tokens, pick, answers)
+            memory: AnswerMemory = cache.memory
+            memory.in_use = True  # a callback may ask another question meanwhile
+            try:
+                self._run_fixed(cache, memory, first, skipped, max_new_tokens, pick, answers)
+            finally:
+                memory.in_use = False
+                if memory.logits.device.type == "cuda":
+                    memory.done = torch.cuda.current_stream(memory.logits.device).record_event()
         else:
             self._run_growing(cache, first, skipped, max_new_tokens, pick, answers)
         return answers.tokens
@@ -253,7 +278,7 @@ class Decoder:
             for allowed in _visible(cache, max_new_tokens - 1)
         ]
         attention = _GrowingPass(cache, masks, self.kernels)
-        readback = Readback()
+        readback, resets = Readback(), self._resets
         live = list(answers.live)
         runs = self._layers_run([skipped[row] for row in live])
         positions = torch.tensor([[prompt.length] for prompt in cache.prompts], device=token.device)
@@ -263,6 +288,7 @@ class Decoder:
                 readback.post(token)
                 values = readback.wait()
             answers.take(token, live, values)
+            self._check(resets)
             if attention.count == max_new_tokens - 1 or not answers.live:
                 break
             if len(answers.live) < len(live):
@@ -281,12 +307,15 @@ class Decoder:
 
     def _layers_run(self, skipped: Sequence[tuple[int, ...]]) -> list[bool | Tensor]:
         """Per layer whether the rows run it: True, False, or bool [rows, 1, 1] where they differ."""
-        runs: list[bool | Tensor] = []
-        for layer in range(len(self.parts.layers)):
-            rows = [layer not in chosen for chosen in skipped]
-            mixed = any(rows) and not all(rows)
-            runs.append(torch.tensor(rows, device=self.parts.device)[:, None, None] if mixed else rows[0])
-        return runs
+        layers = [[layer not in chosen for chosen in skipped] for layer in range(len(self.parts.layers))]
+        if all(rows == rows[:1] * len(rows) for rows in layers):
+            return [rows[0] for rows in layers]
+        on_device = torch.tensor(layers, device=self.parts.device)[:, :, None, None]
+        return [on_device[i] if any(rows) and not all(rows) else rows[0] for i, rows in enumerate(layers)]
+
+    def _check(self, resets: int) -> None:
+        if resets != self._resets:
+            raise RuntimeError("model: its handle was removed or reset while this question was being answered")
 
     def _token(
         self, x: Tensor, rope: Rope, attention: _FixedPass | _GrowingPass, runs: Sequence[bool | Tensor]
@@ -317,6 +346,8 @@ class Decoder:
         answers: _Answers,
     ) -> None:
         rows = list(answers.live)
+        # Draws advance their generators, so none is made ahead of a token that may end an answer.
+        ahead = not (isinstance(pick, TokenSampler) and pick.temperature > 0)
         runs = self._layers_run(skipped)
         for layer, run in enumerate(runs):
             if isinstance(run, Tensor):
@@ -332,23 +363,35 @@ class Decoder:
         key = ("token", len(rows), tuple("mixed" if isinstance(run, Tensor) else run for run in runs))
         readbacks = (Readback(), Readback())
         sent: tuple[Tensor, Readback] | None = None
+        resets = self._resets
         for count in range(max_new_tokens):
             if answers.read:
                 # The token before this one is read while this one is on its way.
                 readbacks[count % 2].post(token)
                 if sent is not None:
                     answers.take(sent[0], rows, sent[1].wait())
+                    sent = None
+                if answers.live and not ahead:
+                    answers.take(token, rows, readbacks[count % 2].wait())
+                elif answers.live:
+                    sent = (token, readbacks[count % 2])
                 if not answers.live:
                     break
-                sent = (token, readbacks[count % 2])
             else:
                 answers.take(token, rows, None)
             if count == max_new_tokens - 1:
                 break
+            self._check(resets)
             memory.token.copy_(token)
             self.last = memory.pieces.run(key, lambda: self._fixed_token(memory, how))
-            token = pick(memory.logits, rows)
-        if sent is not None and answers.live:
+            if ahead or len(answers.live) == len(rows):
+                token = pick(memory.logits, rows)
+            else:
+                token = memory.token.clone()
+                for at, prompt in enumerate(rows):
+                    if prompt in answers.live:
+                        token[at : at + 1] = pick(memory.logits[at : at + 1], [prompt])
+        if sent is not None:
             answers.take(sent[0], rows, sent[1].wait())
         self.waits = sum(readback.waits for readback in readbacks)
 

@@ -76,7 +76,11 @@ class GenerationEngine:
             max(len(plan), rows),
         )
         workspace, pieces = self.workspaces.take(shape)
-        workspace.load(parts, text_tokens, geometry)
+        try:
+            workspace.load(parts, text_tokens, geometry)
+        except BaseException:
+            self.workspaces.give_back(workspace)
+            raise
         return ImageState(
             plan=plan,
             workspace=workspace,
@@ -85,6 +89,8 @@ class GenerationEngine:
             modality_positions=modality_positions.clone(),
             guided=guided,
             planned_scale=self.planned_scale(guidance_scale),
+            length=shape.length,
+            carried=workspace.router.carried,
         )
 
     def planned_scale(self, guidance_scale: float) -> float | None:
@@ -111,11 +117,10 @@ class GenerationEngine:
 
     def end(self, state: ImageState) -> None:
         """Give a finished or abandoned image's memory back; what a summary reads stays."""
-        if state.held_bytes:
+        if state.ended:
             return
-        state.held_bytes = state.nbytes()
-        state.prefixes.clear()
         self.workspaces.give_back(state.workspace)
+        state.let_go()
 
     # ---- one evaluation
 
@@ -144,14 +149,16 @@ class GenerationEngine:
 
     def _evaluate(self, state: ImageState, latents: int, moves: bool) -> int:
         """One evaluation; latents: how many of the workspace's are in use. Returns the rows that ran."""
+        if state.ended or not self.workspaces.lent(state.workspace):
+            raise RuntimeError("model: its handle was removed or reset while this image was being drawn")
         waits = state.waits
         planned = state.plan.at(state.step + 1)
         rows = state.rows(planned)
         images = min(latents, rows)
         done: list[Counts] = []
 
-        def run(key: Hashable, work: Callable[[], Any]) -> None:
-            done.append(state.pieces.run(key, work))
+        def run(key: Hashable, work: Callable[[], Any], rare: bool = False) -> None:
+            done.append(state.pieces.run(key, work, rare))
 
         step = self._decided(state, planned, images, run)
         if step.backbone:
@@ -207,7 +214,7 @@ class GenerationEngine:
         if not step.measure:
             variant = (variant[0], self._skipped(state) if step.skip_from is not None else ())
             self._load_prefix(state, rows, variant, run)
-        measures = (step.measure, router.slot() if step.measure_tokens else None, step.head)
+        measures = (step.measure, router.slot() if step.measure_tokens else None, step.measure and step.head)
         routes = router.reads(step.tokens_from, step.index) if step.tokens_from else ()
 
         def work() -> None:
@@ -215,7 +222,8 @@ class GenerationEngine:
             (backbone.measure if step.measure else backbone.run)(ws, step, rows, variant, span)
 
         lengths = None if ws.fixed else state.geometry
-        run(("backbone", rows, images, encode, variant, measures, routes, lengths), work)
+        # Which layers are skipped may be another choice for every prompt.
+        run(("backbone", rows, images, encode, variant, measures, routes, lengths), work, rare=bool(variant[1]))
         if encode and self.config.encoder_cache:
             state.semantic_rows = images
         state.encode_due &= not encode
@@ -262,7 +270,7 @@ class GenerationEngine:
         owner = ws.owner
         if (owner is not None and owner[0] == variant and owner[1] >= rows) or state.load_prefix(variant, rows):
             return
-        run(("prefix", rows, variant), lambda: self.backbone.prefix(ws, rows, variant))
+        run(("prefix", rows, variant), lambda: self.backbone.prefix(ws, rows, variant), rare=bool(variant[1]))
         ws.owner = (variant, rows)
         state.keep_prefix(variant, rows)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Protocol
 
@@ -35,15 +36,29 @@ class CudaCapture:
     """CUDA graphs that share one memory pool: replays never overlap, and what outlives one lies in the workspace."""
 
     def __init__(self, device: torch.device):
-        # A stream of its own: torch's default one for captures belongs to whatever device was current at first.
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _capture_stream(device)
         self._pool: Any = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._stream.device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            work()
+        device = self._stream.device
+        before = torch.cuda.current_stream(device)
+        try:
+            # Only this thread's calls count: a thread that loads data may allocate meanwhile.
+            mode = "thread_local"
+            with torch.cuda.device(device), torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+                work()
+        finally:
+            # A capture that fails leaves torch on its stream.
+            torch.cuda.set_stream(before)
         return graph.replay
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> Any:
+    """One stream a device for all captures, for libraries keep memory for every stream. Torch's own one for captures belongs to
+    whatever device was current at first."""
+    return torch.cuda.Stream(device)
 
 
 def capture_on(device: torch.device, wanted: bool) -> tuple[Callable[[], Capture] | None, str | None]:
@@ -69,6 +84,16 @@ def lasting() -> Iterator[None]:
         yield
 
 
+KEPT_GRAPHS = 48
+"""Graphs of one workspace; the least recently used make room. Which layers are skipped depends on prompts, so there is no end
+to the kinds of work."""
+
+KEPT_COUNTS = 1024
+
+RARE_USES = 3
+"""A capture costs as much as a few runs."""
+
+
 class Pieces:
     """The pieces of work of one workspace.
 
@@ -77,30 +102,41 @@ class Pieces:
         replayed, eager: runs so far of either kind.
     """
 
-    def __init__(self, capture: Capture | None, why_eager: str | None, counts: dict[Hashable, Counts]):
-        """capture: None runs everything operator by operator. counts: of every key, shared by all workspaces."""
+    def __init__(
+        self,
+        capture: Capture | None,
+        why_eager: str | None,
+        counts: dict[Hashable, Counts],
+        failed: Callable[[str], None] = lambda why: None,
+    ):
+        """capture: None runs everything operator by operator. counts: of every key, shared by all workspaces. failed: told
+        why, where a capture fails."""
+        self._failed = failed
         self.why_eager = why_eager
         self._capture = capture
         self._counts = counts
-        self._seen: set[Hashable] = set()
-        self._replays: dict[Hashable, Callable[[], None]] = {}
+        self._uses: Counter[Hashable] = Counter()
+        self._replays: OrderedDict[Hashable, Callable[[], None]] = OrderedDict()
         self.replayed = self.eager = 0
 
     @property
     def captured(self) -> int:
         return len(self._replays)
 
-    def run(self, key: Hashable, work: Work) -> Counts:
-        """Run a piece and return what it asks of the device."""
+    def run(self, key: Hashable, work: Work, rare: bool = False) -> Counts:
+        """Run a piece and return what it asks of the device. A rare one is captured only once it has come back often."""
         replay = self._replays.get(key)
-        if replay is None and self._capture is not None and key in self._seen:
+        if replay is None and self._capture is not None and self._uses[key] >= (RARE_USES if rare else 1):
             replay = self._captured(key, work)
         if replay is not None:
+            self._replays.move_to_end(key)
             replay()
             self.replayed += 1
         else:
             self._run_eagerly(key, work)
-            self._seen.add(key)
+            if len(self._uses) > KEPT_COUNTS:
+                self._uses.clear()
+            self._uses[key] += 1
             self.eager += 1
         return self._counts[key]
 
@@ -110,6 +146,8 @@ class Pieces:
             return
         with DispatchCounter() as counter:
             work()
+        if len(self._counts) > KEPT_COUNTS:
+            self._counts.clear()
         self._counts[key] = counter.counts
 
     def _captured(self, key: Hashable, work: Work) -> Callable[[], None] | None:
@@ -120,7 +158,10 @@ class Pieces:
             # What cannot be captured still runs. Capturing has run nothing, so the images' memory is as it was.
             self._capture = None
             self.why_eager = f"capturing failed: {str(error).splitlines()[0]}"
+            self._failed(self.why_eager)
             return None
+        while len(self._replays) > KEPT_GRAPHS:
+            self._replays.popitem(last=False)
         return self._replays[key]
 
 
@@ -142,7 +183,8 @@ class Readback:
             self._values, self._event = values.clone(), None
             return
         if self._values is None or self._values.shape != values.shape:
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            with lasting():
+                self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._event = torch.cuda.Event()
         self._values.copy_(values, non_blocking=True)
         self._event.record(torch.cuda.current_stream(values.device))

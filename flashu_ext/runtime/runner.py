@@ -87,7 +87,7 @@ class Runner:
                     velocity = self._velocity(state.workspace.velocity[:rows], scales[i], noise.shape)
                     velocities.append(velocity.clone())  # the next evaluation overwrites it
                 if callback is not None:
-                    callback(i + 1, latents)
+                    callback(i + 1, latents.clone())  # the caller's to keep: the next step writes into these
             drawn = latents.clone()
         finally:
             engine.end(state)
@@ -119,11 +119,15 @@ class Runner:
     ) -> Tensor:
         """One evaluation, called by upstream's sampler; same arguments and result as the model's own method.
 
-        A new image is found by its conditioning and by t, which grows within an image.
+        A new image is found by its conditioning and by t, which grows within an image. Two images of one prompt that are drawn
+        by turns are told apart by their tensors: with the very same ones they would share what is kept between steps.
         """
         reason = self._why_original(
             image_latents, t, text_tokens, modality_positions, first_frame_as_cond, only_denoise_last_image
         )
+        if self._in_progress and self.generation.workspaces.moved():
+            for state in list(self._in_progress):
+                self._drop(state)
         call = Conditioning.of(image_latents, t, text_tokens, modality_positions, attention_mask, guidance_scale)
         known = next((s for s in self._in_progress if call is not None and s.conditioning == call), None)
         if reason is None and known is None:
@@ -151,10 +155,10 @@ class Runner:
             validate.check_t2i_inputs(self.parts.model, image_latents, t, text_tokens, modality_positions, guided)
         time, shared = self._look_at(image_latents, t, guided)
         state = self._image_in_progress(known, text_tokens, modality_positions, guidance_scale, image_latents, time)
-        state.last_time, state.conditioning = time, call
         latents, times = (image_latents.chunk(2)[0], t[: state.images]) if shared else (image_latents, t)
         index = state.step + 1
         rows = self.generation.velocity_at(state, latents, times)
+        state.last_time, state.conditioning = time, call
         scale = self.config.guidance_at(index, guidance_scale) if guided else 0.0
         velocity = self._velocity(rows, scale, torch.Size((state.images, *image_latents.shape[1:])))
         velocity = torch.cat([velocity, velocity]) if guided else velocity.clone()
@@ -218,15 +222,18 @@ class Runner:
         """The image that a call goes on with, or a new one. known: the image whose conditioning these very tensors are."""
         size = (latents.shape[2], latents.shape[3])
         grid = (size[0] // self.parts.patch_size, size[1] // self.parts.patch_size)
-        for state in self._in_progress:
-            if state is known or state.matches(
-                tokens, positions, guidance_scale > 0, grid, self.generation.planned_scale(guidance_scale)
-            ):
-                if time > state.last_time:
-                    self.last_image = state
-                    return state
-                self._drop(state)
-                break
+        scale = self.generation.planned_scale(guidance_scale)
+        # The very same tensors first; then equal ones, for a caller may make them anew for every call. Two images of one
+        # prompt, drawn by turns, are told apart by their tensors, and where these are the same by their times.
+        guided = guidance_scale > 0
+        same = [known] if known else [s for s in self._in_progress if s.matches(tokens, positions, guided, grid, scale)]
+        earlier = [state for state in same if state.last_time < time]
+        if earlier:
+            # Of several the one that is farthest, and of these the newest: an older one was abandoned.
+            self.last_image = max(reversed(earlier), key=lambda state: state.last_time)
+            return self.last_image
+        if known is not None:
+            self._drop(known)
         while len(self._in_progress) >= IMAGES_IN_PROGRESS:
             self._drop(self._in_progress[0])
         state = self.generation.begin(None, tokens, positions, guidance_scale, size)
@@ -299,6 +306,7 @@ class Runner:
 
     def reset(self) -> None:
         """Forget images in progress and the last prompt."""
-        self._in_progress.clear()
+        for state in list(self._in_progress):
+            self._drop(state)
         self.generation.workspaces.clear()
         self.understanding.reset()

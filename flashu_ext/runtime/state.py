@@ -74,6 +74,7 @@ class ImageState:
         modality_positions: [rows, 1, 2], (offset, length) of the image span.
         guided: rows come in two halves that share one latent.
         planned_scale: the caller's guidance scale, where the plan depends on it.
+        length: of the rows of text tokens. carried: tokens of a row carried past a layer where tokens are routed.
         conditioning: of the last call through upstream's interface.
         step: evaluations done. last_time: t of the last one.
         skipped: the layers chosen by the last measurement, or None before the first.
@@ -93,6 +94,8 @@ class ImageState:
     modality_positions: Tensor
     guided: bool
     planned_scale: float | None
+    length: int
+    carried: int
     conditioning: Conditioning | None = None
     step: int = 0
     last_time: float = float("-inf")
@@ -160,6 +163,17 @@ class ImageState:
             and _same(self.workspace.text_tokens, text_tokens)
             and _same(self.modality_positions, modality_positions)
         )
+
+    def let_go(self) -> None:
+        """Let go of everything but what a summary reads."""
+        self.held_bytes = self.nbytes()
+        self.prefixes.clear()
+        self.conditioning = None
+        del self.workspace, self.pieces
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.held_bytes)
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of all that this image holds, by purpose."""

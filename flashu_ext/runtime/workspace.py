@@ -24,6 +24,9 @@ PREFIX_STEP, TIMES_STEP = 64, 64
 """Where memory is kept for the next image, room for prompts and times is rounded up to these, so that most images fit."""
 
 
+SLOT_STEP = 16
+
+
 @dataclass(frozen=True)
 class Shape:
     """What images must have in common to be drawn in the same memory.
@@ -90,7 +93,8 @@ class Workspace:
         self.grid = (height // parts.patch_size, width // parts.patch_size)
         patches = self.grid[0] * self.grid[1]
         self.span = span = patches + parts.has_time_token
-        slots, rows = span + shape.prefix, shape.rows
+        # A mask's rows are read in wide pieces, which a length of odd numbers would have copied for every layer.
+        slots, rows = -(-(span + shape.prefix) // SLOT_STEP) * SLOT_STEP if fixed else span + shape.prefix, shape.rows
         llm, head = parts.llm_attention, parts.head_attention
         first_block = parts.blocks[0]
         head_width = int(first_block.input_layernorm.weight.shape[0])
@@ -151,7 +155,8 @@ class Workspace:
 
     def prefix(self, rows: int) -> tuple[Tensor, Tensor]:
         """The part of `llm` and of `head` that holds the prefixes of the first `rows` rows."""
-        return self.llm[:, :, :rows, self.span :], self.head[:, :, :rows, self.span :]
+        slots = slice(self.span, self.span + self.shape.prefix)
+        return self.llm[:, :, :rows, slots], self.head[:, :, :rows, slots]
 
     def _purposes(self) -> Iterator[tuple[str, Tensor | None]]:
         for tensor in (self.llm, self.head, self.mask):

@@ -37,7 +37,7 @@ class Workspaces:
     holds is drawn in it. Else it is dropped: there is nothing to save by keeping it.
 
     Attributes:
-        capture: makes the capture of a new workspace, or None. why_not: why there is none.
+        capture: makes the capture of a new workspace, or None. why_not: why there is none. failure: why a capture failed.
         counts: of every piece of work seen, what it asks of the device.
     """
 
@@ -45,6 +45,7 @@ class Workspaces:
         self.parts = parts
         self.config = config
         self.capture, self.why_not = capture_on(parts.device, config.step_graphs)
+        self.failure: str | None = None
         self.counts: dict[Hashable, Counts] = {}
         self._weights = 0
         self._idle: list[_Taken] = []
@@ -65,9 +66,13 @@ class Workspaces:
         fixed = self.capture is not None
         with lasting():
             workspace = Workspace(self.parts, self.config, shape.rounded() if fixed else shape, fixed)
-        pieces = Pieces(self.capture() if self.capture else None, self.why_not, self.counts)
+        pieces = Pieces(self.capture() if self.capture else None, self.why_not, self.counts, self._failed)
         self._taken.append(_Taken(workspace, pieces, self._weights))
         return workspace, pieces
+
+    def _failed(self, why: str) -> None:
+        """What failed once is not tried again in the next workspace."""
+        self.capture, self.failure = None, why
 
     def give_back(self, workspace: Workspace) -> None:
         """The image is done with it. The next one may run on another stream; it waits for this one's work."""
@@ -80,6 +85,14 @@ class Workspaces:
                     taken.done = torch.cuda.current_stream(workspace.hidden.device).record_event()
                 self._idle = [*self._idle, taken][-KEPT_IDLE:]
                 return
+
+    def lent(self, workspace: Workspace) -> bool:
+        """Whether a workspace is still its image's: not after `clear`."""
+        return any(taken.workspace is workspace for taken in self._taken)
+
+    def moved(self) -> bool:
+        """Whether the weights no longer lie where captured work reads them."""
+        return self.capture is not None and addresses(self.parts.model) != self._weights
 
     def clear(self) -> None:
         """Drop what is kept, and forget what is out."""

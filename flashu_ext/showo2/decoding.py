@@ -49,12 +49,15 @@ class TokenSampler:
             return logits.argmax(-1, keepdim=True)
         weights = torch.softmax(self.filtered(logits), dim=-1)
         if self.generators is None:
-            return torch.multinomial(weights, num_samples=1)
-        drawn = [
-            torch.multinomial(row, num_samples=1, generator=self.generators[prompt])
-            for row, prompt in zip(weights, prompts, strict=True)
-        ]
+            return _draw(weights, None)
+        drawn = [_draw(row, self.generators[prompt]) for row, prompt in zip(weights, prompts, strict=True)]
         return torch.stack(drawn)
+
+
+def _draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One index for each row of weights [..., n] -> int64 [..., 1]: `torch.multinomial`, the same numbers from the same
+    generator, without its look at the weights, for which a GPU's host would wait."""
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
 def decode_dense(
