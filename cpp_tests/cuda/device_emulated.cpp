@@ -15,9 +15,11 @@ void copy_to_device(void* to, const void* from, std::size_t bytes) { std::memcpy
 void copy_from_device(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
 void device_synchronize() {}
 
-std::vector<uint64_t> schedules() {
+void begin_test() { simt::settings() = {}; }
+
+std::vector<uint64_t> schedules(int times) {
   const char* wish = std::getenv("FLASHU_SIMT_SEEDS");
-  const int count = wish != nullptr ? std::atoi(wish) : 3;
+  const int count = times * (wish != nullptr ? std::atoi(wish) : 3);
   std::vector<uint64_t> seeds;
   for (int i = 0; i < count; ++i) seeds.push_back(static_cast<uint64_t>(i));
   return seeds;

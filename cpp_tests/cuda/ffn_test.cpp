@@ -224,6 +224,34 @@ TYPED_TEST(DeviceFfn, SeveralTilesInBothDirections) {
   }
 }
 
+// More steps than stages, more results than boxes to leave from, in both warpgroups: only then is anything
+// overwritten while it is read, if a wait or a barrier lets it.
+TYPED_TEST(DeviceFfn, StagesAndBoxesAreUsedAgain) {
+  Operands<TypeParam> o(72, 328, 520, 72);
+  for (const Chosen& chosen : {Chosen{"all", {}, {}}, Chosen{"runs of eights", {{8, 40, 64, 448}}, {}},
+                               Chosen{"index", {}, {shuffled(440, 520, 3)}}}) {
+    SCOPED_TRACE(chosen.name);
+    const std::vector<int64_t> list = chosen.list(520);
+    const auto h = reference_h(o, list);
+    this->under_every_schedule(
+        [&] {
+          const auto got = run_ffn(o, chosen, true);
+          expect_down(got, h, o.down, list, &o.residual, 72, 520, 72, false);
+        },
+        2);
+  }
+}
+
+// Rows whose last piece of 16 bytes is not whole, listed: NaN lies behind them.
+TYPED_TEST(DeviceFfn, LastPiecesOfRows) {
+  const Operands<TypeParam> o(40, 45, 301, 29, 3);
+  for (const Chosen& chosen :
+       {Chosen{"range", {{3, 290}}, {}}, Chosen{"runs of eights", {{8, 40, 64, 232}}, {}},
+        Chosen{"index", {}, {shuffled(260, 301, 3)}}}) {
+    whole_ffn(o, chosen, false, 3);
+  }
+}
+
 TYPED_TEST(DeviceFfn, OperandsThatAreNotAligned) {
   for (const int64_t rows : {int64_t{5}, int64_t{33}}) {
     // With padding 3 rows are aligned, but hold no whole pieces of 16 bytes.
@@ -250,9 +278,13 @@ TYPED_TEST(DeviceFfn, LaunchesOfAnySizeInAnyOrder) {
 TYPED_TEST(DeviceFfn, NothingToMultiply) {
   for (const int64_t rows : {int64_t{0}, int64_t{1}, int64_t{40}}) {
     for (const auto& [hidden, width] : {std::array<int64_t, 2>{0, 24}, {64, 0}, {0, 0}}) {
-      const Operands<TypeParam> o(rows, hidden, 96, width);
-      whole_ffn(o, {"all", {}, {}}, true);
-      whole_ffn(o, {"index", {}, {shuffled(31, 96, 4)}}, false);
+      // With padding the rows have strides that the fast kernels would take; with 304 neurons those would be
+      // chosen.
+      for (const int64_t padding : {0, 8}) {
+        const Operands<TypeParam> o(rows, hidden, 304, width, padding);
+        whole_ffn(o, {"all", {}, {}}, true, padding);
+        whole_ffn(o, {"index", {}, {shuffled(231, 304, 4)}}, false, padding);
+      }
     }
   }
 }

@@ -187,10 +187,11 @@ class DeviceTest : public ::testing::Test {
   void SetUp() override {
     const std::string reason = why_no_device();
     if (!reason.empty()) GTEST_SKIP() << reason;
+    begin_test();
     use_capability(90);
   }
-  static void under_every_schedule(const std::function<void()>& body) {
-    for (const uint64_t schedule : schedules()) {
+  static void under_every_schedule(const std::function<void()>& body, int times = 1) {
+    for (const uint64_t schedule : schedules(times)) {
       SCOPED_TRACE("schedule " + std::to_string(schedule));
       use_schedule(schedule);
       body();

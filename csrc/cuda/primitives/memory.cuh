@@ -75,7 +75,7 @@ FLASHU_DEVICE void cp_async16(void* to, const void* from, int bytes FLASHU_WHERE
   words[0] = words[1] = ~uint64_t{0};
   const simt::Unseen unseen;
   simt::note_generic_write(to, 16);
-  simt::copy_groups().add(simt::defer([words, from, bytes] {
+  simt::copy_groups().add(simt::defer(simt::Kind::kCopy, [words, from, bytes] {
     words[0] = words[1] = 0;
     auto* const target = reinterpret_cast<uint16_t*>(words);
     for (int i = 0; i < bytes / 2; ++i) target[i] = static_cast<const uint16_t*>(from)[i];
