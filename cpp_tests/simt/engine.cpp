@@ -28,6 +28,7 @@ constexpr int kBarriers = 16;
 struct Range {
   const char* begin;
   const char* end;
+  std::shared_ptr<Deferred> copy;  // that writes there, or null: it is written
 };
 
 void poison([[maybe_unused]] void* address, [[maybe_unused]] std::size_t bytes) {
@@ -568,6 +569,7 @@ void Groups::finish(unsigned pending) {
   while (committed_.size() > pending) {
     for (const auto& work : committed_.front()) {
       complete(*work);
+      work->waited_for = true;
       order_acquire(&work->done);
     }
     committed_.erase(committed_.begin());
@@ -578,18 +580,19 @@ Groups& copy_groups() { return self().copies; }
 Groups& bulk_groups() { return self().bulks; }
 Groups& product_groups() { return self().block->threads[self().linear / kLanes * kLanes]->products; }
 
-void note_generic_write(const void* address, std::size_t bytes) {
+void note_generic_write(const void* address, std::size_t bytes, std::shared_ptr<Deferred> copy) {
   const Unseen unseen;
   const auto* begin = static_cast<const char*>(address);
   std::vector<Range>& unfenced = self().unfenced;
   // Kernels without asynchronous readers never fence; the latest writes are enough to find a forgotten one.
   if (unfenced.size() == 512) unfenced.erase(unfenced.begin(), unfenced.begin() + 256);
-  unfenced.push_back({begin, begin + bytes});
+  unfenced.push_back({begin, begin + bytes, std::move(copy)});
 }
 
 void fence_proxy_async() {
   const Unseen unseen;
-  self().unfenced.clear();
+  std::erase_if(self().unfenced,
+                [](const Range& range) { return range.copy == nullptr || range.copy->waited_for; });
   self().unfenced_barriers.clear();
 }
 

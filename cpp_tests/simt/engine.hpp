@@ -56,6 +56,7 @@ struct Deferred {
   std::function<void()> work;
   std::shared_ptr<Deferred> after;  // what must be done before, or null
   bool done = false;
+  bool waited_for = false;  // by Groups::wait(): its issuer may rely on it
 };
 
 // ---- the running thread
@@ -145,8 +146,9 @@ Groups& bulk_groups();     // cp.async.bulk, from shared memory
 Groups& product_groups();  // wgmma, of the whole warp
 
 // Writes by ordinary instructions that the asynchronous proxy (wgmma, bulk copies) may not see yet. Only
-// writes of emulated instructions (stmatrix, cp.async) are known here, plain stores are not.
-void note_generic_write(const void* address, std::size_t bytes);
+// writes of emulated instructions (stmatrix, cp.async) are known here, plain stores are not. A fence is for
+// writes that have happened, so not for a `copy` that was not waited for.
+void note_generic_write(const void* address, std::size_t bytes, std::shared_ptr<Deferred> copy = nullptr);
 void fence_proxy_async();
 void check_proxy(const void* address, std::size_t bytes, const char* what, const Place& where);
 
