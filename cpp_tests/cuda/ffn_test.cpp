@@ -156,6 +156,14 @@ DeviceWorkspace workspace_for(Args& args, int32_t (*size)(const Args*, uint64_t*
   return DeviceWorkspace(bytes);
 }
 
+// A tensor without elements has no memory in torch; kernels must not be chosen by its address.
+flashu_tensor as_torch_has_it(flashu_tensor tensor) {
+  for (int d = 0; d < tensor.ndim; ++d) {
+    if (tensor.sizes[d] == 0) tensor.data = nullptr;
+  }
+  return tensor;
+}
+
 template <class T>
 Guarded<T> run_ffn(Operands<T>& o, const Chosen& chosen, bool with_residual, int64_t out_padding = 0,
                    Guarded<double>* norms = nullptr) {
@@ -165,11 +173,11 @@ Guarded<T> run_ffn(Operands<T>& o, const Chosen& chosen, bool with_residual, int
   args.x = o.x.upload();
   args.w_gate = o.gate.upload();
   args.w_up = o.up.upload();
-  args.w_down = o.down.upload();
+  args.w_down = as_torch_has_it(o.down.upload());
   args.selection = on_device.selection;
   if (with_residual) args.residual = o.residual.upload();
   if (norms != nullptr) args.norms = norms->upload();
-  args.out = out.upload();
+  args.out = as_torch_has_it(out.upload());
   const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_ffn_workspace);
   args.workspace = workspace.get().data;
   args.workspace_bytes = workspace.get().bytes;

@@ -223,6 +223,20 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+def copy_sources(target: Path) -> None:
+    """Bring `target` up to date. What is the same is not touched, and what changes is new to the build by its time, which
+    a time that came along would not be after a run that planted something later."""
+    wanted = {target / "CMakeLists.txt": ROOT / "CMakeLists.txt"}
+    for name in ("csrc", "cpp_tests"):
+        wanted |= {target / path.relative_to(ROOT): path for path in (ROOT / name).rglob("*") if path.is_file()}
+    for path in [path for path in target.rglob("*") if path.is_file() and path not in wanted]:
+        path.unlink()
+    for path, source in wanted.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_bytes() != source.read_bytes():
+            shutil.copyfile(source, path)
+
+
 def build(folder: Path, source: Path, sanitize: str) -> bool:
     """Configure once, then build the emulated tests; False where they do not compile."""
     binary = folder / (sanitize.replace(",", "-") or "plain")
@@ -261,11 +275,7 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if arguments.name in mutant.name]
     source = arguments.folder / "source"
-    shutil.rmtree(source, ignore_errors=True)
-    source.mkdir(parents=True)
-    for name in ("csrc", "cpp_tests", "CMakeLists.txt"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-        copy(ROOT / name, source / name)
+    copy_sources(source)
     if not build(arguments.folder, source, ""):
         print("the unchanged sources do not build", file=sys.stderr)
         return 1
