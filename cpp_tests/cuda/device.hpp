@@ -14,6 +14,9 @@ std::string why_no_device();
 
 void* device_allocate(std::size_t bytes);
 void device_free(void* memory);
+// Whether kernels may use these bytes; only the emulator under AddressSanitizer finds those that do and may
+// not.
+void device_forbid(const void* memory, std::size_t bytes, bool forbid);
 void copy_to_device(void* to, const void* from, std::size_t bytes);
 void copy_from_device(void* to, const void* from, std::size_t bytes);
 // Waits for all work; throws std::runtime_error where it failed.

@@ -27,6 +27,7 @@ void* device_allocate(std::size_t bytes) {
   return memory;
 }
 void device_free(void* memory) { static_cast<void>(cudaFree(memory)); }
+void device_forbid(const void*, std::size_t, bool) {}
 void copy_to_device(void* to, const void* from, std::size_t bytes) {
   check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
 }
