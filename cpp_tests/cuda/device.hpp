@@ -14,14 +14,20 @@ std::string why_no_device();
 
 void* device_allocate(std::size_t bytes);
 void device_free(void* memory);
+// Whether kernels may use these bytes; only the emulator under AddressSanitizer finds those that do and may
+// not.
+void device_forbid(const void* memory, std::size_t bytes, bool forbid);
 void copy_to_device(void* to, const void* from, std::size_t bytes);
 void copy_from_device(void* to, const void* from, std::size_t bytes);
 // Waits for all work; throws std::runtime_error where it failed.
 void device_synchronize();
 
-// Schedules to run every test under: 1, 2, ... on the emulator, 0 alone on a GPU. FLASHU_SIMT_SEEDS says how
-// many.
-std::vector<uint64_t> schedules();
+// Makes what a test sees independent of the tests before it.
+void begin_test();
+
+// Schedules to run every test under: 0, 1, ... on the emulator, 0 alone on a GPU. FLASHU_SIMT_SEEDS says how
+// many; `times` as many where a test needs more of them.
+std::vector<uint64_t> schedules(int times = 1);
 void use_schedule(uint64_t schedule);
 
 // Pretends to be a device of this capability (80, 90) as far as kernel choice goes; false where that cannot

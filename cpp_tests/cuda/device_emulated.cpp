@@ -2,6 +2,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "cuda/device.hpp"
 #include "simt/engine.hpp"
 
@@ -11,13 +15,25 @@ std::string why_no_device() { return ""; }
 
 void* device_allocate(std::size_t bytes) { return std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096); }
 void device_free(void* memory) { std::free(memory); }
+void device_forbid([[maybe_unused]] const void* memory, [[maybe_unused]] std::size_t bytes,
+                   [[maybe_unused]] bool forbid) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (forbid) {
+    __asan_poison_memory_region(memory, bytes);
+  } else {
+    __asan_unpoison_memory_region(memory, bytes);
+  }
+#endif
+}
 void copy_to_device(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
 void copy_from_device(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
 void device_synchronize() {}
 
-std::vector<uint64_t> schedules() {
+void begin_test() { simt::settings() = {}; }
+
+std::vector<uint64_t> schedules(int times) {
   const char* wish = std::getenv("FLASHU_SIMT_SEEDS");
-  const int count = wish != nullptr ? std::atoi(wish) : 3;
+  const int count = times * (wish != nullptr ? std::atoi(wish) : 3);
   std::vector<uint64_t> seeds;
   for (int i = 0; i < count; ++i) seeds.push_back(static_cast<uint64_t>(i));
   return seeds;

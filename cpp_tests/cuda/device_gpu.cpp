@@ -27,6 +27,7 @@ void* device_allocate(std::size_t bytes) {
   return memory;
 }
 void device_free(void* memory) { static_cast<void>(cudaFree(memory)); }
+void device_forbid(const void*, std::size_t, bool) {}
 void copy_to_device(void* to, const void* from, std::size_t bytes) {
   check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
 }
@@ -35,7 +36,8 @@ void copy_from_device(void* to, const void* from, std::size_t bytes) {
 }
 void device_synchronize() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
 
-std::vector<uint64_t> schedules() { return {0}; }
+void begin_test() {}
+std::vector<uint64_t> schedules(int) { return {0}; }
 void use_schedule(uint64_t) {}
 
 bool use_capability(int capability) {

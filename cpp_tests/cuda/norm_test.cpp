@@ -60,6 +60,32 @@ TYPED_TEST(DeviceNorm, AddRmsNorm) {
   }
 }
 
+// The norm is that of the sum as it is stored. Here every stored sum is 1, whose norm is the weight exactly;
+// the sums before they were rounded are off by enough to give the weight's neighbours.
+TYPED_TEST(DeviceNorm, NormOfTheStoredSum) {
+  if (sizeof(TypeParam) == 4) GTEST_SKIP() << "a spacing of fp32 is lost in the norm's own rounding";
+  const auto unit = static_cast<float>(spacing<TypeParam>(1));
+  for (const Shape& s : {Shape{3, 64, 0, 0}, {2, 520, 0, 0}, {2, 1536, 0, 0}, {3, 72, 0, 1}, {2, 7, 2, 0}}) {
+    SCOPED_TRACE("width " + std::to_string(s.width));
+    this->under_every_schedule([&] {
+      Guarded<TypeParam> x({s.rows, s.width}, s.padding, s.offset);
+      Guarded<TypeParam> residual({s.rows, s.width}, s.padding);
+      Guarded<TypeParam> weight({s.width});
+      x.fill([&](int64_t i) { return from_float<TypeParam>((i % 2 == 0 ? 0.375f : -0.1875f) * unit); });
+      residual.fill([](int64_t) { return from_float<TypeParam>(1.0f); });
+      weight.fill([&](int64_t) { return from_float<TypeParam>(2 - unit); });
+      add_rms_norm(x.upload(), residual.upload(), weight.upload(), 1e-7);
+      device_synchronize();
+      const auto sum = residual.download();
+      const auto norm = x.download();
+      for (int64_t i = 0; i < sum.count(); ++i) {
+        ASSERT_EQ(to_float(sum[i]), 1.0f) << "element " << i;
+        ASSERT_EQ(to_float(norm[i]), 2 - unit) << "element " << i;
+      }
+    });
+  }
+}
+
 TYPED_TEST(DeviceNorm, SpansOfEveryKind) {
   const std::vector<std::vector<int64_t>> lists = {
       {}, {0, 2, 3}, {0, 0, 5, 1, 1, 2, 2, 0, 0}, {2, 1, 4, 0, 0, 1, 0, 3, 2}, {1, 0, 5, 2, 0, 5, 0, 0, 5}};

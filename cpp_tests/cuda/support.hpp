@@ -59,8 +59,16 @@ class Guarded {
 
   // The tensor on the device, as it is now.
   flashu_tensor upload() {
-    if (device_ == nullptr) device_ = std::shared_ptr<void>(device_allocate(memory_.size()), device_free);
+    if (device_ == nullptr) {
+      device_ =
+          std::shared_ptr<void>(device_allocate(memory_.size()), [bytes = memory_.size()](void* memory) {
+            device_forbid(memory, bytes, false);
+            device_free(memory);
+          });
+    }
+    forbid_zones(false);
     copy_to_device(device_.get(), memory_.data(), memory_.size());
+    forbid_zones(true);
     flashu_tensor out = view();
     out.device = 0;
     out.data = static_cast<char*>(device_.get()) + kZone + offset_ * static_cast<int64_t>(sizeof(T));
@@ -70,7 +78,9 @@ class Guarded {
   // What the device has made of it; zones and padding must be as they were.
   Guarded download() const {
     Guarded out = *this;
+    forbid_zones(false);
     copy_from_device(out.memory_.data(), device_.get(), memory_.size());
+    forbid_zones(true);
     out.device_ = nullptr;
     out.check_zones();
     return out;
@@ -89,6 +99,13 @@ class Guarded {
 
  private:
   static constexpr size_t kZone = 4096;
+
+  // A read that changes no result is still one of memory that may not be there.
+  void forbid_zones(bool forbid) const {
+    auto* const memory = static_cast<char*>(device_.get());
+    device_forbid(memory, kZone, forbid);
+    device_forbid(memory + memory_.size() - kZone, kZone, forbid);
+  }
 
   int64_t place(int64_t i) const {
     int64_t at = 0;
@@ -187,10 +204,11 @@ class DeviceTest : public ::testing::Test {
   void SetUp() override {
     const std::string reason = why_no_device();
     if (!reason.empty()) GTEST_SKIP() << reason;
+    begin_test();
     use_capability(90);
   }
-  static void under_every_schedule(const std::function<void()>& body) {
-    for (const uint64_t schedule : schedules()) {
+  static void under_every_schedule(const std::function<void()>& body, int times = 1) {
+    for (const uint64_t schedule : schedules(times)) {
       SCOPED_TRACE("schedule " + std::to_string(schedule));
       use_schedule(schedule);
       body();

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <sstream>
 
@@ -27,6 +28,7 @@ constexpr int kBarriers = 16;
 struct Range {
   const char* begin;
   const char* end;
+  std::shared_ptr<Deferred> copy;  // that writes there, or null: it is written
 };
 
 void poison([[maybe_unused]] void* address, [[maybe_unused]] std::size_t bytes) {
@@ -60,6 +62,9 @@ struct Thread {
   Groups bulks{"cp.async.bulk"};
   Groups products{"wgmma"};
   std::vector<Range> unfenced;  // generic writes that the asynchronous proxy may not see
+  std::vector<const void*> unfenced_barriers;
+  std::uint64_t priority = 0;  // the same for all threads of a warp
+  bool waited_for_previous = false;
 };
 
 // Lanes of a warp that are meeting.
@@ -116,18 +121,41 @@ struct Block {
 
 namespace {
 
+// When work of a kind is done: when it is asked for, at any time, or when nothing goes on without it.
+enum class When { kAtOnce, kSometime, kLast };
+
+// How a launch does its asynchronous work.
+struct Manner {
+  When of[4];   // by Kind
+  int percent;  // how likely a piece of what is done at some time is done when a thread gives way
+};
+
+// What goes wrong without a wait shows when one side is early and the other one late: data that comes late
+// and is read early, memory that is read late and written again early. Chance alone seldom has both.
+constexpr Manner kManners[] = {
+    {{When::kSometime, When::kSometime, When::kSometime, When::kSometime}, 25},
+    {{When::kAtOnce, When::kAtOnce, When::kLast, When::kLast}, 0},
+    {{When::kLast, When::kLast, When::kAtOnce, When::kAtOnce}, 0},
+    {{When::kSometime, When::kLast, When::kSometime, When::kLast}, 2},
+    {{When::kLast, When::kLast, When::kLast, When::kLast}, 0},
+    {{When::kSometime, When::kAtOnce, When::kSometime, When::kSometime}, 70},
+};
+constexpr const Manner& kLate = kManners[4];
+
 struct Engine {
   Fiber host;
   Thread* current = nullptr;  // null on the host's own stack
   std::vector<Thread*> ready;
   std::vector<Thread*> waiting;
-  std::vector<std::shared_ptr<Deferred>> deferred;
+  std::vector<std::shared_ptr<Deferred>> sometime;
+  std::vector<std::shared_ptr<Deferred>> last;  // loads only: nobody is woken by the others
   std::vector<std::unique_ptr<Fiber>> spare;
   Index grid{}, block{};
   const std::function<void()>* body = nullptr;
   std::uint64_t state = 1;
   std::uint64_t switches = 0;
-  int deferred_percent = 25;  // how likely one of `deferred` is done when a thread gives way
+  Manner manner = kLate;
+  bool by_priority = false;  // some warps run far ahead of the others
   unsigned live = 0;
   std::string error;
 
@@ -146,22 +174,40 @@ __attribute__((noinline)) Engine& engine() {
   return instance;
 }
 
-void run_one_deferred(Engine& e) {
-  const std::size_t i = settings().random ? e.draw() % e.deferred.size() : 0;
-  const std::shared_ptr<Deferred> chosen = e.deferred[i];
-  e.deferred.erase(e.deferred.begin() + static_cast<std::ptrdiff_t>(i));
+void run_one_of(std::vector<std::shared_ptr<Deferred>>& list) {
+  const std::size_t i = settings().random ? engine().draw() % list.size() : 0;
+  const std::shared_ptr<Deferred> chosen = std::move(list[i]);
+  if (settings().random) {
+    list[i] = std::move(list.back());
+    list.pop_back();
+  } else {
+    list.erase(list.begin());
+  }
   complete(*chosen);
+}
+
+// The place in `ready` of the thread that goes on.
+std::size_t next_ready(Engine& e) {
+  if (!settings().random) return 0;
+  std::size_t best = e.draw() % e.ready.size();
+  // The best of a few that chance offers: warps of low priority fall behind, but go on too.
+  for (int i = 1; e.by_priority && i < 6; ++i) {
+    const std::size_t other = e.draw() % e.ready.size();
+    if (e.ready[other]->priority > e.ready[best]->priority) best = other;
+  }
+  return best;
 }
 
 // Gives the processor to another thread, or to the host when none can run.
 void leave(bool forever = false) {
   Engine& e = engine();
-  if (!e.deferred.empty() && e.chance(e.deferred_percent)) run_one_deferred(e);
-  while (e.ready.empty() && !e.deferred.empty()) run_one_deferred(e);
+  if (!e.sometime.empty() && e.chance(e.manner.percent)) run_one_of(e.sometime);
+  while (e.ready.empty() && !e.sometime.empty()) run_one_of(e.sometime);
+  while (e.ready.empty() && !e.last.empty()) run_one_of(e.last);
   Thread* from = e.current;
   Thread* next = nullptr;
   if (e.error.empty() && !e.ready.empty()) {
-    const std::size_t i = settings().random ? e.draw() % e.ready.size() : 0;
+    const std::size_t i = next_ready(e);
     next = e.ready[i];
     if (settings().random) {
       e.ready[i] = e.ready.back();
@@ -261,6 +307,7 @@ void run_wave(const std::vector<std::uint64_t>& blocks, std::size_t shared_bytes
       auto thread = std::make_unique<Thread>();
       thread->block = block.get();
       thread->linear = t;
+      thread->priority = t % kLanes == 0 ? e.draw() : block->threads[t / kLanes * kLanes]->priority;
       thread->index = {t % e.block.x, t / e.block.x % e.block.y, t / e.block.x / e.block.y};
       if (!e.spare.empty()) {
         thread->fiber = std::move(e.spare.back());
@@ -278,9 +325,9 @@ void run_wave(const std::vector<std::uint64_t>& blocks, std::size_t shared_bytes
   }
   leave();
   if (e.error.empty() && e.live > 0) e.error = deadlock_report(threads);
-  if (e.error.empty()) {
-    while (!e.deferred.empty()) run_one_deferred(e);
-  }
+  const auto done = [](const std::shared_ptr<Deferred>& work) { return work->done; };
+  if (e.error.empty() && !(std::all_of(e.sometime.begin(), e.sometime.end(), done) && e.last.empty()))
+    e.error = "blocks end before their asynchronous work";
   for (auto& thread : threads) {
     if (stacks_are_reusable()) {
       e.spare.push_back(std::move(thread->fiber));
@@ -290,7 +337,8 @@ void run_wave(const std::vector<std::uint64_t>& blocks, std::size_t shared_bytes
   }
   e.ready.clear();
   e.waiting.clear();
-  e.deferred.clear();
+  e.sometime.clear();
+  e.last.clear();
   e.live = 0;
 }
 
@@ -468,13 +516,24 @@ void collective(std::uint32_t mask, const char* kind, void* mine, void (*meet)(v
 
 // ---- asynchronous work
 
-std::shared_ptr<Deferred> defer(std::function<void()> work, std::shared_ptr<Deferred> after) {
+std::shared_ptr<Deferred> defer(Kind kind, std::function<void()> work, std::shared_ptr<Deferred> after) {
   const Unseen unseen;
+  Engine& e = engine();
   auto deferred = std::make_shared<Deferred>();
   deferred->work = std::move(work);
   deferred->after = std::move(after);
   order_release(deferred.get());
-  engine().deferred.push_back(deferred);
+  switch (e.manner.of[static_cast<int>(kind)]) {
+    case When::kAtOnce:
+      complete(*deferred);
+      break;
+    case When::kSometime:
+      e.sometime.push_back(deferred);
+      break;
+    case When::kLast:
+      if (kind == Kind::kLoad) e.last.push_back(deferred);
+      break;  // the others are done when their group is waited for
+  }
   return deferred;
 }
 
@@ -510,6 +569,7 @@ void Groups::finish(unsigned pending) {
   while (committed_.size() > pending) {
     for (const auto& work : committed_.front()) {
       complete(*work);
+      work->waited_for = true;
       order_acquire(&work->done);
     }
     committed_.erase(committed_.begin());
@@ -520,18 +580,49 @@ Groups& copy_groups() { return self().copies; }
 Groups& bulk_groups() { return self().bulks; }
 Groups& product_groups() { return self().block->threads[self().linear / kLanes * kLanes]->products; }
 
-void note_generic_write(const void* address, std::size_t bytes) {
+void note_generic_write(const void* address, std::size_t bytes, std::shared_ptr<Deferred> copy) {
   const Unseen unseen;
   const auto* begin = static_cast<const char*>(address);
   std::vector<Range>& unfenced = self().unfenced;
   // Kernels without asynchronous readers never fence; the latest writes are enough to find a forgotten one.
   if (unfenced.size() == 512) unfenced.erase(unfenced.begin(), unfenced.begin() + 256);
-  unfenced.push_back({begin, begin + bytes});
+  unfenced.push_back({begin, begin + bytes, std::move(copy)});
 }
 
 void fence_proxy_async() {
   const Unseen unseen;
-  self().unfenced.clear();
+  std::erase_if(self().unfenced,
+                [](const Range& range) { return range.copy == nullptr || range.copy->waited_for; });
+  self().unfenced_barriers.clear();
+}
+
+void note_initialised(const void* barrier) {
+  const Unseen unseen;
+  self().unfenced_barriers.push_back(barrier);
+}
+
+void fence_initialised() {
+  const Unseen unseen;
+  self().unfenced_barriers.clear();
+}
+
+void check_initialised(const void* barrier, const char* what, const Place& where) {
+  const Unseen unseen;
+  for (const Thread* thread : self().block->threads) {
+    const auto& list = thread->unfenced_barriers;
+    if (std::find(list.begin(), list.end(), barrier) != list.end())
+      fail(where, std::string(what) + " uses an mbarrier whose initialisation was not fenced");
+  }
+}
+
+void note_waited_for_previous() {
+  const Unseen unseen;
+  self().waited_for_previous = true;
+}
+
+bool waited_for_previous() {
+  const Unseen unseen;
+  return self().waited_for_previous;
 }
 
 void check_proxy(const void* address, std::size_t bytes, const char* what, const Place& where) {
@@ -576,18 +667,18 @@ bool launch(Index grid, Index block, std::size_t shared_bytes, const std::functi
   }
   Engine& e = engine();
   if (e.current != nullptr) fail(Place::current(), "a kernel launches a kernel");
-  const std::uint64_t seed = settings().seed;
-  e.state = (seed + 1) * 0x9e3779b97f4a7c15ull | 1;
+  const std::uint64_t number = settings().launches++;
+  e.state = ((settings().seed + 1) * 0x9e3779b97f4a7c15ull ^ (number + 1) * 0xd1b54a32d192ed03ull) | 1;
+  for (int i = 0; i < 4; ++i) e.draw();  // numbers of neighbouring seeds look alike at first
   e.switches = 0;
   e.error.clear();
   e.grid = grid;
   e.block = block;
   e.body = &body;
   order_release(&e.body);
-  // Some launches have copies and products that come at once, in some they come when nobody can go on without
-  // them.
-  constexpr int kDeferredPercents[] = {25, 0, 2, 70};
-  e.deferred_percent = settings().random ? kDeferredPercents[e.draw() % 4] : 25;
+  // In turn, so that a few seeds or a few launches have all of them.
+  e.manner = settings().random ? kManners[(settings().seed + number) % std::size(kManners)] : kLate;
+  e.by_priority = e.draw() % 2 != 0;
   std::vector<std::uint64_t> order(blocks);
   for (std::uint64_t i = 0; i < blocks; ++i) order[i] = i;
   if (settings().random) {

@@ -31,7 +31,8 @@ struct Index {
 // How the next launches of this OS thread run.
 struct Settings {
   std::uint64_t seed = 1;
-  bool random = true;                   // false: threads in order, asynchronous work in order
+  std::uint64_t launches = 0;           // counted up by launch(): each one draws anew, also from one seed
+  bool random = true;                   // false: threads in order, asynchronous work as late as may be
   unsigned resident = 2;                // blocks that run at the same time
   int yield_percent = 25;               // how often a thread that could go on lets others go first
   std::uint64_t switches = 1ull << 36;  // more is taken for a livelock
@@ -45,12 +46,17 @@ struct Thread;
 struct Warp;
 struct Block;
 
+// The kinds of asynchronous work. A launch draws for each whether it is done at once, at some time or as late
+// as a wait allows, so that every kind meets the others both early and late.
+enum class Kind { kLoad, kCopy, kProduct, kStore };  // TMA to shared memory, cp.async, wgmma, TMA from it
+
 // Work that a copy engine or a tensor core does some time after it was asked for. Runs without a stack of its
 // own, so it must not wait; `done` says whether it ran.
 struct Deferred {
   std::function<void()> work;
   std::shared_ptr<Deferred> after;  // what must be done before, or null
   bool done = false;
+  bool waited_for = false;  // by Groups::wait(): its issuer may rely on it
 };
 
 // ---- the running thread
@@ -106,8 +112,10 @@ void collective(std::uint32_t mask, const char* kind, void* mine, const Meet& me
 
 // ---- asynchronous work
 
-// Does `work` at any time from now on, in any order with other work that does not stand `after` it.
-std::shared_ptr<Deferred> defer(std::function<void()> work, std::shared_ptr<Deferred> after = nullptr);
+// Does `work` at any time from now on, in any order with other work that does not stand `after` it. Only
+// loads may wake threads; the others may be done no sooner than Groups::wait() asks for it.
+std::shared_ptr<Deferred> defer(Kind kind, std::function<void()> work,
+                                std::shared_ptr<Deferred> after = nullptr);
 
 // Does it now unless it is done.
 void complete(Deferred& deferred);
@@ -123,22 +131,35 @@ class Groups {
   // The same without a chance for others to go first.
   void finish(unsigned pending);
   bool idle() const { return open_.empty() && committed_.empty(); }
+  // What the instructions remember from one to the next.
+  std::shared_ptr<void>& memory() { return memory_; }
   const char* kind() const { return kind_; }
 
  private:
   const char* kind_;
   std::vector<std::shared_ptr<Deferred>> open_;
   std::vector<std::vector<std::shared_ptr<Deferred>>> committed_;
+  std::shared_ptr<void> memory_;
 };
 Groups& copy_groups();     // cp.async
 Groups& bulk_groups();     // cp.async.bulk, from shared memory
 Groups& product_groups();  // wgmma, of the whole warp
 
 // Writes by ordinary instructions that the asynchronous proxy (wgmma, bulk copies) may not see yet. Only
-// writes of emulated instructions (stmatrix, cp.async) are known here, plain stores are not.
-void note_generic_write(const void* address, std::size_t bytes);
+// writes of emulated instructions (stmatrix, cp.async) are known here, plain stores are not. A fence is for
+// writes that have happened, so not for a `copy` that was not waited for.
+void note_generic_write(const void* address, std::size_t bytes, std::shared_ptr<Deferred> copy = nullptr);
 void fence_proxy_async();
 void check_proxy(const void* address, std::size_t bytes, const char* what, const Place& where);
+
+// The same for mbarriers that were initialised, which have a fence of their own.
+void note_initialised(const void* barrier);
+void fence_initialised();
+void check_initialised(const void* barrier, const char* what, const Place& where);
+
+// That the thread waited for the kernel before its own (griddepcontrol), and whether it did.
+void note_waited_for_previous();
+bool waited_for_previous();
 
 // ---- launching, from the host
 

@@ -23,13 +23,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` is replaced by `new` in `file`, once; the tests matching `tests` must then fail."""
+    """`old` is replaced by `new` in `file`, once; the tests matching `tests` must then fail in one of the builds."""
 
     name: str
     file: str
     old: str
     new: str
     tests: str
+    builds: tuple[str, ...] = ("", "address,undefined")  # sanitizers
 
 
 NORM, ROTARY, ROUTING, STEP, FFN = (
@@ -40,12 +41,17 @@ NORM, ROTARY, ROUTING, STEP, FFN = (
     "DeviceFfn*",
 )
 
+# Accesses of one warp that only the hardware could reorder: no schedule of whole threads shows them.
+RACE = ("thread",)
+
 MUTANTS = [
     # ---- what all kernels share
     Mutant("vector: no barrier before the warps' sums are read", "csrc/cuda/vector.cuh",
            "scratch[threadIdx.x / kWarp] = value;\n    __syncthreads();", "scratch[threadIdx.x / kWarp] = value;", NORM),
     Mutant("vector: one warp too few is summed", "csrc/cuda/vector.cuh",
            "for (int w = 0; w < kThreads / kWarp; ++w) value", "for (int w = 1; w < kThreads / kWarp; ++w) value", NORM),
+    Mutant("vector: sums are overwritten while they are read", "csrc/cuda/vector.cuh",
+           "value += scratch[w];\n    __syncthreads();", "value += scratch[w];", STEP),
     # ---- norm
     Mutant("norm: reads a piece past the width", "csrc/cuda/norm.cu",
            "if (!inside || at >= a.width) continue;", "if (!inside || at > a.width) continue;", NORM),
@@ -64,7 +70,13 @@ MUTANTS = [
            "    piece.value[i] = piece.value[i] * (inverse * weight.value[i]);", ROTARY),
     Mutant("rotary: angles of the first row", "csrc/cuda/rotary.cu", "task.cos = a.cos.at(row, token);", "task.cos = a.cos.at(0, token);", ROTARY),
     Mutant("rotary: one start for all", "csrc/cuda/rotary.cu", "a.start[row * a.start_stride]", "a.start[0]", ROTARY),
+    Mutant("rotary: a value head of the next one", "csrc/cuda/rotary.cu", "task.from = a.value.at(row, token, head - a.kv_heads);",
+           "task.from = a.value.at(row, token, head - a.kv_heads + 1);", ROTARY),
+    Mutant("rotary: keys are normed as queries are", "csrc/cuda/rotary.cu", "task.norm = a.key_norm;", "task.norm = a.query_norm;", ROTARY),
+    Mutant("rotary: sums over half a group", "csrc/cuda/rotary.cu", "sum_group<kGroup>(sum_squares", "sum_group<kGroup / 2>(sum_squares", ROTARY),
     # ---- step
+    Mutant("step: sums are added before they are there", "csrc/cuda/step.cu",
+           "total[k] = sum;\n  __syncthreads();", "total[k] = sum;", STEP),
     Mutant("step: no barrier between the two halves of a tile", "csrc/cuda/step.cu",
            "  __syncthreads();\n  const float dt", "  const float dt", STEP),
     Mutant("step: a position too far", "csrc/cuda/step.cu",
@@ -74,7 +86,16 @@ MUTANTS = [
     Mutant("step: the last partial sum is left out", "csrc/cuda/step.cu", "b < blocks; b += kWarp)", "b < blocks - 1; b += kWarp)", STEP),
     # ---- routing
     Mutant("routing: scratch is overwritten while it is read", "csrc/cuda/routing.cu",
-           "  __syncthreads();  // what the last call left in scratch has been read\n", "", ROUTING),
+           "  __syncwarp();  // what the last call left for this warp has been read\n", "", "DeviceRouting/1.*", RACE),
+    Mutant("routing: no barrier before the warps' counts are read", "csrc/cuda/routing.cu",
+           "  if (lane == 0) scratch[warp] = __popc(votes);\n  __syncthreads();",
+           "  if (lane == 0) scratch[warp] = __popc(votes);", ROUTING),
+    Mutant("routing: no barrier before the total is read", "csrc/cuda/routing.cu",
+           "  __syncthreads();\n  total = scratch", "  total = scratch", ROUTING),
+    Mutant("routing: the histogram is cleared while it is counted", "csrc/cuda/routing.cu",
+           "histogram[thread] = 0;\n    __syncthreads();", "histogram[thread] = 0;", ROUTING),
+    Mutant("routing: no barrier before the digit is read", "csrc/cuda/routing.cu",
+           "    __syncthreads();\n    prefix |=", "    prefix |=", ROUTING),
     Mutant("routing: no barrier before the histogram is read", "csrc/cuda/routing.cu",
            "    __syncthreads();\n    if (thread < kWarp) {", "    if (thread < kWarp) {", ROUTING),
     Mutant("routing: a tie too many", "csrc/cuda/routing.cu", "ties_before + tie_rank < wanted", "ties_before + tie_rank <= wanted", ROUTING),
@@ -87,10 +108,14 @@ MUTANTS = [
     Mutant("f32: no barrier after a tile is used", "csrc/cuda/ffn_f32.cu", "    __syncthreads();\n  }\n  const auto* const residual",
            "  }\n  const auto* const residual", FFN),
     Mutant("f32: depth past the end", "csrc/cuda/ffn_f32.cu", "r < g.rows && k < g.depth ?", "r < g.rows && k <= g.depth ?", FFN),
+    Mutant("f32: no barrier before a tile is used", "csrc/cuda/ffn_f32.cu", "    __syncthreads();\n#pragma unroll", "#pragma unroll", FFN),
     # ---- FFN, sm_80
     Mutant("sm80: waits for a stage too few", "csrc/cuda/ffn_sm80.cu", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();", FFN),
     Mutant("sm80: no barrier in the loop", "csrc/cuda/ffn_sm80.cu",
            "    __syncthreads();  // this stage has come, and the one before it is read\n", "", FFN),
+    Mutant("sm80: a group is not committed where there is nothing to fetch", "csrc/cuda/ffn_sm80.cu",
+           "fetch(step + kStages - 1);\n    cp_async_commit();", "fetch(step + kStages - 1), cp_async_commit();", FFN),
+    Mutant("sm80: a depth past the end", "csrc/cuda/ffn_sm80.cu", "min(int64_t{8}, g.depth - k);", "min(int64_t{8}, g.depth + 1 - k);", FFN),
     Mutant("sm80: fetches into the stage that is read", "csrc/cuda/ffn_sm80.cu",
            "if (step + kStages - 1 < steps) fetch(step + kStages - 1);", "if (step + kStages < steps) fetch(step + kStages);", FFN),
     Mutant("sm80: gate and up of another neuron", "csrc/cuda/ffn_sm80.cu", "first_column + r / 16 * 8 + r % 8;", "first_column + r / 16 * 8 + r % 7;", FFN),
@@ -105,18 +130,52 @@ MUTANTS = [
     Mutant("sm90: one warp empties a stage", "csrc/cuda/ffn_sm90.cu", "mbarrier_init(&barriers->empty[s], kConsumers * 4);", "mbarrier_init(&barriers->empty[s], 1);", FFN),
     Mutant("sm90: a stage is given back while it is read", "csrc/cuda/ffn_sm90.cu",
            "      wgmma_wait<1>();\n", "", FFN),
+    Mutant("sm90: a stage is given back a step too early", "csrc/cuda/ffn_sm90.cu", "wgmma_wait<1>();", "wgmma_wait<2>();", FFN),
+    Mutant("sm90: a tile's last stage is not given back", "csrc/cuda/ffn_sm90.cu",
+           "    wgmma_wait<0>();\n    if (lane == 0) mbarrier_arrive(&barriers->empty[previous]);", "    wgmma_wait<0>();", FFN),
+    Mutant("sm90: parity of an empty stage", "csrc/cuda/ffn_sm90.cu",
+           "        mbarrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);\n        if (thread == 0) {",
+           "        mbarrier_wait(&barriers->empty[ring.stage], ring.parity);\n        if (thread == 0) {", FFN),
+    Mutant("sm90: copies do not wait for an empty stage", "csrc/cuda/ffn_sm90.cu",
+           "        mbarrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);\n        if (thread == 0) {",
+           "        if (thread == 0) {", FFN),
+    Mutant("sm90: registers of the sums are not fenced", "csrc/cuda/ffn_sm90.cu", "      wgmma_fence();\n", "", FFN),
+    Mutant("sm90: initialised barriers are not fenced", "csrc/cuda/ffn_sm90.cu", "    mbarrier_init_fence();\n", "", FFN),
+    Mutant("sm90: no barrier after the barriers are initialised", "csrc/cuda/ffn_sm90.cu",
+           "  __syncthreads();\n  wait_for_previous();", "  wait_for_previous();", FFN),
+    Mutant("sm90: boxes come before their bytes are expected", "csrc/cuda/ffn_sm90.cu",
+           "          __syncwarp();  // no box before its bytes are expected\n", "", FFN),
+    Mutant("sm90: does not wait for the kernel before", "csrc/cuda/ffn_sm90.cu",
+           "  __syncthreads();\n  wait_for_previous();", "  __syncthreads();", FFN),
     Mutant("sm90: sums are read while products are under way", "csrc/cuda/ffn_sm90.cu",
            "    wgmma_wait<0>();\n    if (lane == 0)", "    if (lane == 0)", FFN),
     Mutant("sm90: results are not fenced", "csrc/cuda/ffn_sm90.cu",
            "      fence_proxy_async();  // stmatrix wrote what TMA reads\n", "", FFN),
     Mutant("sm90: copies are not fenced", "csrc/cuda/ffn_sm90.cu",
            "      fence_proxy_async();  // what cp.async wrote is read by wgmma\n", "", FFN),
+    Mutant("sm90: copies are fenced before they have come", "csrc/cuda/ffn_sm90.cu",
+           "          cp_async_wait<kCopiesAhead>();\n          hand_over();\n",
+           "          fence_proxy_async();\n          cp_async_wait<kCopiesAhead>();\n"
+           "          mbarrier_arrive(&barriers->full[arrived.stage]);\n          arrived.advance();\n          --pending;\n", FFN),
     Mutant("sm90: a result box is overwritten while TMA reads it", "csrc/cuda/ffn_sm90.cu",
            "if (thread == 0) tma_store_wait_read<1>();", "if (thread == 0) tma_store_wait_read<2>();", FFN),
+    Mutant("sm90: only one thread knows that a result box is free", "csrc/cuda/ffn_sm90.cu",
+           "      named_barrier(2 + group, 128);\n      write_group", "      write_group", FFN),
+    Mutant("sm90: the warpgroups meet at one barrier", "csrc/cuda/ffn_sm90.cu",
+           "      named_barrier(2 + group, 128);\n      write_group", "      named_barrier(2, 128);\n      write_group", FFN),
+    Mutant("sm90: three warps are waited for before a result is stored", "csrc/cuda/ffn_sm90.cu",
+           "      named_barrier(2 + group, 128);\n      if (thread == 0 && first_column",
+           "      named_barrier(2 + group, 96);\n      if (thread == 0 && first_column", FFN),
+    Mutant("sm90: both result boxes are one", "csrc/cuda/ffn_sm90.cu", "      out_slot ^= 1;\n", "", FFN),
     Mutant("sm90: no barrier before a result is stored", "csrc/cuda/ffn_sm90.cu",
            "      named_barrier(2 + group, 128);\n      if (thread == 0 && first_column", "      if (thread == 0 && first_column", FFN),
     Mutant("sm90: copies are handed over before they have come", "csrc/cuda/ffn_sm90.cu",
            "cp_async_wait<kCopiesAhead>();", "cp_async_wait<kCopiesAhead + 1>();", FFN),
+    Mutant("sm90: the last copies are handed over before they have come", "csrc/cuda/ffn_sm90.cu",
+           "    cp_async_wait<0>();\n    while (pending > 0) hand_over();", "    while (pending > 0) hand_over();\n    cp_async_wait<0>();", FFN),
+    Mutant("sm90: the list of a tile is read before it is there", "csrc/cuda/ffn_sm90.cu",
+           "      named_barrier(1, 128);\n      for (int step", "      for (int step", FFN),
+    Mutant("sm90: a warp of copies is not waited for", "csrc/cuda/ffn_sm90.cu", "? 1 + 128 : 1);", "? 1 + 96 : 1);", FFN),
     Mutant("sm90: a box reaches into the next tile", "csrc/cuda/ffn_sm90.cu",
            "part + 64 <= C::kColumns ? part : C::kColumns - 64;", "part;", FFN),
     Mutant("sm90: the list of the next tile comes too early", "csrc/cuda/ffn_sm90.cu",
@@ -138,6 +197,12 @@ MUTANTS = [
     Mutant("choice: no tensor map of no columns", "csrc/core/ffn_choice.cpp", "q.hidden > 0 && q.neurons > 0", "q.neurons > 0", FFN),
     Mutant("ffn: decodes a width of nothing", "csrc/cuda/ffn.cu", "p.width > 0 && ffn_decodes(q)", "ffn_decodes(q)", FFN),
     # ---- FFN, few rows
+    Mutant("decode: x is read before it is there", "csrc/cuda/ffn_decode.cu",
+           "h[i] = T{};\n  __syncthreads();", "h[i] = T{};", FFN),
+    Mutant("decode: shares are added before they are there", "csrc/cuda/ffn_decode.cu",
+           "= sum;\n  __syncthreads();", "= sum;", FFN),
+    Mutant("decode: the sum does not wait for the blocks", "csrc/cuda/ffn_decode.cu", "  wait_for_previous();\n", "", FFN),
+    Mutant("decode: a row too many", "csrc/cuda/ffn_decode.cu", "const bool inside = row < f.rows &&", "const bool inside = row <= f.rows &&", FFN),
     Mutant("decode: h is read before all of it is there", "csrc/cuda/ffn_decode.cu",
            "      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);\n    }\n    __syncthreads();",
            "      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);\n    }", FFN),
@@ -152,8 +217,24 @@ MUTANTS = [
     # ---- selection and statistics
     Mutant("ffn: runs are listed one off", "csrc/cuda/ffn.cu", "list[run.position + i] = run.start + i;", "list[run.position + i] = run.start + i + 1;", FFN),
     Mutant("ffn: an index past the end is used", "csrc/cuda/ffn.cu", "value >= limit) {", "value > limit) {", FFN),
+    Mutant("ffn: shares of the norms are added before they are there", "csrc/cuda/ffn.cu",
+           "= sum;\n  __syncthreads();", "= sum;", "DeviceFfn*Norms*"),
     Mutant("ffn: a share of the rows is left out", "csrc/cuda/ffn.cu", "for (int s = 0; s < kNormShares; ++s) total", "for (int s = 1; s < kNormShares; ++s) total", FFN),
 ]  # fmt: skip
+
+
+def copy_sources(target: Path) -> None:
+    """Bring `target` up to date. What is the same is not touched, and what changes is new to the build by its time, which
+    a time that came along would not be after a run that planted something later."""
+    wanted = {target / "CMakeLists.txt": ROOT / "CMakeLists.txt"}
+    for name in ("csrc", "cpp_tests"):
+        wanted |= {target / path.relative_to(ROOT): path for path in (ROOT / name).rglob("*") if path.is_file()}
+    for path in [path for path in target.rglob("*") if path.is_file() and path not in wanted]:
+        path.unlink()
+    for path, source in wanted.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_bytes() != source.read_bytes():
+            shutil.copyfile(source, path)
 
 
 def build(folder: Path, source: Path, sanitize: str) -> bool:
@@ -170,7 +251,12 @@ def build(folder: Path, source: Path, sanitize: str) -> bool:
 def fails(folder: Path, sanitize: str, tests: str, seeds: int) -> bool:
     """Whether the tests find something (a hang counts)."""
     binary = folder / (sanitize.replace(",", "-") or "plain") / "cpp_tests" / "flashu_emulated_tests"
-    environment = {**os.environ, "FLASHU_SIMT_SEEDS": str(seeds), "ASAN_OPTIONS": "detect_leaks=0"}
+    environment = {
+        **os.environ,
+        "FLASHU_SIMT_SEEDS": str(seeds),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
     command = [str(binary), f"--gtest_filter={tests}", "--gtest_fail_fast"]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
@@ -189,11 +275,7 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if arguments.name in mutant.name]
     source = arguments.folder / "source"
-    shutil.rmtree(source, ignore_errors=True)
-    source.mkdir(parents=True)
-    for name in ("csrc", "cpp_tests", "CMakeLists.txt"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-        copy(ROOT / name, source / name)
+    copy_sources(source)
     if not build(arguments.folder, source, ""):
         print("the unchanged sources do not build", file=sys.stderr)
         return 1
@@ -208,7 +290,7 @@ def main() -> int:
             path.write_text(original.replace(mutant.old, mutant.new))
             try:
                 outcome = "survived"
-                for sanitize in ("", "address,undefined"):
+                for sanitize in mutant.builds:
                     if not build(arguments.folder, source, sanitize):
                         outcome = "does not compile"
                         break

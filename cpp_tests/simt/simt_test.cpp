@@ -34,6 +34,7 @@ std::string error_of_grid(unsigned blocks, unsigned threads, std::size_t shared,
 std::set<std::string> errors(unsigned blocks, unsigned threads, std::size_t shared,
                              const std::function<void()>& body) {
   std::set<std::string> all;
+  simt::settings().launches = 0;
   for (int seed = 0; seed < kSeeds; ++seed) {
     simt::settings().seed = static_cast<std::uint64_t>(seed);
     simt::settings().random = seed != 0;
@@ -180,7 +181,7 @@ TEST(Simt, MatricesComeAsTheHardwareHasThem) {
 // multiplies.
 struct Slips {
   bool wait_full = true, wait_empty = true, release_late = true, whole_bytes = true, right_parity = true;
-  bool init_barrier = true, wait_products = true;
+  bool init_barrier = true, wait_products = true, fence_barrier = true, fence_sums = true;
 };
 void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, const Slips& slips) {
   constexpr int kStages = 2;
@@ -193,6 +194,7 @@ void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, con
       mbarrier_init(&full[s], 1);
       mbarrier_init(&empty[s], 4);
     }
+    if (slips.fence_barrier) mbarrier_init_fence();
   }
   if (slips.init_barrier) __syncthreads();
   if (threadIdx.x >= 128) {
@@ -211,7 +213,7 @@ void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, con
   for (int k = 0; k < steps; ++k) {
     const int s = k % kStages;
     if (slips.wait_full) mbarrier_wait(&full[s], k / kStages % 2);
-    wgmma_fence();
+    if (slips.fence_sums) wgmma_fence();
     const char* stage = stages + s * 16384;
     for (int i = 0; i < 4; ++i) {
       wgmma<64, bfloat16, Major::kDepth>(sums, wgmma_descriptor<Major::kDepth>(stage + i * 32, 0),
@@ -249,6 +251,7 @@ std::string outcome(const Slips& slips) {
                                                      to_float(b[static_cast<size_t>(c * kDepth + k)]);
     }
   }
+  simt::settings().launches = 0;
   for (int seed = 0; seed < kSeeds; ++seed) {
     simt::settings().seed = static_cast<std::uint64_t>(seed);
     simt::settings().random = seed != 0;
@@ -276,6 +279,8 @@ TEST(Simt, EverySlipInAPipelineIsFound) {
   EXPECT_NE(with(&Slips::right_parity), "right");
   EXPECT_NE(with(&Slips::init_barrier), "right");
   EXPECT_NE(with(&Slips::wait_products), "right");
+  EXPECT_NE(with(&Slips::fence_barrier), "right");
+  EXPECT_NE(with(&Slips::fence_sums), "right");
 }
 
 TEST(Simt, MbarriersAreUsedAsTheyWereInitialised) {

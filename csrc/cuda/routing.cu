@@ -132,18 +132,17 @@ FLASHU_DEVICE int rank_in_block(bool flag, int* scratch, int& total) {
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const int warp = static_cast<int>(threadIdx.x / kWarp);
   const uint32_t votes = __ballot_sync(kAllLanes, flag);
-  __syncthreads();  // what the last call left in scratch has been read
+  __syncwarp();  // what the last call left for this warp has been read
   if (lane == 0) scratch[warp] = __popc(votes);
   __syncthreads();
   if (warp == 0) {
-    int sum = scratch[lane];
+    const int own = scratch[lane];
+    int sum = own;
 #pragma unroll
     for (int step = 1; step < kWarp; step *= 2) {
       const int before = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(step));
       if (lane >= step) sum += before;
     }
-    const int own = scratch[lane];
-    __syncwarp();
     scratch[lane] = sum - own;
     if (lane == kWarp - 1) scratch[kSelectWarps] = sum;
   }

@@ -95,7 +95,9 @@ struct Launch {
 
 // Where a kernel launched with overlaps_previous waits.
 FLASHU_DEVICE void wait_for_previous() {
-#if !FLASHU_EMULATED && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if FLASHU_EMULATED
+  simt::note_waited_for_previous();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -149,7 +151,12 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Launch& how, Arguments&&... arguments) {
 #if FLASHU_EMULATED
   std::tuple<std::decay_t<Parameters>...> copies(static_cast<Parameters>(arguments)...);
-  const std::function<void()> body = [&] { std::apply(kernel, copies); };
+  const std::function<void()> body = [&] {
+    std::apply(kernel, copies);
+    if (how.overlaps_previous && !simt::waited_for_previous())
+      simt::fail(simt::Place::current(),
+                 std::string(name) + " may overlap the kernel before, but does not wait for it");
+  };
   const auto* const identity = reinterpret_cast<const void*>(kernel);
   prepare(name, identity, 0, how.shared_bytes);
   FLASHU_CHECK(simt::launch({how.grid.x, how.grid.y, how.grid.z}, {how.block.x, how.block.y, how.block.z},

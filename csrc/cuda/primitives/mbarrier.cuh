@@ -10,12 +10,14 @@ using Mbarrier = uint64_t;
 #if FLASHU_EMULATED
 namespace emulated {
 
-// What the 8 bytes hold here: pending counts arrivals still missing, bytes those still to come.
+// What the 8 bytes hold here: pending counts arrivals still missing, bytes those still to come, unasked those
+// of them that no copy was begun for yet.
 struct MbarrierWord {
   uint64_t phase : 1;
-  uint64_t pending : 20;
-  uint64_t count : 20;
-  int64_t bytes : 21;
+  uint64_t pending : 11;
+  uint64_t count : 11;
+  int64_t bytes : 20;
+  uint64_t unasked : 19;
   uint64_t initialised : 2;
 };
 static_assert(sizeof(MbarrierWord) == sizeof(Mbarrier));
@@ -36,6 +38,17 @@ inline void settle(Mbarrier* barrier) {
   simt::wake(barrier);
 }
 
+// A copy of so many bytes begins. The hardware lets bytes come before they are expected; the kernels here do
+// not, since a phase without them would then depend on who arrives last.
+inline void ask_bytes(Mbarrier* barrier, int bytes, const simt::Place& where) {
+  simt::check_initialised(barrier, "TMA", where);
+  MbarrierWord& state = word(barrier, where);
+  if (state.unasked < static_cast<uint64_t>(bytes))
+    simt::fail(where, "mbarrier: a copy of " + std::to_string(bytes) + " bytes, expected are " +
+                          std::to_string(state.unasked));
+  state.unasked -= static_cast<uint64_t>(bytes);
+}
+
 // Bytes that a copy engine has written; called outside any thread.
 inline void complete_bytes(Mbarrier* barrier, int bytes) {
   const simt::Unseen unseen;
@@ -52,10 +65,12 @@ FLASHU_DEVICE void mbarrier_init(Mbarrier* barrier, int count FLASHU_WHERE) {
 #if FLASHU_EMULATED
   const simt::Unseen unseen;
   if (!simt::in_shared(barrier, 8)) simt::fail(where, "mbarrier: expected shared memory");
+  if (count < 1 || count > 1024) simt::fail(where, "mbarrier: expected 1 to 1024 arrivals");
   emulated::MbarrierWord state{};
   state.pending = state.count = static_cast<uint64_t>(count);
   state.initialised = 2;
   std::memcpy(barrier, &state, sizeof state);
+  simt::note_initialised(barrier);
 #else
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
                : "memory");
@@ -64,7 +79,9 @@ FLASHU_DEVICE void mbarrier_init(Mbarrier* barrier, int count FLASHU_WHERE) {
 
 // Makes initialised barriers visible to the asynchronous proxy.
 FLASHU_DEVICE void mbarrier_init_fence() {
-#if !FLASHU_EMULATED
+#if FLASHU_EMULATED
+  simt::fence_initialised();
+#else
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
@@ -87,7 +104,9 @@ FLASHU_DEVICE void mbarrier_arrive(Mbarrier* barrier FLASHU_WHERE) {
 FLASHU_DEVICE void mbarrier_expect(Mbarrier* barrier, int bytes FLASHU_WHERE) {
 #if FLASHU_EMULATED
   const simt::Unseen unseen;
-  emulated::word(barrier, where).bytes += bytes;
+  emulated::MbarrierWord& state = emulated::word(barrier, where);
+  state.bytes += bytes;
+  state.unasked += static_cast<uint64_t>(bytes);
   mbarrier_arrive(barrier, where);
 #else
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),

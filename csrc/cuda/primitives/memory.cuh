@@ -74,12 +74,13 @@ FLASHU_DEVICE void cp_async16(void* to, const void* from, int bytes FLASHU_WHERE
   auto* words = static_cast<uint64_t*>(to);
   words[0] = words[1] = ~uint64_t{0};
   const simt::Unseen unseen;
-  simt::note_generic_write(to, 16);
-  simt::copy_groups().add(simt::defer([words, from, bytes] {
+  const auto copy = simt::defer(simt::Kind::kCopy, [words, from, bytes] {
     words[0] = words[1] = 0;
     auto* const target = reinterpret_cast<uint16_t*>(words);
     for (int i = 0; i < bytes / 2; ++i) target[i] = static_cast<const uint16_t*>(from)[i];
-  }));
+  });
+  simt::note_generic_write(to, 16, copy);
+  simt::copy_groups().add(copy);
 #else
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(bytes)

@@ -98,12 +98,12 @@ FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row,
                             Mbarrier* barrier FLASHU_WHERE) {
 #if FLASHU_EMULATED
   emulated::check_box(to, map, "TMA load", where);
-  emulated::word(barrier, where);
+  const int bytes = map.box_rows * kBoxRowBytes;
   auto* words = static_cast<uint64_t*>(to);
-  for (int i = 0; i < map.box_rows * kBoxRowBytes / 8; ++i)
-    words[i] = ~uint64_t{0};  // undefined until it is there
+  for (int i = 0; i < bytes / 8; ++i) words[i] = ~uint64_t{0};  // undefined until it is there
   const simt::Unseen unseen;
-  simt::defer([to, source = map, column, row, barrier] {
+  emulated::ask_bytes(barrier, bytes, where);
+  simt::defer(simt::Kind::kLoad, [to, source = map, column, row, barrier, bytes] {
     for (int r = 0; r < source.box_rows; ++r) {
       for (int c = 0; c < kBoxColumns; ++c) {
         const int64_t y = int64_t{row} + r;
@@ -114,7 +114,7 @@ FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row,
         *value = inside ? reinterpret_cast<const uint16_t*>(source.base)[y * source.stride + x] : uint16_t{0};
       }
     }
-    emulated::complete_bytes(barrier, source.box_rows * kBoxRowBytes);
+    emulated::complete_bytes(barrier, bytes);
   });
   simt::maybe_yield();
 #else
@@ -132,7 +132,7 @@ FLASHU_DEVICE void tma_store(const TensorMap& map, const void* from, int column,
   emulated::check_box(from, map, "TMA store", where);
   simt::check_proxy(from, static_cast<std::size_t>(map.box_rows * kBoxRowBytes), "TMA store", where);
   const simt::Unseen unseen;
-  simt::bulk_groups().add(simt::defer([from, target = map, column, row] {
+  simt::bulk_groups().add(simt::defer(simt::Kind::kStore, [from, target = map, column, row] {
     auto* box = const_cast<char*>(static_cast<const char*>(from));
     for (int r = 0; r < target.box_rows; ++r) {
       for (int c = 0; c < kBoxColumns; ++c) {

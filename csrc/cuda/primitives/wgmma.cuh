@@ -3,7 +3,6 @@
 // at before wgmma_wait().
 #pragma once
 
-#include <map>
 #include <memory>
 #include <vector>
 
@@ -42,8 +41,16 @@ struct WarpSums {
   float* registers[kWarp] = {};
   std::vector<float> running;  // [lane][register]
   int under_way = 0;
+  bool fenced = false;  // since the registers were last free to be used otherwise
   std::shared_ptr<simt::Deferred> last;
 };
+
+// Those of the running thread's warp.
+inline WarpSums& warp_sums() {
+  std::shared_ptr<void>& memory = simt::product_groups().memory();
+  if (memory == nullptr) memory = std::make_shared<WarpSums>();
+  return *static_cast<WarpSums*>(memory.get());
+}
 
 // Value (row, k) of an operand by rows, or (k, column) of one by depth.
 template <class T, Major kMajor>
@@ -96,10 +103,8 @@ void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, co
   if (kMajorB == Major::kDepth)
     simt::check_proxy(shared + (b & 0x3fff) * 16, kColumns * kBoxRowBytes - 96, "wgmma", where);
   auto& groups = simt::product_groups();
-  static thread_local std::map<const void*, std::unique_ptr<WarpSums>> every;
-  std::unique_ptr<WarpSums>& own = every[&groups];
-  if (own == nullptr) own = std::make_unique<WarpSums>();
-  WarpSums& sums = *own;
+  WarpSums& sums = warp_sums();
+  if (!sums.fenced) simt::fail(where, "wgmma: the registers of the sums were not fenced");
   simt::order_release(&sums);
   simt::collective(
       kAllLanes, "wgmma", &slot,
@@ -127,6 +132,7 @@ void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, co
         ++sums.under_way;
         WarpSums* const target = &sums;
         sums.last = simt::defer(
+            simt::Kind::kProduct,
             [target, shared, first, warp] {
               simt::order_acquire(target);
               multiply_warp<kColumns, T, kMajorB>(*target, shared, first.a, first.b, warp, first.accumulate);
@@ -163,8 +169,12 @@ FLASHU_DEVICE void take_registers() {
 }
 
 // Before the first product, and after registers of the sums were written.
-FLASHU_DEVICE void wgmma_fence() {
-#if !FLASHU_EMULATED
+FLASHU_DEVICE void wgmma_fence(FLASHU_WHERE_ONLY) {
+#if FLASHU_EMULATED
+  simt::collective(
+      kAllLanes, "wgmma fence", nullptr, [](void* const*) { emulated::warp_sums().fenced = true; }, false,
+      where);
+#else
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
@@ -184,8 +194,12 @@ template <int kPending>
 FLASHU_DEVICE void wgmma_wait(FLASHU_WHERE_ONLY) {
 #if FLASHU_EMULATED
   simt::collective(
-      kAllLanes, "wgmma wait", nullptr, [](void* const*) { simt::product_groups().finish(kPending); }, true,
-      where);
+      kAllLanes, "wgmma wait", nullptr,
+      [](void* const*) {
+        simt::product_groups().finish(kPending);
+        if (kPending == 0) emulated::warp_sums().fenced = false;
+      },
+      true, where);
 #else
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 #endif
