@@ -41,16 +41,16 @@ class CudaCapture:
 
     def __call__(self, work: Work) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        device = self._stream.device
-        before = torch.cuda.current_stream(device)
-        try:
-            # Only this thread's calls count: a thread that loads data may allocate meanwhile.
-            mode = "thread_local"
-            with torch.cuda.device(device), torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
-                work()
-        finally:
-            # A capture that fails leaves torch on its stream.
-            torch.cuda.set_stream(before)
+        # Only this thread's calls count: a thread that loads data may allocate meanwhile.
+        mode = "thread_local"
+        with torch.cuda.device(self._stream.device):
+            before = torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+                    work()
+            finally:
+                # A capture that fails leaves torch on its stream.
+                torch.cuda.set_stream(before)
         return graph.replay
 
 
