@@ -71,8 +71,10 @@ class AnswerMemory:
         self.done: Any = None
 
     def holds(self, rows: int, capacities: tuple[int, int], split: int, dtype: torch.dtype) -> bool:
-        enough = all(mine >= asked for mine, asked in zip(self.capacities, capacities, strict=True))
-        return self.key == (rows, split) and enough and self.logits.dtype == dtype
+        """Whether a batch fits, and not with so much room left that every token would look past it in vain."""
+        pairs = zip(self.capacities, capacities, strict=True)
+        fits = all(asked <= mine <= 2 * _rounded(asked) for mine, asked in pairs)
+        return self.key == (rows, split) and fits and self.logits.dtype == dtype
 
     def nbytes(self) -> int:
         tensors = (

@@ -221,7 +221,7 @@ class GenerationEngine:
             span = self._span(ws, rows, images, encode)
             (backbone.measure if step.measure else backbone.run)(ws, step, rows, variant, span)
 
-        lengths = None if ws.fixed else state.geometry
+        lengths = _lengths(state, rows)
         # Which layers are skipped may be another choice for every prompt.
         run(("backbone", rows, images, encode, variant, measures, routes, lengths), work, rare=bool(variant[1]))
         if encode and self.config.encoder_cache:
@@ -291,7 +291,13 @@ class GenerationEngine:
                 self.kernels.guided_euler_step_(images, ws.velocity[:rows], ws.scale, ws.dt, ws.time_rows[:1])
                 ws.time_rows.add_(1)
 
-        lengths = None if ws.fixed else state.geometry
+        lengths = _lengths(state, rows)
         run(("head", rows, step.head, step.keep_head, keeps, moves, lengths), work)
         if step.keep_head:
             cache.kept(step.index)
+
+
+def _lengths(state: ImageState, rows: int) -> int | None:
+    """What a piece asks of the device depends on, where the prompts' lengths are read on the host: how many different ones
+    follow each other. Such pieces are counted, never captured."""
+    return None if state.workspace.fixed else len(state.geometry.first(rows).groups())

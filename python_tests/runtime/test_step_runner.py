@@ -78,7 +78,9 @@ def test_replays_draw_what_eager_work_draws(name):
             captured.append(graphs["captured"])
         assert graphs["captured"] and graphs["replays"] > graphs["run eagerly"]
         # The fixture's images all choose the same layers, so their work is captured too in the end.
-        assert captured[-1] == captured[-2] and graphs["replays"] > captured[-1], "what was captured serves the next prompts"
+        assert captured[-1] == captured[-2] and graphs["replays"] > captured[-1], (
+            "what was captured serves the next prompts"
+        )
         assert not [reason for reason in handle.summary().fallbacks if "step graphs" in reason]
 
 
@@ -473,6 +475,19 @@ def test_a_question_from_a_callback_leaves_the_answer_alone():
             got = answer_tokens_batch(model, *first, max_new_tokens=8, on_token=other)[0]
             assert torch.equal(got, expected[0])
         assert len(nested) == 16 and all(torch.equal(tokens, expected[1]) for tokens in nested)
+
+
+def test_memory_for_answers_follows_the_prompts():
+    model, short, long = public().model(), batch([ask(1)]), batch([ask(2, before=600)])
+    with fx.accelerate(model):
+        expected = answer_tokens_batch(model, *short, max_new_tokens=4)[0]
+    with capturing(fx.accelerate(model)) as handle:
+        decoder, held = handle.runner.understanding.decoder, []
+        for each in (short, short, long, short, short, short):
+            got = answer_tokens_batch(model, *each, max_new_tokens=4)[0]
+            assert each is long or torch.equal(got, expected)
+            held.append(decoder.nbytes())
+        assert held[2] > held[1] == held[-1], "one long prompt does not stay"
 
 
 def test_what_is_not_a_number_stays_in_its_answer():
