@@ -54,11 +54,12 @@ cpp-test: build ## C++ tests: the library by every instruction set, the CUDA ker
 	$(BIN)/cmake --build build/asan
 	FLASHU_SIMT_SEEDS=2 $(CTEST) --test-dir build/asan
 
-# Races between emulated threads that no value shows. Slow, so on a part of the tests.
+# Races between emulated threads that no value shows. Slow, so on a part of the tests, in CI under one seed.
+TSAN_SEEDS ?= 2
 tsan: $(VENV)/.tools ## the CUDA kernels on the emulator under ThreadSanitizer
 	$(CMAKE) -B build/tsan -DFLASHU_CUDA=OFF -DFLASHU_SANITIZE=thread > build/cmake.log || { cat build/cmake.log; exit 1; }
 	$(BIN)/cmake --build build/tsan --target flashu_emulated_tests
-	FLASHU_SIMT_SEEDS=2 TSAN_OPTIONS=halt_on_error=1 build/tsan/cpp_tests/flashu_emulated_tests --gtest_brief=1 \
+	FLASHU_SIMT_SEEDS=$(TSAN_SEEDS) TSAN_OPTIONS=halt_on_error=1 build/tsan/cpp_tests/flashu_emulated_tests --gtest_brief=1 \
 	  --gtest_filter='DeviceNorm/1.*:DeviceRotary/1.Slots*:DeviceRouting/1.*:DeviceMoves.*:DeviceStep/1.*:DeviceFfn/1.RowsDo*:DeviceFfn/1.Norms*:DeviceFfn/0.Norms*'
 
 mutants: $(VENV)/.tools ## plants bugs in the CUDA kernels; the tests must find every one
