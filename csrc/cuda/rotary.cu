@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(kThreads) rotary_vectors(const __grid_constant
   uint4 low_bits{};
   uint4 high_bits{};
   if (busy) {
-    low_bits = load16(task.from + low_at);
-    high_bits = load16(task.from + high_at);
+    low_bits = load16(in_global(task.from) + low_at);
+    high_bits = load16(in_global(task.from) + high_at);
   }
   Vector<T> low = widen<T>(low_bits);
   Vector<T> high = widen<T>(high_bits);
@@ -144,16 +144,16 @@ __global__ void __launch_bounds__(kThreads) rotary_vectors(const __grid_constant
     const float squares = sum_group<kGroup>(sum_squares(low) + sum_squares(high));
     if (busy && task.norm != nullptr) {
       const float inverse = 1.0f / sqrtf(squares / static_cast<float>(2 * a.half) + a.eps);
-      scale(low, inverse, task.norm + low_at);
-      scale(high, inverse, task.norm + high_at);
+      scale(low, inverse, in_global(task.norm) + low_at);
+      scale(high, inverse, in_global(task.norm) + high_at);
     }
   }
   if (!busy) return;
   if (task.cos != nullptr) {
-    const Vector<T> low_cos = load_vector(task.cos + low_at);
-    const Vector<T> low_sin = load_vector(task.sin + low_at);
-    const Vector<T> high_cos = load_vector(task.cos + high_at);
-    const Vector<T> high_sin = load_vector(task.sin + high_at);
+    const Vector<T> low_cos = load_vector(in_global(task.cos) + low_at);
+    const Vector<T> low_sin = load_vector(in_global(task.sin) + low_at);
+    const Vector<T> high_cos = load_vector(in_global(task.cos) + high_at);
+    const Vector<T> high_sin = load_vector(in_global(task.sin) + high_at);
 #pragma unroll
     for (int i = 0; i < kPerVector<T>; ++i) {
       const float x = low.value[i];
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kThreads) rotary_vectors(const __grid_constant
     low_bits = narrow<T>(low);
     high_bits = narrow<T>(high);
   }
-  store16(task.to + low_at, low_bits);
-  store16(task.to + high_at, high_bits);
+  store16(in_global(task.to) + low_at, low_bits);
+  store16(in_global(task.to) + high_at, high_bits);
 }
 
 // Any width and any alignment, value by value.

@@ -44,6 +44,16 @@ FLASHU_DEVICE uint4 load16(const void* from FLASHU_WHERE) {
   return *static_cast<const uint4*>(from);
 }
 
+// An address of global memory, said to the compiler where it cannot see it because the address was chosen
+// among several: it then uses global loads and stores instead of generic ones. Not for null.
+template <class T>
+FLASHU_DEVICE T* in_global(T* address) {
+#if !FLASHU_EMULATED
+  __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
 FLASHU_DEVICE void store16(void* to, uint4 value FLASHU_WHERE) {
 #if FLASHU_EMULATED
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) simt::fail(where, "a 16-byte store to a misaligned address");
