@@ -115,9 +115,9 @@ class Handle:
                 "tail": length - min(geometry.prefix) - geometry.span,
             }
         reasons = Counter(f"{name}: {why}" for name, why in runner.kernels.fallbacks.items()) + runner.fallbacks
-        workspaces = runner.generation.workspaces
-        failed = {workspaces.failure, answers.decoder.failure} - {None}
-        reasons += Counter(f"step graphs: {why}" for why in failed)
+        captures = runner.captures
+        if captures.failure is not None:
+            reasons[f"step graphs: {captures.failure}"] += 1
         held = runner.held_bytes()
         return Summary(
             steps=dict(Counter(image.kinds)) if image else {},
@@ -139,7 +139,7 @@ class Handle:
             launches=_launches(image) if image else {},
             syncs=sum(work.syncs for work in image.work) if image else 0,
             host_waits=sum(work.waits for work in image.work) if image else 0,
-            step_runner=f"eager: {why_not}" if (why_not := workspaces.why_not or workspaces.failure) else "graphs",
+            step_runner=f"eager: {why_not}" if (why_not := captures.why_not or captures.failure) else "graphs",
             graphs=_graphs(runner),
             kernels=dict(runner.kernels.chosen),
             fallbacks=dict(reasons),

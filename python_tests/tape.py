@@ -4,7 +4,7 @@ the recorded memory and numbers, whatever the Python code that made them would d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")
+from flashu_ext.runtime.counting import SYNCS
 
 
 class _Recorder(TorchDispatchMode):
@@ -25,7 +25,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.split("::")[1]
-        if name in READS:
+        if name in SYNCS:
             raise RuntimeError(f"{name} brings a value to the host; a capture cannot do that")
         for argument, value in zip(func._schema.arguments, args, strict=False):
             self._about_to_write(argument, value)
@@ -56,17 +56,17 @@ READ_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__floa
 
 
 @contextlib.contextmanager
-def _no_reads() -> Iterator[None]:
+def no_reads(methods: Sequence[str] = READ_METHODS) -> Iterator[None]:
     """Values that the host asks for without an operator, as it can on a CPU."""
-    originals = {name: getattr(torch.Tensor, name) for name in READ_METHODS}
+    originals = {name: getattr(torch.Tensor, name) for name in methods}
 
     def refuse(name: str) -> Callable[..., Any]:
         def method(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-            raise RuntimeError(f"Tensor.{name} brings a value to the host; a capture cannot do that")
+            raise RuntimeError(f"Tensor.{name} brings a value to the host")
 
         return method
 
-    for name in READ_METHODS:
+    for name in methods:
         setattr(torch.Tensor, name, refuse(name))
     try:
         yield
@@ -79,7 +79,7 @@ class TapeCapture:
     """Captures as CUDA graphs do: nothing has run afterwards, and memory made by the work holds nothing."""
 
     def __call__(self, work: Callable[[], Any]) -> Callable[[], None]:
-        with torch.no_grad(), _no_reads(), _Recorder() as recorder:
+        with torch.no_grad(), no_reads(), _Recorder() as recorder:
             work()
         for whole, values in recorder.before.values():
             whole.copy_(values)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..runtime.counting import DispatchCounter
 
 __all__ = ["BUCKETS", "Asked", "bucket", "observe", "read_trace"]
 
@@ -58,7 +59,7 @@ class Asked:
     Attributes:
         launches: calls that start a kernel or a whole graph. kernels: kernels that ran, those inside graphs too.
         syncs: calls in which the host waits for the device. All three are None on a CPU.
-        operations: torch operations dispatched; None on a GPU.
+        operations: torch operators that launch something (`runtime.counting`); None on a GPU.
         milliseconds: time by kind of work, BUCKETS; 'idle' is the rest of the run's span. Kernels are sorted by their names.
     """
 
@@ -135,20 +136,10 @@ def _observe_gpu(action: Callable[[], Any], device: torch.device) -> Asked:
         return read_trace(json.loads(path.read_text(encoding="utf-8", errors="replace")))
 
 
-class _Count(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        return function(*args, **(kwargs or {}))
-
-
 def _observe_cpu(action: Callable[[], Any]) -> Asked:
     from torch.profiler import ProfilerActivity, profile
 
-    with _Count() as count:
+    with DispatchCounter() as count:
         action()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         began = time.perf_counter()
@@ -158,4 +149,4 @@ def _observe_cpu(action: Callable[[], Any]) -> Asked:
     for event in profiler.key_averages():
         milliseconds[bucket(event.key)] += event.self_cpu_time_total / 1e3
     milliseconds["idle"] = max(0.0, span - sum(milliseconds.values()))
-    return Asked(None, None, None, count.operations, milliseconds)
+    return Asked(None, None, None, count.counts.launched, milliseconds)

@@ -203,6 +203,7 @@ class SpanPass:
 
     def routed(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, query_rope: Rope) -> Tensor:
         """Queries of some tokens of the span, [rows, k, heads, d] with the rotary table of theirs, keys and values of all."""
+        # Keys and values without queries, then the queries without keys and values: they are not of one number of tokens.
         keys, values = self.cache[layer]
         kernels, none = self.kernels, slice(0)
         rotate_into(kernels, key[:, :, none], key, value, rope, None, keys, values)

@@ -52,8 +52,7 @@ class Backbone:
         """span [rows, span, hidden], which is consumed -> final hidden states of that shape, into the workspace."""
         active = ws.router.active(step.tokens_from, step.index, rows, self.kernels) if step.tokens_from else None
         importance: list[Tensor] | None = [] if step.measure_tokens else None
-        mask = ws.mask[:rows] if ws.mask is not None else None
-        attention = SpanPass(ws.llm[:, :, :rows], ws.geometry.first(rows), self.kernels, mask)
+        attention = ws.span_pass(ws.llm, rows, self.kernels)
         rope = (ws.llm_rope[0][:rows], ws.llm_rope[1][:rows])
         x = self._layers(span, attention, rope, variant, active, importance)
         if importance is not None:

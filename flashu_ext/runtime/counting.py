@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Counts", "DispatchCounter"]
+__all__ = ["SYNCS", "Counts", "DispatchCounter"]
 
 # Operators that bring a value from the device to the host: in a loop on a GPU each one empties the queue.
-_SYNCS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_consecutive", "_unique2")
+SYNCS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_consecutive", "_unique2")
 
 # Operators that launch nothing: memory and views of it.
 _FREE = (
@@ -61,7 +61,7 @@ class DispatchCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        if name in _SYNCS or _leaves_device(name, args, kwargs or {}):
+        if name in SYNCS or _leaves_device(name, args, kwargs or {}):
             self._syncs[name] += 1
         elif not func.is_view and name not in _FREE:
             self._launches[name] += _SEVERAL.get(name, 1)

@@ -7,7 +7,8 @@ their work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch import Tensor
 from ..kernel_sets import KernelSet
 from ..modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
 from ..modules.decoder_layer import decoder_layer
-from ..showo2.decoding import TokenSampler
+from ..showo2.decoding import OnToken, TokenSampler
 from ..structure import Showo2Parts, norm_eps
-from .counting import Counts
-from .graphs import Pieces, Readback, addresses, capture_on, lasting
+from .graphs import Captures, Pieces, Readback, lasting
 from .prompt_cache import PromptCache, layer_of
+from .workspace import rounded_up
 
-__all__ = ["TASK", "AnswerMemory", "Decoder", "OnToken", "Pick", "additive"]
+__all__ = ["TASK", "AnswerMemory", "Decoder", "Pick", "additive"]
 
 TASK = "understanding"
 
@@ -32,9 +33,6 @@ CAPACITY_STEP = 256
 
 Pick = Callable[[Tensor, Sequence[int]], Tensor]
 """Logits [rows, vocab] and the numbers of the prompts they belong to -> token ids [rows, 1]."""
-
-OnToken = Callable[[int, int], None]
-"""Called with a prompt's number and its next token id."""
 
 
 class AnswerMemory:
@@ -91,7 +89,7 @@ class AnswerMemory:
 
 
 def _rounded(capacity: int) -> int:
-    return -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+    return rounded_up(capacity, CAPACITY_STEP)
 
 
 class _FixedPass:
@@ -176,15 +174,11 @@ class _Answers:
 class Decoder:
     """Continues prompts whose keys and values are cached."""
 
-    def __init__(self, parts: Showo2Parts, kernels: KernelSet, wanted: bool):
-        """wanted: `FlashUConfig.step_graphs`."""
+    def __init__(self, parts: Showo2Parts, kernels: KernelSet, captures: Captures):
         self.parts = parts
         self.kernels = kernels
-        self.capture, _ = capture_on(parts.device, wanted)
-        self.counts: dict[Hashable, Counts] = {}
-        self.last: Counts = Counts()
+        self.captures = captures
         self.waits = 0
-        self.failure: str | None = None
         self._resets = 0
         self._weights = 0
         self._memories: list[AnswerMemory] = []
@@ -197,9 +191,9 @@ class Decoder:
         Args:
             busy: that of the last batch, whose prompts may still be lent. Two take turns, each with its graphs.
         """
-        if self.capture is None:
+        if self.captures.make is None:
             return None
-        if (weights := addresses(self.parts.model)) != self._weights:
+        if (weights := self.captures.addresses()) != self._weights:
             self._weights = weights
             self._memories = []
         for memory in self._memories:
@@ -211,13 +205,9 @@ class Decoder:
                     buffer.zero_()
                 return memory
         with lasting():
-            pieces = Pieces(self.capture(), None, self.counts, self._failed)
-            made = AnswerMemory(rows, capacities, split, self.parts, like, pieces)
+            made = AnswerMemory(rows, capacities, split, self.parts, like, self.captures.pieces())
         self._memories = [memory for memory in self._memories if memory is busy or memory.in_use] + [made]
         return made
-
-    def _failed(self, why: str) -> None:
-        self.capture, self.failure = None, why
 
     def reset(self) -> None:
         """Drop what is kept. Answers under way end with an error: the network they were begun with may be gone."""
@@ -348,8 +338,9 @@ class Decoder:
         answers: _Answers,
     ) -> None:
         rows = list(answers.live)
-        # Draws advance their generators, so none is made ahead of a token that may end an answer.
-        ahead = not (isinstance(pick, TokenSampler) and pick.temperature > 0)
+        # A token is read while the next one is on its way; but draws advance their generators, so there none is made ahead of
+        # a token that may end an answer.
+        behind = 0 if isinstance(pick, TokenSampler) and pick.temperature > 0 else 1
         runs = self._layers_run(skipped)
         for layer, run in enumerate(runs):
             if isinstance(run, Tensor):
@@ -364,37 +355,28 @@ class Decoder:
         memory.position.copy_(torch.tensor([[prompt.length] for prompt in cache.prompts]))
         key = ("token", len(rows), tuple("mixed" if isinstance(run, Tensor) else run for run in runs))
         readbacks = (Readback(), Readback())
-        sent: tuple[Tensor, Readback] | None = None
+        sent: deque[tuple[Tensor, Readback]] = deque()
         resets = self._resets
         for count in range(max_new_tokens):
             if answers.read:
-                # The token before this one is read while this one is on its way.
                 readbacks[count % 2].post(token)
-                if sent is not None:
-                    answers.take(sent[0], rows, sent[1].wait())
-                    sent = None
-                if answers.live and not ahead:
-                    answers.take(token, rows, readbacks[count % 2].wait())
-                elif answers.live:
-                    sent = (token, readbacks[count % 2])
-                if not answers.live:
-                    break
+                sent.append((token, readbacks[count % 2]))
             else:
                 answers.take(token, rows, None)
-            if count == max_new_tokens - 1:
-                break
+            last = count == max_new_tokens - 1
+            while len(sent) > (0 if last else behind):
+                one, readback = sent.popleft()
+                answers.take(one, rows, readback.wait())
             self._check(resets)
+            if last or not answers.live:
+                break
             memory.token.copy_(token)
-            self.last = memory.pieces.run(key, lambda: self._fixed_token(memory, how))
-            if ahead or len(answers.live) == len(rows):
+            memory.pieces.run(key, lambda: self._fixed_token(memory, how))
+            if behind or len(answers.live) == len(rows):
                 token = pick(memory.logits, rows)
             else:
-                token = memory.token.clone()
-                for at, prompt in enumerate(rows):
-                    if prompt in answers.live:
-                        token[at : at + 1] = pick(memory.logits[at : at + 1], [prompt])
-        if sent is not None:
-            answers.take(sent[0], rows, sent[1].wait())
+                token = token.clone()
+                token[answers.live] = pick(memory.logits[answers.live], answers.live)
         self.waits = sum(readback.waits for readback in readbacks)
 
     def _fixed_token(self, memory: AnswerMemory, runs: Sequence[bool | Tensor]) -> None:

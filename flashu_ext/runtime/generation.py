@@ -23,6 +23,7 @@ from ..structure import Showo2Parts
 from .backbone import TASK, Backbone
 from .counting import Counts
 from .encoder import early_signal, embed_image, embed_time, semantic_features
+from .graphs import Captures
 from .head import Head
 from .state import ImageState, StepWork, Variant
 from .workspace import Shape
@@ -34,13 +35,13 @@ __all__ = ["TASK", "GenerationEngine"]
 class GenerationEngine:
     """Evaluates the velocity of images in progress. Every image has its `ImageState`; the memory is shared by turns."""
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
+    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, captures: Captures):
         self.parts = parts
         self.config = config
         self.kernels = kernels
         self.head = Head(parts, config, kernels)
         self.backbone = Backbone(parts, config, kernels, self.head)
-        self.workspaces = Workspaces(parts, config)
+        self.workspaces = Workspaces(parts, config, captures)
 
     # ---- an image begins and ends
 
@@ -77,7 +78,7 @@ class GenerationEngine:
         )
         workspace, pieces = self.workspaces.take(shape)
         try:
-            workspace.load(parts, text_tokens, geometry)
+            workspace.load(parts, text_tokens, modality_positions[:, 0, 0], geometry)
         except BaseException:
             self.workspaces.give_back(workspace)
             raise
@@ -300,4 +301,4 @@ class GenerationEngine:
 def _lengths(state: ImageState, rows: int) -> int | None:
     """What a piece asks of the device depends on, where the prompts' lengths are read on the host: how many different ones
     follow each other. Such pieces are counted, never captured."""
-    return None if state.workspace.fixed else len(state.geometry.first(rows).groups())
+    return None if state.workspace.mask is not None else len(state.geometry.first(rows).groups())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .counting import Counts, DispatchCounter
 
-__all__ = ["Capture", "CudaCapture", "Pieces", "Readback", "addresses", "capture_on", "lasting"]
+__all__ = ["Capture", "Captures", "CudaCapture", "Pieces", "Readback", "lasting"]
 
 Work = Callable[[], Any]
 
@@ -61,19 +61,40 @@ def _capture_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
-def capture_on(device: torch.device, wanted: bool) -> tuple[Callable[[], Capture] | None, str | None]:
-    """What captures work on a device, or None and why there is nothing. wanted: `FlashUConfig.step_graphs`."""
-    if not wanted:
-        return None, "FlashUConfig.step_graphs is False"
-    if device.type != "cuda":
-        return None, f"CUDA graphs need a CUDA device, the model is on {device.type}"
-    return functools.partial(CudaCapture, device), None
+class Captures:
+    """What captures the work of one accelerated model; its images and its answers share it.
 
+    Attributes:
+        make: makes the capture of a workspace, or None: work runs operator by operator. why_not: why nothing is captured, from
+            the start. failure: why a capture failed; after that none is tried.
+        counts: of every piece of work seen, what it asks of the device.
+    """
 
-def addresses(model: nn.Module) -> int:
-    """A number that changes where a model's weights do not lie where they lay, as after `model.to(...)`: what was captured
-    reads the old place."""
-    return hash(tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())))
+    def __init__(self, model: nn.Module, device: torch.device, wanted: bool):
+        """wanted: `FlashUConfig.step_graphs`."""
+        self.make: Callable[[], Capture] | None = None
+        self.why_not: str | None = None
+        self.failure: str | None = None
+        self.counts: dict[Hashable, Counts] = {}
+        self._model = model
+        if not wanted:
+            self.why_not = "FlashUConfig.step_graphs is False"
+        elif device.type != "cuda":
+            self.why_not = f"CUDA graphs need a CUDA device, the model is on {device.type}"
+        else:
+            self.make = functools.partial(CudaCapture, device)
+
+    def pieces(self) -> Pieces:
+        """For the work of one workspace."""
+        return Pieces(self.make() if self.make else None, self.counts, self._failed)
+
+    def _failed(self, why: str) -> None:
+        self.make, self.failure = None, why
+
+    def addresses(self) -> int:
+        """A number that changes where weights do not lie where they lay, as after `model.to(...)`: what was captured reads the
+        old place."""
+        return hash(tuple(tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())))
 
 
 @contextlib.contextmanager
@@ -98,21 +119,19 @@ class Pieces:
     """The pieces of work of one workspace.
 
     Attributes:
-        why_eager: why nothing is captured, or None. captured: pieces that are replayed.
+        captured: pieces that are replayed.
         replayed, eager: runs so far of either kind.
     """
 
     def __init__(
         self,
         capture: Capture | None,
-        why_eager: str | None,
         counts: dict[Hashable, Counts],
         failed: Callable[[str], None] = lambda why: None,
     ):
         """capture: None runs everything operator by operator. counts: of every key, shared by all workspaces. failed: told
         why, where a capture fails."""
         self._failed = failed
-        self.why_eager = why_eager
         self._capture = capture
         self._counts = counts
         self._uses: Counter[Hashable] = Counter()
@@ -157,8 +176,7 @@ class Pieces:
         except RuntimeError as error:
             # What cannot be captured still runs. Capturing has run nothing, so the images' memory is as it was.
             self._capture = None
-            self.why_eager = f"capturing failed: {str(error).splitlines()[0]}"
-            self._failed(self.why_eager)
+            self._failed(f"capturing failed: {str(error).splitlines()[0]}")
             return None
         while len(self._replays) > KEPT_GRAPHS:
             self._replays.popitem(last=False)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..config import FlashUConfig
 from ..kernel_sets import KernelSet
-from ..modules.attention import CausalPass, SpanPass
+from ..modules.attention import CausalPass
 from ..modules.head_block import final_layer, head_block
 from ..schedule import Step
 from ..structure import Showo2Parts
@@ -52,9 +52,7 @@ class Head:
         x = self._input(ws.hidden[:rows])
         residual = self.config.head_residual_reuse and step.keep_head
         before = x.clone() if residual else x  # the blocks write into x
-        attention = SpanPass(
-            ws.head[:, :, :rows], ws.geometry.first(rows), self.kernels, ws.mask[:rows] if ws.mask is not None else None
-        )
+        attention = ws.span_pass(ws.head, rows, self.kernels)
         rope = (ws.head_rope[0][:rows], ws.head_rope[1][:rows])
         for index, block in enumerate(self.parts.blocks):
             x = head_block(block, index, x, modulation, rope, attention, self.parts.head_attention, self.kernels)

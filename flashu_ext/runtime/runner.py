@@ -12,11 +12,10 @@ from torch import Tensor
 from ..config import FlashUConfig
 from ..kernel_sets import KernelSet
 from ..showo2 import validate
-from ..showo2.decoding import TokenSampler
+from ..showo2.decoding import OnToken, TokenSampler
 from ..structure import Showo2Parts
-from .decoding import OnToken
 from .generation import GenerationEngine
-from .graphs import Readback
+from .graphs import Captures, Readback
 from .state import Conditioning, ImageState
 from .understanding import UnderstandingEngine
 
@@ -36,8 +35,9 @@ class Runner:
         self.config = config
         self.kernels = kernels
         self.originals = originals
-        self.generation = GenerationEngine(parts, config, kernels)
-        self.understanding = UnderstandingEngine(parts, config, kernels)
+        self.captures = Captures(parts.model, parts.device, config.step_graphs)
+        self.generation = GenerationEngine(parts, config, kernels, self.captures)
+        self.understanding = UnderstandingEngine(parts, config, kernels, self.captures)
         self.fallbacks: Counter[str] = Counter()
         self.last_image: ImageState | None = None
         self._in_progress: list[ImageState] = []

@@ -23,10 +23,12 @@ from ..config import FlashUConfig
 from ..kernel_sets import KernelSet
 from ..modules.attention import HeadNorms, Rope, attend_folded, fold_mask, rope_table, rotate_into
 from ..modules.decoder_layer import decoder_layer, pruning_layer
+from ..showo2.decoding import OnToken
 from ..showo2.understanding import span_embeds
 from ..structure import Showo2Parts, norm_eps, position_table
-from .decoding import TASK, Decoder, OnToken, Pick, additive
+from .decoding import TASK, Decoder, Pick, additive
 from .encoder import embed_image
+from .graphs import Captures
 from .prompt_cache import Prompt, PromptCache, common_prefix
 from .token_pruning import TokenPruner, visual_spans
 
@@ -138,11 +140,11 @@ class _Narrowing:
 class UnderstandingEngine:
     """Answers batches of prompts and keeps the last batch's cache for the next question."""
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
+    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, captures: Captures):
         self.parts = parts
         self.kernels = kernels
         self.pruner = TokenPruner(parts, config, kernels)
-        self.decoder = Decoder(parts, kernels, config.step_graphs)
+        self.decoder = Decoder(parts, kernels, captures)
         self.layers_to_skip = int(len(parts.layers) * config.answer_layer_skip_ratio)
         self.prefilled = 0
         self.reused = 0

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..config import FlashUConfig
-from ..modules.attention import Rope, RowGeometry, rope_table, slot_mask
+from ..kernel_sets import KernelSet
+from ..modules.attention import Rope, RowGeometry, SpanPass, rope_table, slot_mask
 from ..structure import Showo2Parts, position_table
 from .head_cache import AdaptiveGate, HeadCache
 from .token_router import TokenRouter
@@ -23,8 +24,13 @@ __all__ = ["Shape", "Workspace"]
 PREFIX_STEP, TIMES_STEP = 64, 64
 """Where memory is kept for the next image, room for prompts and times is rounded up to these, so that most images fit."""
 
-
 SLOT_STEP = 16
+"""A mask's rows are read in wide pieces, which a length of odd numbers would have copied for every layer."""
+
+
+def rounded_up(count: int, step: int) -> int:
+    """The first multiple of step that is not below count."""
+    return -(-count // step) * step
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ class Shape:
             self.images,
             self.latent_size,
             self.length,
-            min(-(-self.prefix // PREFIX_STEP) * PREFIX_STEP, self.length),
-            -(-self.times // TIMES_STEP) * TIMES_STEP,
+            min(rounded_up(self.prefix, PREFIX_STEP), self.length),
+            rounded_up(self.times, TIMES_STEP),
         )
 
     def holds(self, other: Shape) -> bool:
@@ -73,7 +79,7 @@ class Workspace:
         text_tokens: int64 [rows, length]. offsets: int64 [rows], where each row's span begins.
         latents: fp32 [rows, channels, H, W]; where guided rows share one latent the first `images` are used.
         time_rows: int64 [rows], the rows of the time tables in force.
-        time, time_token, modulation: tables [times, ...] of the head's embedding, the time token, and the head's modulation.
+        time_token, modulation: tables [times, ...] of the time token and of the head's modulation.
         scale, dt: fp32 [times], guidance scale and time step of every evaluation.
         llm, head: keys and values [layers, 2, rows, span + prefix, kv_heads, head_dim] of the language model and the head.
         llm_rope, head_rope: of the span. text_rope, head_text_rope: of positions 0 and up.
@@ -88,16 +94,16 @@ class Workspace:
     def __init__(self, parts: Showo2Parts, config: FlashUConfig, shape: Shape, fixed: bool):
         """fixed: lengths of prompts are read on the device, so that captured work can be replayed for other prompts."""
         dtype, device = parts.dtype, parts.device
-        self.shape, self.fixed = shape, fixed
+        self.shape = shape
         height, width = shape.latent_size
         self.grid = (height // parts.patch_size, width // parts.patch_size)
         patches = self.grid[0] * self.grid[1]
         self.span = span = patches + parts.has_time_token
-        # A mask's rows are read in wide pieces, which a length of odd numbers would have copied for every layer.
-        slots, rows = -(-(span + shape.prefix) // SLOT_STEP) * SLOT_STEP if fixed else span + shape.prefix, shape.rows
+        slots, rows = span + shape.prefix, shape.rows
+        if fixed:
+            slots = rounded_up(slots, SLOT_STEP)
         llm, head = parts.llm_attention, parts.head_attention
         first_block = parts.blocks[0]
-        head_width = int(first_block.input_layernorm.weight.shape[0])
         clip = int(parts.position_embedding.weight.shape[1])
         modulation = sum(int(b.adaLN_modulation[-1].weight.shape[0]) for b in (*parts.blocks, parts.final_layer))
 
@@ -108,7 +114,6 @@ class Workspace:
         self.offsets = new(rows, of=torch.int64)
         self.latents = new(rows, parts.latent_channels, height, width, of=torch.float32)
         self.time_rows = new(rows, of=torch.int64)
-        self.time = new(shape.times, head_width)
         self.time_token = new(shape.times, parts.hidden)
         self.modulation = new(shape.times, modulation)
         self.scale, self.dt = new(shape.times, of=torch.float32), new(shape.times, of=torch.float32)
@@ -125,23 +130,24 @@ class Workspace:
         self.velocity = new(rows, patches, parts.patch_size**2 * parts.latent_channels)
         self.importance = new(len(parts.layers), of=torch.float32)
         self.semantic = new(rows, patches, clip) if config.encoder_cache else None
-        self.positions = position_table(parts, *self.grid).clone()
+        self.positions = new(1, patches, clip)
         self.cache = HeadCache(config.head_forecast_order, restarts=config.adaptive_cache)
         self.gate = AdaptiveGate(config.adaptive_cache_budget, shape.rows)
         self.router = TokenRouter(int(patches * config.token_skip_ratio), parts.has_time_token)
         self.geometry = RowGeometry((0,) * rows, span)
         self.owner: tuple[object, int] | None = None
 
-    def load(self, parts: Showo2Parts, text_tokens: Tensor, geometry: RowGeometry) -> None:
+    def load(self, parts: Showo2Parts, text_tokens: Tensor, offsets: Tensor, geometry: RowGeometry) -> None:
         """An image begins.
 
         Args:
-            text_tokens: int64 [rows, length]. geometry: where the spans are; prefixes no longer than there is room for.
+            text_tokens: int64 [rows, length]. offsets: int64 [rows], where the spans begin, on the device.
+            geometry: the same on the host; prefixes no longer than there is room for.
         """
         self.geometry = geometry
         self.owner = None
         self.text_tokens.copy_(text_tokens)
-        self.offsets.copy_(torch.tensor(geometry.prefix))
+        self.offsets.copy_(offsets)
         positions = self.offsets[:, None] + torch.arange(self.span, device=self.offsets.device)
         dtype = self.hidden.dtype
         for mine, module in ((self.llm_rope, parts.llm_rope), (self.head_rope, parts.blocks[0].self_attn.rotary_emb)):
@@ -158,10 +164,15 @@ class Workspace:
         slots = slice(self.span, self.span + self.shape.prefix)
         return self.llm[:, :, :rows, slots], self.head[:, :, :rows, slots]
 
+    def span_pass(self, cache: Tensor, rows: int, kernels: KernelSet) -> SpanPass:
+        """The attention of the first `rows` rows' spans over `llm` or `head`."""
+        mask = self.mask[:rows] if self.mask is not None else None
+        return SpanPass(cache[:, :, :rows], self.geometry.first(rows), kernels, mask)
+
     def _purposes(self) -> Iterator[tuple[str, Tensor | None]]:
         for tensor in (self.llm, self.head, self.mask):
             yield "keys and values", tensor
-        for tensor in (self.time, self.time_token, self.modulation, self.scale, self.dt, self.time_rows):
+        for tensor in (self.time_token, self.modulation, self.scale, self.dt, self.time_rows):
             yield "time tables", tensor
         for tensor in (*self.llm_rope, *self.head_rope, *self.text_rope, *self.head_text_rope, self.positions):
             yield "positions", tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 
 from ..config import FlashUConfig
 from ..structure import Showo2Parts
-from .counting import Counts
-from .graphs import Pieces, addresses, capture_on, lasting
+from .graphs import Captures, Pieces, lasting
 from .workspace import Shape, Workspace
 
 __all__ = ["Workspaces"]
@@ -37,23 +35,21 @@ class Workspaces:
     holds is drawn in it. Else it is dropped: there is nothing to save by keeping it.
 
     Attributes:
-        capture: makes the capture of a new workspace, or None. why_not: why there is none. failure: why a capture failed.
-        counts: of every piece of work seen, what it asks of the device.
+        captures: what captures their work.
     """
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig):
+    def __init__(self, parts: Showo2Parts, config: FlashUConfig, captures: Captures):
         self.parts = parts
         self.config = config
-        self.capture, self.why_not = capture_on(parts.device, config.step_graphs)
-        self.failure: str | None = None
-        self.counts: dict[Hashable, Counts] = {}
+        self.captures = captures
         self._weights = 0
         self._idle: list[_Taken] = []
         self._taken: list[_Taken] = []
 
     def take(self, shape: Shape) -> tuple[Workspace, Pieces]:
         """A workspace that holds images of a shape, and what runs there; it is the caller's until `give_back`."""
-        if self.capture is not None and (weights := addresses(self.parts.model)) != self._weights:
+        fixed = self.captures.make is not None
+        if fixed and (weights := self.captures.addresses()) != self._weights:
             self._weights = weights
             self._idle.clear()
         for kept in self._idle:
@@ -63,23 +59,18 @@ class Workspaces:
                 if kept.done is not None:
                     torch.cuda.current_stream(kept.workspace.hidden.device).wait_event(kept.done)
                 return kept.workspace, kept.pieces
-        fixed = self.capture is not None
         with lasting():
             workspace = Workspace(self.parts, self.config, shape.rounded() if fixed else shape, fixed)
-        pieces = Pieces(self.capture() if self.capture else None, self.why_not, self.counts, self._failed)
+        pieces = self.captures.pieces()
         self._taken.append(_Taken(workspace, pieces, self._weights))
         return workspace, pieces
-
-    def _failed(self, why: str) -> None:
-        """What failed once is not tried again in the next workspace."""
-        self.capture, self.failure = None, why
 
     def give_back(self, workspace: Workspace) -> None:
         """The image is done with it. The next one may run on another stream; it waits for this one's work."""
         for taken in self._taken:
             if taken.workspace is workspace:
                 self._taken.remove(taken)
-                if self.capture is None or taken.weights != self._weights:
+                if self.captures.make is None or taken.weights != self._weights:
                     return
                 if workspace.hidden.device.type == "cuda":
                     taken.done = torch.cuda.current_stream(workspace.hidden.device).record_event()
@@ -92,7 +83,7 @@ class Workspaces:
 
     def moved(self) -> bool:
         """Whether the weights no longer lie where captured work reads them."""
-        return self.capture is not None and addresses(self.parts.model) != self._weights
+        return self.captures.make is not None and self.captures.addresses() != self._weights
 
     def clear(self) -> None:
         """Drop what is kept, and forget what is out."""

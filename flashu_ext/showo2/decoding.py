@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TokenSampler", "decode_dense"]
+__all__ = ["OnToken", "TokenSampler", "decode_dense"]
+
+OnToken = Callable[[int, int], None]
+"""Called with a question's number and its next token id."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,9 @@ from torch import Tensor
 
 from ..structure import Showo2Parts, position_table
 from . import validate
-from .decoding import TokenSampler, decode_dense
+from .decoding import OnToken, TokenSampler, decode_dense
 
 __all__ = ["answer_tokens", "answer_tokens_batch", "prompt_embeds"]
-
-OnToken = Callable[[int, int], None]
-"""Called with a question's number and its next token id."""
 
 
 def prompt_embeds(

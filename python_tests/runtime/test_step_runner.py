@@ -8,7 +8,7 @@ import torch
 from conformance import public, relative
 from runtime.test_skipping_and_caching import CASES, sample, sample_as_upstream
 from runtime.test_understanding import ask, batch
-from tape import TapeCapture
+from tape import READ_METHODS, TapeCapture, no_reads
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
@@ -35,8 +35,7 @@ def one_thread():
 
 def capturing(handle, capture=TapeCapture):
     """Have a handle on the CPU run as on a GPU."""
-    handle.runner.generation.workspaces.capture = capture
-    handle.runner.understanding.decoder.capture = capture
+    handle.runner.captures.make = capture
     return handle
 
 
@@ -204,7 +203,7 @@ def test_removing_in_the_middle_is_an_error(captured):
 
 
 def test_graphs_are_bounded_whatever_is_skipped():
-    pieces, ran = Pieces(TapeCapture(), None, {}), []
+    pieces, ran = Pieces(TapeCapture(), {}), []
     x = torch.zeros(1)
     for key in range(3 * KEPT_GRAPHS):
         for _ in range(2):
@@ -240,7 +239,7 @@ def test_a_piece_runs_then_is_captured_then_replayed():
         log.append("python")
         x.add_(1)
 
-    pieces = Pieces(TapeCapture(), None, {})
+    pieces = Pieces(TapeCapture(), {})
     for count in range(1, 5):
         assert pieces.run("key", work).launches == {"add_": 1}
         assert x.tolist() == [count] * 3
@@ -282,37 +281,20 @@ def test_inference_mode_may_come_and_go(name):
 # ---- the host never waits in the loop
 
 
-@pytest.fixture
-def no_reads(monkeypatch):
-    """Within `with no_reads():` a tensor's value can't be asked for."""
-    forbidden = ("item", "cpu", "tolist", "__bool__", "__float__", "__int__", "__index__")
-    originals = {name: getattr(torch.Tensor, name) for name in forbidden}
-    active = []
-
-    def guard(name):
-        def method(self, *args, **kwargs):
-            assert not active, f"Tensor.{name} in the loop"
-            return originals[name](self, *args, **kwargs)
-
-        return method
-
-    for name in forbidden:
-        monkeypatch.setattr(torch.Tensor, name, guard(name))
-    return active
+ASKED = [name for name in READ_METHODS if name != "numpy"]
+"""Ways to ask for a tensor's value. Not numpy, which looks at memory of the host, where what was sent arrives."""
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_the_loop_brings_no_value_to_the_host(name, no_reads, monkeypatch):
+def test_the_loop_brings_no_value_to_the_host(name, monkeypatch):
     fixture, model = public(), public().model()
     with accelerate(model, fixture, name) as handle:
         engine, seen = handle.runner.generation, []
         original = engine.step
 
         def step(state):
-            no_reads.append(1)
-            with DispatchCounter() as counter:
+            with no_reads(ASKED), DispatchCounter() as counter:
                 original(state)
-            no_reads.clear()
             seen.append(counter.counts)
 
         monkeypatch.setattr(engine, "step", step)
@@ -328,18 +310,16 @@ def test_the_loop_brings_no_value_to_the_host(name, no_reads, monkeypatch):
         assert summary.host_waits == 0
 
 
-def test_a_call_of_upstreams_sampler_reads_once(no_reads, monkeypatch):
+def test_a_call_of_upstreams_sampler_reads_once(monkeypatch):
     fixture, model = public(), public().model()
     with fx.accelerate(model, FlashUConfig(steps=6)) as handle:
         expected, seen = sample_as_upstream(model, fixture, 6), []
         original = model.t2i_generate
 
         def call(**arguments):
-            if seen:
-                no_reads.append(1)  # the first call looks at its conditioning
-            with DispatchCounter() as counter:
+            # The first call looks at its conditioning.
+            with no_reads(ASKED if seen else ()), DispatchCounter() as counter:
                 result = original(**arguments)
-            no_reads.clear()
             seen.append(counter.counts.synced)
             return result
 
