@@ -476,7 +476,8 @@ def test_what_is_not_a_number_stays_in_its_answer():
     with capturing(fx.accelerate(model)):
         expected = answer_tokens_batch(model, *clean, max_new_tokens=6)
         for _ in range(3):
-            answer_tokens_batch(model, *broken, max_new_tokens=6)
+            for _ in range(2):  # two memories take turns
+                answer_tokens_batch(model, *broken, max_new_tokens=6)
             got = answer_tokens_batch(model, *clean, max_new_tokens=6)
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
