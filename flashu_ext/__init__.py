@@ -5,45 +5,81 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import ops as ops
-    from . import parallel as parallel
-    from . import reference as reference
-    from . import showo2 as showo2
-    from .calibrate import GenerationSample as GenerationSample
-    from .calibrate import UnderstandingSample as UnderstandingSample
-    from .calibrate import calibrate as calibrate
-    from .config import FlashUConfig as FlashUConfig
-    from .plan import TaskPlan as TaskPlan
-    from .schedule import StepPlan as StepPlan
-    from .swap import Handle as Handle
-    from .swap import accelerate as accelerate
+    from .calibration.calibrate import GenerationSample as GenerationSample
+    from .calibration.calibrate import UnderstandingSample as UnderstandingSample
+    from .calibration.calibrate import calibrate as calibrate
+    from .models import showo2 as showo2
+    from .ops import kernel_sets as kernel_sets
+    from .ops import reference as reference
+    from .planning.config import FlashUConfig as FlashUConfig
+    from .planning.plan import TaskPlan as TaskPlan
+    from .planning.schedule import StepPlan as StepPlan
+    from .runtime.swap import Handle as Handle
+    from .runtime.swap import accelerate as accelerate
 
 _HOMES = {
-    "GenerationSample": "calibrate",
-    "UnderstandingSample": "calibrate",
-    "calibrate": "calibrate",
-    "FlashUConfig": "config",
-    "TaskPlan": "plan",
-    "StepPlan": "schedule",
-    "Handle": "swap",
-    "accelerate": "swap",
+    "GenerationSample": "calibration.calibrate",
+    "UnderstandingSample": "calibration.calibrate",
+    "calibrate": "calibration.calibrate",
+    "FlashUConfig": "planning.config",
+    "TaskPlan": "planning.plan",
+    "StepPlan": "planning.schedule",
+    "Handle": "runtime.swap",
+    "accelerate": "runtime.swap",
 }
-_MODULES = ("nano", "ops", "parallel", "reference", "showo2")
+_MODULES = ("bench", "nano", "ops")
+# Public modules that lie in a folder: `import flashu_ext.showo2.sampling` finds `flashu_ext.models.showo2.sampling`.
+_ALIASES = {
+    "kernel_sets": "ops.kernel_sets",
+    "parallel": "batch",
+    "reference": "ops.reference",
+    "showo2": "models.showo2",
+}
 
-__all__ = [*_HOMES, *_MODULES, "__version__"]
+__all__ = [*_HOMES, *_MODULES, *_ALIASES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-        globals()[name] = value  # also settles names shared by a function and its module, such as calibrate
-        return value
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     if name in _MODULES:
         return import_module(f".{name}", __name__)
+    if name in _ALIASES:
+        return import_module(f".{_ALIASES[name]}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _AliasFinder(MetaPathFinder, Loader):
+    """Imports a public module name as the very module that it stands for, so that no class exists twice."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, rest = name.partition(".")
+        return ModuleSpec(name, self) if package == __name__ and rest.split(".")[0] in _ALIASES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        alias, _, rest = spec.name.removeprefix(f"{__name__}.").partition(".")
+        module = import_module(".".join(filter(None, (__name__, _ALIASES[alias], rest))))
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self._spec  # the import system has just put the alias's there
+
+
+sys.meta_path.insert(0, _AliasFinder())  # before the one that would load an alias's files a second time

@@ -1,4 +1,4 @@
-"""Room: test support. Makes the support modules of this folder importable and keeps CPU tests to one thread's worth of noise."""
+"""Makes the support modules of this folder importable and keeps CPU tests to one thread's worth of noise."""
 
 import sys
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Room: benchmarks. One file per command of `flashu-ext bench`; the library itself imports none of it."""
+"""One file per command of `flashu-ext bench`; the library itself imports none of it."""

@@ -1,4 +1,4 @@
-"""Room: benchmarks. `python -m flashu_ext.bench COMMAND`, in a source folder or installed; `--help` lists the commands."""
+"""`python -m flashu_ext.bench COMMAND`, in a source folder or installed; `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ..cli import bench
+from ..cli.main import bench
 from .readme import main as readme
 from .roofline import main as roofline
 from .sass import main as sass

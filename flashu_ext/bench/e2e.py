@@ -1,4 +1,4 @@
-"""Room: benchmarks. Whole images and answers: dense, exact and paper, interleaved in one process.
+"""Whole images and answers: dense, exact and paper, interleaved in one process.
 
 The baseline is this library's dense model or, with `--upstream`, the unmodified Show-o2 classes on the same
 weights. Rows with as many steps as the baseline and rows with fewer are kept apart. An answer of one token is its prefill.
@@ -19,10 +19,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..config import FlashUConfig
-from ..plan import TaskPlan
-from ..swap import accelerate
-from . import machine
+from ..ops import machine
+from ..planning.config import FlashUConfig
+from ..planning.plan import TaskPlan
+from ..runtime.swap import accelerate
 from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
 
 __all__ = ["Report", "Row", "Settings", "run"]
@@ -67,7 +67,7 @@ class OwnSubject:
         self.model: Any = model
 
     def draw(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
-        from ..showo2 import sample
+        from ..models.showo2 import sample
 
         return sample(
             self.model,
@@ -82,7 +82,7 @@ class OwnSubject:
         )
 
     def answer(self, inputs: Inputs, tokens: int) -> Tensor:
-        from ..showo2 import answer_tokens
+        from ..models.showo2 import answer_tokens
 
         return answer_tokens(self.model, inputs.image_latents, inputs.before, inputs.after, max_new_tokens=tokens)
 
@@ -263,7 +263,7 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
 
 
 def _subjects(settings: Settings, shape: Shape) -> tuple[OwnSubject, Subject | None]:
-    from ..showo2 import Showo2
+    from ..models.showo2 import Showo2
 
     model = Showo2(shape.config).eval()
     fill(model, settings.seed)

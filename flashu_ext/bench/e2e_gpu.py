@@ -1,4 +1,4 @@
-"""Room: benchmarks. `flashu-ext bench e2e --gpu`: whole images and answers on random weights of the published shapes.
+"""`flashu-ext bench e2e --gpu`: whole images and answers on random weights of the published shapes.
 
 Unmodified Show-o2 (given a checkout), our dense model, torch.compile of it, exact, paper and fast, in one process and
 within a budget of seconds: what did not fit says so, and a row that fails says why. Needs no network.
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import FlashUConfig
-from ..plan import TaskPlan
-from ..safe_files import atomic_path
-from ..swap import accelerate
-from . import machine
+from ..ops import machine
+from ..planning.config import FlashUConfig
+from ..planning.plan import TaskPlan
+from ..planning.safe_files import atomic_path
+from ..runtime.swap import accelerate
 from .e2e import GUIDANCE, SHIFT, OwnSubject, Subject
 from .launches import BUCKETS, observe
 from .shapes import SHAPES, Inputs, Shape, fill_on_device, inputs, weight_plan
@@ -259,7 +259,7 @@ class _Model:
     """Our model of one shape on the device, upstream's on the same weights, and the plan that paper needs."""
 
     def __init__(self, settings: Settings, name: str, device: torch.device):
-        from ..showo2 import Showo2
+        from ..models.showo2 import Showo2
 
         self.shape, self.device = SHAPES[name], device
         dtype = torch.bfloat16
@@ -328,7 +328,7 @@ class _BatchSubject:
     def answer(self, data: Sequence[Inputs], tokens: int) -> Any:
         if not isinstance(self.subject, OwnSubject):
             return [self.subject.answer(each, tokens) for each in data]
-        from ..showo2 import answer_tokens_batch
+        from ..models.showo2 import answer_tokens_batch
 
         befores, afters = [each.before for each in data], [each.after for each in data]
         latents = torch.cat([each.image_latents for each in data])

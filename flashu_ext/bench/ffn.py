@@ -1,4 +1,4 @@
-"""Room: benchmarks. The gathered FFN beside what one would write without it: torch dense, torch on a pruned copy, torch
+"""The gathered FFN beside what one would write without it: torch dense, torch on a pruned copy, torch
 gathering and multiplying. All variants are timed in one process, interleaved, on random-normal data."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from . import machine
+from ..ops import machine
 
 __all__ = ["DTYPES", "SHAPES", "Report", "Row", "Settings", "explain", "run"]
 

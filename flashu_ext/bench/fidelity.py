@@ -1,4 +1,4 @@
-"""Room: benchmarks. How far skipping and caching move the embedded model's drawings, beside the operations they save.
+"""How far skipping and caching move the embedded model's drawings, beside the operations they save.
 
 Fidelity is the relative L2 distance of the final latents from those of the exact model with the same noise. Operations are
 counted from what was run, for one conditional and one unconditional row; nothing here is a time.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import FlashUConfig
-from ..cost import llm_layer_flops
-from ..structure import Showo2Parts
-from .machine import command_line, facts
+from ..models.structure import Showo2Parts
+from ..ops.machine import command_line, facts
+from ..planning.config import FlashUConfig
+from ..planning.cost import llm_layer_flops
 
 __all__ = ["Row", "llm_flops", "measure", "table", "to_json", "token_ratio_within"]
 
@@ -102,8 +102,8 @@ class _Drawings:
     """Held-out prompts of the embedded model with their noise, drawn under one setting after the other."""
 
     def __init__(self, prompts: int, seed: int, steps: int):
+        from ..models.showo2 import Pipeline
         from ..nano.world import captions, scenes
-        from ..showo2 import Pipeline
 
         self.pipe = Pipeline.from_pretrained("nano")
         self.steps = steps
@@ -117,8 +117,8 @@ class _Drawings:
         self.exact, _, _ = self._latents(prompts)
 
     def _latents(self, prompts: int, **changes: Any) -> tuple[Tensor, Any, Any]:
+        from ..models.showo2 import sample
         from ..nano.evaluate import GUIDANCE, SHIFT
-        from ..showo2 import sample
 
         inputs = {name: value[:prompts] for name, value in self.inputs.items()}
         with self.pipe.accelerate(FlashUConfig(steps=self.steps, **changes)) as handle:

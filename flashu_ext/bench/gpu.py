@@ -1,4 +1,4 @@
-"""Room: benchmarks. Everything that needs a GPU, in one command: conformance, tests, sanitizers, and the tables.
+"""Everything that needs a GPU, in one command: conformance, tests, sanitizers, and the tables.
 
     python -m flashu_ext.bench gpu --out DIR
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from . import machine
+from ..ops import machine
 from .ffn import SHAPES
 from .roofline import plot
 from .timing import Timing, measure
@@ -261,7 +261,7 @@ def _silu_mul(both: Tensor) -> Tensor:
 
 def _row_lines(settings: Settings, result: Result) -> str:
     """Norms, routing and step ops against torch eager and torch.compile of the reference."""
-    from .. import reference
+    from ..ops import reference
 
     device = torch.device(settings.device)
     tokens = 1460 if device.type == "cuda" else 12

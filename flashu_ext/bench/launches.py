@@ -1,4 +1,4 @@
-"""Room: benchmarks. What one run asks of a device: launches, kernels, waits of the host, and the time by kind of work.
+"""What one run asks of a device: launches, kernels, waits of the host, and the time by kind of work.
 
 On a GPU all of it is read from one torch.profiler trace. On a CPU there is nothing to launch: torch operations are counted
 instead, and their own times stand for the kernels'.

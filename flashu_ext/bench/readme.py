@@ -1,4 +1,4 @@
-"""Room: benchmarks. The README's tables, made from the committed results, so that no number there is typed by hand.
+"""The README's tables, made from the committed results, so that no number there is typed by hand.
 
 Between `<!-- results: NAME -->` and `<!-- end -->` stands what this command wrote there. The results are JSON files of
 `flashu-ext bench`, `python -m flashu_ext.nano.evaluate` and `python -m flashu_ext.bench gpu`, in bench/results.

@@ -1,4 +1,4 @@
-"""Room: benchmarks. The roofline plot of a GPU result: every shape against what the device's product and copy reach."""
+"""The roofline plot of a GPU result: every shape against what the device's product and copy reach."""
 
 from __future__ import annotations
 

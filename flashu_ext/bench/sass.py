@@ -1,4 +1,4 @@
-"""Room: benchmarks. What the compiler made of the CUDA kernels: registers, stack, spills, and the instructions that count.
+"""What the compiler made of the CUDA kernels: registers, stack, spills, and the instructions that count.
 
 Reads the built library with cuobjdump (of the CUDA toolkit, or the one that the triton package carries); no GPU is needed.
 Fails where a kernel spills or uses a stack, where a Hopper product has no HGMMA or no UTMALDG, or where an Ampere product
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from .. import _native
+from ..ops import native
 
 __all__ = ["Kernel", "find_cuobjdump", "inspect", "problems"]
 
@@ -165,7 +165,7 @@ def main(library: Path | None, json_file: Path | None, quiet: bool) -> None:
     if tool is None:
         click.echo("skipped: no cuobjdump on PATH, in /usr/local/cuda/bin, or in a triton package")
         return
-    kernels = inspect(library or _native.LIBRARY, tool)
+    kernels = inspect(library or native.LIBRARY, tool)
     if not quiet:
         click.echo(table(kernels))
     if json_file is not None:

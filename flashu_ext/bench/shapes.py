@@ -1,4 +1,4 @@
-"""Room: benchmarks. Random-weight models and inputs of fixed shapes, the same for one seed."""
+"""Random-weight models and inputs of fixed shapes, the same for one seed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..plan import TaskPlan
-from ..showo2.config import Showo2Config
+from ..models.showo2.config import Showo2Config
+from ..planning.plan import TaskPlan
 
 __all__ = ["SHAPES", "Inputs", "Shape", "fill", "fill_on_device", "inputs", "weight_plan"]
 

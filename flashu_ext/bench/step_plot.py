@@ -1,11 +1,11 @@
-"""Room: benchmarks. The plot of an `e2e --gpu` result: where the time of one evaluation, or of one token, goes."""
+"""The plot of an `e2e --gpu` result: where the time of one evaluation, or of one token, goes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from ..safe_files import atomic_path
+from ..planning.safe_files import atomic_path
 from .e2e_gpu import check
 from .launches import BUCKETS
 

@@ -1,4 +1,4 @@
-"""Room: benchmarks. What evaluations cost before any clock runs: operators launched, dense and by kind of evaluation, and the
+"""What evaluations cost before any clock runs: operators launched, dense and by kind of evaluation, and the
 memory that the step runner keeps at the published shapes.
 
 Counted, not timed: the number of operators depends on a model's layers and on the code, not on widths or on the device, so
@@ -16,15 +16,15 @@ from typing import Any
 import click
 import torch
 
-from ..config import FlashUConfig
+from ..models.showo2 import Showo2, Showo2Config, answer_tokens, sample
+from ..models.structure import Showo2Parts
+from ..ops import machine
+from ..planning.config import FlashUConfig
+from ..planning.safe_files import atomic_path
 from ..runtime.counting import DispatchCounter
+from ..runtime.swap import accelerate
 from ..runtime.workspace import Shape as WorkspaceShape
 from ..runtime.workspace import Workspace
-from ..safe_files import atomic_path
-from ..showo2 import Showo2, Showo2Config, answer_tokens, sample
-from ..structure import Showo2Parts
-from ..swap import accelerate
-from . import machine
 from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
 
 __all__ = ["launches", "main", "memory", "tables"]

@@ -1,4 +1,4 @@
-"""Room: benchmarks. Timing of variants against each other: interleaved in one process, medians, cold caches.
+"""Timing of variants against each other: interleaved in one process, medians, cold caches.
 
 On a GPU every variant is captured into a CUDA graph, which leaves launch gaps out, and is timed by events; the L2 is
 flushed before each replay. On a CPU plain calls are timed.

@@ -1,4 +1,4 @@
-"""Room: benchmarks. Drives the unmodified Show-o2 classes of a checkout: `bench e2e --upstream`.
+"""Drives the unmodified Show-o2 classes of a checkout: `bench e2e --upstream`.
 
 Their code is imported from the checkout and left as it is: no class or function of it is replaced. Its own
 requirements (transformers 4.47, diffusers, timm, einops, torchdiffeq) must be in the environment.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..showo2.config import Showo2Config
+from ..models.showo2.config import Showo2Config
 from .shapes import Inputs
 
 __all__ = ["UpstreamSubject", "build"]

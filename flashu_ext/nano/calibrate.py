@@ -1,4 +1,4 @@
-"""Room: nano. Makes the shipped task plan: which FFN neurons of the embedded model matter for drawing and for answering."""
+"""Makes the shipped task plan: which FFN neurons of the embedded model matter for drawing and for answering."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import torch
 
-from ..calibrate import GenerationSample, UnderstandingSample, calibrate
+from ..calibration.calibrate import GenerationSample, UnderstandingSample, calibrate
 from . import codec
 from .model import DATA, PRUNE_MULTIPLE, load_model
 from .tokenizer import layout

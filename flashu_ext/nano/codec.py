@@ -1,4 +1,4 @@
-"""Room: nano. A fixed linear image codec: 16 numbers for every 4 x 4 pixels, from a formula, invertible up to fine detail.
+"""A fixed linear image codec: 16 numbers for every 4 x 4 pixels, from a formula, invertible up to fine detail.
 
 Pixels are turned to one brightness and two colour axes; of each block's discrete cosine transform the 8 lowest brightness
 and 4 + 4 lowest colour coefficients are kept. Blocks are stored so that every 2 x 2 group of them is one patch of the

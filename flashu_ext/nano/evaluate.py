@@ -1,4 +1,4 @@
-"""Room: nano. Measures the embedded model on held-out scenes: prompt adherence and answer accuracy, dense and per preset."""
+"""Measures the embedded model on held-out scenes: prompt adherence and answer accuracy, dense and per preset."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def preset_config(preset: str, steps: int | None = None) -> Any:
     with the *smallest* value norms: dropping the largest ones, which is the paper's rule, leaves 45 % of the answers right
     here (`flashu-ext report`; 93 % without dropping). The rest is the paper's. 'fast' is tuned for a fidelity of 0.99.
     """
-    from ..config import FlashUConfig
+    from ..planning.config import FlashUConfig
     from .model import PRUNE_MULTIPLE
 
     if preset not in PRESETS:
@@ -95,7 +95,7 @@ def draw(
     Args:
         noise: [B, 16, 72, 2]. steps: grid points where the config sets none. callback: as `showo2.sample` takes it.
     """
-    from ..showo2.sampling import sample
+    from ..models.showo2.sampling import sample
 
     device = model.showo.model.embed_tokens.weight.device
     inputs = layout().generation(list(prompts), device)
@@ -129,7 +129,7 @@ def measure_drawing(
 
 def answer(model: Any, latents: Tensor, question: Question) -> tuple[str, list[int]]:
     """The model's answer to a question about latents [1, 16, 72, 2], as text and as token ids."""
-    from ..showo2.understanding import answer_tokens
+    from ..models.showo2.understanding import answer_tokens
 
     words = layout()
     device = model.showo.model.embed_tokens.weight.device
@@ -187,8 +187,8 @@ def main(
     """Measure prompt adherence and answer accuracy on scenes the model was not trained on."""
     from pathlib import Path
 
-    from ..bench.machine import command_line, facts
-    from ..swap import accelerate
+    from ..ops.machine import command_line, facts
+    from ..runtime.swap import accelerate
     from .model import DATA, load_model, load_plan
 
     folder = Path(directory) if directory else DATA

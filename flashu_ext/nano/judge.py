@@ -1,4 +1,4 @@
-"""Room: nano. A deterministic judge of drawings: finds coloured regions, names their shapes and places, compares with a scene.
+"""A deterministic judge of drawings: finds coloured regions, names their shapes and places, compares with a scene.
 
 It shares no code with the model: pixels that differ from the ground are joined to regions, a region has the colour that most
 of its pixels are nearest to, and its shape follows from how much of its bounding box it fills.

@@ -1,18 +1,18 @@
-"""Room: nano. The embedded model's shape, and loading what is shipped."""
+"""The embedded model's shape, and loading what is shipped."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..showo2.config import Showo2Config
+from ..models.showo2.config import Showo2Config
 from .codec import CHANNELS, GRID
 from .tokenizer import vocabulary
 
 if TYPE_CHECKING:
-    from ..config import FlashUConfig
-    from ..plan import TaskPlan
-    from ..showo2.model import Showo2
+    from ..models.showo2.model import Showo2
+    from ..planning.config import FlashUConfig
+    from ..planning.plan import TaskPlan
 
 __all__ = ["DATA", "PRUNE_MULTIPLE", "load_model", "load_plan", "nano_config"]
 
@@ -57,7 +57,7 @@ def load_model(directory: Path = DATA) -> Showo2:
     Raises:
         FileNotFoundError: the package was installed without its data.
     """
-    from ..showo2.checkpoint import load
+    from ..models.showo2.checkpoint import load
 
     if not (directory / "model.safetensors").is_file():
         raise FileNotFoundError(
@@ -70,7 +70,7 @@ def load_model(directory: Path = DATA) -> Showo2:
 
 def load_plan(model: Showo2, directory: Path = DATA, config: FlashUConfig | None = None) -> TaskPlan:
     """The shipped task plan, pruned as `config` says (default: as `FlashUConfig.paper(prune_multiple=PRUNE_MULTIPLE)` does)."""
-    from ..plan import TaskPlan
+    from ..planning.plan import TaskPlan
 
     plan = TaskPlan.load(directory / "plan.safetensors", model=model)
     return plan if config is None else plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)

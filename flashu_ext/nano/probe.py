@@ -1,4 +1,4 @@
-"""Room: nano. One fixed task for the embedded model - prompts with noise, pictures with questions - and what comes of it.
+"""One fixed task for the embedded model - prompts with noise, pictures with questions - and what comes of it.
 
 Every program that compares settings (the demo, the fidelity report, the search for settings) runs the same task under each,
 so that differences are the settings' own.

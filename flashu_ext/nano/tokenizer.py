@@ -1,4 +1,4 @@
-"""Room: nano. The embedded model's tokenizer: one token a word of the world, with Show-o2's special token names."""
+"""The embedded model's tokenizer: one token a word of the world, with Show-o2's special token names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..showo2.prompts import PromptLayout
+from ..models.showo2.prompts import PromptLayout
 from .codec import GRID
 from .world import captions, questions, scenes
 

@@ -1,4 +1,4 @@
-"""Room: nano. Trains the embedded model: flow matching on drawings and next tokens on answers, seeded and resumable.
+"""Trains the embedded model: flow matching on drawings and next tokens on answers, seeded and resumable.
 
 Every step's data, noise and times come from a generator seeded by (seed, step), so a resumed run is the run.
 """
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..safe_files import atomic_path
+from ..planning.safe_files import atomic_path
 from . import codec
 from .model import nano_config
 from .tokenizer import layout, write_tokenizer
@@ -175,7 +175,7 @@ class Trainer:
     """Model, optimisers and averaged weights; `step(i)` trains on batch i."""
 
     def __init__(self, settings: Settings, data: Data, device: torch.device):
-        from ..showo2.model import Showo2
+        from ..models.showo2.model import Showo2
 
         torch.manual_seed(settings.seed)
         self.settings, self.data, self.device = settings, data, device
@@ -265,7 +265,7 @@ class Trainer:
 
     def averaged(self) -> Any:
         """The model with averaged weights, in eval mode; shares nothing with the one being trained."""
-        from ..showo2.model import Showo2
+        from ..models.showo2.model import Showo2
 
         model = Showo2(nano_config())
         model.load_state_dict({name: value.cpu() for name, value in self.average.items()}, strict=True)

@@ -1,4 +1,4 @@
-"""Room: nano. The world the embedded model lives in: procedural scenes, how they look, and what is said and asked about them.
+"""The world the embedded model lives in: procedural scenes, how they look, and what is said and asked about them.
 
 One or two coloured shapes on a plain ground. One object stands in the centre or at one of four sides; two stand left and
 right or one above the other. Places and sizes vary by a pixel or two. A scene's combination of objects and places decides

@@ -1,1 +1,1 @@
-"""Room: report. The demo's measurements, their plots and the page that shows them."""
+"""The demo's measurements, their plots and the page that shows them."""

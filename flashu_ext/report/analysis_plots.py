@@ -1,4 +1,4 @@
-"""Room: report. Figures of an analysis: overlap of critical sets, effect of removing them, redundant layers, drift."""
+"""Figures of an analysis: overlap of critical sets, effect of removing them, redundant layers, drift."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .figures import GRID, INK, MUTED, SERIES, figure, style, svg
 
 if TYPE_CHECKING:
-    from ..analysis import Analysis
+    from ..studies.analysis import Analysis
 
 __all__ = ["drift", "importance", "overlap", "removal"]
 

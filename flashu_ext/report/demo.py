@@ -1,4 +1,4 @@
-"""Room: report. The demo's run: draws and answers held-out scenes under every preset, and times both."""
+"""The demo's run: draws and answers held-out scenes under every preset, and times both."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from ..bench import machine
-from ..comparison import equal_share, running, time_round
-from ..config import FlashUConfig
-from ..fidelity import psnr
 from ..nano.evaluate import PRESETS, preset_config
 from ..nano.model import load_model, load_plan
 from ..nano.probe import Outputs, Probe
-from ..schedule import StepPlan
+from ..ops import machine
+from ..planning.config import FlashUConfig
+from ..planning.schedule import StepPlan
+from ..studies.comparison import equal_share, running, time_round
+from ..studies.fidelity import psnr
 from .result import Answer, DemoResult, Drawing, PresetResult
 
 __all__ = ["run"]

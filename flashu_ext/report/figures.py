@@ -1,4 +1,4 @@
-"""Room: report. What all figures share: colors, axes without clutter, and SVG that a page can hold."""
+"""What all figures share: colors, axes without clutter, and SVG that a page can hold."""
 
 from __future__ import annotations
 

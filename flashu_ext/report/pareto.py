@@ -1,4 +1,4 @@
-"""Room: report. The fidelity report's run: what every knob saves and costs, for drawing and for answering, against dense."""
+"""The fidelity report's run: what every knob saves and costs, for drawing and for answering, against dense."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..bench import machine
-from ..comparison import Point, Setting, compare
-from ..config import FlashUConfig
 from ..nano.evaluate import Share, preset_config
 from ..nano.model import PRUNE_MULTIPLE, load_model, load_plan
 from ..nano.probe import Probe
+from ..ops import machine
+from ..planning.config import FlashUConfig
+from ..studies.comparison import Point, Setting, compare
 
 __all__ = ["FidelityResult", "Gate", "gates", "run", "settings"]
 

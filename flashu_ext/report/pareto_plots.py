@@ -1,4 +1,4 @@
-"""Room: report. Figures of the fidelity report: cost against fidelity, and the settings that no other one beats."""
+"""Figures of the fidelity report: cost against fidelity, and the settings that no other one beats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .figures import GRID, INK, MUTED, SERIES, figure, style, svg
 
 if TYPE_CHECKING:
-    from ..comparison import Point
+    from ..studies.comparison import Point
 
 __all__ = ["front", "pareto"]
 

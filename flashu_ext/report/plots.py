@@ -1,4 +1,4 @@
-"""Room: report. Figures of a demo: as SVG for the page, and one PNG that shows the gallery."""
+"""Figures of a demo: as SVG for the page, and one PNG that shows the gallery."""
 
 from __future__ import annotations
 

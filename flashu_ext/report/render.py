@@ -1,4 +1,4 @@
-"""Room: report. Writes results as self-contained pages, with pictures and JSON beside them."""
+"""Writes results as self-contained pages, with pictures and JSON beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room: report. What a demo found, as plain records that plots, page, terminal and JSON are made from."""
+"""What a demo found, as plain records that plots, page, terminal and JSON are made from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Room: runtime. Runs an accelerated model: one engine per task, found through the model's own instance."""
+"""Runs an accelerated model: one engine per task, found through the model's own instance."""
 
 from __future__ import annotations
 

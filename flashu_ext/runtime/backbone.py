@@ -1,4 +1,4 @@
-"""Room: runtime. The language model of a denoising step: on the image span, with layers and tokens left out as planned, over
+"""The language model of a denoising step: on the image span, with layers and tokens left out as planned, over
 a text prefix that is computed once; and the measurements that decide what is left out."""
 
 from __future__ import annotations
@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import FlashUConfig
-from ..kernel_sets import KernelSet
-from ..modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass, fold_mask
-from ..modules.decoder_layer import decoder_layer, routed_decoder_layer
-from ..schedule import Step
-from ..structure import Showo2Parts, norm_eps
+from ..models.structure import Showo2Parts, norm_eps
+from ..ops.kernel_sets import KernelSet
+from ..planning.config import FlashUConfig
+from ..planning.schedule import Step
 from .head import Head
+from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass, fold_mask
+from .modules.decoder_layer import decoder_layer, routed_decoder_layer
 from .state import Variant
 from .workspace import Workspace
 

@@ -1,4 +1,4 @@
-"""Room: runtime. Counts what a piece of work asks of the device: launches, and the times the host waits for an answer."""
+"""Counts what a piece of work asks of the device: launches, and the times the host waits for an answer."""
 
 from __future__ import annotations
 

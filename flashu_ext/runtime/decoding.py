@@ -1,4 +1,4 @@
-"""Room: runtime. The decode loop: one token in every row of a batch, again and again, over cached keys and values.
+"""The decode loop: one token in every row of a batch, again and again, over cached keys and values.
 
 Where work is captured, a token is one replay: the place of the new token, positions and masks are values on the device, and
 the host reads a token only after it has launched the next one. Elsewhere rows that are done leave the batch, which saves
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernel_sets import KernelSet
-from ..modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
-from ..modules.decoder_layer import decoder_layer
-from ..showo2.decoding import OnToken, TokenSampler
-from ..structure import Showo2Parts, norm_eps
+from ..models.showo2.decoding import OnToken, TokenSampler
+from ..models.structure import Showo2Parts, norm_eps
+from ..ops.kernel_sets import KernelSet
 from .graphs import Captures, Pieces, Readback, lasting
+from .modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
+from .modules.decoder_layer import decoder_layer
 from .prompt_cache import PromptCache, layer_of
 from .workspace import rounded_up
 
@@ -29,7 +29,7 @@ __all__ = ["TASK", "AnswerMemory", "Decoder", "Pick", "additive"]
 TASK = "understanding"
 
 CAPACITY_STEP = 256
-"""Room for prompts and answers is rounded up to this where memory is kept, so that most of the next calls fit."""
+"""Capacity for prompts and answers is rounded up to this where memory is kept, so that most of the next calls fit."""
 
 Pick = Callable[[Tensor, Sequence[int]], Tensor]
 """Logits [rows, vocab] and the numbers of the prompts they belong to -> token ids [rows, 1]."""

@@ -1,4 +1,4 @@
-"""Room: runtime. Draws images: runs every evaluation as its step plan says, with text computed once and dead work left out.
+"""Draws images: runs every evaluation as its step plan says, with text computed once and dead work left out.
 
 An evaluation is a handful of pieces of device work on a workspace (`graphs`), and the host's bookkeeping around them:
 which step it is, what is skipped, what was kept. Only here is a number read back from the device: the layers' importance
@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import FlashUConfig
-from ..kernel_sets import KernelSet
-from ..modules.attention import RowGeometry
-from ..modules.head_block import modulation_table
-from ..schedule import Step, StepPlan
-from ..structure import Showo2Parts
+from ..models.embedding import early_signal, embed_image, embed_time, semantic_features
+from ..models.structure import Showo2Parts
+from ..ops.kernel_sets import KernelSet
+from ..planning.config import FlashUConfig
+from ..planning.schedule import Step, StepPlan
 from .backbone import TASK, Backbone
 from .counting import Counts
-from .encoder import early_signal, embed_image, embed_time, semantic_features
 from .graphs import Captures
 from .head import Head
+from .modules.attention import RowGeometry
+from .modules.head_block import modulation_table
 from .state import ImageState, StepWork, Variant
 from .workspace import Shape
 from .workspaces import Workspaces

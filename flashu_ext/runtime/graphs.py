@@ -1,4 +1,4 @@
-"""Room: runtime. Runs pieces of device-only work over and over: captured in CUDA graphs where that is possible, else
+"""Runs pieces of device-only work over and over: captured in CUDA graphs where that is possible, else
 operator by operator.
 
 A piece is a function without arguments that reads and writes memory at fixed addresses, with a key that holds every plain

@@ -1,15 +1,15 @@
-"""Room: runtime. The diffusion head of a denoising step: its blocks on the image span, or what was kept of them."""
+"""The diffusion head of a denoising step: its blocks on the image span, or what was kept of them."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from ..config import FlashUConfig
-from ..kernel_sets import KernelSet
-from ..modules.attention import CausalPass
-from ..modules.head_block import final_layer, head_block
-from ..schedule import Step
-from ..structure import Showo2Parts
+from ..models.structure import Showo2Parts
+from ..ops.kernel_sets import KernelSet
+from ..planning.config import FlashUConfig
+from ..planning.schedule import Step
+from .modules.attention import CausalPass
+from .modules.head_block import final_layer, head_block
 from .workspace import Workspace
 
 __all__ = ["Head"]

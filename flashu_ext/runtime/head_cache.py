@@ -1,4 +1,4 @@
-"""Room: runtime. What one image keeps of the diffusion head between steps, and when that is still good enough.
+"""What one image keeps of the diffusion head between steps, and when that is still good enough.
 
 Memory stays where it is from image to image. What runs on the device (`keep`, `carry`, `watch`) reads plain numbers of
 this object and changes none, so that it can be captured and replayed wherever those numbers are the same (`keeps`,
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernel_sets import KernelSet
+from ..ops.kernel_sets import KernelSet
 from .graphs import lasting
 
 __all__ = ["AdaptiveGate", "HeadCache"]

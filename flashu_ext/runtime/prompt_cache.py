@@ -1,4 +1,4 @@
-"""Room: runtime. Prompts being answered, and their keys and values; what one prompt can lend to the next."""
+"""Prompts being answered, and their keys and values; what one prompt can lend to the next."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..structure import AttentionShape
+from ..models.structure import AttentionShape
 
 __all__ = ["Prompt", "PromptCache", "Span", "common_prefix", "reach"]
 

@@ -1,4 +1,4 @@
-"""Room: runtime. The entry points of an accelerated model: upstream's two methods, and loops over whole images and answers."""
+"""The entry points of an accelerated model: upstream's two methods, and loops over whole images and answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import FlashUConfig
-from ..kernel_sets import KernelSet
-from ..showo2 import validate
-from ..showo2.decoding import OnToken, TokenSampler
-from ..structure import Showo2Parts
+from ..models.showo2 import validate
+from ..models.showo2.decoding import OnToken, TokenSampler
+from ..models.structure import Showo2Parts
+from ..ops.kernel_sets import KernelSet
+from ..planning.config import FlashUConfig
 from .generation import GenerationEngine
 from .graphs import Captures, Readback
 from .state import Conditioning, ImageState
@@ -59,7 +59,7 @@ class Runner:
         return_velocity: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`flashu_ext.showo2.sample` of an accelerated model; arguments and results are the same."""
-        from ..showo2.sampling import time_grid
+        from ..models.showo2.sampling import time_grid
 
         guided = guidance_scale > 0
         tokens, positions = text_tokens, modality_positions

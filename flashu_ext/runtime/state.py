@@ -1,4 +1,4 @@
-"""Room: runtime. What is true of one running image: its plan, step and the sets in force. Owned by a runner."""
+"""What is true of one running image: its plan, step and the sets in force. Owned by a runner."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modules.attention import RowGeometry
-from ..schedule import Step, StepPlan
+from ..planning.schedule import Step, StepPlan
 from .graphs import Pieces, Readback
+from .modules.attention import RowGeometry
 from .workspace import Workspace
 
 __all__ = ["Conditioning", "ImageState", "StepWork", "Variant"]

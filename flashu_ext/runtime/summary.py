@@ -1,4 +1,4 @@
-"""Room: runtime. What an accelerated model did, for people and tests."""
+"""What an accelerated model did, for people and tests."""
 
 from __future__ import annotations
 

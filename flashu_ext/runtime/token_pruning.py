@@ -1,4 +1,4 @@
-"""Room: runtime. Which visual tokens a prefill drops: the image spans of a prompt, their tokens' scores, and the choice."""
+"""Which visual tokens a prefill drops: the image spans of a prompt, their tokens' scores, and the choice."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import FlashUConfig
-from ..kernel_sets import KernelSet
-from ..modules.attention import rotate
-from ..structure import Showo2Parts
+from ..models.structure import Showo2Parts
+from ..ops.kernel_sets import KernelSet
+from ..planning.config import FlashUConfig
+from .modules.attention import rotate
 from .prompt_cache import Span, reach
 
 __all__ = ["TokenPruner", "visual_spans"]

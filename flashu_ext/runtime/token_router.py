@@ -1,4 +1,4 @@
-"""Room: runtime. Which image tokens every layer of the language model computes: importance measured now and then, kept or
+"""Which image tokens every layer of the language model computes: importance measured now and then, kept or
 predicted, and cut to a fixed number."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernel_sets import KernelSet
+from ..ops.kernel_sets import KernelSet
 from .graphs import lasting
 
 __all__ = ["TokenRouter"]

@@ -1,4 +1,4 @@
-"""Room: runtime. Answers questions: one prefill, then a decode over cached keys and values; images are read once.
+"""Answers questions: one prefill, then a decode over cached keys and values; images are read once.
 
 What a prompt shares, token for token, with one of the last call or with another of its own batch is not computed again:
 a further question about an image starts behind the image. Sharing stops at a position that nothing before it looks past,
@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import FlashUConfig
-from ..kernel_sets import KernelSet
-from ..modules.attention import HeadNorms, Rope, attend_folded, fold_mask, rope_table, rotate_into
-from ..modules.decoder_layer import decoder_layer, pruning_layer
-from ..showo2.decoding import OnToken
-from ..showo2.understanding import span_embeds
-from ..structure import Showo2Parts, norm_eps, position_table
+from ..models.embedding import embed_image
+from ..models.showo2.decoding import OnToken
+from ..models.showo2.understanding import span_embeds
+from ..models.structure import Showo2Parts, norm_eps, position_table
+from ..ops.kernel_sets import KernelSet
+from ..planning.config import FlashUConfig
 from .decoding import TASK, Decoder, Pick, additive
-from .encoder import embed_image
 from .graphs import Captures
+from .modules.attention import HeadNorms, Rope, attend_folded, fold_mask, rope_table, rotate_into
+from .modules.decoder_layer import decoder_layer, pruning_layer
 from .prompt_cache import Prompt, PromptCache, common_prefix
 from .token_pruning import TokenPruner, visual_spans
 

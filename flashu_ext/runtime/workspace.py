@@ -1,4 +1,4 @@
-"""Room: runtime. The device memory that images of one shape are drawn in: allocated once, loaded anew for every image.
+"""The device memory that images of one shape are drawn in: allocated once, loaded anew for every image.
 
 What evaluations read and write lies at fixed addresses, so that a captured evaluation can be replayed for the next step,
 prompt and image. Lengths of prompts and the number of the step are values in this memory, not in the code that runs.
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import FlashUConfig
-from ..kernel_sets import KernelSet
-from ..modules.attention import Rope, RowGeometry, SpanPass, rope_table, slot_mask
-from ..structure import Showo2Parts, position_table
+from ..models.structure import Showo2Parts, position_table
+from ..ops.kernel_sets import KernelSet
+from ..planning.config import FlashUConfig
 from .head_cache import AdaptiveGate, HeadCache
+from .modules.attention import Rope, RowGeometry, SpanPass, rope_table, slot_mask
 from .token_router import TokenRouter
 
 __all__ = ["Shape", "Workspace"]

@@ -1,4 +1,4 @@
-"""Room: runtime. Who draws in which memory: hands out workspaces, and keeps them for the next image where that pays."""
+"""Who draws in which memory: hands out workspaces, and keeps them for the next image where that pays."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..config import FlashUConfig
-from ..structure import Showo2Parts
+from ..models.structure import Showo2Parts
+from ..planning.config import FlashUConfig
 from .graphs import Captures, Pieces, lasting
 from .workspace import Shape, Workspace
 

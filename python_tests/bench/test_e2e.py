@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 from flashu_ext.bench import e2e
 from flashu_ext.bench.shapes import SHAPES, fill, inputs, weight_plan
 from flashu_ext.bench.upstream import Checkout
-from flashu_ext.cli import cli
-from flashu_ext.showo2 import Showo2
+from flashu_ext.cli.main import cli
+from flashu_ext.models.showo2 import Showo2
 
 SETTINGS = e2e.Settings(model="tiny", steps=12, paper_steps=9, repeats=1, tokens=(5,))
 

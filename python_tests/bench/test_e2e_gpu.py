@@ -19,8 +19,8 @@ from flashu_ext.bench.launches import BUCKETS, MARK, bucket, covered, read_trace
 from flashu_ext.bench.readme import PENDING, filled
 from flashu_ext.bench.shapes import SHAPES, fill_on_device
 from flashu_ext.bench.step_plot import plot
-from flashu_ext.cli import cli
-from flashu_ext.showo2 import Showo2
+from flashu_ext.cli.main import cli
+from flashu_ext.models.showo2 import Showo2
 
 RUN = [
     "bench",

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashu_ext import FlashUConfig, accelerate
 from flashu_ext.bench import fidelity
-from flashu_ext.showo2 import Pipeline, sample
+from flashu_ext.models.showo2 import Pipeline, sample
 
 
 def flops(pipe: Pipeline, **changes) -> tuple[float, float]:

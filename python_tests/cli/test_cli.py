@@ -11,8 +11,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from flashu_ext.cli import cli
-from flashu_ext.config import FlashUConfig
+from flashu_ext.cli.main import cli
+from flashu_ext.planning.config import FlashUConfig
 
 
 def run(*arguments: str):
@@ -104,7 +104,7 @@ def test_traceback_is_there_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("flashu_ext.showo2.pipeline")
+    pytest.importorskip("flashu_ext.models.showo2.pipeline")
     result = run("generate", "a red circle", "--model", str(tmp_path / "absent"), "-o", str(tmp_path / "out.png"))
     assert result.exit_code == 1
     assert result.output.count("\n") == 1 and "absent" in result.output
@@ -159,7 +159,7 @@ def test_layers_that_round_down_to_none_are_known() -> None:
 
 LIGHT = """
 import sys
-import flashu_ext.cli
+import flashu_ext.cli.main
 heavy = {"torch", "transformers", "numpy", "matplotlib", "jinja2", "PIL"} & set(sys.modules)
 assert not heavy, heavy
 """
@@ -171,15 +171,15 @@ def test_importing_the_command_line_is_light() -> None:
 
 WITHOUT_EXTENSION = """
 import importlib.abc, pathlib, sys
-import flashu_ext._native as native
+import flashu_ext.ops.native as native
 native.LIBRARY = pathlib.Path("/nonexistent/libflashu_torch.so")
-from flashu_ext.cli import main
+from flashu_ext.cli.main import main
 main(["info"])
 """
 
 
 def test_info_works_without_the_extension() -> None:
-    pytest.importorskip("flashu_ext.info")
+    pytest.importorskip("flashu_ext.cli.info")
     result = subprocess.run([sys.executable, "-c", WITHOUT_EXTENSION], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "torch" in result.stdout
@@ -204,9 +204,9 @@ ASKED = [json.dumps({"image": f"{n}.png", "question": "what color is it?", "answ
 
 
 def test_calibrate_a_folder(tmp_path: Path) -> None:
-    from flashu_ext.estimators import ESTIMATORS
     from flashu_ext.nano.model import load_model
-    from flashu_ext.plan import TaskPlan
+    from flashu_ext.planning.estimators import ESTIMATORS
+    from flashu_ext.planning.plan import TaskPlan
 
     data = write_folder(
         tmp_path / "data", {"generation.jsonl": DRAWN, "counting.jsonl": [*ASKED, ""], "understanding.jsonl": ASKED[:1]}
@@ -231,7 +231,7 @@ def test_calibrate_a_folder(tmp_path: Path) -> None:
 
 
 def test_calibrate_nano_draws_its_own_samples(tmp_path: Path) -> None:
-    from flashu_ext.plan import TaskPlan
+    from flashu_ext.planning.plan import TaskPlan
 
     out = tmp_path / "plan.safetensors"
     result = run("calibrate", "nano", "--limit", "2", "--out", str(out))
@@ -272,8 +272,8 @@ def test_calibrate_names_what_is_wrong_with_its_data(tmp_path: Path, lines: dict
 
 
 def test_calibrate_offers_every_estimator() -> None:
-    from flashu_ext import cli as module
-    from flashu_ext.estimators import ESTIMATORS
+    from flashu_ext.cli import main as module
+    from flashu_ext.planning.estimators import ESTIMATORS
 
     assert tuple(ESTIMATORS) == module.ESTIMATORS
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashu_ext import _core, info
+from flashu_ext import _core
+from flashu_ext.cli import info
 
 LIMIT = 40
 sets = st.sets(st.integers(0, LIMIT - 1))
@@ -57,14 +58,14 @@ def test_info_tells_what_is_there():
 
 def test_info_and_import_work_with_nothing_built(tmp_path: Path):
     """A copy of the sources without the compiled files."""
-    source = Path(info.__file__).parent
+    source = Path(info.__file__).parents[1]
     package = tmp_path / "flashu_ext"
     package.mkdir()
     for path in source.rglob("*.py"):
         target = package / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    code = "import flashu_ext, flashu_ext.info as i; print(i.describe(i.collect()))"
+    code = "import flashu_ext, flashu_ext.cli.info as i; print(i.describe(i.collect()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "libflashu_torch.so is not in" in done.stdout and "pip install" in done.stdout

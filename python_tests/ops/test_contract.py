@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from guard import Guarded
-from ops_cases import CASES, DTYPES, OpCase, tensors
+from support.guard import Guarded
+from support.ops_cases import CASES, DTYPES, OpCase, tensors
 from torch import Tensor
 from torch.testing._internal.optests import opcheck
 

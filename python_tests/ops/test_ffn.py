@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_cases import DTYPES
-from tolerance import assert_accurate
+from support.ops_cases import DTYPES
+from support.tolerance import assert_accurate
 from torch import Tensor
 
-from flashu_ext import ops, reference
+from flashu_ext import ops
+from flashu_ext.ops import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 ROWS = [0, 1, 2, 5, 6, 7, 8, 13, 33, 130]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops_cases import CASES, DTYPES, OpCase, tensors
+from support.ops_cases import CASES, DTYPES, OpCase, tensors
 from torch import Tensor
 from torch.testing._internal.optests import opcheck
 
@@ -131,7 +131,7 @@ def test_second_device(case: OpCase):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_ffn_at_the_shapes_of_the_model(rows: int, dtype: torch.dtype):
     """Against fp64, by the yardstick of torch's own error in the same dtype."""
-    from tolerance import assert_accurate
+    from support.tolerance import assert_accurate
 
     generator = torch.Generator(device="cuda").manual_seed(0)
 

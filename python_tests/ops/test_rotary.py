@@ -6,17 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from guard import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_cases import DTYPES
-from tolerance import assert_accurate
+from support.guard import Guarded
+from support.ops_cases import DTYPES
+from support.tolerance import assert_accurate
 from torch import Tensor
 
-from flashu_ext import ops, reference
-from flashu_ext.config import FlashUConfig
-from flashu_ext.kernel_sets import resolve
-from flashu_ext.modules.attention import rotate
+from flashu_ext import ops
+from flashu_ext.ops import reference
+from flashu_ext.ops.kernel_sets import resolve
+from flashu_ext.planning.config import FlashUConfig
+from flashu_ext.runtime.modules.attention import rotate
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 FAR = 2**63 - 1

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops_cases import DTYPES
-from tolerance import assert_accurate
+from support.ops_cases import DTYPES
+from support.tolerance import assert_accurate
 from torch import Tensor
 
-from flashu_ext import ops, reference
+from flashu_ext import ops
+from flashu_ext.ops import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 

@@ -1,4 +1,4 @@
-"""Room: test support. One torch thread here as on the ranks: sums are added up in an order that depends on their number."""
+"""One torch thread here as on the ranks: sums are added up in an order that depends on their number."""
 
 from __future__ import annotations
 

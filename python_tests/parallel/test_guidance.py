@@ -8,21 +8,21 @@ import re
 from pathlib import Path
 from typing import Any
 
-import guided_cases
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conformance import relative
 from PIL import Image
-from ranks import DYING, run_ranks
 from safetensors.torch import load_file
+from support import guided_cases
+from support.conformance import relative
+from support.ranks import DYING, run_ranks
 from torch import Tensor
 
 import flashu_ext as fx
-from flashu_ext.cli import cli
-from flashu_ext.parallel import check_guidance_parallel
-from flashu_ext.showo2 import sample
+from flashu_ext.batch import check_guidance_parallel
+from flashu_ext.cli.main import cli
+from flashu_ext.models.showo2 import sample
 
 PROGRAM = "import runpy, sys; sys.argv[0] = sys.argv.pop(1); runpy.run_path(sys.argv[0], run_name='__main__')"
 

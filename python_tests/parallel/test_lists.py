@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from flashu_ext.cli import cli
-from flashu_ext.drawing import MANIFEST, complete_png, missing, open_folder
-from flashu_ext.prompt_list import make_jobs, read_prompts, slug
+from flashu_ext.batch.folder import MANIFEST, complete_png, missing, open_folder
+from flashu_ext.batch.prompts import make_jobs, read_prompts, slug
+from flashu_ext.cli.main import cli
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle on the left"]
 
@@ -218,7 +218,7 @@ def test_a_complete_png(tmp_path: Path) -> None:
 def test_an_interruption_keeps_what_is_finished(
     end: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flashu_ext.showo2 import Pipeline
+    from flashu_ext.models.showo2 import Pipeline
 
     whole, drawn = Pipeline.generate_batch, []
 

@@ -1,4 +1,4 @@
-"""Several processes: who is who, the roll call, and lists on two ranks beside one process, also when a rank dies."""
+"""Several processes: who is who, the heartbeat call, and lists on two ranks beside one process, also when a rank dies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
-from ranks import DYING, free_port, run_ranks, torchrun
+from support.ranks import DYING, free_port, run_ranks, torchrun
 
-from flashu_ext.cli import cli
-from flashu_ext.drawing import MANIFEST
-from flashu_ext.parallel import Ranks, RollCall, guidance_group, shard
+from flashu_ext.batch import Heartbeat, Ranks, guidance_group, shard
+from flashu_ext.batch.folder import MANIFEST
+from flashu_ext.cli.main import cli
 
 PROMPTS = ["a red circle", "a blue square", "a green triangle", "a red square above a blue circle", "a yellow circle"]
 BATCH = 2
@@ -85,7 +85,7 @@ def test_shards_have_every_item_once(count: int, world: int) -> None:
         shard([1], world, world)
 
 
-# ---- the roll call, two ranks in one process
+# ---- the heartbeat call, two ranks in one process
 
 
 @pytest.fixture
@@ -113,18 +113,18 @@ def both(*calls: Any) -> list[Any]:
 
 
 def test_all_ranks_end(store: Any) -> None:
-    rolls = [RollCall(Ranks(rank, 2), store) for rank in range(2)]
+    rolls = [Heartbeat(Ranks(rank, 2), store) for rank in range(2)]
     assert both(lambda: rolls[0].share("a", lambda: [1]), lambda: rolls[1].share("a", lambda: [2])) == [[1], [1]]
     assert both(rolls[0].finish, rolls[1].finish) == [{}, {}]
-    assert rolls[0].speaker and not rolls[1].speaker
-    alone = RollCall(Ranks(), None)
-    assert alone.share("a", lambda: (1,)) == (1,) and alone.finish() == {} and alone.speaker
+    assert rolls[0].reporter and not rolls[1].reporter
+    alone = Heartbeat(Ranks(), None)
+    assert alone.share("a", lambda: (1,)) == (1,) and alone.finish() == {} and alone.reporter
 
 
 def test_errors_reach_the_other_rank(store: Any) -> None:
     def rank(number: int) -> None:
-        with RollCall(Ranks(number, 2), store) as roll:
-            roll.share("a", lambda: [][number])
+        with Heartbeat(Ranks(number, 2), store) as heartbeat:
+            heartbeat.share("a", lambda: [][number])
 
     first, second = both(lambda: rank(0), lambda: rank(1))
     assert isinstance(first, IndexError) and isinstance(second, ValueError) and str(first) == str(second)
@@ -134,14 +134,14 @@ def test_a_failure_is_told_and_waits_for_the_others(store: Any) -> None:
     order: list[int] = []
 
     def failing() -> None:
-        with RollCall(Ranks(1, 2), store):
+        with Heartbeat(Ranks(1, 2), store):
             raise RuntimeError("no memory\nand more")
 
     def working() -> dict[int, str]:
-        with RollCall(Ranks(0, 2), store) as roll:
+        with Heartbeat(Ranks(0, 2), store) as heartbeat:
             threading.Event().wait(0.5)
             order.append(0)
-            return roll.finish()
+            return heartbeat.finish()
 
     lost, error = both(working, lambda: (failing(), order.append(1)))
     assert lost == {1: "failed: no memory"} and isinstance(error, RuntimeError) and order == [0]
@@ -149,19 +149,19 @@ def test_a_failure_is_told_and_waits_for_the_others(store: Any) -> None:
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_silence_is_death(store: Any, dead: int) -> None:
-    rolls = [RollCall(Ranks(rank, 2), store, patience=1.0) for rank in range(2)]
+    rolls = [Heartbeat(Ranks(rank, 2), store, patience=1.0) for rank in range(2)]
     rolls[dead].leave()
     (lost,) = both(rolls[1 - dead].finish)
-    assert list(lost) == [dead] and lost[dead].startswith("is gone: not heard of for") and rolls[1 - dead].speaker
+    assert list(lost) == [dead] and lost[dead].startswith("is gone: not heard of for") and rolls[1 - dead].reporter
     with pytest.raises(ValueError, match="patience: expected more than"):
-        RollCall(Ranks(), None, patience=0.1)
+        Heartbeat(Ranks(), None, patience=0.1)
     with pytest.raises(ValueError, match="store: expected one for 2 ranks"):
-        RollCall(Ranks(0, 2), None)
+        Heartbeat(Ranks(0, 2), None)
 
 
 def test_what_to_draw_is_not_waited_for_in_vain(store: Any) -> None:
-    with RollCall(Ranks(1, 2), store, patience=1.0) as roll, pytest.raises(RuntimeError, match="rank 0 is gone"):
-        roll.share("todo", list)
+    with Heartbeat(Ranks(1, 2), store, patience=1.0) as heartbeat, pytest.raises(RuntimeError, match="rank 0 is gone"):
+        heartbeat.share("todo", list)
 
 
 def slowly(value: int) -> int:
@@ -177,21 +177,23 @@ def test_an_attempt_does_not_read_what_the_last_one_wrote(monkeypatch: pytest.Mo
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for attempt in range(2):
         ranks = [Ranks(rank, 2, rank, attempt) for rank in range(2)]
-        rolls = both(*(functools.partial(RollCall.join, own) for own in ranks))
+        rolls = both(*(functools.partial(Heartbeat.join, own) for own in ranks))
         number = functools.partial(slowly, attempt)
-        shared = both(*(functools.partial(roll.share, "todo", number) for roll in reversed(rolls)))
+        shared = both(*(functools.partial(heartbeat.share, "todo", number) for heartbeat in reversed(rolls)))
         assert shared == [attempt, attempt]
-        assert both(*(functools.partial(roll.finish, "out of luck") for roll in rolls))[0] == {1: "failed: out of luck"}
+        assert both(*(functools.partial(heartbeat.finish, "out of luck") for heartbeat in rolls))[0] == {
+            1: "failed: out of luck"
+        }
 
 
 def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RuntimeError, match="rank 0: not all 2 ranks met within 1 s"):
-        RollCall.join(Ranks(0, 2), timeout=1)
+        Heartbeat.join(Ranks(0, 2), timeout=1)
     with (
         pytest.raises(ValueError, match="guidance-parallel: expected 2 ranks"),
-        guidance_group(RollCall(Ranks(), None), torch.device("cpu")),
+        guidance_group(Heartbeat(Ranks(), None), torch.device("cpu")),
     ):
         pass
 

@@ -1,4 +1,4 @@
-"""Room: tests of calibration: every estimator against plain torch, tasks by name, streams, interruption, refusals."""
+"""Tests of calibration: every estimator against plain torch, tasks by name, streams, interruption, refusals."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from itertools import islice, pairwise
 
 import pytest
 import torch
-from conformance import public
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.conformance import public
 
 import flashu_ext as fx
-from flashu_ext.estimators import ESTIMATORS, DownNorms, NeuronSums
+from flashu_ext.models.showo2.understanding import prompt_embeds
+from flashu_ext.models.showo2.validate import omni_allowed
 from flashu_ext.nano.model import load_model, load_plan
-from flashu_ext.safe_files import load_safetensors, save_safetensors
-from flashu_ext.showo2.understanding import prompt_embeds
-from flashu_ext.showo2.validate import omni_allowed
+from flashu_ext.planning.estimators import ESTIMATORS, DownNorms, NeuronSums
+from flashu_ext.planning.safe_files import load_safetensors, save_safetensors
 
 TIMES = (0.25, 0.75)
 
@@ -570,7 +570,7 @@ def test_a_preset_takes_a_plan_with_ratios_of_its_own_as_it_is():
 
 IMPORT_ORDER = """
 import flashu_ext as fx
-from flashu_ext.calibrate import GenerationSample
+from flashu_ext.calibration.calibrate import GenerationSample
 try:
     fx.calibrate(None)
 except TypeError as error:

@@ -1,4 +1,4 @@
-"""Room: tests of FlashUConfig: presets, validation, JSON."""
+"""Tests of FlashUConfig: presets, validation, JSON."""
 
 import json
 

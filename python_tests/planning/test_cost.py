@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from flashu_ext import cost
-from flashu_ext.config import FlashUConfig
-from flashu_ext.cost import CostModel, Geometry, dense_flops, image_flops
+from flashu_ext.models.structure import Showo2Parts
 from flashu_ext.nano.model import load_model
-from flashu_ext.schedule import StepPlan
-from flashu_ext.structure import Showo2Parts
+from flashu_ext.planning import cost
+from flashu_ext.planning.config import FlashUConfig
+from flashu_ext.planning.cost import CostModel, Geometry, dense_flops, image_flops
+from flashu_ext.planning.schedule import StepPlan
 
 GEOMETRY = Geometry(prefix=10, span=37, length=64)
 

@@ -1,10 +1,10 @@
-"""Room: tests of the step plan's further knobs: routed tokens, residual reuse, adaptive and encoder caches, one branch."""
+"""Tests of the step plan's further knobs: routed tokens, residual reuse, adaptive and encoder caches, one branch."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashu_ext import FlashUConfig
-from flashu_ext.schedule import StepPlan
+from flashu_ext.planning.schedule import StepPlan
 
 
 def indices(plan, name):

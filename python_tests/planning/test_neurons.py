@@ -1,11 +1,11 @@
-"""Room: tests of the neuron layout: contiguous sets, invertible permutation, any number of tasks."""
+"""Tests of the neuron layout: contiguous sets, invertible permutation, any number of tasks."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashu_ext.neurons import NeuronLayout, runs_of
+from flashu_ext.planning.neurons import NeuronLayout, runs_of
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,4 +1,4 @@
-"""Room: tests of TaskPlan: selection, files, hostile files."""
+"""Tests of TaskPlan: selection, files, hostile files."""
 
 import json
 import struct
@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from flashu_ext import TaskPlan
-from flashu_ext.estimators import ESTIMATORS, Calibration, DownNorms, NeuronSums
-from flashu_ext.plan import _ratio_that_keeps, kept_count
-from flashu_ext.safe_files import load_safetensors, save_safetensors
+from flashu_ext.planning.estimators import ESTIMATORS, Calibration, DownNorms, NeuronSums
+from flashu_ext.planning.plan import _ratio_that_keeps, kept_count
+from flashu_ext.planning.safe_files import load_safetensors, save_safetensors
 
 
 def scores(layers=3, neurons=256, seed=0):

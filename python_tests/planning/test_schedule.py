@@ -1,11 +1,11 @@
-"""Room: tests of the step plan: the reference's rules, and that only dead work is removed."""
+"""Tests of the step plan: the reference's rules, and that only dead work is removed."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashu_ext import FlashUConfig
-from flashu_ext.schedule import StepPlan
+from flashu_ext.planning.schedule import StepPlan
 
 
 def test_default_settings_run_19_backbones_and_18_heads_of_34():

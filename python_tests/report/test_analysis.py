@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashu_ext import analysis
 from flashu_ext.nano.calibrate import samples
 from flashu_ext.nano.evaluate import Share
 from flashu_ext.nano.model import load_model
-from flashu_ext.plan import TaskPlan
+from flashu_ext.planning.plan import TaskPlan
 from flashu_ext.report.render import render_analysis
+from flashu_ext.studies import analysis
 
 
 @pytest.mark.parametrize(("total", "size"), [(12, 3), (40, 20), (9, 9), (5, 1)])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from flashu_ext import fidelity
+from flashu_ext.studies import fidelity
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (3, 24, 24, 3), dtype=np.uint8)

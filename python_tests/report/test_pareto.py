@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashu_ext.comparison import Setting, compare
-from flashu_ext.config import FlashUConfig
 from flashu_ext.nano.evaluate import preset_config
 from flashu_ext.nano.model import load_model, load_plan
 from flashu_ext.nano.probe import Probe
+from flashu_ext.planning.config import FlashUConfig
 from flashu_ext.report import pareto
 from flashu_ext.report.pareto_plots import front
 from flashu_ext.report.render import render_fidelity
+from flashu_ext.studies.comparison import Setting, compare
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12))

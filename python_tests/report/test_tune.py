@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from flashu_ext.config import FlashUConfig
 from flashu_ext.nano.evaluate import preset_config
 from flashu_ext.nano.model import load_model, load_plan
-from flashu_ext.plan import TaskPlan
-from flashu_ext.tune import KNOBS, tune
+from flashu_ext.planning.config import FlashUConfig
+from flashu_ext.planning.plan import TaskPlan
+from flashu_ext.studies.tuning import KNOBS, tune
 
 SIZES = {"drawings": 4, "questions": 4, "report_drawings": 2, "report_questions": 2, "repeats": 1, "progress": False}
 
@@ -52,7 +52,9 @@ def test_fidelity_is_a_share(fidelity: float):
 
 
 def test_fast_takes_the_least_fidelity_that_is_not_below():
-    settings = json.loads((Path(__file__).parents[2] / "flashu_ext" / "tuned.json").read_text())["settings"]
+    settings = json.loads((Path(__file__).parents[2] / "flashu_ext" / "planning" / "tuned.json").read_text())[
+        "settings"
+    ]
     for entry in settings:
         assert FlashUConfig.fast(entry["fidelity"]) == FlashUConfig.from_json(json.dumps(entry["config"]))
     lowest = min(settings, key=lambda entry: entry["fidelity"])

@@ -1,17 +1,17 @@
-"""Room: tests of the accelerated model: conformance under exact and paper settings, state, restoring, refusals."""
+"""Tests of the accelerated model: conformance under exact and paper settings, state, restoring, refusals."""
 
 import copy
 import gc
 
 import pytest
 import torch
-from conformance import public, relative
+from support.conformance import public, relative
 from torch import nn
 
 import flashu_ext as fx
-from flashu_ext.modules.ffn import GatheredFFN
+from flashu_ext.models.showo2.sampling import _sample_dense, time_grid
 from flashu_ext.runtime import find_runner
-from flashu_ext.showo2.sampling import _sample_dense, time_grid
+from flashu_ext.runtime.modules.ffn import GatheredFFN
 
 LIMIT = 1e-4
 
@@ -311,7 +311,11 @@ class Broken(nn.Module):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (lambda f: {"config": f.flashu_config()}, ValueError, r"ffn_prune_ratio is 0.2.*flashu_ext.calibrate"),
+        (
+            lambda f: {"config": f.flashu_config()},
+            ValueError,
+            r"ffn_prune_ratio is 0.2.*flashu_ext.calibrate",
+        ),
         (lambda f: {"config": "paper"}, TypeError, "config: expected a FlashUConfig, got str"),
         (lambda f: {"plan": {}}, TypeError, "plan: expected a TaskPlan, got dict"),
         (
@@ -361,7 +365,7 @@ def test_a_failure_on_the_way_in_leaves_nothing_behind(monkeypatch):
     fixture, model = public(), public().model()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modules = dict(model.named_modules())
-    import flashu_ext.swap as swap
+    import flashu_ext.runtime.swap as swap
 
     calls = []
     real = swap._permute

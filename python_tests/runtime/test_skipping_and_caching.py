@@ -1,21 +1,21 @@
-"""Room: tests of routed tokens, residual reuse, the adaptive and the encoder cache, and one branch at unit guidance."""
+"""Tests of routed tokens, residual reuse, the adaptive and the encoder cache, and one branch at unit guidance."""
 
 from collections import Counter
 
 import pytest
 import torch
-from conformance import public, relative
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
+from support.conformance import public, relative
+from support.oracle import Oracle
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
-from flashu_ext.kernel_sets import resolve
+from flashu_ext.models.showo2.sampling import _sample_dense, time_grid
+from flashu_ext.ops.kernel_sets import resolve
+from flashu_ext.planning.schedule import StepPlan
 from flashu_ext.runtime.head_cache import AdaptiveGate, HeadCache
 from flashu_ext.runtime.token_router import TokenRouter
-from flashu_ext.schedule import StepPlan
-from flashu_ext.showo2.sampling import _sample_dense, time_grid
 
 LIMIT = 1e-4
 LAYERS, SPAN, ROWS = 8, 37, 4  # of the fixture's model and inputs, both branches counted

@@ -1,20 +1,20 @@
-"""Room: tests of the step runner: pieces captured and replayed over images and prompts, no host syncs, launches, memory."""
+"""Tests of the step runner: pieces captured and replayed over images and prompts, no host syncs, launches, memory."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from conformance import public, relative
 from runtime.test_skipping_and_caching import CASES, sample, sample_as_upstream
 from runtime.test_understanding import ask, batch
-from tape import READ_METHODS, TapeCapture, no_reads
+from support.conformance import public, relative
+from support.tape import READ_METHODS, TapeCapture, no_reads
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
+from flashu_ext.models.showo2 import answer_tokens_batch
 from flashu_ext.runtime.counting import DispatchCounter
 from flashu_ext.runtime.graphs import KEPT_GRAPHS, RARE_USES, Pieces
-from flashu_ext.showo2 import answer_tokens_batch
 
 LIMIT = 1e-4
 STEPS = 10

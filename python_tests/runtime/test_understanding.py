@@ -1,16 +1,16 @@
-"""Room: tests of answers on an accelerated model: pruned tokens, skipped layers, batches, sharing, and what resets them."""
+"""Tests of answers on an accelerated model: pruned tokens, skipped layers, batches, sharing, and what resets them."""
 
 import pytest
 import torch
-from answers import oracle
-from conformance import public, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.answers import oracle
+from support.conformance import public, relative
 
 import flashu_ext as fx
+from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
+from flashu_ext.models.showo2.decoding import TokenSampler
 from flashu_ext.runtime.token_pruning import TokenPruner, visual_spans
-from flashu_ext.showo2 import answer_tokens, answer_tokens_batch
-from flashu_ext.showo2.decoding import TokenSampler
 
 LIMIT = 1e-4
 SCORES = ("value_norm", "value_norm_small", "attention", "random")

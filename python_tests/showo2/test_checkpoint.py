@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import public
 from safetensors.torch import save_file
+from support.conformance import public
 
 import flashu_ext as fx
 
@@ -146,7 +146,9 @@ def test_bad_configs(tmp_path: Path, state: dict, changes: dict, text: str):
     refused(folder, text)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", '{"a":1,"a":2}', '{"format":NaN}', '{"format":"flashu_ext.showo2"}'])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", '{"a":1,"a":2}', '{"format":NaN}', '{"format":"flashu_ext.models.showo2"}']
+)
 def test_malformed_json(tmp_path: Path, state: dict, text: str):
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(text)

@@ -1,11 +1,11 @@
-"""Room: tests of the dense model against the unmodified upstream programs' outputs."""
+"""Tests of the dense model against the unmodified upstream programs' outputs."""
 
 import pytest
 import torch
-from conformance import public, relative
+from support.conformance import public, relative
 
 import flashu_ext as fx
-from flashu_ext.showo2.understanding import prompt_embeds
+from flashu_ext.models.showo2.understanding import prompt_embeds
 
 LIMIT = 1e-4
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import flashu_ext as fx
-from flashu_ext.showo2.codec import WanCodec
-from flashu_ext.showo2.prompts import PromptLayout, load_tokenizer
+from flashu_ext.models.showo2.codec import WanCodec
+from flashu_ext.models.showo2.prompts import PromptLayout, load_tokenizer
 
 SPECIAL = [
     "<|endoftext|>",
@@ -64,7 +64,7 @@ def small_vae() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conformance import public
+    from support.conformance import public
 
     path = tmp_path_factory.mktemp("checkpoint")
     public().model().save_pretrained(path)
@@ -138,7 +138,7 @@ def test_a_folder_becomes_a_pipeline(folder: Path):
 def test_a_checkpoint_folder_is_calibrated_from_images(folder: Path, tmp_path: Path):
     from click.testing import CliRunner
 
-    from flashu_ext.cli import cli
+    from flashu_ext.cli.main import cli
 
     Image.new("RGB", (70, 50), (200, 30, 30)).save(tmp_path / "a.png")
     (tmp_path / "generation.jsonl").write_text('{"image": "a.png", "prompt": "a red square"}\n')

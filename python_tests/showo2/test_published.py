@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flashu_ext as fx
-from flashu_ext.showo2.checkpoint import _config
+from flashu_ext.models.showo2.checkpoint import _config
 
 SIZES = {
     ("1.5B", 432): (fx.showo2.Showo2Config.show_o2_1_5b, 1536, 8960, 28, 151_671),

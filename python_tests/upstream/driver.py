@@ -1,4 +1,4 @@
-"""Room: test support. Runs upstream Show-o2's own inference scripts on a small random model, as they are and with our line.
+"""Runs upstream Show-o2's own inference scripts on a small random model, as they are and with our line.
 
     PYTHONPATH=. python python_tests/upstream/driver.py CHECKOUT README OUT
 

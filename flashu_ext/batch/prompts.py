@@ -1,0 +1,151 @@
+"""Reads a file of prompts and settles the seed and the file name of every image. Imports no torch.
+
+A file is UTF-8 text with one prompt a line, blank lines and lines that begin with # left out; or, where its name ends in
+.jsonl, one object a line of which all but the prompt may be left out:
+
+    {"prompt": "a red circle", "seed": 7, "name": "circle"}
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..planning.config import strict_json
+
+__all__ = ["Job", "check_name", "make_jobs", "read_prompts", "slug"]
+
+SLUG_LENGTH = 48
+INDEX_DIGITS = 4
+# File systems allow 255 bytes; the temporary file beside an image has a longer name than the image.
+_NAME_BYTES = 200
+_KEYS = ("prompt", "seed", "name")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw: what of, from which seed, and the name of its file (ends in .png)."""
+
+    prompt: str
+    seed: int
+    name: str
+
+
+def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> list[Job]:
+    """The images that a file asks for, in its order.
+
+    Args:
+        seed: of the first image; the i-th, from 0, has seed + i unless its line says otherwise.
+
+    Raises:
+        ValueError: the file is not UTF-8, asks for nothing, or a line is malformed; file and line are named.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from error
+    # Not splitlines(), which takes form feeds and separators within a JSON string for ends of lines.
+    lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    if path.suffix == ".jsonl":
+        records = [(where, _record(where, line)) for where, line in lines if line]
+    else:
+        records = [(where, {"prompt": line}) for where, line in lines if line and not line.startswith("#")]
+    if not records:
+        raise ValueError(f"{path}: expected at least one prompt, got none")
+    return _jobs(records, seed)
+
+
+def make_jobs(prompts: Sequence[str], seed: int = 0) -> list[Job]:
+    """The same from a list of prompts in memory.
+
+    Raises:
+        TypeError: not a list of strings. ValueError: it is empty, or a prompt is blank.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts: expected a list of strings, got {type(prompts).__name__}")
+    if not prompts:
+        raise ValueError("prompts: expected at least one, got none")
+    return _jobs(((f"prompts[{i}]", _checked(f"prompts[{i}]", {"prompt": p})) for i, p in enumerate(prompts)), seed)
+
+
+def _record(where: str, line: str) -> dict[str, Any]:
+    record = strict_json(line, where)
+    if not isinstance(record, dict) or "prompt" not in record:
+        raise ValueError(f"{where}: expected an object with prompt and perhaps seed, name, got {line!r:.200}")
+    unknown = sorted(set(record) - set(_KEYS))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r:.100}; known keys: {', '.join(_KEYS)}")
+    return _checked(where, record)
+
+
+def _checked(where: str, record: dict[str, Any]) -> dict[str, Any]:
+    prompt = record["prompt"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where}: prompt: expected a non-empty string, got {prompt!r:.100}")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: prompt: expected text that UTF-8 can hold, got {prompt!r:.100}") from error
+    if "seed" in record:
+        _check_seed(f"{where}: seed", record["seed"])
+    if "name" in record:
+        check_name(f"{where}: name", record["name"])
+    return record
+
+
+def _check_seed(where: str, seed: Any) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"{where}: expected an integer in [0, 2^63), got {seed!r:.100}")
+
+
+def check_name(where: str, name: Any) -> None:
+    """A name of an image within its folder: no path, not hidden, no control characters, short enough for a file system.
+
+    Raises:
+        ValueError: another one; the message begins with `where`.
+    """
+    usable = isinstance(name, str) and name.strip() == name and not name.startswith(".")
+    if usable:
+        usable = not any(c in "/\\" or unicodedata.category(c) in ("Cc", "Cs") for c in name) and name not in (
+            "",
+            ".png",
+        )
+    if not usable or len(name.encode("utf-8")) > _NAME_BYTES:
+        raise ValueError(
+            f"{where}: expected a file name without a path, of at most {_NAME_BYTES} bytes, got {name!r:.100}"
+        )
+
+
+def _jobs(records: Sequence[tuple[str, dict[str, Any]]] | Iterator[tuple[str, dict[str, Any]]], seed: int) -> list[Job]:
+    records = list(records)
+    _check_seed("seed", seed)
+    digits = max(INDEX_DIGITS, len(str(len(records) - 1)))
+    jobs: list[Job] = []
+    taken: dict[str, str] = {}
+    for index, (where, record) in enumerate(records):
+        own = record.get("seed", seed + index)
+        _check_seed(f"{where}: seed", own)
+        name = record.get("name") or "-".join(filter(None, (f"{index:0{digits}}", slug(record["prompt"]))))
+        if not name.endswith(".png"):
+            name += ".png"
+        # Two names that differ in case only are one file on some file systems.
+        if name.casefold() in taken:
+            raise ValueError(
+                f"{where}: name: expected one of its own, {name!r} is that of {taken[name.casefold()]} too"
+            )
+        taken[name.casefold()] = where
+        jobs.append(Job(record["prompt"], own, name))
+    return jobs
+
+
+def slug(text: str) -> str:
+    """A short readable stand-in for a text in a file name: its letters and digits, joined by '-'; may be empty."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).casefold())
+    return words.strip("-")[:SLUG_LENGTH].strip("-")

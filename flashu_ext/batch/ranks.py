@@ -1,0 +1,293 @@
+"""Processes that work together: who they are, what each of them generates, and which of them is gone.
+
+Data parallel needs no collective: `shard` deals out a list, and a `Heartbeat` tells through a store which ranks have ended.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["Heartbeat", "Ranks", "shard"]
+
+T = TypeVar("T")
+
+JOIN_SECONDS = 120.0
+"""How long ranks wait for each other at the start."""
+PATIENCE_SECONDS = 30.0
+"""Silence after which a rank counts as gone. A beat needs the interpreter's lock only, which long torch calls let go of."""
+BEAT_SECONDS = 0.5
+
+
+# ---- who is there
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the ones that work together.
+
+    Attributes:
+        rank: its number, from 0. world: how many there are. local_rank: its number on this machine.
+        attempt: how often the launcher started them anew.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    attempt: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("rank", 0), ("world", 1), ("local_rank", 0), ("attempt", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+        if self.rank >= self.world:
+            raise ValueError(f"rank: expected a number in [0, {self.world}), got {self.rank}")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Ranks:
+        """As torchrun, accelerate and the like say in RANK, WORLD_SIZE and LOCAL_RANK; one process where they say nothing.
+
+        Without LOCAL_RANK all ranks are taken to be on one machine.
+
+        Raises:
+            ValueError: a variable is missing beside the others, or is no number in its range; it is named.
+        """
+        environment = os.environ if environment is None else environment
+        if "RANK" not in environment and "WORLD_SIZE" not in environment:
+            return cls()
+
+        def number(name: str, default: str | None = None) -> int:
+            text = environment.get(name, default)
+            if text is None:
+                raise ValueError(f"{name}: expected a number in the environment beside RANK or WORLD_SIZE, got none")
+            if not text.isascii() or not text.isdecimal():
+                raise ValueError(f"{name}: expected a number in the environment, got {text!r:.40}")
+            return int(text)
+
+        rank, world = number("RANK"), number("WORLD_SIZE")
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if world > 1 and not environment.get(name):
+                raise ValueError(f"{name}: expected it in the environment where WORLD_SIZE is above 1, got none")
+        return cls(rank, world, number("LOCAL_RANK", str(rank)), number("TORCHELASTIC_RESTART_COUNT", "0"))
+
+    def device(self) -> torch.device:
+        """The GPU with this rank's local number, where torch sees GPUs; else the CPU.
+
+        Raises:
+            ValueError: there are fewer GPUs than ranks on this machine.
+        """
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        count = torch.cuda.device_count()
+        if self.local_rank >= count:
+            raise ValueError(
+                f"LOCAL_RANK: expected a number in [0, {count}), one rank for each GPU, got {self.local_rank}"
+            )
+        return torch.device("cuda", self.local_rank)
+
+
+def shard(items: Sequence[T], rank: int, world: int) -> list[T]:
+    """The items of one rank: every world-th from its own on, so that all ranks together have each item once.
+
+    Raises:
+        ValueError: rank is not in [0, world).
+    """
+    Ranks(rank, world)
+    return list(items[rank::world])
+
+
+class Heartbeat:
+    """Who is still working and who is gone, through a store (torch.distributed's key-value server); no collective.
+
+    Every rank beats from a thread of its own. A rank that has not beaten for `patience` seconds is gone; one that fails says
+    so. Leaving the `with` block by an error waits for the others, so that a launcher that ends all ranks with the first
+    one does not take their work away.
+    """
+
+    def __init__(self, ranks: Ranks, store: Any = None, patience: float = PATIENCE_SECONDS):
+        """store: shared by all ranks, kept by rank 0 or by the launcher; None for one process. patience: seconds."""
+        if not isinstance(patience, (int, float)) or not patience > BEAT_SECONDS:
+            raise ValueError(f"patience: expected more than {BEAT_SECONDS} seconds, got {patience!r}")
+        if ranks.world > 1 and store is None:
+            raise ValueError(f"store: expected one for {ranks.world} ranks, got None")
+        self.ranks = ranks
+        self.store = store
+        self.patience = patience
+        self.lost: dict[int, str] = {}
+        self._ended = self._store_gone = False
+        self._others = [rank for rank in range(ranks.world) if rank != ranks.rank]
+        now = time.monotonic()
+        self._heard = dict.fromkeys(self._others, (0, now))
+        self._quit = threading.Event()
+        self._thread: threading.Thread | None = None
+        if self._others:
+            self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+            self._thread.start()
+
+    @classmethod
+    def join(cls, ranks: Ranks, patience: float = PATIENCE_SECONDS, timeout: float = JOIN_SECONDS) -> Heartbeat:
+        """Meet the other ranks at MASTER_ADDR:MASTER_PORT; the launcher's own store is used where there is one.
+
+        Raises:
+            RuntimeError: not all of them came within `timeout` seconds.
+        """
+        if ranks.world == 1:
+            return cls(ranks, None, patience)
+        import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
+
+        try:
+            store, _, _ = next(
+                rendezvous("env://", ranks.rank, ranks.world, timeout=datetime.timedelta(seconds=timeout))
+            )
+        except (RuntimeError, OSError) as error:
+            raise RuntimeError(
+                f"rank {ranks.rank}: not all {ranks.world} ranks met within {timeout:g} s: {first_line(error)}"
+            ) from error
+        # A launcher's store outlives the ranks that it starts anew, with all that the dead ones wrote.
+        return cls(ranks, dist.PrefixStore(f"attempt {ranks.attempt}", store), patience)
+
+    # ---- while working
+
+    def share(self, name: str, make: Callable[[], T]) -> T:
+        """What rank 0's `make` returned, as JSON holds it, on every rank; the others do not call theirs.
+
+        Raises:
+            Whatever `make` raised, on rank 0; ValueError with the same text on the others. RuntimeError: rank 0 is gone.
+        """
+        if not self._others:
+            return make()
+        if self.ranks.rank == 0:
+            try:
+                value = make()
+            except Exception as error:
+                self._set(f"share/{name}", json.dumps({"error": str(error)}))
+                raise
+            self._set(f"share/{name}", json.dumps({"value": value}))
+            return value
+        while not self._has(f"share/{name}"):
+            why = self._why_gone(0)
+            if why is not None:
+                raise RuntimeError(f"rank 0 {why}, before it said what to draw")
+            time.sleep(0.02)
+        answer = json.loads(self.store.get(f"share/{name}"))
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer["value"]
+
+    # ---- the end
+
+    def finish(self, failure: str = "", stop: Callable[[], bool] = lambda: False) -> dict[int, str]:
+        """Say that this rank has ended and wait until every other one has, or is gone.
+
+        Args:
+            failure: what went wrong here; empty: nothing. stop: True ends the waiting.
+
+        Returns:
+            rank -> what became of it, of the others that failed or are gone; also in `lost`.
+        """
+        if not self._others or self._ended:
+            return self.lost
+        self._set(f"end/{self.ranks.rank}", failure)
+        self._ended = True
+        waiting = set(self._others)
+        while waiting and not stop():
+            for rank in sorted(waiting):
+                if self._has(f"end/{rank}"):
+                    said = self._get(f"end/{rank}")
+                    if said:
+                        self.lost[rank] = f"failed: {said}"
+                    waiting.discard(rank)
+                else:
+                    why = self._why_gone(rank)
+                    if why is not None:
+                        self.lost[rank] = why
+                        waiting.discard(rank)
+            time.sleep(0.02 if waiting else 0)
+        self._set(f"left/{self.ranks.rank}", "")
+        if self.ranks.rank == 0:
+            self._host_until_others_left(stop)
+        self.leave()
+        return self.lost
+
+    def leave(self) -> None:
+        """Stop beating, without waiting for anyone."""
+        self._quit.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def reporter(self) -> bool:
+        """Whether this is the rank that reports for all: the lowest of those that are not lost."""
+        return all(rank in self.lost for rank in range(self.ranks.rank))
+
+    def __enter__(self) -> Heartbeat:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            self.finish(first_line(error) or type(error).__name__)
+        self.leave()
+
+    # ---- the store, which may vanish with the rank that keeps it
+
+    def _beat(self) -> None:
+        try:
+            # A connection of its own: a call that waits on the other one must not hold the beats up.
+            store = self.store.clone() if hasattr(self.store, "clone") else self.store
+            while not self._quit.is_set():
+                store.add(f"beat/{self.ranks.rank}", 1)
+                for rank in self._others:
+                    beats = int(store.add(f"beat/{rank}", 0))
+                    if beats != self._heard[rank][0]:
+                        self._heard[rank] = (beats, time.monotonic())
+                self._quit.wait(BEAT_SECONDS)
+        except (RuntimeError, OSError):
+            self._store_gone = True
+
+    def _why_gone(self, rank: int) -> str | None:
+        if self._store_gone:
+            return "is gone, or out of reach: the store of the ranks does not answer"
+        silent = time.monotonic() - self._heard[rank][1]
+        return f"is gone: not heard of for {silent:.0f} s" if silent > self.patience else None
+
+    def _host_until_others_left(self, stop: Callable[[], bool]) -> None:
+        """The store ends with the rank that keeps it, so that one goes last; what it waits for takes no time."""
+        until = time.monotonic() + self.patience
+        left = [rank for rank in self._others if self.lost.get(rank, "failed").startswith("failed")]
+        while left and time.monotonic() < until and not stop() and not self._store_gone:
+            left = [rank for rank in left if not self._has(f"left/{rank}")]
+            time.sleep(0.02)
+
+    def _set(self, key: str, value: str) -> None:
+        self._ask(lambda: self.store.set(key, value), None)
+
+    def _has(self, key: str) -> bool:
+        return bool(self._ask(lambda: self.store.check([key]), False))
+
+    def _get(self, key: str) -> str:
+        return bytes(self._ask(lambda: self.store.get(key), b"")).decode("utf-8", "replace")
+
+    def _ask(self, call: Callable[[], Any], otherwise: Any) -> Any:
+        if not self._store_gone:
+            try:
+                return call()
+            except (RuntimeError, OSError):
+                self._store_gone = True
+        return otherwise
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]

@@ -1,0 +1,398 @@
+"""Runs a model on what it really sees, per task, and scores its FFN neurons: the result is a TaskPlan.
+
+Generation sees latents noised to several times, with their prompts, under guidance; understanding sees images, questions
+and answers. Padding and the tokens behind an image are not counted: nothing that is drawn or answered depends on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..models.embedding import embed_image, embed_time
+from ..models.showo2 import validate
+from ..models.showo2.understanding import prompt_embeds
+from ..models.structure import Showo2Parts, position_table
+from ..ops import reference
+from ..planning.estimators import DownNorms, check_estimator
+from ..planning.plan import TaskPlan, check_pruning, model_fingerprint
+from .state import TaskState, chained_digest, load_states, measured, save_states
+
+__all__ = ["GenerationSample", "Sample", "UnderstandingSample", "calibrate"]
+
+DEFAULT_TIMES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class GenerationSample:
+    """Images with their prompts.
+
+    Attributes:
+        latents: clean latents [B, channels, H, W]. text_tokens, text_tokens_null: int64 [B, length].
+        modality_positions, modality_positions_null: int64 [B, 1, 2].
+    """
+
+    latents: Tensor
+    text_tokens: Tensor
+    text_tokens_null: Tensor
+    modality_positions: Tensor
+    modality_positions_null: Tensor
+
+
+@dataclass(frozen=True)
+class UnderstandingSample:
+    """One image with a question and its answer.
+
+    Attributes:
+        image_latents: [1, channels, H, W]. tokens_before_image: int64 [1, n].
+        tokens_after_boi: int64 [1, m]: boi, eoi, question, and the answer's tokens.
+        answer_length: how many of them are the answer's. Layer importance is that of the token before the answer, which is
+            the last one that a model has when it is asked.
+    """
+
+    image_latents: Tensor
+    tokens_before_image: Tensor
+    tokens_after_boi: Tensor
+    answer_length: int = 0
+
+
+Sample = GenerationSample | UnderstandingSample
+_KINDS: Mapping[type[Any], str] = {GenerationSample: "generation", UnderstandingSample: "understanding"}
+
+
+def calibrate(
+    model: Any,
+    generation: Iterable[GenerationSample] = (),
+    understanding: Iterable[UnderstandingSample] = (),
+    *,
+    tasks: Mapping[str, Iterable[Sample]] | None = None,
+    estimator: str = "wanda",
+    ratio: float = 0.2,
+    multiple: int = 64,
+    times: Sequence[float] = DEFAULT_TIMES,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_interval: int = 8,
+    progress: bool = True,
+) -> TaskPlan:
+    """Score the language model's FFN neurons and layers for each task, in one pass over its samples.
+
+    The plan holds every neuron's sums, so `TaskPlan.with_estimator`, `with_ratio` and `with_adaptive_ratios` choose anew
+    without another run.
+
+    Args:
+        model: a Show-o2 model that is not accelerated.
+        generation, understanding: samples of each task, read once and one at a time; any iterable. A task that is left out
+            gets no neuron set.
+        tasks: further tasks by name. Their samples are all of one kind; tasks of either kind may be many.
+        estimator: 'wanda' (the paper's), 'flap' or 'reconstruction', see `estimators.ESTIMATORS`.
+        ratio, multiple: pruning of the resulting plan (`TaskPlan.with_ratio` changes them later).
+        times: times t in [0, 1] at which generation is seen; 0 is noise, 1 the image.
+        seed: of the noise, which depends on it, the task's name, the sample's number and the time alone. The result is
+            deterministic.
+        checkpoint: a file that the state is written to every `checkpoint_interval` samples. If it is there at the start, the
+            run goes on from it and ends bit-equal to one that was not interrupted; samples seen already are read again and
+            compared. It is deleted when the run is done.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no samples, a time outside [0, 1], an unknown estimator, a sample of wrong shapes, an activation that is not
+            finite, or a checkpoint of other settings, another model or other samples. TypeError: a sample of another type.
+        RuntimeError: the model is accelerated.
+    Source: paper section 3.2; its reference code has the same Wanda score, but sees one prompt with placeholder image
+    embeddings.
+    """
+    from ..runtime import find_runner
+
+    parts = Showo2Parts.find(model)
+    if find_runner(model) is not None:
+        raise RuntimeError("model: expected a model that is not accelerated; call handle.remove() first")
+    check_estimator(estimator)
+    check_pruning(ratio, multiple)
+    given = _given(generation, understanding, tasks)
+    times = tuple(times)
+    if not times or not all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t <= 1 for t in times):
+        raise ValueError(f"times: expected at least one time in [0, 1], got {list(times)}")
+    for name, value, least in (("seed", seed, 0), ("checkpoint_interval", checkpoint_interval, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    run = _Run(
+        parts, list(given), times, seed, Path(checkpoint) if checkpoint is not None else None, checkpoint_interval
+    )
+    sizes = [len(samples) if isinstance(samples, Sized) else None for samples in given.values()]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    with torch.no_grad(), _bar(total, progress) as bar:
+        for task, samples in given.items():
+            bar.set_postfix_str(task)
+            run.see(task, samples, bar)
+    states = {task: run.states[task] for task in given}
+    calibration = measured(states, run.observer.down, times)
+    notes = {"samples": {task: state.samples for task, state in states.items()}, "seed": seed}
+    plan = TaskPlan.from_calibration(
+        calibration, estimator=estimator, ratio=ratio, multiple=multiple, model=model, notes=notes
+    )
+    run.finish()
+    return plan
+
+
+def _given(generation: Any, understanding: Any, tasks: Any) -> dict[str, Iterable[Sample]]:
+    """The tasks that may have samples, by name."""
+    given = {"generation": generation, "understanding": understanding}
+    named = {task: s for task, s in given.items() if not (isinstance(s, Sized) and len(s) == 0)}
+    for task, samples in (tasks or {}).items():
+        if not isinstance(task, str) or not task:
+            raise ValueError(f"tasks: expected names, got {task!r}")
+        if task in named:
+            raise ValueError(f"tasks: {task!r} is given twice")
+        named[task] = samples
+    if not named:
+        raise ValueError("generation, understanding, tasks: expected samples of at least one task, got none")
+    for task, samples in named.items():
+        if not isinstance(samples, Iterable):
+            raise TypeError(f"{task}: expected an iterable of samples, got {type(samples).__name__}")
+    return named
+
+
+class _Run:
+    """One calibration: the states of its tasks, and when they are written."""
+
+    def __init__(
+        self,
+        parts: Showo2Parts,
+        tasks: list[str],
+        times: tuple[float, ...],
+        seed: int,
+        checkpoint: Path | None,
+        interval: int,
+    ):
+        self.parts, self.times, self.seed, self.checkpoint, self.interval = parts, times, seed, checkpoint, interval
+        self.observer = _Observer(parts)
+        self.states: dict[str, TaskState] = {}
+        layers, intermediate = self.observer.down.absolute.shape
+        # What the sums depend on; ratio, multiple and estimator are chosen afterwards.
+        self.settings = {
+            "tasks": tasks,
+            "times": list(times),
+            "seed": seed,
+            "layers": layers,
+            "intermediate": intermediate,
+            "dtype": str(parts.dtype),
+            "fingerprint": model_fingerprint(parts.model),
+        }
+        if checkpoint is not None:
+            if not checkpoint.absolute().parent.is_dir():
+                raise FileNotFoundError(f"checkpoint: expected a file in an existing folder, got {str(checkpoint)!r}")
+            if checkpoint.exists():
+                self.states = load_states(checkpoint, self.settings, parts.device)
+        self.unsaved = 0
+
+    def see(self, task: str, samples: Iterable[Sample], bar: Any) -> None:
+        """Read a task's samples, add up what was not seen before."""
+        before = self.states.get(task)
+        seen, digest, index = (before.samples if before else 0), "", -1
+        for index, sample in enumerate(samples):
+            self._check(task, index, sample)
+            if self.checkpoint is not None:
+                digest = chained_digest(digest, sample)
+            if index < seen:
+                if index == seen - 1 and before is not None and digest != before.digest:
+                    raise ValueError(
+                        f"{self.checkpoint}: checkpoint of other samples: the first {seen} of {task} differ"
+                    )
+            else:
+                self._add(task, index, sample, digest)
+            bar.update()
+        if index + 1 == 0:
+            raise ValueError(f"{task}: expected at least one sample, got none")
+        if index + 1 < seen:
+            raise ValueError(f"{self.checkpoint}: checkpoint of {seen} samples of {task}, got {index + 1}")
+
+    def finish(self) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.unlink(missing_ok=True)
+
+    def _check(self, task: str, index: int, sample: Any) -> None:
+        expected = {kind: cls for cls, kind in _KINDS.items()}
+        state = self.states.get(task)
+        kind = state.kind if state else task if task in expected else None
+        allowed = (expected[kind],) if kind else tuple(_KINDS)
+        if not isinstance(sample, allowed):
+            names = " or ".join(cls.__name__ for cls in allowed)
+            raise TypeError(f"{task}[{index}]: expected a {names}, got {type(sample).__name__}")
+        for field in fields(sample):
+            value = getattr(sample, field.name)
+            if field.type == "Tensor" and not isinstance(value, Tensor):
+                raise TypeError(f"{task}[{index}].{field.name}: expected a tensor, got {type(value).__name__}")
+
+    def _add(self, task: str, index: int, sample: Sample, digest: str) -> None:
+        state = self.states.get(task)
+        if state is None:
+            shape = self.observer.down.absolute.shape
+            kind = _KINDS[type(sample)]
+            state = TaskState.empty(kind, shape[0], shape[1], len(self.times), self.parts.device)
+            self.states[task] = state
+        try:
+            with self.observer.watching(state):
+                if isinstance(sample, GenerationSample):
+                    for row, t in enumerate(self.times):
+                        _see_generation(self.observer, sample, t, row, self._noise(task, index, t, sample.latents))
+                else:
+                    _see_understanding(self.observer, sample)
+        except (TypeError, ValueError, IndexError) as error:
+            kind_of_error = next(base for base in (TypeError, ValueError, IndexError) if isinstance(error, base))
+            raise kind_of_error(f"{task}[{index}]: {error}") from error
+        state.samples, state.digest = index + 1, digest
+        self.unsaved += 1
+        if self.checkpoint is not None and self.unsaved >= self.interval:
+            save_states(self.checkpoint, self.settings, self.states)
+            self.unsaved = 0
+
+    def _noise(self, task: str, index: int, t: float, like: Tensor) -> Tensor:
+        """Noise of a sample at a time. No running generator: a run that goes on in the middle draws the same."""
+        digest = hashlib.sha256(f"{self.seed}/{task}/{index}/{float(t)!r}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(like.shape, generator=generator).to(like)
+
+
+class _Observer:
+    """Adds what runs through a model's layers to a task's state."""
+
+    def __init__(self, parts: Showo2Parts):
+        self.parts = parts
+        self.down = DownNorms.of([layer.mlp.down_proj for layer in parts.layers])
+        self._norms = _supported(ops.neuron_norms_, reference.neuron_norms_, parts)
+        self._importance = _supported(ops.cosine_importance, reference.cosine_importance, parts)
+        self._state: TaskState | None = None
+        self._counted: Tensor | None = None
+        self._row = 0
+        self._last: int | None = None
+        self._into_last_layer: Tensor | None = None
+
+    def run(self, embeds: Tensor, allowed: Tensor, counted: Tensor | None, row: int, last: int | None) -> None:
+        """One pass of the language model.
+
+        Args:
+            embeds: [rows, length, hidden]. allowed: bool [rows, length, length].
+            counted: bool [rows, length], tokens that count; None: all.
+            row: of the state's importance. last: the position whose importance is kept; None: the mean over counted tokens.
+        """
+        assert self._state is not None, "a state is being watched for"
+        self._counted, self._row, self._last = counted, row, last
+        self._state.tokens += int(counted.sum()) if counted is not None else embeds.shape[0] * embeds.shape[1]
+        mask = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device)
+        mask.masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
+        # Without lm_head and diffusion head, which no neuron of the language model depends on.
+        self.parts.model.showo.model(inputs_embeds=embeds, attention_mask=mask[:, None], use_cache=False)
+
+    @contextmanager
+    def watching(self, state: TaskState) -> Iterator[None]:
+        """Add every `run` within the block to `state`."""
+        hooks = [self.parts.final_norm.register_forward_hook(self._after_norm)]
+        self._state = state
+        try:
+            for index, layer in enumerate(self.parts.layers):
+                hooks.append(layer.register_forward_hook(self._layer_hook(index), with_kwargs=True))
+                hooks.append(layer.mlp.down_proj.register_forward_pre_hook(self._neurons_hook(index)))
+            yield
+        finally:
+            self._state = self._into_last_layer = None
+            for hook in hooks:
+                hook.remove()
+
+    def _neurons_hook(self, index: int) -> Any:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            assert self._state is not None
+            hidden = inputs[0]
+            rows = hidden[self._counted] if self._counted is not None else hidden.flatten(0, 1)
+            # The kernel sums squares; the plain sum, which only the variance needs, is torch's, over the same rows.
+            self._norms(self._state.squares[index], rows)
+            self._state.total[index] += rows.sum(0, dtype=torch.float64)
+
+        return hook
+
+    def _layer_hook(self, index: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            if index == len(self.parts.layers) - 1:
+                self._into_last_layer = before
+            else:
+                self._add_importance(index, before, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    def _after_norm(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert self._into_last_layer is not None
+        self._add_importance(len(self.parts.layers) - 1, self._into_last_layer, output)
+
+    def _add_importance(self, layer: int, before: Tensor, after: Tensor) -> None:
+        assert self._state is not None
+        values = self._importance(before, after).double()
+        mean = (values[self._counted] if self._counted is not None else values).mean()
+        if self._last is None:
+            self._state.importance[self._row, layer] += mean
+        else:
+            self._state.importance[self._row, layer] += values[0, self._last]
+            self._state.mean_importance[layer] += mean
+
+
+def _supported(kernel: Any, fallback: Any, parts: Showo2Parts) -> Any:
+    return kernel if kernel.is_supported(parts.device, parts.dtype) else fallback
+
+
+def _see_generation(observer: _Observer, sample: GenerationSample, t: float, row: int, noise: Tensor) -> None:
+    """One evaluation of noised latents under guidance, both halves counted up to the end of their spans."""
+    parts = observer.parts
+    tokens = torch.cat([sample.text_tokens, sample.text_tokens_null])
+    positions = torch.cat([sample.modality_positions, sample.modality_positions_null])
+    latents = t * sample.latents + (1 - t) * noise
+    time = torch.full((tokens.shape[0],), t, dtype=torch.float32, device=tokens.device)
+    validate.check_t2i_inputs(parts.model, latents.repeat(2, 1, 1, 1), time, tokens, positions, True)
+    height, width = (size // parts.patch_size for size in latents.shape[2:])
+    span = embed_image(parts, latents, position_table(parts, height, width)).repeat(2, 1, 1)
+    if parts.has_time_token:
+        span = torch.cat([embed_time(parts, time)[1][:, None], span], dim=1)
+    # Nothing looks at what is behind the longest row's span, so it is not computed.
+    end = positions[:, 0].sum(dim=-1)
+    length = int(end.max())
+    embeds = parts.embed_tokens(tokens[:, :length])
+    for i, offset in enumerate(positions[:, 0, 0].tolist()):
+        embeds[i, offset : offset + span.shape[1]] = span[i]
+    counted = torch.arange(length, device=tokens.device) < end[:, None]
+    observer.run(embeds, validate.omni_allowed(positions, length), counted, row, None)
+
+
+def _see_understanding(observer: _Observer, sample: UnderstandingSample) -> None:
+    """One prefill of image, question and answer."""
+    parts, after, answer = observer.parts, sample.tokens_after_boi, sample.answer_length
+    validate.check_answer_inputs(parts.model, sample.image_latents, sample.tokens_before_image, after, 0)
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer <= after.shape[1] - 2:
+        raise ValueError(f"answer_length: expected an integer in [0, {after.shape[1] - 2}], got {answer!r}")
+    embeds, allowed = prompt_embeds(parts.model, sample.image_latents, sample.tokens_before_image, after)
+    observer.run(embeds, allowed[None], None, 0, embeds.shape[1] - 1 - answer)
+
+
+def _bar(total: int | None, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="calibrate", unit="sample", disable=not progress)
+
+
+class _Module(types.ModuleType):
+    """Importing this file puts it where `flashu_ext.calibrate`, the function, belongs; called, it is the function."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> TaskPlan:
+        return calibrate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Module

@@ -1,0 +1,138 @@
+"""Reads a folder of images with prompts, questions and answers as samples for `calibrate`.
+
+A folder holds one file of JSON lines per task, named after it: `generation.jsonl`, `understanding.jsonl`, any other name:
+
+    {"image": "cat.png", "prompt": "a cat on a chair"}                              a task that draws
+    {"image": "cat.png", "question": "What is on the chair?", "answer": "A cat."}   a task that answers
+
+All lines are checked before anything runs; images are opened one at a time, when their turn comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..planning.config import strict_json
+from .calibrate import GenerationSample, Sample, UnderstandingSample
+
+if TYPE_CHECKING:
+    from ..models.showo2.pipeline import Pipeline
+
+__all__ = ["Samples", "drawing_sample", "folder_samples", "question_sample", "read_folder"]
+
+_DRAWING = frozenset({"image", "prompt"})
+_QUESTION = frozenset({"image", "question", "answer"})
+_FIXED = {"generation": _DRAWING, "understanding": _QUESTION}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A task's samples, made when they are read; `len()` is known before."""
+
+    records: tuple[Any, ...]
+    make: Callable[[Any], Sample]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.make, self.records)
+
+
+def drawing_sample(pipe: Pipeline, image: Any, prompt: str) -> GenerationSample:
+    """A PIL image with its prompt, in the pipeline's layout."""
+    rows = pipe.layout.generation([prompt], pipe.model.image_position_ids.device)
+    return GenerationSample(latents=pipe.encode(image), **vars(rows))
+
+
+def question_sample(pipe: Pipeline, image: Any, question: str, answer: str) -> UnderstandingSample:
+    """A PIL image with a question and its answer. The token that ends an answer is never read by a model, so it is left out."""
+    latents = pipe.encode(image)
+    before, after = pipe.layout.question(question, latents.device)
+    tokens = torch.tensor([pipe.layout.encode(answer)], dtype=torch.int64, device=latents.device)
+    return UnderstandingSample(latents, before, torch.cat([after, tokens], dim=1), tokens.shape[1])
+
+
+def folder_samples(pipe: Pipeline, directory: str | os.PathLike[str], limit: int | None = None) -> dict[str, Samples]:
+    """task -> samples of a folder, for `calibrate(model, tasks=...)`; `generation` and `understanding` come first.
+
+    Args:
+        pipe: whose prompt layout and image codec are used. limit: at most so many samples of each task, the first ones.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_folder`.
+    """
+    directory = Path(directory)
+
+    def make(record: Mapping[str, str]) -> Sample:
+        image = _open(directory / record["image"])
+        if "prompt" in record:
+            return drawing_sample(pipe, image, record["prompt"])
+        return question_sample(pipe, image, record["question"], record["answer"])
+
+    return {task: Samples(tuple(records), make) for task, records in read_folder(directory, limit).items()}
+
+
+def read_folder(directory: str | os.PathLike[str], limit: int | None = None) -> dict[str, list[dict[str, str]]]:
+    """task -> checked lines of a folder's files, without opening an image.
+
+    Raises:
+        FileNotFoundError: no folder, no `.jsonl` file, or an image is missing. ValueError: a line is malformed.
+        Errors in a line name file and line.
+    """
+    directory = Path(directory)
+    files = {path.stem: path for path in sorted(directory.glob("*.jsonl"))}
+    if not files:
+        raise FileNotFoundError(
+            f"{directory}: expected generation.jsonl, understanding.jsonl or other <task>.jsonl files"
+        )
+    order = sorted(files, key=lambda task: (task != "generation", task != "understanding", task))
+    return {task: _read_file(directory, files[task], task, limit) for task in order}
+
+
+def _read_file(directory: Path, path: Path, task: str, limit: int | None) -> list[dict[str, str]]:
+    records: list[dict[str, str]] = []
+    keys = _FIXED.get(task)
+    with path.open(encoding="utf-8") as file:
+        try:
+            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8: {error}") from error
+    for number, line in itertools.islice(lines, limit):
+        where = f"{path}:{number}"
+        record = strict_json(line, where)
+        allowed = (keys,) if keys else (_DRAWING, _QUESTION)
+        if not isinstance(record, dict) or set(record) not in allowed:
+            shapes = " or ".join(", ".join(sorted(shape)) for shape in allowed)
+            raise ValueError(f"{where}: expected an object with {shapes}, got {line.strip()!r:.200}")
+        keys = frozenset(record)
+        for name, value in record.items():
+            # An empty prompt is one that a model may be given; nothing else is of use when it is empty.
+            if not isinstance(value, str) or (not value.strip() and name != "prompt"):
+                raise ValueError(f"{where}: {name}: expected a non-empty string, got {value!r:.100}")
+        image = PurePosixPath(record["image"])
+        if image.is_absolute() or ".." in image.parts:
+            raise ValueError(f"{where}: image: expected a path within the folder, got {record['image']!r:.200}")
+        if not (directory / image).is_file():
+            raise FileNotFoundError(f"{where}: image: no such file: {directory / image}")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path}: expected at least one line, got none")
+    return records
+
+
+def _open(path: Path) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: not an image") from error

@@ -1,0 +1,5 @@
+"""`python -m flashu_ext.cli` is `flashu-ext`."""
+
+from .main import main
+
+main()

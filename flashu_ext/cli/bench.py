@@ -1,0 +1,218 @@
+"""`flashu-ext bench`: one op, or whole images and answers. Imports click only, until a command runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .support import Group, example
+
+if TYPE_CHECKING:
+    from ..bench.e2e_gpu import Settings
+
+__all__ = ["bench"]
+
+
+@click.group(cls=Group)
+def bench() -> None:
+    """Measure: one op (ffn) or whole images and answers (e2e)."""
+
+
+@bench.command(
+    epilog=example(
+        "flashu-ext bench ffn --rows 1 --rows 1460 --dtype bf16", "flashu-ext bench ffn --explain cuda --dtype bf16"
+    )
+)
+@click.option(
+    "--shape",
+    default="1.5b",
+    show_default=True,
+    type=click.Choice(("1.5b", "7b", "bench", "head")),
+    help="Whose FFN: Show-o2 1.5B or 7B, the bench model, the diffusion head.",
+)
+@click.option(
+    "--dtype", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16")), help="Storage."
+)
+@click.option(
+    "--rows",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1, 8, 16, 128, 512, 1460),
+    show_default=True,
+    help="Tokens (may be repeated).",
+)
+@click.option(
+    "--keep", default=0.8, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Share of neurons kept."
+)
+@click.option(
+    "--seconds", default=4.0, show_default=True, type=click.FloatRange(0), help="Time spent on each number of tokens."
+)
+@click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")
+@click.option(
+    "--explain",
+    type=click.Choice(("cpu", "cuda")),
+    is_flag=False,
+    flag_value="cpu",
+    help="Print which kernels and tiles serve these problems (cuda: on sm_90 and sm_80, no GPU needed), and do not measure.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write all figures to this file.",
+)
+def ffn(
+    shape: str,
+    dtype: str,
+    rows: tuple[int, ...],
+    keep: float,
+    seconds: float,
+    threads: int | None,
+    explain: str | None,
+    json_file: Path | None,
+) -> None:
+    """Time the gathered FFN beside torch dense, a pruned copy, and gather-then-GEMM."""
+    from ..bench import ffn as module
+
+    settings = module.Settings(shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads)
+    if explain is not None:
+        click.echo(module.explain(settings, explain))
+        return
+    report = module.run(settings)
+    click.echo(report.table())
+    if json_file is not None:
+        json_file.write_text(report.to_json(), encoding="utf-8")
+
+
+@bench.command(
+    epilog=example(
+        "flashu-ext bench e2e --model bench --repeats 3 --json e2e.json",
+        "flashu-ext bench e2e --upstream path/to/Show-o/show-o2",
+        "flashu-ext bench e2e --gpu --json e2e_gpu.json --plot e2e_gpu.png",
+    )
+)
+@click.option(
+    "--gpu",
+    is_flag=True,
+    help="The published 1.5B and 7B shapes in bf16 on a GPU, with launches, syncs, memory and a step's time by kind of work.",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Choice(("bench", "tiny", "1.5b", "7b")),
+    help="Shape of the random-weight model (default: bench; with --gpu 1.5b and 7b); tiny only shows that everything runs.",
+)
+@click.option(
+    "--upstream",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A Show-o2 checkout: its unmodified classes are the baseline (with --gpu also from SHOWO2_UPSTREAM).",
+)
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(1), help="With --gpu: images at once [1, 4].")
+@click.option("--variant", "variants", multiple=True, help="With --gpu: only this program (may be repeated).")
+@click.option(
+    "--budget", default=540.0, show_default=True, type=click.FloatRange(1), help="With --gpu: seconds for everything."
+)
+@click.option("--device", default="cuda", hidden=True, type=click.Choice(("cuda", "cpu")))
+@click.option("--plot", "plot_file", type=click.Path(dir_okay=False, path_type=Path), help="With --gpu: PNG to write.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    type=click.Choice(("generation", "understanding")),
+    help="Only this task (may be repeated).",
+)
+@click.option(
+    "--tokens",
+    multiple=True,
+    type=click.IntRange(1),
+    help="New tokens of an answer (may be repeated; default 1, 32 and 64; with --gpu one number, 64).",
+)
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(2), help="Grid points of dense and exact.")
+@click.option("--paper-steps", default=35, show_default=True, type=click.IntRange(2), help="Grid points of paper.")
+@click.option(
+    "--repeats",
+    default=3,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Timed rounds; the median is reported.",
+)
+@click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")
+@click.option("--seed", default=0, show_default=True, type=int, help="Seed of weights, noise and tokens.")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write all figures to this file.",
+)
+def e2e(
+    gpu: bool,
+    models: tuple[str, ...],
+    upstream: Path | None,
+    batches: tuple[int, ...],
+    variants: tuple[str, ...],
+    budget: float,
+    device: str,
+    plot_file: Path | None,
+    tasks: tuple[str, ...],
+    tokens: tuple[int, ...],
+    steps: int,
+    paper_steps: int,
+    repeats: int,
+    threads: int | None,
+    seed: int,
+    json_file: Path | None,
+) -> None:
+    """Time whole images and answers: dense, exact and paper, interleaved in one process."""
+    if gpu:
+        if len(tokens) > 1:
+            raise click.UsageError(f"--tokens: expected one number with --gpu, got {len(tokens)}")
+        from ..bench import e2e_gpu
+
+        named = {"models": models, "batches": batches, "variants": variants, "tasks": tasks}
+        given: dict[str, Any] = {name: value for name, value in named.items() if value}
+        given |= {"tokens": tokens[0]} if tokens else {}
+        checkout = upstream or (Path(os.environ["SHOWO2_UPSTREAM"]) if os.environ.get("SHOWO2_UPSTREAM") else None)
+        given |= {"upstream": checkout, "device": device, "budget": budget, "steps": steps, "paper_steps": paper_steps}
+        _e2e_gpu(e2e_gpu.Settings(**given, repeats=repeats, seed=seed, threads=threads), json_file, plot_file)
+        return
+    for name, value in (("--batch", batches), ("--variant", variants), ("--plot", plot_file)):
+        if value:
+            raise click.UsageError(f"{name}: expected with --gpu only")
+    if len(models) > 1 or models[:1] in (("1.5b",), ("7b",)):
+        raise click.UsageError("--model: expected bench or tiny without --gpu, and one of them")
+    from ..bench import e2e as module
+
+    settings = module.Settings(
+        model=models[0] if models else "bench",
+        upstream=upstream,
+        tasks=tasks or ("generation", "understanding"),
+        tokens=tokens or (1, 32, 64),
+        steps=steps,
+        paper_steps=paper_steps,
+        repeats=repeats,
+        threads=threads,
+        seed=seed,
+    )
+    report = module.run(settings)
+    click.echo(report.table())
+    if json_file is not None:
+        json_file.write_text(report.to_json(), encoding="utf-8")
+    if not report.agrees:
+        raise RuntimeError(report.disagreement())
+
+
+def _e2e_gpu(settings: Settings, json_file: Path | None, plot_file: Path | None) -> None:
+    from ..bench import e2e_gpu
+
+    report = e2e_gpu.run(settings, lambda text: click.echo(text, err=True))
+    click.echo(report.table())
+    if json_file is not None:
+        report.save(json_file)
+    if plot_file is not None:
+        from ..bench.step_plot import plot
+
+        plot(report.record(), plot_file)

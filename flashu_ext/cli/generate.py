@@ -1,0 +1,242 @@
+"""`flashu-ext generate`: one image, or a list of them on one process or several. Imports click only,
+until it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .support import EXPECTED_ERRORS, example, model_options, open_pipeline
+
+if TYPE_CHECKING:
+    from ..batch import Heartbeat, Ranks
+
+__all__ = ["generate"]
+
+SHOWN_MISSING = 5
+
+
+@click.command(
+    epilog=example(
+        'flashu-ext generate "a red circle above a blue square" --preset paper --seed 0 -o out.png',
+        "flashu-ext generate --prompts prompts.txt --out images --batch 4 --seed 0",
+        "torchrun --nproc-per-node 2 -m flashu_ext.cli generate --prompts prompts.txt --out images",
+        "torchrun --nproc-per-node 2 -m flashu_ext.cli generate --prompts prompts.txt --out images --parallel guidance",
+    )
+)
+@click.argument("prompt", required=False)
+@model_options
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Image file to write, for PROMPT.  [default: out.png]",
+)
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with a prompt on each line (# begins a comment), or .jsonl with prompt and perhaps seed, name on each.",
+)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the images of --prompts.")
+@click.option("--batch", type=click.IntRange(1), help="Images drawn together, for --prompts.  [default: 1]")
+@click.option("--overwrite", is_flag=True, help="Discard what an earlier run left in --out, and draw all of it.")
+@click.option(
+    "--parallel",
+    default="data",
+    show_default=True,
+    type=click.Choice(("data", "guidance")),
+    help="What ranks of torchrun share: the list, or, being two, the two branches of guidance.",
+)
+@click.option(
+    "--patience",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds of silence after which another rank counts as gone.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the (first) image's noise.")
+@click.option(
+    "--steps",
+    type=click.IntRange(2),
+    help="Grid points of the sampler (default: the preset's; 50 where it names none).",
+)
+@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale (default: the model's).")
+def generate(
+    prompt: str | None,
+    prompts: Path | None,
+    output: Path | None,
+    out: Path | None,
+    batch: int | None,
+    overwrite: bool,
+    parallel: str,
+    patience: float,
+    **settings: Any,
+) -> None:
+    """Draw PROMPT, or the list in --prompts.
+
+    Image i of a list has the seed S + i. A list can be gone on with: the same command draws what its folder misses, and other
+    settings in the same folder are an error. Under torchrun the ranks share the list; a rank that dies costs the images that
+    it had not finished, which the same command then draws.
+    """
+    if (prompt is None) == (prompts is None):
+        raise click.UsageError("PROMPT, --prompts: expected one of them")
+    if prompts is None:
+        for name, given in (("--out", out), ("--batch", batch), ("--overwrite", overwrite)):
+            if given:
+                raise click.UsageError(f"{name}: expected --prompts with it, got PROMPT (see -o)")
+    elif output is not None or out is None:
+        raise click.UsageError("--out: expected a folder with --prompts" + (", got -o" if output is not None else ""))
+    # What torch logs of a connection to a rank that died is a page of C++ frames; the rank is reported in one line below.
+    if "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from ..batch import Ranks
+
+    try:
+        ranks = Ranks.from_environment()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if parallel == "guidance" and ranks.world != 2:
+        raise click.UsageError(
+            f"--parallel guidance: expected 2 ranks (torchrun --nproc-per-node 2), got {ranks.world}"
+        )
+    if prompts is None and parallel == "data" and ranks.world > 1:
+        raise click.UsageError(
+            f"PROMPT: expected --prompts or --parallel guidance on {ranks.world} ranks, got one image"
+        )
+    apart = parallel == "guidance"
+    if prompt is not None:
+        _draw_one(prompt, output or Path("out.png"), ranks, apart, patience, **settings)
+    else:
+        assert prompts is not None and out is not None, "checked above"
+        _draw_list(prompts, out, ranks, apart, patience, batch or 1, overwrite, **settings)
+
+
+@contextlib.contextmanager
+def _opened(
+    heartbeat: Heartbeat, apart: bool, settings: dict[str, Any], device: Any
+) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """Pipeline, handle, and what `generate_batch` is told besides prompts and seeds."""
+    from ..batch import guidance_group, sample_guided
+
+    steps = settings["steps"]
+    names = ("model", "preset", "plan_file", "verbose", "tuned")
+    with contextlib.ExitStack() as stack:
+        drawing: dict[str, Any] = {"steps": steps, "guidance_scale": settings["guidance"], "sampler": None}
+        if apart:
+            group = stack.enter_context(guidance_group(heartbeat, device))
+            drawing["sampler"] = functools.partial(sample_guided, group=group)
+        pipe, handle = stack.enter_context(
+            open_pipeline(**{name: settings[name] for name in names}, device=device, steps=steps if apart else None)
+        )
+        yield pipe, handle, drawing
+
+
+def _draw_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience: float, **settings: Any) -> None:
+    if not output.resolve().parent.is_dir():
+        raise click.UsageError(f"--output: expected a file in an existing folder, got {str(output)!r}")
+    from ..batch import Heartbeat
+
+    device = ranks.device() if apart else "cpu"
+    with (
+        Heartbeat.join(ranks, patience) as heartbeat,
+        _opened(heartbeat, apart, settings, device) as (pipe, _, drawing),
+    ):
+        start = time.perf_counter()
+        image = pipe.generate_batch([prompt], [settings["seed"]], **drawing)[0]
+        seconds = time.perf_counter() - start
+        if ranks.rank == 0:
+            image.save(output)
+            name = settings["tuned"] or settings["preset"]
+            click.echo(f"{output}: {image.width} x {image.height}, {seconds:.2f} s ({name})")
+
+
+def _draw_list(
+    prompts: Path, out: Path, ranks: Ranks, apart: bool, patience: float, batch: int, overwrite: bool, **settings: Any
+) -> None:
+    from ..batch import Heartbeat, shard
+    from ..batch import folder as folder
+    from ..batch.prompts import read_prompts
+
+    jobs = read_prompts(prompts, settings["seed"])
+    start = time.perf_counter()
+    try:
+        with _stop_on_sigterm() as stop, Heartbeat.join(ranks, patience) as heartbeat:
+            with _opened(heartbeat, apart, settings, ranks.device()) as (pipe, handle, drawing):
+                record = folder.settings_record(
+                    pipe,
+                    handle and handle.config,
+                    handle and handle.plan,
+                    preset="tuned" if settings["tuned"] else settings["preset"],
+                    steps=drawing["steps"],
+                    guidance_scale=drawing["guidance_scale"],
+                    batch=batch,
+                    branches_apart=apart,
+                )
+                # A launcher that starts the ranks anew after a death goes on with what the first attempt drew.
+                discard = overwrite and ranks.attempt == 0
+                todo = heartbeat.share("todo", lambda: folder.open_folder(out, record, jobs, overwrite=discard))
+                batches = sorted({index // batch for index in todo})
+                mine = batches if apart else shard(batches, ranks.rank, ranks.world)
+                keeps = not apart or ranks.rank == 0
+                bar = None if ranks.rank == 0 else False
+                try:
+                    folder.draw(pipe, jobs, mine, out, batch=batch, write=keeps, stop=stop, progress=bar, **drawing)
+                except EXPECTED_ERRORS as error:
+                    absent = [jobs[index].name for index in folder.missing(out, jobs)]
+                    raise RuntimeError(f"{error}; {out}: {_missing(absent, len(jobs))}") from error
+            lost = heartbeat.finish("stopped by SIGTERM" if stop() else "", stop)
+    except KeyboardInterrupt:
+        left = len(folder.missing(out, jobs))
+        click.echo(
+            f"{out}: {len(jobs) - left} of {len(jobs)} images are there; the same command draws the rest", err=True
+        )
+        raise
+    absent = [jobs[index].name for index in folder.missing(out, jobs)]
+    reasons = [f"rank {rank} {why}" for rank, why in sorted(lost.items())]
+    if stop():
+        reasons.insert(0, f"rank {ranks.rank} was stopped by SIGTERM")
+    if (absent or reasons) and not heartbeat.reporter and not stop():
+        raise click.exceptions.Exit(1)  # another rank says why
+    if absent or reasons:
+        raise click.ClickException("; ".join([*reasons, f"{out}: {_missing(absent, len(jobs))}"]))
+    if heartbeat.reporter:
+        seconds, name = time.perf_counter() - start, settings["tuned"] or settings["preset"]
+        click.echo(f"{out}: {len(jobs)} images, {len(todo)} of them drawn now, {seconds:.2f} s ({name})")
+
+
+def _missing(names: list[str], total: int) -> str:
+    if not names:
+        return "no image is missing"
+    shown, more = ", ".join(names[:SHOWN_MISSING]), len(names) - SHOWN_MISSING
+    some = f"{shown} and {more} more" if more > 0 else shown
+    return f"{len(names)} of {total} images are missing ({some}); the same command draws them"
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """SIGTERM, with which schedulers and torchrun end a rank, lets the batch in progress finish; a second one ends at once."""
+    asked = False
+
+    def handler(number: int, _: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    try:
+        before = signal.signal(signal.SIGTERM, handler)
+    except ValueError:  # not the main thread, which alone may set handlers
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

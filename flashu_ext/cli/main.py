@@ -1,0 +1,326 @@
+"""Parses arguments and prints; each command imports what does its work when it runs.
+
+Importing this file needs click only, so `--help`, `plan` and `info` work in a build without kernels.
+Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from .bench import bench
+from .generate import generate
+from .studies import COMMANDS
+from .support import PRESETS, Group, example, model_options, open_pipeline
+
+__all__ = ["cli", "main"]
+
+ESTIMATORS = ("wanda", "flap", "reconstruction")
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="flashu-ext")
+@click.option("--traceback", is_flag=True, help="On failure show the Python traceback instead of one line.")
+def cli(traceback: bool) -> None:
+    """Draw and answer with Show-o2, dense or accelerated, without training."""
+
+
+# ---- the main job
+
+
+@cli.command(epilog=example("flashu-ext demo --out flashu_demo"))
+@click.option(
+    "--out",
+    default="flashu_demo",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for report.html and results.json.",
+)
+@click.option("--seed", default=0, show_default=True, type=int, help="Seed of the noise.")
+@click.option(
+    "--images",
+    default=48,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Held-out prompts drawn per preset for the fidelity figures.",
+)
+@click.option(
+    "--questions",
+    default=96,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Held-out questions asked per preset.",
+)
+@click.option(
+    "--repeats",
+    default=5,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Timed single images and answers per preset.",
+)
+def demo(out: Path, seed: int, images: int, questions: int, repeats: int) -> None:
+    """Draw and answer with the embedded model: dense, exact and paper, compared in a report."""
+    from ..report import demo as report_demo
+    from ..report.render import write_report
+
+    result = report_demo.run(seed=seed, images=images, questions=questions, repeats=repeats)
+    path = write_report(result, out)
+    click.echo(result.table())
+    click.echo(f"\nreport: {path}")
+
+
+@cli.command(
+    epilog=example(
+        'flashu-ext answer out.png "what color is the circle?" --preset exact',
+        'flashu-ext answer out.png "describe the image" --temperature 0.7 --top-p 0.9 --seed 1',
+    )
+)
+@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("question")
+@model_options
+@click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(0), help="Longest answer.")
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="0: the most likely token; above: one is drawn.",
+)
+@click.option("--top-k", type=click.IntRange(1), help="Draw among the k most likely tokens.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw among the likely tokens that make up this much."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the draws.")
+@click.option("--stream", is_flag=True, help="Print the answer as it comes.")
+def answer(
+    image: Path,
+    question: str,
+    model: str,
+    preset: str,
+    tuned: Path | None,
+    plan_file: Path | None,
+    verbose: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+    stream: bool,
+) -> None:
+    """Answer QUESTION about IMAGE."""
+    from PIL import Image
+
+    with Image.open(image) as file:
+        picture = file.convert("RGB")
+    with open_pipeline(model, preset, plan_file, verbose, tuned) as (pipe, _):
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        if stream:
+            pipe.answer(
+                picture, question, max_new_tokens, on_text=lambda piece: click.echo(piece, nl=False), **settings
+            )
+            click.echo()
+        else:
+            click.echo(pipe.answer(picture, question, max_new_tokens, **settings))
+
+
+@cli.command(
+    epilog=example(
+        "flashu-ext calibrate nano --out plan.safetensors",
+        "flashu-ext calibrate CHECKPOINT --data DIR --estimator flap --checkpoint state.safetensors --out plan.safetensors",
+    )
+)
+@click.argument("model")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with the samples; nano draws its own where none is given.",
+)
+@click.option(
+    "--out",
+    default="plan.safetensors",
+    show_default=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Task plan to write.",
+)
+@click.option(
+    "--estimator",
+    default="wanda",
+    show_default=True,
+    type=click.Choice(ESTIMATORS),
+    help="How neurons are scored: the paper's score, variance of a neuron, or the error of leaving it out.",
+)
+@click.option(
+    "--ratio",
+    default=0.2,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Share of neurons to prune.",
+)
+@click.option("--adaptive", is_flag=True, help="Share the kept neurons out over the layers by their scores.")
+@click.option(
+    "--multiple", type=click.IntRange(1), help="Kept neurons are a multiple of this (default: 64, for nano 16)."
+)
+@click.option(
+    "--times",
+    multiple=True,
+    type=click.FloatRange(0, 1),
+    help="Time at which drawing is seen: 0 noise, 1 image (may be repeated; default: five from 0.05 to 0.95).",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the noise.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to go on from after an interruption; deleted when done.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), help="At most so many samples of each task (default: all, for nano 40)."
+)
+def calibrate(
+    model: str,
+    data: Path | None,
+    out: Path,
+    estimator: str,
+    ratio: float,
+    adaptive: bool,
+    multiple: int | None,
+    times: tuple[float, ...],
+    seed: int,
+    checkpoint: Path | None,
+    limit: int | None,
+) -> None:
+    """Find out which neurons and layers of MODEL ('nano' or a checkpoint folder) each task needs.
+
+    DATA holds images and one file of JSON lines per task: generation.jsonl with {"image": "cat.png", "prompt": "a cat"},
+    understanding.jsonl with {"image": "cat.png", "question": "what is it?", "answer": "a cat"}, and any other name with
+    either.
+    """
+    for name, path in (("--out", out), ("--checkpoint", checkpoint)):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise click.UsageError(f"{name}: expected a file in an existing folder, got {str(path)!r}")
+    if data is None and model != "nano":
+        raise click.UsageError("--data: expected a folder with samples; only nano draws its own")
+    from ..calibration.calibrate import DEFAULT_TIMES
+    from ..calibration.calibrate import calibrate as run
+    from ..calibration.data import folder_samples
+    from ..models.showo2 import Pipeline
+    from ..nano.calibrate import SAMPLES, samples
+    from ..nano.model import PRUNE_MULTIPLE
+
+    pipe = Pipeline.from_pretrained(model)
+    if data is not None:
+        tasks: Any = folder_samples(pipe, data, limit)
+    else:
+        tasks = dict(zip(("generation", "understanding"), samples(limit or SAMPLES, seed), strict=True))
+    plan = run(
+        pipe.model,
+        tasks=tasks,
+        estimator=estimator,
+        ratio=ratio,
+        multiple=multiple or (PRUNE_MULTIPLE if model == "nano" else 64),
+        times=times or DEFAULT_TIMES,
+        seed=seed,
+        checkpoint=checkpoint,
+    )
+    if adaptive:
+        plan = plan.with_adaptive_ratios()
+    plan.save(out)
+    click.echo(f"{out}\n{plan.describe()}")
+
+
+# ---- looking inside
+
+
+@cli.command(epilog=example("flashu-ext plan --preset paper --steps 35"))
+@click.option(
+    "--preset",
+    default="paper",
+    show_default=True,
+    type=click.Choice(PRESETS[1:]),
+    help="Settings to plan for.",
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A FlashUConfig as JSON, instead of a preset.",
+)
+@click.option("--steps", type=click.IntRange(2), help="Grid points (default: the preset's; 50 where it names none).")
+@click.option(
+    "--layers", type=click.IntRange(1), help="LLM layers, to know whether the skip ratio rounds down to none."
+)
+@click.option(
+    "--guidance",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="The caller's guidance scale.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def plan(
+    preset: str,
+    config_file: Path | None,
+    steps: int | None,
+    layers: int | None,
+    guidance: float,
+    as_json: bool,
+) -> None:
+    """Print what every evaluation of an image computes, with dead work removed."""
+    from ..planning.config import FlashUConfig
+    from ..planning.schedule import StepPlan
+
+    if config_file is not None:
+        config = FlashUConfig.from_json(config_file.read_text(encoding="utf-8"))
+    else:
+        overrides = {"steps": steps} if steps is not None else {}
+        config = getattr(FlashUConfig, preset)(**overrides)
+    step_plan = StepPlan.build(config, steps, layers, guidance)
+    if as_json:
+        click.echo(json.dumps(_plan_record(step_plan, guidance), indent=1))
+    else:
+        click.echo(step_plan.describe(guidance))
+
+
+def _plan_record(step_plan: Any, guidance: float) -> dict[str, Any]:
+    import dataclasses
+
+    return {
+        "grid_points": step_plan.grid_points,
+        "evaluations": len(step_plan),
+        "backbone": step_plan.backbone_evaluations,
+        "head": step_plan.head_evaluations,
+        "encoder": step_plan.encoder_evaluations,
+        "adaptive": step_plan.adaptive_evaluations,
+        "dead": step_plan.dead_evaluations,
+        "kinds": step_plan.counts(),
+        "steps": [
+            dataclasses.asdict(step)
+            | {"kind": step.kind, "guidance": step_plan.config.guidance_at(step.index, guidance)}
+            for step in step_plan.steps
+        ],
+    }
+
+
+@cli.command(epilog=example("flashu-ext info", "flashu-ext info --json"))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def info(as_json: bool) -> None:
+    """Tell what this build has, what this machine has, and why anything is missing."""
+    from . import info as module
+
+    facts = module.collect()
+    click.echo(json.dumps(facts, indent=1) if as_json else module.describe(facts))
+
+
+for _command in (generate, bench, *COMMANDS):
+    cli.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `flashu-ext`; leaves with an exit code."""
+    cli.main(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="flashu-ext")

@@ -1,0 +1,167 @@
+"""The long studies of the embedded model: analyze, report, tune. Imports click only, until one runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .support import example
+
+__all__ = ["COMMANDS"]
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_OLD_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_SEED = click.option("--seed", default=0, show_default=True, help="Of scenes, wordings and noise.")
+_QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
+
+
+def _model(folder: Path | None) -> tuple[Any, Any, str]:
+    """The model, its plan and its name: shipped, or of a folder that `python -m flashu_ext.nano.train` wrote."""
+    from ..nano.model import DATA, load_model, load_plan
+
+    model = load_model(folder or DATA)
+    return model, load_plan(model, folder or DATA), "nano" if folder is None else str(folder)
+
+
+@click.command(epilog=example("flashu-ext analyze --out flashu_analysis"))
+@click.option("--out", default="flashu_analysis", show_default=True, type=_FOLDER, help="Folder for the page and JSON.")
+@click.option(
+    "--model", "folder", type=_OLD_FOLDER, help="Another checkpoint of the embedded model (default: the shipped one)."
+)
+@click.option(
+    "--samples", default=80, show_default=True, type=click.IntRange(4), help="Calibration samples of each task."
+)
+@click.option(
+    "--drawings", default=60, show_default=True, type=click.IntRange(1), help="Held-out drawings per measurement."
+)
+@click.option(
+    "--questions", default=150, show_default=True, type=click.IntRange(1), help="Held-out questions per measurement."
+)
+@_SEED
+@_QUIET
+def analyze(
+    out: Path, folder: Path | None, samples: int, drawings: int, questions: int, seed: int, quiet: bool
+) -> None:
+    """Measure whether the model is specialised per task: critical neurons, redundant layers, drift of the head."""
+    from ..nano.calibrate import samples as nano_samples
+    from ..report.render import render_analysis, write
+    from ..studies import analysis
+
+    model, _, name = _model(folder)
+    result = analysis.run(
+        model,
+        nano_samples,
+        count=samples,
+        drawings=drawings,
+        questions=questions,
+        seed=seed,
+        model_name=name,
+        progress=not quiet,
+    )
+    path = write(render_analysis(result), out / "analysis.html")
+    (out / "analysis.json").write_text(result.to_json(), encoding="utf-8")
+    click.echo("\n".join(result.verdicts))
+    click.echo(f"wrote {path} and {out / 'analysis.json'} ({result.seconds:.0f} s)")
+
+
+@click.command(epilog=example("flashu-ext report --out flashu_report --drawings 200 --questions 300"))
+@click.option("--out", default="flashu_report", show_default=True, type=_FOLDER, help="Folder for the page and JSON.")
+@click.option(
+    "--drawings", default=100, show_default=True, type=click.IntRange(1), help="Held-out drawings per setting."
+)
+@click.option(
+    "--questions", default=150, show_default=True, type=click.IntRange(1), help="Held-out questions per setting."
+)
+@click.option("--repeats", default=7, show_default=True, type=click.IntRange(1), help="Timed rounds.")
+@_SEED
+@_QUIET
+def report(out: Path, drawings: int, questions: int, repeats: int, seed: int, quiet: bool) -> None:
+    """Plot cost against fidelity for both tasks: dense at fewer steps, every knob, paper and fast.
+
+    Exit code 1 where a preset's gate fails.
+    """
+    from ..report import pareto
+    from ..report.render import render_fidelity, write
+
+    result = pareto.run(drawings, questions, repeats, seed, progress=not quiet)
+    path = write(render_fidelity(result), out / "fidelity.html")
+    (out / "fidelity.json").write_text(result.to_json(), encoding="utf-8")
+    click.echo(result.table())
+    click.echo(f"wrote {path} and {out / 'fidelity.json'} ({result.seconds:.0f} s)")
+    failed = [gate for gate in result.gates if not gate.passed]
+    if failed:
+        raise RuntimeError(f"{len(failed)} gates failed, the first: {failed[0].setting}, {failed[0].task}")
+
+
+@click.command(
+    epilog=example(
+        "flashu-ext tune --fidelity 0.99 --out flashu_tuned",
+        'flashu-ext generate "a red circle" --tuned flashu_tuned',
+    )
+)
+@click.option(
+    "--fidelity",
+    default=0.99,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="What must be left of dense's right drawings and answers.",
+)
+@click.option(
+    "--out",
+    default="flashu_tuned",
+    show_default=True,
+    type=_FOLDER,
+    help="Folder for config.json, plan.safetensors and tuning.json.",
+)
+@click.option(
+    "--model", "folder", type=_OLD_FOLDER, help="Another checkpoint of the embedded model (default: the shipped one)."
+)
+@click.option(
+    "--drawings", default=96, show_default=True, type=click.IntRange(1), help="Training scenes drawn per trial."
+)
+@click.option("--questions", default=120, show_default=True, type=click.IntRange(1), help="Questions per trial.")
+@click.option(
+    "--report",
+    "reported",
+    default=200,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Held-out drawings, and questions, of the report.",
+)
+@_SEED
+@_QUIET
+def tune(
+    fidelity: float,
+    out: Path,
+    folder: Path | None,
+    drawings: int,
+    questions: int,
+    reported: int,
+    seed: int,
+    quiet: bool,
+) -> None:
+    """Search the cheapest settings at a fidelity: tuned on training scenes, reported on held-out ones."""
+    from ..nano.evaluate import preset_config
+    from ..studies.tuning import tune as search
+
+    model, plan, _ = _model(folder)
+    result = search(
+        model,
+        plan,
+        fidelity,
+        paper=preset_config("paper"),
+        drawings=drawings,
+        questions=questions,
+        report_drawings=reported,
+        report_questions=reported,
+        seed=seed,
+        progress=not quiet,
+    )
+    result.save(out, plan)
+    click.echo(result.table())
+    click.echo(f"wrote {out / 'config.json'}, {out / 'plan.safetensors'} and {out / 'tuning.json'}")
+
+
+COMMANDS = (analyze, report, tune)

@@ -1,0 +1,47 @@
+"""From latents and times to the embeddings of an image span."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .structure import Showo2Parts
+
+__all__ = ["early_signal", "embed_image", "embed_time", "semantic_features"]
+
+
+def semantic_features(parts: Showo2Parts, latents: Tensor, positions: Tensor) -> Tensor:
+    """The SigLIP path: latents [images, channels, H, W] -> [images, patches, clip].
+
+    Args:
+        positions: SigLIP position embeddings [1, patches, clip] (`structure.position_table`).
+    """
+    return parts.vision(parts.patch_und(latents.to(parts.dtype)) + positions)["last_hidden_state"]
+
+
+def embed_image(parts: Showo2Parts, latents: Tensor, positions: Tensor, semantic: Tensor | None = None) -> Tensor:
+    """Dual-path image embedding: latents [images, channels, H, W] -> [images, patches, hidden].
+
+    Args:
+        positions: as for `semantic_features`.
+        semantic: their result, where an earlier one is used again; None computes it.
+    """
+    if semantic is None:
+        semantic = semantic_features(parts, latents, positions)
+    return parts.fusion(torch.cat([semantic, parts.patch_gen(latents.to(parts.dtype))], dim=-1))
+
+
+def embed_time(parts: Showo2Parts, t: Tensor) -> tuple[Tensor, Tensor]:
+    """t [rows] -> the head's time embedding [rows, head width] and the time token [rows, hidden]."""
+    time = parts.time_embed(t, parts.dtype)
+    return time, time if parts.time_proj is None else parts.time_proj(time)
+
+
+def early_signal(parts: Showo2Parts, latents: Tensor, time_token: Tensor) -> Tensor:
+    """What the network is about to see, for one convolution: low-level patch embeddings with the time token added to
+    each, [images, patches, hidden], contiguous. How far it moves between steps stands for how far the output would.
+
+    Source: the idea of TeaCache (arXiv 2411.19108), which watches a time-modulated input; here before encoder and
+    language model, which are what a cached step saves.
+    """
+    return (parts.patch_gen(latents.to(parts.dtype)) + time_token[:, None]).contiguous()

@@ -1,0 +1,35 @@
+"""The model with upstream's parameter names, its prompts, sampler, checkpoints and image codec.
+
+Names are loaded on first use: the torch-only submodules (validate, sampling) are usable without transformers, which the
+runtime relies on when it accelerates an upstream checkout in that checkout's own environment.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Showo2Config as Showo2Config
+    from .model import Showo2 as Showo2
+    from .pipeline import Pipeline as Pipeline
+    from .sampling import sample as sample
+    from .understanding import answer_tokens as answer_tokens
+    from .understanding import answer_tokens_batch as answer_tokens_batch
+
+_HOMES = {
+    "Showo2Config": "config",
+    "Showo2": "model",
+    "Pipeline": "pipeline",
+    "sample": "sampling",
+    "answer_tokens": "understanding",
+    "answer_tokens_batch": "understanding",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

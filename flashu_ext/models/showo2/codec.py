@@ -1,0 +1,91 @@
+"""Images to latents and back, by diffusers' Wan 2.1 VAE (optional: pip install 'flashu_ext[vae]')."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["ImageCodec", "WanCodec"]
+
+
+class ImageCodec(Protocol):
+    """What a pipeline needs of an image codec; images are [B, 3, H, W] in [-1, 1]."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents fp32 [B, channels, h, w] as the model sees them."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images fp32 [B, 3, H, W], clamped to [-1, 1]."""
+        ...
+
+
+class WanCodec:
+    """Wan 2.1's video VAE on single frames: 16 channels, 8 x 8 pixels for each latent.
+
+    Latents are normalised by the VAE's published mean and deviation. Encoding takes the mode of the posterior, so an image
+    always has the same latents (upstream's script draws a sample).
+    """
+
+    def __init__(self, vae: Any):
+        self.vae = vae.eval()
+        config = vae.config
+        for name in ("latents_mean", "latents_std"):
+            value = getattr(config, name, None)
+            if value is None or len(value) != config.z_dim:
+                raise ValueError(f"vae.config.{name}: expected {config.z_dim} numbers, got {value!r:.80}")
+        self.mean = torch.tensor(config.latents_mean, dtype=torch.float32).view(1, -1, 1, 1)
+        self.std = torch.tensor(config.latents_std, dtype=torch.float32).view(1, -1, 1, 1)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> WanCodec:
+        """Load a folder in diffusers' layout (config.json, diffusion_pytorch_model.safetensors); nothing is downloaded.
+
+        Raises:
+            ImportError: diffusers is not installed. FileNotFoundError: the folder holds no VAE. ValueError: it is malformed.
+        """
+        from ...planning.safe_files import read_header
+
+        directory = Path(directory)
+        weights = directory / "diffusion_pytorch_model.safetensors"
+        for path in (directory / "config.json", weights):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: expected Wan 2.1's VAE in diffusers' layout")
+        try:
+            from diffusers import AutoencoderKLWan
+        except ImportError as error:
+            raise ImportError(f"the Wan VAE needs diffusers: pip install 'flashu_ext[vae]' ({error})") from error
+        read_header(weights)
+        try:
+            vae = AutoencoderKLWan.from_pretrained(
+                directory, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            )
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(f"{directory}: not a Wan VAE: {error}") from error
+        return cls(vae)
+
+    @property
+    def _like(self) -> Tensor:
+        return next(self.vae.parameters())
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> latents fp32 [B, channels, H / 8, W / 8]."""
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
+        posterior = self.vae.encode(images.to(self._like)[:, :, None]).latent_dist
+        latents = posterior.mode()[:, :, 0].float()
+        return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, channels, h, w] -> images fp32 [B, 3, 8 h, 8 w], clamped to [-1, 1]."""
+        if latents.dim() != 4 or latents.shape[1] != self.mean.shape[1]:
+            raise ValueError(f"latents: expected [B, {self.mean.shape[1]}, h, w], got {list(latents.shape)}")
+        latents = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
+        images = self.vae.decode(latents.to(self._like)[:, :, None]).sample
+        return images[:, :, 0].float().clamp(-1, 1)

@@ -1,0 +1,92 @@
+"""How the next token of an answer is chosen from logits: greedily, or drawn at a temperature. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["OnToken", "TokenSampler", "decode_dense"]
+
+OnToken = Callable[[int, int], None]
+"""Called with a question's number and its next token id."""
+
+
+@dataclass(frozen=True)
+class TokenSampler:
+    """Chooses tokens as upstream does: temperature, then top-k, then top-p, then one draw.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token. top_k: keep the k most likely (and what equals the
+            k-th), or None. top_p: keep the most likely whose probabilities before them sum to at most p, or None.
+        generators: one for each prompt, so that what is drawn for one does not depend on the others; None: torch's own.
+    Source: Show-o2 `mmu_generate` (temperature, top_k) and `lm_generate` (top_p, which there indexes the wrong axis).
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generators: Sequence[torch.Generator] | None = None
+
+    def filtered(self, logits: Tensor) -> Tensor:
+        """Logits [rows, vocab] at this temperature (> 0), -inf where a token may not be drawn."""
+        logits = logits / self.temperature
+        if self.top_k is not None:
+            least = torch.topk(logits, min(self.top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        if self.top_p is not None:
+            ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+            # fp32: a sum over the vocabulary in bf16 stalls far below 1.
+            total = torch.softmax(ordered.float(), dim=-1).cumsum(-1)
+            beyond = (total > self.top_p).roll(1, dims=-1)
+            beyond[:, 0] = False
+            logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
+        return logits
+
+    def __call__(self, logits: Tensor, prompts: Sequence[int]) -> Tensor:
+        """Token ids int64 [rows, 1] for logits [rows, vocab] of the prompts with these numbers."""
+        if self.temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        weights = torch.softmax(self.filtered(logits), dim=-1)
+        if self.generators is None:
+            return _draw(weights, None)
+        drawn = [_draw(row, self.generators[prompt]) for row, prompt in zip(weights, prompts, strict=True)]
+        return torch.stack(drawn)
+
+
+def _draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One index for each row of weights [..., n] -> int64 [..., 1]: `torch.multinomial`, the same numbers from the same
+    generator, without its look at the weights, for which a GPU's host would wait."""
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1, keepdim=True)
+
+
+def decode_dense(
+    model: Any,
+    embeds: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    pick: Callable[[Tensor, Sequence[int]], Tensor],
+    eos_token: int | None,
+) -> list[Tensor]:
+    """Continue one prompt as upstream does: the whole sequence again for every token, no cache.
+
+    Args:
+        embeds: [1, length, hidden] in the model's dtype. mask: additive [length, length], the dtype's lowest number where a
+            row may not look.
+        pick: chooses a token from logits [1, vocab] of prompt 0. eos_token: ends the answer, and is part of it.
+    """
+    llm, lowest = model.showo.model, torch.finfo(embeds.dtype).min
+    result: list[Tensor] = []
+    for _ in range(max_new_tokens):
+        hidden = llm(inputs_embeds=embeds, attention_mask=mask[None, None], use_cache=False).last_hidden_state
+        token = pick(model.showo.lm_head(hidden[:, -1]), [0])
+        result.append(token[0, 0])
+        if eos_token is not None and int(token) == eos_token:
+            break
+        embeds = torch.cat([embeds, llm.embed_tokens(token)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1, 0, 1), value=lowest)
+        mask[-1] = torch.nn.functional.pad(mask[-2, :-1], (0, 1), value=0.0)
+    return result

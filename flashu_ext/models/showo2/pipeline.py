@@ -1,0 +1,320 @@
+"""From a prompt to an image and from an image and a question to an answer: tokenizer, model and image codec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .codec import ImageCodec, WanCodec
+from .model import Showo2
+from .prompts import PromptLayout, load_tokenizer
+from .sampling import sample
+from .understanding import answer_tokens_batch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ...planning.config import FlashUConfig
+    from ...planning.plan import TaskPlan
+    from ...runtime.swap import Handle
+
+__all__ = ["Pipeline"]
+
+# Sequence lengths that upstream pads generation rows to, by image tokens with the time token (its demo configs).
+_MAX_SEQ_LEN = {730: 1024, 1025: 1280, 4097: 4352}
+
+
+@dataclass
+class Pipeline:
+    """A Show-o2 model with what stands around it.
+
+    Attributes:
+        model: accelerate it at any time; the pipeline runs through the handle then.
+        layout: prompts and questions as tokens. codec: images as latents.
+        pixels: side of the images. guidance_scale, time_shifting_factor: defaults of `generate`.
+        name: 'nano' or the checkpoint's folder.
+    """
+
+    model: Showo2
+    layout: PromptLayout
+    codec: ImageCodec
+    pixels: int
+    guidance_scale: float = 5.0
+    time_shifting_factor: float = 3.0
+    name: str = ""
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Pipeline:
+        """Load 'nano', the embedded model, or a folder.
+
+        Args:
+            name: 'nano', or a folder with a Show-o2 checkpoint, Qwen2.5's tokenizer files beside it or in `tokenizer/`,
+                and Wan 2.1's VAE in diffusers' layout in `vae/`. Nothing is downloaded.
+            dtype: of the model's weights; None keeps the checkpoint's. device: where the model runs.
+
+        Raises:
+            FileNotFoundError: a part is missing. ValueError: a file is malformed. ImportError: an optional package is missing.
+        """
+        if name == "nano":
+            return cls._nano(dtype, device)
+        directory = Path(name)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{str(name)!r}: expected 'nano' or a folder with a Show-o2 checkpoint")
+        from .checkpoint import load
+
+        tokenizer = load_tokenizer(directory / "tokenizer" if (directory / "tokenizer").is_dir() else directory)
+        codec = WanCodec.from_pretrained(directory / "vae")
+        model = load(directory, dtype).to(device)
+        config = model.config
+        if len(tokenizer) > config.llm_vocab_size:
+            raise ValueError(
+                f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {config.llm_vocab_size}"
+            )
+        length = _MAX_SEQ_LEN.get(config.image_tokens, config.image_tokens + 255)
+        return cls(
+            model=model,
+            layout=PromptLayout.from_tokenizer(tokenizer, config.image_tokens, length),
+            codec=codec,
+            pixels=8 * config.patch_size * config.image_latent_height,
+            name=str(directory),
+        )
+
+    @classmethod
+    def _nano(cls, dtype: torch.dtype | None, device: torch.device | str) -> Pipeline:
+        from ...nano import codec
+        from ...nano.evaluate import GUIDANCE, SHIFT
+        from ...nano.model import load_model
+        from ...nano.tokenizer import layout
+        from ...nano.world import SIZE
+
+        model = load_model().to(device, dtype)
+        return cls(model, layout(), codec, SIZE, GUIDANCE, SHIFT, "nano")
+
+    # ---- drawing
+
+    def generate(
+        self, prompt: str, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Image:
+        """Draw a prompt.
+
+        Args:
+            seed: of the noise; the same seed gives the same image. steps: grid points; None: the accelerated config's, or 50.
+            guidance_scale: None: the pipeline's own; 0: no guidance.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; it is named.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
+        return self.generate_batch([prompt], [seed], steps, guidance_scale)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        *,
+        sampler: Callable[..., Any] | None = None,
+    ) -> list[Image]:
+        """Draw several prompts at once; image i has the noise of seeds[i] (0, 1, ... where none are given).
+
+        sampler: called in the place of `sample`, with its arguments (as `flashu_ext.parallel.sample_guided`).
+        """
+        inputs = self.layout.generation(prompts, self._device)
+        latents = (sampler or sample)(
+            self.model,
+            self.noise(list(range(len(prompts))) if seeds is None else seeds, len(prompts)),
+            **vars(inputs),
+            steps=steps,
+            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            time_shifting_factor=self.time_shifting_factor,
+        )
+        return [_to_pil(image) for image in self.codec.decode(latents)]
+
+    def noise(self, seeds: Sequence[int], count: int | None = None) -> Tensor:
+        """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed."""
+        self._check_seeds(seeds, len(seeds) if count is None else count, "prompts")
+        config = self.model.config
+        patch = config.patch_size
+        shape = (config.image_latent_dim, config.image_latent_height * patch, config.image_latent_width * patch)
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(self._device)
+
+    @staticmethod
+    def _check_seeds(seeds: Sequence[int], count: int, what: str) -> None:
+        if len(seeds) != count:
+            raise ValueError(f"seeds: expected one for each of {count} {what}, got {len(seeds)}")
+        for seed in seeds:
+            if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+                raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+
+    # ---- answering
+
+    def answer(
+        self,
+        image: Image,
+        question: str,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """Answer a question about an image, greedily unless a temperature is given.
+
+        Args:
+            image: PIL image of any size; it is scaled to cover the model's square and cropped in the middle.
+            on_text: called with every new piece of the answer as it comes; together they are the answer.
+            temperature, top_k, top_p: as in `answer_tokens`. seed: of the draws; None: torch's own generator.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; it is named.
+        """
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        seeds = None if seed is None else [seed]
+        if on_text is None:
+            return self.answer_batch([image], [question], max_new_tokens, seeds=seeds, **sampling)[0]
+        tokens: list[int] = []
+        given = ""
+
+        def on_token(_: int, token: int) -> None:
+            nonlocal given
+            tokens.append(token)
+            piece = self.layout.pieces(tokens, given)
+            given += piece
+            if piece:
+                on_text(piece)
+
+        answer = self.answer_batch([image], [question], max_new_tokens, seeds=seeds, on_token=on_token, **sampling)[0]
+        if answer != given and answer.startswith(given):
+            on_text(answer[len(given) :])
+        return answer
+
+    def answer_batch(
+        self,
+        images: Sequence[Image],
+        questions: Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seeds: Sequence[int] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[str]:
+        """Answer questions[i] about images[i], together where the model is accelerated; one image may serve all questions.
+
+        Args:
+            seeds: one for each question, so that its draws do not depend on the others.
+            on_token: called with a question's number and its next token id, as it comes. The rest is as in `answer`.
+        """
+        if isinstance(questions, str) or not isinstance(questions, Sequence):
+            raise TypeError(f"questions: expected a list of strings, got {type(questions).__name__}")
+        if not isinstance(images, Sequence):
+            raise TypeError(f"images: expected a list of PIL images, got {type(images).__name__}")
+        if len(images) not in (1, len(questions)):
+            raise ValueError(f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}")
+        generators = None
+        if seeds is not None:
+            self._check_seeds(seeds, len(questions), "questions")
+            generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
+        rows = [self.layout.question(question, self._device) for question in questions]
+        answers = answer_tokens_batch(
+            self.model,
+            [self.encode(image) for image in images],
+            [before for before, _ in rows],
+            [after for _, after in rows],
+            max_new_tokens=max_new_tokens,
+            eos_token=self.layout.eos,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generators=generators,
+            on_token=on_token,
+        )
+        return [self.layout.answer(tokens) for tokens in answers]
+
+    def encode(self, image: Image) -> Tensor:
+        """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""
+        return self.codec.encode(_from_pil(image, self.pixels).to(self._device))
+
+    # ---- acceleration
+
+    def preset(self, name: str, plan: TaskPlan | None = None) -> tuple[FlashUConfig | None, TaskPlan | None]:
+        """The config and plan of 'dense' (none), 'exact', 'paper' or 'fast' for this model.
+
+        Args:
+            plan: for a config that prunes; None: the embedded model's own, and none for others. One with a ratio for each layer
+                is left as it is, any other is pruned as the config says.
+
+        Raises:
+            ValueError: no such preset.
+        """
+        from ...nano.evaluate import PRESETS, preset_config
+        from ...nano.model import load_plan
+        from ...planning.config import FlashUConfig
+
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        if self.name == "nano":
+            config = preset_config(name)
+        else:
+            config = None if name == "dense" else getattr(FlashUConfig, name)()
+        if config is None or config.ffn_prune_ratio == 0:
+            return config, None
+        if plan is None:
+            return config, load_plan(self.model, config=config) if self.name == "nano" else None
+        if plan.ratios is not None:
+            return config.replace(ffn_prune_ratio=plan.ratio, prune_multiple=plan.multiple), plan
+        return config, plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
+
+    def accelerate(self, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Handle:
+        """`flashu_ext.accelerate` on this pipeline's model."""
+        from ...planning.config import FlashUConfig
+        from ...runtime.swap import accelerate
+
+        return accelerate(self.model, FlashUConfig.exact() if config is None else config, plan)
+
+    @property
+    def _device(self) -> Any:
+        return self.model.showo.model.embed_tokens.weight.device
+
+
+def _to_pil(image: Tensor) -> Image:
+    """[3, H, W] in [-1, 1] -> PIL image."""
+    from PIL import Image as images
+
+    pixels = ((image.permute(1, 2, 0).cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return images.fromarray(pixels.numpy())
+
+
+def _from_pil(image: Image, side: int) -> Tensor:
+    """PIL image -> [1, 3, side, side] in [-1, 1]."""
+    import numpy as np
+    from PIL import Image as images
+
+    if not isinstance(image, images.Image):
+        raise TypeError(f"image: expected a PIL image, got {type(image).__name__}")
+    image = image.convert("RGB")
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ValueError(f"image: expected at least one pixel, got {width} x {height}")
+    if (width, height) != (side, side):
+        scale = side / min(width, height)
+        width, height = max(side, int(width * scale)), max(side, int(height * scale))
+        image = image.resize((width, height), images.Resampling.BICUBIC)
+        left, top = round((width - side) / 2), round((height - side) / 2)
+        image = image.crop((left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return pixels.float() / 127.5 - 1

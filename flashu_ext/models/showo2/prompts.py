@@ -1,0 +1,163 @@
+"""From text to token rows: the layouts for drawing and answering, and the special tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["GenerationInputs", "PromptLayout", "load_tokenizer"]
+
+# Qwen2.5's names for Show-o2's special tokens; the tokens in _ADDED are appended to Qwen2.5's vocabulary, in this order.
+_NAMES = {
+    "bos": "<|im_start|>",
+    "boi": "<|vision_start|>",
+    "eoi": "<|vision_end|>",
+    "img_pad": "<|image_pad|>",
+    "pad": "[PAD]",
+}
+_ADDED = ("[PAD]", "<image>", "<|vid_start|>", "<|vid_end|>")
+_END = "<|im_end|>"
+
+SYSTEM = "system\nYou are a helpful assistant.<|im_end|>"
+USER = "\n<|im_start|>user\n"
+ASSISTANT = "\n<|im_start|>assistant\n"
+
+
+@dataclass(frozen=True)
+class GenerationInputs:
+    """Token rows of a batch of prompts, ready for `sample`: tokens int64 [B, length], spans int64 [B, 1, 2]."""
+
+    text_tokens: Tensor
+    text_tokens_null: Tensor
+    modality_positions: Tensor
+    modality_positions_null: Tensor
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """Where prompt, image and question stand in a sequence.
+
+    Attributes:
+        encode: text -> token ids, no special tokens added. decode: token ids -> text, special tokens left out.
+        bos, eos, boi, eoi, img_pad, pad: token ids. `eos` ends an answer.
+        image_tokens: tokens of an image span, time token included.
+        max_text_len: prompt tokens kept; rows are padded to this much text.
+        before_image: ids before boi in a question (system prompt and user role). after_question: ids after it.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    bos: int
+    eos: int
+    boi: int
+    eoi: int
+    img_pad: int
+    pad: int
+    image_tokens: int
+    max_text_len: int
+    before_image: tuple[int, ...]
+    after_question: tuple[int, ...]
+
+    def generation(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> GenerationInputs:
+        """`[bos] prompt [boi] image span [eoi] [eos] [pad...]` for each prompt, and the same without a prompt.
+
+        Raises:
+            ValueError: no prompts, or one that is not a string. Source: upstream `prepare_gen_input`.
+        """
+        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r:.100}")
+        rows = [self._row(self.encode(prompt)[: self.max_text_len]) for prompt in prompts]
+        null, null_offset = self._row([])
+        count = len(prompts)
+
+        def tensor(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        return GenerationInputs(
+            tensor([tokens for tokens, _ in rows]),
+            tensor([null] * count),
+            tensor([[[offset, self.image_tokens]] for _, offset in rows]),
+            tensor([[[null_offset, self.image_tokens]]] * count),
+        )
+
+    def _row(self, text: list[int]) -> tuple[list[int], int]:
+        span = [self.img_pad] * self.image_tokens
+        tail = [self.eoi, self.eos, *[self.pad] * (self.max_text_len - len(text))]
+        return [self.bos, *text, self.boi, *span, *tail], len(text) + 2
+
+    def question(self, text: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """(tokens before the image [1, n], tokens from boi on [1, m]: boi, eoi, question, assistant role).
+
+        Raises:
+            ValueError: not a string, or an empty one. Source: upstream `inference_mmu.py`.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"question: expected a non-empty string, got {text!r:.100}")
+        after = [self.boi, self.eoi, *self.encode(text), *self.after_question]
+
+        def as_row(ids: Sequence[int]) -> Tensor:
+            return torch.tensor([list(ids)], dtype=torch.int64, device=device)
+
+        return as_row(self.before_image), as_row(after)
+
+    def answer(self, tokens: Sequence[int] | Tensor) -> str:
+        """Text of an answer's tokens."""
+        ids = [int(token) for token in tokens]
+        return self.decode([token for token in ids if token != self.eos]).strip()
+
+    def pieces(self, tokens: Sequence[int], given: str) -> str:
+        """What follows `given`, the text so far, where an answer's tokens are these; '' while a character is incomplete."""
+        text = self.answer(tokens)
+        return "" if text.endswith("\ufffd") or not text.startswith(given) else text[len(given) :]
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, image_tokens: int, max_seq_len: int = 1024) -> PromptLayout:
+        """The published layout on a `load_tokenizer` tokenizer. `image_tokens` includes the time token.
+
+        max_seq_len: sequence length that generation rows are padded to (1024 at 432 px).
+        """
+        vocabulary = tokenizer.get_vocab()
+        missing = [name for name in (*_NAMES.values(), _END) if name not in vocabulary]
+        if missing:
+            raise ValueError(f"tokenizer: expected Show-o2's special tokens, {missing[0]!r} is missing")
+        max_text_len = max_seq_len - image_tokens - 4
+        if max_text_len < 1:
+            raise ValueError(f"max_seq_len: expected room for {image_tokens} image tokens and text, got {max_seq_len}")
+
+        def encode(text: str) -> list[int]:
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        ids = {field: vocabulary[name] for field, name in _NAMES.items()}
+        return cls(
+            encode=encode,
+            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+            eos=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else vocabulary[_END],
+            image_tokens=image_tokens,
+            max_text_len=max_text_len,
+            before_image=(ids["bos"], *encode(SYSTEM), *encode(USER)),
+            after_question=tuple(encode(ASSISTANT)),
+            **ids,
+        )
+
+
+def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
+    """Qwen2.5's tokenizer from local files, with Show-o2's additions (upstream `get_text_tokenizer`).
+
+    Raises:
+        FileNotFoundError: no tokenizer there; nothing is downloaded.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(directory)
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(f"{path}: expected tokenizer.json or vocab.json of Qwen2.5")
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer.add_special_tokens({"pad_token": _ADDED[0]})
+    tokenizer.add_tokens(list(_ADDED[1:]))
+    return tokenizer

@@ -1,0 +1,208 @@
+"""Checks of call inputs, before anything runs. Imports torch only: the runtime uses it on upstream models too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "check_answer_inputs",
+    "check_generator",
+    "check_mmu_inputs",
+    "check_sample_inputs",
+    "check_sampling",
+    "check_t2i_inputs",
+    "omni_allowed",
+]
+
+
+def omni_allowed(modality_positions: Tensor, length: int) -> Tensor:
+    """Visibility under Show-o2's omni attention: bool [rows, length, length], True where a row's query may look.
+
+    Causal, except that every span (offset, length) of `modality_positions` [rows, spans, 2] sees itself whole.
+    """
+    position = torch.arange(length, device=modality_positions.device)
+    allowed = (position[:, None] >= position).expand(modality_positions.shape[0], length, length)
+    start = modality_positions[..., :1]
+    inside = (position >= start) & (position < start + modality_positions[..., 1:])
+    return allowed | (inside[..., :, None] & inside[..., None, :]).any(dim=1)
+
+
+def _tensor(name: str, value: Any, dims: int, dtype: str, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(value.shape)}")
+    wrong = value.dtype != torch.int64 if dtype == "int64" else not value.is_floating_point()
+    if wrong:
+        raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} as the model, got {value.device}")
+
+
+def _latents(name: str, value: Any, model: Any, device: torch.device) -> tuple[int, int]:
+    """Checks latents and returns (rows, patches)."""
+    _tensor(name, value, 4, "a floating-point tensor", device)
+    channels, patch = int(model.image_embedder_gen.proj.in_channels), int(model.config.patch_size)
+    rows, got, height, width = value.shape
+    if rows == 0:
+        raise ValueError(f"{name}: expected at least one image, got an empty batch")
+    if got != channels or height % patch or width % patch or height == 0 or width == 0:
+        raise ValueError(
+            f"{name}: expected [batch, {channels}, H, W] with H and W multiples of {patch}, got {tuple(value.shape)}"
+        )
+    table = model.position_embedding.weight.shape[0]
+    patches = (height // patch) * (width // patch)
+    if table == model.image_position_ids.shape[-1] and patches != table:
+        raise ValueError(
+            f"{name}: expected {table} patches as the model was built for, got {patches} ({tuple(value.shape)})"
+        )
+    return rows, patches
+
+
+def _tokens(name: str, value: Any, rows: int, model: Any, device: torch.device) -> None:
+    _tensor(name, value, 2, "int64", device)
+    if value.shape[0] != rows:
+        raise ValueError(f"{name}: expected {rows} rows, got {value.shape[0]}")
+    vocabulary = model.showo.model.embed_tokens.weight.shape[0]
+    if value.numel():
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= vocabulary:
+            raise IndexError(f"{name}: expected token ids in [0, {vocabulary}), got {low if low < 0 else high}")
+
+
+def _spans(name: str, value: Any, rows: int, length: int, span: int, device: torch.device) -> None:
+    _tensor(name, value, 3, "int64", device)
+    if tuple(value.shape) != (rows, 1, 2):
+        raise ValueError(f"{name}: expected shape ({rows}, 1, 2), one (offset, length) a row, got {tuple(value.shape)}")
+    for row, ((offset, got),) in enumerate(value.tolist()):
+        if got != span:
+            raise ValueError(f"{name}[{row}]: expected a span of {span} tokens for these latents, got {got}")
+        if offset < 0 or offset + got > length:
+            raise IndexError(
+                f"{name}[{row}]: span [{offset}, {offset + got}) is outside the sequence of {length} tokens"
+            )
+
+
+def check_t2i_inputs(
+    model: Any, image_latents: Tensor, t: Tensor, text_tokens: Tensor, modality_positions: Tensor, guided: bool
+) -> None:
+    """Inputs of one evaluation (`t2i_generate`). Raises TypeError, ValueError or IndexError naming the argument."""
+    device = model.showo.model.embed_tokens.weight.device
+    rows, patches = _latents("image_latents", image_latents, model, device)
+    if guided and rows % 2:
+        raise ValueError(f"image_latents: expected an even number of rows under guidance, got {rows}")
+    _tensor("t", t, 1, "a floating-point tensor", device)
+    if t.shape[0] != rows:
+        raise ValueError(f"t: expected {rows} times, one for each row, got {t.shape[0]}")
+    _tokens("text_tokens", text_tokens, rows, model, device)
+    span = patches + (1 if model.config.add_time_embeds else 0)
+    _spans("modality_positions", modality_positions, rows, text_tokens.shape[1], span, device)
+
+
+def check_sample_inputs(
+    model: Any,
+    noise: Tensor,
+    text_tokens: Tensor,
+    text_tokens_null: Tensor | None,
+    modality_positions: Tensor,
+    modality_positions_null: Tensor | None,
+    guidance_scale: float,
+    time_shifting_factor: float | None,
+) -> None:
+    """Inputs of a whole image (`sample`). Raises TypeError, ValueError or IndexError naming the argument."""
+    device = model.showo.model.embed_tokens.weight.device
+    rows, patches = _latents("noise", noise, model, device)
+    span = patches + (1 if model.config.add_time_embeds else 0)
+    if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
+        raise ValueError(f"guidance_scale: expected a finite number >= 0, got {guidance_scale!r}")
+    if time_shifting_factor is not None and (
+        not isinstance(time_shifting_factor, (int, float)) or not 0 <= time_shifting_factor < float("inf")
+    ):
+        raise ValueError(f"time_shifting_factor: expected None or a finite number >= 0, got {time_shifting_factor!r}")
+    _tokens("text_tokens", text_tokens, rows, model, device)
+    _spans("modality_positions", modality_positions, rows, text_tokens.shape[1], span, device)
+    if guidance_scale > 0:
+        if text_tokens_null is None or modality_positions_null is None:
+            raise ValueError("text_tokens_null, modality_positions_null: expected tensors under guidance, got None")
+        _tokens("text_tokens_null", text_tokens_null, rows, model, device)
+        if text_tokens_null.shape != text_tokens.shape:
+            raise ValueError(
+                f"text_tokens_null: expected shape {tuple(text_tokens.shape)} as text_tokens, got {tuple(text_tokens_null.shape)}"
+            )
+        _spans("modality_positions_null", modality_positions_null, rows, text_tokens.shape[1], span, device)
+
+
+def check_answer_inputs(
+    model: Any,
+    image_latents: Any,
+    tokens_before_image: Any,
+    tokens_after_boi: Any,
+    max_new_tokens: int,
+    eos_token: int | None = None,
+    row: str = "",
+) -> None:
+    """Inputs of `answer_tokens`: one image and one question. row: its place in a batch, as '[3]', for messages."""
+    device = model.showo.model.embed_tokens.weight.device
+    rows, _ = _latents(f"image_latents{row}", image_latents, model, device)
+    if rows != 1:
+        raise ValueError(f"image_latents{row}: expected one image, got {rows}")
+    _tokens(f"tokens_before_image{row}", tokens_before_image, 1, model, device)
+    _tokens(f"tokens_after_boi{row}", tokens_after_boi, 1, model, device)
+    if tokens_after_boi.shape[1] < 2:
+        raise ValueError(
+            f"tokens_after_boi{row}: expected boi, eoi and a question, got {tokens_after_boi.shape[1]} tokens"
+        )
+    _count("max_new_tokens", max_new_tokens)
+    if eos_token is not None and (isinstance(eos_token, bool) or not isinstance(eos_token, int)):
+        raise TypeError(f"eos_token: expected None or a token id, got {eos_token!r}")
+
+
+def check_mmu_inputs(
+    model: Any,
+    input_embeds: Tensor,
+    attention_mask: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+) -> None:
+    """Inputs of `mmu_generate` for one prompt."""
+    weight = model.showo.model.embed_tokens.weight
+    _tensor("input_embeds", input_embeds, 3, "a floating-point tensor", weight.device)
+    if input_embeds.shape[1] == 0 or input_embeds.shape[2] != weight.shape[1]:
+        raise ValueError(f"input_embeds: expected [1, length >= 1, {weight.shape[1]}], got {tuple(input_embeds.shape)}")
+    length = input_embeds.shape[1]
+    if attention_mask.numel() != length * length or tuple(attention_mask.shape[-2:]) != (length, length):
+        raise ValueError(f"attention_mask: expected [1, 1, {length}, {length}], got {tuple(attention_mask.shape)}")
+    _count("max_new_tokens", max_new_tokens)
+    check_sampling(temperature, top_k)
+    if temperature == 0:
+        raise ValueError("temperature: expected a finite number > 0, got 0 (top_k=1 is greedy)")
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None = None) -> None:
+    """How tokens are drawn; see `decoding.TokenSampler`."""
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, (int, float))
+        or not 0 <= temperature < float("inf")
+    ):
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k: expected None or an integer >= 1, got {top_k!r}")
+    if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p!r}")
+
+
+def check_generator(name: str, value: Any, device: torch.device) -> None:
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"{name}: expected a torch.Generator, got {type(value).__name__}")
+    if value.device.type != device.type:
+        raise ValueError(f"{name}: expected a generator on {device} as the model, got {value.device}")
+
+
+def _count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")

@@ -1,0 +1,183 @@
+"""Finds a Show-o2 model's parts by attribute names and shapes, ours or upstream's, importing neither.
+
+Every other room of the runtime reads the model through `Showo2Parts`, so a difference between model versions is dealt
+with here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Showo2Parts"]
+
+_REQUIRED = (
+    "showo.model.embed_tokens",
+    "showo.model.layers",
+    "showo.model.norm",
+    "showo.model.rotary_emb",
+    "showo.lm_head",
+    "image_embedder_und",
+    "image_embedder_gen",
+    "position_embedding",
+    "image_position_ids",
+    "und_trans",
+    "fusion_proj",
+    "time_embed",
+    "diffusion_head_a",
+    "diffusion_head_b.norm_final",
+    "diffusion_head_b.linear",
+    "diffusion_head_b.adaLN_modulation",
+    "config.patch_size",
+    "t2i_generate",
+    "mmu_generate",
+)
+_LAYER = ("input_layernorm", "post_attention_layernorm", *(f"self_attn.{n}_proj" for n in "qkvo"))
+_FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_BLOCK = (*_LAYER, *_FFN, "adaLN_modulation", "self_attn.rotary_emb")
+
+
+def _get(root: Any, path: str) -> Any:
+    for name in path.split("."):
+        if not hasattr(root, name):
+            return None
+        root = getattr(root, name)
+    return root
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Heads of one attention: `heads` queries and `kv_heads` keys and values of `head_dim` each."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Showo2Parts:
+    """A Show-o2 model's parts. Modules are the model's own objects; nothing is copied."""
+
+    model: Any
+    embed_tokens: Any
+    layers: Any
+    final_norm: Any
+    llm_rope: Any
+    lm_head: Any
+    llm_attention: AttentionShape
+    patch_und: Any
+    patch_gen: Any
+    position_embedding: Any
+    vision: Any
+    fusion: Any
+    time_embed: Any
+    time_proj: Any
+    diff_proj: Any
+    blocks: Any
+    head_attention: AttentionShape
+    final_layer: Any
+    patch_size: int
+    latent_channels: int
+    has_time_token: bool
+
+    @classmethod
+    def find(cls, model: Any) -> Showo2Parts:
+        """Look the parts up.
+
+        Raises:
+            TypeError: the object is not a Show-o2 model; the message lists what is missing.
+        """
+        missing = [path for path in _REQUIRED if _get(model, path) is None]
+        if not missing:
+            for i, layer in enumerate(model.showo.model.layers):
+                missing += [f"showo.model.layers.{i}.{path}" for path in (*_LAYER, *_FFN) if _get(layer, path) is None]
+            for i, block in enumerate(model.diffusion_head_a):
+                missing += [f"diffusion_head_a.{i}.{path}" for path in _BLOCK if _get(block, path) is None]
+        if missing:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise TypeError(
+                f"model: expected a Show-o2 model (Showo2 or Showo2Qwen2_5), got {type(model).__name__} without "
+                f"{', '.join(missing[:4])}{more}"
+            )
+        llm = model.showo.model
+        blocks: Any = model.diffusion_head_a
+        for name, stack in (("showo.model.layers", llm.layers), ("diffusion_head_a", blocks)):
+            if len(stack) == 0:
+                raise TypeError(f"model.{name}: expected at least one layer, got none")
+        llm_config = model.showo.config
+        first = llm.layers[0].self_attn
+        head_dim = getattr(llm_config, "head_dim", None) or first.q_proj.out_features // llm_config.num_attention_heads
+        head_first = blocks[0].self_attn
+        patch_gen: Any = model.image_embedder_gen
+        return cls(
+            model=model,
+            embed_tokens=llm.embed_tokens,
+            layers=llm.layers,
+            final_norm=llm.norm,
+            llm_rope=llm.rotary_emb,
+            lm_head=model.showo.lm_head,
+            llm_attention=_attention_shape(first, head_dim),
+            patch_und=model.image_embedder_und,
+            patch_gen=patch_gen,
+            position_embedding=model.position_embedding,
+            vision=model.und_trans,
+            fusion=model.fusion_proj,
+            time_embed=model.time_embed,
+            time_proj=getattr(model, "time_embed_proj", None),
+            diff_proj=getattr(model, "diff_proj", None),
+            blocks=blocks,
+            head_attention=_attention_shape(head_first, head_first.head_dim),
+            final_layer=model.diffusion_head_b,
+            patch_size=int(model.config.patch_size),
+            latent_channels=int(patch_gen.proj.in_channels),
+            has_time_token=bool(model.config.add_time_embeds),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def hidden(self) -> int:
+        return int(self.embed_tokens.weight.shape[1])
+
+
+def _attention_shape(attention: Any, head_dim: int) -> AttentionShape:
+    return AttentionShape(
+        attention.q_proj.weight.shape[0] // head_dim, attention.k_proj.weight.shape[0] // head_dim, head_dim
+    )
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """The epsilon of an RMSNorm, whichever name it has."""
+    for name in ("variance_epsilon", "eps"):
+        value = getattr(norm, name, None)
+        if value is not None:
+            return float(value)
+    raise TypeError(f"{type(norm).__name__}: expected variance_epsilon or eps")
+
+
+def position_table(parts: Showo2Parts, height: int, width: int) -> Tensor:
+    """SigLIP's positions for a grid of height x width patches: [1, height * width, clip].
+
+    The stored table where the model was built for its size, else a bicubic resampling of it (upstream's
+    `interpolate_pos_encoding`).
+    """
+    table = parts.position_embedding.weight
+    if table.shape[0] == parts.model.image_position_ids.shape[-1]:
+        if table.shape[0] != height * width:
+            raise ValueError(
+                f"image_latents: expected a grid of {table.shape[0]} patches as the model was built for, got {height} x {width}"
+            )
+        return table[None]
+    side = int(table.shape[0] ** 0.5)
+    grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).reshape(1, height * width, -1)

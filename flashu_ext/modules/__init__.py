@@ -1,1 +1,0 @@
-"""Room: modules. The pieces that replace a model's own computation: FFN, attention passes, decoder layer, head block."""

@@ -1,0 +1,61 @@
+"""Every kernel of the library as a typed function; `reference` has the same functions in plain torch.
+
+Each function carries `is_supported(device, dtype, shape=None)`. The first one that is used loads the compiled library, and
+raises ImportError, with every cause, where it cannot be loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ffn import gathered_down, gathered_ffn, gathered_swiglu, neuron_norms_
+    from .norm import add_rms_norm_, rms_norm, rotary_cache_, span_gate_add_, span_modulate
+    from .routing import (
+        cosine_importance,
+        gather_rows,
+        scatter_add_rows_,
+        scatter_rows_,
+        select_threshold,
+        select_topk,
+        value_norms,
+    )
+    from .step import feature_delta, guided_euler_step_, taylor_predict, taylor_update_
+
+__all__ = [
+    "add_rms_norm_",
+    "cosine_importance",
+    "feature_delta",
+    "gather_rows",
+    "gathered_down",
+    "gathered_ffn",
+    "gathered_swiglu",
+    "guided_euler_step_",
+    "neuron_norms_",
+    "rms_norm",
+    "rotary_cache_",
+    "scatter_add_rows_",
+    "scatter_rows_",
+    "select_threshold",
+    "select_topk",
+    "span_gate_add_",
+    "span_modulate",
+    "taylor_predict",
+    "taylor_update_",
+    "value_norms",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for family in ("ffn", "norm", "routing", "step"):
+        globals().update(
+            {op: value for op, value in vars(import_module(f".{family}", __name__)).items() if op in __all__}
+        )
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,148 @@
+"""What every op family shares: calling with translated errors, capability, and a backward that refuses."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import native
+
+native.load()
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+# One library registers all ops for the devices that it was built for.
+DEVICES = ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("flashu::rms_norm", "CUDA") else ("cpu",)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a torch.ops.flashu overload; a failed C++ check arrives as ValueError, TypeError, IndexError or
+    NotImplementedError with the text of the check."""
+    if torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        translated = native.translate(error)
+        if translated is error:
+            raise
+        raise translated from None
+
+
+def call_into(packet: Any, *args: Any, out: Tensor | None, **kwargs: Any) -> Tensor:
+    """Calls `packet.default`, or `packet.out` where `out` is given.
+
+    torch.compile cannot trace a custom operator that returns its own argument, so there `out` is filled by a copy.
+    """
+    if out is None:
+        return call(packet.default, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        return out.copy_(packet.default(*args, **kwargs))
+    return call(packet.out, *args, out=out, **kwargs)
+
+
+def flatten(name: str, numbers: Iterable[Any], group: int) -> list[int]:
+    """Runs or spans as the flat list that the ops take: given flat, or as tuples of `group` numbers.
+
+    Raises:
+        ValueError: a tuple has another length. TypeError: an entry is neither an integer nor such a tuple.
+    """
+    flat: list[int] = []
+    for entry in numbers:
+        if isinstance(entry, int) and not isinstance(entry, bool):
+            flat.append(entry)
+        elif isinstance(entry, (tuple, list)):
+            if len(entry) != group:
+                raise ValueError(f"{name}: expected tuples of {group} numbers, got one of {len(entry)}")
+            flat.extend(entry)
+        else:
+            raise TypeError(f"{name}: expected integers or tuples of {group} integers, got {type(entry).__name__}")
+    return flat
+
+
+def fake(name: str) -> Callable[[F], F]:
+    """Registers the fake kernel of `flashu::{name}`. Torch also runs it where one argument is a meta tensor and another
+    is not, so it refuses mixed devices; shapes and dtypes are the real kernel's to refuse."""
+    op = name.split(".")[0]
+
+    def decorate(function: F) -> F:
+        names = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            first: tuple[str, Tensor] | None = None
+            for argument, value in (*zip(names, args, strict=False), *kwargs.items()):
+                if isinstance(value, Tensor):
+                    first = first or (argument, value)
+                    if value.device != first[1].device:
+                        raise ValueError(
+                            f"{op}: {argument}: expected device {first[1].device} as {first[0]} has, got {value.device}"
+                        )
+            return function(*args, **kwargs)
+
+        torch.library.register_fake(f"flashu::{name}", checked)
+        return function
+
+    return decorate
+
+
+def fake_out(name: str, function: Callable[..., Any]) -> None:
+    """Registers the fake kernel of `flashu::{name}.out`, which returns the tensor it was given.
+
+    Args:
+        function: the fake kernel of the overload without `out`.
+    """
+
+    @fake(f"{name}.out")
+    @functools.wraps(function)
+    def into(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
+        return out
+
+
+def refuse_backward(name: str) -> None:
+    """Gives the functional op `flashu::name` a backward that raises, so that no gradient is lost silently."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise _no_backward(name)
+
+    torch.library.register_autograd(f"flashu::{name}", backward)
+
+
+def refuse_backward_from(name: str, result: Tensor) -> Tensor:
+    """The same for what one call of an op gave that also writes in place, for which torch registers no backward."""
+
+    def backward(grad: Tensor) -> None:
+        raise _no_backward(name)
+
+    if result.requires_grad and not torch.compiler.is_compiling():
+        result.register_hook(backward)
+    return result
+
+
+def _no_backward(name: str) -> NotImplementedError:
+    return NotImplementedError(f"flashu::{name} has no backward: it is for inference; call it under torch.no_grad()")
+
+
+def capability(
+    dtypes: tuple[torch.dtype, ...] = FLOATING,
+    devices: tuple[str, ...] = DEVICES,
+    shape: Callable[[Any], bool] | None = None,
+) -> Callable[[F], F]:
+    """Adds `is_supported(device, dtype, shape=None) -> bool` to an op's function: which calls have a kernel."""
+
+    def decorate(function: F) -> F:
+        def is_supported(device: torch.device | str, dtype: torch.dtype, shape_: tuple[int, ...] | None = None) -> bool:
+            fits = shape is None or shape_ is None or shape(shape_)
+            return torch.device(device).type in devices and dtype in dtypes and fits
+
+        function.is_supported = is_supported  # type: ignore[attr-defined]
+        return function
+
+    return decorate

@@ -1,0 +1,210 @@
+"""Gathered SwiGLU feed-forward: only the selected neurons of an FFN are computed.
+
+The neurons S are given as `runs` ((start, length) pairs or the same numbers flat: ascending, disjoint) or as `index`
+(int32 or int64, any order, each at most once); neither means all. n is their number, and their order is the order of
+h's columns.
+Storage is fp32, bf16 or fp16; every sum is taken in fp32 in one fixed order, so a row's result does not depend on
+the other rows, on their number or on the number of threads.
+
+Errors: ValueError for shapes, strides, aliasing and devices, TypeError for dtypes, IndexError for runs and indices.
+Source: FFN neuron pruning and the hybrid FFN of FlashU (arXiv 2603.15271); here nothing is copied or pruned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .common import call, call_into, capability, fake, fake_out, flatten, refuse_backward
+
+_ops = torch.ops.flashu
+
+
+@capability()
+def gathered_swiglu(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """silu(x W_gate[S]^T) * (x W_up[S]^T) in one pass.
+
+    Args:
+        x: [..., hidden].
+        w_gate, w_up: [intermediate, hidden], torch's Linear layout, rows may be strided.
+        runs, index: the neurons, see the module.
+        out: [..., n] to write into, else a new contiguous tensor.
+
+    Returns:
+        [..., n] in x's dtype.
+    """
+    return call_into(_ops.gathered_swiglu, x, w_gate, w_up, runs=_flat(runs), index=index, out=out)
+
+
+@capability()
+def gathered_down(
+    h: Tensor,
+    w_down: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """h W_down[:, S]^T (+ residual).
+
+    Args:
+        h: [..., n], columns in the order of the selection.
+        w_down: [hidden, intermediate], torch's Linear layout.
+        runs, index: the neurons, see the module.
+        residual: [..., hidden], added in fp32 before the one rounding.
+        out: [..., hidden] to write into; shares no memory with the inputs.
+
+    Returns:
+        [..., hidden] in h's dtype.
+    """
+    return call_into(_ops.gathered_down, h, w_down, runs=_flat(runs), index=index, residual=residual, out=out)
+
+
+@capability()
+def gathered_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+    norms: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The whole FFN over the selected neurons; the product in between never becomes a tensor.
+
+    It stays in fp32, or is rounded once to bf16 where bf16 weights meet a CPU that multiplies bf16 pairs.
+
+    Args:
+        x: [..., hidden].
+        w_gate, w_up: [intermediate, hidden].
+        w_down: [hidden_out, intermediate].
+        runs, index: the neurons, see the module.
+        residual: [..., hidden_out], added in fp32 before the one rounding.
+        norms: [n] fp32 or fp64, += the squares of each neuron's activation summed over all rows (calibration).
+        out: [..., hidden_out] to write into; not together with norms.
+
+    Returns:
+        [..., hidden_out] in x's dtype.
+    """
+    if norms is not None:
+        if out is not None:
+            raise ValueError("gathered_ffn: out: expected None together with norms, got a tensor")
+        return call(
+            _ops.gathered_ffn_norms.default,
+            x,
+            w_gate,
+            w_up,
+            w_down,
+            norms,
+            runs=_flat(runs),
+            index=index,
+            residual=residual,
+        )
+    return call_into(
+        _ops.gathered_ffn, x, w_gate, w_up, w_down, runs=_flat(runs), index=index, residual=residual, out=out
+    )
+
+
+@capability()
+def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
+    """acc[j] += sum over all rows of h[..., j]^2, summed in fp64; the running statistic of Wanda-style scores.
+
+    Args:
+        acc: [n] fp32 or fp64, updated in place.
+        h: [..., n] fp32, bf16 or fp16.
+
+    Returns:
+        acc.
+    """
+    call(_ops.neuron_norms_.default, acc, h)
+    return acc
+
+
+def _flat(runs: Sequence[Any] | None) -> list[int] | None:
+    return None if runs is None else flatten("runs", runs, 2)
+
+
+def _count(weight: Tensor, dim: int, runs: Sequence[int] | None, index: Tensor | None) -> int:
+    if runs is not None:
+        return sum(runs[1::2])
+    return weight.shape[dim] if index is None else index.shape[0]
+
+
+@fake("gathered_swiglu")
+def _gathered_swiglu_fake(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, runs: Sequence[int] | None = None, index: Tensor | None = None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _count(w_gate, 0, runs, index)))
+
+
+@fake("gathered_down")
+def _gathered_down_fake(
+    h: Tensor,
+    w_down: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    return h.new_empty((*h.shape[:-1], w_down.shape[0]))
+
+
+@fake("gathered_ffn")
+def _gathered_ffn_fake(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w_down.shape[0]))
+
+
+@fake("gathered_ffn_norms")
+def _gathered_ffn_norms_fake(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    norms: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w_down.shape[0]))
+
+
+@fake("neuron_norms_")
+def _neuron_norms_fake(acc: Tensor, h: Tensor) -> None:
+    return None
+
+
+def flops(rows: int, hidden: int, neurons: int, width: int | None = None) -> int:
+    """Multiplications and additions of one gathered FFN: rows x neurons x (2 x hidden + width), two each."""
+    return 2 * rows * neurons * (2 * hidden + (hidden if width is None else width))
+
+
+def weight_bytes(hidden: int, neurons: int, dtype: torch.dtype) -> int:
+    """Bytes of the weights that one gathered FFN reads."""
+    return math.prod((3, hidden, neurons, dtype.itemsize))
+
+
+fake_out("gathered_swiglu", _gathered_swiglu_fake)
+fake_out("gathered_down", _gathered_down_fake)
+fake_out("gathered_ffn", _gathered_ffn_fake)
+for _name in ("gathered_swiglu", "gathered_down", "gathered_ffn"):
+    refuse_backward(_name)

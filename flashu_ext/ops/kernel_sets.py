@@ -1,0 +1,82 @@
+"""Which implementation serves every op of the runtime on a device and dtype, and why.
+
+Two backends: this library's kernels, and plain torch (the reference functions). A family that is switched off, or whose
+kernel is not available, runs plain torch; the reason is kept and shown by `handle.summary()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..planning.config import FlashUConfig
+from . import reference
+
+__all__ = ["FAMILIES", "KernelSet", "resolve"]
+
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "ffn": ("gathered_ffn",),
+    "routing": ("cosine_importance", "value_norms", "select_topk", "gather_rows", "scatter_rows_"),
+    "norm": ("rms_norm", "add_rms_norm_", "span_modulate", "span_gate_add_", "rotary_cache_"),
+    "step": ("guided_euler_step_", "feature_delta", "taylor_update_", "taylor_predict"),
+}
+"""Op names by family; FlashUConfig has one switch per family."""
+
+
+@dataclass(frozen=True)
+class KernelSet:
+    """The functions a runtime calls, with the reason wherever one is not this library's kernel.
+
+    Attributes:
+        chosen: op -> 'flashu' or 'torch'. fallbacks: op -> why it runs plain torch.
+    """
+
+    gathered_ffn: Callable[..., Any]
+    cosine_importance: Callable[..., Any]
+    value_norms: Callable[..., Any]
+    select_topk: Callable[..., Any]
+    gather_rows: Callable[..., Any]
+    scatter_rows_: Callable[..., Any]
+    rms_norm: Callable[..., Any]
+    add_rms_norm_: Callable[..., Any]
+    span_modulate: Callable[..., Any]
+    span_gate_add_: Callable[..., Any]
+    rotary_cache_: Callable[..., Any]
+    guided_euler_step_: Callable[..., Any]
+    feature_delta: Callable[..., Any]
+    taylor_update_: Callable[..., Any]
+    taylor_predict: Callable[..., Any]
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    fallbacks: Mapping[str, str] = field(default_factory=dict)
+
+
+def resolve(config: FlashUConfig, device: torch.device, dtype: torch.dtype) -> KernelSet:
+    """Pick a backend for every op.
+
+    Args:
+        config: its `*_kernels` switches turn whole families off.
+        device, dtype: where and in what type the model's weights are.
+    """
+    functions: dict[str, Callable[..., Any]] = {}
+    chosen: dict[str, str] = {}
+    fallbacks: dict[str, str] = {}
+    for family, names in FAMILIES.items():
+        for name in names:
+            reason = _why_not(config, family, name, device, dtype)
+            functions[name] = getattr(ops if reason is None else reference, name)
+            chosen[name] = "flashu" if reason is None else "torch"
+            if reason is not None:
+                fallbacks[name] = reason
+    return KernelSet(**functions, chosen=chosen, fallbacks=fallbacks)
+
+
+def _why_not(config: FlashUConfig, family: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    if not getattr(config, f"{family}_kernels"):
+        return f"FlashUConfig.{family}_kernels is False"
+    if not getattr(ops, name).is_supported(device, dtype):
+        return f"no {name} kernel for {dtype} on {device.type} in this build (see flashu-ext info)"
+    return None

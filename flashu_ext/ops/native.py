@@ -1,0 +1,80 @@
+"""Loads the compiled ops on first use. Imports nothing heavy; everything native goes through `load()`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+LIBRARY = PACKAGE / "libflashu_torch.so"
+OLDEST_TORCH = (2, 11)
+
+
+def missing() -> list[str]:
+    """Every reason why the compiled ops cannot be loaded here, as sentences; empty when nothing is in the way."""
+    causes = []
+    try:
+        import torch
+
+        version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        if version < OLDEST_TORCH:
+            causes.append(f"torch {torch.__version__} is installed, and 2.11 or newer is needed.")
+    except ImportError as error:
+        causes.append(f"torch cannot be imported: {error}.")
+    if not LIBRARY.is_file():
+        where = "this is a source folder" if (PACKAGE.parent / "setup.py").is_file() else "the installed package"
+        causes.append(
+            f"{LIBRARY.name} is not in {PACKAGE} ({where}). Build it with: pip install --no-build-isolation -e ."
+            " in the source folder."
+        )
+    return causes
+
+
+@functools.cache
+def load() -> None:
+    """Registers torch.ops.flashu.* once per process.
+
+    Raises:
+        ImportError: one message that names every cause, when the library cannot be loaded.
+    """
+    causes = missing()
+    if not causes:
+        import torch
+
+        try:
+            torch.ops.load_library(str(LIBRARY))
+            return
+        except OSError as error:
+            causes.append(f"{LIBRARY} was found, but the loader refused it: {error}.")
+    lines = "\n".join(f"  - {cause}" for cause in causes)
+    raise ImportError(f"flashu_ext: the compiled ops are not available:\n{lines}\nSee `flashu-ext info`.")
+
+
+def is_available() -> bool:
+    """Whether `load()` succeeds here."""
+    try:
+        load()
+    except ImportError:
+        return False
+    return True
+
+
+_KINDS: dict[str, type[Exception]] = {
+    "flashu value error: ": ValueError,
+    "flashu type error: ": TypeError,
+    "flashu index error: ": IndexError,
+    "flashu unsupported error: ": NotImplementedError,
+}
+
+
+def translate(error: RuntimeError) -> Exception:
+    """The Python exception for a failed op: the checks are in C++, and torch delivers them all as RuntimeError.
+
+    Returns the error itself when it did not come from our checks.
+    """
+    text = str(error)
+    for prefix, kind in _KINDS.items():
+        at = text.find(prefix)
+        if at >= 0:
+            return kind(text[at + len(prefix) :].splitlines()[0])
+    return error

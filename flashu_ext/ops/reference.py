@@ -1,0 +1,322 @@
+"""Every op in plain torch: the oracle of the tests, and what runs where no kernel does.
+
+Same names, arguments and results as `flashu_ext.ops`. Arithmetic is fp32, or fp64 for fp64 inputs (which the ops do not
+take): call it on doubles for the truth, on a kernel's own dtype for what torch would give. No checks beyond torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = [
+    "add_rms_norm_",
+    "cosine_importance",
+    "feature_delta",
+    "gather_rows",
+    "gathered_down",
+    "gathered_ffn",
+    "gathered_swiglu",
+    "guided_euler_step_",
+    "neuron_norms_",
+    "rms_norm",
+    "rotary_cache_",
+    "scatter_add_rows_",
+    "scatter_rows_",
+    "select_threshold",
+    "select_topk",
+    "span_gate_add_",
+    "span_modulate",
+    "taylor_predict",
+    "taylor_update_",
+    "value_norms",
+]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def _groups(numbers: Sequence[Any], size: int) -> list[tuple[int, ...]]:
+    flat = [n for entry in numbers for n in (entry if isinstance(entry, (tuple, list)) else (entry,))]
+    return [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]
+
+
+# ---- ffn
+
+
+def _neurons(runs: Sequence[Any] | None, index: Tensor | None, device: torch.device) -> Tensor | slice:
+    if index is not None:
+        return index.long()
+    if runs is None:
+        return slice(None)
+    parts = [torch.arange(start, start + length, device=device) for start, length in _groups(runs, 2)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
+
+
+def gathered_swiglu(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.gathered_swiglu`. GEMMs run in the storage dtype, as torch would."""
+    s = _neurons(runs, index, x.device)
+    return _into(out, F.silu(F.linear(x, w_gate[s])) * F.linear(x, w_up[s]))
+
+
+def gathered_down(
+    h: Tensor,
+    w_down: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.gathered_down`. The GEMM runs in the storage dtype, as torch would."""
+    y = F.linear(h, w_down[:, _neurons(runs, index, h.device)])
+    return _into(out, y if residual is None else y + residual)
+
+
+def gathered_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+    norms: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.gathered_ffn`."""
+    h = gathered_swiglu(x, w_gate, w_up, runs, index)
+    if norms is not None:
+        neuron_norms_(norms, h)
+    return gathered_down(h, w_down, runs, index, residual, out=out)
+
+
+def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
+    """See `flashu_ext.ops.neuron_norms_`."""
+    return acc.add_(h.reshape(-1, h.shape[-1]).double().square().sum(0))
+
+
+# ---- routing
+
+
+def cosine_importance(x_in: Tensor, x_out: Tensor, reduce: str = "none", *, out: Tensor | None = None) -> Tensor:
+    """See `flashu_ext.ops.cosine_importance`."""
+    a, b = _wide(x_in), _wide(x_out)
+    if reduce == "last":
+        a, b = a[..., -1, :], b[..., -1, :]
+    norms = a.norm(dim=-1).clamp_min(1e-8) * b.norm(dim=-1).clamp_min(1e-8)
+    scores = 1 - (a * b).sum(-1) / norms
+    return _into(out, scores.mean() if reduce == "mean" else scores)
+
+
+def value_norms(v: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See `flashu_ext.ops.value_norms`."""
+    return _into(out, _wide(v).square().sum((1, 3)).sqrt())
+
+
+def select_topk(
+    scores: Tensor, k: int, *, index: Tensor | None = None, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `flashu_ext.ops.select_topk`."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    chosen = order[..., :k].sort(dim=-1).values
+    counts = torch.full(scores.shape[:-1], k, dtype=torch.int32, device=scores.device)
+    return _into(index, chosen), _into(count, counts)
+
+
+def select_threshold(
+    scores: Tensor, threshold: float, capacity: int, *, index: Tensor | None = None, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `flashu_ext.ops.select_threshold`."""
+    passed = scores.float() >= torch.tensor(threshold, dtype=torch.float32)
+    tokens = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    first = torch.where(passed, tokens, scores.shape[-1]).sort(dim=-1).values
+    chosen = F.pad(first, (0, max(0, capacity - scores.shape[-1])), value=scores.shape[-1])[..., :capacity]
+    return _into(index, chosen.masked_fill(chosen == scores.shape[-1], -1)), _into(
+        count, passed.sum(-1, dtype=torch.int32)
+    )
+
+
+def gather_rows(rows: Tensor, index: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See `flashu_ext.ops.gather_rows`."""
+    at = index.long().clamp_min(0)[..., None].expand(*index.shape, rows.shape[-1])
+    return _into(out, rows.gather(-2, at).masked_fill((index < 0)[..., None], 0))
+
+
+def scatter_rows_(rows: Tensor, index: Tensor, moved: Tensor) -> Tensor:
+    """See `flashu_ext.ops.scatter_rows_`."""
+    for target, at, source in _sequences(rows, index, moved):
+        # Entries of -1 go to one more row, which is dropped: nothing is read back to the host.
+        padded = torch.cat([target, target[:1] if target.shape[0] else target.new_zeros(1, target.shape[1])])
+        padded.index_copy_(0, torch.where(at < 0, target.shape[0], at.long()), source)
+        target.copy_(padded[:-1])
+    return rows
+
+
+def scatter_add_rows_(rows: Tensor, index: Tensor, moved: Tensor) -> Tensor:
+    """See `flashu_ext.ops.scatter_add_rows_`."""
+    for target, at, source in _sequences(rows, index, moved):
+        for entry, row in enumerate(at.tolist()):
+            if row >= 0:
+                target[row] = (_wide(target[row]) + _wide(source[entry])).to(rows.dtype)
+    return rows
+
+
+def _sequences(rows: Tensor, index: Tensor, moved: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [(rows, index, moved)] if rows.dim() == 2 else list(zip(rows, index, moved, strict=True))
+
+
+# ---- norm
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """See `flashu_ext.ops.rms_norm`."""
+    return _into(out, _normed(x, weight, eps).to(x.dtype))
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = _wide(x)
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(weight)
+
+
+def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `flashu_ext.ops.add_rms_norm_`."""
+    residual.copy_(_wide(residual) + _wide(x))
+    return x.copy_(_normed(residual, weight, eps))
+
+
+def span_modulate(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    spans: Sequence[Any],
+    eps: float = 1e-6,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.span_modulate`."""
+    normed = _normed(x, weight, eps)
+    for s, (row, offset, length) in enumerate(_groups(spans, 3)):
+        inside = normed[row, offset : offset + length]
+        normed[row, offset : offset + length] = inside * (1 + _wide(scale[s])) + _wide(shift[s])
+    return _into(out, normed.to(x.dtype))
+
+
+def span_gate_add_(residual: Tensor, y: Tensor, gate: Tensor, spans: Sequence[Any]) -> Tensor:
+    """See `flashu_ext.ops.span_gate_add_`."""
+    gated = _wide(y).clone()
+    for s, (row, offset, length) in enumerate(_groups(spans, 3)):
+        gated[row, offset : offset + length] *= _wide(gate[s])
+    return residual.copy_(_wide(residual) + gated)
+
+
+def rotary_cache_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor | None = None,
+    *,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.rotary_cache_`. With `start` the whole cache is written, for nothing may be read back."""
+    if query_norm is not None and key_norm is not None:
+        query, key = rms_norm(query, query_norm, eps), rms_norm(key, key_norm, eps)
+    _into_slots(keys, _rotated(key, cos, sin), start)
+    _into_slots(values, value, start)
+    turned = _rotated(query, cos, sin).transpose(1, 2)
+    return turned.contiguous() if out is None else out.copy_(turned)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [rows, n, heads, d] turned by cos and sin [rows or 1, n, d], halves convention."""
+    wide, half = _wide(x), x.shape[-1] // 2
+    turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
+    return (wide * _wide(cos)[:, :, None] + turned * _wide(sin)[:, :, None]).to(x.dtype)
+
+
+def _into_slots(cache: Tensor, x: Tensor, start: Tensor | None) -> None:
+    """Token i of row r of x [rows, n, heads, d] goes to slot start[r] + i of the cache, if there is one."""
+    (rows, n), capacity = x.shape[:2], cache.shape[1]
+    if start is None:
+        cache[:, :n] = x
+    elif n:
+        first = start.reshape(-1, 1).clamp(-n, capacity)  # as far outside as any; the difference cannot overflow
+        token = (torch.arange(capacity, device=x.device) - first).expand(rows, capacity)
+        at = token.clamp(0, n - 1)[..., None, None].expand(rows, capacity, *x.shape[2:])
+        cache.copy_(torch.where(((token >= 0) & (token < n))[..., None, None], x.gather(1, at), cache))
+
+
+# ---- step
+
+
+def guided_euler_step_(
+    latents: Tensor, v: Tensor, s: Tensor, dt: Tensor, step: Tensor | int, *, velocity: Tensor | None = None
+) -> Tensor:
+    """See `flashu_ext.ops.guided_euler_step_`."""
+    at = torch.as_tensor(step, device=latents.device).reshape(1)
+    rows = _wide(v).reshape(v.shape[0], -1, latents.shape[1]).transpose(1, 2)
+    if v.shape[0] != latents.shape[0]:
+        conditional, unconditional = rows.chunk(2)
+        rows = unconditional + s.index_select(0, at) * (conditional - unconditional)
+    rows = rows.reshape(latents.shape)
+    if velocity is not None:
+        velocity.copy_(rows)
+    return latents.copy_(_wide(latents) + dt.index_select(0, at) * rows)
+
+
+def feature_delta(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """See `flashu_ext.ops.feature_delta`."""
+    a, b = a.double(), b.double()
+    sums = [
+        ((a - b).abs().sum(), b.abs().sum()),
+        ((a - b).norm(), b.norm()),
+        ((a * b).sum(), a.norm() * b.norm()),
+    ]
+    ratios = [torch.where((x == 0) & (y == 0), torch.zeros_like(x), x / y) for x, y in sums]
+    return _into(out, torch.stack(ratios).float())
+
+
+def taylor_update_(state: Tensor, feature: Tensor, interval: float, count: int) -> Tensor:
+    """See `flashu_ext.ops.taylor_update_`."""
+    fresh = _wide(feature)
+    for i in range(state.shape[0]):
+        old = _wide(state[i]).clone()
+        state[i] = fresh if i <= min(state.shape[0] - 1, count) else torch.zeros_like(fresh)
+        fresh = (fresh - old) / interval
+    return state
+
+
+def taylor_predict(state: Tensor, ahead: float, count: int, *, out: Tensor | None = None) -> Tensor:
+    """See `flashu_ext.ops.taylor_predict`."""
+    wide = _wide(state)
+    total = wide[0].clone()
+    for i, weight in enumerate((ahead, ahead * ahead / 2), start=1):
+        if i <= min(state.shape[0] - 1, count - 1):
+            total += weight * wide[i]
+    return _into(out, total.to(state.dtype))

@@ -1,0 +1,174 @@
+"""What a calibration run measured of every FFN neuron, and the importance scores drawn from it.
+
+A run keeps three running sums per neuron and task: tokens, activations, squares of activations. Every estimator follows
+from them and from W_down, so the choice of an estimator costs no second run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ESTIMATORS", "Calibration", "DownNorms", "NeuronSums", "check_estimator"]
+
+
+@dataclass(frozen=True)
+class NeuronSums:
+    """One task's sums over the activations h that enter W_down.
+
+    Attributes:
+        tokens: how many tokens were seen.
+        total: sum of h_j over them, fp64 [layers, intermediate]. squares: sum of h_j^2, the same shape.
+    """
+
+    tokens: int
+    total: Tensor
+    squares: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
+            raise ValueError(f"tokens: expected an integer >= 1, got {self.tokens!r:.80}")
+        for name, value in (("total", self.total), ("squares", self.squares)):
+            _check_matrix(name, value, torch.float64, tuple(self.total.shape))
+        if (self.squares < 0).any():
+            raise ValueError("squares: expected no negative sums")
+
+    @property
+    def variance(self) -> Tensor:
+        """Sample variance of every neuron's activation over the tokens, fp64 [layers, intermediate]."""
+        # Rounding may leave a constant neuron slightly below zero.
+        centred = (self.squares - self.total.square() / self.tokens).clamp_min(0)
+        return centred / max(self.tokens - 1, 1)
+
+
+@dataclass(frozen=True)
+class DownNorms:
+    """Column norms of every layer's W_down.
+
+    Attributes:
+        absolute: sum of abs(W_down[:, j]), fp32 [layers, intermediate]. squares: sum of W_down[:, j]^2, the same shape.
+    """
+
+    absolute: Tensor
+    squares: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value in (("absolute", self.absolute), ("squares", self.squares)):
+            _check_matrix(name, value, torch.float32, tuple(self.absolute.shape))
+            if (value < 0).any():
+                raise ValueError(f"{name}: expected no negative norms")
+
+    @classmethod
+    def of(cls, projections: Sequence[nn.Linear]) -> DownNorms:
+        """The norms of each layer's down projection, weights [hidden, intermediate]."""
+        weights = [projection.weight.detach() for projection in projections]
+        return cls(
+            torch.stack([weight.float().abs().sum(0) for weight in weights]).cpu(),
+            torch.stack([weight.float().square().sum(0) for weight in weights]).cpu(),
+        )
+
+
+def _wanda(sums: NeuronSums, down: DownNorms) -> Tensor:
+    return down.absolute * sums.squares.sqrt()
+
+
+def _flap(sums: NeuronSums, down: DownNorms) -> Tensor:
+    return sums.variance * down.squares
+
+
+def _reconstruction(sums: NeuronSums, down: DownNorms) -> Tensor:
+    return sums.squares * down.squares
+
+
+ESTIMATORS: Mapping[str, Callable[[NeuronSums, DownNorms], Tensor]] = {
+    "wanda": _wanda,
+    "flap": _flap,
+    "reconstruction": _reconstruction,
+}
+"""Scores [layers, intermediate] by name, larger is more important:
+
+- wanda: sum of abs(W_down[:, j]) times the L2 norm of neuron j. Source: Flash-Unified's reference code; after Wanda, arXiv
+  2306.11695, summed over a neuron's outgoing weights.
+- flap: variance of neuron j times the squared norm of its column of W_down: what is lost when the neuron is replaced by its
+  mean. Source: FLAP, arXiv 2312.11983, its weighted input feature variance.
+- reconstruction: sum over tokens of h_j^2 times the squared norm of its column: exactly the squared error of the FFN's output
+  when neuron j alone is left out. Source: the diagonal of Optimal Brain Damage (LeCun 1989), which for a squared error of a
+  linear layer's output is not an approximation.
+"""
+
+
+def check_estimator(name: object) -> str:
+    """Raises ValueError where `name` is no estimator."""
+    if not isinstance(name, str) or name not in ESTIMATORS:
+        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {name!r:.80}")
+    return name
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a run measured.
+
+    Attributes:
+        sums: task -> sums over its tokens. down: norms of the model's down projections.
+        times: the times at which tasks that draw were seen.
+        layer_importance: task -> fp32 [rows, layers]: 1 - cosine(input, output) of every decoder layer, the last one's output
+            after the final norm. A task that draws has a row for each time, the mean over its tokens; a task that answers has
+            one row, of the token that the first answer token is predicted from.
+        mean_layer_importance: the mean over all tokens instead, fp32 [layers], of tasks that answer.
+    """
+
+    sums: Mapping[str, NeuronSums]
+    down: DownNorms
+    times: tuple[float, ...]
+    layer_importance: Mapping[str, Tensor]
+    mean_layer_importance: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        times = self.times
+        if not all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t <= 1 for t in times):
+            raise ValueError(f"times: expected numbers in [0, 1], got {list(times)!r:.200}")
+        if not self.sums or set(self.sums) != set(self.layer_importance):
+            raise ValueError(
+                f"layer_importance: expected the tasks {sorted(self.sums)}, got {sorted(self.layer_importance)}"
+            )
+        if set(self.mean_layer_importance) - set(self.sums):
+            raise ValueError(f"mean_layer_importance: unknown tasks {sorted(self.mean_layer_importance)}")
+        shape = tuple(self.down.absolute.shape)
+        for task, sums in self.sums.items():
+            if tuple(sums.total.shape) != shape:
+                raise ValueError(f"sums[{task!r}]: expected shape {shape}, got {tuple(sums.total.shape)}")
+            rows = 1 if task in self.mean_layer_importance else len(times)
+            importance = self.layer_importance[task]
+            _check_matrix(f"layer_importance[{task!r}]", importance, torch.float32, (rows, shape[0]))
+        for task, mean in self.mean_layer_importance.items():
+            _check_matrix(f"mean_layer_importance[{task!r}]", mean[None], torch.float32, (1, shape[0]))
+
+    def scores(self, estimator: str) -> dict[str, Tensor]:
+        """task -> scores fp32 [layers, intermediate] by `estimator`."""
+        function = ESTIMATORS[check_estimator(estimator)]
+        return {task: function(sums, self.down).float() for task, sums in self.sums.items()}
+
+
+def _check_matrix(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if value.dtype != dtype or value.dim() != 2 or value.numel() == 0 or tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name}: expected {dtype} of shape {list(shape) if len(shape) == 2 else '[layers, neurons]'}, "
+            f"got {tuple(value.shape)} {value.dtype}"
+        )
+    if not torch.isfinite(value).all():
+        layer, neuron = torch.nonzero(~torch.isfinite(value))[0].tolist()
+        raise ValueError(f"{name}: expected finite numbers, got {float(value[layer, neuron])} at [{layer}, {neuron}]")
+
+
+def standardized(scores: Tensor) -> Tensor:
+    """Scores [layers, intermediate] made comparable between layers: each layer's mean taken off, over its deviation.
+
+    Source: FLAP, arXiv 2312.11983, its adaptive structure search. A layer of equal scores becomes zero.
+    """
+    wide = scores.double()
+    centred = wide - wide.mean(dim=1, keepdim=True)
+    return centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp_min(math.ulp(0.0))

@@ -1,0 +1,454 @@
+"""What calibration found about a model, per task: neuron scores, the sets kept from them, layer importance.
+
+A plan is independent of the runtime: it is made from scores, saved as safetensors with validated JSON metadata, loaded,
+and checked against a model by shape and fingerprint before anything is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import strict_json
+from .estimators import Calibration, DownNorms, NeuronSums, check_estimator, standardized
+from .neurons import NeuronLayout
+from .safe_files import content_digest, load_safetensors, save_safetensors
+
+__all__ = ["TaskPlan", "kept_count", "model_fingerprint"]
+
+FORMAT = "flashu_ext.task_plan"
+VERSION = 2
+_FIELDS_1 = {"format", "version", "tasks", "ratio", "multiple", "fingerprint", "notes"}
+_FIELDS = {1: _FIELDS_1, 2: _FIELDS_1 | {"ratios", "calibration"}}
+
+
+def kept_count(intermediate: int, ratio: float, multiple: int) -> int:
+    """Neurons kept of `intermediate` when `ratio` of them is pruned: rounded down to `multiple`, never to none.
+
+    Source: Flash-Unified's reference code, `structural_pruning.py`.
+    """
+    ideal = intermediate - int(intermediate * ratio)
+    kept = ideal // multiple * multiple
+    if kept == 0:
+        kept = multiple if multiple <= intermediate else max(ideal, 1)
+    return kept
+
+
+def check_pruning(ratio: Any, multiple: Any, name: str = "ratio") -> None:
+    """Raises ValueError where `ratio` or `multiple` cannot be pruned by."""
+    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not math.isfinite(ratio) or not 0 <= ratio < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {ratio!r}")
+    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
+        raise ValueError(f"multiple: expected an integer >= 1, got {multiple!r}")
+
+
+def model_fingerprint(model: Any) -> str:
+    """Digest that tells one model's weights from another's: the LLM's FFN shapes and a sample of its attention weights.
+
+    It ignores the order of FFN neurons and survives a cast to bf16, so an accelerated model and its checkpoint agree.
+    """
+    sample: list[Tensor] = []
+    shapes: list[int] = []
+    for layer in model.showo.model.layers:
+        down = layer.mlp.down_proj.weight
+        shapes += list(down.shape)
+        query = layer.self_attn.q_proj.weight.detach().flatten()
+        sample += [layer.post_attention_layernorm.weight, query[:: max(1, query.numel() // 256)]]
+    return content_digest([torch.tensor(shapes, dtype=torch.float32), *sample])
+
+
+def _check_scores(task: str, scores: Sequence[Tensor]) -> Tensor:
+    if not isinstance(scores, (list, tuple)) or not scores:
+        raise ValueError(
+            f"{task}: expected a non-empty list with one score tensor per layer, got {type(scores).__name__}"
+        )
+    for layer, score in enumerate(scores):
+        if not isinstance(score, Tensor) or score.dim() != 1 or not score.is_floating_point():
+            got = f"{tuple(score.shape)} {score.dtype}" if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(f"{task}[{layer}]: expected a 1-D floating-point tensor of neuron scores, got {got}")
+        if score.numel() == 0 or score.numel() != scores[0].numel():
+            raise ValueError(
+                f"{task}[{layer}]: expected {scores[0].numel() or 'at least 1'} scores as in layer 0, got {score.numel()}"
+            )
+        bad = torch.nonzero(~torch.isfinite(score))
+        if bad.numel():
+            raise ValueError(
+                f"{task}[{layer}]: expected finite scores, got {float(score[bad[0, 0]])} at neuron {int(bad[0, 0])}"
+            )
+    return torch.stack([score.detach().to("cpu", torch.float32) for score in scores])
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """Neuron scores per task and the pruning drawn from them. Make one with `from_scores` or `flashu_ext.calibrate`.
+
+    Attributes:
+        scores: task -> fp32 [layers, intermediate]; larger is more important.
+        ratio: fraction pruned per layer (r_p); where `ratios` differ between layers, of all layers together.
+        multiple: kept neurons are a multiple of this.
+        fingerprint: `model_fingerprint` of the model it was made for, or None.
+        notes: anything that JSON holds, for people.
+        ratios: fraction pruned of each layer, or None: `ratio` of every one.
+        calibration: what the scores are drawn from, or None: they were given. estimator: how, or None.
+    """
+
+    scores: Mapping[str, Tensor]
+    ratio: float
+    multiple: int
+    fingerprint: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    ratios: tuple[float, ...] | None = None
+    calibration: Calibration | None = None
+    estimator: str | None = None
+
+    def __post_init__(self) -> None:
+        check_pruning(self.ratio, self.multiple)
+        if not self.scores:
+            raise ValueError("scores: expected at least one task (generation=... or understanding=...), got none")
+        shapes = {task: tuple(score.shape) for task, score in self.scores.items()}
+        if len(set(shapes.values())) != 1:
+            raise ValueError(f"scores: expected the same layers and neurons for every task, got {shapes}")
+        if self.ratios is not None:
+            if len(self.ratios) != self.layers:
+                raise ValueError(f"ratios: expected one for each of {self.layers} layers, got {len(self.ratios)}")
+            for layer, ratio in enumerate(self.ratios):
+                check_pruning(ratio, self.multiple, f"ratios[{layer}]")
+        if (self.calibration is None) != (self.estimator is None):
+            raise ValueError("estimator: expected one with a calibration, and none without")
+
+    @classmethod
+    def from_scores(
+        cls,
+        *,
+        generation: Sequence[Tensor] | None = None,
+        understanding: Sequence[Tensor] | None = None,
+        ratio: float = 0.2,
+        multiple: int = 64,
+        model: Any | None = None,
+        **other_tasks: Sequence[Tensor],
+    ) -> TaskPlan:
+        """A plan from neuron scores.
+
+        Args:
+            generation, understanding, other_tasks: per task one fp tensor [intermediate] per layer; either may be left out,
+                and a task without scores runs on all neurons.
+            ratio: fraction pruned per layer. multiple: kept counts are rounded down to it.
+            model: the model that the scores belong to; its fingerprint goes into the plan.
+
+        Raises:
+            ValueError: no task, NaN or infinite scores, or shapes that differ between layers.
+        """
+        given = {"generation": generation, "understanding": understanding, **other_tasks}
+        scores = {task: _check_scores(task, value) for task, value in given.items() if value is not None}
+        plan = cls(scores, ratio, multiple, model_fingerprint(model) if model is not None else None)
+        if model is not None:
+            plan.check_model(model)
+        return plan
+
+    @classmethod
+    def from_calibration(
+        cls,
+        calibration: Calibration,
+        *,
+        estimator: str = "wanda",
+        ratio: float = 0.2,
+        multiple: int = 64,
+        model: Any | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> TaskPlan:
+        """A plan from what a run of `flashu_ext.calibrate` measured; arguments as there and in `from_scores`.
+
+        Raises:
+            ValueError: no such estimator, or a calibration of another model.
+        """
+        fingerprint = model_fingerprint(model) if model is not None else None
+        scores = calibration.scores(estimator)
+        plan = cls(scores, ratio, multiple, fingerprint, notes or {}, None, calibration, estimator)
+        if model is not None:
+            plan.check_model(model)
+        return plan
+
+    # ---- what it says
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.scores)
+
+    @property
+    def layers(self) -> int:
+        return next(iter(self.scores.values())).shape[0]
+
+    @property
+    def intermediate(self) -> int:
+        return next(iter(self.scores.values())).shape[1]
+
+    @property
+    def kept_counts(self) -> tuple[int, ...]:
+        """Neurons kept in each layer, the same for every task."""
+        ratios = self.ratios if self.ratios is not None else (self.ratio,) * self.layers
+        return tuple(kept_count(self.intermediate, ratio, self.multiple) for ratio in ratios)
+
+    @property
+    def kept_neurons(self) -> int:
+        """Neurons kept per layer; where layers differ, their mean, rounded."""
+        return round(sum(self.kept_counts) / self.layers)
+
+    @property
+    def layer_importance(self) -> Mapping[str, Tensor]:
+        """task -> fp32 [rows, layers], see `Calibration.layer_importance`; empty where the scores were given."""
+        return self.calibration.layer_importance if self.calibration else {}
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Times of the rows of `layer_importance`, for tasks that draw."""
+        return self.calibration.times if self.calibration else ()
+
+    def kept(self, task: str, layer: int) -> Tensor:
+        """Neurons kept for `task` in `layer`: ascending int64 [kept_counts[layer]]; equal scores keep the lower index."""
+        if task not in self.scores:
+            raise KeyError(f"task: expected one of {', '.join(self.scores)}, got {task!r}")
+        order = torch.sort(self.scores[task][layer], descending=True, stable=True).indices
+        return order[: self.kept_counts[layer]].sort().values
+
+    def layouts(self) -> list[NeuronLayout]:
+        """For each layer the permutation that makes the tasks' sets contiguous."""
+        return [
+            NeuronLayout.build(self.intermediate, {task: self.kept(task, layer) for task in self.tasks})
+            for layer in range(self.layers)
+        ]
+
+    def describe(self) -> str:
+        """A few lines for people: what is kept, and every task's layer importance (mean over its rows)."""
+        counts = self.kept_counts
+        kept = str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
+        source = f"by {self.estimator}" if self.estimator else "by given scores"
+        lines = [f"kept      {kept} of {self.intermediate} neurons per layer, {source}"]
+        for task in self.tasks:
+            line = f"task      {task}"
+            if self.calibration is not None:
+                importance = " ".join(f"{value:.3f}" for value in self.layer_importance[task].mean(0).tolist())
+                line += f": {self.calibration.sums[task].tokens} tokens, layer importance {importance}"
+            lines.append(line)
+        return "\n".join(lines)
+
+    # ---- other choices from the same scores
+
+    def with_ratio(self, ratio: float, multiple: int | None = None) -> TaskPlan:
+        """The same scores, pruned further or less, every layer alike."""
+        return replace(self, ratio=ratio, multiple=self.multiple if multiple is None else multiple, ratios=None)
+
+    def with_ratios(self, ratios: Sequence[float]) -> TaskPlan:
+        """The same scores with a ratio for each layer. `ratio` becomes their mean, rounded to six digits."""
+        ratios = tuple(ratios)
+        if len(ratios) != self.layers:
+            raise ValueError(f"ratios: expected one for each of {self.layers} layers, got {len(ratios)}")
+        for layer, ratio in enumerate(ratios):
+            check_pruning(ratio, self.multiple, f"ratios[{layer}]")
+        return replace(self, ratio=round(math.fsum(ratios) / len(ratios), 6), ratios=ratios)
+
+    def with_adaptive_ratios(self, ratio: float | None = None) -> TaskPlan:
+        """Share the neurons that a uniform `ratio` (None: the plan's) would keep out over the layers, by their scores.
+
+        Scores are standardized within each layer and ranked over all of them, for every task; a layer gets the mean of what
+        the tasks' rankings give it, rounded to `multiple` such that the total stays, and at least one `multiple`. Where a layer
+        has fewer neurons than `multiple`, layers stay alike. Source: FLAP, arXiv 2312.11983, its adaptive structure search.
+        """
+        uniform = self.with_ratio(self.ratio if ratio is None else ratio)
+        largest = self.intermediate // self.multiple
+        if largest == 0:
+            return uniform
+        budget = sum(uniform.kept_counts)
+        wanted = torch.zeros(self.layers, dtype=torch.float64)
+        for scores in self.scores.values():
+            best = torch.sort(standardized(scores).flatten(), descending=True, stable=True).indices[:budget]
+            wanted += torch.bincount(best // self.intermediate, minlength=self.layers)
+        units = _apportion((wanted / len(self.scores) / self.multiple).tolist(), budget // self.multiple, largest)
+        ratios = tuple(_ratio_that_keeps(self.intermediate, unit * self.multiple, self.multiple) for unit in units)
+        return replace(uniform, ratios=ratios)
+
+    def with_estimator(self, name: str) -> TaskPlan:
+        """The same calibration, scored by another estimator (`estimators.ESTIMATORS`). Layer ratios stay as they are.
+
+        Raises:
+            ValueError: no such estimator, or the plan was made from given scores.
+        """
+        check_estimator(name)
+        if self.calibration is None:
+            raise ValueError("plan: expected one made by flashu_ext.calibrate, this one was made from given scores")
+        return replace(self, scores=self.calibration.scores(name), estimator=name)
+
+    def check_model(self, model: Any) -> None:
+        """Raises ValueError where the plan was not made for this model."""
+        layers = model.showo.model.layers
+        shape = (len(layers), layers[0].mlp.down_proj.weight.shape[1])
+        if shape != (self.layers, self.intermediate):
+            raise ValueError(
+                f"plan: made for {self.layers} layers of {self.intermediate} neurons, the model has {shape[0]} of {shape[1]}"
+            )
+        if self.fingerprint is not None:
+            actual = model_fingerprint(model)
+            if actual != self.fingerprint:
+                raise ValueError(
+                    f"plan: made for another model (fingerprint {self.fingerprint[:12]}..., this model has {actual[:12]}...); "
+                    "calibrate again with flashu_ext.calibrate"
+                )
+
+    # ---- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as safetensors with JSON metadata, atomically."""
+        measured = self.calibration
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tasks": list(self.tasks),
+            "ratio": self.ratio,
+            "multiple": self.multiple,
+            "fingerprint": self.fingerprint,
+            "notes": dict(self.notes),
+            "ratios": list(self.ratios) if self.ratios is not None else None,
+            "calibration": None,
+        }
+        if measured is None:
+            tensors = {f"score.{task}": score for task, score in self.scores.items()}
+        else:
+            header["calibration"] = {
+                "estimator": self.estimator,
+                "times": list(measured.times),
+                "tokens": {task: sums.tokens for task, sums in measured.sums.items()},
+            }
+            tensors = _measured_tensors(measured)
+        save_safetensors(path, tensors, {"plan": json.dumps(header, allow_nan=False)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any | None = None) -> TaskPlan:
+        """Read a plan; with `model`, refuse one that was made for another model.
+
+        Raises:
+            ValueError: not a plan, damaged, of an unknown version, with unknown or missing fields, or for another model.
+        """
+        tensors, metadata = load_safetensors(path)
+        if set(metadata) != {"plan"}:
+            raise ValueError(f"{path}: expected a task plan (metadata 'plan'), got metadata {sorted(metadata)}")
+        header = strict_json(metadata["plan"], f"{path}: plan")
+        try:
+            plan = _read(header, tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if model is not None:
+            plan.check_model(model)
+        return plan
+
+
+# ---- file contents
+
+
+def _measured_tensors(measured: Calibration) -> dict[str, Tensor]:
+    tensors = {"down.absolute": measured.down.absolute, "down.squares": measured.down.squares}
+    for task, sums in measured.sums.items():
+        tensors |= {f"total.{task}": sums.total, f"squares.{task}": sums.squares}
+        tensors[f"importance.{task}"] = measured.layer_importance[task]
+    tensors |= {f"mean_importance.{task}": mean for task, mean in measured.mean_layer_importance.items()}
+    return tensors
+
+
+def _read(header: Any, tensors: Mapping[str, Tensor]) -> TaskPlan:
+    """A plan from a file's header and tensors; raises ValueError without the file's name."""
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"expected format {FORMAT!r}")
+    version = header.get("version")
+    if type(version) is not int or version not in _FIELDS:
+        raise ValueError(f"expected version 1 or 2, got {version!r:.80}")
+    if set(header) != _FIELDS[version]:
+        raise ValueError(f"expected fields {sorted(_FIELDS[version])}, got {sorted(header)}")
+    tasks = header["tasks"]
+    if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
+        raise ValueError(f"tasks: expected distinct names, got {tasks!r:.200}")
+    if not isinstance(header["notes"], dict):
+        raise ValueError(f"notes: expected an object, got {type(header['notes']).__name__}")
+    if not (header["fingerprint"] is None or isinstance(header["fingerprint"], str)):
+        raise ValueError(f"fingerprint: expected a string or null, got {header['fingerprint']!r:.80}")
+    ratios, record = header.get("ratios"), header.get("calibration")
+    if not (ratios is None or isinstance(ratios, list)):
+        raise ValueError(f"ratios: expected a list or null, got {ratios!r:.80}")
+    calibration, estimator = None, None
+    if record is None:
+        scores = _read_scores(tasks, tensors)
+    else:
+        if not isinstance(record, dict) or set(record) != {"estimator", "times", "tokens"}:
+            raise ValueError(f"calibration: expected estimator, times and tokens, got {record!r:.200}")
+        estimator = check_estimator(record["estimator"])
+        calibration = _read_calibration(tasks, record["times"], record["tokens"], tensors)
+        scores = calibration.scores(estimator)
+    return TaskPlan(
+        scores,
+        header["ratio"],
+        header["multiple"],
+        header["fingerprint"],
+        header["notes"],
+        tuple(ratios) if ratios is not None else None,
+        calibration,
+        estimator,
+    )
+
+
+def _read_scores(tasks: list[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if set(tensors) != {f"score.{task}" for task in tasks}:
+        raise ValueError(f"expected scores of {tasks}, got tensors {sorted(tensors)}")
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or tensor.dtype != torch.float32 or tensor.numel() == 0:
+            raise ValueError(f"{name}: expected fp32 [layers, neurons], got {tuple(tensor.shape)} {tensor.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: expected finite scores")
+    return {task: tensors[f"score.{task}"] for task in tasks}
+
+
+def _read_calibration(tasks: list[str], times: Any, tokens: Any, tensors: Mapping[str, Tensor]) -> Calibration:
+    if not isinstance(times, list):
+        raise ValueError(f"calibration.times: expected a list, got {times!r:.80}")
+    if not isinstance(tokens, dict) or set(tokens) != set(tasks):
+        raise ValueError(f"calibration.tokens: expected a count for each of {tasks}, got {tokens!r:.200}")
+    answering = [task for task in tasks if f"mean_importance.{task}" in tensors]
+    expected = {f"{kind}.{task}" for task in tasks for kind in ("total", "squares", "importance")}
+    expected |= {"down.absolute", "down.squares", *(f"mean_importance.{task}" for task in answering)}
+    if set(tensors) != expected:
+        raise ValueError(f"expected tensors {sorted(expected)}, got {sorted(tensors)}")
+    return Calibration(
+        {task: NeuronSums(tokens[task], tensors[f"total.{task}"], tensors[f"squares.{task}"]) for task in tasks},
+        DownNorms(tensors["down.absolute"], tensors["down.squares"]),
+        tuple(times),
+        {task: tensors[f"importance.{task}"] for task in tasks},
+        {task: tensors[f"mean_importance.{task}"] for task in answering},
+    )
+
+
+# ---- layer ratios
+
+
+def _apportion(wanted: Sequence[float], budget: int, largest: int) -> list[int]:
+    """Whole numbers in [1, largest] that sum to `budget` and are near `wanted`; needs len(wanted) <= budget.
+
+    Largest remainders first; of equal ones the lower layer.
+    """
+    units = [min(max(int(value), 1), largest) for value in wanted]
+    while sum(units) < budget:
+        open_layers = [layer for layer, unit in enumerate(units) if unit < largest]
+        units[max(open_layers, key=lambda layer: wanted[layer] - units[layer])] += 1
+    while sum(units) > budget:
+        open_layers = [layer for layer, unit in enumerate(units) if unit > 1]
+        units[max(open_layers, key=lambda layer: units[layer] - wanted[layer])] -= 1
+    return units
+
+
+def _ratio_that_keeps(intermediate: int, kept: int, multiple: int) -> float:
+    """A ratio from which `kept_count` makes exactly `kept`."""
+    ratio = (intermediate - kept) / intermediate
+    # intermediate * ratio may round to just below the whole number, which `kept_count` then rounds down.
+    return ratio if kept_count(intermediate, ratio, multiple) == kept else math.nextafter(ratio, 1.0)

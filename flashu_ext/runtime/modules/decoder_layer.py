@@ -1,0 +1,127 @@
+"""One layer of the language model, from a residual stream to the next, on this library's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ...models.structure import AttentionShape, norm_eps
+from ...ops.kernel_sets import KernelSet
+from .attention import AttentionPass, Rope, SpanPass
+
+__all__ = ["decoder_layer", "project_qkv", "pruning_layer", "routed_decoder_layer"]
+
+Pass = TypeVar("Pass", bound=AttentionPass)
+Choose = Callable[[Tensor, Tensor], tuple[Tensor, Pass]]
+"""(normed [1, n, hidden], value [1, n, kv_heads, d]) -> indices of the tokens that stay, int64 [m] ascending, and the
+attention pass among them."""
+
+
+def project_qkv(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
+    """x [rows, n, hidden] -> query [rows, n, heads, d], key and value [rows, n, kv_heads, d], not yet rotated."""
+    query, key = _project_qk(attention, x, shape)
+    return query, key, _project_value(attention, x, shape)
+
+
+def _project_qk(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    query = attention.q_proj(x).view(*x.shape[:2], shape.heads, shape.head_dim)
+    return query, attention.k_proj(x).view(*x.shape[:2], shape.kv_heads, shape.head_dim)
+
+
+def _project_value(attention: Any, x: Tensor, shape: AttentionShape) -> Tensor:
+    value: Tensor = attention.v_proj(x).view(*x.shape[:2], shape.kv_heads, shape.head_dim)
+    return value
+
+
+def _project_kv(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    key = attention.k_proj(x).view(*x.shape[:2], shape.kv_heads, shape.head_dim)
+    return key, _project_value(attention, x, shape)
+
+
+def decoder_layer(
+    layer: Any,
+    index: int,
+    x: Tensor,
+    rope: Rope,
+    attention: AttentionPass,
+    shape: AttentionShape,
+    kernels: KernelSet,
+    task: str | None,
+) -> Tensor:
+    """Qwen2 decoder layer: x [rows, n, hidden] -> [rows, n, hidden]. `x` is consumed: it may be overwritten.
+
+    Args:
+        layer: the model's layer, its `mlp` a GatheredFFN. index: its number, for the attention pass's cache.
+        task: whose neuron set the FFN uses, or None: all neurons.
+    """
+    normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
+    query, key, value = project_qkv(layer.self_attn, normed, shape)
+    return _after_attention(layer, x, attention(index, query, key, value, rope), kernels, task)
+
+
+def pruning_layer(
+    layer: Any,
+    index: int,
+    x: Tensor,
+    rope: Rope,
+    choose: Choose[Pass],
+    shape: AttentionShape,
+    kernels: KernelSet,
+    task: str | None,
+) -> tuple[Tensor, Rope, Pass]:
+    """A decoder layer that drops tokens: x [1, n, hidden] -> ([1, m, hidden], rotary table and pass of the m that stay).
+
+    All tokens are normed and projected to values, which the choice reads; from there on only those that stay are computed,
+    so a dropped token costs this layer one of its seven matrices.
+    """
+    normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
+    value = layer.self_attn.v_proj(normed)
+    keep, attention = choose(normed, value.view(*value.shape[:2], shape.kv_heads, shape.head_dim))
+    x, normed, value = (kernels.gather_rows(rows[0], keep)[None] for rows in (x, normed, value))
+    rope = (rope[0][:, keep], rope[1][:, keep])
+    query, key = _project_qk(layer.self_attn, normed, shape)
+    value = value.view(*value.shape[:2], shape.kv_heads, shape.head_dim)
+    attended = attention(index, query, key, value, rope)
+    return _after_attention(layer, x, attended, kernels, task), rope, attention
+
+
+def _after_attention(layer: Any, x: Tensor, attended: Tensor, kernels: KernelSet, task: str | None) -> Tensor:
+    """Output projection, residual, norm and FFN; `x` is overwritten."""
+    attended = layer.self_attn.o_proj(attended)
+    norm = layer.post_attention_layernorm
+    normed = kernels.add_rms_norm_(attended, x, norm.weight, norm_eps(norm))
+    return layer.mlp(normed, task=task, residual=x)
+
+
+def routed_decoder_layer(
+    layer: Any,
+    index: int,
+    x: Tensor,
+    active: Tensor,
+    rope: Rope,
+    attention: SpanPass,
+    shape: AttentionShape,
+    kernels: KernelSet,
+    task: str | None,
+) -> Tensor:
+    """`decoder_layer` for the active tokens; the others leave as they came: x [rows, n, hidden], overwritten and returned.
+
+    The active tokens attend to all n: the keys and values of a carried token are made from the state it is carried in, so
+    what is computed is what the whole layer would give. They cost little (a seventh of the attention's weights
+    in the 1.5B model, an eighth in the 7B one); queries, output projection and FFN are what is saved.
+
+    Args:
+        active: int64 [rows, k], the tokens to compute, each once. Others: as for `decoder_layer`; rope for all n tokens.
+    """
+    rows, k = active.shape
+    normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
+    key, value = _project_kv(layer.self_attn, normed, shape)
+    moved = kernels.gather_rows(x, active)
+    query = layer.self_attn.q_proj(kernels.gather_rows(normed, active)).view(rows, k, shape.heads, shape.head_dim)
+    own = tuple(kernels.gather_rows(table, active) for table in rope)
+    attended = layer.self_attn.o_proj(attention.routed(index, query, key, value, rope, (own[0], own[1])))
+    norm = layer.post_attention_layernorm
+    normed = kernels.add_rms_norm_(attended, moved, norm.weight, norm_eps(norm))
+    return kernels.scatter_rows_(x, active, layer.mlp(normed, task=task, residual=moved))

@@ -1,0 +1,247 @@
+"""Puts the runtime into one model instance, hands back a handle, and takes everything out again.
+
+Only the instance is touched: its FFN modules are replaced by ones that hold the same weight objects, their neurons are
+put into plan order in place, and two methods are shadowed. No class is patched and nothing global is kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from ..models.structure import Showo2Parts
+from ..ops.kernel_sets import resolve
+from ..planning.config import FlashUConfig
+from ..planning.neurons import NeuronLayout
+from ..planning.plan import TaskPlan
+from . import find_runner
+from .generation import TASK as GENERATION
+from .modules.ffn import GatheredFFN
+from .runner import Runner
+from .state import ImageState
+from .summary import Summary
+
+__all__ = ["Handle", "accelerate"]
+
+_METHODS = ("t2i_generate", "mmu_generate")
+
+
+class Handle:
+    """An accelerated model's handle: `summary()`, `remove()`, and a context manager that removes at its end."""
+
+    def __init__(self, runner: Runner, plan: TaskPlan | None, layouts: list[NeuronLayout] | None):
+        self.runner = runner
+        self.config = runner.config
+        self.plan = plan
+        self.model = runner.parts.model
+        self._layouts = layouts
+        self._original_ffns: list[nn.Module] = []
+        self._shadowed: dict[str, object] = {}
+        self._active = False
+
+    # ---- in and out
+
+    def _install(self) -> None:
+        try:
+            for index, layer in enumerate(self.runner.parts.layers):
+                layout = self._layouts[index] if self._layouts else None
+                original = layer.mlp
+                replacement = GatheredFFN(original, self.runner.kernels, layout)
+                if layout is not None:
+                    _permute(replacement, layout.permutation)
+                self._original_ffns.append(original)
+                layer.mlp = replacement
+            for name in _METHODS:
+                if name in self.model.__dict__:
+                    self._shadowed[name] = self.model.__dict__[name]
+                self.model.__dict__[name] = getattr(self.runner, name)
+            self._active = True
+        except BaseException:
+            self._uninstall()
+            raise
+
+    def _uninstall(self) -> None:
+        for name in _METHODS:
+            method = self.model.__dict__.get(name)
+            if getattr(method, "__self__", None) is self.runner:
+                del self.model.__dict__[name]
+            if name in self._shadowed:
+                self.model.__dict__[name] = self._shadowed.pop(name)
+        for layer, original in zip(self.runner.parts.layers, self._original_ffns, strict=False):
+            replacement = layer.mlp
+            layer.mlp = original
+            if isinstance(replacement, GatheredFFN) and replacement.layout is not None:
+                _permute(replacement, replacement.layout.inverse)
+        self._original_ffns.clear()
+
+    def remove(self) -> None:
+        """Give the model back bitwise as it was, with the very same module and parameter objects. A second call does nothing."""
+        if self._active:
+            self._active = False
+            self.runner.reset()
+            self._uninstall()
+
+    @property
+    def active(self) -> bool:
+        """Whether the model is still accelerated through this handle."""
+        return self._active
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    # ---- what happened
+
+    def summary(self) -> Summary:
+        """What the accelerated model is and did; see `Summary`."""
+        runner, parts = self.runner, self.runner.parts
+        image = runner.last_image
+        done = image.ran if image else []
+        answers = runner.understanding
+        tokens = {"prefilled": answers.prefilled, "reused": answers.reused}
+        tokens |= {"visual": answers.visual, "visual kept": answers.visual_kept}
+        if image is not None:
+            length, geometry = image.length, image.geometry
+            tokens |= {
+                "prefix": geometry.longest,
+                "span": geometry.span,
+                "tail": length - min(geometry.prefix) - geometry.span,
+            }
+        reasons = Counter(f"{name}: {why}" for name, why in runner.kernels.fallbacks.items()) + runner.fallbacks
+        captures = runner.captures
+        if captures.failure is not None:
+            reasons[f"step graphs: {captures.failure}"] += 1
+        held = runner.held_bytes()
+        return Summary(
+            steps=dict(Counter(image.kinds)) if image else {},
+            backbone_evaluations=sum(step.backbone for step in done),
+            head_evaluations=sum(step.head for step in done),
+            encoder_evaluations=sum(step.encode for step in done),
+            decided=_decided(image) if image and self.config.adaptive_cache else {},
+            routed=dict(image.routed) if image and self.config.token_skip else {},
+            layers_skipped=tuple(image.choices) if image else (),
+            answer_layers_skipped=answers.skipped,
+            neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and self._layouts else {},
+            intermediate=int(parts.layers[0].mlp.gate_proj.weight.shape[0]),
+            tokens=tokens,
+            weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
+            extra_weight_bytes=sum(layout.permutation.nbytes for layout in self._layouts or ()),
+            cache_bytes=sum(held.values()),
+            memory=held,
+            last_image_memory=(image.held_bytes or image.nbytes()) if image else {},
+            launches=_launches(image) if image else {},
+            syncs=sum(work.syncs for work in image.work) if image else 0,
+            host_waits=sum(work.waits for work in image.work) if image else 0,
+            step_runner=f"eager: {why_not}" if (why_not := captures.why_not or captures.failure) else "graphs",
+            graphs=_graphs(runner),
+            kernels=dict(runner.kernels.chosen),
+            fallbacks=dict(reasons),
+        )
+
+    def __repr__(self) -> str:
+        state = "active" if self._active else "removed"
+        return (
+            f"Handle({type(self.model).__name__}, {state}, approximates={list(self.config.approximates) or 'nothing'})"
+        )
+
+
+def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Handle:
+    """Accelerate a Show-o2 model in place: ours, or an upstream `Showo2Qwen2_5` instance.
+
+    Args:
+        model: the model; its weights stay where they are.
+        config: what to do; None is `FlashUConfig.exact()`.
+        plan: neuron sets, needed where `config.ffn_prune_ratio` > 0. A task without a set in it runs on all neurons.
+
+    Returns:
+        A handle; `handle.remove()` or leaving its `with` block restores the model.
+
+    Raises:
+        TypeError: not a Show-o2 model, or config or plan of another type.
+        ValueError: pruning neurons without a plan, or with a plan of another model, ratio or multiple (a plan with ratios of
+            its own for every layer is asked for by their mean, `plan.ratio`); pruning tokens at a layer that the model does
+            not have.
+        RuntimeError: the model is accelerated already.
+    In each case the model is as it was.
+    """
+    config = FlashUConfig.exact() if config is None else config
+    if not isinstance(config, FlashUConfig):
+        raise TypeError(f"config: expected a FlashUConfig, got {type(config).__name__}")
+    if plan is not None and not isinstance(plan, TaskPlan):
+        raise TypeError(f"plan: expected a TaskPlan, got {type(plan).__name__}")
+    parts = Showo2Parts.find(model)
+    if find_runner(model) is not None:
+        raise RuntimeError("model: already accelerated; call handle.remove() first")
+    layers = len(parts.layers)
+    if config.token_prune_ratio > 0 and config.token_prune_layer >= layers:
+        raise ValueError(
+            f"config.token_prune_layer: expected a layer in [0, {layers}) of this model, got {config.token_prune_layer}"
+        )
+    layouts = _layouts(model, config, plan)
+    kernels = resolve(config, parts.device, parts.dtype)
+    originals = {name: getattr(model, name) for name in _METHODS}
+    handle = Handle(Runner(parts, config, kernels, originals), plan, layouts)
+    handle._install()
+    return handle
+
+
+def _launches(image: ImageState) -> dict[str, int]:
+    """Of the last evaluation of every kind: the first of a network variant computes its prompt's keys and values too."""
+    return {work.kind: work.launches for work in image.work}
+
+
+def _graphs(runner: Runner) -> dict[str, int]:
+    pieces = runner.generation.workspaces.pieces()
+    return {
+        "captured": sum(each.captured for each in pieces),
+        "replays": sum(each.replayed for each in pieces),
+        "run eagerly": sum(each.eager for each in pieces),
+    }
+
+
+def _decided(image: ImageState) -> dict[str, int]:
+    """How the evaluations that were decided while running came out."""
+    open_ones = [step for step in image.ran if image.plan.at(step.index).adaptive]
+    computed = sum(step.head for step in open_ones)
+    return {"computed": computed, "cached": len(open_ones) - computed}
+
+
+def _layouts(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -> list[NeuronLayout] | None:
+    if plan is not None:
+        plan.check_model(model)
+    if config.ffn_prune_ratio == 0:
+        return None
+    if plan is None:
+        raise ValueError(
+            f"plan: FlashUConfig.ffn_prune_ratio is {config.ffn_prune_ratio}, so a plan is needed for task {GENERATION!r} or "
+            "'understanding'; make one with flashu_ext.calibrate(model, generation=..., understanding=...) or "
+            "TaskPlan.from_scores(generation=...), or load one with TaskPlan.load(path, model=model)"
+        )
+    for name, wanted, made in (
+        ("ffn_prune_ratio", config.ffn_prune_ratio, plan.ratio),
+        ("prune_multiple", config.prune_multiple, plan.multiple),
+    ):
+        if wanted != made:
+            raise ValueError(
+                f"plan: made for {name} {made}, the config says {wanted}; use plan.with_ratio({config.ffn_prune_ratio}, "
+                f"{config.prune_multiple}) or change the config"
+            )
+    return plan.layouts()
+
+
+@torch.no_grad()
+def _permute(ffn: GatheredFFN, order: torch.Tensor) -> None:
+    """Put an FFN's neurons into `order`, in place. One layer is held twice for a moment, so that running out of memory
+    happens before anything is written."""
+    index = order.to(ffn.gate_proj.weight.device).long()
+    matrices = ((ffn.gate_proj.weight, 0), (ffn.up_proj.weight, 0), (ffn.down_proj.weight, 1))
+    permuted = [weight.index_select(dim, index) for weight, dim in matrices]
+    for (weight, _), values in zip(matrices, permuted, strict=True):
+        weight.copy_(values)

@@ -1,0 +1,1 @@
+"""Analysis, tuning and comparison of accelerated models."""

@@ -1,0 +1,168 @@
+"""Runs one probe under many settings: fidelity of every output, and times interleaved in one process."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..models.structure import Showo2Parts
+from ..nano.evaluate import Share
+from ..nano.probe import Outputs, Probe
+from ..nano.tokenizer import layout
+from ..planning.config import FlashUConfig
+from ..planning.cost import Geometry, dense_flops, image_flops
+from ..planning.plan import TaskPlan
+from ..planning.schedule import StepPlan
+from ..runtime.swap import accelerate
+from . import fidelity
+
+__all__ = ["Point", "Setting", "Timed", "compare", "equal_share", "running", "time_round"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run the model. config None: dense, with `steps` grid points. group: what it is plotted as."""
+
+    name: str
+    group: str
+    config: FlashUConfig | None
+    steps: int | None = None
+
+
+@dataclass
+class Point:
+    """What a setting cost and gave.
+
+    Attributes:
+        image_seconds, answer_seconds: of single images and answers, a number per round. flops: per image, by shapes.
+        psnr (dB), ssim, lpips: means against dense at the same noise; lpips None where it cannot be computed.
+        equal_answers: answers equal to dense's token for token.
+    """
+
+    name: str
+    group: str
+    config: str
+    grid_points: int
+    flops: float
+    adherence: Share
+    accuracy: Share
+    equal_answers: Share
+    psnr: float
+    ssim: float
+    lpips: float | None
+    image_seconds: list[float] = field(default_factory=list)
+    answer_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def image_time(self) -> float:
+        return statistics.median(self.image_seconds)
+
+    @property
+    def answer_time(self) -> float:
+        return statistics.median(self.answer_seconds)
+
+
+@contextmanager
+def running(model: Any, config: FlashUConfig | None, plan: TaskPlan | None) -> Iterator[Any]:
+    """The model under a config, the plan pruned as it says: a fresh handle, or None for dense."""
+    if config is None:
+        yield None
+        return
+    if plan is not None:
+        plan = plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
+    with accelerate(model, config, plan) as handle:
+        yield handle
+
+
+def equal_share(outputs: Outputs, dense: Outputs) -> Share:
+    """Answers that are dense's, token for token."""
+    equal = [a == b for a, b in zip(outputs.tokens, dense.tokens, strict=True)]
+    return Share(sum(equal), len(equal))
+
+
+def compare(
+    model: Any,
+    settings: Sequence[Setting],
+    probe: Probe,
+    plan: TaskPlan | None,
+    *,
+    repeats: int = 5,
+    seed: int = 0,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> list[Point]:
+    """Run every setting on the probe, then time single images and answers, settings in another order each round.
+
+    Args:
+        settings: the first is dense at full steps, which the others are compared with.
+        plan: neuron scores, for settings that prune.
+        advance: called with a number of outputs; len(settings) * (drawings + questions + repeats) in all.
+
+    Raises:
+        ValueError: the first setting is not dense, or the probe has no drawing or no question to time.
+    """
+    if not settings or settings[0].config is not None:
+        raise ValueError("settings: expected dense first")
+    if not probe.prompts or not probe.asked:
+        raise ValueError(f"probe: expected drawings and questions, got {len(probe.prompts)} and {len(probe.asked)}")
+    outputs: list[Outputs] = []
+    for setting in settings:
+        with running(model, setting.config, plan):
+            outputs.append(probe.perform(model, advance, setting.steps))
+    points = [_point(model, s, probe, own, outputs[0]) for s, own in zip(settings, outputs, strict=True)]
+    order = random.Random(seed)
+    for turn in range(repeats):
+        for setting, point in order.sample(list(zip(settings, points, strict=True)), len(settings)):
+            with running(model, setting.config, plan):
+                time_round(model, probe, turn, point, setting.steps)
+            advance(1)
+    return points
+
+
+class Timed(Protocol):
+    """What keeps times of single images and answers."""
+
+    image_seconds: list[float]
+    answer_seconds: list[float]
+
+
+def time_round(model: Any, probe: Probe, turn: int, into: Timed, steps: int | None = None) -> None:
+    """Time one image and one answer, alone; round `turn` has the same prompt and question for everyone."""
+    start = time.perf_counter()
+    probe.draw(model, [turn % len(probe.prompts)], steps)
+    into.image_seconds.append(time.perf_counter() - start)
+    start = time.perf_counter()
+    probe.ask(model, turn % len(probe.asked))
+    into.answer_seconds.append(time.perf_counter() - start)
+
+
+def _point(model: Any, setting: Setting, probe: Probe, own: Outputs, dense: Outputs) -> Point:
+    parts = Showo2Parts.find(model)
+    rows = layout().generation([probe.prompts[0]])
+    prefix, span = (int(value) for value in rows.modality_positions[0, 0])
+    geometry = Geometry(prefix, span, rows.text_tokens.shape[1])
+    if setting.config is None:
+        steps = setting.steps or 50
+        flops = dense_flops(parts, geometry, steps - 1)
+    else:
+        plan = StepPlan.build(setting.config, setting.steps, len(parts.layers))
+        steps = plan.grid_points
+        flops = image_flops(parts, plan, geometry)
+    perceptual = fidelity.lpips(own.images, dense.images)
+    return Point(
+        name=setting.name,
+        group=setting.group,
+        config="" if setting.config is None else setting.config.to_json(),
+        grid_points=steps,
+        flops=flops,
+        adherence=probe.adherence(own),
+        accuracy=probe.accuracy(own),
+        equal_answers=equal_share(own, dense),
+        psnr=fidelity.mean(fidelity.psnr(own.images, dense.images)),
+        ssim=fidelity.mean(fidelity.ssim(own.images, dense.images)),
+        lpips=None if perceptual is None else fidelity.mean(perceptual),
+    )

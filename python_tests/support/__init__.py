@@ -1,0 +1,1 @@
+"""What the tests share: oracles, input generators, tolerances, stand-ins."""

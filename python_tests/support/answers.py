@@ -1,0 +1,102 @@
+"""Answers in plain torch: the whole sequence again for every token, dropped tokens masked out as keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashu_ext.models.showo2.understanding import prompt_embeds
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+def _layer(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, heads: tuple[int, int]) -> Any:
+    """One Qwen2 layer on x [n, hidden] -> (output, attention weights [heads, n, n], values [n, kv, d])."""
+    attention, n = layer.self_attn, x.shape[0]
+    h = layer.input_layernorm(x)
+    query, key, value = (
+        getattr(attention, f"{name}_proj")(h).view(n, count, -1)
+        for name, count in (("q", heads[0]), ("k", heads[1]), ("v", heads[1]))
+    )
+    q, k = _rotate(query.transpose(0, 1), cos, sin), _rotate(key.transpose(0, 1), cos, sin)
+    group = heads[0] // heads[1]
+    k, v = k.repeat_interleave(group, 0), value.transpose(0, 1).repeat_interleave(group, 0)
+    logits = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(~seen, float("-inf"))
+    weights = torch.softmax(logits, dim=-1).nan_to_num()
+    x = x + attention.o_proj((weights @ v).transpose(0, 1).reshape(n, -1))
+    h = layer.post_attention_layernorm(x)
+    mlp = layer.mlp
+    return x + mlp.down_proj(torch.nn.functional.silu(mlp.gate_proj(h)) * mlp.up_proj(h)), weights, value
+
+
+@torch.no_grad()
+def oracle(
+    model: Any,
+    image_latents: Tensor,
+    tokens_before_image: Tensor,
+    tokens_after_boi: Tensor,
+    max_new_tokens: int,
+    ratio: float = 0.0,
+    layer: int = 2,
+    score: str = "value_norm",
+    skip: float = 0.0,
+    hidden: slice | None = None,
+) -> tuple[list[int], Tensor, list[int]]:
+    """A dense model's greedy answer with tokens pruned and layers skipped: (tokens, logits [n, vocab], skipped layers).
+
+    hidden: positions of the prompt that only they themselves look at.
+    """
+    llm, config = model.showo.model, model.showo.config
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    embeds, allowed = prompt_embeds(model, image_latents, tokens_before_image, tokens_after_boi)
+    embeds, prompt = embeds[0], embeds.shape[1]
+    if hidden is not None:
+        allowed[:, hidden] = torch.eye(prompt, dtype=torch.bool)[:, hidden]
+    first = tokens_before_image.shape[1] + (2 if model.config.add_time_embeds else 1)
+    visual = torch.arange(first, first + prompt - tokens_before_image.shape[1] - tokens_after_boi.shape[1] - 1)
+    if not model.config.add_time_embeds:
+        visual = torch.arange(first, first + prompt - tokens_before_image.shape[1] - tokens_after_boi.shape[1])
+    drop = int(len(visual) * ratio)
+    dropped = torch.zeros(prompt, dtype=torch.bool)
+    skipped: list[int] = []
+    tokens: list[int] = []
+    logits = []
+    for count in range(max_new_tokens):
+        n = prompt + count
+        seen = torch.zeros(n, n, dtype=torch.bool)
+        seen[:prompt, :prompt] = allowed
+        seen[prompt:, :prompt] = allowed[-1]
+        seen[prompt:, prompt:] = torch.ones(count, count).tril().bool()
+        cos, sin = (table[0] for table in llm.rotary_emb(embeds, torch.arange(n)[None]))
+        x, turned = embeds, []
+        for index, block in enumerate(llm.layers):
+            if index == layer and count == 0 and drop:
+                _, weights, value = _layer(block, x, cos, sin, seen, heads)
+                scores = {
+                    "value_norm": value.flatten(1).norm(dim=1),
+                    "value_norm_small": -value.flatten(1).norm(dim=1),
+                    "attention": -weights[:, -1].mean(0),
+                }.get(score)
+                if scores is None:
+                    scores = torch.zeros(n)
+                    scores[visual] = -torch.rand(len(visual), generator=torch.Generator().manual_seed(0))
+                dropped[visual[scores[visual].argsort(descending=True)[:drop]]] = True
+            keys = (
+                torch.cat([dropped, torch.zeros(count, dtype=torch.bool)]) if index >= layer else torch.zeros(n).bool()
+            )
+            out, _, _ = _layer(block, x, cos, sin, seen & ~keys, heads)
+            if index in skipped:
+                out = torch.cat([out[:prompt], x[prompt:]])  # the prompt ran through all layers, the answer skips
+            turned.append(1 - torch.cosine_similarity(x[-1], out[-1], dim=0))
+            x = out
+        if count == 0:
+            skipped = sorted(torch.stack(turned).argsort()[: int(len(turned) * skip)].tolist())
+        logits.append(model.showo.lm_head(llm.norm(x[-1])))
+        tokens.append(int(logits[-1].argmax()))
+        embeds = torch.cat([embeds, llm.embed_tokens(torch.tensor(tokens[-1:]))])
+    return tokens, torch.stack(logits), skipped
