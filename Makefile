@@ -11,8 +11,8 @@ TORCH ?= $(if $(wildcard /proc/driver/nvidia/version /usr/bin/nvidia-smi),torch,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 APT_PACKAGES := g++ make libgtest-dev
 SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
-PACKAGES := numpy safetensors setuptools wheel pybind11 cmake ninja transformers tokenizers pillow tqdm click matplotlib jinja2 scikit-image \
-            pytest hypothesis expecttest ruff mypy clang-format diffusers
+# What pyproject.toml asks for, by extra; here, in gpu.sh and nowhere else.
+requirements = $(shell $(PYTHON) .ci/requirements $(1) | sed "s/.*/'&'/")
 
 .PHONY: help demo test python-test cpp-test tsan mutants lint format build bench info test-abi gpu-wheels clean
 
@@ -86,22 +86,21 @@ info: build ## what this build and this machine have
 # The CUDA wheel of torch brings cuobjdump along (in triton), which sass needs.
 test-abi: build ## the same library in a CUDA build of the newest torch (downloads it into .venv-abi), and its SASS
 	test -x .venv-abi/bin/python || $(PYTHON) -m venv .venv-abi
-	.venv-abi/bin/python -m pip install --quiet --disable-pip-version-check torch numpy safetensors pytest hypothesis expecttest click tqdm
+	.venv-abi/bin/python -m pip install --quiet --disable-pip-version-check torch $(call requirements,test)
 	PYTHONPATH=. .venv-abi/bin/python -m pytest -p no:cacheprovider python_tests/ops
 	PYTHONPATH=. .venv-abi/bin/python -m flashu_ext.bench.sass --quiet
 
 # A GPU machine may be bare and offline: what the benchmarks import beside torch travels as wheels, which gpu.sh installs.
 GPU_PYTHON ?= 3.12
-GPU_PACKAGES := transformers safetensors numpy click tqdm jinja2 pytest hypothesis expecttest
 gpu-wheels: $(VENV)/.tools ## packages for an offline GPU machine, into build/wheels (GPU_PYTHON=3.12)
 	rm -rf build/wheels
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --dest build/wheels --python-version $(GPU_PYTHON) \
-	  --only-binary=:all: --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 $(GPU_PACKAGES)
+	  --only-binary=:all: --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 $(call requirements,showo2 report test)
 	du -sh build/wheels
 
 build: $(VENV)/.built ## .venv with the package built in place
 
-$(VENV)/.tools: pyproject.toml Makefile
+$(VENV)/.tools: pyproject.toml Makefile .ci/requirements
 	@command -v $(PYTHON) > /dev/null || { echo "make: $(PYTHON) was not found; set PYTHON=" >&2; exit 1; }
 	@if [ ! -e /usr/include/gtest/gtest.h ] || ! command -v c++ > /dev/null; then \
 	  echo "installing Debian packages: $(APT_PACKAGES)"; \
@@ -109,7 +108,7 @@ $(VENV)/.tools: pyproject.toml Makefile
 	  $$run apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$run apt-get install -y -qq $(APT_PACKAGES) > /dev/null \
 	    || { echo "make: needs a C++20 compiler and GoogleTest: apt-get install $(APT_PACKAGES)" >&2; exit 1; }; fi
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) '$(TORCH)' $(PACKAGES)
+	$(PIP) '$(TORCH)' $(call requirements,build showo2 vae report test lint)
 	mkdir -p build
 	touch $@
 

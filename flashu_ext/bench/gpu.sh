@@ -10,8 +10,8 @@ mkdir -p "$out"
 began=$SECONDS
 # Wheels that `make gpu-wheels` fetched, for what is missing here.
 if [ -d build/wheels ] && ! python3 -c 'import click, hypothesis, pytest, safetensors, tqdm, transformers' 2> /dev/null; then
-  python3 -m pip install --quiet --no-index --find-links build/wheels --target build/gpu_site --upgrade \
-    transformers safetensors click tqdm jinja2 pytest hypothesis expecttest
+  .ci/requirements showo2 report test > build/requirements.txt
+  python3 -m pip install --quiet --no-index --find-links build/wheels --target build/gpu_site --upgrade -r build/requirements.txt
 fi
 export PYTHONPATH="$PWD:$PWD/build/gpu_site"
 export FLASHU_CUDA=1 FLASHU_CUDA_ARCHS="${FLASHU_CUDA_ARCHS:-90a}" FLASHU_BUILD_DIR="$PWD/build/gpu"

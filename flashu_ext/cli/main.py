@@ -1,6 +1,6 @@
 """Parses arguments and prints; each command imports what does its work when it runs.
 
-Importing this file needs click only, so `--help`, `plan` and `info` work in a build without kernels.
+Importing this file needs click only, so `--help`, `schedule` and `info` work in a build without kernels.
 Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
 """
 
@@ -237,7 +237,7 @@ def calibrate(
 # ---- looking inside
 
 
-@cli.command(epilog=example("flashu-ext plan --preset paper --steps 35"))
+@cli.command(epilog=example("flashu-ext schedule --preset paper --steps 35"))
 @click.option(
     "--preset",
     default="paper",
@@ -263,7 +263,7 @@ def calibrate(
     help="The caller's guidance scale.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def plan(
+def schedule(
     preset: str,
     config_file: Path | None,
     steps: int | None,
@@ -282,12 +282,12 @@ def plan(
         config = getattr(FlashUConfig, preset)(**overrides)
     step_plan = StepPlan.build(config, steps, layers, guidance)
     if as_json:
-        click.echo(json.dumps(_plan_record(step_plan, guidance), indent=1))
+        click.echo(json.dumps(_schedule_record(step_plan, guidance), indent=1))
     else:
         click.echo(step_plan.describe(guidance))
 
 
-def _plan_record(step_plan: Any, guidance: float) -> dict[str, Any]:
+def _schedule_record(step_plan: Any, guidance: float) -> dict[str, Any]:
     import dataclasses
 
     return {
@@ -319,6 +319,7 @@ def info(as_json: bool) -> None:
 
 for _command in (generate, bench, *COMMANDS):
     cli.add_command(_command)
+cli.aliases["plan"] = "schedule"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,7 +19,18 @@ EXPECTED_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, OSError, Im
 
 
 class Group(click.Group):
-    """A group whose commands fail with one line and exit code 1."""
+    """A group whose commands fail with one line and exit code 1.
+
+    Attributes:
+        aliases: earlier names of commands, which still work and are not listed.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.aliases: dict[str, str] = {}
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return super().get_command(ctx, self.aliases.get(name, name))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

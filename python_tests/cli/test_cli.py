@@ -41,7 +41,7 @@ def test_commands() -> None:
         "generate",
         "answer",
         "calibrate",
-        "plan",
+        "schedule",
         "bench",
         "info",
         "analyze",
@@ -63,8 +63,8 @@ def test_version() -> None:
     "arguments",
     [
         ("nonsense",),
-        ("plan", "--preset", "nonsense"),
-        ("plan", "--steps", "1"),
+        ("schedule", "--preset", "nonsense"),
+        ("schedule", "--steps", "1"),
         ("generate",),
         ("generate", "a circle", "--steps", "many"),
         ("generate", "a circle", "-o", "/no/such/folder/out.png"),
@@ -89,7 +89,7 @@ def test_wrong_usage_is_2(arguments: tuple[str, ...]) -> None:
 def test_failure_is_1_and_one_line(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"ffn_prune_ratio": NaN}')
-    result = run("plan", "--config", str(path))
+    result = run("schedule", "--config", str(path))
     assert result.exit_code == 1
     assert result.output.startswith("Error: ")
     assert "NaN" in result.output
@@ -99,7 +99,7 @@ def test_failure_is_1_and_one_line(tmp_path: Path) -> None:
 def test_traceback_is_there_when_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text("[]")
-    result = run("--traceback", "plan", "--config", str(path))
+    result = run("--traceback", "schedule", "--config", str(path))
     assert isinstance(result.exception, ValueError)
 
 
@@ -124,7 +124,7 @@ def test_answers_are_drawn_as_asked(tmp_path: Path) -> None:
 
 
 def test_plan_of_paper_names_the_totals() -> None:
-    result = run("plan", "--preset", "paper", "--steps", "35")
+    result = run("schedule", "--preset", "paper", "--steps", "35")
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert lines[0].split() == ["step", "kind", "FFN", "layers", "head", "guidance"]
@@ -133,7 +133,7 @@ def test_plan_of_paper_names_the_totals() -> None:
 
 
 def test_plan_as_json_agrees_with_the_table() -> None:
-    record = json.loads(run("plan", "--steps", "35", "--json").output)
+    record = json.loads(run("schedule", "--steps", "35", "--json").output)
     assert (record["evaluations"], record["backbone"], record["head"], record["dead"]) == (34, 19, 18, 15)
     assert [step["index"] for step in record["steps"]] == list(range(1, 35))
     assert sum(record["kinds"].values()) == 34
@@ -141,19 +141,19 @@ def test_plan_as_json_agrees_with_the_table() -> None:
 
 
 def test_plan_of_exact_runs_everything() -> None:
-    record = json.loads(run("plan", "--preset", "exact", "--steps", "10", "--json").output)
+    record = json.loads(run("schedule", "--preset", "exact", "--steps", "10", "--json").output)
     assert record["backbone"] == record["head"] == 9 and record["dead"] == 0
 
 
 def test_plan_from_a_config_file(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(FlashUConfig(head_cache_interval=3, steps=12).to_json())
-    record = json.loads(run("plan", "--config", str(path), "--json").output)
+    record = json.loads(run("schedule", "--config", str(path), "--json").output)
     assert record["grid_points"] == 12 and record["head"] < record["evaluations"]
 
 
 def test_layers_that_round_down_to_none_are_known() -> None:
-    record = json.loads(run("plan", "--layers", "4", "--json").output)
+    record = json.loads(run("schedule", "--layers", "4", "--json").output)
     assert "measure" not in record["kinds"]
 
 
@@ -284,10 +284,10 @@ def test_plan_shows_the_columns_of_knobs_that_are_on(tmp_path: Path) -> None:
         steps=8, token_skip=True, token_skip_ratio=0.5, encoder_cache=True, adaptive_cache=True, skip_unit_guidance=True
     )
     path.write_text(config.to_json())
-    lines = run("plan", "--config", str(path), "--guidance", "1").output.splitlines()
+    lines = run("schedule", "--config", str(path), "--guidance", "1").output.splitlines()
     assert lines[0].split() == "step kind encoder FFN layers tokens head branches guidance".split()
     assert lines[3].split()[-2:] == ["one", "1"] and "run the encoder; 5 of these may be cached" in lines[-1]
-    record = json.loads(run("plan", "--config", str(path), "--json").output)
+    record = json.loads(run("schedule", "--config", str(path), "--json").output)
     assert record["adaptive"] == 5 and record["encoder"] == 4 and record["steps"][1]["tokens_from"] == [1]
 
 
@@ -314,3 +314,8 @@ def test_tuned_settings_draw_and_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["analyze", "report", "tune"])
 def test_studies_refuse_nothing_to_measure(command: str) -> None:
     assert run(command, "--drawings", "0").exit_code == 2 and run(command, "--model", "/no/such/folder").exit_code == 2
+
+
+def test_the_step_plan_keeps_its_old_name() -> None:
+    assert run("plan", "--steps", "35").output == run("schedule", "--steps", "35").output
+    assert "  plan " not in run("--help").output
