@@ -73,4 +73,4 @@ def load_plan(model: Showo2, directory: Path = DATA, config: FlashUConfig | None
     from ..planning.plan import TaskPlan
 
     plan = TaskPlan.load(directory / "plan.safetensors", model=model)
-    return plan if config is None else plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
+    return plan if config is None else plan.with_pruning(config.ffn)

@@ -227,6 +227,11 @@ class FlashUConfig:
             for field in record.approximates
         )
 
+    @property
+    def needs_plan(self) -> bool:
+        """Whether FFN neurons are left out, which a `TaskPlan` has to name."""
+        return self.ffn is not None and self.ffn.ratio > 0
+
     def full_steps(self, steps: int) -> int:
         """tau as a count for `steps` grid points (a fraction is rounded half up, as 0.3 * 35 = 10.5 -> 11)."""
         if isinstance(self.full_network_steps, float):

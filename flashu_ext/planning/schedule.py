@@ -233,7 +233,7 @@ class _Rules:
         return cls(
             evaluations=grid_points - 1,
             whole_after=grid_points - config.full_steps(grid_points),
-            prunes=config.ffn is not None and config.ffn.ratio > 0,
+            prunes=config.needs_plan,
             measure_layers=layers.interval if skips_layers else 0,
             measure_tokens=tokens.interval if skips_tokens else 0,
             token_sources=2 if tokens.forecast else 1,

@@ -264,6 +264,7 @@ class Pipeline:
         from ...nano.evaluate import PRESETS, preset_config
         from ...nano.model import load_plan
         from ...planning.config import FlashUConfig
+        from ...planning.groups import FfnPruning
 
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
@@ -271,13 +272,13 @@ class Pipeline:
             config = preset_config(name)
         else:
             config = None if name == "dense" else getattr(FlashUConfig, name)()
-        if config is None or config.ffn_prune_ratio == 0:
+        if config is None or not config.needs_plan:
             return config, None
         if plan is None:
             return config, load_plan(self.model, config=config) if self.name == "nano" else None
         if plan.ratios is not None:
-            return config.replace(ffn_prune_ratio=plan.ratio, prune_multiple=plan.multiple), plan
-        return config, plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
+            return config.replace(ffn=FfnPruning(plan.ratio, plan.multiple)), plan
+        return config, plan.with_pruning(config.ffn)
 
     def accelerate(self, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Handle:
         """`flashu_ext.accelerate` on this pipeline's model."""
