@@ -288,6 +288,10 @@ class Answers(_Group):
     token_prune_score: Score = "value_norm"
     layer_skip_ratio: Ratio = 0.0
 
+    def layers_skipped(self, layers: int) -> int:
+        """How many of `layers` an answer's tokens skip."""
+        return int(layers * self.layer_skip_ratio)
+
     @property
     def approximates(self) -> tuple[str, ...]:
         return tuple(name for name in ("token_prune_ratio", "layer_skip_ratio") if getattr(self, name) > 0)

@@ -96,7 +96,7 @@ class GenerationEngine:
 
     def planned_scale(self, guidance_scale: float) -> float | None:
         """The caller's guidance scale where a step plan depends on it, else None."""
-        return guidance_scale if self.config.skip_unit_guidance else None
+        return guidance_scale if self.config.execution.skip_unit_guidance else None
 
     def load_times(self, state: ImageState, t: Tensor, scale: Tensor, dt: Tensor) -> None:
         """Compute what depends on time alone for all evaluations, and go to the first.
@@ -183,7 +183,8 @@ class GenerationEngine:
         Sum and comparison stay on the device. The host reads one flag where the answer is open: it launches other kernels
         then, so it cannot do without.
         """
-        if not self.config.adaptive_cache or not (step.adaptive or step.keep_head):
+        head = self.config.head
+        if head is None or not head.adaptive or not (step.adaptive or step.keep_head):
             return step
         ws = state.workspace
         gate, cache = ws.gate, ws.cache
@@ -195,13 +196,12 @@ class GenerationEngine:
         run(("watch", gate.watches(images)), watch)
         gate.watched(images)
         if step.adaptive:
-            interval = self.config.head_cache_interval
-            too_old = interval > 0 and step.index - cache.kept_at[-1] >= interval
+            too_old = head.interval > 0 and step.index - cache.kept_at[-1] >= head.interval
             if not too_old:
                 state.flag.post(gate.due().float())
                 if not state.flag.wait()[0]:
                     state.encode_due |= step.encode
-                    return step.cached(cache.kept_at[-1], self.config.head_residual_reuse)
+                    return step.cached(cache.kept_at[-1], head.residual)
         gate.computed()
         return step
 
@@ -225,7 +225,7 @@ class GenerationEngine:
         lengths = _lengths(state, rows)
         # Which layers are skipped may be another choice for every prompt.
         run(("backbone", rows, images, encode, variant, measures, routes, lengths), work, rare=bool(variant[1]))
-        if encode and self.config.encoder_cache:
+        if encode and ws.semantic is not None:
             state.semantic_rows = images
         state.encode_due &= not encode
         if step.measure:
@@ -259,7 +259,8 @@ class GenerationEngine:
         """The layers in force, chosen from a measurement as soon as it has arrived."""
         if state.measured is not None:
             scores = state.importance.wait()
-            count = int(len(scores) * self.config.layer_skip_ratio)
+            assert self.config.layers is not None, "a step plan without skipped layers measures none"
+            count = self.config.layers.count(len(scores))
             state.skipped = tuple(sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count]))
             state.choices.append((state.measured, state.skipped))
             state.measured = None

@@ -20,7 +20,7 @@ class Head:
 
     def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
         self.parts = parts
-        self.config = config
+        self.residual = config.head is not None and config.head.residual
         self.kernels = kernels
 
     def prefix(self, ws: Workspace, rows: int, hidden: Tensor) -> None:
@@ -50,7 +50,7 @@ class Head:
 
     def _compute(self, ws: Workspace, step: Step, rows: int, modulation: Tensor) -> Tensor:
         x = self._input(ws.hidden[:rows])
-        residual = self.config.head_residual_reuse and step.keep_head
+        residual = self.residual and step.keep_head
         before = x.clone() if residual else x  # the blocks write into x
         attention = ws.span_pass(ws.head, rows, self.kernels)
         rope = (ws.head_rope[0][:rows], ws.head_rope[1][:rows])

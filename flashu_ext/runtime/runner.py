@@ -35,7 +35,7 @@ class Runner:
         self.config = config
         self.kernels = kernels
         self.originals = originals
-        self.captures = Captures(parts.model, parts.device, config.step_graphs)
+        self.captures = Captures(parts.model, parts.device, config.execution.step_graphs)
         self.generation = GenerationEngine(parts, config, kernels, self.captures)
         self.understanding = UnderstandingEngine(parts, config, kernels, self.captures)
         self.fallbacks: Counter[str] = Counter()

@@ -25,6 +25,7 @@ from ..models.showo2.understanding import span_embeds
 from ..models.structure import Showo2Parts, norm_eps, position_table
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
+from ..planning.groups import Answers
 from .decoding import TASK, Decoder, Pick, additive
 from .graphs import Captures
 from .modules.attention import HeadNorms, Rope, attend_folded, fold_mask, rope_table, rotate_into
@@ -145,7 +146,7 @@ class UnderstandingEngine:
         self.kernels = kernels
         self.pruner = TokenPruner(parts, config, kernels)
         self.decoder = Decoder(parts, kernels, captures)
-        self.layers_to_skip = int(len(parts.layers) * config.answer_layer_skip_ratio)
+        self.layers_to_skip = (config.answers or Answers()).layers_skipped(len(parts.layers))
         self.prefilled = 0
         self.reused = 0
         self.visual = 0

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..models.structure import Showo2Parts, position_table
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
+from ..planning.groups import HeadCaching, TokenSkip
 from .head_cache import AdaptiveGate, HeadCache
 from .modules.attention import Rope, RowGeometry, SpanPass, rope_table, slot_mask
 from .token_router import TokenRouter
@@ -129,11 +130,12 @@ class Workspace:
         self.hidden = new(rows, span, parts.hidden)
         self.velocity = new(rows, patches, parts.patch_size**2 * parts.latent_channels)
         self.importance = new(len(parts.layers), of=torch.float32)
-        self.semantic = new(rows, patches, clip) if config.encoder_cache else None
+        self.semantic = new(rows, patches, clip) if config.encoder is not None and config.encoder.on else None
         self.positions = new(1, patches, clip)
-        self.cache = HeadCache(config.head_forecast_order, restarts=config.adaptive_cache)
-        self.gate = AdaptiveGate(config.adaptive_cache_budget, shape.rows)
-        self.router = TokenRouter(int(patches * config.token_skip_ratio), parts.has_time_token)
+        caching, routing = config.head or HeadCaching(), config.tokens or TokenSkip(0.0)
+        self.cache = HeadCache(caching.order, restarts=caching.adaptive)
+        self.gate = AdaptiveGate(caching.budget, shape.rows)
+        self.router = TokenRouter(routing.count(patches), parts.has_time_token)
         self.geometry = RowGeometry((0,) * rows, span)
         self.owner: tuple[object, int] | None = None
 
