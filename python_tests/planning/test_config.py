@@ -322,6 +322,7 @@ def test_switched_off_keeps_its_numbers():
         token_skip=False, encoder_cache=False
     )
     assert config.approximates == () and config.token_skip_ratio == 0.5
+    assert StepPlan.build(config, 12).counts() == {"full": 11} and StepPlan.build(config, 12).encoder_evaluations == 11
     assert config.replace(token_skip=True).tokens == TokenSkip(0.5, interval=3)
     assert config.replace(encoder_cache=True).encoder == EncoderSharing(4)
 
@@ -340,6 +341,7 @@ def test_other_phases_of_relative_guidance_stay_relative():
     assert paper.replace(guidance=Guidance([(5, 0.5)])).guidance_at(1, 10.0) == 0.5
     assert paper.replace(guidance=None).guidance_at(1, 10.0) == 10.0
     assert not FlashUConfig.paper(guidance=[(5, 0.5)]).guidance_relative
+    assert FlashUConfig.paper(guidance_relative=False) == paper
     assert paper.guidance != Guidance(paper.guidance.phases) and list(paper.guidance) == [(24, 0.75), (11, 1.0)]
 
 
