@@ -30,7 +30,10 @@ from .groups import (
     is_real,
 )
 
-__all__ = ["FLAT_KEYWORDS", "FlashUConfig"]
+__all__ = ["FLAT_KEYWORDS", "PRESETS", "FlashUConfig", "preset"]
+
+PRESETS = ("dense", "exact", "paper", "fast")
+"""Names of the presets; dense is the model as it is."""
 
 T = TypeVar("T")
 
@@ -360,6 +363,18 @@ def _from_json(name: str, value: Any) -> Any:
 def _check_keys(name: str, data: Mapping[str, Any], known: set[str]) -> None:
     for key in sorted(set(data) - known):
         raise ValueError(f"{name}: unknown field {key!r}; known fields: {', '.join(sorted(known))}")
+
+
+def preset(name: str, **overrides: Any) -> FlashUConfig | None:
+    """A preset by its name; 'dense' is None.
+
+    Raises:
+        ValueError: no such preset, or an override is out of range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    make = {"exact": FlashUConfig.exact, "paper": FlashUConfig.paper, "fast": FlashUConfig.fast}.get(name)
+    return make(**overrides) if make is not None else None
 
 
 @functools.cache

@@ -62,7 +62,7 @@ class EncoderShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All that a price needs of a Show-o2 model, as plain numbers (`flashu_ext.models.structure.model_shape`).
+    """All that a price needs of a Show-o2 model, as plain numbers (`flashu_ext.models.parts.model_shape`).
 
     Attributes:
         layers: of the language model. blocks: of the diffusion head. head_input: operations per token between the two.

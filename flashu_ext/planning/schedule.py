@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import FlashUConfig
 from .groups import HeadCaching, LayerSkip, TokenSkip
 
-__all__ = ["Step", "StepPlan"]
+__all__ = ["Step", "StepPlan", "least_important"]
 
 
 @dataclass(frozen=True)
@@ -380,3 +381,8 @@ def _with_encoder(rules: _Rules, drafts: list[_Draft], steps: list[Step]) -> tup
         uses = 1 if encode else uses + step.backbone
         result.append(dataclasses.replace(step, encode=encode))
     return tuple(result)
+
+
+def least_important(scores: Sequence[float], count: int) -> tuple[int, ...]:
+    """The `count` layers with the lowest scores, ascending; of equal ones the first."""
+    return tuple(sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count]))

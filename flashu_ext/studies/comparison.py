@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..models.structure import Showo2Parts, model_shape
+from ..models.parts import Showo2Parts, model_shape
 from ..nano.evaluate import GUIDANCE, Share
 from ..nano.probe import Outputs, Probe
 from ..nano.tokenizer import layout

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from flashu_ext import Execution, FfnPruning, HeadCaching, LayerSkip, TokenSkip
-from flashu_ext.models.structure import Showo2Parts, model_shape
+from flashu_ext.models.parts import Showo2Parts, model_shape
 from flashu_ext.nano.model import load_model
 from flashu_ext.planning import cost
 from flashu_ext.planning.config import FlashUConfig
