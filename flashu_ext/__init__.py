@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from .ops import kernel_sets as kernel_sets
     from .ops import reference as reference
     from .planning.config import FlashUConfig as FlashUConfig
+    from .planning.groups import Answers as Answers
+    from .planning.groups import EncoderSharing as EncoderSharing
+    from .planning.groups import Execution as Execution
+    from .planning.groups import FfnPruning as FfnPruning
+    from .planning.groups import Guidance as Guidance
+    from .planning.groups import HeadCaching as HeadCaching
+    from .planning.groups import LayerSkip as LayerSkip
+    from .planning.groups import TokenSkip as TokenSkip
     from .planning.plan import TaskPlan as TaskPlan
     from .planning.schedule import StepPlan as StepPlan
     from .runtime.swap import Handle as Handle
@@ -35,6 +43,14 @@ _HOMES = {
     "UnderstandingSample": "calibration.calibrate",
     "calibrate": "calibration.calibrate",
     "FlashUConfig": "planning.config",
+    "Answers": "planning.groups",
+    "EncoderSharing": "planning.groups",
+    "Execution": "planning.groups",
+    "FfnPruning": "planning.groups",
+    "Guidance": "planning.groups",
+    "HeadCaching": "planning.groups",
+    "LayerSkip": "planning.groups",
+    "TokenSkip": "planning.groups",
     "TaskPlan": "planning.plan",
     "StepPlan": "planning.schedule",
     "Handle": "runtime.swap",

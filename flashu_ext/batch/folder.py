@@ -56,7 +56,7 @@ def settings_record(
     from ..planning.plan import model_fingerprint
 
     weight: Any = pipe.model.showo.model.embed_tokens.weight
-    fields = None if config is None else json.loads(config.to_json())
+    fields = None if config is None else json.loads(json.dumps(config.flat()))
     planned = fields.pop("steps") if fields is not None else None
     return {
         "model": pipe.name,
@@ -77,7 +77,7 @@ def _plan_digest(config: FlashUConfig | None, plan: TaskPlan | None) -> str | No
     """Which neurons draw, where some are left out."""
     from ..runtime.generation import TASK
 
-    if config is None or plan is None or config.ffn_prune_ratio == 0 or TASK not in plan.tasks:
+    if config is None or plan is None or not config.needs_plan or TASK not in plan.tasks:
         return None
     digest = hashlib.sha256()
     for layer in range(plan.layers):

@@ -68,15 +68,17 @@ def check_guidance_parallel(config: FlashUConfig, steps: int | None, layers: int
     Raises:
         ValueError: they would not; the message names the field.
     """
-    if config.skip_unit_guidance:
+    if config.execution.skip_unit_guidance:
         raise ValueError(
             "FlashUConfig.skip_unit_guidance: expected False under guidance-parallel, where the unconditional branch is "
             "another rank's, got True"
         )
-    if any(step.measure for step in StepPlan.build(config, steps, layers, None, tokens).steps):
+    if config.layers is not None and any(
+        step.measure for step in StepPlan.build(config, steps, layers, None, tokens).steps
+    ):
         raise ValueError(
             "FlashUConfig.layer_skip_ratio: expected 0 under guidance-parallel, as layers are chosen by a mean over the rows "
-            f"of both branches, got {config.layer_skip_ratio!r}"
+            f"of both branches, got {config.layers.ratio!r}"
         )
     if steps is not None and config.approximates and steps != (config.steps or DEFAULT_STEPS):
         raise ValueError(

@@ -325,7 +325,7 @@ def _under(case: _Case, plans: dict[int, TaskPlan]) -> Iterator[Any]:
     if case.config is None:
         yield None
         return
-    plan = plans[id(case.subject)] if case.config.ffn_prune_ratio > 0 else None
+    plan = plans[id(case.subject)] if case.config.needs_plan else None
     with accelerate(case.subject.model, case.config, plan) as handle:
         yield handle
 

@@ -393,8 +393,8 @@ def _cases(settings: Settings, name: str, model: _Model | str, batch: int, task:
             cases.append(_Case(row, lambda: None, lambda size: None, scheduled))
             continue
         plan = None
-        if config is not None and config.ffn_prune_ratio > 0:
-            plan = model.plan.with_ratio(config.ffn_prune_ratio, multiple)
+        if config is not None and config.needs_plan:
+            plan = model.plan.with_pruning(config.ffn)
         cases.append(_Case(row, _entering(variant, subject, config, plan), _action(subject, data, task), scheduled))
     return cases
 

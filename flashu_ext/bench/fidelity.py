@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.parts import Showo2Parts
+from ..models.parts import Showo2Parts, model_shape
 from ..ops.machine import command_line, facts
 from ..planning.config import FlashUConfig
 from ..planning.cost import llm_layer_flops
@@ -61,13 +61,13 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
     Args:
         tail: False counts a layer measurement as if it, too, ran on the image span alone.
     """
-    parts = Showo2Parts.find(model)
-    layers = len(parts.layers)
+    shape = model_shape(Showo2Parts.find(model))
+    layers = len(shape.layers)
     geometry, count = image.geometry, len(image.geometry.prefix)
     length, prefix = image.length, sum(geometry.prefix) / count
 
     def layer(tokens: float, active: float, keys: float) -> float:
-        return llm_layer_flops(parts, 0, tokens, keys, active=active)
+        return llm_layer_flops(shape.layers[0], tokens, keys, active=active)
 
     total = 0.0
     skipped: Mapping[int, tuple[int, ...]] = dict(image.choices)

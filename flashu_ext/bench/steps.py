@@ -62,7 +62,7 @@ def launches(name: str) -> dict[str, Any]:
         _draw(model, data, 2)
     evaluation["dense"] = {"full": two.counts.launched - one.counts.launched}
     for program, config in (("exact", FlashUConfig.exact(steps=4)), ("paper", paper)):
-        with accelerate(model, config, plan if config.ffn_prune_ratio else None) as handle:
+        with accelerate(model, config, plan if config.needs_plan else None) as handle:
             _draw(model, data, None)
             evaluation[program] = dict(handle.summary().launches)
     answer = {"dense": _answer_token(model, data)}

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Showo2Parts"]
+from ..planning.cost import EncoderShape, LayerShape, ModelShape
+
+__all__ = ["Showo2Parts", "model_shape"]
 
 _REQUIRED = (
     "showo.model.embed_tokens",
@@ -181,3 +183,41 @@ def position_table(parts: Showo2Parts, height: int, width: int) -> Tensor:
     grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     grid = nn.functional.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(1, height * width, -1)
+
+
+def model_shape(parts: Showo2Parts) -> ModelShape:
+    """The numbers that the price of an image depends on."""
+    llm, head = parts.llm_attention, parts.head_attention
+    config = getattr(parts.vision, "config", None)
+    patch_embedding = 2.0 * parts.patch_gen.proj.weight.numel()
+    return ModelShape(
+        layers=tuple(_layer_shape(layer, llm) for layer in parts.layers),
+        blocks=tuple(_layer_shape(block, head, _linear(block.adaLN_modulation)) for block in parts.blocks),
+        encoder=EncoderShape(
+            linear=_linear(parts.vision) + _linear(parts.fusion) + 2 * patch_embedding,
+            layers=int(getattr(config, "num_hidden_layers", 0)),
+            width=int(parts.position_embedding.weight.shape[1]),
+        ),
+        head_input=0.0 if parts.diff_proj is None else _linear(parts.diff_proj),
+        final=_linear(parts.final_layer.linear),
+        final_modulation=_linear(parts.final_layer.adaLN_modulation),
+        lm_head=_linear(parts.lm_head),
+        time_token=parts.has_time_token,
+    )
+
+
+def _layer_shape(layer: Any, attention: AttentionShape, modulation: float = 0.0) -> LayerShape:
+    key_value = _linear(layer.self_attn.k_proj) + _linear(layer.self_attn.v_proj)
+    return LayerShape(
+        key_value=key_value,
+        attention=_linear(layer.self_attn) - key_value,
+        ffn=_linear(layer.mlp),
+        heads=attention.heads,
+        head_dim=attention.head_dim,
+        modulation=modulation,
+    )
+
+
+def _linear(module: nn.Module) -> float:
+    """Operations per token of all linear layers inside."""
+    return sum(2.0 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))

@@ -66,4 +66,4 @@ def load_model(directory: Path = DATA) -> Showo2:
 def load_plan(model: Showo2, directory: Path = DATA, config: FlashUConfig | None = None) -> TaskPlan:
     """The shipped task plan, pruned as `config` says (default: as `FlashUConfig.paper(prune_multiple=PRUNE_MULTIPLE)` does)."""
     plan = TaskPlan.load(directory / "plan.safetensors", model=model)
-    return plan if config is None else plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
+    return plan if config is None else plan.with_pruning(config.ffn)

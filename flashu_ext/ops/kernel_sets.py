@@ -75,7 +75,7 @@ def resolve(config: FlashUConfig, device: torch.device, dtype: torch.dtype) -> K
 
 
 def _why_not(config: FlashUConfig, family: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    if not getattr(config, f"{family}_kernels"):
+    if not getattr(config.execution, f"{family}_kernels"):
         return f"FlashUConfig.{family}_kernels is False"
     if not getattr(ops, name).is_supported(device, dtype):
         return f"no {name} kernel for {dtype} on {device.type} in this build (see flashu-ext info)"

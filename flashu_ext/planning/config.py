@@ -1,7 +1,4 @@
-"""What to accelerate and how far, as one frozen, self-validating record; knows nothing of models.
-
-Field names are plain words; the symbols of the Flash-Unified paper (arXiv 2603.15271) stand beside them.
-"""
+"""What to accelerate and how far, as one frozen, self-validating record of groups; knows nothing of models."""
 
 from __future__ import annotations
 
@@ -9,187 +6,165 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, Self, TypeVar, overload
+
+from .groups import (
+    PHASES,
+    Answers,
+    EncoderSharing,
+    Execution,
+    FfnPruning,
+    Guidance,
+    GuidancePhase,
+    HeadCaching,
+    LayerSkip,
+    TokenSkip,
+    brief,
+    check_phases,
+    checks,
+    expect,
+    is_int,
+    is_real,
+)
+
+__all__ = ["FLAT_KEYWORDS", "PRESETS", "FlashUConfig", "preset"]
 
 PRESETS = ("dense", "exact", "paper", "fast")
 """Names of the presets; dense is the model as it is."""
 
-__all__ = ["TOKEN_SCORES", "FlashUConfig", "GuidancePhase"]
+T = TypeVar("T")
 
-GuidancePhase = tuple[int, float]
+_OWN_KERNELS = Execution()
 
-TOKEN_SCORES = ("value_norm", "value_norm_small", "attention", "random")
-"""Rules that choose the visual tokens to drop; see `FlashUConfig.token_prune_score`."""
-
-
-def _fail(name: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"FlashUConfig.{name}: expected {expected}, got {got!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+Steps = Annotated[
+    int | None, expect("None or an integer >= 2 (grid points)", lambda v: v is None or (is_int(v) and v >= 2))
+]
+FullSteps = Annotated[
+    int | float,
+    expect(
+        "a count of steps >= 0 or a fraction in [0, 1)",
+        lambda v: (is_int(v) and v >= 0) or (isinstance(v, float) and 0 <= v < 1),
+    ),
+]
 
 
-_SWITCHES = (
-    "guidance_relative",
-    "token_skip",
-    "token_skip_forecast",
-    "head_residual_reuse",
-    "adaptive_cache",
-    "encoder_cache",
-    "skip_unit_guidance",
-    "ffn_kernels",
-    "routing_kernels",
-    "norm_kernels",
-    "step_kernels",
-    "step_graphs",
-)
+class _Flat(Generic[T]):
+    """A flat keyword: one field of one group. As an attribute of a config it reads that field, or `off` where the group is
+    None."""
+
+    def __init__(self, group: str, field: str, off: T):
+        self.group, self.field, self.off = group, field, off
+
+    @overload
+    def __get__(self, config: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, config: FlashUConfig, owner: type) -> T: ...
+    def __get__(self, config: FlashUConfig | None, owner: type) -> Any:
+        if config is None:
+            return self
+        group = getattr(config, self.group)
+        return self.off if group is None else getattr(group, self.field)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False, repr=False)
 class FlashUConfig:
     """Settings of an accelerated model. Start from a preset and override: ``FlashUConfig.paper(steps=35)``.
+
+    Every group is None (off) or a record that says how far; see `flashu_ext.planning.groups`. Each field of a group has a
+    flat keyword too: ``FlashUConfig(ffn_prune_ratio=0.2)`` is ``FlashUConfig(ffn=FfnPruning(0.2))``. Constructor, presets,
+    `replace` and JSON take both; a flat keyword beside its group sets that one field of it. A group in which every flat
+    keyword has its default is None.
 
     Generation counts its evaluations from 1; ``steps`` grid points are ``steps - 1`` evaluations.
 
     Attributes:
-        ffn_prune_ratio: fraction of FFN neurons left out per layer (r_p), in [0, 1). Needs a plan when above 0.
+        steps: grid points of the ODE, or None: as the caller says.
         full_network_steps: the last steps that run the whole network (tau): a count, or a fraction of
             ``steps`` in (0, 1), rounded half up. An evaluation runs it when its number exceeds ``steps - tau``.
-        layer_skip_ratio: fraction of LLM layers skipped (r_LS), rounded down, in [0, 1).
-        layer_skip_interval: evaluations between two measurements of layer importance (T_LS); 0 = never skip.
-        head_cache_interval: the head's state is computed and kept every this many evaluations (T_cache); 0 = no cache.
-        head_forecast_order: how a cached head state is carried forward: 0 reuses it, 1 and 2 extrapolate by
-            finite differences.
-        steps: grid points of the ODE, or None: as the caller says.
-        guidance: phases ``(evaluations, scale)`` of the guidance scale, or None: the caller's scale throughout.
-            After the last phase the caller's scale holds.
-        guidance_relative: the scales in ``guidance`` multiply the caller's scale instead of replacing it.
-        token_prune_ratio: fraction of an image's tokens dropped while answering, the count rounded down, in [0, 1).
-        token_prune_layer: LLM layer, from 0, that scores them; it and the layers after it go on without the dropped ones.
-        token_prune_score: who is dropped. 'value_norm': the largest value vectors (the paper's); for comparison
-            'value_norm_small': the smallest, 'attention': least looked at by the question's last token, 'random' (seeded).
-        answer_layer_skip_ratio: fraction of LLM layers, rounded down, that an answer's tokens skip: those that turned the
-            prompt's last token least (r_LS while understanding). The prompt itself runs through all layers. In [0, 1).
-        prune_multiple: kept neurons per layer are a multiple of this.
-        token_skip: image tokens whose state a layer hardly changes are carried past it by the residual path while the
-            others are gathered, computed and scattered back. Drawing only.
-        token_skip_ratio: fraction of the image tokens carried past every layer, rounded down, in [0, 1). The time token
-            is always computed.
-        token_skip_interval: evaluations between two measurements of token importance, >= 1; a measuring evaluation
-            skips nothing, so 1 skips never.
-        token_skip_forecast: between measurements importance is extrapolated linearly from the last two; False takes
-            the last one.
-        head_residual_reuse: a cached evaluation runs the language model and replaces the head's blocks by what they
-            added to their input when they last ran; False carries their output forward and runs no language model.
-        adaptive_cache: whether an evaluation outside the full-network steps is cached is decided while running, by how
-            far a cheap early signal has moved since the head last ran. `head_cache_interval` then is the largest
-            distance between two computations (0: any). Measuring evaluations are never cached; images of one batch share
-            every decision, so here a result does depend on its batch.
-        adaptive_cache_budget: the sum of relative L1 changes of that signal at which the head is computed again, >= 0;
-            0 computes always.
-        encoder_cache: features of the SigLIP encoder are reused across evaluations, never in full-network steps.
-        encoder_cache_interval: evaluations that share them, >= 1.
-        skip_unit_guidance: an evaluation whose guidance scale is exactly 1 runs the conditional branch alone, as
-            v_null + 1 (v - v_null) = v. Only rounding changes.
-        ffn_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels of that family; False
-            runs plain torch instead, so that a difference can be bisected.
-        step_graphs: on a GPU evaluations are captured in CUDA graphs and replayed; False launches every operator anew.
+        ffn: neurons left out.
+        layers: language-model layers skipped while drawing.
+        tokens: image tokens skipped while drawing.
+        head: the diffusion head's state used again.
+        encoder: the encoder's features used again.
+        guidance: guidance scale by phases; None: the caller's throughout. A plain list of (evaluations, scale) is taken too.
+        answers: what is left out while answering.
+        execution: kernels and graphs.
 
     Raises:
         ValueError: a field is out of range; the message names it, what was expected and what came.
+        TypeError: an unknown keyword.
     """
 
-    ffn_prune_ratio: float = 0.0
-    full_network_steps: int | float = 0
-    layer_skip_ratio: float = 0.0
-    layer_skip_interval: int = 0
-    head_cache_interval: int = 0
-    head_forecast_order: int = 0
-    steps: int | None = None
-    guidance: Sequence[GuidancePhase] | None = None
-    guidance_relative: bool = False
-    token_prune_ratio: float = 0.0
-    token_prune_layer: int = 2
-    token_prune_score: str = "value_norm"
-    answer_layer_skip_ratio: float = 0.0
-    prune_multiple: int = 64
-    token_skip: bool = False
-    token_skip_ratio: float = 0.0
-    token_skip_interval: int = 5
-    token_skip_forecast: bool = False
-    head_residual_reuse: bool = False
-    adaptive_cache: bool = False
-    adaptive_cache_budget: float = 0.0
-    encoder_cache: bool = False
-    encoder_cache_interval: int = 2
-    skip_unit_guidance: bool = False
-    ffn_kernels: bool = True
-    routing_kernels: bool = True
-    norm_kernels: bool = True
-    step_kernels: bool = True
-    step_graphs: bool = True
+    steps: Steps = None
+    full_network_steps: FullSteps = 0
+    ffn: FfnPruning | None = None
+    layers: LayerSkip | None = None
+    tokens: TokenSkip | None = None
+    head: HeadCaching | None = None
+    encoder: EncoderSharing | None = None
+    guidance: Guidance | None = None
+    answers: Answers | None = None
+    execution: Execution = _OWN_KERNELS
 
-    def __post_init__(self) -> None:
-        ratios = (
-            "ffn_prune_ratio",
-            "layer_skip_ratio",
-            "token_prune_ratio",
-            "answer_layer_skip_ratio",
-            "token_skip_ratio",
-        )
-        for name in ratios:
-            value = getattr(self, name)
-            if not _is_real(value) or not 0 <= value < 1:
-                raise _fail(name, "a number in [0, 1)", value)
-        tau = self.full_network_steps
-        if not (_is_int(tau) and tau >= 0) and not (isinstance(tau, float) and 0 <= tau < 1):
-            raise _fail("full_network_steps", "a count of steps >= 0 or a fraction in [0, 1)", tau)
-        for name in ("layer_skip_interval", "head_cache_interval", "token_prune_layer"):
-            value = getattr(self, name)
-            if not _is_int(value) or value < 0:
-                raise _fail(name, "an integer >= 0", value)
-        for name in ("prune_multiple", "token_skip_interval", "encoder_cache_interval"):
-            value = getattr(self, name)
-            if not _is_int(value) or value < 1:
-                raise _fail(name, "an integer >= 1", value)
-        if not _is_real(self.adaptive_cache_budget) or self.adaptive_cache_budget < 0:
-            raise _fail("adaptive_cache_budget", "a finite number >= 0", self.adaptive_cache_budget)
-        if not _is_int(self.head_forecast_order) or self.head_forecast_order not in (0, 1, 2):
-            raise _fail("head_forecast_order", "0, 1 or 2", self.head_forecast_order)
-        if self.steps is not None and (not _is_int(self.steps) or self.steps < 2):
-            raise _fail("steps", "None or an integer >= 2 (grid points)", self.steps)
-        if self.token_prune_score not in TOKEN_SCORES:
-            raise _fail("token_prune_score", f"one of {', '.join(TOKEN_SCORES)}", self.token_prune_score)
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise _fail(name, "True or False", getattr(self, name))
-        object.__setattr__(self, "guidance", self._checked_guidance())
-        if self.guidance is None and self.guidance_relative:
-            raise _fail("guidance_relative", "False when guidance is None", True)
+    # Flat keywords: which field of which group each one is, and what it reads where that group is None.
+    ffn_prune_ratio = _Flat("ffn", "ratio", 0.0)
+    prune_multiple = _Flat("ffn", "multiple", 64)
+    layer_skip_ratio = _Flat("layers", "ratio", 0.0)
+    layer_skip_interval = _Flat("layers", "interval", 0)
+    token_skip = _Flat("tokens", "on", False)
+    token_skip_ratio = _Flat("tokens", "ratio", 0.0)
+    token_skip_interval = _Flat("tokens", "interval", 5)
+    token_skip_forecast = _Flat("tokens", "forecast", False)
+    head_cache_interval = _Flat("head", "interval", 0)
+    head_forecast_order = _Flat("head", "order", 0)
+    head_residual_reuse = _Flat("head", "residual", False)
+    adaptive_cache = _Flat("head", "adaptive", False)
+    adaptive_cache_budget = _Flat("head", "budget", 0.0)
+    encoder_cache = _Flat("encoder", "on", False)
+    encoder_cache_interval = _Flat("encoder", "interval", 2)
+    guidance_relative = _Flat("guidance", "relative", False)
+    token_prune_ratio = _Flat("answers", "token_prune_ratio", 0.0)
+    token_prune_layer = _Flat("answers", "token_prune_layer", 2)
+    token_prune_score = _Flat("answers", "token_prune_score", "value_norm")
+    answer_layer_skip_ratio = _Flat("answers", "layer_skip_ratio", 0.0)
+    ffn_kernels = _Flat("execution", "ffn_kernels", True)
+    routing_kernels = _Flat("execution", "routing_kernels", True)
+    norm_kernels = _Flat("execution", "norm_kernels", True)
+    step_kernels = _Flat("execution", "step_kernels", True)
+    step_graphs = _Flat("execution", "step_graphs", True)
+    skip_unit_guidance = _Flat("execution", "skip_unit_guidance", False)
 
-    def _checked_guidance(self) -> tuple[GuidancePhase, ...] | None:
-        if self.guidance is None:
-            return None
-        expected = "None or a list of (evaluations >= 1, scale > 0)"
-        if isinstance(self.guidance, (str, bytes)) or not isinstance(self.guidance, Sequence) or not self.guidance:
-            raise _fail("guidance", expected, self.guidance)
-        phases = []
-        for phase in self.guidance:
-            if isinstance(phase, (str, bytes)) or not isinstance(phase, Sequence) or len(phase) != 2:
-                raise _fail("guidance", expected, phase)
-            count, scale = phase
-            if not _is_int(count) or count < 1 or not _is_real(scale) or scale <= 0:
-                raise _fail("guidance", expected, phase)
-            phases.append((count, float(scale)))
-        return tuple(phases)
+    def __init__(
+        self,
+        *,
+        steps: int | None = None,
+        full_network_steps: int | float = 0,
+        ffn: FfnPruning | None = None,
+        layers: LayerSkip | None = None,
+        tokens: TokenSkip | None = None,
+        head: HeadCaching | None = None,
+        encoder: EncoderSharing | None = None,
+        guidance: Guidance | Sequence[GuidancePhase] | None = None,
+        answers: Answers | None = None,
+        execution: Execution | None = None,
+        **flat: Any,
+    ) -> None:
+        for name in flat:
+            if name not in FLAT_KEYWORDS:
+                raise TypeError(f"FlashUConfig.__init__() got an unexpected keyword argument {name!r}")
+        groups = {"ffn": ffn, "layers": layers, "tokens": tokens, "head": head, "encoder": encoder, "answers": answers}
+        for name, value in (("steps", steps), ("full_network_steps", full_network_steps)):
+            object.__setattr__(self, name, checks(FlashUConfig)[name](f"FlashUConfig.{name}", value))
+        for name, group in groups.items():
+            object.__setattr__(self, name, _record(name, group, flat))
+        object.__setattr__(self, "guidance", _guidance(guidance, flat))
+        object.__setattr__(self, "execution", _record("execution", execution, flat) or _OWN_KERNELS)
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     # ---- presets
 
@@ -208,24 +183,17 @@ class FlashUConfig:
         """Flash-Unified's own settings for Show-o2 1.5B (paper Table 7 and its reference code).
 
         35 grid points instead of 50; 20 % of the FFN neurons and of the layers left out; the last 0.3 * 35 = 11 steps
-        run the whole network; guidance at 0.75 of the caller's scale before that and at the caller's scale after.
+        run the whole network; guidance at 0.75 of the caller's scale before that and at the caller's scale after. Both
+        scales are factors, whatever `guidance_relative` is, unless `guidance` is given.
         """
-        steps = overrides.get("steps", 35)
-        settings: dict[str, Any] = {
-            "ffn_prune_ratio": 0.20,
-            "full_network_steps": 0.3,
-            "layer_skip_ratio": 0.20,
-            "layer_skip_interval": 10,
-            "head_cache_interval": 5,
-            "steps": steps,
-        }
-        settings.update(overrides)
-        if "guidance" not in overrides and _is_int(steps) and steps >= 2:
-            tail = cls(full_network_steps=settings["full_network_steps"]).full_steps(steps)
-            phases = [(steps - tail, 0.75), (tail, 1.0)]
-            settings["guidance"] = tuple(p for p in phases if p[0] >= 1)
-            settings["guidance_relative"] = True
-        return cls(**settings)
+        settings = {"steps": 35, "full_network_steps": 0.3} | overrides
+        if "guidance" not in overrides and settings["steps"] is not None:
+            counts = cls(steps=settings["steps"], full_network_steps=settings["full_network_steps"])
+            tail = counts.full_steps(settings["steps"])
+            phases = [(settings["steps"] - tail, 0.75), (tail, 1.0)]
+            settings["guidance"] = Guidance(tuple(phase for phase in phases if phase[0] >= 1), relative=True)
+            settings.pop("guidance_relative", None)
+        return cls(ffn=FfnPruning(0.20), layers=LayerSkip(0.20, 10), head=HeadCaching(5)).replace(**settings)
 
     @classmethod
     def fast(cls, fidelity: float = 0.99, **overrides: Any) -> FlashUConfig:
@@ -241,34 +209,31 @@ class FlashUConfig:
         Raises:
             ValueError: fidelity is out of range, or an override is.
         """
-        if not _is_real(fidelity) or not 0 < fidelity <= 1:
+        if not is_real(fidelity) or not 0 < fidelity <= 1:
             raise ValueError(f"fidelity: expected a number in (0, 1], got {fidelity!r}")
         found = [entry for entry in _tuned() if entry["fidelity"] >= fidelity]
         if not found:
             return cls(**overrides)
         best = min(found, key=lambda entry: float(entry["fidelity"]))
-        return cls(**(best["config"] | overrides))
+        return cls.from_json(json.dumps(best["config"])).replace(**overrides)
 
     # ---- derived
 
     @property
     def approximates(self) -> tuple[str, ...]:
-        """Names of the fields whose values change the outputs."""
-        adaptive = self.adaptive_cache and self.adaptive_cache_budget > 0
-        fixed = not self.adaptive_cache and self.head_cache_interval > 1
-        active = {
-            "ffn_prune_ratio": self.ffn_prune_ratio > 0,
-            "layer_skip_ratio": self.layer_skip_ratio > 0 and self.layer_skip_interval > 0,
-            "token_skip": self.token_skip and self.token_skip_ratio > 0 and self.token_skip_interval > 1,
-            "head_cache_interval": fixed,
-            "adaptive_cache": adaptive,
-            "head_residual_reuse": self.head_residual_reuse and (fixed or adaptive),
-            "encoder_cache": self.encoder_cache and self.encoder_cache_interval > 1,
-            "guidance": self.guidance is not None,
-            "token_prune_ratio": self.token_prune_ratio > 0,
-            "answer_layer_skip_ratio": self.answer_layer_skip_ratio > 0,
-        }
-        return tuple(name for name, on in active.items() if on)
+        """Flat keywords of the fields whose values change the outputs."""
+        flat = {where: name for name, where in FLAT_KEYWORDS.items()}
+        return tuple(
+            flat[group, field]
+            for group in _GROUPS
+            if (record := getattr(self, group)) is not None
+            for field in record.approximates
+        )
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether FFN neurons are left out, which a `TaskPlan` has to name."""
+        return self.ffn is not None and self.ffn.ratio > 0
 
     def full_steps(self, steps: int) -> int:
         """tau as a count for `steps` grid points (a fraction is rounded half up, as 0.3 * 35 = 10.5 -> 11)."""
@@ -278,38 +243,126 @@ class FlashUConfig:
 
     def guidance_at(self, step: int, scale: float) -> float:
         """Guidance scale of evaluation `step` (from 1) where the caller asked for `scale`."""
-        last = 0
-        for count, value in self.guidance or ():
-            last += count
-            if step <= last:
-                return value * scale if self.guidance_relative else value
-        return scale
+        return scale if self.guidance is None else self.guidance.at(step, scale)
 
     def replace(self, **overrides: Any) -> FlashUConfig:
-        """A copy with other values; unknown names raise TypeError."""
+        """A copy with other values, of groups or of flat keywords; the rest of a flat keyword's group stays as it is.
+
+        Raises:
+            TypeError: an unknown name.
+        """
+        phases = overrides.get("guidance")
+        if phases is not None and not isinstance(phases, Guidance):
+            overrides.setdefault("guidance_relative", self.guidance_relative)
         return dataclasses.replace(self, **overrides)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its flat keyword; ``FlashUConfig(**config.flat())`` is this config."""
+        phases = None if self.guidance is None else self.guidance.phases
+        own = {"steps": self.steps, "full_network_steps": self.full_network_steps}
+        return own | {name: getattr(self, name) for name in FLAT_KEYWORDS} | {"guidance": phases}
 
     # ---- JSON
 
     def to_json(self) -> str:
-        """All fields as a JSON object, readable by `from_json`."""
+        """All settings as a JSON object of groups, readable by `from_json`."""
         return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> FlashUConfig:
-        """Read what `to_json` wrote. Unknown or repeated fields, NaN and Infinity are refused.
+        """Read what `to_json` wrote, or an object of flat keywords. Unknown or repeated fields, NaN and Infinity are refused.
 
         Raises:
-            ValueError: not a JSON object of known fields, or a value is out of range.
+            ValueError: not a JSON object of known fields, a field both in its group and flat, or a value out of range.
         """
         data = strict_json(text, "FlashUConfig")
         if not isinstance(data, dict):
             raise ValueError(f"FlashUConfig: expected a JSON object, got {type(data).__name__}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise ValueError(f"FlashUConfig: unknown field {unknown[0]!r}; known fields: {', '.join(sorted(known))}")
-        return cls(**data)
+        _check_keys("FlashUConfig", data, {field.name for field in dataclasses.fields(cls)} | set(FLAT_KEYWORDS))
+        for name in sorted(set(data) & set(FLAT_KEYWORDS) - {"guidance"}):
+            group = FLAT_KEYWORDS[name][0]
+            if group in data and (group != "guidance" or isinstance(data[group], dict)):
+                raise ValueError(
+                    f"FlashUConfig: expected either {group!r} or {name!r}, which is a field of it; got both"
+                )
+        return cls(**{name: _from_json(name, value) for name, value in data.items()})
+
+
+_GROUPS: Mapping[str, type] = {
+    "ffn": FfnPruning,
+    "layers": LayerSkip,
+    "tokens": TokenSkip,
+    "head": HeadCaching,
+    "encoder": EncoderSharing,
+    "guidance": Guidance,
+    "answers": Answers,
+    "execution": Execution,
+}
+
+FLAT_KEYWORDS: Mapping[str, tuple[str, str]] = {
+    name: (flat.group, flat.field) for name, flat in vars(FlashUConfig).items() if isinstance(flat, _Flat)
+} | {"guidance": ("guidance", "phases")}
+"""Flat keyword -> (group, field). Phases of guidance have no name of their own: `guidance` may be a plain list of them."""
+
+_OFF: Mapping[str, Any] = {
+    name: kind(
+        **{
+            flat.field: flat.off
+            for flat in vars(FlashUConfig).values()
+            if isinstance(flat, _Flat) and flat.group == name
+        }
+    )
+    for name, kind in _GROUPS.items()
+    if kind is not Guidance
+}
+"""What None stands for, group by group."""
+
+
+def _record(name: str, group: Any, flat: Mapping[str, Any]) -> Any:
+    """A group with what the flat keywords say of it, or None where that is what None stands for."""
+    kind = _GROUPS[name]
+    if group is not None and not isinstance(group, kind):
+        raise ValueError(f"FlashUConfig.{name}: expected None or {kind.__name__}, got {group!r}")
+    changes = {
+        field: checks(kind)[field](f"FlashUConfig.{keyword}", flat[keyword])
+        for keyword, (owner, field) in FLAT_KEYWORDS.items()
+        if owner == name and keyword in flat
+    }
+    start: Any = _OFF[name] if group is None else group
+    record = dataclasses.replace(start, **changes)
+    return None if record == _OFF[name] else record
+
+
+def _guidance(given: Any, flat: Mapping[str, Any]) -> Guidance | None:
+    """Guidance from a record, a plain list of phases or None, and from the flat keyword beside it."""
+    relative = {"relative": flat["guidance_relative"]} if "guidance_relative" in flat else {}
+    for value in relative.values():
+        checks(Guidance)["relative"]("FlashUConfig.guidance_relative", value)
+    if given is None:
+        if any(relative.values()):
+            raise ValueError("FlashUConfig.guidance_relative: expected False when guidance is None, got True")
+        return None
+    if not isinstance(given, Guidance):
+        given = Guidance(check_phases("FlashUConfig.guidance", given, f"None or {PHASES}"))
+    return dataclasses.replace(given, **relative)
+
+
+def _from_json(name: str, value: Any) -> Any:
+    """A value of a JSON object as the constructor takes it."""
+    kind = _GROUPS.get(name)
+    if kind is None or not isinstance(value, dict):
+        return value
+    fields = dataclasses.fields(kind)
+    _check_keys(kind.__name__, value, {field.name for field in fields})
+    for field in fields:
+        if field.default is dataclasses.MISSING and field.name not in value:
+            raise ValueError(f"{kind.__name__}: expected a field {field.name!r}, got none")
+    return kind(**value)
+
+
+def _check_keys(name: str, data: Mapping[str, Any], known: set[str]) -> None:
+    for key in sorted(set(data) - known):
+        raise ValueError(f"{name}: unknown field {key!r}; known fields: {', '.join(sorted(known))}")
 
 
 def preset(name: str, **overrides: Any) -> FlashUConfig | None:

@@ -13,13 +13,71 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..models.parts import Showo2Parts
 from .config import FlashUConfig
+from .groups import FfnPruning, LayerSkip, TokenSkip
 from .schedule import Step, StepPlan
 
-__all__ = ["CostModel", "Geometry", "dense_flops", "image_flops", "llm_layer_flops"]
+__all__ = [
+    "CostModel",
+    "EncoderShape",
+    "Geometry",
+    "LayerShape",
+    "ModelShape",
+    "dense_flops",
+    "image_flops",
+    "llm_layer_flops",
+]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A transformer layer by numbers; a multiply-add is two operations.
+
+    Attributes:
+        key_value: operations per token of the key and value projections. attention: of the query and output projections.
+        ffn: of the FFN. modulation: once per row. heads, head_dim: of the queries.
+    """
+
+    key_value: float
+    attention: float
+    ffn: float
+    heads: int
+    head_dim: int
+    modulation: float = 0.0
+
+    def products(self, queries: float, keys: float) -> float:
+        """Operations of both attention products for one row."""
+        return 4.0 * self.heads * self.head_dim * queries * keys
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """The image encoder. linear: operations per patch, embeddings and fusion included. layers, width: of its attention."""
+
+    linear: float
+    layers: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that a price needs of a Show-o2 model, as plain numbers (`flashu_ext.models.parts.model_shape`).
+
+    Attributes:
+        layers: of the language model. blocks: of the diffusion head. head_input: operations per token between the two.
+        final: of the final layer, per token. final_modulation: of its modulation, per row. lm_head: per token.
+        time_token: the image span begins with a time token.
+    """
+
+    layers: tuple[LayerShape, ...]
+    blocks: tuple[LayerShape, ...]
+    encoder: EncoderShape
+    head_input: float
+    final: float
+    final_modulation: float
+    lm_head: float
+    time_token: bool
 
 
 @dataclass(frozen=True)
@@ -31,28 +89,8 @@ class Geometry:
     length: int
 
 
-def _linear(module: nn.Module) -> float:
-    """Multiply-adds per token of all linear layers inside, counted as two operations."""
-    return sum(2.0 * m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def _attention(heads: int, head_dim: int, queries: float, keys: float) -> float:
-    return 4.0 * heads * head_dim * queries * keys
-
-
-def _encoder(parts: Showo2Parts, patches: int) -> float:
-    """SigLIP, patch embeddings and fusion for one image."""
-    config = getattr(parts.vision, "config", None)
-    width = parts.position_embedding.weight.shape[1]
-    layers = getattr(config, "num_hidden_layers", 0) if config is not None else 0
-    flops = _linear(parts.vision) * patches + _linear(parts.fusion) * patches
-    flops += layers * 4.0 * width * patches * patches
-    convolution = parts.patch_gen.proj
-    return flops + 2 * 2.0 * convolution.weight.numel() * patches
-
-
 def llm_layer_flops(
-    parts: Showo2Parts, layer: int, tokens: float, keys: float, kept: float = 1.0, active: float | None = None
+    layer: LayerShape, tokens: float, keys: float, kept: float = 1.0, active: float | None = None
 ) -> float:
     """Operations of one language-model layer on a row of `tokens`.
 
@@ -60,66 +98,74 @@ def llm_layer_flops(
         keys: that a query attends to. kept: share of the FFN's neurons.
         active: tokens that are computed (default: all); the others give their keys and values only.
     """
-    module, shape = parts.layers[layer], parts.llm_attention
     queries = tokens if active is None else active
-    key_value = _linear(module.self_attn.k_proj) + _linear(module.self_attn.v_proj)
-    flops = key_value * tokens + (_linear(module.self_attn) - key_value + _linear(module.mlp) * kept) * queries
-    return flops + _attention(shape.heads, shape.head_dim, queries, keys)
+    return layer.key_value * tokens + (layer.attention + layer.ffn * kept) * queries + layer.products(queries, keys)
 
 
-def _head(parts: Showo2Parts, queries: int, keys: float) -> float:
-    flops = 0.0
-    for block in parts.blocks:
-        flops += (_linear(block.self_attn) + _linear(block.mlp)) * queries + _linear(block.adaLN_modulation)
-        flops += _attention(parts.head_attention.heads, parts.head_attention.head_dim, queries, keys)
-    if parts.diff_proj is not None:
-        flops += _linear(parts.diff_proj) * queries
+def _encoder(shape: ModelShape, geometry: Geometry) -> float:
+    """The encoder on one image; it does not see the time token."""
+    encoder, patches = shape.encoder, geometry.span - shape.time_token
+    return encoder.linear * patches + encoder.layers * 4.0 * encoder.width * patches * patches
+
+
+def _head(shape: ModelShape, queries: int, keys: float) -> float:
+    flops = shape.head_input * queries
+    for block in shape.blocks:
+        flops += (block.key_value + block.attention + block.ffn) * queries + block.modulation
+        flops += block.products(queries, keys)
     return flops
 
 
-def _final(parts: Showo2Parts, queries: int) -> float:
-    return _linear(parts.final_layer.linear) * queries + _linear(parts.final_layer.adaLN_modulation)
+def _final(shape: ModelShape, queries: int) -> float:
+    return shape.final * queries + shape.final_modulation
 
 
-def dense_flops(parts: Showo2Parts, geometry: Geometry, evaluations: int, guided: bool = True) -> float:
+def dense_flops(shape: ModelShape, geometry: Geometry, evaluations: int, guided: bool = True) -> float:
     """Operations of one image as unmodified Show-o2 computes it: every token, in both branches, logits included."""
     rows, n = (2 if guided else 1), geometry.length
-    one = _encoder(parts, geometry.span) + _head(parts, n, n) + _final(parts, n) + _linear(parts.lm_head) * n
-    one += sum(llm_layer_flops(parts, i, n, n, 1.0) for i in range(len(parts.layers)))
+    one = _encoder(shape, geometry) + _head(shape, n, n) + _final(shape, n) + shape.lm_head * n
+    one += sum(llm_layer_flops(layer, n, n) for layer in shape.layers)
     return evaluations * rows * one
 
 
-def image_flops(parts: Showo2Parts, plan: StepPlan, geometry: Geometry, guided: bool = True) -> float:
+def _in_force(config: FlashUConfig, step: Step) -> tuple[FfnPruning, LayerSkip, TokenSkip]:
+    """What a step leaves out of the language model. A new knob that changes what an evaluation costs is read here."""
+    return (
+        (step.pruned and config.ffn) or FfnPruning(0.0),
+        (step.skip_from is not None and config.layers) or LayerSkip(0.0, 0),
+        (step.tokens_from != () and config.tokens) or TokenSkip(0.0),
+    )
+
+
+def image_flops(shape: ModelShape, plan: StepPlan, geometry: Geometry, guided: bool = True) -> float:
     """Operations of one image as the runtime executes `plan`.
 
-    The prompt is counted once for each network variant, and measuring steps run the whole padded sequence. The head's
-    modulation is counted where it is used; it is computed for all steps together, one row a step, which is next to nothing.
+    The prompt is counted once for each network variant, again where a variant that ran one branch runs both, and measuring
+    steps run the whole padded sequence. The head's modulation is counted where it is used; it is computed for all steps
+    together, one row a step, which is next to nothing.
     """
-    config = plan.config
-    layers = len(parts.layers)
-    skip = int(layers * config.layer_skip_ratio)
+    layer, layers = shape.layers[0], len(shape.layers)
     total = 0.0
-    variants: set[tuple[bool, int | None]] = set()
-    keys = geometry.prefix + geometry.span
+    prompts: dict[tuple[bool, int | None], int] = {}
+    prefix, span, keys = geometry.prefix, geometry.span, geometry.prefix + geometry.span
     for step in plan.steps:
         rows = 2 if guided and step.guided else 1
-        kept = 1.0 - config.ffn_prune_ratio if step.pruned else 1.0
         if step.encode:
-            total += _encoder(parts, geometry.span)
+            total += _encoder(shape, geometry)
         if step.backbone:
-            queries = geometry.length if step.measure else geometry.span
-            seen = geometry.length if step.measure else keys
-            used = layers - (skip if step.skip_from is not None else 0)
-            active = queries - int((queries - 1) * config.token_skip_ratio) if step.tokens_from else None
-            total += rows * used * llm_layer_flops(parts, 0, queries, seen, kept, active)
+            ffn, skipped, tokens = _in_force(plan.config, step)
+            used, kept = layers - skipped.count(layers), 1.0 - ffn.ratio
+            queries, seen = (geometry.length, geometry.length) if step.measure else (span, keys)
+            active = queries - tokens.count(span - shape.time_token)
+            total += rows * used * llm_layer_flops(layer, queries, seen, kept, active)
             variant = (step.pruned, step.skip_from)
-            if not step.measure and variant not in variants:
-                variants.add(variant)
-                total += rows * used * llm_layer_flops(parts, 0, geometry.prefix, geometry.prefix, kept)
-                total += rows * _head(parts, geometry.prefix, geometry.prefix)
+            if not step.measure and prompts.get(variant, 0) < rows:
+                prompts[variant] = rows
+                total += rows * used * llm_layer_flops(layer, prefix, prefix, kept)
+                total += rows * _head(shape, prefix, prefix)
         if step.head:
-            total += rows * _head(parts, geometry.span, keys)
-        total += rows * _final(parts, geometry.span)
+            total += rows * _head(shape, span, keys)
+        total += rows * _final(shape, span)
     return total
 
 
@@ -132,14 +178,12 @@ def _kind(step: Step, config: FlashUConfig) -> Kind:
         step.backbone,
         step.measure,
         step.head,
-        config.ffn_prune_ratio if step.pruned else 0.0,
-        config.layer_skip_ratio if step.skip_from is not None else 0.0,
-        config.head_forecast_order if not step.head else 0,
+        *(group.ratio for group in _in_force(config, step)),
+        config.head.order if config.head is not None and not step.head else 0,
         step.guided,
         step.residual,
         step.encode,
         step.measure_tokens,
-        config.token_skip_ratio if step.tokens_from else 0.0,
     )
 
 
@@ -148,16 +192,19 @@ class CostModel:
     """Seconds per evaluation by kind of work, measured with one model, batch and machine.
 
     Attributes:
-        draw: runs one image under a config and calls back after every evaluation. rounds: images per measurement.
+        draw: runs one image under a config and calls back after every evaluation. layers: of the language model.
+        guidance_scale: what `draw` asks for. image_tokens: of its image. rounds: images per measurement.
     """
 
     draw: Callable[[FlashUConfig, Callable[[int, Any], None]], None]
     layers: int
+    guidance_scale: float
+    image_tokens: int
     rounds: int = 3
     table: dict[Kind, float] = field(default_factory=dict)
 
     def plan(self, config: FlashUConfig) -> StepPlan:
-        return StepPlan.build(config, None, self.layers)
+        return StepPlan.build(config, None, self.layers, self.guidance_scale, self.image_tokens)
 
     def seconds(self, config: FlashUConfig) -> float:
         """Predicted seconds of one image; kinds of work never seen before are measured first."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .config import strict_json
 from .estimators import Calibration, DownNorms, NeuronSums, check_estimator, standardized
+from .groups import FfnPruning
 from .neurons import NeuronLayout
 from .safe_files import content_digest, load_safetensors, save_safetensors
 
@@ -243,6 +244,11 @@ class TaskPlan:
     def with_ratio(self, ratio: float, multiple: int | None = None) -> TaskPlan:
         """The same scores, pruned further or less, every layer alike."""
         return replace(self, ratio=ratio, multiple=self.multiple if multiple is None else multiple, ratios=None)
+
+    def with_pruning(self, ffn: FfnPruning | None) -> TaskPlan:
+        """The same scores, pruned as a config's `ffn` says; None leaves nothing out."""
+        ffn = ffn or FfnPruning(0.0)
+        return self.with_ratio(ffn.ratio, ffn.multiple)
 
     def with_ratios(self, ratios: Sequence[float]) -> TaskPlan:
         """The same scores with a ratio for each layer. `ratio` becomes their mean, rounded to six digits."""

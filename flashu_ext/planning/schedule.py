@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import FlashUConfig
+from .groups import HeadCaching, LayerSkip, TokenSkip
 
 __all__ = ["Step", "StepPlan", "least_important"]
 
@@ -96,10 +97,10 @@ class StepPlan:
         Args:
             config: the settings.
             steps: grid points; None takes `config.steps`, or 50 where that is None too.
-            num_layers: LLM layers, to know whether `layer_skip_ratio` rounds down to none; None assumes that it does not.
+            num_layers: LLM layers, to know whether `LayerSkip.ratio` rounds down to none; None assumes that it does not.
             guidance_scale: the caller's, to know where the scale of a step is 1; None takes no step whose scale depends
                 on it for one.
-            num_tokens: image tokens, to know whether `token_skip_ratio` rounds down to none; None assumes that it does not.
+            num_tokens: image tokens, to know whether `TokenSkip.ratio` rounds down to none; None assumes that it does not.
 
         Raises:
             ValueError: fewer than two grid points.
@@ -107,11 +108,10 @@ class StepPlan:
         grid_points = steps if steps is not None else (config.steps if config.steps is not None else 50)
         if not isinstance(grid_points, int) or isinstance(grid_points, bool) or grid_points < 2:
             raise ValueError(f"steps: expected an integer >= 2 (grid points), got {grid_points!r}")
-        if num_tokens is not None and int(num_tokens * config.token_skip_ratio) == 0:
-            config = config.replace(token_skip=False)
-        drafts = _drafts(config, grid_points, num_layers)
-        live = _with_branches(config, guidance_scale, _without_dead_work(config, drafts))
-        return cls(config, grid_points, _with_encoder(config, drafts, live))
+        rules = _Rules.of(config, grid_points, num_layers, num_tokens)
+        drafts = _drafts(rules)
+        live = _with_branches(rules, config, guidance_scale, _without_dead_work(rules, drafts))
+        return cls(config, grid_points, _with_encoder(rules, drafts, live))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -151,7 +151,12 @@ class StepPlan:
         """The plan as a table for people, one line per evaluation, totals last. Columns of knobs that are off are left out."""
         rows = [self._cells(step, guidance_scale) for step in self.steps]
         config = self.config
-        shown = {"encoder": config.encoder_cache, "tokens": config.token_skip, "branches": config.skip_unit_guidance}
+        shares = config.encoder is not None and config.encoder.on
+        shown = {
+            "encoder": shares,
+            "tokens": config.tokens is not None and config.tokens.on,
+            "branches": config.execution.skip_unit_guidance,
+        }
         columns = [name for name in rows[0] if shown.get(name, True)]
         table = [columns, *([row[name] for name in columns] for row in rows)]
         widths = [max(len(row[column]) for row in table) for column in range(len(columns))]
@@ -163,21 +168,22 @@ class StepPlan:
             f"{self.grid_points} grid points = {len(self)} evaluations: {self.backbone_evaluations} run the backbone, "
             f"{self.head_evaluations} the head, {self.dead_evaluations} were dead and are not run"
         )
-        if config.encoder_cache:
+        if shares:
             total += f"; {self.encoder_evaluations} run the encoder"
-        if config.adaptive_cache:
+        if config.head is not None and config.head.adaptive:
             total += f"; {self.adaptive_evaluations} of these may be cached, as decided while running"
         return "\n".join([*lines, total])
 
     def _cells(self, step: Step, guidance_scale: float) -> dict[str, str]:
         """A step's row of the table by column."""
-        carry = "reuse" if self.config.head_forecast_order == 0 else "forecast"
+        config = self.config
+        carry = "forecast" if config.head is not None and config.head.order > 0 else "reuse"
         if step.residual:
             carry += " residual"
         head = ("compute, keep" if step.keep_head else "compute") if step.head else f"{carry} {step.head_from}"
         layers = "all" if step.skip_from is None else f"skip as of {step.skip_from}"
         tokens = f"skip as of {', '.join(map(str, step.tokens_from))}" if step.tokens_from else "all"
-        pruned = f"{100 * (1 - self.config.ffn_prune_ratio):g} %"
+        pruned = f"{100 * (1 - config.ffn.ratio):g} %" if config.ffn is not None else "all"
         return {
             "step": str(step.index),
             "kind": step.kind,
@@ -187,8 +193,58 @@ class StepPlan:
             "tokens": tokens if step.backbone else "-",
             "head": f"{head}, or {carry}" if step.adaptive else head,
             "branches": "both" if step.guided else "one",
-            "guidance": f"{self.config.guidance_at(step.index, guidance_scale):g}",
+            "guidance": f"{config.guidance_at(step.index, guidance_scale):g}",
         }
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What the groups of a config decide for every evaluation. A new knob that a step plan depends on is read here.
+
+    Attributes:
+        evaluations: of the image. whole_after: the last evaluation before those that run the whole network.
+        prunes: the others run on the plan's neurons.
+        measure_layers, measure_tokens, keep_head: in every so many evaluations; 0: never.
+        token_sources: measurements that a choice of tokens is made from.
+        residual, adaptive, order: as in `HeadCaching`.
+        encode: the encoder runs once in so many evaluations that run the backbone.
+        one_branch: the unconditional branch is left out where the guidance scale is 1.
+    """
+
+    evaluations: int
+    whole_after: int
+    prunes: bool
+    measure_layers: int
+    measure_tokens: int
+    token_sources: int
+    keep_head: int
+    residual: bool
+    adaptive: bool
+    order: int
+    encode: int
+    one_branch: bool
+
+    @classmethod
+    def of(cls, config: FlashUConfig, grid_points: int, num_layers: int | None, num_tokens: int | None) -> _Rules:
+        layers = config.layers or LayerSkip(0.0, 0)
+        skips_layers = layers.ratio > 0 and (num_layers is None or layers.count(num_layers) > 0)
+        tokens = config.tokens or TokenSkip(0.0)
+        skips_tokens = tokens.on and tokens.ratio > 0 and (num_tokens is None or tokens.count(num_tokens) > 0)
+        head = config.head or HeadCaching()
+        return cls(
+            evaluations=grid_points - 1,
+            whole_after=grid_points - config.full_steps(grid_points),
+            prunes=config.needs_plan,
+            measure_layers=layers.interval if skips_layers else 0,
+            measure_tokens=tokens.interval if skips_tokens else 0,
+            token_sources=2 if tokens.forecast else 1,
+            keep_head=0 if head.adaptive else head.interval,
+            residual=head.residual,
+            adaptive=head.adaptive,
+            order=head.order,
+            encode=config.encoder.interval if config.encoder is not None and config.encoder.on else 1,
+            one_branch=config.execution.skip_unit_guidance,
+        )
 
 
 @dataclass
@@ -209,23 +265,22 @@ class _Draft:
         return self.measures or self.measures_tokens
 
 
-def _drafts(config: FlashUConfig, grid_points: int, num_layers: int | None) -> list[_Draft]:
-    tau = config.full_steps(grid_points)
-    skips = config.layer_skip_ratio > 0 and config.layer_skip_interval > 0
-    if num_layers is not None and int(num_layers * config.layer_skip_ratio) == 0:
-        skips = False
-    routes = config.token_skip and config.token_skip_ratio > 0
-    caches = config.head_cache_interval > 0 and not config.adaptive_cache
+def _due(every: int, count: int) -> bool:
+    """Whether what happens in every so many evaluations (0: never) happens after `count` of them."""
+    return every > 0 and count % every == 0
+
+
+def _drafts(rules: _Rules) -> list[_Draft]:
     drafts: list[_Draft] = []
     measured: int | None = None
     cached: int | None = None
     measured_tokens: tuple[int, ...] = ()
-    for index in range(1, grid_points):
-        full = tau > 0 and index > grid_points - tau
-        measures = skips and not full and (index - 1) % config.layer_skip_interval == 0
-        measures_tokens = routes and not full and (index - 1) % config.token_skip_interval == 0
+    for index in range(1, rules.evaluations + 1):
+        full = index > rules.whole_after
+        measures = not full and _due(rules.measure_layers, index - 1)
+        measures_tokens = not full and _due(rules.measure_tokens, index - 1)
         all_runs = full or measures or measures_tokens
-        stores = caches and not full and index % config.head_cache_interval == 0
+        stores = not full and _due(rules.keep_head, index)
         drafts.append(
             _Draft(
                 index=index,
@@ -236,7 +291,7 @@ def _drafts(config: FlashUConfig, grid_points: int, num_layers: int | None) -> l
                 measures_tokens=measures_tokens,
                 tokens_from=() if all_runs else measured_tokens,
                 # A measuring step runs its backbone anyway, and a choice must not hang on a decision made while running.
-                adaptive=config.adaptive_cache and not all_runs and index > 1,
+                adaptive=rules.adaptive and not all_runs and index > 1,
             )
         )
         if measures:
@@ -244,14 +299,14 @@ def _drafts(config: FlashUConfig, grid_points: int, num_layers: int | None) -> l
         if stores:
             cached = index
         if measures_tokens:
-            measured_tokens = (index, *measured_tokens)[: 2 if config.token_skip_forecast else 1]
+            measured_tokens = (index, *measured_tokens)[: rules.token_sources]
     return drafts
 
 
-def _without_dead_work(config: FlashUConfig, drafts: list[_Draft]) -> list[Step]:
+def _without_dead_work(rules: _Rules, drafts: list[_Draft]) -> list[Step]:
     runs_head = {draft.index for draft in drafts if draft.head_from is None}
     # A residual is added to a fresh head input, so there the backbone's result reaches the latents although no block runs.
-    uses_backbone = {draft.index for draft in drafts if draft.index in runs_head or config.head_residual_reuse}
+    uses_backbone = {draft.index for draft in drafts if draft.index in runs_head or rules.residual}
     # A choice of layers or tokens matters only to a step whose backbone's result is used: a measuring step skips nothing
     # itself, so liveness never chains from one measurement to another.
     users = [draft for draft in drafts if draft.index in uses_backbone]
@@ -267,7 +322,7 @@ def _without_dead_work(config: FlashUConfig, drafts: list[_Draft]) -> list[Step]
         steps.append(
             Step(
                 index=draft.index,
-                pruned=config.ffn_prune_ratio > 0 and not draft.full and backbone,
+                pruned=rules.prunes and not draft.full and backbone,
                 backbone=backbone,
                 measure=measure,
                 skip_from=draft.skip_from if backbone else None,
@@ -275,7 +330,7 @@ def _without_dead_work(config: FlashUConfig, drafts: list[_Draft]) -> list[Step]
                 head_from=draft.head_from,
                 keep_head=draft.index in kept,
                 dead=not backbone,
-                residual=config.head_residual_reuse and not head,
+                residual=rules.residual and not head,
                 adaptive=draft.adaptive,
                 measure_tokens=measure_tokens,
                 tokens_from=draft.tokens_from if backbone else (),
@@ -284,11 +339,11 @@ def _without_dead_work(config: FlashUConfig, drafts: list[_Draft]) -> list[Step]
     return steps
 
 
-def _with_branches(config: FlashUConfig, guidance_scale: float | None, steps: list[Step]) -> list[Step]:
+def _with_branches(rules: _Rules, config: FlashUConfig, guidance_scale: float | None, steps: list[Step]) -> list[Step]:
     """Leave out the unconditional branch where the guidance scale is 1 and nothing that is kept there needs it later."""
-    if not config.skip_unit_guidance:
+    if not rules.one_branch:
         return steps
-    # NaN is no scale's 1, and no factor makes it so.
+    # NaN never equals 1, so an unknown scale is never taken for unit guidance.
     asked = float("nan") if guidance_scale is None else guidance_scale
     guided = {step.index for step in steps if config.guidance_at(step.index, asked) != 1.0}
     kept = [step.index for step in steps if step.keep_head]
@@ -301,7 +356,7 @@ def _with_branches(config: FlashUConfig, guidance_scale: float | None, steps: li
         guided.update(step.tokens_from if step.backbone else ())
         if step.head_from is not None:
             upto = kept.index(step.head_from) + 1
-            guided.update(kept[max(0, upto - 1 - config.head_forecast_order) : upto])
+            guided.update(kept[max(0, upto - 1 - rules.order) : upto])
     # Which step's state an adaptive one would carry forward is not known here. Where the second branch comes back, it is
     # computed, so that a state kept with one branch is never carried into a step that needs two.
     result = []
@@ -310,25 +365,24 @@ def _with_branches(config: FlashUConfig, guidance_scale: float | None, steps: li
         result.append(dataclasses.replace(step, guided=step.index in guided, adaptive=step.adaptive and not returns))
     return [
         dataclasses.replace(
-            step, keep_head=step.keep_head and (not config.adaptive_cache or (after is not None and after.adaptive))
+            step, keep_head=step.keep_head and (not rules.adaptive or (after is not None and after.adaptive))
         )
         for step, after in zip(result, [*result[1:], None], strict=True)
     ]
 
 
-def _with_encoder(config: FlashUConfig, drafts: list[_Draft], steps: list[Step]) -> tuple[Step, ...]:
+def _with_encoder(rules: _Rules, drafts: list[_Draft], steps: list[Step]) -> tuple[Step, ...]:
     """Set where the SigLIP encoder runs: with a cache once per interval of evaluations that run the backbone, and in every
     full-network step. Adaptive steps are counted as if they ran; one that does not leaves its turn to the next that does."""
     result = []
-    uses = config.encoder_cache_interval
+    uses = rules.encode
     for draft, step in zip(drafts, steps, strict=True):
-        encode = step.backbone and (not config.encoder_cache or draft.full or uses >= config.encoder_cache_interval)
+        encode = step.backbone and (draft.full or uses >= rules.encode)
         uses = 1 if encode else uses + step.backbone
         result.append(dataclasses.replace(step, encode=encode))
     return tuple(result)
 
 
-def least_important(scores: Sequence[float], ratio: float) -> tuple[int, ...]:
-    """The int(ratio * n) of n layers with the lowest scores, ascending; of equal ones the first."""
-    count = int(len(scores) * ratio)
+def least_important(scores: Sequence[float], count: int) -> tuple[int, ...]:
+    """The `count` layers with the lowest scores, ascending; of equal ones the first."""
     return tuple(sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count]))

@@ -20,6 +20,7 @@ from ..models.showo2.sampling import SampleInputs
 from ..models.velocity import guide, unpatchify
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
+from ..planning.groups import HeadCaching, LayerSkip
 from ..planning.schedule import Step, StepPlan, least_important
 from .backbone import TASK, Backbone
 from .counting import Counts
@@ -47,6 +48,8 @@ class GenerationEngine:
     def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, capture: GraphCapture):
         self.parts = parts
         self.config = config
+        self.layers = config.layers or LayerSkip(0.0, 0)
+        self.caching = config.head or HeadCaching()
         self.kernels = kernels
         self.head = Head(parts, kernels)
         self.backbone = Backbone(parts, kernels, self.head)
@@ -84,7 +87,7 @@ class GenerationEngine:
         except BaseException:
             self.pool.release(lease)
             raise
-        head = HeadHistory(config.head_forecast_order, restarts=config.adaptive_cache)
+        head = HeadHistory(self.caching.order, restarts=self.caching.adaptive)
         skipped = lease.memory.router.skipped
         return ImageState(lease, ImageRecord(plan, guided, geometry, length, skipped, lease.memory.nbytes()), head)
 
@@ -163,19 +166,19 @@ class GenerationEngine:
         Sum and comparison stay on the device. The host reads one flag where the answer is open: it launches other kernels
         then, so it cannot do without.
         """
-        if not self.config.adaptive_cache or not (step.adaptive or step.keep_head):
+        if not self.caching.adaptive or not (step.adaptive or step.keep_head):
             return step
         gate, steps = state.workspace.gate, state.head.steps
         run(self.backbone.watch, WatchWork(images, min(images, state.watched)))
         state.watched = images
         if step.adaptive:
-            interval = self.config.head_cache_interval
+            interval = self.caching.interval
             too_old = interval > 0 and step.index - steps[-1] >= interval
             if not too_old:
                 state.flag.post(gate.due().float())
                 if not state.flag.wait()[0]:
                     state.encode_due |= step.encode
-                    return step.cached(steps[-1], self.config.head_residual_reuse)
+                    return step.cached(steps[-1], self.caching.residual)
         gate.computed()
         return step
 
@@ -209,7 +212,7 @@ class GenerationEngine:
             return Variant(task)
         if state.measured is not None:
             scores = state.importance.wait()
-            state.skipped = least_important(scores, self.config.layer_skip_ratio)
+            state.skipped = least_important(scores, self.layers.count(len(scores)))
             state.record.choices.append((state.measured, state.skipped))
             state.measured = None
         return Variant(task, state.skipped or ())
@@ -223,7 +226,7 @@ class GenerationEngine:
 
     def _after_backbone(self, state: ImageState, step: Step, work: BackboneWork) -> None:
         """What later steps have to know of it."""
-        if work.encode and self.config.encoder_cache:
+        if work.encode and state.workspace.semantic is not None:
             state.semantic_rows = work.images
         state.encode_due &= not work.encode
         if work.measure:
@@ -241,7 +244,7 @@ class GenerationEngine:
             rows,
             update=state.head.update(step.index, rows) if step.keep_head else None,
             prediction=None if step.head else state.head.predict(step.index, rows),
-            residual=self.config.head_residual_reuse and step.keep_head if step.head else step.residual,
+            residual=self.caching.residual and step.keep_head if step.head else step.residual,
             moved=moved,
             groups=state.workspace.groups(rows),
         )

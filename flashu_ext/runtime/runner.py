@@ -32,7 +32,7 @@ class Runner:
         self.parts = parts
         self.config = config
         self.kernels = kernels
-        self.capture = GraphCapture(parts.model, parts.device, config.step_graphs)
+        self.capture = GraphCapture(parts.model, parts.device, config.execution.step_graphs)
         self.generation = GenerationEngine(parts, config, kernels, self.capture)
         self.understanding = UnderstandingEngine(parts, config, kernels, self.capture)
         self.fallbacks: Counter[str] = Counter()

@@ -16,6 +16,7 @@ from ..models.accelerated import HANDLE, handle_of
 from ..models.parts import Showo2Parts
 from ..ops.kernel_sets import resolve
 from ..planning.config import FlashUConfig
+from ..planning.groups import Answers
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
 from .generation import TASK as GENERATION
@@ -124,8 +125,8 @@ class Handle:
             backbone_evaluations=sum(step.backbone for step in done),
             head_evaluations=sum(step.head for step in done),
             encoder_evaluations=sum(step.encode for step in done),
-            decided=_decided(image) if image and self.config.adaptive_cache else {},
-            routed=dict(image.routed) if image and self.config.token_skip else {},
+            decided=_decided(image) if image and self.config.head and self.config.head.adaptive else {},
+            routed=dict(image.routed) if image and self.config.tokens and self.config.tokens.on else {},
             layers_skipped=tuple(image.choices) if image else (),
             answer_layers_skipped=answers.skipped,
             neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and self._layouts else {},
@@ -158,7 +159,7 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
     Args:
         model: the model; its weights stay where they are.
         config: what to do; None is `FlashUConfig.exact()`.
-        plan: neuron sets, needed where `config.ffn_prune_ratio` > 0. A task without a set in it runs on all neurons.
+        plan: neuron sets, needed where `config.ffn` leaves neurons out. A task without a set in it runs on all neurons.
 
     Returns:
         A handle; `handle.remove()` or leaving its `with` block restores the model.
@@ -180,9 +181,10 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
     layers = len(parts.layers)
-    if config.token_prune_ratio > 0 and config.token_prune_layer >= layers:
+    answers = config.answers or Answers()
+    if answers.token_prune_ratio > 0 and answers.token_prune_layer >= layers:
         raise ValueError(
-            f"config.token_prune_layer: expected a layer in [0, {layers}) of this model, got {config.token_prune_layer}"
+            f"config.token_prune_layer: expected a layer in [0, {layers}) of this model, got {answers.token_prune_layer}"
         )
     layouts = _layouts(model, config, plan)
     kernels = resolve(config, parts.device, parts.dtype)
@@ -216,22 +218,23 @@ def _decided(image: ImageRecord) -> dict[str, int]:
 def _layouts(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -> list[NeuronLayout] | None:
     if plan is not None:
         plan.check_model(model)
-    if config.ffn_prune_ratio == 0:
+    ffn = config.ffn
+    if ffn is None or ffn.ratio == 0:
         return None
     if plan is None:
         raise ValueError(
-            f"plan: FlashUConfig.ffn_prune_ratio is {config.ffn_prune_ratio}, so a plan is needed for task {GENERATION!r} or "
+            f"plan: FlashUConfig.ffn_prune_ratio is {ffn.ratio}, so a plan is needed for task {GENERATION!r} or "
             "'understanding'; make one with flashu_ext.calibrate(model, generation=..., understanding=...) or "
             "TaskPlan.from_scores(generation=...), or load one with TaskPlan.load(path, model=model)"
         )
     for name, wanted, made in (
-        ("ffn_prune_ratio", config.ffn_prune_ratio, plan.ratio),
-        ("prune_multiple", config.prune_multiple, plan.multiple),
+        ("ffn_prune_ratio", ffn.ratio, plan.ratio),
+        ("prune_multiple", ffn.multiple, plan.multiple),
     ):
         if wanted != made:
             raise ValueError(
-                f"plan: made for {name} {made}, the config says {wanted}; use plan.with_ratio({config.ffn_prune_ratio}, "
-                f"{config.prune_multiple}) or change the config"
+                f"plan: made for {name} {made}, the config says {wanted}; use plan.with_ratio({ffn.ratio}, "
+                f"{ffn.multiple}) or change the config"
             )
     return plan.layouts()
 

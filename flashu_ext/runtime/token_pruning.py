@@ -10,6 +10,7 @@ from torch import Tensor
 from ..models.parts import Showo2Parts
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
+from ..planning.groups import Answers
 from .modules.attention import rotate
 from .prompt_cache import Span, reach
 
@@ -45,9 +46,10 @@ class TokenPruner:
     def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
         self.parts = parts
         self.kernels = kernels
-        self.ratio = config.token_prune_ratio
-        self.score = config.token_prune_score
-        self.layer = config.token_prune_layer if self.ratio > 0 else len(parts.layers)
+        answers = config.answers or Answers()
+        self.ratio = answers.token_prune_ratio
+        self.score = answers.token_prune_score
+        self.layer = answers.token_prune_layer if self.ratio > 0 else len(parts.layers)
 
     @property
     def sees_question(self) -> bool:

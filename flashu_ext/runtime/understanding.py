@@ -26,6 +26,7 @@ from ..models.showo2.decoding import OnToken
 from ..models.showo2.understanding import span_embeds
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
+from ..planning.groups import Answers
 from ..planning.schedule import least_important
 from .answer_memory import AnswerMemory, AnswerShape, GrowingMemory
 from .decoding import TASK, AnswerRequest, Decoder, Pick
@@ -153,8 +154,7 @@ class UnderstandingEngine:
         self.pruner = TokenPruner(parts, config, kernels)
         self.pool: MemoryPool[GrowingMemory] = MemoryPool(capture, IDLE_MEMORIES)
         self.decoder = Decoder(parts, kernels, self.pool)
-        self.skip_ratio = config.answer_layer_skip_ratio
-        self._measures = int(len(parts.layers) * self.skip_ratio) > 0
+        self.layers_to_skip = (config.answers or Answers()).layers_skipped(len(parts.layers))
         self.prefilled = 0
         self.reused = 0
         self.visual = 0
@@ -340,7 +340,7 @@ class UnderstandingEngine:
         rows = torch.tensor([row for row, _ in chunks], device=device)
         last = torch.tensor([position.shape[0] for position in positions], device=device).cumsum(0) - 1
         for index, layer in enumerate(parts.layers):
-            before = x[0, last] if self._measures else None
+            before = x[0, last] if self.layers_to_skip else None
             narrowing = _Narrowing(self.pruner, cache, chunks, layer.self_attn, rope) if index == cache.split else None
             if narrowing is not None and narrowing.drops:
                 x, rope, attention = pruning_layer(layer, index, x, rope, narrowing, shape, kernels, TASK)
@@ -356,9 +356,9 @@ class UnderstandingEngine:
 
     def _choose_layers(self, importance: Tensor) -> tuple[tuple[int, ...], ...]:
         """The least important layers of every row, from 1 - cosine(input, output) of its prompt's last token [rows, layers]."""
-        if not self._measures:
+        if not self.layers_to_skip:
             return ((),) * importance.shape[0]
-        return tuple(least_important(scores, self.skip_ratio) for scores in importance.tolist())
+        return tuple(least_important(scores, self.layers_to_skip) for scores in importance.tolist())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -184,7 +184,7 @@ class UpstreamMethods:
     ) -> _Image:
         """The image that a call goes on with, or a new one. known: the image whose conditioning these very tensors are."""
         size = (latents.shape[2], latents.shape[3])
-        scale = guidance_scale if self.runner.config.skip_unit_guidance else None
+        scale = guidance_scale if self.runner.config.execution.skip_unit_guidance else None
         # The very same tensors first; then equal ones, for a caller may make them anew for every call. Two images of one
         # prompt, drawn by turns, are told apart by their tensors, and where these are the same by their times.
         guided = guidance_scale > 0

@@ -16,6 +16,7 @@ from ..models.masks import slot_mask
 from ..models.parts import Showo2Parts, position_table
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
+from ..planning.groups import HeadCaching, TokenSkip
 from .head_cache import AdaptiveGate, HeadCache
 from .history import MEASUREMENTS
 from .modules.attention import Rope, RowGeometry, SpanPass, rope_table
@@ -132,21 +133,19 @@ class Workspace:
         self.hidden = new(rows, span, parts.hidden)
         self.velocity = new(rows, patches, parts.patch_size**2 * parts.latent_channels)
         self.importance = new(len(parts.layers), of=torch.float32)
-        self.semantic = new(rows, patches, clip) if config.encoder_cache else None
+        self.semantic = new(rows, patches, clip) if config.encoder is not None and config.encoder.on else None
         self.positions = new(1, patches, clip)
-        caches = config.adaptive_cache or config.head_cache_interval > 1
+        caching = config.head or HeadCaching()
+        caches = caching.adaptive or caching.interval > 1
         width = int(first_block.input_layernorm.weight.shape[0])
         self.cache = HeadCache(
-            [
-                new(config.head_forecast_order + 1, count, span, width)
-                for count in ({rows, shape.images} if caches else ())
-            ]
+            [new(caching.order + 1, count, span, width) for count in ({rows, shape.images} if caches else ())]
         )
-        signal = (rows, patches, parts.hidden) if config.adaptive_cache else (0,)
-        self.gate = AdaptiveGate(config.adaptive_cache_budget, new(*signal), new(of=torch.float32))
-        measured = (MEASUREMENTS, len(parts.layers), rows, span) if config.token_skip else (0,)
-        skipped = int(patches * config.token_skip_ratio)
-        self.router = TokenRouter(skipped, parts.has_time_token, new(*measured, of=torch.float32))
+        signal = (rows, patches, parts.hidden) if caching.adaptive else (0,)
+        self.gate = AdaptiveGate(caching.budget, new(*signal), new(of=torch.float32))
+        tokens = config.tokens or TokenSkip(0.0, on=False)
+        measured = (MEASUREMENTS, len(parts.layers), rows, span) if tokens.on else (0,)
+        self.router = TokenRouter(tokens.count(patches), parts.has_time_token, new(*measured, of=torch.float32))
         self.geometry = RowGeometry((0,) * rows, span)
 
     @property

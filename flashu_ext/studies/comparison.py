@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..models.parts import Showo2Parts
-from ..nano.evaluate import Share
+from ..models.parts import Showo2Parts, model_shape
+from ..nano.evaluate import GUIDANCE, Share
 from ..nano.probe import Outputs, Probe
 from ..nano.tokenizer import layout
 from ..planning.config import FlashUConfig
@@ -74,7 +74,7 @@ def running(model: Any, config: FlashUConfig | None, plan: TaskPlan | None) -> I
         yield None
         return
     if plan is not None:
-        plan = plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
+        plan = plan.with_pruning(config.ffn)
     with accelerate(model, config, plan) as handle:
         yield handle
 
@@ -141,17 +141,17 @@ def time_round(model: Any, probe: Probe, turn: int, into: Timed, steps: int | No
 
 
 def _point(model: Any, setting: Setting, probe: Probe, own: Outputs, dense: Outputs) -> Point:
-    parts = Showo2Parts.find(model)
+    shape = model_shape(Showo2Parts.find(model))
     rows = layout().generation([probe.prompts[0]])
     prefix, span = (int(value) for value in rows.modality_positions[0, 0])
     geometry = Geometry(prefix, span, rows.text_tokens.shape[1])
     if setting.config is None:
         steps = setting.steps or 50
-        flops = dense_flops(parts, geometry, steps - 1)
+        flops = dense_flops(shape, geometry, steps - 1)
     else:
-        plan = StepPlan.build(setting.config, setting.steps, len(parts.layers))
+        plan = StepPlan.build(setting.config, setting.steps, len(shape.layers), GUIDANCE, span - shape.time_token)
         steps = plan.grid_points
-        flops = image_flops(parts, plan, geometry)
+        flops = image_flops(shape, plan, geometry)
     perceptual = fidelity.lpips(own.images, dense.images)
     return Point(
         name=setting.name,

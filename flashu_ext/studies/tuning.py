@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.parts import Showo2Parts
-from ..nano.evaluate import Share
+from ..nano.evaluate import GUIDANCE, Share
 from ..nano.probe import Probe
 from ..ops import machine
 from ..planning.config import FlashUConfig
@@ -100,8 +100,7 @@ class Tuned:
     def save(self, folder: Path, plan: TaskPlan) -> None:
         """Write config.json, plan.safetensors and tuning.json, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        ratio = self.config.ffn_prune_ratio
-        plan.with_ratio(ratio, self.config.prune_multiple).save(folder / "plan.safetensors")
+        plan.with_pruning(self.config.ffn).save(folder / "plan.safetensors")
         for name, text in (("config.json", self.config.to_json() + "\n"), ("tuning.json", self.to_json())):
             draft = folder / f"{name}.part"
             draft.write_text(text, encoding="utf-8")
@@ -174,7 +173,8 @@ def tune(
         with running(model, settings, plan):
             probe.draw(model, [0], callback=callback)
 
-    costs = CostModel(draw, len(Showo2Parts.find(model).layers))
+    tokens = model.config.image_latent_height * model.config.image_latent_width
+    costs = CostModel(draw, len(Showo2Parts.find(model).layers), GUIDANCE, tokens)
 
     answers: dict[FlashUConfig, float] = {}
 

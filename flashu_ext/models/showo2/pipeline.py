@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
+from ...planning.groups import FfnPruning
 from .codec import ImageCodec, WanCodec
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
@@ -255,13 +256,13 @@ class Pipeline:
             ValueError: no such preset.
         """
         config = self.presets(name)
-        if config is None or config.ffn_prune_ratio == 0:
+        if config is None or not config.needs_plan:
             return config, None
         if plan is None:
             return config, self.own_plan(config) if self.own_plan is not None else None
         if plan.ratios is not None:
-            return config.replace(ffn_prune_ratio=plan.ratio, prune_multiple=plan.multiple), plan
-        return config, plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
+            return config.replace(ffn=FfnPruning(plan.ratio, plan.multiple)), plan
+        return config, plan.with_pruning(config.ffn)
 
     def accelerate(self, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Any:
         """`flashu_ext.accelerate` on this pipeline's model; returns the handle."""

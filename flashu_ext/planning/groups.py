@@ -1,0 +1,317 @@
+"""The groups of a `FlashUConfig`: one frozen, self-validating record for each thing that is left out, cached or switched.
+
+Names are plain words; the symbols of the Flash-Unified paper (arXiv 2603.15271) stand beside them. What is left out of a
+count (layers, tokens, neurons) is rounded down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+__all__ = [
+    "TOKEN_SCORES",
+    "Answers",
+    "EncoderSharing",
+    "Execution",
+    "FfnPruning",
+    "Guidance",
+    "GuidancePhase",
+    "HeadCaching",
+    "LayerSkip",
+    "TokenSkip",
+]
+
+GuidancePhase = tuple[int, float]
+
+TOKEN_SCORES = ("value_norm", "value_norm_small", "attention", "random")
+"""Rules that choose the visual tokens to drop; see `Answers.token_prune_score`."""
+
+Check = Callable[[str, Any], Any]
+"""(name, value) -> the value as it is stored, or a ValueError that names it, what was expected and what came."""
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def expect(expected: str, holds: Callable[[Any], bool]) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if not holds(value):
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        return value
+
+    return check
+
+
+PHASES = "a list of (evaluations >= 1, scale > 0)"
+
+
+def check_phases(name: str, value: Any, expected: str = PHASES) -> tuple[GuidancePhase, ...]:
+    phases = expect(expected, lambda v: _is_list(v) and len(v) > 0)(name, value)
+    is_phase = expect(expected, _is_phase)
+    return tuple((phase[0], float(phase[1])) for phase in phases if is_phase(name, phase))
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _is_phase(value: Any) -> bool:
+    if not _is_list(value) or len(value) != 2:
+        return False
+    count, scale = value
+    return is_int(count) and count >= 1 and is_real(scale) and scale > 0
+
+
+Ratio = Annotated[float, expect("a number in [0, 1)", lambda v: is_real(v) and 0 <= v < 1)]
+Count = Annotated[int, expect("an integer >= 0", lambda v: is_int(v) and v >= 0)]
+Positive = Annotated[int, expect("an integer >= 1", lambda v: is_int(v) and v >= 1)]
+Budget = Annotated[float, expect("a finite number >= 0", lambda v: is_real(v) and v >= 0)]
+Order = Annotated[int, expect("0, 1 or 2", lambda v: is_int(v) and v in (0, 1, 2))]
+Score = Annotated[str, expect(f"one of {', '.join(TOKEN_SCORES)}", lambda v: v in TOKEN_SCORES)]
+Switch = Annotated[bool, expect("True or False", lambda v: isinstance(v, bool))]
+Phases = Annotated[tuple[GuidancePhase, ...], check_phases]
+
+
+@functools.cache
+def checks(record: type) -> Mapping[str, Check]:
+    """The checks that a dataclass names in its fields' types."""
+    hints = typing.get_type_hints(record, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+
+
+def brief(record: Any) -> str:
+    """A dataclass's repr with the fields that are not at their defaults alone."""
+    shown = [
+        f"{field.name}={value!r}"
+        for field in dataclasses.fields(record)
+        if (value := getattr(record, field.name)) != field.default
+    ]
+    return f"{type(record).__name__}({', '.join(shown)})"
+
+
+class _Group:
+    def __post_init__(self) -> None:
+        kind: Any = type(self)
+        for name, check in checks(kind).items():
+            object.__setattr__(self, name, check(f"{kind.__name__}.{name}", getattr(self, name)))
+
+    def __repr__(self) -> str:
+        return brief(self)
+
+    @property
+    def approximates(self) -> tuple[str, ...]:
+        """Names of the fields whose values change the outputs."""
+        return ()
+
+
+@dataclass(frozen=True, repr=False)
+class FfnPruning(_Group):
+    """FFN neurons left out in every layer, by a task plan.
+
+    Attributes:
+        ratio: fraction of the neurons (r_p), in [0, 1). Needs a plan when above 0.
+        multiple: kept neurons per layer are a multiple of this.
+    """
+
+    ratio: Ratio
+    multiple: Positive = 64
+
+    @property
+    def approximates(self) -> tuple[str, ...]:
+        return ("ratio",) if self.ratio > 0 else ()
+
+
+@dataclass(frozen=True, repr=False)
+class LayerSkip(_Group):
+    """Layers of the language model skipped while drawing: the least important ones by the last measurement.
+
+    Attributes:
+        ratio: fraction of the layers (r_LS), in [0, 1).
+        interval: evaluations between two measurements (T_LS); 0 = never skip.
+    """
+
+    ratio: Ratio
+    interval: Count
+
+    def count(self, layers: int) -> int:
+        """How many of `layers` are skipped."""
+        return int(layers * self.ratio)
+
+    @property
+    def approximates(self) -> tuple[str, ...]:
+        return ("ratio",) if self.ratio > 0 and self.interval > 0 else ()
+
+
+@dataclass(frozen=True, repr=False)
+class TokenSkip(_Group):
+    """Image tokens skipped while drawing: those whose state a layer hardly changes go past it by the residual path, while
+    the others are gathered, computed and scattered back.
+
+    Attributes:
+        ratio: fraction of the image tokens skipped in every layer, in [0, 1). The time token is always computed.
+        interval: evaluations between two measurements of token importance; a measuring evaluation skips nothing, so 1
+            skips never.
+        forecast: between measurements importance is extrapolated linearly from the last two; False takes the last one.
+        on: False computes every token and leaves the numbers above as they are.
+    """
+
+    ratio: Ratio
+    interval: Positive = 5
+    forecast: Switch = False
+    on: Switch = True
+
+    def count(self, image_tokens: int) -> int:
+        """How many of `image_tokens` (time token excluded) a layer skips."""
+        return int(image_tokens * self.ratio)
+
+    @property
+    def approximates(self) -> tuple[str, ...]:
+        return ("on",) if self.on and self.ratio > 0 and self.interval > 1 else ()
+
+
+@dataclass(frozen=True, repr=False)
+class HeadCaching(_Group):
+    """The diffusion head's state, kept in some evaluations and used again in others.
+
+    Attributes:
+        interval: the state is computed and kept every this many evaluations (T_cache); 0 = no cache.
+        order: how a kept state is carried to a later evaluation: 0 reuses it, 1 and 2 extrapolate by finite differences.
+        residual: a cached evaluation runs the language model and replaces the head's blocks by what they added to their
+            input when they last ran; False takes their output and runs no language model.
+        adaptive: whether an evaluation outside the full-network steps is cached is decided while running, by how far a
+            cheap early signal has moved since the head last ran. `interval` then is the largest distance between two
+            computations (0: any). Measuring evaluations are never cached; images of one batch share every decision, so
+            here a result does depend on its batch.
+        budget: where adaptive, the sum of relative L1 changes of that signal at which the head is computed again, >= 0; 0
+            computes always.
+    """
+
+    interval: Count = 0
+    order: Order = 0
+    residual: Switch = False
+    adaptive: Switch = False
+    budget: Budget = 0.0
+
+    @property
+    def approximates(self) -> tuple[str, ...]:
+        if self.adaptive:
+            how = ("adaptive",) if self.budget > 0 else ()
+        else:
+            how = ("interval",) if self.interval > 1 else ()
+        return (*how, "residual") if how and self.residual else how
+
+
+@dataclass(frozen=True, repr=False)
+class EncoderSharing(_Group):
+    """Features of the SigLIP encoder, shared by several evaluations; never in full-network steps.
+
+    Attributes:
+        interval: evaluations that share them.
+        on: False encodes in every evaluation and leaves the interval as it is.
+    """
+
+    interval: Positive = 2
+    on: Switch = True
+
+    @property
+    def approximates(self) -> tuple[str, ...]:
+        return ("on",) if self.on and self.interval > 1 else ()
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Guidance(_Group, Sequence[GuidancePhase]):
+    """Guidance scale by phases; after the last one the caller's scale holds. A sequence of its phases, equal to a plain
+    tuple of the same.
+
+    Attributes:
+        phases: (evaluations, scale) of each, at least one.
+        relative: the scales multiply the caller's instead of replacing it.
+    """
+
+    phases: Phases
+    relative: Switch = False
+
+    def at(self, step: int, scale: float) -> float:
+        """Scale of evaluation `step` (from 1) where the caller asked for `scale`."""
+        last = 0
+        for count, value in self.phases:
+            last += count
+            if step <= last:
+                return value * scale if self.relative else value
+        return scale
+
+    @property
+    def approximates(self) -> tuple[str, ...]:
+        return ("phases",)
+
+    def __len__(self) -> int:
+        return len(self.phases)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.phases[index]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Guidance):
+            return (self.phases, self.relative) == (other.phases, other.relative)
+        return self.phases == other
+
+    def __hash__(self) -> int:
+        return hash(self.phases)
+
+
+@dataclass(frozen=True, repr=False)
+class Answers(_Group):
+    """What is left out while a question is answered.
+
+    Attributes:
+        token_prune_ratio: fraction of an image's tokens dropped, in [0, 1).
+        token_prune_layer: LLM layer, from 0, that scores them; it and the layers after it go on without the dropped ones.
+        token_prune_score: who is dropped. 'value_norm': the largest value vectors (the paper's); for comparison
+            'value_norm_small': the smallest, 'attention': least looked at by the question's last token, 'random' (seeded).
+        layer_skip_ratio: fraction of LLM layers that an answer's tokens skip: those that turned the prompt's last token
+            least (r_LS while understanding). The prompt itself runs through all layers. In [0, 1).
+    """
+
+    token_prune_ratio: Ratio = 0.0
+    token_prune_layer: Count = 2
+    token_prune_score: Score = "value_norm"
+    layer_skip_ratio: Ratio = 0.0
+
+    def layers_skipped(self, layers: int) -> int:
+        """How many of `layers` an answer's tokens skip."""
+        return int(layers * self.layer_skip_ratio)
+
+    @property
+    def approximates(self) -> tuple[str, ...]:
+        return tuple(name for name in ("token_prune_ratio", "layer_skip_ratio") if getattr(self, name) > 0)
+
+
+@dataclass(frozen=True, repr=False)
+class Execution(_Group):
+    """How the same numbers are computed; only rounding depends on it.
+
+    Attributes:
+        ffn_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels of that family; False runs
+            plain torch instead, so that a difference can be bisected.
+        step_graphs: on a GPU evaluations are captured in CUDA graphs and replayed; False launches every operator anew.
+        skip_unit_guidance: an evaluation whose guidance scale is exactly 1 runs the conditional branch alone, as
+            v_null + 1 (v - v_null) = v.
+    """
+
+    ffn_kernels: Switch = True
+    routing_kernels: Switch = True
+    norm_kernels: Switch = True
+    step_kernels: Switch = True
+    step_graphs: Switch = True
+    skip_unit_guidance: Switch = False
