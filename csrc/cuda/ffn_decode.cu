@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
       }
     }
   }
-  let_next_begin();
+  griddepcontrol_launch_dependents();
 }
 
 // out = the sum of the blocks' contributions (+ residual): four blocks' worth of lanes share a column, in
@@ -207,7 +207,7 @@ constexpr int kSumColumns = kSumThreads / kSumShares;
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) sum_blocks(const FfnDecode f, int blocks) {
   FLASHU_SHARED(float, shares, kSumShares* kSumColumns);
-  wait_for_previous();
+  griddepcontrol_wait();
   const int column = static_cast<int>(threadIdx.x) % kSumColumns;
   const int share = static_cast<int>(threadIdx.x) / kSumColumns;
   const int64_t numbers = f.rows * f.width;
@@ -244,12 +244,12 @@ template <class T, int kTiles>
 void launch_decode(const FfnDecode& f, Stream stream) {
   const DecodeArguments a = arguments_of(f);
   const int blocks = static_cast<int>(decode_blocks(f));
-  const Launch up{dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                  static_cast<int>(shared_bytes(a, kTiles)), stream};
-  launch("decode_neurons", decode_neurons<T, kTiles>, up, a);
-  const Launch sum{dim3(static_cast<unsigned>(divide_up(f.rows * f.width, kSumColumns))), dim3(kSumThreads),
-                   0, stream, true};
-  launch("sum_blocks", sum_blocks<T>, sum, f, blocks);
+  const LaunchConfig up{dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                        static_cast<int>(shared_bytes(a, kTiles)), stream};
+  launch<decode_neurons<T, kTiles>>("decode_neurons", up, a);
+  const LaunchConfig sum{dim3(static_cast<unsigned>(divide_up(f.rows * f.width, kSumColumns))),
+                         dim3(kSumThreads), 0, stream, true};
+  launch<sum_blocks<T>>("sum_blocks", sum, f, blocks);
 }
 
 }  // namespace
