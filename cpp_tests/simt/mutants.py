@@ -192,8 +192,9 @@ MUTANTS = [
     Mutant("tiles: another tile where the one that was asked for is not compiled", "csrc/cuda/ffn_sm90.cu",
            "if (tile != kTile) return false;", "if (tile.up != kTile.up) return false;", "FfnTiles.*:" + FFN),
     Mutant("tiles: a tile of the other half", "csrc/cuda/ffn_sm90.cu",
-           '  FLASHU_CHECK(tile.up == g.gated(), FLASHU_INTERNAL, "ffn: expected a tile of the half that runs");\n', "",
+           "tile.up == g.gated() && ", "",
            "FfnTiles.*"),
+    Mutant("tiles: a tile that does not read the list", "csrc/cuda/ffn_sm90.cu", "return fetch == Fetch::kRange;", "return true;", "FfnTiles.*"),
     Mutant("choice: no tensor map of no columns", "csrc/core/ffn_choice.cpp", "q.hidden > 0 && q.neurons > 0", "q.neurons > 0", FFN),
     Mutant("ffn: decodes a width of nothing", "csrc/cuda/ffn.cu", "p.width > 0 && ffn_decodes(q)", "ffn_decodes(q)", FFN),
     # ---- FFN, few rows

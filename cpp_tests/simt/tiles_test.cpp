@@ -62,6 +62,7 @@ TEST(FfnTiles, WhatTheTableDoesNotHaveIsRefusedByName) {
     for (const FfnTile& tile : {FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 128, 96},
                                 FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 64, 128},
                                 FfnTile{FfnKernel::kSm90, up, FfnFetch::kThreads, 128, 128},
+                                FfnTile{FfnKernel::kSm90, up, FfnFetch::kRows, 128, 128},
                                 FfnTile{FfnKernel::kSm80, up, FfnFetch::kRange, 128, 128},
                                 FfnTile{FfnKernel::kSm90, !up, FfnFetch::kRange, 128, 128}}) {
       EXPECT_EQ(status_of(tile, up, half), FLASHU_INTERNAL) << tile.block_m << " x " << tile.block_n;

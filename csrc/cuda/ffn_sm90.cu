@@ -390,6 +390,12 @@ bool launch_any(const FfnTile& tile, const FfnGemm& g, Stream stream, int multip
   return (launch_if<T, kIndices>(tile, g, stream, multiprocessors) || ...);
 }
 
+// Whether a way to fetch brings the neurons that the selection names.
+bool fetch_serves(Fetch fetch, const FfnGemm& g) {
+  if (g.list == nullptr) return fetch == Fetch::kRange;
+  return fetch == Fetch::kRows || (fetch == Fetch::kBlocks && g.blocks_of_8);
+}
+
 template <class T>
 void run(const FfnTile& tile, const FfnGemm& g, Stream stream, int multiprocessors) {
   using All = std::make_index_sequence<std::size(core::kFfnTiles)>;
@@ -401,7 +407,8 @@ void run(const FfnTile& tile, const FfnGemm& g, Stream stream, int multiprocesso
 }  // namespace
 
 void ffn_gemm_sm90(const FfnTile& tile, const FfnGemm& g, int32_t type, Stream stream, int multiprocessors) {
-  FLASHU_CHECK(tile.up == g.gated(), FLASHU_INTERNAL, "ffn: expected a tile of the half that runs");
+  FLASHU_CHECK(tile.up == g.gated() && fetch_serves(tile.fetch, g), FLASHU_INTERNAL,
+               "ffn: expected a tile of the half that runs, and of its way to name neurons");
   if (type == FLASHU_BF16) return run<bfloat16>(tile, g, stream, multiprocessors);
   run<float16>(tile, g, stream, multiprocessors);
 }
