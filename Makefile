@@ -65,11 +65,13 @@ tsan: $(VENV)/.tools ## the CUDA kernels on the emulator under ThreadSanitizer
 mutants: $(VENV)/.tools ## plants bugs in the CUDA kernels; the tests must find every one
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python cpp_tests/simt/mutants.py
 
-lint: $(VENV)/.tools ## ruff, clang-format and mypy
+lint: $(VENV)/.tools ## ruff, clang-format, mypy, and what tests of the CUDA sources rely on
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files '*.cpp' '*.hpp' '*.h' '*.c' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+	! grep -rnE 'FLASHU_EMULATED|simt::|simt/[a-z]+[.]hpp' csrc  # the kernels do not know that they are emulated
+	$(BIN)/python cpp_tests/simt/mutants.py --check
 
 format: $(VENV)/.tools ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .

@@ -68,8 +68,8 @@ TEST(Tiles, EveryChoiceCoversItsProblem) {
     for (size_t i = 1; i < candidates.size(); ++i)
       EXPECT_LE(candidates[i - 1].total_us, candidates[i].total_us);
     const GemmTiles tiles = choose_gemm_tiles(problem);
-    EXPECT_EQ(tiles.row_chunk % 6, 0);
-    EXPECT_EQ(tiles.k_block % 128, 0);
+    EXPECT_EQ(tiles.chunk_m % 6, 0);
+    EXPECT_EQ(tiles.block_k % 128, 0);
     EXPECT_GE(tiles.panels, 1);
     EXPECT_NE(explain_gemm_tiles(problem).find(tiles.name), std::string::npos);
   }

@@ -20,7 +20,6 @@ namespace {
 constexpr std::size_t kStackBytes = 128 << 10;
 constexpr std::size_t kStaticBytes = 64 << 10;
 constexpr std::size_t kSharedLimit = 227 << 10;
-constexpr std::size_t kSharedWithoutAsking = 48 << 10;
 constexpr std::size_t kSharedAlign = 1024;
 constexpr unsigned kLanes = 32;
 constexpr int kBarriers = 16;
@@ -639,30 +638,12 @@ void check_proxy(const void* address, std::size_t bytes, const char* what, const
 
 // ---- launching
 
-namespace {
-
-std::map<const void*, std::size_t>& shared_limits() {
-  static std::map<const void*, std::size_t> limits;
-  return limits;
-}
-
-std::size_t shared_limit_of(const void* kernel) {
-  if (kernel == nullptr) return kSharedLimit;
-  const auto found = shared_limits().find(kernel);
-  return found == shared_limits().end() ? kSharedWithoutAsking : found->second;
-}
-
-}  // namespace
-
-void set_shared_limit(const void* kernel, std::size_t bytes) { shared_limits()[kernel] = bytes; }
-
-bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body,
-            const void* kernel) {
+bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body) {
   const Unseen unseen;
   const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
   const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535 || shared_bytes > std::min(kSharedLimit, shared_limit_of(kernel))) {
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > kSharedLimit) {
     return false;
   }
   Engine& e = engine();

@@ -163,13 +163,7 @@ bool waited_for_previous();
 
 // ---- launching, from the host
 
-// Dynamic shared memory that launches of a kernel may have from now on, more or less than before; 48 KiB
-// where it was never set.
-void set_shared_limit(const void* kernel, std::size_t bytes);
-
-// Runs body() once for every thread of the grid. Returns false for a grid that no device would take. `kernel`
-// names what the limit belongs to; a launch without it may have all that a block can have.
-bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body,
-            const void* kernel = nullptr);
+// Runs body() once for every thread of the grid. Returns false for a grid that no device would take.
+bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body);
 
 }  // namespace simt

@@ -3,6 +3,7 @@ each of them. A suite that no longer kills its mutants is broken.
 
     python cpp_tests/simt/mutants.py            all of them (some minutes)
     python cpp_tests/simt/mutants.py sm90       those whose name has this in it
+    python cpp_tests/simt/mutants.py --check    whether all of them apply (no build, a moment)
 
 The sources are copied to a build folder and changed there. Exit code 1: a mutant survived, or no longer applies.
 """
@@ -107,7 +108,7 @@ MUTANTS = [
     # ---- FFN, fp32
     Mutant("f32: no barrier after a tile is used", "csrc/cuda/ffn_f32.cu", "    __syncthreads();\n  }\n  const auto* const residual",
            "  }\n  const auto* const residual", FFN),
-    Mutant("f32: depth past the end", "csrc/cuda/ffn_f32.cu", "r < g.rows && k < g.depth ?", "r < g.rows && k <= g.depth ?", FFN),
+    Mutant("f32: depth past the end", "csrc/cuda/ffn_f32.cu", "r < g.m && k < g.k ?", "r < g.m && k <= g.k ?", FFN),
     Mutant("f32: no barrier before a tile is used", "csrc/cuda/ffn_f32.cu", "    __syncthreads();\n#pragma unroll", "#pragma unroll", FFN),
     # ---- FFN, sm_80
     Mutant("sm80: waits for a stage too few", "csrc/cuda/ffn_sm80.cu", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();", FFN),
@@ -115,16 +116,16 @@ MUTANTS = [
            "    __syncthreads();  // this stage has come, and the one before it is read\n", "", FFN),
     Mutant("sm80: a group is not committed where there is nothing to fetch", "csrc/cuda/ffn_sm80.cu",
            "fetch(step + kStages - 1);\n    cp_async_commit();", "fetch(step + kStages - 1), cp_async_commit();", FFN),
-    Mutant("sm80: a depth past the end", "csrc/cuda/ffn_sm80.cu", "min(int64_t{8}, g.depth - k);", "min(int64_t{8}, g.depth + 1 - k);", FFN),
+    Mutant("sm80: a depth past the end", "csrc/cuda/ffn_sm80.cu", "min(int64_t{8}, g.k - k);", "min(int64_t{8}, g.k + 1 - k);", FFN),
     Mutant("sm80: fetches into the stage that is read", "csrc/cuda/ffn_sm80.cu",
            "if (step + kStages - 1 < steps) fetch(step + kStages - 1);", "if (step + kStages < steps) fetch(step + kStages);", FFN),
-    Mutant("sm80: gate and up of another neuron", "csrc/cuda/ffn_sm80.cu", "first_column + r / 16 * 8 + r % 8;", "first_column + r / 16 * 8 + r % 7;", FFN),
-    Mutant("sm80: a row too many is stored", "csrc/cuda/ffn_sm80.cu", "if (r >= g.rows) continue;", "if (r > g.rows) continue;", FFN),
+    Mutant("sm80: gate and up of another neuron", "csrc/cuda/ffn_sm80.cu", "first_n + r / 16 * 8 + r % 8;", "first_n + r / 16 * 8 + r % 7;", FFN),
+    Mutant("sm80: a row too many is stored", "csrc/cuda/ffn_sm80.cu", "if (r >= g.m) continue;", "if (r > g.m) continue;", FFN),
     # ---- FFN, sm_90
-    Mutant("sm90: parity of a full stage", "csrc/cuda/ffn_sm90.cu",
-           "mbarrier_wait(&barriers->full[ring.stage], ring.parity);", "mbarrier_wait(&barriers->full[ring.stage], ring.parity ^ 1);", FFN),
+    Mutant("sm90: phase of a full stage", "csrc/cuda/ffn_sm90.cu",
+           "mbarrier_wait(&barriers->full[ring.stage], ring.phase);", "mbarrier_wait(&barriers->full[ring.stage], ring.phase ^ 1);", FFN),
     Mutant("sm90: does not wait for an empty stage", "csrc/cuda/ffn_sm90.cu",
-           "        mbarrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);\n        if (lane == 0) {",
+           "        mbarrier_wait(&barriers->empty[ring.stage], ring.phase ^ 1);\n        if (lane == 0) {",
            "        if (lane == 0) {", FFN),
     Mutant("sm90: expects too few bytes", "csrc/cuda/ffn_sm90.cu", "mbarrier_expect(full, C::kStageBytes);", "mbarrier_expect(full, C::kStageBytes - 1024);", FFN),
     Mutant("sm90: one warp empties a stage", "csrc/cuda/ffn_sm90.cu", "mbarrier_init(&barriers->empty[s], kConsumers * 4);", "mbarrier_init(&barriers->empty[s], 1);", FFN),
@@ -133,20 +134,20 @@ MUTANTS = [
     Mutant("sm90: a stage is given back a step too early", "csrc/cuda/ffn_sm90.cu", "wgmma_wait<1>();", "wgmma_wait<2>();", FFN),
     Mutant("sm90: a tile's last stage is not given back", "csrc/cuda/ffn_sm90.cu",
            "    wgmma_wait<0>();\n    if (lane == 0) mbarrier_arrive(&barriers->empty[previous]);", "    wgmma_wait<0>();", FFN),
-    Mutant("sm90: parity of an empty stage", "csrc/cuda/ffn_sm90.cu",
-           "        mbarrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);\n        if (thread == 0) {",
-           "        mbarrier_wait(&barriers->empty[ring.stage], ring.parity);\n        if (thread == 0) {", FFN),
+    Mutant("sm90: phase of an empty stage", "csrc/cuda/ffn_sm90.cu",
+           "        mbarrier_wait(&barriers->empty[ring.stage], ring.phase ^ 1);\n        if (thread == 0) {",
+           "        mbarrier_wait(&barriers->empty[ring.stage], ring.phase);\n        if (thread == 0) {", FFN),
     Mutant("sm90: copies do not wait for an empty stage", "csrc/cuda/ffn_sm90.cu",
-           "        mbarrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);\n        if (thread == 0) {",
+           "        mbarrier_wait(&barriers->empty[ring.stage], ring.phase ^ 1);\n        if (thread == 0) {",
            "        if (thread == 0) {", FFN),
     Mutant("sm90: registers of the sums are not fenced", "csrc/cuda/ffn_sm90.cu", "      wgmma_fence();\n", "", FFN),
     Mutant("sm90: initialised barriers are not fenced", "csrc/cuda/ffn_sm90.cu", "    mbarrier_init_fence();\n", "", FFN),
     Mutant("sm90: no barrier after the barriers are initialised", "csrc/cuda/ffn_sm90.cu",
-           "  __syncthreads();\n  wait_for_previous();", "  wait_for_previous();", FFN),
+           "  __syncthreads();\n  griddepcontrol_wait();", "  griddepcontrol_wait();", FFN),
     Mutant("sm90: boxes come before their bytes are expected", "csrc/cuda/ffn_sm90.cu",
            "          __syncwarp();  // no box before its bytes are expected\n", "", FFN),
     Mutant("sm90: does not wait for the kernel before", "csrc/cuda/ffn_sm90.cu",
-           "  __syncthreads();\n  wait_for_previous();", "  __syncthreads();", FFN),
+           "  __syncthreads();\n  griddepcontrol_wait();", "  __syncthreads();", FFN),
     Mutant("sm90: sums are read while products are under way", "csrc/cuda/ffn_sm90.cu",
            "    wgmma_wait<0>();\n    if (lane == 0)", "    if (lane == 0)", FFN),
     Mutant("sm90: results are not fenced", "csrc/cuda/ffn_sm90.cu",
@@ -164,11 +165,11 @@ MUTANTS = [
     Mutant("sm90: the warpgroups meet at one barrier", "csrc/cuda/ffn_sm90.cu",
            "      named_barrier(2 + group, 128);\n      write_group", "      named_barrier(2, 128);\n      write_group", FFN),
     Mutant("sm90: three warps are waited for before a result is stored", "csrc/cuda/ffn_sm90.cu",
-           "      named_barrier(2 + group, 128);\n      if (thread == 0 && first_column",
-           "      named_barrier(2 + group, 96);\n      if (thread == 0 && first_column", FFN),
+           "      named_barrier(2 + group, 128);\n      if (thread == 0 && first_n",
+           "      named_barrier(2 + group, 96);\n      if (thread == 0 && first_n", FFN),
     Mutant("sm90: both result boxes are one", "csrc/cuda/ffn_sm90.cu", "      out_slot ^= 1;\n", "", FFN),
     Mutant("sm90: no barrier before a result is stored", "csrc/cuda/ffn_sm90.cu",
-           "      named_barrier(2 + group, 128);\n      if (thread == 0 && first_column", "      if (thread == 0 && first_column", FFN),
+           "      named_barrier(2 + group, 128);\n      if (thread == 0 && first_n", "      if (thread == 0 && first_n", FFN),
     Mutant("sm90: copies are handed over before they have come", "csrc/cuda/ffn_sm90.cu",
            "cp_async_wait<kCopiesAhead>();", "cp_async_wait<kCopiesAhead + 1>();", FFN),
     Mutant("sm90: the last copies are handed over before they have come", "csrc/cuda/ffn_sm90.cu",
@@ -177,23 +178,23 @@ MUTANTS = [
            "      named_barrier(1, 128);\n      for (int step", "      for (int step", FFN),
     Mutant("sm90: a warp of copies is not waited for", "csrc/cuda/ffn_sm90.cu", "? 1 + 128 : 1);", "? 1 + 96 : 1);", FFN),
     Mutant("sm90: a box reaches into the next tile", "csrc/cuda/ffn_sm90.cu",
-           "part + 64 <= C::kColumns ? part : C::kColumns - 64;", "part;", FFN),
+           "part + 64 <= C::kBlockN ? part : C::kBlockN - 64;", "part;", FFN),
     Mutant("sm90: the list of the next tile comes too early", "csrc/cuda/ffn_sm90.cu",
            "      named_barrier(1, 128);  // the last tile's list is not read any more\n", "", FFN),
     Mutant("sm90: the depth does not end with the range", "csrc/cuda/ffn_sm90.cu",
-           "encode_tensor_map(g.b, g.columns, g.first + g.depth, g.b_stride, box_b);",
-           "encode_tensor_map(g.b, g.columns, g.intermediate, g.b_stride, box_b);", FFN),
+           "encode_tensor_map(g.b, g.n, g.first + g.k, g.b_stride, box_b);",
+           "encode_tensor_map(g.b, g.n, g.intermediate, g.b_stride, box_b);", FFN),
     Mutant("sm90: boxes of eight of the next lane", "csrc/cuda/ffn_sm90.cu",
-           "lane % (C::kColumns / 8) * 8;", "(lane + 1) % (C::kColumns / 8) * 8;", FFN),
-    Mutant("sm90: a box of up from gate", "csrc/cuda/ffn_sm90.cu", "if (lane >= C::kColumns / 8) {", "if (lane > C::kColumns / 8) {", FFN),
+           "lane % (C::kBlockN / 8) * 8;", "(lane + 1) % (C::kBlockN / 8) * 8;", FFN),
+    Mutant("sm90: a box of up from gate", "csrc/cuda/ffn_sm90.cu", "if (lane >= C::kBlockN / 8) {", "if (lane > C::kBlockN / 8) {", FFN),
     Mutant("sm90: reads behind the end of a row", "csrc/cuda/ffn_sm90.cu",
            "inside ? static_cast<int>(values) * 2 : 0);", "inside ? 16 : 0);", FFN),
-    Mutant("launch: the limit of shared memory is lowered", "csrc/cuda/primitives/launch.cuh",
-           "  if (shared_bytes > state.shared_bytes) {\n    simt::",
-           "  static std::map<int, bool> seen;\n  if (shared_bytes > 49152 && seen.try_emplace(shared_bytes).second) {\n    simt::",
-           FFN),
-    Mutant("launch: the limit of shared memory is not raised", "csrc/cuda/primitives/launch.cuh",
-           "    simt::set_shared_limit(kernel, static_cast<std::size_t>(shared_bytes));\n", "", FFN),
+    Mutant("tiles: another tile where the one that was asked for is not compiled", "csrc/cuda/ffn_sm90.cu",
+           "if (tile != kTile) return false;", "if (tile.up != kTile.up) return false;", "FfnTiles.*:" + FFN),
+    Mutant("tiles: a tile of the other half", "csrc/cuda/ffn_sm90.cu",
+           "tile.up == g.gated() && ", "",
+           "FfnTiles.*"),
+    Mutant("tiles: a tile that does not read the list", "csrc/cuda/ffn_sm90.cu", "return fetch == Fetch::kRange;", "return true;", "FfnTiles.*"),
     Mutant("choice: no tensor map of no columns", "csrc/core/ffn_choice.cpp", "q.hidden > 0 && q.neurons > 0", "q.neurons > 0", FFN),
     Mutant("ffn: decodes a width of nothing", "csrc/cuda/ffn.cu", "p.width > 0 && ffn_decodes(q)", "ffn_decodes(q)", FFN),
     # ---- FFN, few rows
@@ -201,7 +202,7 @@ MUTANTS = [
            "h[i] = T{};\n  __syncthreads();", "h[i] = T{};", FFN),
     Mutant("decode: shares are added before they are there", "csrc/cuda/ffn_decode.cu",
            "= sum;\n  __syncthreads();", "= sum;", FFN),
-    Mutant("decode: the sum does not wait for the blocks", "csrc/cuda/ffn_decode.cu", "  wait_for_previous();\n", "", FFN),
+    Mutant("decode: the sum does not wait for the blocks", "csrc/cuda/ffn_decode.cu", "  griddepcontrol_wait();\n", "", FFN),
     Mutant("decode: a row too many", "csrc/cuda/ffn_decode.cu", "const bool inside = row < f.rows &&", "const bool inside = row <= f.rows &&", FFN),
     Mutant("decode: h is read before all of it is there", "csrc/cuda/ffn_decode.cu",
            "      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);\n    }\n    __syncthreads();",
@@ -221,6 +222,16 @@ MUTANTS = [
            "= sum;\n  __syncthreads();", "= sum;", "DeviceFfn*Norms*"),
     Mutant("ffn: a share of the rows is left out", "csrc/cuda/ffn.cu", "for (int s = 0; s < kNormShares; ++s) total", "for (int s = 1; s < kNormShares; ++s) total", FFN),
 ]  # fmt: skip
+
+
+def misfits(mutants: list[Mutant]) -> list[str]:
+    """One line for each mutant whose text is not found exactly once in its file."""
+    counts = [(mutant, (ROOT / mutant.file).read_text().count(mutant.old)) for mutant in mutants]
+    return [
+        f"{mutant.name}: its text occurs {count} times in {mutant.file}, expected once"
+        for mutant, count in counts
+        if count != 1
+    ]
 
 
 def copy_sources(target: Path) -> None:
@@ -271,9 +282,14 @@ def main() -> int:
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "build" / "mutants", help="where sources and builds are kept"
     )
+    parser.add_argument("--check", action="store_true", help="only find the mutants' texts in the sources")
     parser.add_argument("--seeds", type=int, default=6, help="schedules to try")
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if arguments.name in mutant.name]
+    if arguments.check:
+        lines = misfits(chosen)
+        print("\n".join([*lines, f"{len(chosen) - len(lines)} of {len(chosen)} mutants apply"]))
+        return 1 if lines else 0
     source = arguments.folder / "source"
     copy_sources(source)
     if not build(arguments.folder, source, ""):

@@ -180,7 +180,7 @@ TEST(Simt, MatricesComeAsTheHardwareHasThem) {
 // A pipeline of `kStages` boxes by TMA into wgmma: one thread of the second warpgroup fetches, the first
 // multiplies.
 struct Slips {
-  bool wait_full = true, wait_empty = true, release_late = true, whole_bytes = true, right_parity = true;
+  bool wait_full = true, wait_empty = true, release_late = true, whole_bytes = true, right_phase = true;
   bool init_barrier = true, wait_products = true, fence_barrier = true, fence_sums = true;
 };
 void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, const Slips& slips) {
@@ -201,8 +201,8 @@ void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, con
     if (threadIdx.x != 128) return;
     for (int k = 0; k < steps; ++k) {
       const int s = k % kStages;
-      const int parity = k / kStages % 2;
-      if (slips.wait_empty) mbarrier_wait(&empty[s], slips.right_parity ? parity ^ 1 : parity);
+      const int phase = k / kStages % 2;
+      if (slips.wait_empty) mbarrier_wait(&empty[s], slips.right_phase ? phase ^ 1 : phase);
       mbarrier_expect(&full[s], slips.whole_bytes ? 2 * 8192 : 8192);
       tma_load(stages + s * 16384, a, k * 64, 0, &full[s]);
       tma_load(stages + s * 16384 + 8192, b, k * 64, 0, &full[s]);
@@ -216,9 +216,8 @@ void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, con
     if (slips.fence_sums) wgmma_fence();
     const char* stage = stages + s * 16384;
     for (int i = 0; i < 4; ++i) {
-      wgmma<64, bfloat16, Major::kDepth>(sums, wgmma_descriptor<Major::kDepth>(stage + i * 32, 0),
-                                         wgmma_descriptor<Major::kDepth>(stage + 8192 + i * 32, 0),
-                                         k + i > 0);
+      wgmma<64, bfloat16, Major::kK>(sums, wgmma_descriptor<Major::kK>(stage + i * 32, 0),
+                                     wgmma_descriptor<Major::kK>(stage + 8192 + i * 32, 0), k + i > 0);
     }
     wgmma_commit();
     if (!slips.release_late && threadIdx.x % 32 == 0) mbarrier_arrive(&empty[s]);
@@ -234,21 +233,21 @@ void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, con
 
 // Whether all schedules give the right product; else one of the errors, or "wrong".
 std::string outcome(const Slips& slips) {
-  constexpr int kDepth = 5 * 64;
-  std::vector<bfloat16> a(64 * kDepth);
-  std::vector<bfloat16> b(64 * kDepth);
+  constexpr int kK = 5 * 64;
+  std::vector<bfloat16> a(64 * kK);
+  std::vector<bfloat16> b(64 * kK);
   for (size_t i = 0; i < a.size(); ++i) {
     a[i] = from_float<bfloat16>(static_cast<float>(static_cast<int>(i * 7 % 11) - 5));
     b[i] = from_float<bfloat16>(static_cast<float>(static_cast<int>(i * 5 % 13) - 6));
   }
-  const TensorMap map_a = encode_tensor_map(a.data(), 64, kDepth, kDepth, 64);
-  const TensorMap map_b = encode_tensor_map(b.data(), 64, kDepth, kDepth, 64);
+  const TensorMap map_a = encode_tensor_map(a.data(), 64, kK, kK, 64);
+  const TensorMap map_b = encode_tensor_map(b.data(), 64, kK, kK, 64);
   std::vector<float> expected(64 * 64, 0);
   for (int r = 0; r < 64; ++r) {
     for (int c = 0; c < 64; ++c) {
-      for (int k = 0; k < kDepth; ++k)
-        expected[static_cast<size_t>(r * 64 + c)] += to_float(a[static_cast<size_t>(r * kDepth + k)]) *
-                                                     to_float(b[static_cast<size_t>(c * kDepth + k)]);
+      for (int k = 0; k < kK; ++k)
+        expected[static_cast<size_t>(r * 64 + c)] +=
+            to_float(a[static_cast<size_t>(r * kK + k)]) * to_float(b[static_cast<size_t>(c * kK + k)]);
     }
   }
   simt::settings().launches = 0;
@@ -256,8 +255,8 @@ std::string outcome(const Slips& slips) {
     simt::settings().seed = static_cast<std::uint64_t>(seed);
     simt::settings().random = seed != 0;
     std::vector<float> out(64 * 64, std::nanf(""));
-    const std::string error = error_of_grid(1, 256, 1024 + 2 * 16384,
-                                            [&] { pipeline(map_a, map_b, out.data(), kDepth / 64, slips); });
+    const std::string error =
+        error_of_grid(1, 256, 1024 + 2 * 16384, [&] { pipeline(map_a, map_b, out.data(), kK / 64, slips); });
     if (!error.empty()) return error;
     if (out != expected) return "wrong";
   }
@@ -276,7 +275,7 @@ TEST(Simt, EverySlipInAPipelineIsFound) {
   EXPECT_NE(with(&Slips::wait_empty), "right");
   EXPECT_NE(with(&Slips::release_late), "right");
   EXPECT_NE(with(&Slips::whole_bytes), "right");
-  EXPECT_NE(with(&Slips::right_parity), "right");
+  EXPECT_NE(with(&Slips::right_phase), "right");
   EXPECT_NE(with(&Slips::init_barrier), "right");
   EXPECT_NE(with(&Slips::wait_products), "right");
   EXPECT_NE(with(&Slips::fence_barrier), "right");
@@ -323,8 +322,8 @@ TEST(Simt, SumsMayNotBeReadWhileProductsAreUnderWay) {
     __syncthreads();
     float sums[32] = {};
     wgmma_fence();
-    wgmma<64, bfloat16, Major::kDepth>(sums, wgmma_descriptor<Major::kDepth>(shared, 0),
-                                       wgmma_descriptor<Major::kDepth>(shared + 8192, 0), false);
+    wgmma<64, bfloat16, Major::kK>(sums, wgmma_descriptor<Major::kK>(shared, 0),
+                                   wgmma_descriptor<Major::kK>(shared + 8192, 0), false);
     wgmma_commit();
     const float early = sums[0];
     wgmma_wait<0>();
@@ -362,15 +361,15 @@ TEST(Simt, OperandsByDepthAndByColumnAgree) {
     float second[64];
     wgmma_fence();
     for (int k = 0; k < 4; ++k) {
-      wgmma<128, bfloat16, Major::kDepth>(first, wgmma_descriptor<Major::kDepth>(left + k * 32, 0),
-                                          wgmma_descriptor<Major::kDepth>(by_column + k * 32, 0), k > 0);
+      wgmma<128, bfloat16, Major::kK>(first, wgmma_descriptor<Major::kK>(left + k * 32, 0),
+                                      wgmma_descriptor<Major::kK>(by_column + k * 32, 0), k > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_fence();
     for (int k = 0; k < 4; ++k) {
-      wgmma<128, bfloat16, Major::kOuter>(second, wgmma_descriptor<Major::kDepth>(left + k * 32, 0),
-                                          wgmma_descriptor<Major::kOuter>(by_depth + k * 2048, 8192), k > 0);
+      wgmma<128, bfloat16, Major::kMN>(second, wgmma_descriptor<Major::kK>(left + k * 32, 0),
+                                       wgmma_descriptor<Major::kMN>(by_depth + k * 2048, 8192), k > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();

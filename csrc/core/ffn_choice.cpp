@@ -7,6 +7,7 @@
 #include <iomanip>
 #include <sstream>
 
+#include "core/divide_up.hpp"
 #include "flashu/flashu.h"
 
 namespace flashu::core {
@@ -16,31 +17,47 @@ constexpr double kHopperFlopsPerUs = 6.0e6;  // of one multiprocessor, dense wgm
 constexpr double kAmpereShare = 0.62;        // of that, what mma.sync reaches there
 constexpr double kF32FlopsPerUs = 0.3e6;
 constexpr double kTileOverheadUs = 1.2;  // filling the pipeline, and what of the epilogue is not hidden
-constexpr int64_t kSm80Rows = 128;
-constexpr int64_t kSm90Rows = 128;
 constexpr int64_t kMaxDecodeRows = 16;
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+// How much of the rate a product of N columns in a tile gets: narrow ones read A more often than they use it.
+double width_share(int n) { return n >= 256 ? 1.0 : n >= 224 ? 0.98 : n >= 192 ? 0.95 : 0.85; }
 
-// How much of the rate a tile of so many product columns gets: narrow ones read A more often than they use
-// it.
-double width_share(int product_columns) {
-  return product_columns >= 256 ? 1.0 : product_columns >= 224 ? 0.98 : product_columns >= 192 ? 0.95 : 0.85;
+double flops_per_us(const FfnTile& tile) {
+  switch (tile.kernel) {
+    case FfnKernel::kF32:
+      return kF32FlopsPerUs;
+    case FfnKernel::kSm80:
+      return kHopperFlopsPerUs * kAmpereShare;
+    default:
+      return kHopperFlopsPerUs * width_share(tile.up ? 2 * tile.block_n : tile.block_n);
+  }
 }
 
-FfnCandidate candidate(const FfnQuestion& q, bool up, FfnKernel kernel, int columns, int64_t rows_of_tile,
-                       double flops_per_us) {
-  const int64_t all_columns = up ? q.neurons : q.width;
-  const int64_t depth = up ? q.hidden : q.neurons;
-  FfnCandidate c{kernel,  static_cast<int>(rows_of_tile),
-                 columns, divide_up(q.rows, rows_of_tile) * divide_up(all_columns, columns),
-                 0,       0};
-  c.waves = static_cast<double>(c.tiles) / static_cast<double>(std::max(q.multiprocessors, 1));
-  const double flops = 2.0 * static_cast<double>(rows_of_tile) * static_cast<double>(columns) * (up ? 2 : 1) *
-                       static_cast<double>(depth);
-  const double waves = static_cast<double>(divide_up(c.tiles, std::max(q.multiprocessors, 1)));
-  c.us = waves * (flops / flops_per_us + kTileOverheadUs);
+FfnCandidate candidate(const FfnQuestion& q, const FfnTile& tile) {
+  const int64_t n = tile.up ? q.neurons : q.width;
+  const int64_t k = tile.up ? q.hidden : q.neurons;
+  const int64_t multiprocessors = std::max(q.multiprocessors, 1);
+  FfnCandidate c{tile, divide_up(q.rows, tile.block_m) * divide_up(n, tile.block_n), 0, 0};
+  c.waves = static_cast<double>(c.tiles) / static_cast<double>(multiprocessors);
+  const double flops = 2.0 * static_cast<double>(tile.block_m) * static_cast<double>(tile.block_n) *
+                       (tile.up ? 2 : 1) * static_cast<double>(k);
+  const double waves = static_cast<double>(divide_up(c.tiles, multiprocessors));
+  c.us = waves * (flops / flops_per_us(tile) + kTileOverheadUs);
   return c;
+}
+
+// Columns of down that a list names are gathered value by value, which kSm80 alone does. A matrix of no
+// columns has no tensor map.
+bool sm90_serves(const FfnQuestion& q, bool up) {
+  return q.capability == 90 && q.has_sm90 && q.aligned &&
+         (up ? q.hidden > 0 && q.neurons > 0 : !q.listed && q.width > 0);
+}
+
+bool serves(const FfnQuestion& q, const FfnTile& tile) {
+  if (q.type == FLASHU_F32) return tile.kernel == FfnKernel::kF32;
+  if (tile.kernel != FfnKernel::kSm90) return tile.kernel == FfnKernel::kSm80;
+  const FfnFetch fetch = !q.listed ? FfnFetch::kRange : q.blocks_of_8 ? FfnFetch::kBlocks : FfnFetch::kRows;
+  return sm90_serves(q, tile.up) && tile.fetch == fetch;
 }
 
 const char* name_of(FfnKernel kernel) {
@@ -57,21 +74,9 @@ const char* name_of(FfnKernel kernel) {
 }  // namespace
 
 std::vector<FfnCandidate> ffn_candidates(const FfnQuestion& q, bool up) {
-  if (q.type == FLASHU_F32) return {candidate(q, up, FfnKernel::kF32, 64, 64, kF32FlopsPerUs)};
-  std::vector<FfnCandidate> candidates = {
-      candidate(q, up, FfnKernel::kSm80, up ? 64 : 128, kSm80Rows, kHopperFlopsPerUs * kAmpereShare)};
-  // Columns of down that a list names are gathered value by value, which only the first kernel does.
-  // A matrix of no columns has no tensor map.
-  const bool hopper = q.capability == 90 && q.has_sm90 && q.aligned &&
-                      (up ? q.hidden > 0 && q.neurons > 0 : !q.listed && q.width > 0);
-  if (hopper) {
-    const std::vector<int> widths = !up        ? std::vector<int>{256, 192, 128}
-                                    : q.listed ? std::vector<int>{128}
-                                               : std::vector<int>{128, 112, 64};
-    for (const int width : widths) {
-      const double rate = kHopperFlopsPerUs * width_share(up ? 2 * width : width);
-      candidates.push_back(candidate(q, up, FfnKernel::kSm90, width, kSm90Rows, rate));
-    }
+  std::vector<FfnCandidate> candidates;
+  for (const FfnTile& tile : kFfnTiles) {
+    if (tile.up == up && serves(q, tile)) candidates.push_back(candidate(q, tile));
   }
   std::stable_sort(candidates.begin(), candidates.end(),
                    [](const FfnCandidate& a, const FfnCandidate& b) { return a.us < b.us; });
@@ -97,10 +102,10 @@ std::string explain_ffn(const FfnQuestion& q) {
     bool first = true;
     for (const FfnCandidate& c : ffn_candidates(q, up)) {
       text << "  " << (up ? "up  " : "down") << (first ? " * " : "   ") << std::left << std::setw(5)
-           << name_of(c.kernel) << std::right << std::setw(4) << c.rows << " x " << std::left << std::setw(4)
-           << c.columns << std::right << std::setw(7) << c.tiles << " tiles " << std::fixed
-           << std::setprecision(2) << std::setw(7) << c.waves << " waves " << std::setprecision(0)
-           << std::setw(7) << c.us << " us predicted\n";
+           << name_of(c.tile.kernel) << std::right << std::setw(4) << c.tile.block_m << " x " << std::left
+           << std::setw(4) << c.tile.block_n << std::right << std::setw(7) << c.tiles << " tiles "
+           << std::fixed << std::setprecision(2) << std::setw(7) << c.waves << " waves "
+           << std::setprecision(0) << std::setw(7) << c.us << " us predicted\n";
       first = false;
     }
   }

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "core/ffn_tiles.hpp"
+
 namespace flashu::core {
 
 // What the choice depends on; sizes as in FfnProblem.
@@ -23,19 +25,15 @@ struct FfnQuestion {
   int multiprocessors;
 };
 
-enum class FfnKernel { kF32, kSm80, kSm90 };
-
-// One half of the FFN by one kernel.
+// One half of the FFN by tiles of one kind.
 struct FfnCandidate {
-  FfnKernel kernel;
-  int rows;     // of a tile
-  int columns;  // of a tile: neurons for the up half
+  FfnTile tile;
   int64_t tiles;
   double waves;  // tiles / multiprocessors, and how full the last wave is
   double us;     // predicted, from the rates below
 };
 
-// All kernels that can serve the up (or the down) half, best predicted first.
+// All tiles that can serve the up (or the down) half, best predicted first.
 std::vector<FfnCandidate> ffn_candidates(const FfnQuestion& question, bool up);
 
 // Whether the one-pass kernel for few rows serves the whole FFN.

@@ -6,6 +6,8 @@
 #include <iomanip>
 #include <sstream>
 
+#include "core/divide_up.hpp"
+
 namespace flashu::core {
 namespace {
 
@@ -17,8 +19,6 @@ constexpr double kRowBytesPerUs = 30e3;       // one core, packed rows out of L3
 constexpr int64_t kRowChunk = 1020;  // bounds the workspace; packing is 2 % of the work at that many rows
 constexpr int64_t kL2Bytes = 512 * 1024;
 
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
 // Equal chunks of whole tiles, so that no chunk is a small remainder.
 int64_t balanced(int64_t rows, int64_t limit, int64_t tile) {
   const int64_t chunks = std::max<int64_t>(1, divide_up(rows, limit));
@@ -27,21 +27,20 @@ int64_t balanced(int64_t rows, int64_t limit, int64_t tile) {
 
 TileCandidate cost(const GemmProblem& p, GemmTiles tiles) {
   const double threads = static_cast<double>(std::max<int64_t>(p.threads, 1));
-  const double elements = static_cast<double>(p.columns) * static_cast<double>(p.depth);
-  const double chunks = static_cast<double>(divide_up(std::max<int64_t>(p.rows, 1), tiles.row_chunk));
+  const double elements = static_cast<double>(p.n) * static_cast<double>(p.k);
+  const double chunks = static_cast<double>(divide_up(std::max<int64_t>(p.m, 1), tiles.chunk_m));
   // A register tile of one or two rows is bound by the latency of its sums, not by the multipliers.
-  const double busy_rows = static_cast<double>(std::max<int64_t>(p.rows, 2));
+  const double busy_rows = static_cast<double>(std::max<int64_t>(p.m, 2));
   TileCandidate candidate{tiles, 0, 0, 0, 0};
   candidate.multiply_us =
       2.0 * busy_rows * elements / (kMultiplyFlopsPerUs * static_cast<double>(p.slot_values) * threads);
   const double pack_rate = kPackElementsPerUs * (p.gathered ? kGatheredPackShare : 1.0);
   candidate.pack_us = chunks * elements / (pack_rate * threads);
   const double weight_bytes = elements * static_cast<double>(p.element_bytes);
-  const double column_blocks = static_cast<double>(divide_up(p.columns, tiles.panels * p.panel_columns));
+  const double blocks_n = static_cast<double>(divide_up(p.n, tiles.panels * p.panel_columns));
   const double slot_bytes = 4.0 / static_cast<double>(p.slot_values);
-  const double row_bytes =
-      slot_bytes * static_cast<double>(p.rows) * static_cast<double>(p.depth) * column_blocks;
-  const int64_t in_l2 = 4 * tiles.k_block * (tiles.row_block + tiles.panels * p.panel_columns);
+  const double row_bytes = slot_bytes * static_cast<double>(p.m) * static_cast<double>(p.k) * blocks_n;
+  const int64_t in_l2 = 4 * tiles.block_k * (tiles.block_m + tiles.panels * p.panel_columns);
   const double spill = in_l2 > kL2Bytes ? 1.5 : 1.0;
   candidate.memory_us =
       chunks * weight_bytes / kMemoryBytesPerUs + spill * row_bytes / (kRowBytesPerUs * threads);
@@ -56,7 +55,7 @@ TileCandidate cost(const GemmProblem& p, GemmTiles tiles) {
 
 std::vector<TileCandidate> gemm_candidates(const GemmProblem& p) {
   std::vector<TileCandidate> candidates;
-  const int64_t chunk = balanced(p.rows, kRowChunk, p.tile_rows);
+  const int64_t chunk = balanced(p.m, kRowChunk, p.tile_rows);
   candidates.push_back(cost(p, {"stream", chunk, chunk, 128, 1}));
   for (const int64_t panels : {4, 8}) {
     for (const int64_t rows : {96, 192}) {
@@ -71,13 +70,13 @@ std::vector<TileCandidate> gemm_candidates(const GemmProblem& p) {
 
 std::string explain_gemm_tiles(const GemmProblem& p) {
   std::ostringstream text;
-  text << "[" << p.rows << ", " << p.depth << "] x [" << p.depth << ", " << p.columns << "], "
+  text << "[" << p.m << ", " << p.k << "] x [" << p.k << ", " << p.n << "], "
        << (p.gathered ? "listed" : "one range") << ", " << p.element_bytes << "-byte weights, "
        << (p.slot_values == 2 ? "multiplied in pairs, " : "") << p.threads
-       << " threads\n  tiles   row_chunk row_block k_block panels | multiply     pack   memory    total us\n";
+       << " threads\n  tiles     chunk_m   block_m block_k panels | multiply     pack   memory    total us\n";
   for (const TileCandidate& c : gemm_candidates(p)) {
     text << "  " << std::left << std::setw(7) << c.tiles.name << std::right << std::setw(10)
-         << c.tiles.row_chunk << std::setw(10) << c.tiles.row_block << std::setw(8) << c.tiles.k_block
+         << c.tiles.chunk_m << std::setw(10) << c.tiles.block_m << std::setw(8) << c.tiles.block_k
          << std::setw(7) << c.tiles.panels << " |" << std::fixed << std::setprecision(0) << std::setw(9)
          << c.multiply_us << std::setw(9) << c.pack_us << std::setw(9) << c.memory_us << std::setw(9)
          << c.total_us << "\n";

@@ -1,5 +1,5 @@
-// Tile choice: problem -> candidates -> predicted cost -> choice. Pure and printable; no device is touched.
-// The CPU GEMM asks here; later devices add their own candidates.
+// Blocking of the CPU GEMM: problem -> candidates -> predicted cost -> choice. Pure and printable. (Tiles of
+// the CUDA kernels: ffn_tiles.hpp and ffn_choice.hpp.)
 #pragma once
 
 #include <cstdint>
@@ -8,27 +8,27 @@
 
 namespace flashu::core {
 
-// A GEMM of packed rows with panels of weights: [rows, depth] x [depth, columns].
+// A GEMM of packed rows with panels of weights: [m, k] x [k, n].
 struct GemmProblem {
-  int64_t rows;
-  int64_t columns;
-  int64_t depth;
+  int64_t m;
+  int64_t n;
+  int64_t k;
   int64_t element_bytes;  // of the weights as stored: 4, or 2 for bf16 and f16
   int64_t slot_values;    // k that one multiplication takes: 1, or 2 for bf16 pairs
   int64_t threads;
   int64_t tile_rows;  // of the register tile of the instruction set
   int64_t panel_columns;
-  bool gathered;  // weights along depth come from a list, not from one range
+  bool gathered;  // weights along k come from a list, not from one range
 };
 
 // How the loops of csrc/cpu/gemm.cpp are blocked.
 struct GemmTiles {
   const char*
       name;  // "stream": weights pass through L1 once; "panels": packed panels stay in L2 for a block of rows
-  int64_t row_chunk;  // rows that share one packing of the weights
-  int64_t row_block;  // rows whose packed operand stays in L2 while the panels of a block are multiplied
-  int64_t k_block;    // packed slots, a multiple of the summation block
-  int64_t panels;     // panels packed together
+  int64_t chunk_m;  // rows that share one packing of the weights
+  int64_t block_m;  // rows whose packed operand stays in L2 while the panels of a block are multiplied
+  int64_t block_k;  // packed slots, a multiple of the summation block
+  int64_t panels;   // panels packed together
 };
 
 struct TileCandidate {

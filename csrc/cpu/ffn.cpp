@@ -80,7 +80,7 @@ void up_half(const FfnProblem& p, const Selection& selected, const FfnScratch& s
       return;
     }
     const int64_t slot = first / gemm.slot_values[p.type];  // whole: a panel has an even number of neurons
-    const int64_t begin = slot / packed_h->k_block * packed_h->k_block;
+    const int64_t begin = slot / packed_h->block_k * packed_h->block_k;
     for (int64_t tile = 0; tile < a.tiles(); ++tile) {
       ffn.pack_tile[p.type](packed_h->at(tile, begin) + (slot - begin) * a.tile_rows,
                             c + tile * a.tile_rows * gemm.panel_columns, a.rows_in(tile), count);
@@ -123,11 +123,11 @@ FfnScratch plan_scratch(const FfnProblem& p, bool gathered) {
                              values, core::num_threads(), gemm.tile_rows, gemm.panel_columns,
                              false};
   core::GemmProblem down = up;
-  down.columns = p.width;
-  down.depth = p.neurons;
+  down.n = p.width;
+  down.k = p.neurons;
   down.gathered = gathered;
   FfnScratch s{core::choose_gemm_tiles(up), core::choose_gemm_tiles(down), 0, 0, 0, 1};
-  const int64_t chunk = std::min(p.rows, s.up.row_chunk);  // both halves chunk alike: it depends on rows only
+  const int64_t chunk = std::min(p.rows, s.up.chunk_m);  // both halves chunk alike: it depends on rows only
   if (p.has_up) s.x_floats = PackedRows::floats(chunk, divide_up(p.hidden, values), gemm.tile_rows);
   if (p.has_down) s.h_floats = PackedRows::floats(chunk, divide_up(p.neurons, values), gemm.tile_rows);
   if (p.has_up) s.slot_floats = panel_scratch_floats(gemm, s.up);
@@ -151,11 +151,11 @@ void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
   float* floats = static_cast<float*>(workspace);
   const Buffers buffers{floats, floats + s.x_floats, floats + s.x_floats + s.h_floats};
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  for (int64_t row = 0; row < p.rows; row += s.up.row_chunk) {
-    const int64_t rows = std::min(s.up.row_chunk, p.rows - row);
-    const PackedRows h{buffers.h, rows, slots_of(gemm, p.type, p.neurons), gemm.tile_rows, s.down.k_block};
+  for (int64_t row = 0; row < p.rows; row += s.up.chunk_m) {
+    const int64_t rows = std::min(s.up.chunk_m, p.rows - row);
+    const PackedRows h{buffers.h, rows, slots_of(gemm, p.type, p.neurons), gemm.tile_rows, s.down.block_k};
     if (p.has_up) {
-      const PackedRows x{buffers.x, rows, slots_of(gemm, p.type, p.hidden), gemm.tile_rows, s.up.k_block};
+      const PackedRows x{buffers.x, rows, slots_of(gemm, p.type, p.hidden), gemm.tile_rows, s.up.block_k};
       pack_rows(gemm, x, row_of(p.x, row, p.type), p.type, p.x.stride, p.hidden);
       up_half(p, selected, s, x, row, p.has_down ? &h : nullptr, buffers);
     } else {

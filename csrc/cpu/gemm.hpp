@@ -4,14 +4,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/divide_up.hpp"
 #include "core/parallel.hpp"
 #include "core/tiles.hpp"
 #include "cpu/gemm_kernels.hpp"
 #include "flashu/flashu.h"
 
 namespace flashu::cpu {
-
-inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 inline constexpr int64_t kAlign = 64;  // bytes; every scratch buffer starts on a cache line
 inline int64_t align_floats(int64_t count) { return divide_up(count, kAlign / 4) * (kAlign / 4); }
@@ -25,23 +24,23 @@ inline int64_t slots_of(const GemmKernels& kernels, int32_t type, int64_t depth)
   return divide_up(depth, kernels.slot_values[type]);
 }
 
-// The left operand in register-tile order: for each block of k_block slots, for each tile of rows,
+// The left operand in register-tile order: for each block of block_k slots, for each tile of rows,
 // [slot][tile_rows].
 struct PackedRows {
   float* data;
   int64_t rows;
   int64_t slots;
   int64_t tile_rows;
-  int64_t k_block;
+  int64_t block_k;
 
   static int64_t floats(int64_t rows, int64_t slots, int64_t tile_rows) {
     return align_floats(divide_up(rows, tile_rows) * tile_rows * slots);
   }
   int64_t tiles() const { return divide_up(rows, tile_rows); }
   int64_t rows_in(int64_t tile) const { return std::min(tile_rows, rows - tile * tile_rows); }
-  // Where slot `begin` (a multiple of k_block) of a tile starts.
+  // Where slot `begin` (a multiple of block_k) of a tile starts.
   float* at(int64_t tile, int64_t begin) const {
-    const int64_t count = std::min(k_block, slots - begin);
+    const int64_t count = std::min(block_k, slots - begin);
     return data + begin * tiles() * tile_rows + tile * tile_rows * count;
   }
 };
@@ -52,8 +51,8 @@ void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void*
 
 // Floats of scratch that one thread needs in multiply_panels.
 inline int64_t panel_scratch_floats(const GemmKernels& kernels, const core::GemmTiles& tiles) {
-  const int64_t chunk = divide_up(tiles.row_chunk, kernels.tile_rows) * kernels.tile_rows;
-  const int64_t panel = align_floats(tiles.k_block * kernels.panel_columns);
+  const int64_t chunk = divide_up(tiles.chunk_m, kernels.tile_rows) * kernels.tile_rows;
+  const int64_t panel = align_floats(tiles.block_k * kernels.panel_columns);
   return tiles.panels * (panel + align_floats(chunk * kernels.panel_columns));
 }
 
@@ -89,9 +88,9 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
                      int64_t num_panels, const Weights& weights, float* scratch, int64_t slots,
                      const RowsOf& rows_of, const Finish& finish) {
   const int64_t columns = kernels.panel_columns;
-  const int64_t panel_floats = align_floats(tiles.k_block * columns);
+  const int64_t panel_floats = align_floats(tiles.block_k * columns);
   const int64_t product_floats = align_floats(a.tiles() * a.tile_rows * columns);
-  const int64_t block_tiles = divide_up(tiles.row_block, a.tile_rows);
+  const int64_t block_tiles = divide_up(tiles.block_m, a.tile_rows);
   const int64_t values = kernels.slot_values[weights.type];
   const bool one_row = a.rows == 1 && weights.columns == nullptr && weights.depth > 0;
 
@@ -120,8 +119,8 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
   };
   const auto multiply_block = [&](int64_t panel, int64_t block, float* panels, float* products) {
     if (a.slots == 0) std::fill_n(products, block * product_floats, 0.0f);
-    for (int64_t s = 0; s < a.slots; s += tiles.k_block) {
-      const int64_t count = std::min(tiles.k_block, a.slots - s);
+    for (int64_t s = 0; s < a.slots; s += tiles.block_k) {
+      const int64_t count = std::min(tiles.block_k, a.slots - s);
       const int64_t k = s * values;
       for (int64_t p = 0; p < block; ++p)
         pack(panel + p, k, std::min(count * values, weights.depth - k), panels + p * panel_floats);

@@ -62,14 +62,15 @@ __global__ void __launch_bounds__(kThreads)
 
 void write_list(const FfnProblem& p, int32_t* list, Stream stream) {
   if (p.by_index) {
-    const Launch how{dim3(static_cast<unsigned>(divide_up(p.neurons, kThreads))), dim3(kThreads), 0, stream};
+    const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(p.neurons, kThreads))), dim3(kThreads), 0,
+                              stream};
     int32_t* const status = pointer<int32_t>(p.status);
     if (p.index.dtype == FLASHU_I32) {
-      launch("read_index", read_index<int32_t>, how, pointer<const int32_t>(p.index), p.index.strides[0],
-             p.neurons, p.intermediate, list, status);
+      launch<read_index<int32_t>>("read_index", config, pointer<const int32_t>(p.index), p.index.strides[0],
+                                  p.neurons, p.intermediate, list, status);
     } else {
-      launch("read_index", read_index<int64_t>, how, pointer<const int64_t>(p.index), p.index.strides[0],
-             p.neurons, p.intermediate, list, status);
+      launch<read_index<int64_t>>("read_index", config, pointer<const int64_t>(p.index), p.index.strides[0],
+                                  p.neurons, p.intermediate, list, status);
     }
     return;
   }
@@ -77,8 +78,8 @@ void write_list(const FfnProblem& p, int32_t* list, Stream stream) {
   int64_t position = 0;
   const auto send = [&] {
     if (table.count == 0) return;
-    const Launch how{dim3(static_cast<unsigned>(table.count)), dim3(kThreads), 0, stream};
-    launch("list_runs", list_runs, how, table, list);
+    const LaunchConfig config{dim3(static_cast<unsigned>(table.count)), dim3(kThreads), 0, stream};
+    launch<list_runs>("list_runs", config, table, list);
     table.count = 0;
   };
   for (const core::Run& run : p.runs) {
@@ -177,19 +178,20 @@ Plan plan_of(const FfnProblem& p) {
 // ---- running
 
 void run_gemm(const FfnGemm& g, const Plan& plan, int32_t type, Stream stream) {
-  const core::FfnCandidate choice = core::ffn_candidates(plan.question, g.gated()).front();
-  switch (choice.kernel) {
+  const core::FfnTile tile = core::ffn_candidates(plan.question, g.gated()).front().tile;
+  switch (tile.kernel) {
     case core::FfnKernel::kF32:
       return ffn_gemm_f32(g, stream);
     case core::FfnKernel::kSm80:
       return ffn_gemm_sm80(g, type, stream);
     case core::FfnKernel::kSm90:
 #if FLASHU_HAS_SM90
-      return ffn_gemm_sm90(g, type, choice.columns, stream, plan.question.multiprocessors);
+      return ffn_gemm_sm90(tile, g, type, stream, plan.question.multiprocessors);
 #else
       break;
 #endif
   }
+  core::fail(FLASHU_INTERNAL, "ffn: the kernel that was chosen is not in this build");
 }
 
 // out = residual, or zero: what is left of a down half without neurons.
@@ -204,14 +206,14 @@ __global__ void __launch_bounds__(kThreads)
   out[row * out_stride + column] = residual != nullptr ? residual[row * residual_stride + column] : T{};
 }
 
-void without_neurons(const FfnProblem& p, Stream stream) {
+void write_residual_only(const FfnProblem& p, Stream stream) {
   if (!p.has_down || p.width == 0) return;
   core::with_type(p.type, [&](auto tag) {
     using T = decltype(tag);
-    const Launch how{dim3(static_cast<unsigned>(divide_up(p.rows * p.width, kThreads))), dim3(kThreads), 0,
-                     stream};
-    launch("copy_or_clear", copy_or_clear<T>, how, static_cast<T*>(p.out.data), p.out.stride,
-           static_cast<const T*>(p.residual.data), p.residual.stride, p.rows, p.width);
+    const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(p.rows * p.width, kThreads))),
+                              dim3(kThreads), 0, stream};
+    launch<copy_or_clear<T>>("copy_or_clear", config, static_cast<T*>(p.out.data), p.out.stride,
+                             static_cast<const T*>(p.residual.data), p.residual.stride, p.rows, p.width);
   });
 }
 
@@ -261,14 +263,16 @@ void add_norms(const flashu_tensor& acc, int32_t type, const void* h, int64_t ro
                int64_t width, Stream stream) {
   core::with_type(type, [&](auto tag) {
     using T = decltype(tag);
-    const Launch how{dim3(static_cast<unsigned>(divide_up(width, kNormColumns))), dim3(kThreads), 0, stream};
+    const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(width, kNormColumns))), dim3(kThreads), 0,
+                              stream};
     const auto* const values = static_cast<const T*>(h);
     if (acc.dtype == FLASHU_F64) {
-      launch("add_squares", add_squares<T, double>, how,
-             NormsArguments<T, double>{values, rows, stride, width, pointer<double>(acc)});
+      launch<add_squares<T, double>>(
+          "add_squares", config,
+          NormsArguments<T, double>{values, rows, stride, width, pointer<double>(acc)});
     } else {
-      launch("add_squares", add_squares<T, float>, how,
-             NormsArguments<T, float>{values, rows, stride, width, pointer<float>(acc)});
+      launch<add_squares<T, float>>(
+          "add_squares", config, NormsArguments<T, float>{values, rows, stride, width, pointer<float>(acc)});
     }
   });
 }
@@ -282,7 +286,7 @@ void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
   const Plan plan = plan_of(p);
   core::check_workspace(workspace, workspace_bytes, static_cast<uint64_t>(plan.bytes()));
   const auto stream = static_cast<Stream>(p.stream);
-  if (p.neurons == 0) return without_neurons(p, stream);
+  if (p.neurons == 0) return write_residual_only(p, stream);
   auto* const memory = static_cast<char*>(workspace);
   auto* const list = plan.question.listed ? reinterpret_cast<int32_t*>(memory) : nullptr;
   if (list != nullptr) write_list(p, list, stream);
@@ -295,7 +299,7 @@ void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
   core::Matrix h = p.h;
   if (p.has_up && p.has_down) h = {memory + plan.list_bytes, plan.h_stride};
   FfnGemm g{};
-  g.rows = p.rows;
+  g.m = p.rows;
   g.intermediate = p.intermediate;
   g.list = list;
   g.first = p.first();
@@ -308,8 +312,8 @@ void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
     up.b2 = p.w_up.data;
     up.b_stride = p.w_gate.stride;
     up.b2_stride = p.w_up.stride;
-    up.columns = p.neurons;
-    up.depth = p.hidden;
+    up.n = p.neurons;
+    up.k = p.hidden;
     up.out = h.data;
     up.out_stride = h.stride;
     run_gemm(up, plan, p.type, stream);
@@ -321,8 +325,8 @@ void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
     down.a_stride = h.stride;
     down.b = p.w_down.data;
     down.b_stride = p.w_down.stride;
-    down.columns = p.width;
-    down.depth = p.neurons;
+    down.n = p.width;
+    down.k = p.neurons;
     down.residual = p.residual.data;
     down.residual_stride = p.residual.stride;
     down.out = p.out.data;

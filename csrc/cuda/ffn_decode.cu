@@ -4,7 +4,7 @@
 //
 // Floor: the weights' bytes / bandwidth. The rows ride along: weights are the left operand of mma.sync (16
 // neurons or 16 columns), the rows the right one (8 of them, or two times 8). Each lane loads 16 bytes of a
-// weight row and uses them as they come: the order of the depth inside 32 values is the same for both
+// weight row and uses them as they come: the order of K inside 32 values is the same for both
 // operands, so it does not matter.
 #include "core/typed.hpp"
 #include "cuda/ffn_decode.hpp"
@@ -16,10 +16,10 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kSplits = 4;                 // of the depth of the up half
+constexpr int kSplits = 4;                 // of K in the up half
 constexpr int kGroups = kWarps / kSplits;  // of 16 neurons at a time
 constexpr int kNeuronsOfRound = kGroups * 16;
-constexpr int kStep = 32;  // of the depth: four lanes with eight values each
+constexpr int kStep = 32;  // of K: four lanes with eight values each
 
 // Rows of x and h stand 64 bytes off a multiple of 128, so that two rows do not meet in a bank.
 constexpr int64_t padded(int64_t values) { return (values + 63) / 64 * 64 + 32; }
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
   const int64_t first_neuron = static_cast<int64_t>(blockIdx.x) * f.neurons_of_block;
   const int64_t neurons = min(f.neurons_of_block, f.neurons - first_neuron);
 
-  // Rows that do not exist and what lies behind the depth are zero in both operands.
+  // Rows that do not exist and what lies behind K are zero in both operands.
   for (int64_t i = thread; i < 8 * kTiles * (a.x_stride / 8); i += kThreads) {
     const int64_t row = i / (a.x_stride / 8);
     const int64_t k = i % (a.x_stride / 8) * 8;
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
   for (int64_t i = thread; i < 8 * kTiles * a.h_stride; i += kThreads) h[i] = T{};
   __syncthreads();
 
-  // ---- up: 16 neurons to a warp, a part of the depth to each of four
+  // ---- up: 16 neurons to a warp, a part of K to each of four
   const int group = warp % kGroups;
   const int split = warp / kGroups;
   const int64_t steps = (f.hidden + kStep - 1) / kStep;
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
         }
       }
     }
-    // The parts of the depth meet in shared memory and are added in order.
+    // The parts of K meet in shared memory and are added in order.
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
 #pragma unroll
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
       }
     }
   }
-  let_next_begin();
+  griddepcontrol_launch_dependents();
 }
 
 // out = the sum of the blocks' contributions (+ residual): four blocks' worth of lanes share a column, in
@@ -207,7 +207,7 @@ constexpr int kSumColumns = kSumThreads / kSumShares;
 template <class T>
 __global__ void __launch_bounds__(kSumThreads) sum_blocks(const FfnDecode f, int blocks) {
   FLASHU_SHARED(float, shares, kSumShares* kSumColumns);
-  wait_for_previous();
+  griddepcontrol_wait();
   const int column = static_cast<int>(threadIdx.x) % kSumColumns;
   const int share = static_cast<int>(threadIdx.x) / kSumColumns;
   const int64_t numbers = f.rows * f.width;
@@ -244,12 +244,12 @@ template <class T, int kTiles>
 void launch_decode(const FfnDecode& f, Stream stream) {
   const DecodeArguments a = arguments_of(f);
   const int blocks = static_cast<int>(decode_blocks(f));
-  const Launch up{dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                  static_cast<int>(shared_bytes(a, kTiles)), stream};
-  launch("decode_neurons", decode_neurons<T, kTiles>, up, a);
-  const Launch sum{dim3(static_cast<unsigned>(divide_up(f.rows * f.width, kSumColumns))), dim3(kSumThreads),
-                   0, stream, true};
-  launch("sum_blocks", sum_blocks<T>, sum, f, blocks);
+  const LaunchConfig up{dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                        static_cast<int>(shared_bytes(a, kTiles)), stream};
+  launch<decode_neurons<T, kTiles>>("decode_neurons", up, a);
+  const LaunchConfig sum{dim3(static_cast<unsigned>(divide_up(f.rows * f.width, kSumColumns))),
+                         dim3(kSumThreads), 0, stream, true};
+  launch<sum_blocks<T>>("sum_blocks", sum, f, blocks);
 }
 
 }  // namespace

@@ -1,24 +1,27 @@
 // Gathered FFN halves in fp32: a plain tiled product, for models that are checked rather than served. Sums
-// run over the depth in order.
+// run over K in order.
+#include "core/ffn_tiles.hpp"
 #include "cuda/ffn_gemm.cuh"
 #include "cuda/vector.cuh"
 
 namespace flashu::cuda {
 namespace {
 
-constexpr int kTile = 64;   // rows, and columns, of a block
-constexpr int kDepth = 16;  // of a step
+constexpr int kBlockM = core::kF32Tile.block_m;
+constexpr int kBlockN = core::kF32Tile.block_n;
+static_assert(kBlockM == kBlockN, "both operands are fetched alike");
+constexpr int kBlockK = 16;
 constexpr int kThreads = 256;
-constexpr int kOfThread = 4;  // rows, and columns, of a thread
+constexpr int kOfThread = 4;  // in M, and in N, of a thread
 
 // kGated: the up half, two products at once.
 template <bool kGated>
 __global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
-  FLASHU_SHARED(float, left, kDepth*(kTile + 1));
-  FLASHU_SHARED(float, right, (kGated ? 2 : 1) * kDepth * (kTile + 1));
-  constexpr int kRow = kTile + 1;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
-  const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kTile;
+  FLASHU_SHARED(float, left, kBlockK*(kBlockM + 1));
+  FLASHU_SHARED(float, right, (kGated ? 2 : 1) * kBlockK * (kBlockM + 1));
+  constexpr int kRow = kBlockM + 1;
+  const int64_t first_m = static_cast<int64_t>(blockIdx.x) * kBlockM;
+  const int64_t first_n = static_cast<int64_t>(blockIdx.y) * kBlockN;
   const int thread = static_cast<int>(threadIdx.x);
   const auto* const a = static_cast<const float*>(g.a);
   const auto* const b = static_cast<const float*>(g.b);
@@ -27,18 +30,18 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
   float sums2[kOfThread][kOfThread] = {};
   const int row = thread / 16 * kOfThread;
   const int column = thread % 16 * kOfThread;
-  for (int64_t k0 = 0; k0 < g.depth; k0 += kDepth) {
-    for (int i = thread; i < kTile * kDepth; i += kThreads) {
-      const int64_t k = k0 + i % kDepth;
-      const int64_t r = first_row + i / kDepth;
-      const int64_t c = first_column + i / kDepth;
-      const int at = i % kDepth * kRow + i / kDepth;
-      left[at] = r < g.rows && k < g.depth ? a[r * g.a_stride + k] : 0.0f;
-      const bool inside = c < g.columns && k < g.depth;
+  for (int64_t k0 = 0; k0 < g.k; k0 += kBlockK) {
+    for (int i = thread; i < kBlockM * kBlockK; i += kThreads) {
+      const int64_t k = k0 + i % kBlockK;
+      const int64_t r = first_m + i / kBlockK;
+      const int64_t c = first_n + i / kBlockK;
+      const int at = i % kBlockK * kRow + i / kBlockK;
+      left[at] = r < g.m && k < g.k ? a[r * g.a_stride + k] : 0.0f;
+      const bool inside = c < g.n && k < g.k;
       if constexpr (kGated) {
         const int64_t neuron = inside ? (g.list != nullptr ? g.list[c] : g.first + c) : 0;
         right[at] = inside ? b[neuron * g.b_stride + k] : 0.0f;
-        right[kDepth * kRow + at] = inside ? b2[neuron * g.b2_stride + k] : 0.0f;
+        right[kBlockK * kRow + at] = inside ? b2[neuron * g.b2_stride + k] : 0.0f;
       } else {
         const int64_t neuron = inside ? (g.list != nullptr ? g.list[k] : g.first + k) : 0;
         right[at] = inside ? b[c * g.b_stride + neuron] : 0.0f;
@@ -46,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
     }
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < kDepth; ++k) {
+    for (int k = 0; k < kBlockK; ++k) {
       float x[kOfThread];
       float y[kOfThread];
       float z[kOfThread];
@@ -54,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
       for (int i = 0; i < kOfThread; ++i) {
         x[i] = left[k * kRow + row + i];
         y[i] = right[k * kRow + column + i];
-        z[i] = kGated ? right[(kDepth + k) * kRow + column + i] : 0.0f;
+        z[i] = kGated ? right[(kBlockK + k) * kRow + column + i] : 0.0f;
       }
 #pragma unroll
       for (int i = 0; i < kOfThread; ++i) {
@@ -71,11 +74,11 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
   auto* const out = static_cast<float*>(g.out);
 #pragma unroll
   for (int i = 0; i < kOfThread; ++i) {
-    const int64_t r = first_row + row + i;
+    const int64_t r = first_m + row + i;
 #pragma unroll
     for (int j = 0; j < kOfThread; ++j) {
-      const int64_t c = first_column + column + j;
-      if (r >= g.rows || c >= g.columns) continue;
+      const int64_t c = first_n + column + j;
+      if (r >= g.m || c >= g.n) continue;
       float value = sums[i][j];
       if constexpr (kGated) {
         value = value / (1.0f + expf(-value)) * sums2[i][j];
@@ -90,10 +93,11 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
 }  // namespace
 
 void ffn_gemm_f32(const FfnGemm& g, Stream stream) {
-  const Launch how{dim3(static_cast<unsigned>(divide_up(g.rows, kTile)),
-                        static_cast<unsigned>(divide_up(g.columns, kTile))),
-                   dim3(kThreads), 0, stream};
-  launch("gemm_f32", g.gated() ? gemm_f32<true> : gemm_f32<false>, how, g);
+  const LaunchConfig config{
+      dim3(static_cast<unsigned>(divide_up(g.m, kBlockM)), static_cast<unsigned>(divide_up(g.n, kBlockN))),
+      dim3(kThreads), 0, stream};
+  if (g.gated()) return launch<gemm_f32<true>>("gemm_f32", config, g);
+  launch<gemm_f32<false>>("gemm_f32", config, g);
 }
 
 }  // namespace flashu::cuda

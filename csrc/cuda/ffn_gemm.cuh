@@ -1,7 +1,7 @@
 // One half of a gathered FFN as a matrix product, the way its kernels see it:
-//   up:   out[r, j] = silu(a[r] . gate[n(j)]) * (a[r] . up[n(j)])        columns = neurons, depth = hidden
-//   down: out[r, c] = sum over j of a[r, j] * down[c, n(j)] (+ residual)  columns = width, depth = neurons
-// where n(j) = list[j], or first + j without a list.
+//   up:   out[r, j] = silu(a[r] . gate[n(j)]) * (a[r] . up[n(j)])         N = neurons, K = hidden
+//   down: out[r, c] = sum over j of a[r, j] * down[c, n(j)] (+ residual)   N = width, K = neurons
+// where n(j) = list[j], or first + j without a list. M = rows.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,11 @@ namespace flashu::cuda {
 
 struct FfnGemm {
   const void* a;
-  int64_t a_stride, rows;
+  int64_t a_stride, m;
   const void* b;   // gate, or down
   const void* b2;  // up, or null: which half this is
   int64_t b_stride, b2_stride;
-  int64_t columns, depth;
+  int64_t n, k;
   int64_t intermediate;
   const int32_t* list;
   int64_t first;

@@ -1,8 +1,9 @@
 // Gathered FFN halves in bf16 and fp16 for sm_80 and newer, and for every layout that the faster kernels do
-// not take: cp.async into swizzled tiles, ldmatrix, mma.sync. Sums run over the depth in order, 16 at a time.
+// not take: cp.async into swizzled tiles, ldmatrix, mma.sync. Sums run over K in order, 16 at a time.
 //
 // A block makes 128 x 128 of a product; the up half interleaves gate and up rows by eight, so that both
 // halves of a neuron end in the same thread and SiLU needs no exchange.
+#include "core/ffn_tiles.hpp"
 #include "core/typed.hpp"
 #include "cuda/ffn_gemm.cuh"
 #include "cuda/primitives/mma.cuh"
@@ -11,17 +12,19 @@
 namespace flashu::cuda {
 namespace {
 
-constexpr int kTileRows = 128;
-constexpr int kTileColumns = 128;  // of the product; 64 neurons with gate and up
-constexpr int kDepth = 32;         // of a stage
+constexpr int kBlockM = core::kSm80UpTile.block_m;
+constexpr int kProductN = 2 * core::kSm80UpTile.block_n;  // gate and up, or the columns of down
+constexpr int kBlockK = 32;
 constexpr int kStages = 4;
 constexpr int kThreads = 256;  // 2 x 4 warps of 64 rows x 32 columns
-constexpr int kChunks = kDepth / 8;
-constexpr int kTileBytes = kTileRows * kDepth * 2;
+constexpr int kChunks = kBlockK / 8;
+constexpr int kTileBytes = kBlockM * kBlockK * 2;
 constexpr int kSharedBytes = kStages * 2 * kTileBytes;
-static_assert(kTileRows == kTileColumns, "both operands have tiles of one size");
+static_assert(kBlockM == core::kSm80DownTile.block_m && kProductN == core::kSm80DownTile.block_n,
+              "both halves have products of one size");
+static_assert(kBlockM == kProductN, "both operands have tiles of one size");
 
-// How 8 neighbours of an operand's depth are read.
+// How 8 neighbours of an operand in K are read.
 enum class Reads {
   kVectors,  // 16 aligned bytes
   kValues,   // one by one: rows that are not aligned
@@ -30,7 +33,9 @@ enum class Reads {
 
 // 16-byte chunk `chunk` of row `row`: two rows share a line of banks, so the chunks of a pair of rows are
 // exchanged by the number of the pair.
-FLASHU_DEVICE int chunk_offset(int row, int chunk) { return row * kDepth * 2 + (chunk ^ (row / 2 & 3)) * 16; }
+FLASHU_DEVICE int chunk_offset(int row, int chunk) {
+  return row * kBlockK * 2 + (chunk ^ (row / 2 & 3)) * 16;
+}
 
 // Brings 8 values to shared memory; `values` of them are inside, the rest become zero.
 template <class T, Reads kReads>
@@ -56,9 +61,9 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarp;
   const int warp = thread / kWarp;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTileRows;
-  constexpr int kColumnsOfBlock = kGated ? kTileColumns / 2 : kTileColumns;
-  const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kColumnsOfBlock;
+  const int64_t first_m = static_cast<int64_t>(blockIdx.x) * kBlockM;
+  constexpr int kBlockN = kGated ? kProductN / 2 : kProductN;
+  const int64_t first_n = static_cast<int64_t>(blockIdx.y) * kBlockN;
 
   // A thread fetches two chunks of each operand in every stage; their rows stay the same.
   const T* a_rows[2];
@@ -71,26 +76,26 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
   for (int i = 0; i < 2; ++i) {
     const int r = thread / kChunks + i * (kThreads / kChunks);
     chunk_rows[i] = r;
-    a_inside[i] = first_row + r < g.rows;
-    a_rows[i] = static_cast<const T*>(g.a) + (a_inside[i] ? (first_row + r) * g.a_stride : 0);
+    a_inside[i] = first_m + r < g.m;
+    a_rows[i] = static_cast<const T*>(g.a) + (a_inside[i] ? (first_m + r) * g.a_stride : 0);
     if constexpr (kGated) {
-      const int64_t j = first_column + r / 16 * 8 + r % 8;
-      b_inside[i] = j < g.columns;
+      const int64_t j = first_n + r / 16 * 8 + r % 8;
+      b_inside[i] = j < g.n;
       const int64_t neuron = !b_inside[i] ? 0 : g.list != nullptr ? g.list[j] : g.first + j;
       b_rows[i] = r % 16 < 8 ? static_cast<const T*>(g.b) + neuron * g.b_stride
                              : static_cast<const T*>(g.b2) + neuron * g.b2_stride;
     } else {
-      const int64_t c = first_column + r;
-      b_inside[i] = c < g.columns;
+      const int64_t c = first_n + r;
+      b_inside[i] = c < g.n;
       b_rows[i] =
           static_cast<const T*>(g.b) + (b_inside[i] ? c * g.b_stride : 0) + (g.list != nullptr ? 0 : g.first);
     }
   }
-  const int steps = static_cast<int>((g.depth + kDepth - 1) / kDepth);
+  const int steps = static_cast<int>((g.k + kBlockK - 1) / kBlockK);
   const auto fetch = [&](int step) {
     char* const stage = shared + step % kStages * 2 * kTileBytes;
-    const int64_t k = static_cast<int64_t>(step) * kDepth + chunk * 8;
-    const int64_t values = min(int64_t{8}, g.depth - k);
+    const int64_t k = static_cast<int64_t>(step) * kBlockK + chunk * 8;
+    const int64_t values = min(int64_t{8}, g.k - k);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = chunk_offset(chunk_rows[i], chunk);
@@ -145,28 +150,28 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t r = first_row + warp_row + i * 16 + half * 8 + lane / 4;
-      if (r >= g.rows) continue;
+      const int64_t r = first_m + warp_row + i * 16 + half * 8 + lane / 4;
+      if (r >= g.m) continue;
 #pragma unroll
       for (int j = 0; j < 4; j += kGated ? 2 : 1) {
-        const int64_t c = first_column + (warp_column + j * 8) / (kGated ? 2 : 1) + lane % 4 * 2;
+        const int64_t c = first_n + (warp_column + j * 8) / (kGated ? 2 : 1) + lane % 4 * 2;
         float value[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           value[e] = sums[i][j][half * 2 + e];
           if constexpr (kGated) {
             value[e] = silu(value[e]) * sums[i][j + 1][half * 2 + e];
-          } else if (residual != nullptr && c + e < g.columns) {
+          } else if (residual != nullptr && c + e < g.n) {
             value[e] += to_float(residual[r * g.residual_stride + c + e]);
           }
         }
         T* const to = out + r * g.out_stride + c;
-        if (words && c + 1 < g.columns) {
+        if (words && c + 1 < g.n) {
           *reinterpret_cast<uint32_t*>(to) = pack2<T>(value[0], value[1]);
         } else {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            if (c + e < g.columns) to[e] = from_float<T>(value[e]);
+            if (c + e < g.n) to[e] = from_float<T>(value[e]);
           }
         }
       }
@@ -176,18 +181,18 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
 
 template <class T, bool kGated, Reads kReadsA, Reads kReadsB>
 void launch_gemm(const FfnGemm& g, Stream stream) {
-  constexpr int kColumnsOfBlock = kGated ? kTileColumns / 2 : kTileColumns;
-  const Launch how{dim3(static_cast<unsigned>(divide_up(g.rows, kTileRows)),
-                        static_cast<unsigned>(divide_up(g.columns, kColumnsOfBlock))),
-                   dim3(kThreads), kSharedBytes, stream};
-  launch("gemm_sm80", gemm_sm80<T, kGated, kReadsA, kReadsB>, how, g);
+  constexpr int kBlockN = kGated ? kProductN / 2 : kProductN;
+  const LaunchConfig config{
+      dim3(static_cast<unsigned>(divide_up(g.m, kBlockM)), static_cast<unsigned>(divide_up(g.n, kBlockN))),
+      dim3(kThreads), kSharedBytes, stream};
+  launch<gemm_sm80<T, kGated, kReadsA, kReadsB>>("gemm_sm80", config, g);
 }
 
 template <class T>
 void run(const FfnGemm& g, Stream stream) {
   const auto* const a = static_cast<const T*>(g.a);
   const auto* const b = static_cast<const T*>(g.b);
-  const bool a_vectors = takes_vectors(a, {g.a_stride, g.depth});
+  const bool a_vectors = takes_vectors(a, {g.a_stride, g.k});
   if (g.gated()) {
     const bool b_vectors =
         takes_vectors(b, {g.b_stride}) && takes_vectors(static_cast<const T*>(g.b2), {g.b2_stride});

@@ -4,8 +4,12 @@
 // Floor: operations / dense rate. Prediction, to be measured: at M = 1460 and 1.5B shapes the up half has 12
 // x 64 tiles of 128 x (112 + 112), 5.8 waves of 132 blocks, 97 % of the last one filled; products of K = 1536
 // are 24 stages, so the epilogue (SiLU, stmatrix, TMA store) is a tenth of a tile's time and is hidden behind
-// the next tile's fetches only in part. Sums run over the depth in order, 16 at a time, whatever the tile: a
+// the next tile's fetches only in part. Sums run over K in order, 16 at a time, whatever the tile: a
 // row's result does not depend on the others.
+#include <iterator>
+#include <utility>
+
+#include "core/ffn_tiles.hpp"
 #include "core/typed.hpp"
 #include "cuda/ffn_gemm.cuh"
 #include "cuda/ffn_sm90.hpp"
@@ -16,31 +20,27 @@
 namespace flashu::cuda {
 namespace {
 
-constexpr int kTileRows = 128;  // two warpgroups of 64
-constexpr int kDepth = kBoxColumns;
-constexpr int kConsumers = 2;
+constexpr int kConsumers = 2;  // warpgroups of 64 rows
+constexpr int kBlockM = kConsumers * 64;
+constexpr int kBlockK = kBoxColumns;
 constexpr int kThreads = (kConsumers + 1) * 128;
 constexpr int kRowBytes = kBoxRowBytes;
-constexpr int kTileBytesA = kTileRows * kRowBytes;
+constexpr int kTileBytesA = kBlockM * kRowBytes;
 constexpr int kGroupBytes = 64 * kRowBytes;  // 64 rows x 64 columns: what a warpgroup hands to TMA at once
 constexpr int kSharedLimit = 227 * 1024;
 
-// How the weights of a tile are fetched.
-enum class Fetch {
-  kRange,   // one box of TMA for all rows
-  kBlocks,  // boxes of eight rows, where the list says
-  kRows,    // cp.async by row, where the list says
-};
+using core::FfnTile;
+using Fetch = core::FfnFetch;
 
-// What a kernel is made for. kColumns: neurons of a tile in the up half, columns of a tile in the down half.
-template <class T_, bool kGated_, int kColumns_, Fetch kFetch_>
-struct Tile {
+// What a tile of values of T makes of the kernel.
+template <class T_, bool kGated_, int kBlockN_, Fetch kFetch_>
+struct Config {
   using T = T_;
   static constexpr bool kGated = kGated_;
-  static constexpr int kColumns = kColumns_;
+  static constexpr int kBlockN = kBlockN_;
   static constexpr Fetch kFetch = kFetch_;
-  static constexpr int kProductColumns = kGated ? 2 * kColumns : kColumns;
-  static constexpr int kTileBytesB = kProductColumns * kRowBytes;
+  static constexpr int kProductN = kGated ? 2 * kBlockN : kBlockN;
+  static constexpr int kTileBytesB = kProductN * kRowBytes;
   static constexpr int kStageBytes = kTileBytesA + kTileBytesB;
   static constexpr int kOutBytes = kConsumers * 2 * kGroupBytes;  // two groups in flight for each warpgroup
   static constexpr int kStages = (kSharedLimit - 1024 - kOutBytes) / kStageBytes > 6
@@ -51,8 +51,7 @@ struct Tile {
   // a KiB.
   static_assert(kSharedBytes + 1024 <= 227 * 1024, "the list's part of a tile has to fit too");
   static_assert(kStages >= 3, "fewer stages do not hide a fetch");
-  static_assert(kColumns % 8 == 0 && kColumns >= 64 && kProductColumns <= 256,
-                "what wgmma and the epilogue take");
+  static_assert(kBlockN % 8 == 0 && kBlockN >= 64 && kProductN <= 256, "what wgmma and the epilogue take");
 };
 
 // Everything by value: tensor maps must be kernel arguments.
@@ -66,11 +65,11 @@ struct Barriers {
 };
 
 struct TileOrder {
-  int64_t row_tiles, tiles;
-  FLASHU_DEVICE int64_t first_row(int64_t tile) const { return tile % row_tiles * kTileRows; }
+  int64_t tiles_m, tiles;
+  FLASHU_DEVICE int64_t first_m(int64_t tile) const { return tile % tiles_m * kBlockM; }
   template <class C>
-  FLASHU_DEVICE int64_t first_column(int64_t tile) const {
-    return tile / row_tiles * C::kColumns;
+  FLASHU_DEVICE int64_t first_n(int64_t tile) const {
+    return tile / tiles_m * C::kBlockN;
   }
 };
 
@@ -78,11 +77,11 @@ struct TileOrder {
 template <int kStages>
 struct Ring {
   int stage = 0;
-  int parity = 0;
+  int phase = 0;
   FLASHU_DEVICE void advance() {
     if (++stage == kStages) {
       stage = 0;
-      parity ^= 1;
+      phase ^= 1;
     }
   }
 };
@@ -90,29 +89,29 @@ struct Ring {
 // ---- the warpgroup that fetches
 
 template <class C>
-FLASHU_DEVICE void fetch_range(const Maps& maps, const FfnGemm& g, char* b, int64_t column, int64_t k,
+FLASHU_DEVICE void fetch_range(const Maps& maps, const FfnGemm& g, char* b, int64_t first_n, int64_t k,
                                Mbarrier* full) {
   if constexpr (C::kGated) {
-    tma_load(b, maps.b, static_cast<int>(k), static_cast<int>(g.first + column), full);
-    tma_load(b + C::kTileBytesB / 2, maps.b2, static_cast<int>(k), static_cast<int>(g.first + column), full);
+    tma_load(b, maps.b, static_cast<int>(k), static_cast<int>(g.first + first_n), full);
+    tma_load(b + C::kTileBytesB / 2, maps.b2, static_cast<int>(k), static_cast<int>(g.first + first_n), full);
   } else {
-    tma_load(b, maps.b, static_cast<int>(g.first + k), static_cast<int>(column), full);
+    tma_load(b, maps.b, static_cast<int>(g.first + k), static_cast<int>(first_n), full);
   }
 }
 
 // The first neuron of a lane's box of eight. Boxes past the list lie outside the weights and become zero.
 template <class C>
-FLASHU_DEVICE int neuron_of_box(const FfnGemm& g, int64_t column, int lane) {
-  static_assert(C::kProductColumns / 8 == kWarp, "a lane to each box");
-  const int64_t j = column + lane % (C::kColumns / 8) * 8;
-  return j < g.columns ? g.list[j] : static_cast<int>(g.intermediate);
+FLASHU_DEVICE int neuron_of_box(const FfnGemm& g, int64_t first_n, int lane) {
+  static_assert(C::kProductN / 8 == kWarp, "a lane to each box");
+  const int64_t j = first_n + lane % (C::kBlockN / 8) * 8;
+  return j < g.n ? g.list[j] : static_cast<int>(g.intermediate);
 }
 
 template <class C>
 FLASHU_DEVICE void fetch_blocks(const Maps& maps, char* b, int neuron, int64_t k, int lane, Mbarrier* full) {
   char* const to = b + lane * 8 * kRowBytes;
   // Two calls: cicc 13.0 crashes on a reference to one or the other kernel argument.
-  if (lane >= C::kColumns / 8) {
+  if (lane >= C::kBlockN / 8) {
     tma_load(to, maps.b2, static_cast<int>(k), neuron, full);
   } else {
     tma_load(to, maps.b, static_cast<int>(k), neuron, full);
@@ -127,13 +126,13 @@ FLASHU_DEVICE void fetch_rows(const FfnGemm& g, char* b, const int32_t* neurons,
   const int64_t at = k + chunk * 8;
   // The last values of a row are a part of a chunk where hidden is no multiple of eight; behind them may be
   // anything.
-  const int64_t values = min(max(g.depth - at, int64_t{0}), int64_t{8});
-  static_assert(C::kProductColumns % 16 == 0, "16 rows at a time");
+  const int64_t values = min(max(g.k - at, int64_t{0}), int64_t{8});
+  static_assert(C::kProductN % 16 == 0, "16 rows at a time");
 #pragma unroll 4
-  for (int i = 0; i < C::kProductColumns / 16; ++i) {
+  for (int i = 0; i < C::kProductN / 16; ++i) {
     const int row = thread / 8 + i * 16;
-    const int32_t neuron = neurons[row % C::kColumns];
-    const bool second = row >= C::kColumns;
+    const int32_t neuron = neurons[row % C::kBlockN];
+    const bool second = row >= C::kBlockN;
     const auto* const weights = static_cast<const T*>(second ? g.b2 : g.b);
     const int64_t stride = second ? g.b2_stride : g.b_stride;
     const bool inside = neuron >= 0 && values > 0;
@@ -150,29 +149,29 @@ FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const TileOrd
                                char* stages) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int warp = thread / kWarp;
-  const int steps = static_cast<int>((g.depth + kDepth - 1) / kDepth);
+  const int steps = static_cast<int>((g.k + kBlockK - 1) / kBlockK);
   Ring<C::kStages> ring;
   if constexpr (C::kFetch != Fetch::kRows) {
     if (warp != 0) return;
     const int lane = thread;
     if (C::kFetch == Fetch::kRange && lane != 0) return;
     for (int64_t tile = blockIdx.x; tile < order.tiles; tile += gridDim.x) {
-      const int64_t row = order.first_row(tile);
-      const int64_t column = order.template first_column<C>(tile);
+      const int64_t first_m = order.first_m(tile);
+      const int64_t first_n = order.template first_n<C>(tile);
       [[maybe_unused]] int neuron = 0;
-      if constexpr (C::kFetch == Fetch::kBlocks) neuron = neuron_of_box<C>(g, column, lane);
+      if constexpr (C::kFetch == Fetch::kBlocks) neuron = neuron_of_box<C>(g, first_n, lane);
       for (int step = 0; step < steps; ++step) {
-        const int64_t k = static_cast<int64_t>(step) * kDepth;
+        const int64_t k = static_cast<int64_t>(step) * kBlockK;
         Mbarrier* const full = &barriers->full[ring.stage];
         char* const a = stages + ring.stage * C::kStageBytes;
         char* const b = a + kTileBytesA;
-        mbarrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);
+        mbarrier_wait(&barriers->empty[ring.stage], ring.phase ^ 1);
         if (lane == 0) {
           mbarrier_expect(full, C::kStageBytes);
-          tma_load(a, maps.a, static_cast<int>(k), static_cast<int>(row), full);
+          tma_load(a, maps.a, static_cast<int>(k), static_cast<int>(first_m), full);
         }
         if constexpr (C::kFetch == Fetch::kRange) {
-          fetch_range<C>(maps, g, b, column, k, full);
+          fetch_range<C>(maps, g, b, first_n, k, full);
         } else {
           __syncwarp();  // no box before its bytes are expected
           fetch_blocks<C>(maps, b, neuron, k, lane, full);
@@ -183,7 +182,7 @@ FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const TileOrd
   } else {
     // The list's part of a tile stands in shared memory: 256 rows of pointers do not fit into this group's
     // registers.
-    FLASHU_SHARED(int32_t, neurons, C::kColumns);
+    FLASHU_SHARED(int32_t, neurons, C::kBlockN);
     Ring<C::kStages> arrived;  // the oldest stage whose copies have not been handed over
     int pending = 0;
     const auto hand_over = [&] {
@@ -193,19 +192,19 @@ FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const TileOrd
       --pending;
     };
     for (int64_t tile = blockIdx.x; tile < order.tiles; tile += gridDim.x) {
-      const int64_t row = order.first_row(tile);
-      const int64_t column = order.template first_column<C>(tile);
+      const int64_t first_m = order.first_m(tile);
+      const int64_t first_n = order.template first_n<C>(tile);
       named_barrier(1, 128);  // the last tile's list is not read any more
-      for (int j = thread; j < C::kColumns; j += 128)
-        neurons[j] = column + j < g.columns ? g.list[column + j] : -1;
+      for (int j = thread; j < C::kBlockN; j += 128)
+        neurons[j] = first_n + j < g.n ? g.list[first_n + j] : -1;
       named_barrier(1, 128);
       for (int step = 0; step < steps; ++step) {
-        const int64_t k = static_cast<int64_t>(step) * kDepth;
+        const int64_t k = static_cast<int64_t>(step) * kBlockK;
         char* const a = stages + ring.stage * C::kStageBytes;
-        mbarrier_wait(&barriers->empty[ring.stage], ring.parity ^ 1);
+        mbarrier_wait(&barriers->empty[ring.stage], ring.phase ^ 1);
         if (thread == 0) {
           mbarrier_expect(&barriers->full[ring.stage], kTileBytesA);
-          tma_load(a, maps.a, static_cast<int>(k), static_cast<int>(row), &barriers->full[ring.stage]);
+          tma_load(a, maps.a, static_cast<int>(k), static_cast<int>(first_m), &barriers->full[ring.stage]);
         }
         fetch_rows<C>(g, a + kTileBytesA, neurons, k, thread);
         cp_async_commit();
@@ -250,24 +249,23 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int warp = thread / kWarp;
   const int lane = thread % kWarp;
-  const int steps = static_cast<int>((g.depth + kDepth - 1) / kDepth);
+  const int steps = static_cast<int>((g.k + kBlockK - 1) / kBlockK);
   char* const own_outs = outs + group * 2 * kGroupBytes;
   const auto* const residual = static_cast<const T*>(g.residual);
   Ring<C::kStages> ring;
   int out_slot = 0;
   for (int64_t tile = blockIdx.x; tile < order.tiles; tile += gridDim.x) {
-    float sums[C::kProductColumns / 2];
+    float sums[C::kProductN / 2];
     int previous = 0;
     for (int step = 0; step < steps; ++step) {
       const char* const a = stages + ring.stage * C::kStageBytes + group * kGroupBytes;
       const char* const b = stages + ring.stage * C::kStageBytes + kTileBytesA;
-      mbarrier_wait(&barriers->full[ring.stage], ring.parity);
+      mbarrier_wait(&barriers->full[ring.stage], ring.phase);
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kDepth / 16; ++k) {
-        wgmma<C::kProductColumns, T, Major::kDepth>(sums, wgmma_descriptor<Major::kDepth>(a + k * 32, 0),
-                                                    wgmma_descriptor<Major::kDepth>(b + k * 32, 0),
-                                                    step + k > 0);
+      for (int k = 0; k < kBlockK / 16; ++k) {
+        wgmma<C::kProductN, T, Major::kK>(sums, wgmma_descriptor<Major::kK>(a + k * 32, 0),
+                                          wgmma_descriptor<Major::kK>(b + k * 32, 0), step + k > 0);
       }
       wgmma_commit();
       // One step stays under way; the stage of the one before it is free.
@@ -279,15 +277,15 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
     wgmma_wait<0>();
     if (lane == 0) mbarrier_arrive(&barriers->empty[previous]);
 #pragma unroll
-    for (int i = 0; i < C::kProductColumns / 2; ++i) wgmma_touch(sums[i]);
+    for (int i = 0; i < C::kProductN / 2; ++i) wgmma_touch(sums[i]);
 
-    const int64_t first_row = order.first_row(tile) + group * 64;
-    const int64_t first_column = order.template first_column<C>(tile);
+    const int64_t first_m = order.first_m(tile) + group * 64;
+    const int64_t first_n = order.template first_n<C>(tile);
 #pragma unroll
-    for (int part = 0; part < C::kColumns; part += 64) {
-      // The last part of a width that is no multiple of 64 begins earlier and says some columns twice: a
-      // whole box would reach into the next tile.
-      const int column = part + 64 <= C::kColumns ? part : C::kColumns - 64;
+    for (int part = 0; part < C::kBlockN; part += 64) {
+      // The last part of a width that is no multiple of 64 is shifted left and overlaps the previous
+      // box: a whole box would reach into the next tile.
+      const int column = part + 64 <= C::kBlockN ? part : C::kBlockN - 64;
       char* const box = own_outs + out_slot * kGroupBytes;
       // The store before last has left this box.
       if (thread == 0) tma_store_wait_read<1>();
@@ -296,20 +294,20 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
         const int at = (column / 8 + j) * 4 + half * 2;
         float2 value{sums[at], sums[at + 1]};
         if constexpr (C::kGated) {
-          const float* const up = sums + C::kColumns / 2;
+          const float* const up = sums + C::kBlockN / 2;
           value = {silu(value.x) * up[at], silu(value.y) * up[at + 1]};
         } else if (residual != nullptr) {
-          const int64_t r = first_row + warp * 16 + half * 8 + lane / 4;
-          const int64_t c = first_column + column + j * 8 + lane % 4 * 2;
-          if (r < g.rows && c < g.columns) value.x += to_float(residual[r * g.residual_stride + c]);
-          if (r < g.rows && c + 1 < g.columns) value.y += to_float(residual[r * g.residual_stride + c + 1]);
+          const int64_t r = first_m + warp * 16 + half * 8 + lane / 4;
+          const int64_t c = first_n + column + j * 8 + lane % 4 * 2;
+          if (r < g.m && c < g.n) value.x += to_float(residual[r * g.residual_stride + c]);
+          if (r < g.m && c + 1 < g.n) value.y += to_float(residual[r * g.residual_stride + c + 1]);
         }
         return value;
       });
       fence_proxy_async();  // stmatrix wrote what TMA reads
       named_barrier(2 + group, 128);
-      if (thread == 0 && first_column + column < g.columns) {
-        tma_store(maps.out, box, static_cast<int>(first_column + column), static_cast<int>(first_row));
+      if (thread == 0 && first_n + column < g.n) {
+        tma_store(maps.out, box, static_cast<int>(first_n + column), static_cast<int>(first_m));
       }
       if (thread == 0) tma_store_commit();
       out_slot ^= 1;
@@ -340,66 +338,79 @@ __global__ void __launch_bounds__(kThreads, 1)
     tma_prefetch(maps.out);
   }
   __syncthreads();
-  wait_for_previous();
+  griddepcontrol_wait();
   if (threadIdx.x / 128 == kConsumers) {
-    give_registers<40>();
+    warpgroup_reg_dealloc<40>();
     fetch_tiles<C>(g, maps, order, barriers, stages);
   } else {
-    take_registers<232>();
+    warpgroup_reg_alloc<232>();
     multiply_tiles<C>(g, maps, order, barriers, stages, outs);
   }
 }
 
 template <class C>
 void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
-  const int box_b = C::kFetch == Fetch::kBlocks ? 8 : C::kColumns;
+  const int box_b = C::kFetch == Fetch::kBlocks ? 8 : C::kBlockN;
   Maps maps{};
-  maps.a = encode_tensor_map(g.a, g.rows, g.depth, g.a_stride, kTileRows);
-  maps.out = encode_tensor_map(g.out, g.rows, g.columns, g.out_stride, 64);
+  maps.a = encode_tensor_map(g.a, g.m, g.k, g.a_stride, kBlockM);
+  maps.out = encode_tensor_map(g.out, g.m, g.n, g.out_stride, 64);
   if (C::kFetch == Fetch::kRows) {
     maps.b = maps.b2 = maps.a;  // not used
   } else if (C::kGated) {
     // Rows past the selected range are other neurons; they are made, and cut off by the map of the result.
-    maps.b = encode_tensor_map(g.b, g.intermediate, g.depth, g.b_stride, box_b);
-    maps.b2 = encode_tensor_map(g.b2, g.intermediate, g.depth, g.b2_stride, box_b);
+    maps.b = encode_tensor_map(g.b, g.intermediate, g.k, g.b_stride, box_b);
+    maps.b2 = encode_tensor_map(g.b2, g.intermediate, g.k, g.b2_stride, box_b);
   } else {
-    // The depth ends with the selected range: what lies behind it may be anything, NaN too.
-    maps.b = encode_tensor_map(g.b, g.columns, g.first + g.depth, g.b_stride, box_b);
+    // K ends with the selected range: what lies behind it may be anything, NaN too.
+    maps.b = encode_tensor_map(g.b, g.n, g.first + g.k, g.b_stride, box_b);
     maps.b2 = maps.b;
   }
-  const TileOrder order{divide_up(g.rows, kTileRows),
-                        divide_up(g.rows, kTileRows) * divide_up(g.columns, C::kColumns)};
-  const Launch how{dim3(static_cast<unsigned>(std::min<int64_t>(order.tiles, multiprocessors))),
-                   dim3(kThreads), C::kSharedBytes, stream, true};
-  launch("gemm_sm90", gemm_sm90<C>, how, g, maps, order);
+  const TileOrder order{divide_up(g.m, kBlockM), divide_up(g.m, kBlockM) * divide_up(g.n, C::kBlockN)};
+  const LaunchConfig config{dim3(static_cast<unsigned>(std::min<int64_t>(order.tiles, multiprocessors))),
+                            dim3(kThreads), C::kSharedBytes, stream, true};
+  launch<gemm_sm90<C>>("gemm_sm90", config, g, maps, order);
 }
 
-template <class T, bool kGated, int kColumns, Fetch kFetch>
-void made_for(const FfnGemm& g, Stream stream, int multiprocessors) {
-  launch_tile<Tile<T, kGated, kColumns, kFetch>>(g, stream, multiprocessors);
+// Launches the entry of the table that is `tile`; false where that is not one of this kernel.
+template <class T, size_t kIndex>
+bool launch_if(const FfnTile& tile, const FfnGemm& g, Stream stream, int multiprocessors) {
+  constexpr FfnTile kTile = core::kFfnTiles[kIndex];
+  if constexpr (kTile.kernel == core::FfnKernel::kSm90) {
+    static_assert(kTile.block_m == kBlockM, "the kernel has two warpgroups of 64 rows");
+    if (tile != kTile) return false;
+    launch_tile<Config<T, kTile.up, kTile.block_n, kTile.fetch>>(g, stream, multiprocessors);
+    return true;
+  }
+  return false;
+}
+
+template <class T, size_t... kIndices>
+bool launch_any(const FfnTile& tile, const FfnGemm& g, Stream stream, int multiprocessors,
+                std::index_sequence<kIndices...>) {
+  return (launch_if<T, kIndices>(tile, g, stream, multiprocessors) || ...);
+}
+
+// Whether a way to fetch brings the neurons that the selection names.
+bool fetch_serves(Fetch fetch, const FfnGemm& g) {
+  if (g.list == nullptr) return fetch == Fetch::kRange;
+  return fetch == Fetch::kRows || (fetch == Fetch::kBlocks && g.blocks_of_8);
 }
 
 template <class T>
-void run(const FfnGemm& g, int columns, Stream stream, int multiprocessors) {
-  if (!g.gated()) {
-    if (columns == 256) return made_for<T, false, 256, Fetch::kRange>(g, stream, multiprocessors);
-    if (columns == 192) return made_for<T, false, 192, Fetch::kRange>(g, stream, multiprocessors);
-    return made_for<T, false, 128, Fetch::kRange>(g, stream, multiprocessors);
-  }
-  if (g.list == nullptr) {
-    if (columns == 128) return made_for<T, true, 128, Fetch::kRange>(g, stream, multiprocessors);
-    if (columns == 112) return made_for<T, true, 112, Fetch::kRange>(g, stream, multiprocessors);
-    return made_for<T, true, 64, Fetch::kRange>(g, stream, multiprocessors);
-  }
-  if (g.blocks_of_8) return made_for<T, true, 128, Fetch::kBlocks>(g, stream, multiprocessors);
-  made_for<T, true, 128, Fetch::kRows>(g, stream, multiprocessors);
+void run(const FfnTile& tile, const FfnGemm& g, Stream stream, int multiprocessors) {
+  using All = std::make_index_sequence<std::size(core::kFfnTiles)>;
+  FLASHU_CHECK(launch_any<T>(tile, g, stream, multiprocessors, All{}), FLASHU_INTERNAL,
+               "ffn: expected a tile of core::kFfnTiles for sm_90, got ", tile.block_m, " x ", tile.block_n,
+               " of the ", tile.up ? "up" : "down", " half, fetched by way ", static_cast<int>(tile.fetch));
 }
 
 }  // namespace
 
-void ffn_gemm_sm90(const FfnGemm& g, int32_t type, int columns, Stream stream, int multiprocessors) {
-  if (type == FLASHU_BF16) return run<bfloat16>(g, columns, stream, multiprocessors);
-  run<float16>(g, columns, stream, multiprocessors);
+void ffn_gemm_sm90(const FfnTile& tile, const FfnGemm& g, int32_t type, Stream stream, int multiprocessors) {
+  FLASHU_CHECK(tile.up == g.gated() && fetch_serves(tile.fetch, g), FLASHU_INTERNAL,
+               "ffn: expected a tile of the half that runs, and of its way to name neurons");
+  if (type == FLASHU_BF16) return run<bfloat16>(tile, g, stream, multiprocessors);
+  run<float16>(tile, g, stream, multiprocessors);
 }
 
 }  // namespace flashu::cuda

@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "core/ffn_tiles.hpp"
 #include "cuda/ffn_gemm.cuh"
 
 namespace flashu::cuda {
 
-// `columns`: the width of a tile, from core::choose_sm90_columns(). All operands and the result must satisfy
-// tensor_map_can(), and a list is for the up half only.
-void ffn_gemm_sm90(const FfnGemm& gemm, int32_t type, int columns, Stream stream, int multiprocessors);
+// `tile`: one of core::kFfnTiles with the kernel kSm90; FLASHU_INTERNAL for any other. All operands and the
+// result must satisfy tensor_map_can(). Only tiles of the up half take a list, and only kBlocks and kRows do.
+void ffn_gemm_sm90(const core::FfnTile& tile, const FfnGemm& gemm, int32_t type, Stream stream,
+                   int multiprocessors);
 
 }  // namespace flashu::cuda

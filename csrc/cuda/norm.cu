@@ -164,16 +164,16 @@ __global__ void __launch_bounds__(256)
 template <class T, Norm kNorm, int kGroup, int kVectors>
 void launch_vectors(const NormArguments<T>& a, const SpanTable& spans, Stream stream) {
   constexpr int kThreads = block_threads(kGroup);
-  const Launch how{dim3(static_cast<unsigned>(divide_up(a.rows, kThreads / kGroup))), dim3(kThreads), 0,
-                   stream};
-  launch("norm_vectors", norm_vectors<T, kNorm, kGroup, kVectors>, how, a, spans);
+  const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(a.rows, kThreads / kGroup))), dim3(kThreads),
+                            0, stream};
+  launch<norm_vectors<T, kNorm, kGroup, kVectors>>("norm_vectors", config, a, spans);
 }
 
 template <class T, Norm kNorm>
 void launch_norm(const NormArguments<T>& a, const SpanTable& spans, bool vectors, Stream stream) {
   if (!vectors || a.width > 1024 * kPerVector<T>) {
-    const Launch how{dim3(static_cast<unsigned>(a.rows)), dim3(256), 0, stream};
-    return launch("norm_values", norm_values<T, kNorm>, how, a, spans);
+    const LaunchConfig config{dim3(static_cast<unsigned>(a.rows)), dim3(256), 0, stream};
+    return launch<norm_values<T, kNorm>>("norm_values", config, a, spans);
   }
   // The least number of threads whose registers hold the row.
   const int pieces = static_cast<int>(divide_up(a.width, kPerVector<T>));
@@ -349,14 +349,15 @@ void span_gate_add(const flashu_span_gate_add_args& args) {
     const bool vectors = rows_take_vectors(a.residual) && rows_take_vectors(a.y) &&
                          takes_vectors(a.gate, {a.gate_stride, a.width});
     const int64_t pieces = vectors ? a.width / kPerVector<T> : a.width;
-    for_span_tables(
-        args.spans, args.residual.sizes[0], [&](int64_t first, int64_t end, const SpanTable& table) {
-          a.first_row = first * a.tokens;
-          a.rows = (end - first) * a.tokens;
-          const Launch how{dim3(static_cast<unsigned>(divide_up(a.rows * pieces, 256))), dim3(256), 0,
-                           static_cast<Stream>(args.stream)};
-          launch("gate_add", vectors ? gate_add<T, kPerVector<T>> : gate_add<T, 1>, how, a, table);
-        });
+    for_span_tables(args.spans, args.residual.sizes[0],
+                    [&](int64_t first, int64_t end, const SpanTable& table) {
+                      a.first_row = first * a.tokens;
+                      a.rows = (end - first) * a.tokens;
+                      const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(a.rows * pieces, 256))),
+                                                dim3(256), 0, static_cast<Stream>(args.stream)};
+                      if (vectors) return launch<gate_add<T, kPerVector<T>>>("gate_add", config, a, table);
+                      launch<gate_add<T, 1>>("gate_add", config, a, table);
+                    });
   });
 }
 

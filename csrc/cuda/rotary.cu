@@ -204,16 +204,15 @@ __global__ void __launch_bounds__(kThreads) rotary_values(const __grid_constant_
   }
 }
 
-template <class T>
-void launch_rotary(void (*kernel)(RotaryArguments<T>), const char* name, int group, RotaryArguments<T> a,
-                   int64_t rows, Stream stream) {
+template <auto kKernel, class T>
+void launch_rotary(const char* name, int group, RotaryArguments<T> a, int64_t rows, Stream stream) {
   const int64_t row_blocks = divide_up(a.row_heads, kThreads / group);
   FLASHU_CHECK(rows * row_blocks < int64_t{1} << 31, FLASHU_UNSUPPORTED,
                "query: expected less than 2^31 blocks of ", kThreads / group, " heads on CUDA, got ",
                rows * row_blocks);
   a.row_blocks = static_cast<uint32_t>(row_blocks);
-  const Launch how{dim3(static_cast<unsigned>(rows * row_blocks)), dim3(kThreads), 0, stream};
-  launch(name, kernel, how, a);
+  const LaunchConfig config{dim3(static_cast<unsigned>(rows * row_blocks)), dim3(kThreads), 0, stream};
+  launch<kKernel>(name, config, a);
 }
 
 // A stride that is never used does not say anything of alignment.
@@ -278,15 +277,15 @@ void rotary_cache(const flashu_rotary_cache_args& args) {
     const auto stream = static_cast<Stream>(args.stream);
     if (!take_vectors(a)) {
       // Small heads share a warp.
-      if (a.half <= 8) return launch_rotary(rotary_values<T, 8>, "rotary_values", 8, a, rows, stream);
-      return launch_rotary(rotary_values<T, 32>, "rotary_values", 32, a, rows, stream);
+      if (a.half <= 8) return launch_rotary<rotary_values<T, 8>>("rotary_values", 8, a, rows, stream);
+      return launch_rotary<rotary_values<T, 32>>("rotary_values", 32, a, rows, stream);
     }
     // The least number of threads whose registers hold the head.
     const int pieces = a.half / kPerVector<T>;
-    if (pieces <= 4) return launch_rotary(rotary_vectors<T, 4>, "rotary_vectors", 4, a, rows, stream);
-    if (pieces <= 8) return launch_rotary(rotary_vectors<T, 8>, "rotary_vectors", 8, a, rows, stream);
-    if (pieces <= 16) return launch_rotary(rotary_vectors<T, 16>, "rotary_vectors", 16, a, rows, stream);
-    launch_rotary(rotary_vectors<T, 32>, "rotary_vectors", 32, a, rows, stream);
+    if (pieces <= 4) return launch_rotary<rotary_vectors<T, 4>>("rotary_vectors", 4, a, rows, stream);
+    if (pieces <= 8) return launch_rotary<rotary_vectors<T, 8>>("rotary_vectors", 8, a, rows, stream);
+    if (pieces <= 16) return launch_rotary<rotary_vectors<T, 16>>("rotary_vectors", 16, a, rows, stream);
+    launch_rotary<rotary_vectors<T, 32>>("rotary_vectors", 32, a, rows, stream);
   });
 }
 

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) cosine_rows(const CosineArguments<T>
 
 // One block: the mean, in double; NaN where there is nothing.
 __global__ void __launch_bounds__(kThreads) mean_of(const float* values, int64_t count, float* out) {
-  wait_for_previous();
+  griddepcontrol_wait();
   FLASHU_SHARED(double, scratch, kWarps);
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += static_cast<double>(values[i]);
@@ -126,8 +126,8 @@ FLASHU_DEVICE uint32_t score_key(const T* scores, int64_t at) {
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
 }
 
-// How many threads before this one, in the order of the block, have `flag`; `total`: how many have it at all.
-// All threads of the block call it. `scratch`: kSelectWarps + 1 ints of shared memory.
+// How many threads before this one, in the order of the block, have `flag`; `total`: config many have it at
+// all. All threads of the block call it. `scratch`: kSelectWarps + 1 ints of shared memory.
 FLASHU_DEVICE int rank_in_block(bool flag, int* scratch, int& total) {
   const int lane = static_cast<int>(threadIdx.x % kWarp);
   const int warp = static_cast<int>(threadIdx.x / kWarp);
@@ -166,7 +166,7 @@ template <class T>
 __global__ void __launch_bounds__(kSelectThreads) topk_rows(const TopkArguments<T> a) {
   FLASHU_SHARED(int, histogram, kDigits);
   FLASHU_SHARED(int, scratch, kSelectWarps + 1);
-  FLASHU_SHARED(uint32_t, chosen, 2);  // the digit, and how many keys of larger digits there are
+  FLASHU_SHARED(uint32_t, chosen, 2);  // the digit, and config many keys of larger digits there are
   const T* const scores = a.scores + static_cast<int64_t>(blockIdx.x) * a.stride;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) a.count[blockIdx.x] = a.k;
@@ -371,9 +371,10 @@ void launch_move(const flashu_move_rows_args& args) {
                               static_cast<int32_t>(args.rows.sizes[lead + 1])};
   const bool vectors = takes_vectors<T>(a.rows, {a.rows_batch, a.rows_stride, a.width}) &&
                        takes_vectors<T>(a.moved, {a.moved_batch, a.moved_stride});
-  const Launch how{dim3(static_cast<unsigned>(divide_up(a.batches * a.count, kWarps))), dim3(kThreads), 0,
-                   static_cast<Stream>(args.stream)};
-  launch("move_rows", vectors ? move_rows<T, I, kMove, kPerVector<T>> : move_rows<T, I, kMove, 1>, how, a);
+  const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(a.batches * a.count, kWarps))),
+                            dim3(kThreads), 0, static_cast<Stream>(args.stream)};
+  if (vectors) return launch<move_rows<T, I, kMove, kPerVector<T>>>("move_rows", config, a);
+  launch<move_rows<T, I, kMove, 1>>("move_rows", config, a);
 }
 
 template <Move kMove>
@@ -416,13 +417,15 @@ void cosine_importance(const flashu_cosine_importance_args& args) {
                                  importance};
       const bool vectors =
           takes_vectors(a.x_in, {a.in_stride, a.width}) && takes_vectors(a.x_out, {a.out_stride});
-      const Launch how{dim3(static_cast<unsigned>(divide_up(scored, kWarps))), dim3(kThreads), 0, stream};
-      launch("cosine_rows", vectors ? cosine_rows<T, kPerVector<T>> : cosine_rows<T, 1>, how, a);
+      const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(scored, kWarps))), dim3(kThreads), 0,
+                                stream};
+      if (vectors) return launch<cosine_rows<T, kPerVector<T>>>("cosine_rows", config, a);
+      launch<cosine_rows<T, 1>>("cosine_rows", config, a);
     });
   }
   if (!is_mean(args)) return;
-  const Launch how{dim3(1), dim3(kThreads), 0, stream, true};
-  launch("mean_of", mean_of, how, static_cast<const float*>(importance), scored, pointer<float>(args.out));
+  const LaunchConfig config{dim3(1), dim3(kThreads), 0, stream, true};
+  launch<mean_of>("mean_of", config, static_cast<const float*>(importance), scored, pointer<float>(args.out));
 }
 
 void value_norms(const flashu_value_norms_args& args) {
@@ -434,9 +437,10 @@ void value_norms(const flashu_value_norms_args& args) {
         args.v.sizes[0],         args.v.sizes[1],   args.v.sizes[2],   static_cast<int32_t>(args.v.sizes[3]),
         pointer<float>(args.out)};
     const bool vectors = takes_vectors(a.v, {a.batch_stride, a.head_stride, a.token_stride, a.width});
-    const Launch how{dim3(static_cast<unsigned>(divide_up(a.batches * a.tokens, kWarps))), dim3(kThreads), 0,
-                     static_cast<Stream>(args.stream)};
-    launch("value_norm_rows", vectors ? value_norm_rows<T, kPerVector<T>> : value_norm_rows<T, 1>, how, a);
+    const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(a.batches * a.tokens, kWarps))),
+                              dim3(kThreads), 0, static_cast<Stream>(args.stream)};
+    if (vectors) return launch<value_norm_rows<T, kPerVector<T>>>("value_norm_rows", config, a);
+    launch<value_norm_rows<T, 1>>("value_norm_rows", config, a);
   });
 }
 
@@ -448,9 +452,9 @@ void select_topk(const flashu_select_topk_args& args) {
     const TopkArguments<T> a{pointer<T>(args.scores),          rows.stride,
                              static_cast<int32_t>(rows.width), static_cast<int32_t>(args.k),
                              pointer<int64_t>(args.index),     pointer<int32_t>(args.count)};
-    const Launch how{dim3(static_cast<unsigned>(rows.count)), dim3(kSelectThreads), 0,
-                     static_cast<Stream>(args.stream)};
-    launch("topk_rows", topk_rows<T>, how, a);
+    const LaunchConfig config{dim3(static_cast<unsigned>(rows.count)), dim3(kSelectThreads), 0,
+                              static_cast<Stream>(args.stream)};
+    launch<topk_rows<T>>("topk_rows", config, a);
   });
 }
 
@@ -466,9 +470,9 @@ void select_threshold(const flashu_select_threshold_args& args) {
                                   args.index.sizes[args.index.ndim - 1],
                                   pointer<int64_t>(args.index),
                                   pointer<int32_t>(args.count)};
-    const Launch how{dim3(static_cast<unsigned>(rows.count)), dim3(kSelectThreads), 0,
-                     static_cast<Stream>(args.stream)};
-    launch("threshold_rows", threshold_rows<T>, how, a);
+    const LaunchConfig config{dim3(static_cast<unsigned>(rows.count)), dim3(kSelectThreads), 0,
+                              static_cast<Stream>(args.stream)};
+    launch<threshold_rows<T>>("threshold_rows", config, a);
   });
 }
 

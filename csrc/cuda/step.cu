@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(256) euler_step(const EulerArguments<L, V> a) 
   }
 }
 
-// ---- how far features moved
+// ---- config far features moved
 
 constexpr int kDeltaSums = 6;
 constexpr int kDeltaThreads = 256;
@@ -131,7 +131,7 @@ FLASHU_DEVICE float ratio(double numerator, double denominator) {
 // One block, a warp to each kind of sum, in double.
 __global__ void __launch_bounds__(kDeltaSums* kWarp)
     delta_total(const float* partial, int blocks, float* out) {
-  wait_for_previous();
+  griddepcontrol_wait();
   FLASHU_SHARED(double, total, kDeltaSums);
   const int k = static_cast<int>(threadIdx.x) / kWarp;
   double sum = 0;
@@ -161,7 +161,7 @@ struct TaylorArguments {
   T* out;
   int64_t n;
   int order, terms;  // terms: differences that exist
-  float by;          // the interval, or how far ahead
+  float by;          // the interval, or config far ahead
 };
 
 // The numbers of one place in time: kValues neighbours of each order.
@@ -223,15 +223,15 @@ __global__ void __launch_bounds__(256) extrapolate(const TaylorArguments<T> a) {
   write_values<T, kValues>(a.out + at, sum);
 }
 
-// Launches `vectors` where every order and both ends allow 16-byte pieces, else `values`.
-template <class T, class Kernel>
-void launch_pieces(const char* name, Kernel vectors, Kernel values, const TaylorArguments<T>& a,
-                   const T* other, Stream stream) {
+// Launches kVectors where every order and both ends allow 16-byte pieces, else kValues.
+template <auto kVectors, auto kValues, class T>
+void launch_pieces(const char* name, const TaylorArguments<T>& a, const T* other, Stream stream) {
   const bool whole =
       a.n % kPerVector<T> == 0 && takes_vectors<T>(a.state, {a.n}) && takes_vectors<T>(other, {});
   const int64_t pieces = whole ? a.n / kPerVector<T> : a.n;
-  const Launch how{dim3(static_cast<unsigned>(divide_up(pieces, 256))), dim3(256), 0, stream};
-  launch(name, whole ? vectors : values, how, a);
+  const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(pieces, 256))), dim3(256), 0, stream};
+  if (whole) return launch<kVectors>(name, config, a);
+  launch<kValues>(name, config, a);
 }
 
 }  // namespace
@@ -256,11 +256,11 @@ void guided_euler_step(const flashu_guided_euler_step_args& args) {
                                    args.v.sizes[0] != images};
       FLASHU_CHECK(images <= 65535 && divide_up(a.channels, kTileChannels) <= 65535, FLASHU_UNSUPPORTED,
                    "latents: expected at most 65535 images on CUDA, got ", images);
-      const Launch how{
+      const LaunchConfig config{
           dim3(static_cast<unsigned>(divide_up(a.positions, kTilePositions)),
                static_cast<unsigned>(divide_up(a.channels, kTileChannels)), static_cast<unsigned>(images)),
           dim3(256), 0, static_cast<Stream>(args.stream)};
-      launch("euler_step", euler_step<L, V>, how, a);
+      launch<euler_step<L, V>>("euler_step", config, a);
     });
   });
 }
@@ -282,12 +282,13 @@ void feature_delta(const flashu_feature_delta_args& args) {
     const DeltaArguments<T> d{pointer<T>(args.a), pointer<T>(args.b), a.count, a.width,
                               a.stride,           b.stride,           partial};
     const bool vectors = takes_vectors(d.a, {d.a_stride, d.width}) && takes_vectors(d.b, {d.b_stride});
-    const Launch how{dim3(static_cast<unsigned>(blocks)), dim3(kDeltaThreads), 0, stream};
-    launch("delta_partial", vectors ? delta_partial<T, kPerVector<T>> : delta_partial<T, 1>, how, d);
+    const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(kDeltaThreads), 0, stream};
+    if (vectors) return launch<delta_partial<T, kPerVector<T>>>("delta_partial", config, d);
+    launch<delta_partial<T, 1>>("delta_partial", config, d);
   });
-  const Launch how{dim3(1), dim3(kDeltaSums * kWarp), 0, stream, true};
-  launch("delta_total", delta_total, how, static_cast<const float*>(partial), static_cast<int>(blocks),
-         pointer<float>(args.out));
+  const LaunchConfig config{dim3(1), dim3(kDeltaSums * kWarp), 0, stream, true};
+  launch<delta_total>("delta_total", config, static_cast<const float*>(partial), static_cast<int>(blocks),
+                      pointer<float>(args.out));
 }
 
 void taylor_update(const flashu_taylor_update_args& args) {
@@ -302,8 +303,8 @@ void taylor_update(const flashu_taylor_update_args& args) {
                                order,
                                static_cast<int>(std::min<int64_t>(order, args.count)),
                                static_cast<float>(args.interval)};
-    launch_pieces<T>("update_differences", update_differences<T, kPerVector<T>>, update_differences<T, 1>, a,
-                     a.feature, static_cast<Stream>(args.stream));
+    launch_pieces<update_differences<T, kPerVector<T>>, update_differences<T, 1>>(
+        "update_differences", a, a.feature, static_cast<Stream>(args.stream));
   });
 }
 
@@ -316,8 +317,8 @@ void taylor_predict(const flashu_taylor_predict_args& args) {
         pointer<T>(args.state),        nullptr, pointer<T>(args.out),
         core::numel(args.out),         order,   static_cast<int>(std::min<int64_t>(order, args.count - 1)),
         static_cast<float>(args.ahead)};
-    launch_pieces<T>("extrapolate", extrapolate<T, kPerVector<T>>, extrapolate<T, 1>, a, a.out,
-                     static_cast<Stream>(args.stream));
+    launch_pieces<extrapolate<T, kPerVector<T>>, extrapolate<T, 1>>(
+        "extrapolate", a, static_cast<const T*>(a.out), static_cast<Stream>(args.stream));
   });
 }
 

@@ -1,6 +1,7 @@
 // What the memory-bound kernels share: rows in 16-byte pieces, sums over warps and blocks in one fixed order.
 #pragma once
 
+#include "core/divide_up.hpp"
 #include "cuda/primitives/memory.cuh"
 
 namespace flashu::cuda {
@@ -88,7 +89,5 @@ FLASHU_DEVICE float sum_block(float value, float* scratch) {
   }
   return value;
 }
-
-inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 }  // namespace flashu::cuda

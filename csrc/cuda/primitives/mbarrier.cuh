@@ -7,132 +7,38 @@ namespace flashu::cuda {
 
 using Mbarrier = uint64_t;
 
-#if FLASHU_EMULATED
-namespace emulated {
-
-// What the 8 bytes hold here: pending counts arrivals still missing, bytes those still to come, unasked those
-// of them that no copy was begun for yet.
-struct MbarrierWord {
-  uint64_t phase : 1;
-  uint64_t pending : 11;
-  uint64_t count : 11;
-  int64_t bytes : 20;
-  uint64_t unasked : 19;
-  uint64_t initialised : 2;
-};
-static_assert(sizeof(MbarrierWord) == sizeof(Mbarrier));
-
-inline MbarrierWord& word(Mbarrier* barrier, const simt::Place& where) {
-  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0 || !simt::in_shared(barrier, 8))
-    simt::fail(where, "mbarrier: expected 8 aligned bytes of shared memory");
-  auto& state = *reinterpret_cast<MbarrierWord*>(barrier);
-  if (state.initialised != 2) simt::fail(where, "mbarrier: used before it was initialised");
-  return state;
-}
-
-inline void settle(Mbarrier* barrier) {
-  auto& state = *reinterpret_cast<MbarrierWord*>(barrier);
-  if (state.pending != 0 || state.bytes != 0) return;
-  state.phase ^= 1;
-  state.pending = state.count;
-  simt::wake(barrier);
-}
-
-// A copy of so many bytes begins. The hardware lets bytes come before they are expected; the kernels here do
-// not, since a phase without them would then depend on who arrives last.
-inline void ask_bytes(Mbarrier* barrier, int bytes, const simt::Place& where) {
-  simt::check_initialised(barrier, "TMA", where);
-  MbarrierWord& state = word(barrier, where);
-  if (state.unasked < static_cast<uint64_t>(bytes))
-    simt::fail(where, "mbarrier: a copy of " + std::to_string(bytes) + " bytes, expected are " +
-                          std::to_string(state.unasked));
-  state.unasked -= static_cast<uint64_t>(bytes);
-}
-
-// Bytes that a copy engine has written; called outside any thread.
-inline void complete_bytes(Mbarrier* barrier, int bytes) {
-  const simt::Unseen unseen;
-  simt::order_release(barrier);
-  reinterpret_cast<MbarrierWord*>(barrier)->bytes -= bytes;
-  settle(barrier);
-}
-
-}  // namespace emulated
-#endif
-
 // One thread initialises; others may use it after a barrier of the block.
-FLASHU_DEVICE void mbarrier_init(Mbarrier* barrier, int count FLASHU_WHERE) {
-#if FLASHU_EMULATED
-  const simt::Unseen unseen;
-  if (!simt::in_shared(barrier, 8)) simt::fail(where, "mbarrier: expected shared memory");
-  if (count < 1 || count > 1024) simt::fail(where, "mbarrier: expected 1 to 1024 arrivals");
-  emulated::MbarrierWord state{};
-  state.pending = state.count = static_cast<uint64_t>(count);
-  state.initialised = 2;
-  std::memcpy(barrier, &state, sizeof state);
-  simt::note_initialised(barrier);
-#else
+FLASHU_DEVICE void mbarrier_init(Mbarrier* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
                : "memory");
-#endif
 }
 
 // Makes initialised barriers visible to the asynchronous proxy.
 FLASHU_DEVICE void mbarrier_init_fence() {
-#if FLASHU_EMULATED
-  simt::fence_initialised();
-#else
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
 }
 
-FLASHU_DEVICE void mbarrier_arrive(Mbarrier* barrier FLASHU_WHERE) {
-#if FLASHU_EMULATED
-  const simt::Unseen unseen;
-  emulated::MbarrierWord& state = emulated::word(barrier, where);
-  simt::order_release(barrier);
-  if (state.pending == 0) simt::fail(where, "mbarrier: more arrivals than it was initialised for");
-  --state.pending;
-  emulated::settle(barrier);
-  simt::maybe_yield();
-#else
+FLASHU_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-#endif
 }
 
 // Arrives, and makes the phase wait for `bytes` of asynchronous copies.
-FLASHU_DEVICE void mbarrier_expect(Mbarrier* barrier, int bytes FLASHU_WHERE) {
-#if FLASHU_EMULATED
-  const simt::Unseen unseen;
-  emulated::MbarrierWord& state = emulated::word(barrier, where);
-  state.bytes += bytes;
-  state.unasked += static_cast<uint64_t>(bytes);
-  mbarrier_arrive(barrier, where);
-#else
+FLASHU_DEVICE void mbarrier_expect(Mbarrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
-#endif
 }
 
-// Returns when the phase of this parity is complete (a fresh barrier is in phase 0, and its phase 1 counts as
-// complete).
-FLASHU_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity FLASHU_WHERE) {
-#if FLASHU_EMULATED
-  const simt::Unseen unseen;
-  while (static_cast<int>(emulated::word(barrier, where).phase) == parity)
-    simt::wait_for(barrier, "an mbarrier wait", where);
-  simt::order_acquire(barrier);
-  simt::maybe_yield();
-#else
+// Returns when `phase` (0 or 1, in turn) is complete. A fresh barrier is in phase 0, and its phase 1 counts
+// as complete.
+FLASHU_DEVICE void mbarrier_wait(Mbarrier* barrier, int phase) {
   asm volatile(
       "{\n\t.reg .pred done;\n"
       "FLASHU_WAIT_%=:\n\t"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n\t"
       "@!done bra FLASHU_WAIT_%=;\n\t}" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "r"(phase)
       : "memory");
-#endif
 }
 
 }  // namespace flashu::cuda

@@ -1,0 +1,94 @@
+// The table of FFN tiles: what may be chosen is compiled, and nothing else runs.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "core/checks.hpp"
+#include "core/ffn_choice.hpp"
+#include "cuda/ffn_sm90.hpp"
+
+namespace flashu::test {
+namespace {
+
+using core::FfnFetch;
+using core::FfnKernel;
+using core::FfnTile;
+
+constexpr int kSize = 64;  // of every dimension
+
+// Operands of one half, all of them [64, 64].
+struct Half {
+  std::vector<uint16_t> a, b, out;
+
+  Half() : a(kSize * kSize), b(kSize * kSize), out(kSize * kSize, 0x1234) {}
+
+  cuda::FfnGemm gemm(bool up) {
+    cuda::FfnGemm g{};
+    g.a = a.data();
+    g.b = b.data();
+    g.b2 = up ? b.data() : nullptr;
+    g.out = out.data();
+    g.a_stride = g.b_stride = g.b2_stride = g.out_stride = kSize;
+    g.m = g.n = g.k = g.intermediate = kSize;
+    return g;
+  }
+};
+
+// The status with which the Hopper kernels refuse a tile; FLASHU_OK where they take it.
+int status_of(const FfnTile& tile, bool up, Half& half) {
+  try {
+    cuda::ffn_gemm_sm90(tile, half.gemm(up), FLASHU_BF16, nullptr, 1);
+    return FLASHU_OK;
+  } catch (const core::Failure& failure) {
+    return failure.status;
+  }
+}
+
+TEST(FfnTiles, EveryRangeOfTheTableIsCompiled) {
+  for (const FfnTile& tile : core::kFfnTiles) {
+    if (tile.kernel != FfnKernel::kSm90 || tile.fetch != FfnFetch::kRange) continue;
+    Half half;
+    EXPECT_EQ(status_of(tile, tile.up, half), FLASHU_OK) << tile.block_n;
+    EXPECT_EQ(half.out, std::vector<uint16_t>(kSize * kSize, 0)) << tile.block_n;
+  }
+}
+
+TEST(FfnTiles, WhatTheTableDoesNotHaveIsRefusedByName) {
+  const std::vector<uint16_t> untouched(kSize * kSize, 0x1234);
+  Half half;
+  for (const bool up : {false, true}) {
+    for (const FfnTile& tile : {FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 128, 96},
+                                FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 64, 128},
+                                FfnTile{FfnKernel::kSm90, up, FfnFetch::kThreads, 128, 128},
+                                FfnTile{FfnKernel::kSm90, up, FfnFetch::kRows, 128, 128},
+                                FfnTile{FfnKernel::kSm80, up, FfnFetch::kRange, 128, 128},
+                                FfnTile{FfnKernel::kSm90, !up, FfnFetch::kRange, 128, 128}}) {
+      EXPECT_EQ(status_of(tile, up, half), FLASHU_INTERNAL) << tile.block_m << " x " << tile.block_n;
+      EXPECT_EQ(half.out, untouched);
+    }
+  }
+}
+
+TEST(FfnTiles, TheChoiceIsFromTheTable) {
+  core::FfnQuestion q{1460,  1536, 1536, 7168,  true, true, FLASHU_BF16, false,
+                      false, true, true, false, 90,   true, 132};
+  const auto widths = [&q](bool up) {
+    std::vector<int> all;
+    for (const auto& candidate : core::ffn_candidates(q, up)) {
+      if (candidate.tile.kernel == FfnKernel::kSm90) all.push_back(candidate.tile.block_n);
+      EXPECT_EQ(candidate.tile.up, up);
+    }
+    std::sort(all.begin(), all.end());
+    return all;
+  };
+  EXPECT_EQ(widths(true), (std::vector<int>{64, 112, 128}));
+  EXPECT_EQ(widths(false), (std::vector<int>{128, 192, 256}));
+  q.listed = true;
+  EXPECT_EQ(widths(true), std::vector<int>{128});
+  EXPECT_EQ(widths(false), std::vector<int>{});
+}
+
+}  // namespace
+}  // namespace flashu::test

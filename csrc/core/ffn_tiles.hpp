@@ -1,0 +1,57 @@
+// The tiles of the CUDA kernels of the gathered FFN: the choice picks from this table, and exactly its
+// entries are compiled.
+#pragma once
+
+#include <cstdint>
+
+namespace flashu::core {
+
+enum class FfnKernel { kF32, kSm80, kSm90 };
+
+// How the weights of a tile come to shared memory.
+enum class FfnFetch {
+  kThreads,  // by every thread, from wherever they lie
+  kRange,    // one box of TMA for all rows
+  kBlocks,   // boxes of TMA of eight rows, where the list says
+  kRows,     // cp.async by row, where the list says
+};
+
+// A tile of one half: block_m rows of the result by block_n columns, which are neurons in the up half (with
+// gate and up its product is twice as wide).
+struct FfnTile {
+  FfnKernel kernel;
+  bool up;
+  FfnFetch fetch;
+  int block_m, block_n;
+
+  friend constexpr bool operator==(const FfnTile&, const FfnTile&) = default;
+};
+
+// Of tiles that are predicted to take the same time the first one is chosen.
+inline constexpr FfnTile kFfnTiles[] = {
+    {FfnKernel::kF32, true, FfnFetch::kThreads, 64, 64},
+    {FfnKernel::kF32, false, FfnFetch::kThreads, 64, 64},
+    {FfnKernel::kSm80, true, FfnFetch::kThreads, 128, 64},
+    {FfnKernel::kSm80, false, FfnFetch::kThreads, 128, 128},
+    {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 128},
+    {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 112},
+    {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 64},
+    {FfnKernel::kSm90, true, FfnFetch::kBlocks, 128, 128},
+    {FfnKernel::kSm90, true, FfnFetch::kRows, 128, 128},
+    {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 256},
+    {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 192},
+    {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 128},
+};
+
+// The first tile of a kernel's half; the only one of kF32 and kSm80.
+constexpr const FfnTile& first_tile(FfnKernel kernel, bool up) {
+  for (const FfnTile& tile : kFfnTiles) {
+    if (tile.kernel == kernel && tile.up == up) return tile;
+  }
+  throw "no tile of this kernel";  // a compile-time error where the answer is a constant
+}
+inline constexpr FfnTile kF32Tile = first_tile(FfnKernel::kF32, true);
+inline constexpr FfnTile kSm80UpTile = first_tile(FfnKernel::kSm80, true);
+inline constexpr FfnTile kSm80DownTile = first_tile(FfnKernel::kSm80, false);
+
+}  // namespace flashu::core
