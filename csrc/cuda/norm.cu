@@ -277,8 +277,10 @@ void gate_add(const flashu_gate_add_args& args) {
     GateArguments<T> a{};
     a.residual = rows3<T>(args.residual);
     a.y = rows3<T>(args.y);
-    a.gate = pointer<T>(args.gate);
-    a.gate_stride = args.gate.strides[0];  // 0 where there is no gate, which is no obstacle to vectors
+    if (core::present(args.gate)) {
+      a.gate = pointer<T>(args.gate);
+      a.gate_stride = args.gate.strides[0];
+    }
     a.tokens = args.residual.sizes[1];
     a.rows = args.residual.sizes[0] * a.tokens;
     a.width = static_cast<int32_t>(args.residual.sizes[2]);

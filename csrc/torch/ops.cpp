@@ -1,5 +1,5 @@
 // Every op's schema, in one list. Implementations are registered beside their adapters (one file per family);
-// fake kernels and autograd guards are in Python (flashu_ext/ops.py).
+// fake kernels and autograd guards are in Python (flashu_ext/ops).
 #include "torch/common.hpp"
 
 STABLE_TORCH_LIBRARY(flashu, m) {

@@ -1,8 +1,8 @@
 /* C API of the norm family: RMSNorm, plain, modulated or with the residual added, the gated residual, and the
- * step from projected queries, keys and values to what attention reads. Statistics are summed in fp64;
- * products are taken one step wider than the storage and rounded once. Storage types are f32, bf16 or f16,
- * one for all floating tensors of a call; last strides are 1. Every row is computed by itself, in one fixed
- * order. */
+ * step from projected queries, keys and values to what attention reads. On the CPU statistics are
+ * summed in fp64 and products taken one step wider than the storage (fp64 for f32, else fp32); on CUDA
+ * devices both are fp32. Results are rounded once. Storage types are f32, bf16 or f16, one for all floating
+ * tensors of a call; last strides are 1. Every row is computed by itself, in one fixed order. */
 #ifndef FLASHU_NORM_H
 #define FLASHU_NORM_H
 
