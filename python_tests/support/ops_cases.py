@@ -21,18 +21,18 @@ class OpCase:
 
     Attributes:
         make: dtype -> arguments by name, in the order of the signature; fresh tensors at each call, same numbers.
+        option: tells an op's cases apart.
         inplace: tensors that it writes. fixed: tensors that have a dtype of their own. contiguous: tensors that must be.
         schema: arguments by name -> what the torch.ops overload takes, where that is not the same.
-        variant: tells several cases of an op apart.
     """
 
     name: str
     make: Callable[[torch.dtype], dict[str, Any]]
+    option: str = ""
     inplace: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     contiguous: tuple[str, ...] = ()
     schema: Callable[[dict[str, Any]], dict[str, Any]] = lambda arguments: arguments
-    variant: str = ""
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -47,7 +47,7 @@ class OpCase:
         return getattr(torch.ops.flashu, self.name).default
 
     def __repr__(self) -> str:
-        return f"{self.name} {self.variant}".rstrip()
+        return f"{self.name} {self.option}".rstrip()
 
 
 def _randn(seed: int, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -176,9 +176,9 @@ CASES = [
         },
         inplace=("x", "residual"),
     ),
-    OpCase("rms_norm", _modulated, variant="modulated"),
+    OpCase("rms_norm", _modulated, option="modulated"),
     OpCase("gate_add_", lambda dtype: _gate(dtype, True), inplace=("residual",)),
-    OpCase("gate_add_", lambda dtype: _gate(dtype, False), inplace=("residual",), variant="no gate"),
+    OpCase("gate_add_", lambda dtype: _gate(dtype, False), inplace=("residual",), option="no gate"),
     OpCase("rotary_cache_", _rotary, inplace=("keys", "values"), fixed=("start",)),
     OpCase(
         "guided_euler_step_",
