@@ -7,6 +7,7 @@
 
 #include "core/parallel.hpp"
 #include "flashu/ffn.h"
+#include "flashu/norm.h"
 
 namespace {
 
@@ -44,12 +45,57 @@ TEST(Base, ErrorNamesArgumentAndNextCallIsClean) {
   EXPECT_EQ(acc[2], 3 + 9 + 36);
 }
 
-TEST(Base, NullAndForeignStructsAreRefused) {
+TEST(Base, OnlyStructsOfThisVersionAreRead) {
   EXPECT_EQ(flashu_neuron_norms(nullptr), FLASHU_INVALID_VALUE);
+  float acc[2] = {1, 2};
+  float h[2] = {3, 4};
   flashu_neuron_norms_args args{};
-  args.struct_size = 4;
-  EXPECT_EQ(flashu_neuron_norms(&args), FLASHU_INVALID_VALUE);
-  EXPECT_NE(std::string(flashu_last_error()).find("struct_size"), std::string::npos);
+  args.acc = tensor(acc, {2});
+  args.h = tensor(h, {1, 2});
+  const auto size = static_cast<uint32_t>(sizeof(args));
+  for (const uint32_t other : {0u, 4u, size - 8, size + 8, UINT32_MAX}) {
+    args.struct_size = other;
+    EXPECT_EQ(flashu_neuron_norms(&args), FLASHU_INVALID_VALUE) << other;
+    EXPECT_EQ(std::string(flashu_last_error()), "neuron_norms_: args.struct_size: expected " +
+                                                    std::to_string(size) + ", got " + std::to_string(other));
+    EXPECT_EQ(acc[0], 1);
+  }
+  args.struct_size = size;
+  EXPECT_EQ(flashu_neuron_norms(&args), FLASHU_OK);
+  EXPECT_EQ(acc[0], 1 + 9);
+}
+
+TEST(Base, ATensorIsAbsentWithoutDataAndDimensions) {
+  float residual[2] = {1, 2};
+  float y[2] = {3, 4};
+  float gates[2] = {2, 2};
+  flashu_gate_add_args args{};
+  args.struct_size = sizeof(args);
+  args.residual = tensor(residual, {1, 1, 2});
+  args.y = tensor(y, {1, 1, 2});
+  EXPECT_EQ(flashu_gate_add(&args), FLASHU_OK);
+  EXPECT_EQ(residual[0], 1 + 3);
+
+  args.gate.device = 7;  // not read
+  args.gate.dtype = 99;
+  args.gate.sizes[0] = -1;
+  args.gate.strides[0] = 5;
+  EXPECT_EQ(flashu_gate_add(&args), FLASHU_OK);
+  EXPECT_EQ(residual[0], 1 + 3 + 3);
+
+  const auto refused = [&](const flashu_tensor& gate) {
+    args.gate = gate;
+    EXPECT_EQ(flashu_gate_add(&args), FLASHU_INVALID_VALUE);
+    return std::string(flashu_last_error());
+  };
+  EXPECT_EQ(refused(tensor(nullptr, {0, 2})),
+            "gate_add_: gate: expected size 1 in dimension 0, got 0 (shape [0, 2])");
+  EXPECT_EQ(refused(tensor(nullptr, {1, 2})), "gate_add_: gate: expected data, got NULL");
+  EXPECT_EQ(refused(tensor(gates, {})), "gate_add_: gate: expected 2 dimensions, got 0 (shape [])");
+  args.y = {};
+  args.y.device = FLASHU_DEVICE_CPU;
+  EXPECT_EQ(refused(tensor(gates, {1, 2})), "gate_add_: y: expected data, got NULL");
+  EXPECT_EQ(residual[0], 1 + 3 + 3);
 }
 
 TEST(Base, ParallelForCoversOnceAndNests) {

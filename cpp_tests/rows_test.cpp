@@ -30,23 +30,40 @@ TYPED_TEST(Rows, AddRmsNorm) {
   }
 }
 
-TYPED_TEST(Rows, SpansAreModulatedAndTheRestIsNot) {
-  Owned<TypeParam> x({2, 3, 2}), weight({2}), shift({1, 2}), scale({1, 2}), out({2, 3, 2});
+TYPED_TEST(Rows, EveryBatchHasItsModulation) {
+  Owned<TypeParam> x({2, 3, 2}), weight({2}), out({2, 3, 2});
   for (auto& value : x.data) value = from_float<TypeParam>(2.0f);
   for (auto& value : weight.data) value = from_float<TypeParam>(1.0f);
-  for (auto& value : shift.data) value = from_float<TypeParam>(0.5f);
-  for (auto& value : scale.data) value = from_float<TypeParam>(3.0f);
-  const std::vector<int64_t> inside = {1, 1, 2};
-  span_modulate(x, weight, shift, scale, spans(inside), 0.0, out);
-  for (int i = 0; i < 12; ++i) EXPECT_EQ(to_float(out.data[i]), i >= 8 ? 4.5f : 1.0f) << i;
-  span_gate_add(x, out, scale, spans(inside));
-  for (int i = 0; i < 12; ++i) EXPECT_EQ(to_float(x.data[i]), i >= 8 ? 2.0f + 3.0f * 4.5f : 3.0f) << i;
-  const std::vector<int64_t> outside = {1, 2, 2};
-  const std::vector<int64_t> overlapping = {0, 0, 2, 0, 1, 1};
-  EXPECT_NE(error_of([&] { span_gate_add(x, out, scale, spans(outside)); }).find("spans"), std::string::npos);
-  const auto two = integers<TypeParam>({2, 2}, 1);
-  EXPECT_NE(error_of([&] { span_gate_add(x, out, two, spans(overlapping)); }).find("disjoint"),
-            std::string::npos);
+  Owned<TypeParam> shift({2, 2}), scale({2, 2});
+  for (int i = 0; i < 4; ++i) {
+    shift.data[i] = from_float<TypeParam>(i < 2 ? 0.5f : -1.0f);
+    scale.data[i] = from_float<TypeParam>(i < 2 ? 3.0f : 0.0f);
+  }
+  rms_norm(x, weight, 0.0, out, shift, scale);
+  for (int i = 0; i < 12; ++i) EXPECT_EQ(to_float(out.data[i]), i < 6 ? 4.5f : 0.0f) << i;
+  gate_add(x, out, scale);
+  for (int i = 0; i < 12; ++i) EXPECT_EQ(to_float(x.data[i]), i < 6 ? 2.0f + 3.0f * 4.5f : 2.0f) << i;
+  for (auto& value : x.data) value = from_float<TypeParam>(1.0f);
+  gate_add(x, out);
+  for (int i = 0; i < 12; ++i) EXPECT_EQ(to_float(x.data[i]), i < 6 ? 5.5f : 1.0f) << i;
+}
+
+TYPED_TEST(Rows, ModulationOfAnotherShapeIsRefusedByName) {
+  Owned<TypeParam> x({2, 3, 2}), weight({2}), out({2, 3, 2}), two({2, 2}), one({1, 2}), flat({6, 2}),
+      flat_out({6, 2});
+  const flashu_tensor none{};
+  const auto norm = [&](const flashu_tensor& shift, const flashu_tensor& scale) {
+    return error_of([&] { rms_norm(x, weight, 0.0, out, shift, scale); });
+  };
+  EXPECT_EQ(norm(two, two), "");
+  EXPECT_EQ(norm(two, none), "rms_norm: scale: expected a tensor, because shift is given, got none");
+  EXPECT_EQ(norm(none, two), "rms_norm: shift: expected a tensor, because scale is given, got none");
+  EXPECT_EQ(norm(one, two), "rms_norm: shift: expected size 2 in dimension 0, got 1 (shape [1, 2])");
+  EXPECT_EQ(norm(two, one), "rms_norm: scale: expected size 2 in dimension 0, got 1 (shape [1, 2])");
+  EXPECT_EQ(error_of([&] { rms_norm(flat, weight, 0.0, flat_out, two, two); }),
+            "rms_norm: x: expected 3 dimensions, got 2 (shape [6, 2])");
+  EXPECT_EQ(error_of([&] { gate_add(x, out, one); }),
+            "gate_add_: gate: expected size 2 in dimension 0, got 1 (shape [1, 2])");
 }
 
 TYPED_TEST(Rows, HeadsAreTurnedByAQuarterIntoTheirSlots) {

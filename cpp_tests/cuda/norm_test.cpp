@@ -1,4 +1,4 @@
-// The norm family on the device against the CPU: every width path, strided and misaligned rows, spans.
+// The norm family on the device against the CPU: every width path, strided and misaligned rows, modulation.
 #include "flashu/norm.hpp"
 
 #include "cuda/support.hpp"
@@ -86,66 +86,48 @@ TYPED_TEST(DeviceNorm, NormOfTheStoredSum) {
   }
 }
 
-TYPED_TEST(DeviceNorm, SpansOfEveryKind) {
-  const std::vector<std::vector<int64_t>> lists = {
-      {}, {0, 2, 3}, {0, 0, 5, 1, 1, 2, 2, 0, 0}, {2, 1, 4, 0, 0, 1, 0, 3, 2}, {1, 0, 5, 2, 0, 5, 0, 0, 5}};
+// Three batches of five rows, none of them contiguous with the next: widths of the scalar path and of two
+// vector ones.
+TYPED_TEST(DeviceNorm, EveryBatchHasItsModulation) {
   for (const int64_t width : {int64_t{5}, int64_t{64}, int64_t{640}}) {
-    for (const auto& spans : lists) {
-      const int64_t count = static_cast<int64_t>(spans.size() / 3);
-      const auto x = normal<TypeParam>({3, 5, width}, 1, 8);
-      const auto y = normal<TypeParam>({3, 5, width}, 7, 8);
-      const auto weight = normal<TypeParam>({width}, 2);
-      const auto shift = normal<TypeParam>({count, width}, 3, 16);
-      const auto scale = normal<TypeParam>({count, width}, 4);
-      Guarded<TypeParam> expected({3, 5, width}, 8);
-      span_modulate(x, weight, shift, scale, flashu::spans(spans), 1e-6, expected);
-      auto expected_sum = x;
-      span_gate_add(expected_sum, y, scale, flashu::spans(spans));
-      this->under_every_schedule([&] {
-        auto in = x;
-        auto more = y;
-        auto w = weight;
-        auto a = shift;
-        auto b = scale;
-        Guarded<TypeParam> out({3, 5, width}, 8);
-        const flashu_tensor on_device = out.upload();
-        const flashu_tensor scales = b.upload();
-        span_modulate(in.upload(), w.upload(), a.upload(), scales, flashu::spans(spans), 1e-6, on_device);
-        device_synchronize();
-        expect_near(out.download(), expected, sizeof(TypeParam) == 4 ? 16 : 2, 4e-6);
-        span_gate_add(in.upload(), more.upload(), scales, flashu::spans(spans));
-        device_synchronize();
-        expect_near(in.download(), expected_sum, 1);
-      });
-    }
+    const auto x = normal<TypeParam>({3, 5, width}, 1, 8);
+    const auto weight = normal<TypeParam>({width}, 2);
+    const auto shift = normal<TypeParam>({3, width}, 3, 16);
+    const auto scale = normal<TypeParam>({3, width}, 4);
+    Guarded<TypeParam> expected({3, 5, width}, 8);
+    rms_norm(x, weight, 1e-6, expected, shift, scale);
+    this->under_every_schedule([&] {
+      auto in = x;
+      auto w = weight;
+      auto a = shift;
+      auto b = scale;
+      Guarded<TypeParam> out({3, 5, width}, 8);
+      const flashu_tensor on_device = out.upload();
+      rms_norm(in.upload(), w.upload(), 1e-6, on_device, a.upload(), b.upload());
+      device_synchronize();
+      expect_near(out.download(), expected, sizeof(TypeParam) == 4 ? 16 : 2, 4e-6);
+    });
   }
 }
 
-TYPED_TEST(DeviceNorm, MoreSpansThanOneTableHolds) {
-  constexpr int64_t kRows = 70;
-  std::vector<int64_t> spans;
-  for (int64_t r = 0; r < kRows; ++r) spans.insert(spans.end(), {r, 0, 1, r, 2, 1});
-  const auto residual = whole<TypeParam>({kRows, 3, 8}, 1);
-  const auto y = whole<TypeParam>({kRows, 3, 8}, 2);
-  const auto gate = whole<TypeParam>({2 * kRows, 8}, 3);
-  auto expected = residual;
-  span_gate_add(expected, y, gate, flashu::spans(spans));
-  auto got = residual;
-  auto more = y;
-  auto g = gate;
-  span_gate_add(got.upload(), more.upload(), g.upload(), flashu::spans(spans));
-  device_synchronize();
-  expect_equal(got.download(), expected);
-
-  std::vector<int64_t> many;
-  for (int64_t t = 0; t < 97; ++t) many.insert(many.end(), {0, t, 1});
-  auto row = whole<TypeParam>({1, 97, 8}, 1);
-  auto row_y = whole<TypeParam>({1, 97, 8}, 2);
-  auto gates = whole<TypeParam>({97, 8}, 3);
-  const std::string text =
-      error_of([&] { span_gate_add(row.upload(), row_y.upload(), gates.upload(), flashu::spans(many)); });
-  EXPECT_NE(text.find("spans: expected at most 96 spans in a row on CUDA, got 97"), std::string::npos)
-      << text;
+TYPED_TEST(DeviceNorm, GatedAndPlainResidual) {
+  for (const int64_t width : {int64_t{5}, int64_t{64}, int64_t{640}}) {
+    for (const bool gated : {false, true}) {
+      const auto residual = normal<TypeParam>({3, 5, width}, 1, 8);
+      const auto y = normal<TypeParam>({3, 5, width}, 7, 8);
+      const auto gate = normal<TypeParam>({3, width}, 4, 16);
+      auto expected = residual;
+      gate_add(expected, y, gated ? flashu_tensor(gate) : flashu_tensor{});
+      this->under_every_schedule([&] {
+        auto sum = residual;
+        auto more = y;
+        auto g = gate;
+        gate_add(sum.upload(), more.upload(), gated ? g.upload() : flashu_tensor{});
+        device_synchronize();
+        expect_near(sum.download(), expected, gated ? 1 : 0);
+      });
+    }
+  }
 }
 
 }  // namespace

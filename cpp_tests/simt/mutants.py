@@ -58,7 +58,10 @@ MUTANTS = [
            "if (!inside || at >= a.width) continue;", "if (!inside || at > a.width) continue;", NORM),
     Mutant("norm: rows past the end", "csrc/cuda/norm.cu", "const bool inside = row < a.rows;",
            "const bool inside = row <= a.rows;", NORM),
-    Mutant("norm: span one token too long", "csrc/cuda/norm.cu", "token < s.end", "token <= s.end", NORM),
+    Mutant("norm: every batch is shifted as the first one is", "csrc/cuda/norm.cu", "load_vector(a.shift + batch * a.shift_stride + at)",
+           "load_vector(a.shift + at)", NORM),
+    Mutant("norm: every batch has the gate of the first one", "csrc/cuda/norm.cu", "load_vector(a.gate + batch * a.gate_stride + at)",
+           "load_vector(a.gate + at)", NORM),
     Mutant("norm: the norm of the sum before it is rounded", "csrc/cuda/norm.cu",
            "      piece[v] = widen<T>(stored);\n", "", NORM),
     # ---- rotary

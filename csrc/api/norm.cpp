@@ -5,7 +5,6 @@
 
 #include "api/dispatch.hpp"
 #include "core/rows.hpp"
-#include "core/spans.hpp"
 #include "cpu/norm.hpp"
 #include "cuda/norm.hpp"
 
@@ -24,18 +23,56 @@ void check_weight(const flashu_tensor& weight, const char* name, const flashu_te
   core::check_size("weight", weight, 0, x.sizes[x.ndim - 1]);
 }
 
+void check_modulation(const char* name, const flashu_tensor& tensor, const char* other_name,
+                      const flashu_tensor& other) {
+  core::check_rank(name, tensor, 2);
+  core::check_same_dtype(name, tensor, other_name, other);
+  core::check_size(name, tensor, 0, other.sizes[0]);
+  core::check_size(name, tensor, 1, other.sizes[2]);
+  core::check_inner_contiguous(name, tensor);
+}
+
+// Modulated rows know their batch, so nothing is folded and all strides but the last are free.
+void check_norm_rows(const char* name, const flashu_tensor& tensor, bool modulated) {
+  if (!modulated) {
+    core::as_rows(name, tensor);
+    return;
+  }
+  core::check_rank(name, tensor, 3);
+  core::check_inner_contiguous(name, tensor);
+}
+
+void check_rms_norm_shapes(const flashu_rms_norm_args& args, bool modulated) {
+  core::check_floating("x", args.x);
+  check_norm_rows("x", args.x, modulated);
+  check_weight(args.weight, "x", args.x);
+  if (modulated) {
+    check_modulation("shift", args.shift, "x", args.x);
+    check_modulation("scale", args.scale, "x", args.x);
+  }
+  core::check_like("out", args.out, "x", args.x);
+  check_norm_rows("out", args.out, modulated);
+}
+
 void rms_norm(const flashu_rms_norm_args& args) {
+  const bool modulated = core::present(args.shift);
+  FLASHU_CHECK(modulated == core::present(args.scale), FLASHU_INVALID_VALUE, modulated ? "scale" : "shift",
+               ": expected a tensor, because ", modulated ? "shift" : "scale", " is given, got none");
   core::check_tensor("x", args.x);
   core::check_tensor("weight", args.weight);
+  if (modulated) core::check_tensor("shift", args.shift);
+  if (modulated) core::check_tensor("scale", args.scale);
   core::check_tensor("out", args.out);
-  core::check_device({{"x", &args.x}, {"weight", &args.weight}, {"out", &args.out}});
-  core::check_floating("x", args.x);
-  core::as_rows("x", args.x);
-  check_weight(args.weight, "x", args.x);
-  core::check_like("out", args.out, "x", args.x);
-  core::as_rows("out", args.out);
+  core::check_device({{"x", &args.x},
+                      {"weight", &args.weight},
+                      {"shift", &args.shift},
+                      {"scale", &args.scale},
+                      {"out", &args.out}});
+  check_rms_norm_shapes(args, modulated);
   check_eps(args.eps);
-  core::check_output("out", args.out, {{"x", &args.x}, {"weight", &args.weight}});
+  core::check_output(
+      "out", args.out,
+      {{"x", &args.x}, {"weight", &args.weight}, {"shift", &args.shift}, {"scale", &args.scale}});
   if (core::numel(args.x) == 0) return;
   run_on(args.x.device, [&] { cpu::rms_norm(args); }, [&] { cuda::rms_norm(args); });
 }
@@ -57,58 +94,21 @@ void add_rms_norm(const flashu_add_rms_norm_args& args) {
   run_on(args.x.device, [&] { cpu::add_rms_norm(args); }, [&] { cuda::add_rms_norm(args); });
 }
 
-void check_modulation(const char* name, const flashu_tensor& tensor, int64_t spans, const char* other_name,
-                      const flashu_tensor& other) {
-  core::check_rank(name, tensor, 2);
-  core::check_same_dtype(name, tensor, other_name, other);
-  core::check_size(name, tensor, 0, spans);
-  core::check_size(name, tensor, 1, other.sizes[2]);
-  core::check_inner_contiguous(name, tensor);
-}
-
-void span_modulate(const flashu_span_modulate_args& args) {
-  core::check_tensor("x", args.x);
-  core::check_tensor("weight", args.weight);
-  core::check_tensor("shift", args.shift);
-  core::check_tensor("scale", args.scale);
-  core::check_tensor("out", args.out);
-  core::check_device({{"x", &args.x},
-                      {"weight", &args.weight},
-                      {"shift", &args.shift},
-                      {"scale", &args.scale},
-                      {"out", &args.out}});
-  core::check_floating("x", args.x);
-  core::check_rank("x", args.x, 3);
-  core::check_inner_contiguous("x", args.x);
-  check_weight(args.weight, "x", args.x);
-  check_modulation("shift", args.shift, args.spans.num_spans, "x", args.x);
-  check_modulation("scale", args.scale, args.spans.num_spans, "x", args.x);
-  core::check_like("out", args.out, "x", args.x);
-  core::check_inner_contiguous("out", args.out);
-  check_eps(args.eps);
-  core::check_output(
-      "out", args.out,
-      {{"x", &args.x}, {"weight", &args.weight}, {"shift", &args.shift}, {"scale", &args.scale}});
-  core::check_spans(args.spans, args.x.sizes[0], args.x.sizes[1]);
-  if (core::numel(args.x) == 0) return;
-  run_on(args.x.device, [&] { cpu::span_modulate(args); }, [&] { cuda::span_modulate(args); });
-}
-
-void span_gate_add(const flashu_span_gate_add_args& args) {
+void gate_add(const flashu_gate_add_args& args) {
+  const bool gated = core::present(args.gate);
   core::check_tensor("residual", args.residual);
   core::check_tensor("y", args.y);
-  core::check_tensor("gate", args.gate);
+  if (gated) core::check_tensor("gate", args.gate);
   core::check_device({{"residual", &args.residual}, {"y", &args.y}, {"gate", &args.gate}});
   core::check_floating("residual", args.residual);
   core::check_rank("residual", args.residual, 3);
   core::check_inner_contiguous("residual", args.residual);
   core::check_like("y", args.y, "residual", args.residual);
   core::check_inner_contiguous("y", args.y);
-  check_modulation("gate", args.gate, args.spans.num_spans, "residual", args.residual);
+  if (gated) check_modulation("gate", args.gate, "residual", args.residual);
   core::check_output("residual", args.residual, {{"y", &args.y}, {"gate", &args.gate}});
-  core::check_spans(args.spans, args.residual.sizes[0], args.residual.sizes[1]);
   if (core::numel(args.residual) == 0) return;
-  run_on(args.residual.device, [&] { cpu::span_gate_add(args); }, [&] { cuda::span_gate_add(args); });
+  run_on(args.residual.device, [&] { cpu::gate_add(args); }, [&] { cuda::gate_add(args); });
 }
 
 // A weight of the heads' norm, which is optional.
@@ -232,14 +232,9 @@ int32_t flashu_add_rms_norm(const flashu_add_rms_norm_args* args) {
   return core::guarded("add_rms_norm_", [&] { api::add_rms_norm(core::read_args(args)); });
 }
 
-int32_t flashu_span_modulate(const flashu_span_modulate_args* args) {
+int32_t flashu_gate_add(const flashu_gate_add_args* args) {
   using namespace flashu;
-  return core::guarded("span_modulate", [&] { api::span_modulate(core::read_args(args)); });
-}
-
-int32_t flashu_span_gate_add(const flashu_span_gate_add_args* args) {
-  using namespace flashu;
-  return core::guarded("span_gate_add_", [&] { api::span_gate_add(core::read_args(args)); });
+  return core::guarded("gate_add_", [&] { api::gate_add(core::read_args(args)); });
 }
 
 int32_t flashu_rotary_cache(const flashu_rotary_cache_args* args) {

@@ -56,8 +56,7 @@ int32_t guarded(const char* op, Body&& body) noexcept {
   }
 }
 
-// The caller's argument struct. A larger struct_size comes from a newer header and is refused, because this
-// library would silently ignore the new fields; so is a smaller one.
+// The caller's argument struct, of this very version: the rule of struct_size is in flashu.h.
 template <class Args>
 const Args& read_args(const Args* args) {
   FLASHU_CHECK(args != nullptr, FLASHU_INVALID_VALUE, "args: expected a pointer, got NULL");
@@ -74,8 +73,7 @@ std::string shape_text(const flashu_tensor& tensor);
 
 int64_t numel(const flashu_tensor& tensor);
 
-// An optional tensor was given. An empty tensor may have data == NULL, so the rank decides: absent is all
-// zero.
+// An optional tensor was given: the rule of absent tensors is in flashu.h.
 bool present(const flashu_tensor& tensor);
 
 // Each of these throws Failure with "name: expected ..., got ...".

@@ -7,7 +7,6 @@
 
 #include "core/parallel.hpp"
 #include "core/rows.hpp"
-#include "core/spans.hpp"
 #include "cpu/norm_kernels.hpp"
 #include "cpu/op_support.hpp"
 
@@ -45,9 +44,41 @@ const T* table_row(const flashu_tensor& table, int64_t row, int64_t token) {
   return pointer<T>(table) + (table.sizes[0] > 1 ? row * table.strides[0] : 0) + token * table.strides[1];
 }
 
+// A row of [batches, tokens, width].
+template <class T>
+T* row_of(const flashu_tensor& tensor, int64_t batch, int64_t token) {
+  return pointer<T>(tensor) + batch * tensor.strides[0] + token * tensor.strides[1];
+}
+
+// Calls body(batch, token) for every row of [batches, tokens, width], split over threads.
+template <class Body>
+void for_rows(const flashu_tensor& tensor, const Body& body) {
+  const int64_t tokens = tensor.sizes[1];
+  core::parallel_for(0, tensor.sizes[0] * tokens, row_grain(tensor.sizes[2]),
+                     [&](int64_t first, int64_t last) {
+                       for (int64_t i = first; i < last; ++i) body(i / tokens, i % tokens);
+                     });
+}
+
+void modulated_norm(const flashu_rms_norm_args& args) {
+  const int64_t width = args.x.sizes[2];
+  with_type(args.x.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const NormKernels<T>& k = kernels<T>();
+    for_rows(args.x, [&](int64_t batch, int64_t token) {
+      const T* x = row_of<T>(args.x, batch, token);
+      const double inverse = inverse_rms(k.sum_squares(x, width), width, args.eps);
+      k.modulate(row_of<T>(args.out, batch, token), x, pointer<T>(args.weight),
+                 pointer<T>(args.shift) + batch * args.shift.strides[0],
+                 pointer<T>(args.scale) + batch * args.scale.strides[0], inverse, width);
+    });
+  });
+}
+
 }  // namespace
 
 void rms_norm(const flashu_rms_norm_args& args) {
+  if (core::present(args.shift)) return modulated_norm(args);
   const core::Rows x = core::as_rows("x", args.x);
   const core::Rows out = core::as_rows("out", args.out);
   with_type(args.x.dtype, [&](auto tag) {
@@ -80,56 +111,21 @@ void add_rms_norm(const flashu_add_rms_norm_args& args) {
   });
 }
 
-void span_modulate(const flashu_span_modulate_args& args) {
-  const int64_t tokens = args.x.sizes[1];
-  const int64_t width = args.x.sizes[2];
-  const std::vector<int32_t> span = core::span_map(args.spans, args.x.sizes[0], tokens);
-  with_type(args.x.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const NormKernels<T>& k = kernels<T>();
-    core::parallel_for(
-        0, static_cast<int64_t>(span.size()), row_grain(width), [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            const int64_t row = i / tokens;
-            const int64_t token = i % tokens;
-            const T* x = pointer<T>(args.x) + row * args.x.strides[0] + token * args.x.strides[1];
-            T* out = pointer<T>(args.out) + row * args.out.strides[0] + token * args.out.strides[1];
-            const double inverse = inverse_rms(k.sum_squares(x, width), width, args.eps);
-            const int64_t s = span[static_cast<size_t>(i)];
-            if (s < 0) {
-              k.scale(out, x, pointer<T>(args.weight), inverse, width);
-            } else {
-              k.modulate(out, x, pointer<T>(args.weight), pointer<T>(args.shift) + s * args.shift.strides[0],
-                         pointer<T>(args.scale) + s * args.scale.strides[0], inverse, width);
-            }
-          }
-        });
-  });
-}
-
-void span_gate_add(const flashu_span_gate_add_args& args) {
-  const int64_t tokens = args.residual.sizes[1];
+void gate_add(const flashu_gate_add_args& args) {
   const int64_t width = args.residual.sizes[2];
-  const std::vector<int32_t> span = core::span_map(args.spans, args.residual.sizes[0], tokens);
+  const bool gated = core::present(args.gate);
   with_type(args.residual.dtype, [&](auto tag) {
     using T = decltype(tag);
     const NormKernels<T>& k = kernels<T>();
-    core::parallel_for(
-        0, static_cast<int64_t>(span.size()), row_grain(width), [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) {
-            const int64_t row = i / tokens;
-            const int64_t token = i % tokens;
-            T* residual =
-                pointer<T>(args.residual) + row * args.residual.strides[0] + token * args.residual.strides[1];
-            const T* y = pointer<T>(args.y) + row * args.y.strides[0] + token * args.y.strides[1];
-            const int64_t s = span[static_cast<size_t>(i)];
-            if (s < 0) {
-              k.add(residual, y, width);
-            } else {
-              k.gate_add(residual, y, pointer<T>(args.gate) + s * args.gate.strides[0], width);
-            }
-          }
-        });
+    for_rows(args.residual, [&](int64_t batch, int64_t token) {
+      T* residual = row_of<T>(args.residual, batch, token);
+      const T* y = row_of<T>(args.y, batch, token);
+      if (gated) {
+        k.gate_add(residual, y, pointer<T>(args.gate) + batch * args.gate.strides[0], width);
+      } else {
+        k.add(residual, y, width);
+      }
+    });
   });
 }
 

@@ -20,8 +20,9 @@ struct NormKernels {
   // out[j] = x[j] * inverse * weight[j] * (1 + scale[j]) + shift[j]
   void (*modulate)(T* out, const T* x, const T* weight, const T* shift, const T* scale, double inverse,
                    int64_t n);
-  // residual[j] += y[j], or gate[j] * y[j] where gate is given
+  // residual[j] += y[j]
   void (*add)(T* residual, const T* y, int64_t n);
+  // residual[j] += gate[j] * y[j]
   void (*gate_add)(T* residual, const T* y, const T* gate, int64_t n);
   // out[j] = x[j] * cos[j] - x[j + half] * sin[j]; out[j + half] = x[j + half] * cos[j + half] + x[j] * sin[j
   // + half]

@@ -7,8 +7,7 @@ namespace flashu::cuda {
 
 void rms_norm(const flashu_rms_norm_args& args);
 void add_rms_norm(const flashu_add_rms_norm_args& args);
-void span_modulate(const flashu_span_modulate_args& args);
-void span_gate_add(const flashu_span_gate_add_args& args);
+void gate_add(const flashu_gate_add_args& args);
 void rotary_cache(const flashu_rotary_cache_args& args);
 
 }  // namespace flashu::cuda

@@ -6,27 +6,25 @@
 namespace flashu::torch_ops {
 namespace {
 
-// Flat (row, offset, length) triples; the C API checks what they say.
-flashu_spans view_spans(const char* op, const std::vector<int64_t>& spans) {
-  STD_TORCH_CHECK(spans.size() % 3 == 0, "flashu value error: ", op,
-                  ": spans: expected (row, offset, length) triples, got ", spans.size(), " numbers");
-  return {static_cast<int64_t>(spans.size() / 3), spans.data()};
-}
-
-Tensor rms_norm_out(const Tensor& x, const Tensor& weight, double eps, const Tensor& out) {
+Tensor rms_norm_out(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& shift,
+                    const std::optional<Tensor>& scale, const Tensor& out) {
   const char* op = "rms_norm";
-  const Tensor rows = foldable(x);
+  // Modulated rows keep their dimensions: their batch tells which row of shift and scale is theirs.
+  const Tensor rows = shift.has_value() ? x : foldable(x);
   auto args = make_args<flashu_rms_norm_args>(x);
   args.x = view(op, "x", rows);
   args.weight = view(op, "weight", weight);
+  args.shift = view(op, "shift", shift);
+  args.scale = view(op, "scale", scale);
   args.eps = eps;
   args.out = view(op, "out", out);
   check_status(flashu_rms_norm(&args));
   return out;
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  return rms_norm_out(x, weight, eps, new_empty(x, sizes_of(x)));
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& shift,
+                const std::optional<Tensor>& scale) {
+  return rms_norm_out(x, weight, eps, shift, scale, new_empty(x, sizes_of(x)));
 }
 
 void add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
@@ -39,34 +37,13 @@ void add_rms_norm_(const Tensor& x, const Tensor& residual, const Tensor& weight
   check_status(flashu_add_rms_norm(&args));
 }
 
-Tensor span_modulate_out(const Tensor& x, const Tensor& weight, const Tensor& shift, const Tensor& scale,
-                         std::vector<int64_t> spans, double eps, const Tensor& out) {
-  const char* op = "span_modulate";
-  auto args = make_args<flashu_span_modulate_args>(x);
-  args.x = view(op, "x", x);
-  args.weight = view(op, "weight", weight);
-  args.shift = view(op, "shift", shift);
-  args.scale = view(op, "scale", scale);
-  args.spans = view_spans(op, spans);
-  args.eps = eps;
-  args.out = view(op, "out", out);
-  check_status(flashu_span_modulate(&args));
-  return out;
-}
-
-Tensor span_modulate(const Tensor& x, const Tensor& weight, const Tensor& shift, const Tensor& scale,
-                     std::vector<int64_t> spans, double eps) {
-  return span_modulate_out(x, weight, shift, scale, std::move(spans), eps, new_empty(x, sizes_of(x)));
-}
-
-void span_gate_add_(const Tensor& residual, const Tensor& y, const Tensor& gate, std::vector<int64_t> spans) {
-  const char* op = "span_gate_add_";
-  auto args = make_args<flashu_span_gate_add_args>(residual);
+void gate_add_(const Tensor& residual, const Tensor& y, const std::optional<Tensor>& gate) {
+  const char* op = "gate_add_";
+  auto args = make_args<flashu_gate_add_args>(residual);
   args.residual = view(op, "residual", residual);
   args.y = view(op, "y", y);
   args.gate = view(op, "gate", gate);
-  args.spans = view_spans(op, spans);
-  check_status(flashu_span_gate_add(&args));
+  check_status(flashu_gate_add(&args));
 }
 
 Tensor rotary_cache_out(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cos,
@@ -110,9 +87,7 @@ void register_norm(Library& m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm.out", TORCH_BOX(&rms_norm_out));
   m.impl("add_rms_norm_", TORCH_BOX(&add_rms_norm_));
-  m.impl("span_modulate", TORCH_BOX(&span_modulate));
-  m.impl("span_modulate.out", TORCH_BOX(&span_modulate_out));
-  m.impl("span_gate_add_", TORCH_BOX(&span_gate_add_));
+  m.impl("gate_add_", TORCH_BOX(&gate_add_));
   m.impl("rotary_cache_", TORCH_BOX(&rotary_cache_));
   m.impl("rotary_cache_.out", TORCH_BOX(&rotary_cache_out));
 }

@@ -1,5 +1,5 @@
 // Every op's schema, in one list. Implementations are registered beside their adapters (one file per family);
-// fake kernels and autograd guards are in Python (flashu_ext/ops.py).
+// fake kernels and autograd guards are in Python (flashu_ext/ops).
 #include "torch/common.hpp"
 
 STABLE_TORCH_LIBRARY(flashu, m) {
@@ -48,16 +48,13 @@ STABLE_TORCH_LIBRARY(flashu, m) {
   m.def("scatter_rows_(Tensor(a!) rows, Tensor index, Tensor moved) -> ()");
   m.def("scatter_add_rows_(Tensor(a!) rows, Tensor index, Tensor moved) -> ()");
 
-  // norm: spans is flat (row, offset, length) triples
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("rms_norm.out(Tensor x, Tensor weight, float eps, *, Tensor(a!) out) -> Tensor(a!)");
-  m.def("add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
+  // norm
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor? shift=None, Tensor? scale=None) -> Tensor");
   m.def(
-      "span_modulate(Tensor x, Tensor weight, Tensor shift, Tensor scale, int[] spans, float eps) -> Tensor");
-  m.def(
-      "span_modulate.out(Tensor x, Tensor weight, Tensor shift, Tensor scale, int[] spans, float eps, *, "
+      "rms_norm.out(Tensor x, Tensor weight, float eps, Tensor? shift=None, Tensor? scale=None, *, "
       "Tensor(a!) out) -> Tensor(a!)");
-  m.def("span_gate_add_(Tensor(a!) residual, Tensor y, Tensor gate, int[] spans) -> ()");
+  m.def("add_rms_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, float eps) -> ()");
+  m.def("gate_add_(Tensor(a!) residual, Tensor y, Tensor? gate=None) -> ()");
   m.def(
       "rotary_cache_(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor? start=None, Tensor? query_norm=None, Tensor? key_norm=None, "

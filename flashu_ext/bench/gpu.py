@@ -272,7 +272,6 @@ def _row_lines(settings: Settings, result: Result) -> str:
 
     x, y, weight = randn(2, tokens // 2, 2048), randn(2, tokens // 2, 2048), randn(2048)
     shift, scale = randn(2, 2048), randn(2, 2048)
-    spans = [0, 0, tokens // 2, 1, 0, tokens // 2]
     heads = randn(2, tokens // 2, 12, 128), randn(2, tokens // 2, 2, 128), randn(2, tokens // 2, 2, 128)
     tables = randn(1, tokens // 2, 128), randn(1, tokens // 2, 128)
     caches = (randn(2, 2, tokens, 128).transpose(1, 2), randn(2, 2, tokens, 128).transpose(1, 2))
@@ -290,8 +289,8 @@ def _row_lines(settings: Settings, result: Result) -> str:
     calls: dict[str, tuple[tuple[Any, ...], float]] = {
         "rms_norm": ((x, weight, 1e-6), 2 * moved),
         "add_rms_norm_": ((x.clone(), y.clone(), weight, 1e-6), 4 * moved),
-        "span_modulate": ((x, weight, shift, scale, spans, 1e-6), 2 * moved),
-        "span_gate_add_": ((x.clone(), y, scale, spans), 3 * moved),
+        "rms_norm modulated": ((x, weight, 1e-6, shift, scale), 2 * moved),
+        "gate_add_": ((x.clone(), y, scale), 3 * moved),
         "rotary_cache_": ((*heads, *tables, *caches), 2.0 * 2 * sum(t.numel() for t in heads)),
         "cosine_importance": ((x, y, "mean"), 2 * moved),
         "value_norms": ((values,), 2.0 * values.numel()),
@@ -303,7 +302,8 @@ def _row_lines(settings: Settings, result: Result) -> str:
         "taylor_predict": ((state, 2.0, 3), 2.0 * (state.numel() + state[0].numel())),
     }
     for name, (arguments, bytes_) in calls.items():
-        ours, theirs = getattr(ops, name), getattr(reference, name)
+        op = name.split()[0]
+        ours, theirs = getattr(ops, op), getattr(reference, op)
         compiled = torch.compile(theirs) if device.type == "cuda" else theirs
 
         def call(function: Callable[..., Any], arguments: tuple[Any, ...] = arguments) -> Callable[[], Any]:

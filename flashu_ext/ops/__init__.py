@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .ffn import gathered_down, gathered_ffn, gathered_swiglu, neuron_norms_
-    from .norm import add_rms_norm_, rms_norm, rotary_cache_, span_gate_add_, span_modulate
+    from .norm import add_rms_norm_, gate_add_, rms_norm, rotary_cache_
     from .routing import (
         cosine_importance,
         gather_rows,
@@ -27,6 +27,7 @@ __all__ = [
     "add_rms_norm_",
     "cosine_importance",
     "feature_delta",
+    "gate_add_",
     "gather_rows",
     "gathered_down",
     "gathered_ffn",
@@ -39,8 +40,6 @@ __all__ = [
     "scatter_rows_",
     "select_threshold",
     "select_topk",
-    "span_gate_add_",
-    "span_modulate",
     "taylor_predict",
     "taylor_update_",
     "value_norms",

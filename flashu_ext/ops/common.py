@@ -49,7 +49,7 @@ def call_into(packet: Any, *args: Any, out: Tensor | None, **kwargs: Any) -> Ten
 
 
 def flatten(name: str, numbers: Iterable[Any], group: int) -> list[int]:
-    """Runs or spans as the flat list that the ops take: given flat, or as tuples of `group` numbers.
+    """Runs as the flat list that the ops take: given flat, or as tuples of `group` numbers.
 
     Raises:
         ValueError: a tuple has another length. TypeError: an entry is neither an integer nor such a tuple.

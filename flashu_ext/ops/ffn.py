@@ -120,7 +120,9 @@ def gathered_ffn(
 
 @capability()
 def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
-    """acc[j] += sum over all rows of h[..., j]^2, summed in fp64; the running statistic of Wanda-style scores.
+    """acc[j] += sum over all rows of h[..., j]^2; the running statistic of Wanda-style scores.
+
+    Summed in fp64 on the CPU; on CUDA devices in fp32 over 16 rows at a time, and these sums in fp64.
 
     Args:
         acc: [n] fp32 or fp64, updated in place.

@@ -21,7 +21,7 @@ __all__ = ["FAMILIES", "KernelSet", "resolve"]
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "ffn": ("gathered_ffn",),
     "routing": ("cosine_importance", "value_norms", "select_topk", "gather_rows", "scatter_rows_"),
-    "norm": ("rms_norm", "add_rms_norm_", "span_modulate", "span_gate_add_", "rotary_cache_"),
+    "norm": ("rms_norm", "add_rms_norm_", "gate_add_", "rotary_cache_"),
     "step": ("guided_euler_step_", "feature_delta", "taylor_update_", "taylor_predict"),
 }
 """Op names by family; FlashUConfig has one switch per family."""
@@ -43,8 +43,7 @@ class KernelSet:
     scatter_rows_: Callable[..., Any]
     rms_norm: Callable[..., Any]
     add_rms_norm_: Callable[..., Any]
-    span_modulate: Callable[..., Any]
-    span_gate_add_: Callable[..., Any]
+    gate_add_: Callable[..., Any]
     rotary_cache_: Callable[..., Any]
     guided_euler_step_: Callable[..., Any]
     feature_delta: Callable[..., Any]

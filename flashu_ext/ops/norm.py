@@ -1,21 +1,15 @@
-"""RMSNorm: plain, with the residual added, and modulated by adaLN on spans of tokens; the gated residual; and rotary
-position embedding on the way into a key-value cache.
+"""RMSNorm: plain, modulated by adaLN, and with the residual added; the gated residual; and rotary position embedding on
+the way into a key-value cache.
 
-Storage is fp32, bf16 or fp16, one dtype for all tensors of a call. Statistics are summed in fp64, products are taken one
-step wider than the storage (fp64 for fp32, else fp32) and rounded once. Last dimensions are contiguous, other strides
-are free. Every row is computed by itself in one fixed order.
+Storage is fp32, bf16 or fp16, one dtype for all tensors of a call; results are rounded to it once. On the CPU statistics
+are summed in fp64 and products taken one step wider than the storage (fp64 for fp32, else fp32); on CUDA devices both
+are fp32. Last dimensions are contiguous, other strides are free. Every row is computed by itself in one fixed order.
 
-`spans` is a list of (row, offset, length) triples, or the same numbers flat, over [rows, tokens, width]; spans are
-disjoint, and span s uses row s of shift, scale and gate. Tokens outside every span are not modulated.
-
-Errors: ValueError for shapes, strides, aliasing, devices and eps, TypeError for dtypes, IndexError for spans.
+Errors: ValueError for shapes, strides, aliasing, devices and eps, TypeError for dtypes.
 Source: Qwen2's RMSNorm and rotary embedding; the adaLN modulation of Show-o2's diffusion head (`modulate`, `gate`).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +20,6 @@ from .common import (
     capability,
     fake,
     fake_out,
-    flatten,
     refuse_backward,
     refuse_backward_from,
 )
@@ -35,16 +28,26 @@ _ops = torch.ops.flashu
 
 
 @capability()
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps) per row.
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) per row; with shift and scale that * (1 + scale[b]) + shift[b] in batch b.
 
     Args:
-        x: [..., width]. weight: [width]. out: as x, shares no memory with the inputs.
+        x: [..., width]; with shift and scale [batches, tokens, width]. weight: [width].
+        shift, scale: [batches, width], both or neither.
+        out: as x, shares no memory with the inputs.
 
     Returns:
         [..., width] in x's dtype.
     """
-    return call_into(_ops.rms_norm, x, weight, eps, out=out)
+    return call_into(_ops.rms_norm, x, weight, eps, shift, scale, out=out)
 
 
 @capability()
@@ -62,39 +65,16 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Te
 
 
 @capability()
-def span_modulate(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    spans: Sequence[Any],
-    eps: float = 1e-6,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """rms_norm(x) * (1 + scale[s]) + shift[s] inside span s, rms_norm(x) elsewhere.
+def gate_add_(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """residual += gate[b] * y in batch b, or residual += y without a gate: in place.
 
     Args:
-        x: [rows, tokens, width]. weight: [width]. shift, scale: [spans, width].
-        out: as x, shares no memory with the inputs.
-
-    Returns:
-        [rows, tokens, width] in x's dtype.
-    """
-    return call_into(_ops.span_modulate, x, weight, shift, scale, flatten("spans", spans, 3), eps, out=out)
-
-
-@capability()
-def span_gate_add_(residual: Tensor, y: Tensor, gate: Tensor, spans: Sequence[Any]) -> Tensor:
-    """residual += gate[s] * y inside span s, residual += y elsewhere, in place.
-
-    Args:
-        residual: [rows, tokens, width]. y: as residual. gate: [spans, width].
+        residual: [batches, tokens, width]. y: as residual. gate: [batches, width].
 
     Returns:
         residual.
     """
-    call(_ops.span_gate_add_.default, residual, y, gate, flatten("spans", spans, 3))
+    call(_ops.gate_add_.default, residual, y, gate)
     return residual
 
 
@@ -137,7 +117,9 @@ def rotary_cache_(
 
 
 @fake("rms_norm")
-def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm_fake(
+    x: Tensor, weight: Tensor, eps: float, shift: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -146,15 +128,8 @@ def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     return None
 
 
-@fake("span_modulate")
-def _span_modulate_fake(
-    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, spans: Sequence[int], eps: float
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@fake("span_gate_add_")
-def _span_gate_add_fake(residual: Tensor, y: Tensor, gate: Tensor, spans: Sequence[int]) -> None:
+@fake("gate_add_")
+def _gate_add_fake(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> None:
     return None
 
 
@@ -177,6 +152,4 @@ def _rotary_cache_fake(
 
 fake_out("rms_norm", _rms_norm_fake)
 fake_out("rotary_cache_", _rotary_cache_fake)
-fake_out("span_modulate", _span_modulate_fake)
-for _name in ("rms_norm", "span_modulate"):
-    refuse_backward(_name)
+refuse_backward("rms_norm")

@@ -17,6 +17,7 @@ __all__ = [
     "add_rms_norm_",
     "cosine_importance",
     "feature_delta",
+    "gate_add_",
     "gather_rows",
     "gathered_down",
     "gathered_ffn",
@@ -29,8 +30,6 @@ __all__ = [
     "scatter_rows_",
     "select_threshold",
     "select_topk",
-    "span_gate_add_",
-    "span_modulate",
     "taylor_predict",
     "taylor_update_",
     "value_norms",
@@ -187,9 +186,20 @@ def _sequences(rows: Tensor, index: Tensor, moved: Tensor) -> list[tuple[Tensor,
 # ---- norm
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
     """See `flashu_ext.ops.rms_norm`."""
-    return _into(out, _normed(x, weight, eps).to(x.dtype))
+    normed = _normed(x, weight, eps)
+    if shift is not None and scale is not None:
+        normed = normed * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]
+    return _into(out, normed.to(x.dtype))
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -203,29 +213,9 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Te
     return x.copy_(_normed(residual, weight, eps))
 
 
-def span_modulate(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    spans: Sequence[Any],
-    eps: float = 1e-6,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """See `flashu_ext.ops.span_modulate`."""
-    normed = _normed(x, weight, eps)
-    for s, (row, offset, length) in enumerate(_groups(spans, 3)):
-        inside = normed[row, offset : offset + length]
-        normed[row, offset : offset + length] = inside * (1 + _wide(scale[s])) + _wide(shift[s])
-    return _into(out, normed.to(x.dtype))
-
-
-def span_gate_add_(residual: Tensor, y: Tensor, gate: Tensor, spans: Sequence[Any]) -> Tensor:
-    """See `flashu_ext.ops.span_gate_add_`."""
-    gated = _wide(y).clone()
-    for s, (row, offset, length) in enumerate(_groups(spans, 3)):
-        gated[row, offset : offset + length] *= _wide(gate[s])
+def gate_add_(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
+    """See `flashu_ext.ops.gate_add_`."""
+    gated = _wide(y) if gate is None else _wide(y) * _wide(gate)[:, None]
     return residual.copy_(_wide(residual) + gated)
 
 

@@ -1,10 +1,11 @@
 """Routing: scores of tokens and layers, selections that keep the order, and moving the selected rows.
 
-Scores are summed in fp64 and stored in fp32. Selections give int64 indices and int32 counts. In row moves an index of
--1 is padding: it reads zeros and writes nothing.
+Scores are stored in fp32, and summed in fp64 on the CPU; on CUDA devices in fp32, their mean over tokens in fp64.
+Selections give int64 indices and int32 counts. In row moves an index of -1 is padding: it reads zeros and writes nothing.
 
 Errors: ValueError for shapes, strides, aliasing, devices, NaN scores and k, TypeError for dtypes, IndexError for
-indices out of range.
+indices out of range. What would have to be read back from a CUDA device is not checked there: NaN counts as smaller
+than every number and passes no threshold, an index out of range counts as padding.
 Source: dynamic layer skipping and value-norm token pruning of FlashU (arXiv 2603.15271).
 """
 

@@ -1,6 +1,7 @@
 """The denoising step: guided Euler update, how far features moved, and extrapolating cached features.
 
-Storage is fp32, bf16 or fp16; arithmetic is fp32 (sums of feature_delta fp64), rounded once on storing.
+Storage is fp32, bf16 or fp16; arithmetic is fp32, rounded once on storing. feature_delta sums in fp64 on the CPU; on
+CUDA devices in fp32 within a block, and the blocks' sums in fp64.
 
 Errors: ValueError for shapes, strides, aliasing and devices, TypeError for dtypes, IndexError for the step.
 Source: Show-o2's Euler sampler and unpatchify; the cached head of FlashU (arXiv 2603.15271), extrapolated as TaylorSeer

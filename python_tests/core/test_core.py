@@ -47,7 +47,7 @@ def test_tiles_are_explained():
 
 def test_build_facts():
     facts = _core.build_facts()
-    assert facts["abi_version"] == 1 and facts["cpu_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
+    assert facts["abi_version"] == 2 and facts["cpu_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 def test_info_tells_what_is_there():

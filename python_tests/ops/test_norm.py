@@ -1,4 +1,4 @@
-"""Norm family: accuracy by torch's own error, exact integers, containment of inf and NaN, spans."""
+"""Norm family: accuracy by torch's own error, exact integers, containment of inf and NaN, modulation and gates."""
 
 from __future__ import annotations
 
@@ -65,58 +65,74 @@ def test_zero_rows_and_denormals(dtype: torch.dtype):
 
 
 @st.composite
-def span_lists(draw: st.DrawFn) -> tuple[int, int, list[tuple[int, int, int]]]:
-    rows, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 12))
-    spans = []
-    for row in range(rows):
-        cuts = sorted(draw(st.sets(st.integers(0, tokens), max_size=4)))
-        spans += [(row, a, b - a) for a, b in zip(cuts[::2], cuts[1::2], strict=False)]
-    return rows, tokens, draw(st.permutations(spans))
+def batches(draw: st.DrawFn) -> tuple[int, int, int]:
+    """Sizes of [batches, tokens, width], empty ones too."""
+    return draw(st.integers(0, 4)), draw(st.integers(0, 12)), draw(st.integers(1, 33))
 
 
 @settings(deadline=None, max_examples=60)
-@given(span_lists(), st.integers(1, 33), st.sampled_from(DTYPES))
-def test_spans_of_every_shape(case: tuple[int, int, list[tuple[int, int, int]]], width: int, dtype: torch.dtype):
-    rows, tokens, spans = case
-    x, w = randn(1, rows, tokens, width, dtype=dtype), randn(2, width, dtype=dtype)
-    shift, scale, gate = (randn(seed, len(spans), width, dtype=dtype) for seed in (3, 4, 5))
-    wide = [t.double() for t in (x, w, shift, scale)]
-    truth = reference.span_modulate(*wide, spans, 1e-6)
-    assert_accurate(
-        ops.span_modulate(x, w, shift, scale, spans, 1e-6),
-        truth,
-        reference.span_modulate(x, w, shift, scale, spans, 1e-6),
-    )
-    y = randn(6, rows, tokens, width, dtype=dtype)
-    truth = reference.span_gate_add_(x.double(), y.double(), gate.double(), spans)
-    ours = ops.span_gate_add_(x.clone(), y, gate, [number for span in spans for number in span])
-    assert_accurate(ours, truth, reference.span_gate_add_(x.clone(), y, gate, spans))
+@given(batches(), st.sampled_from(DTYPES), st.integers(0, 2))
+def test_modulation_of_every_shape(shape: tuple[int, int, int], dtype: torch.dtype, first: int):
+    """`x` is a slice of more tokens, so that its batches do not follow one another."""
+    count, tokens, width = shape
+    x = randn(1, count, tokens + first, width, dtype=dtype)[:, first:]
+    w, (shift, scale) = randn(2, width, dtype=dtype), randn(3, count, 2 * width, dtype=dtype).chunk(2, dim=1)
+    inputs = (w, 1e-6, shift, scale)
+    truth = reference.rms_norm(x.double(), w.double(), 1e-6, shift.double(), scale.double())
+    assert_accurate(ops.rms_norm(x, *inputs), truth, reference.rms_norm(x, *inputs))
+
+
+@settings(deadline=None, max_examples=60)
+@given(batches(), st.sampled_from(DTYPES), st.booleans())
+def test_gates_of_every_shape(shape: tuple[int, int, int], dtype: torch.dtype, gated: bool):
+    count, tokens, width = shape
+    x, y = randn(1, *shape, dtype=dtype), randn(2, count, tokens + 1, width, dtype=dtype)[:, 1:]
+    gate = randn(3, count, 6 * width, dtype=dtype)[:, width : 2 * width] if gated else None
+    truth = x.double() + y.double() * (gate.double()[:, None] if gate is not None else 1)
+    ours = x.clone()
+    assert ops.gate_add_(ours, y, gate) is ours
+    assert_accurate(ours, truth, reference.gate_add_(x.clone(), y, gate))
+
+
+@every_dtype
+def test_the_modulation_of_an_unmodulated_row_changes_no_bit(dtype: torch.dtype):
+    x, w, y = randn(1, 2, 5, 40, dtype=dtype), randn(2, 40, dtype=dtype), randn(3, 2, 5, 40, dtype=dtype)
+    none = torch.zeros(2, 40, dtype=dtype)
+    assert torch.equal(ops.rms_norm(x, w, 1e-6, none, none.clone()), ops.rms_norm(x, w, 1e-6))
+    assert torch.equal(ops.gate_add_(x.clone(), y, none + 1), ops.gate_add_(x.clone(), y))
 
 
 @pytest.mark.parametrize(
-    ("spans", "error", "text"),
+    ("shift", "scale", "text"),
     [
-        ([0, 1], ValueError, "triples"),
-        ([(0, 1)], ValueError, "spans"),
-        (["a"], TypeError, "spans"),
-        ([0, 0, 8], IndexError, r"\[0, 7\)"),
-        ([2, 0, 1], IndexError, "rows in"),
-        ([0, -1, 2], IndexError, "tokens in"),
-        ([0, 6, 2**62], IndexError, "tokens in"),
-        ([0, 0, 3, 0, 2, 1], IndexError, "disjoint"),
+        ((2, 5), None, "scale: expected a tensor, because shift is given"),
+        (None, (2, 5), "shift: expected a tensor, because scale is given"),
+        ((3, 5), (2, 5), "shift: expected size 2 in dimension 0, got 3"),
+        ((2, 5), (1, 5), "scale: expected size 2 in dimension 0, got 1"),
+        ((2, 4), (2, 5), "shift: expected size 5 in dimension 1, got 4"),
+        ((2, 7, 5), (2, 5), "shift: expected 2 dimensions, got 3"),
     ],
     ids=str,
 )
-def test_bad_spans(spans: list, error: type[Exception], text: str):
-    count = max(1, len(spans) // 3)
+def test_bad_modulation(shift: tuple[int, ...] | None, scale: tuple[int, ...] | None, text: str):
     x, w = torch.randn(2, 7, 5), torch.ones(5)
-    modulation = torch.zeros(count, 5)
+    given = [None if shape is None else torch.zeros(shape) for shape in (shift, scale)]
+    with pytest.raises(ValueError, match=text):
+        ops.rms_norm(x, w, 1e-6, *given)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 4), (2, 7, 5), (5,)], ids=str)
+def test_a_bad_gate_is_named_and_nothing_is_written(shape: tuple[int, ...]):
+    x = torch.randn(2, 7, 5)
     before = x.clone()
-    with pytest.raises(error, match=text):
-        ops.span_modulate(x, w, modulation, modulation.clone(), spans)
-    with pytest.raises(error, match=text):
-        ops.span_gate_add_(x, x.clone(), modulation, spans)
+    with pytest.raises(ValueError, match="gate: expected"):
+        ops.gate_add_(x, x.clone(), torch.zeros(shape))
     assert torch.equal(x, before)
+
+
+def test_modulation_wants_to_know_the_batches():
+    with pytest.raises(ValueError, match="x: expected 3 dimensions, got 2"):
+        ops.rms_norm(torch.randn(14, 5), torch.ones(5), 1e-6, torch.zeros(2, 5), torch.zeros(2, 5))
 
 
 @pytest.mark.parametrize("eps", [-1.0, float("nan"), float("inf")])

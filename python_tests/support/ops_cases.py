@@ -21,12 +21,14 @@ class OpCase:
 
     Attributes:
         make: dtype -> arguments by name, in the order of the signature; fresh tensors at each call, same numbers.
+        option: tells an op's cases apart.
         inplace: tensors that it writes. fixed: tensors that have a dtype of their own. contiguous: tensors that must be.
         schema: arguments by name -> what the torch.ops overload takes, where that is not the same.
     """
 
     name: str
     make: Callable[[torch.dtype], dict[str, Any]]
+    option: str = ""
     inplace: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     contiguous: tuple[str, ...] = ()
@@ -45,7 +47,7 @@ class OpCase:
         return getattr(torch.ops.flashu, self.name).default
 
     def __repr__(self) -> str:
-        return self.name
+        return f"{self.name} {self.option}".rstrip()
 
 
 def _randn(seed: int, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -85,24 +87,19 @@ def _ffn(dtype: torch.dtype) -> dict[str, Any]:
     return {"x": _randn(1, 5, 24, dtype=dtype), **_ffn_weights(dtype), "runs": None, "index": index}
 
 
-def _spans(dtype: torch.dtype) -> dict[str, Any]:
+def _modulated(dtype: torch.dtype) -> dict[str, Any]:
     return {
         "x": _randn(1, 2, 7, 19, dtype=dtype),
         "weight": _randn(2, 19, dtype=dtype),
-        "shift": _randn(3, 3, 19, dtype=dtype),
-        "scale": _randn(4, 3, 19, dtype=dtype),
-        "spans": [0, 1, 4, 1, 0, 2, 1, 5, 2],
         "eps": 1e-6,
+        "shift": _randn(3, 2, 19, dtype=dtype),
+        "scale": _randn(4, 2, 19, dtype=dtype),
     }
 
 
-def _gate(dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "residual": _randn(1, 2, 7, 19, dtype=dtype),
-        "y": _randn(2, 2, 7, 19, dtype=dtype),
-        "gate": _randn(3, 3, 19, dtype=dtype),
-        "spans": [0, 1, 4, 1, 0, 2, 1, 5, 2],
-    }
+def _gate(dtype: torch.dtype, gated: bool) -> dict[str, Any]:
+    arguments = {"residual": _randn(1, 2, 7, 19, dtype=dtype), "y": _randn(2, 2, 7, 19, dtype=dtype)}
+    return {**arguments, "gate": _randn(3, 2, 19, dtype=dtype)} if gated else arguments
 
 
 def _rotary(dtype: torch.dtype) -> dict[str, Any]:
@@ -179,8 +176,9 @@ CASES = [
         },
         inplace=("x", "residual"),
     ),
-    OpCase("span_modulate", _spans),
-    OpCase("span_gate_add_", _gate, inplace=("residual",)),
+    OpCase("rms_norm", _modulated, option="modulated"),
+    OpCase("gate_add_", lambda dtype: _gate(dtype, True), inplace=("residual",)),
+    OpCase("gate_add_", lambda dtype: _gate(dtype, False), inplace=("residual",), option="no gate"),
     OpCase("rotary_cache_", _rotary, inplace=("keys", "values"), fixed=("start",)),
     OpCase(
         "guided_euler_step_",

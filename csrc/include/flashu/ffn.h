@@ -89,7 +89,8 @@ typedef struct flashu_ffn_args {
 FLASHU_API int32_t flashu_gathered_ffn(const flashu_ffn_args* args);
 FLASHU_API int32_t flashu_gathered_ffn_workspace(const flashu_ffn_args* args, uint64_t* bytes);
 
-/* acc[j] += sum over rows r of h[r, j]^2, summed in double in row order. */
+/* acc[j] += sum over rows r of h[r, j]^2, in one fixed order: on the CPU in fp64, row after row; on CUDA
+ * devices in fp32 over 16 rows at a time, and these sums in fp64. */
 typedef struct flashu_neuron_norms_args {
   uint32_t struct_size; /* sizeof(flashu_neuron_norms_args) */
   flashu_tensor acc;    /* [n], f32 or f64, stride 1, updated in place */

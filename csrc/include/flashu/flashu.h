@@ -1,5 +1,9 @@
 /* The public C API, base part: status, tensor view, dtypes, errors, threads. Ops have a header per family.
- * Stable: structs only grow at the end and carry their size; nothing here knows torch or C++. */
+ * Nothing here knows torch or C++.
+ *
+ * Argument structs: struct_size is sizeof the struct in the caller's header. Within one FLASHU_ABI_VERSION no
+ * struct changes, so another size, smaller or larger, comes from another version and is FLASHU_INVALID_VALUE.
+ */
 #ifndef FLASHU_FLASHU_H
 #define FLASHU_FLASHU_H
 
@@ -16,8 +20,8 @@
 extern "C" {
 #endif
 
-/* Raised when a struct or a function changes incompatibly. */
-#define FLASHU_ABI_VERSION 1
+/* Raised whenever a struct or a function changes, a field added at the end included. */
+#define FLASHU_ABI_VERSION 2
 
 /* Largest rank a tensor view can have. */
 #define FLASHU_MAX_DIMS 6
@@ -48,7 +52,8 @@ typedef enum flashu_dtype {
 #define FLASHU_DEVICE_CPU (-1)
 
 /* A strided tensor that the caller owns. Sizes and strides count elements; only the first `ndim` are read.
- * data == NULL marks an absent optional tensor (or one without elements). */
+ * An optional tensor is absent where data is NULL and ndim is 0, as in a zeroed struct; its other fields are
+ * not read. An empty tensor (some size is 0) is given, whether its data is NULL or not. */
 typedef struct flashu_tensor {
   void* data;
   int32_t dtype;  /* flashu_dtype */

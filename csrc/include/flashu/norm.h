@@ -1,8 +1,8 @@
-/* C API of the norm family: RMSNorm with and without residual, its modulated form on spans of rows, and the
- * step from projected queries, keys and values to what attention reads. Statistics are summed in fp64;
- * products are taken one step wider than the storage and rounded once. Storage types are f32, bf16 or f16,
- * one for all floating tensors of a call; last strides are 1. Every row is computed by itself, in one fixed
- * order. */
+/* C API of the norm family: RMSNorm, plain, modulated or with the residual added, the gated residual, and the
+ * step from projected queries, keys and values to what attention reads. On the CPU statistics are
+ * summed in fp64 and products taken one step wider than the storage (fp64 for f32, else fp32); on CUDA
+ * devices both are fp32. Results are rounded once. Storage types are f32, bf16 or f16, one for all floating
+ * tensors of a call; last strides are 1. Every row is computed by itself, in one fixed order. */
 #ifndef FLASHU_NORM_H
 #define FLASHU_NORM_H
 
@@ -12,12 +12,15 @@
 extern "C" {
 #endif
 
-/* out = weight * x / sqrt(mean(x^2) + eps), per row. */
+/* out = weight * x / sqrt(mean(x^2) + eps), per row; with shift and scale (adaLN) out = out * (1 + scale[b])
+ * + shift[b] in every row of batch b. */
 typedef struct flashu_rms_norm_args {
   uint32_t struct_size;
   uint32_t reserved;
-  flashu_tensor x;      /* [..., width] */
+  flashu_tensor x;      /* [..., width]; with shift and scale [batches, tokens, width] */
   flashu_tensor weight; /* [width] */
+  flashu_tensor shift;  /* [batches, width], or absent */
+  flashu_tensor scale;  /* as shift */
   double eps;
   flashu_tensor out; /* as x */
   void* stream;
@@ -36,39 +39,16 @@ typedef struct flashu_add_rms_norm_args {
 } flashu_add_rms_norm_args;
 FLASHU_API int32_t flashu_add_rms_norm(const flashu_add_rms_norm_args* args);
 
-/* Spans: num_spans triples (row, offset, length) over tensors of [rows, tokens, width]; they must not
- * overlap. Span s uses row s of the modulation tensors [num_spans, width]. Host memory. */
-typedef struct flashu_spans {
-  int64_t num_spans;
-  const int64_t* spans;
-} flashu_spans;
-
-/* out = rms_norm(x); inside span s also out = out * (1 + scale[s]) + shift[s]. */
-typedef struct flashu_span_modulate_args {
+/* residual += gate[b] * y in every row of batch b; residual += y without a gate. */
+typedef struct flashu_gate_add_args {
   uint32_t struct_size;
   uint32_t reserved;
-  flashu_tensor x;      /* [rows, tokens, width] */
-  flashu_tensor weight; /* [width] */
-  flashu_tensor shift;  /* [num_spans, width] */
-  flashu_tensor scale;  /* [num_spans, width] */
-  flashu_spans spans;
-  double eps;
-  flashu_tensor out; /* as x */
-  void* stream;
-} flashu_span_modulate_args;
-FLASHU_API int32_t flashu_span_modulate(const flashu_span_modulate_args* args);
-
-/* residual += y; inside span s: residual += gate[s] * y. */
-typedef struct flashu_span_gate_add_args {
-  uint32_t struct_size;
-  uint32_t reserved;
-  flashu_tensor residual; /* [rows, tokens, width] */
+  flashu_tensor residual; /* [batches, tokens, width] */
   flashu_tensor y;        /* as residual */
-  flashu_tensor gate;     /* [num_spans, width] */
-  flashu_spans spans;
+  flashu_tensor gate;     /* [batches, width], or absent */
   void* stream;
-} flashu_span_gate_add_args;
-FLASHU_API int32_t flashu_span_gate_add(const flashu_span_gate_add_args* args);
+} flashu_gate_add_args;
+FLASHU_API int32_t flashu_gate_add(const flashu_gate_add_args* args);
 
 /* Rotary position embedding of queries and keys (halves convention: the angle of element j is that of j + d /
  * 2), each head normed before it where norms are given; keys and values go into a cache. Token i of row r has

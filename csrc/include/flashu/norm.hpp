@@ -6,21 +6,15 @@
 
 namespace flashu {
 
-// Flat (row, offset, length) triples, read during the call.
-inline flashu_spans spans(const std::vector<int64_t>& flat) {
-  if (flat.size() % 3 != 0) {
-    throw Error(FLASHU_INVALID_VALUE, "spans: expected (row, offset, length) triples, got " +
-                                          std::to_string(flat.size()) + " numbers");
-  }
-  return {static_cast<int64_t>(flat.size() / 3), flat.data()};
-}
-
-// out = weight * x / sqrt(mean(x^2) + eps)
+// out = weight * x / sqrt(mean(x^2) + eps), times (1 + scale) plus shift where those are given
 inline void rms_norm(const flashu_tensor& x, const flashu_tensor& weight, double eps,
-                     const flashu_tensor& out, void* stream = nullptr) {
+                     const flashu_tensor& out, const flashu_tensor& shift = {},
+                     const flashu_tensor& scale = {}, void* stream = nullptr) {
   auto args = make_args<flashu_rms_norm_args>();
   args.x = x;
   args.weight = weight;
+  args.shift = shift;
+  args.scale = scale;
   args.eps = eps;
   args.out = out;
   args.stream = stream;
@@ -39,32 +33,15 @@ inline void add_rms_norm(const flashu_tensor& x, const flashu_tensor& residual, 
   check(flashu_add_rms_norm(&args));
 }
 
-// out = rms_norm(x), inside span s times (1 + scale[s]) plus shift[s]
-inline void span_modulate(const flashu_tensor& x, const flashu_tensor& weight, const flashu_tensor& shift,
-                          const flashu_tensor& scale, const flashu_spans& spans, double eps,
-                          const flashu_tensor& out, void* stream = nullptr) {
-  auto args = make_args<flashu_span_modulate_args>();
-  args.x = x;
-  args.weight = weight;
-  args.shift = shift;
-  args.scale = scale;
-  args.spans = spans;
-  args.eps = eps;
-  args.out = out;
-  args.stream = stream;
-  check(flashu_span_modulate(&args));
-}
-
-// residual += y, inside span s times gate[s]
-inline void span_gate_add(const flashu_tensor& residual, const flashu_tensor& y, const flashu_tensor& gate,
-                          const flashu_spans& spans, void* stream = nullptr) {
-  auto args = make_args<flashu_span_gate_add_args>();
+// residual += gate * y, or y without a gate
+inline void gate_add(const flashu_tensor& residual, const flashu_tensor& y, const flashu_tensor& gate = {},
+                     void* stream = nullptr) {
+  auto args = make_args<flashu_gate_add_args>();
   args.residual = residual;
   args.y = y;
   args.gate = gate;
-  args.spans = spans;
   args.stream = stream;
-  check(flashu_span_gate_add(&args));
+  check(flashu_gate_add(&args));
 }
 
 // Positions, head norms and cache slots: all but struct_size is the caller's to fill (flashu/norm.h).

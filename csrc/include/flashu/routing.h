@@ -1,5 +1,7 @@
 /* C API of the routing family: what decides which tokens and layers take part, and moving the tokens that do.
- */
+ * Scores are summed in fp64 on the CPU; on CUDA devices in fp32, their mean over tokens in fp64. What would
+ * have to be read back from a CUDA device is not checked there: NaN counts as smaller than every number and
+ * passes no threshold, an index out of range counts as padding. */
 #ifndef FLASHU_ROUTING_H
 #define FLASHU_ROUTING_H
 
@@ -41,7 +43,7 @@ typedef struct flashu_value_norms_args {
 FLASHU_API int32_t flashu_value_norms(const flashu_value_norms_args* args);
 
 /* The k best scores of each row, their indices in ascending order; of equal scores the lower index wins. NaN
- * is refused. */
+ * is refused on the CPU. */
 typedef struct flashu_select_topk_args {
   uint32_t struct_size;
   uint32_t reserved;
@@ -54,7 +56,7 @@ typedef struct flashu_select_topk_args {
 FLASHU_API int32_t flashu_select_topk(const flashu_select_topk_args* args);
 
 /* The scores >= threshold of each row, in order: the first `capacity` indices, then -1; count says how many
- * passed, which may be more than the capacity. NaN is refused. */
+ * passed, which may be more than the capacity. NaN is refused on the CPU. */
 typedef struct flashu_select_threshold_args {
   uint32_t struct_size;
   uint32_t reserved;

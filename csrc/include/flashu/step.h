@@ -26,7 +26,8 @@ typedef struct flashu_guided_euler_step_args {
 } flashu_guided_euler_step_args;
 FLASHU_API int32_t flashu_guided_euler_step(const flashu_guided_euler_step_args* args);
 
-/* out = (sum|a - b| / sum|b|, |a - b|_2 / |b|_2, cosine(a, b)); 0 / 0 is 0. */
+/* out = (sum|a - b| / sum|b|, |a - b|_2 / |b|_2, cosine(a, b)); 0 / 0 is 0. Summed in fp64 on the CPU; on
+ * CUDA devices in fp32 within a block, and the blocks' sums in fp64. */
 typedef struct flashu_feature_delta_args {
   uint32_t struct_size;
   uint32_t reserved;

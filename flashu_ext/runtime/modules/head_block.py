@@ -49,26 +49,26 @@ def head_block(
     """Modulated attention block: x [rows, n, width] -> [rows, n, width]. `x` is consumed: it may be overwritten.
 
     Args:
-        modulation: rows of a `modulation_table` for an image span that fills every row, or None for text rows, which
-            upstream leaves unmodulated (shift 0, scale 0, gate 1).
+        modulation: rows of a `modulation_table` for rows of image tokens, or None for text rows, which upstream leaves
+            unmodulated (shift 0, scale 0, gate 1).
     Source: Show-o2 `ModulatedAttentionBlock`.
     """
-    rows, n, width = x.shape
-    spans = [number for row in range(rows) for number in (row, 0, n)] if modulation is not None else []
-    parts = [x.new_empty(0, width)] * BLOCK_PARTS if modulation is None else block_modulation(modulation, index, width)
+    parts: Sequence[Tensor | None] = [None] * BLOCK_PARTS
+    if modulation is not None:
+        parts = block_modulation(modulation, index, x.shape[-1])
     shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = parts
 
     norm = block.input_layernorm
-    normed = kernels.span_modulate(x, norm.weight, shift_attn, scale_attn, spans, norm_eps(norm))
+    normed = kernels.rms_norm(x, norm.weight, norm_eps(norm), shift_attn, scale_attn)
     query, key, value = project_qkv(block.self_attn, normed, shape)
     attended = attention(index, query, key, value, rope, head_norms(block.self_attn))
-    kernels.span_gate_add_(x, block.self_attn.o_proj(attended), gate_attn, spans)
+    kernels.gate_add_(x, block.self_attn.o_proj(attended), gate_attn)
 
     norm = block.post_attention_layernorm
-    normed = kernels.span_modulate(x, norm.weight, shift_ffn, scale_ffn, spans, norm_eps(norm))
+    normed = kernels.rms_norm(x, norm.weight, norm_eps(norm), shift_ffn, scale_ffn)
     mlp = block.mlp
     y = kernels.gathered_ffn(normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-    kernels.span_gate_add_(x, y, gate_ffn, spans)
+    kernels.gate_add_(x, y, gate_ffn)
     return x
 
 
@@ -77,8 +77,6 @@ def final_layer(layer: Any, x: Tensor, modulation: Tensor, kernels: KernelSet) -
 
     Source: Show-o2 `FinalLayer`.
     """
-    rows, n, width = x.shape
-    shift, scale = modulation[:, -FINAL_PARTS * width :].chunk(FINAL_PARTS, dim=1)
-    spans = [number for row in range(rows) for number in (row, 0, n)]
+    shift, scale = modulation[:, -FINAL_PARTS * x.shape[-1] :].chunk(FINAL_PARTS, dim=1)
     norm = layer.norm_final
-    return layer.linear(kernels.span_modulate(x, norm.weight, shift, scale, spans, norm_eps(norm)))
+    return layer.linear(kernels.rms_norm(x, norm.weight, norm_eps(norm), shift, scale))
