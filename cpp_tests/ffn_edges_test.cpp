@@ -35,6 +35,9 @@ std::vector<Sizes> all_sizes() {
   for (const int64_t width : kWidths) sizes.push_back({5, 20, 9, width});
   sizes.push_back({300, 400, 330, 260});  // several panels of several blocks
   sizes.push_back({1100, 30, 70, 300});
+  // Halves that are blocked differently (one streams, the other keeps panels), in both orders.
+  sizes.push_back({260, 20, 900, 3});
+  sizes.push_back({260, 20, 450, 300});
   return sizes;
 }
 
@@ -292,8 +295,46 @@ TYPED_TEST(FfnEdges, WholeFfnAndItsNormsAreExact) {
           ASSERT_EQ(norms(0, i), squares) << "neuron " << i << ", " << text(size, kind, threads);
         }
         ASSERT_TRUE(norms.intact());
+        Guarded<float> narrow({n});
+        narrow.fill([](int64_t, int64_t) { return 3; });
+        args.norms = narrow;
+        gathered_ffn(args);
+        for (int64_t i = 0; i < n && size.rows <= 1020; ++i)
+          ASSERT_EQ(narrow(0, i), static_cast<float>(3.0 + (norms(0, i) - static_cast<double>(i))));
       }
       ++kind;
+    }
+  }
+}
+
+// A row's bits are the same alone and in any company, though its sums are not exact.
+TYPED_TEST(FfnEdges, RowsAloneAreRowsTogether) {
+  for (const int64_t depth : kDepths) {
+    const int64_t rows = 14, neurons = 11, width = 9;
+    Guarded<TypeParam> x({rows, depth}, 1), gate({neurons, depth}, 2), up({neurons, depth}, 3),
+        h({rows, depth}, 4), down({width, depth}, 5), products({rows, neurons}, 6), sums({rows, width}, 7);
+    x.real(1), gate.real(2, 0.1f), up.real(3, 0.1f), h.real(4), down.real(5, 0.1f);
+    SwigluArgs up_half{};
+    up_half.x = x;
+    up_half.w_gate = gate;
+    up_half.w_up = up;
+    up_half.out = products;
+    gathered_swiglu(up_half);
+    DownArgs down_half{};
+    down_half.h = h;
+    down_half.w_down = down;
+    down_half.out = sums;
+    gathered_down(down_half);
+    for (const int64_t row : {0, 5, 13}) {
+      Guarded<TypeParam> product({1, neurons}), sum({1, width});
+      up_half.x = tensor(&x(row, 0), dtype_of<TypeParam>(), {1, depth});
+      up_half.out = product;
+      gathered_swiglu(up_half);
+      down_half.h = tensor(&h(row, 0), dtype_of<TypeParam>(), {1, depth});
+      down_half.out = sum;
+      gathered_down(down_half);
+      for (int64_t c = 0; c < neurons; ++c) ASSERT_EQ(product.value(0, c), products.value(row, c)) << depth;
+      for (int64_t c = 0; c < width; ++c) ASSERT_EQ(sum.value(0, c), sums.value(row, c)) << depth;
     }
   }
 }
@@ -333,6 +374,31 @@ TEST(Silu, IsWithinTwoRoundings) {
   for (int64_t j = 0; j < count; ++j) {
     const double g = gate.value(j, 0);
     ASSERT_TRUE(near<float>(out(0, j), g / (1 + std::exp(-g)), 4)) << "silu(" << g << ")";
+  }
+}
+
+// What the FFN stores, whole vectors and their tails, is rounded as single numbers are: ties to even.
+TYPED_TEST(FfnEdges, SumsAreStoredToNearestEven) {
+  const int64_t count = 4003;
+  Guarded<TypeParam> gate({count, 2}, 1), up({count, 2}, 2);
+  gate.fill([](int64_t, int64_t c) { return c == 0 ? 64 : 0; });
+  // Sums of two numbers of T that T cannot hold: between its neighbours, and exactly in the middle.
+  up.fill([](int64_t j, int64_t c) { return c == 0 ? 1.0 + 0x1p-7 * (j % 128) : 0x1p-13 * (j % 67); });
+  for (const int64_t rows : {1, 2}) {
+    Guarded<TypeParam> several({rows, 2}, 3), out({rows, count}, 5);
+    several.fill([](int64_t, int64_t) { return 1; });
+    SwigluArgs args{};
+    args.x = several;
+    args.w_gate = gate;
+    args.w_up = up;
+    args.out = out;
+    gathered_swiglu(args);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < count; ++j) {
+        const double sum = 64.0 * (static_cast<double>(up.value(j, 0)) + up.value(j, 1));
+        ASSERT_EQ(out.value(r, j), rounded<TypeParam>(sum)) << "neuron " << j;
+      }
+    }
   }
 }
 
