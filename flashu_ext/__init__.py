@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import UnderstandingSample as UnderstandingSample
     from .calibration.calibrate import calibrate as calibrate
     from .models import showo2 as showo2
+    from .models.accelerated import handle_of as handle_of
     from .ops import kernel_sets as kernel_sets
     from .ops import reference as reference
     from .planning.config import FlashUConfig as FlashUConfig
@@ -38,6 +39,7 @@ _HOMES = {
     "StepPlan": "planning.schedule",
     "Handle": "runtime.swap",
     "accelerate": "runtime.swap",
+    "handle_of": "models.accelerated",
 }
 _MODULES = ("bench", "nano", "ops")
 # Public modules that lie in a folder: `import flashu_ext.showo2.sampling` finds `flashu_ext.models.showo2.sampling`.

@@ -7,15 +7,18 @@ import contextlib
 import datetime
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models.accelerated import handle_of
+from ..models.masks import additive, omni_allowed
+from ..models.showo2.sampling import DEFAULT_STEPS, SampleInputs, integrate
+from ..models.velocity import guide, patchify
+from ..planning.config import FlashUConfig
+from ..planning.schedule import StepPlan
 from .ranks import Heartbeat, first_line
-
-if TYPE_CHECKING:
-    from ..planning.config import FlashUConfig
 
 __all__ = ["check_guidance_parallel", "guidance_group", "sample_guided"]
 
@@ -65,8 +68,6 @@ def check_guidance_parallel(config: FlashUConfig, steps: int | None, layers: int
     Raises:
         ValueError: they would not; the message names the field.
     """
-    from ..planning.schedule import StepPlan
-
     if config.skip_unit_guidance:
         raise ValueError(
             "FlashUConfig.skip_unit_guidance: expected False under guidance-parallel, where the unconditional branch is "
@@ -77,17 +78,11 @@ def check_guidance_parallel(config: FlashUConfig, steps: int | None, layers: int
             "FlashUConfig.layer_skip_ratio: expected 0 under guidance-parallel, as layers are chosen by a mean over the rows "
             f"of both branches, got {config.layer_skip_ratio!r}"
         )
-    if steps is not None and config.approximates and steps != (config.steps or _default_steps()):
+    if steps is not None and config.approximates and steps != (config.steps or DEFAULT_STEPS):
         raise ValueError(
-            f"steps: expected None or {config.steps or _default_steps()}, which the model was accelerated for "
+            f"steps: expected None or {config.steps or DEFAULT_STEPS}, which the model was accelerated for "
             f"(FlashUConfig.steps), got {steps}"
         )
-
-
-def _default_steps() -> int:
-    from ..models.showo2.sampling import DEFAULT_STEPS
-
-    return DEFAULT_STEPS
 
 
 @torch.no_grad()
@@ -123,103 +118,94 @@ def sample_guided(
         TypeError, ValueError, IndexError: an argument is wrong, or differs between the ranks; or the model's config decides
             by both branches together (`check_guidance_parallel`). RuntimeError: the other rank is gone.
     """
-    from ..models.showo2 import validate
-    from ..models.showo2.sampling import time_grid
-    from ..runtime import find_runner
-
-    inputs = (noise, text_tokens, text_tokens_null, modality_positions, modality_positions_null)
-    validate.check_sample_inputs(model, *inputs, guidance_scale, time_shifting_factor)
-    if guidance_scale == 0:
+    inputs = SampleInputs.checked(
+        model,
+        noise,
+        text_tokens,
+        text_tokens_null,
+        modality_positions,
+        modality_positions_null,
+        steps,
+        guidance_scale,
+        time_shifting_factor,
+    )
+    if not inputs.guided:
         raise ValueError(
             "guidance_scale: expected a number above 0 under guidance-parallel, got 0, which has one branch"
         )
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 2):
-        raise ValueError(f"steps: expected an integer >= 2 (grid points), got {steps!r}")
     exchange = _Exchange(group)
-    runner = find_runner(model)
-    config = runner.config if runner is not None else None
+    handle = handle_of(model)
+    config = handle.config if handle is not None else None
     if config is not None:
         patches = noise.shape[2] * noise.shape[3] // int(model.config.patch_size) ** 2
         check_guidance_parallel(config, steps, len(model.showo.model.layers), patches)
-    points = steps or (config.steps if config is not None else None) or _default_steps()
+    points = steps or (config.steps if config is not None else None) or DEFAULT_STEPS
     exchange.check_equal(
-        inputs, (points, guidance_scale, time_shifting_factor, config and config.to_json()), noise.device
+        (noise, inputs.tokens, inputs.positions),
+        (points, guidance_scale, time_shifting_factor, config and config.to_json()),
+        noise.device,
     )
+    return integrate(_BranchStepper(model, inputs, points, exchange, handle), callback, return_velocity)
 
-    conditional = exchange.rank == 0
-    tokens, positions = (
-        (text_tokens, modality_positions) if conditional else (text_tokens_null, modality_positions_null)
-    )
-    assert tokens is not None and positions is not None, "checked above, as there is guidance"
-    mask = None if runner is not None else _dense_mask(model, positions, tokens.shape[1])
-    update: _Update = _Accelerated(runner, int(model.config.patch_size)) if runner is not None else _Dense()
-    latents = noise.float().clone(memory_format=torch.contiguous_format)
-    times = time_grid(points, time_shifting_factor).to(noise.device)
-    velocities = []
-    for i in range(points - 1):
-        mine = model.t2i_generate(
-            image_latents=latents,
-            t=times[i].expand(latents.shape[0]),
-            text_tokens=tokens,
-            attention_mask=mask,
-            modality_positions=positions,
-            max_seq_len=tokens.shape[1],
+
+class _BranchStepper:
+    """Runs this rank's branch of guidance and exchanges its velocity for the other one's.
+
+    A dense model is guided in its own dtype and stepped in fp32, as upstream's loop does; an accelerated one is guided and
+    stepped in fp32 by one launch, in place.
+    """
+
+    def __init__(self, model: Any, inputs: SampleInputs, points: int, exchange: _Exchange, handle: Any):
+        self.evaluations = points - 1
+        self.model = model
+        self.guidance_scale = inputs.guidance_scale
+        self.exchange = exchange
+        self.config = handle.config if handle is not None else None
+        self.kernels: Any = handle.runner.kernels if handle is not None else None
+        self._tokens, self._positions = (
+            rows.chunk(2)[exchange.rank].contiguous() for rows in (inputs.tokens, inputs.positions)
+        )
+        self._mask = None
+        if handle is None:
+            dtype = model.showo.model.embed_tokens.weight.dtype
+            self._mask = additive(omni_allowed(self._positions, self._tokens.shape[1])[:, None], dtype)
+        self._times = inputs.times(points)
+        self._latents = inputs.noise.float().clone(memory_format=torch.contiguous_format)
+
+    def step(self, index: int) -> None:
+        mine = self.model.t2i_generate(
+            image_latents=self._latents,
+            t=self._times[index].expand(self._latents.shape[0]),
+            text_tokens=self._tokens,
+            attention_mask=self._mask,
+            modality_positions=self._positions,
+            max_seq_len=self._tokens.shape[1],
             guidance_scale=0.0,
         )
-        scale = config.guidance_at(i + 1, guidance_scale) if config is not None else guidance_scale
-        branches = exchange(mine)
-        if return_velocity:
-            velocities.append(_guided(branches, scale))
-        latents = update(latents, branches, scale, times[i + 1] - times[i])
-        if callback is not None:
-            callback(i + 1, latents)
-    if not return_velocity:
-        return latents
-    return latents, torch.stack(velocities if runner is not None else [velocity.float() for velocity in velocities])
+        self._branches = self.exchange(mine)
+        asked = self.guidance_scale
+        self._scale = self.config.guidance_at(index + 1, asked) if self.config is not None else asked
+        dt = self._times[index + 1] - self._times[index]
+        if self.kernels is None:
+            self._latents = self._latents + dt * self.velocity()
+        else:
+            self._step_in_place(dt)
 
-
-def _dense_mask(model: Any, positions: Tensor, length: int) -> Tensor:
-    """Additive omni mask [rows, 1, length, length], which upstream's own class has its caller make."""
-    from ..models.showo2 import validate
-
-    dtype = model.showo.model.embed_tokens.weight.dtype
-    allowed = validate.omni_allowed(positions, length)[:, None]
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=positions.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-
-
-def _guided(branches: Tensor, scale: float) -> Tensor:
-    conditional, unconditional = branches.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
-
-
-_Update = Callable[[Tensor, Tensor, float, Tensor], Tensor]
-"""Latents [B, ...], velocities [2 * B, ...] conditional first, guidance scale, time step -> the next latents."""
-
-
-class _Dense:
-    """As upstream's loop: guidance in the model's dtype, the step in fp32."""
-
-    def __call__(self, latents: Tensor, branches: Tensor, scale: float, dt: Tensor) -> Tensor:
-        return latents + dt * _guided(branches, scale).float()
-
-
-class _Accelerated:
-    """As the accelerated loop: guidance and step in fp32, in one launch, in place."""
-
-    def __init__(self, runner: Any, patch: int):
-        self.kernels = runner.kernels
-        self.patch = patch
-
-    def __call__(self, latents: Tensor, branches: Tensor, scale: float, dt: Tensor) -> Tensor:
-        rows, channels, height, width = branches.shape
-        patches = height * width // self.patch**2
-        # Back to the rows that the head wrote: one vector of patch * patch * channels for each patch.
-        v = branches.reshape(rows, channels, -1).transpose(1, 2).reshape(rows, patches, -1).contiguous()
-        scales = torch.full((1,), scale, dtype=torch.float32, device=v.device)
+    def _step_in_place(self, dt: Tensor) -> None:
+        v = patchify(self._branches, int(self.model.config.patch_size))
+        scales = torch.full((1,), self._scale, dtype=torch.float32, device=v.device)
         first = torch.zeros((), dtype=torch.int64, device=v.device)
-        self.kernels.guided_euler_step_(latents, v, scales, dt.reshape(1).float(), first)
-        return latents
+        self.kernels.guided_euler_step_(self._latents, v, scales, dt.reshape(1).float(), first)
+
+    def velocity(self) -> Tensor:
+        guided = guide(self._branches, self._scale)
+        return guided.float() if self.kernels is None else guided
+
+    def latents(self) -> Tensor:
+        return self._latents if self.kernels is None else self._latents.clone()
+
+    def close(self) -> None:
+        pass
 
 
 class _Exchange:

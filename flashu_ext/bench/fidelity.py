@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.structure import Showo2Parts
+from ..models.parts import Showo2Parts
 from ..ops.machine import command_line, facts
 from ..planning.config import FlashUConfig
 from ..planning.cost import llm_layer_flops
+from ..runtime.swap import accelerate
 
 __all__ = ["Row", "llm_flops", "measure", "table", "to_json", "token_ratio_within"]
 
@@ -78,7 +79,7 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
             total += rows * layers * layer(length, length, length)
         elif step.backbone:
             out = skipped[step.skip_from] if step.skip_from is not None else ()
-            active = geometry.span - (image.carried if step.tokens_from else 0)
+            active = geometry.span - (image.skipped_tokens if step.tokens_from else 0)
             total += rows * (layers - len(out)) * layer(geometry.span, active, prefix + geometry.span)
             if out not in prompts:
                 prompts.add(out)
@@ -121,7 +122,7 @@ class _Drawings:
         from ..nano.evaluate import GUIDANCE, SHIFT
 
         inputs = {name: value[:prompts] for name, value in self.inputs.items()}
-        with self.pipe.accelerate(FlashUConfig(steps=self.steps, **changes)) as handle:
+        with accelerate(self.pipe.model, FlashUConfig(steps=self.steps, **changes)) as handle:
             latents = sample(
                 self.pipe.model, self.noise[:prompts], **inputs, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT
             )

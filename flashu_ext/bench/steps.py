@@ -16,8 +16,9 @@ from typing import Any
 import click
 import torch
 
+from ..models.accelerated import handle_of
+from ..models.parts import Showo2Parts
 from ..models.showo2 import Showo2, Showo2Config, answer_tokens, sample
-from ..models.structure import Showo2Parts
 from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.safe_files import atomic_path
@@ -79,8 +80,8 @@ def _answer_token(model: Any, data: Inputs) -> int:
     """Operators of one more token."""
     counts = []
     for tokens in (3, 4):
-        if hasattr(model.__dict__.get("mmu_generate"), "__self__"):
-            model.__dict__["mmu_generate"].__self__.understanding.reset()
+        if (handle := handle_of(model)) is not None:
+            handle.runner.reset()
         with DispatchCounter() as counter, torch.no_grad():
             answer_tokens(model, data.image_latents, data.before, data.after, max_new_tokens=tokens)
         counts.append(counter.counts.launched)

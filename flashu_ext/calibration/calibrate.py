@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..models.embedding import embed_image, embed_time
+from ..models.accelerated import handle_of
+from ..models.embedding import embed_image, embed_time, with_time_token
+from ..models.masks import additive, omni_allowed
+from ..models.parts import Showo2Parts
 from ..models.showo2 import validate
 from ..models.showo2.understanding import prompt_embeds
-from ..models.structure import Showo2Parts, position_table
 from ..ops import reference
 from ..planning.estimators import DownNorms, check_estimator
 from ..planning.plan import TaskPlan, check_pruning, model_fingerprint
@@ -113,10 +113,8 @@ def calibrate(
     Source: paper section 3.2; its reference code has the same Wanda score, but sees one prompt with placeholder image
     embeddings.
     """
-    from ..runtime import find_runner
-
     parts = Showo2Parts.find(model)
-    if find_runner(model) is not None:
+    if handle_of(model) is not None:
         raise RuntimeError("model: expected a model that is not accelerated; call handle.remove() first")
     check_estimator(estimator)
     check_pruning(ratio, multiple)
@@ -290,8 +288,7 @@ class _Observer:
         assert self._state is not None, "a state is being watched for"
         self._counted, self._row, self._last = counted, row, last
         self._state.tokens += int(counted.sum()) if counted is not None else embeds.shape[0] * embeds.shape[1]
-        mask = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device)
-        mask.masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
+        mask = additive(allowed, embeds.dtype)
         # Without lm_head and diffusion head, which no neuron of the language model depends on.
         self.parts.model.showo.model(inputs_embeds=embeds, attention_mask=mask[:, None], use_cache=False)
 
@@ -358,10 +355,7 @@ def _see_generation(observer: _Observer, sample: GenerationSample, t: float, row
     latents = t * sample.latents + (1 - t) * noise
     time = torch.full((tokens.shape[0],), t, dtype=torch.float32, device=tokens.device)
     validate.check_t2i_inputs(parts.model, latents.repeat(2, 1, 1, 1), time, tokens, positions, True)
-    height, width = (size // parts.patch_size for size in latents.shape[2:])
-    span = embed_image(parts, latents, position_table(parts, height, width)).repeat(2, 1, 1)
-    if parts.has_time_token:
-        span = torch.cat([embed_time(parts, time)[1][:, None], span], dim=1)
+    span = with_time_token(parts, embed_image(parts, latents).repeat(2, 1, 1), embed_time(parts, time)[1])
     # Nothing looks at what is behind the longest row's span, so it is not computed.
     end = positions[:, 0].sum(dim=-1)
     length = int(end.max())
@@ -369,7 +363,7 @@ def _see_generation(observer: _Observer, sample: GenerationSample, t: float, row
     for i, offset in enumerate(positions[:, 0, 0].tolist()):
         embeds[i, offset : offset + span.shape[1]] = span[i]
     counted = torch.arange(length, device=tokens.device) < end[:, None]
-    observer.run(embeds, validate.omni_allowed(positions, length), counted, row, None)
+    observer.run(embeds, omni_allowed(positions, length), counted, row, None)
 
 
 def _see_understanding(observer: _Observer, sample: UnderstandingSample) -> None:
@@ -386,13 +380,3 @@ def _bar(total: int | None, progress: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc="calibrate", unit="sample", disable=not progress)
-
-
-class _Module(types.ModuleType):
-    """Importing this file puts it where `flashu_ext.calibrate`, the function, belongs; called, it is the function."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> TaskPlan:
-        return calibrate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Module

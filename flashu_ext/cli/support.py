@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
+from ..planning.config import PRESETS, FlashUConfig
+
 __all__ = ["EXPECTED_ERRORS", "PRESETS", "Group", "example", "model_options", "open_pipeline"]
 
-PRESETS = ("dense", "exact", "paper", "fast")
 
 # What a command may run into because of its input or the machine. The rest are bugs: their tracebacks stay.
 EXPECTED_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, MemoryError)
@@ -87,8 +88,8 @@ def open_pipeline(
     steps: grid points that the config is made for, where the caller does not hand them to every image; None: its own.
     """
     from ..models.showo2 import Pipeline
-    from ..planning.config import FlashUConfig
     from ..planning.plan import TaskPlan
+    from ..runtime.swap import accelerate
 
     if tuned is not None and plan_file is not None:
         raise click.UsageError("--plan: expected none beside --tuned, which brings its own")
@@ -104,7 +105,7 @@ def open_pipeline(
         return
     if steps is not None:
         config = config.replace(steps=steps)
-    with pipe.accelerate(config, plan) as handle:
+    with accelerate(pipe.model, config, plan) as handle:
         yield pipe, handle
         if verbose:
             click.echo(str(handle.summary()), err=True)

@@ -5,30 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .structure import Showo2Parts
+from .parts import Showo2Parts, position_table
 
-__all__ = ["early_signal", "embed_image", "embed_time", "semantic_features"]
+__all__ = ["early_signal", "embed_image", "embed_time", "semantic_features", "with_time_token"]
 
 
 def semantic_features(parts: Showo2Parts, latents: Tensor, positions: Tensor) -> Tensor:
     """The SigLIP path: latents [images, channels, H, W] -> [images, patches, clip].
 
     Args:
-        positions: SigLIP position embeddings [1, patches, clip] (`structure.position_table`).
+        positions: SigLIP position embeddings [1, patches, clip] (`parts.position_table`).
     """
     return parts.vision(parts.patch_und(latents.to(parts.dtype)) + positions)["last_hidden_state"]
 
 
-def embed_image(parts: Showo2Parts, latents: Tensor, positions: Tensor, semantic: Tensor | None = None) -> Tensor:
+def embed_image(parts: Showo2Parts, latents: Tensor, semantic: Tensor | None = None) -> Tensor:
     """Dual-path image embedding: latents [images, channels, H, W] -> [images, patches, hidden].
 
     Args:
-        positions: as for `semantic_features`.
-        semantic: their result, where an earlier one is used again; None computes it.
+        semantic: `semantic_features` of these latents or of earlier ones; None computes them.
     """
     if semantic is None:
-        semantic = semantic_features(parts, latents, positions)
+        height, width = (size // parts.patch_size for size in latents.shape[2:])
+        semantic = semantic_features(parts, latents, position_table(parts, height, width))
     return parts.fusion(torch.cat([semantic, parts.patch_gen(latents.to(parts.dtype))], dim=-1))
+
+
+def with_time_token(parts: Showo2Parts, image: Tensor, token: Tensor) -> Tensor:
+    """The image span of a sequence: image [rows, patches, hidden] behind token [rows, hidden] where the model has a time
+    token."""
+    return torch.cat([token[:, None], image], dim=1) if parts.has_time_token else image
 
 
 def embed_time(parts: Showo2Parts, t: Tensor) -> tuple[Tensor, Tensor]:

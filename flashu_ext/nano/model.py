@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from ..models.showo2.config import Showo2Config
+from ..models.showo2.model import Showo2
+from ..planning.config import FlashUConfig
+from ..planning.plan import TaskPlan
 from .codec import CHANNELS, GRID
 from .tokenizer import vocabulary
-
-if TYPE_CHECKING:
-    from ..models.showo2.model import Showo2
-    from ..planning.config import FlashUConfig
-    from ..planning.plan import TaskPlan
 
 __all__ = ["DATA", "PRUNE_MULTIPLE", "load_model", "load_plan", "nano_config"]
 
@@ -57,20 +56,14 @@ def load_model(directory: Path = DATA) -> Showo2:
     Raises:
         FileNotFoundError: the package was installed without its data.
     """
-    from ..models.showo2.checkpoint import load
-
     if not (directory / "model.safetensors").is_file():
         raise FileNotFoundError(
             f"{directory}: model.safetensors is missing; train it with python -m flashu_ext.nano.train"
         )
-    import torch
-
-    return load(directory, torch.float32)
+    return Showo2.from_pretrained(directory, torch.float32)
 
 
 def load_plan(model: Showo2, directory: Path = DATA, config: FlashUConfig | None = None) -> TaskPlan:
     """The shipped task plan, pruned as `config` says (default: as `FlashUConfig.paper(prune_multiple=PRUNE_MULTIPLE)` does)."""
-    from ..planning.plan import TaskPlan
-
     plan = TaskPlan.load(directory / "plan.safetensors", model=model)
     return plan if config is None else plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PRESETS = ("dense", "exact", "paper", "fast")
+"""Names of the presets; dense is the model as it is."""
+
 __all__ = ["TOKEN_SCORES", "FlashUConfig", "GuidancePhase"]
 
 GuidancePhase = tuple[int, float]
@@ -307,6 +310,18 @@ class FlashUConfig:
         if unknown:
             raise ValueError(f"FlashUConfig: unknown field {unknown[0]!r}; known fields: {', '.join(sorted(known))}")
         return cls(**data)
+
+
+def preset(name: str, **overrides: Any) -> FlashUConfig | None:
+    """A preset by its name; 'dense' is None.
+
+    Raises:
+        ValueError: no such preset, or an override is out of range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    make = {"exact": FlashUConfig.exact, "paper": FlashUConfig.paper, "fast": FlashUConfig.fast}.get(name)
+    return make(**overrides) if make is not None else None
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.structure import Showo2Parts
+from ..models.parts import Showo2Parts
 from .config import FlashUConfig
 from .schedule import Step, StepPlan
 

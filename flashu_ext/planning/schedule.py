@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import FlashUConfig
 
-__all__ = ["Step", "StepPlan"]
+__all__ = ["Step", "StepPlan", "least_important"]
 
 
 @dataclass(frozen=True)
@@ -325,3 +326,9 @@ def _with_encoder(config: FlashUConfig, drafts: list[_Draft], steps: list[Step])
         uses = 1 if encode else uses + step.backbone
         result.append(dataclasses.replace(step, encode=encode))
     return tuple(result)
+
+
+def least_important(scores: Sequence[float], ratio: float) -> tuple[int, ...]:
+    """The int(ratio * n) of n layers with the lowest scores, ascending; of equal ones the first."""
+    count = int(len(scores) * ratio)
+    return tuple(sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count]))

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..nano.evaluate import PRESETS, preset_config
+from ..nano.evaluate import preset_config
 from ..nano.model import load_model, load_plan
 from ..nano.probe import Outputs, Probe
 from ..ops import machine
-from ..planning.config import FlashUConfig
+from ..planning.config import PRESETS, FlashUConfig
 from ..planning.schedule import StepPlan
 from ..studies.comparison import equal_share, running, time_round
 from ..studies.fidelity import psnr

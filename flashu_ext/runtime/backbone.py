@@ -6,14 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..models.structure import Showo2Parts, norm_eps
+from ..models.embedding import early_signal, embed_image, semantic_features, with_time_token
+from ..models.masks import additive, omni_allowed
+from ..models.parts import Showo2Parts, norm_eps
 from ..ops.kernel_sets import KernelSet
-from ..planning.config import FlashUConfig
-from ..planning.schedule import Step
 from .head import Head
 from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass, fold_mask
 from .modules.decoder_layer import decoder_layer, routed_decoder_layer
-from .state import Variant
+from .work import BackboneWork, PrefixWork, Variant, WatchWork
 from .workspace import Workspace
 
 __all__ = ["TASK", "Backbone"]
@@ -22,25 +22,24 @@ TASK = "generation"
 
 
 class Backbone:
-    """Runs the language model in a workspace. Device work only: it changes no plain number, and reads no value back."""
+    """Runs the language model in a workspace. Device work only: it depends on its work and on memory, and reads nothing back."""
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, head: Head):
+    def __init__(self, parts: Showo2Parts, kernels: KernelSet, head: Head):
         self.parts = parts
-        self.config = config
         self.kernels = kernels
         self.head = head
 
     # ---- the text before the image
 
-    def prefix(self, ws: Workspace, rows: int, variant: Variant) -> None:
+    def prefix(self, ws: Workspace, work: PrefixWork) -> None:
         """The prompt never sees image or time, so its keys and values are computed once per network variant, and for the
         unconditional branch only where that is run. Into the workspace, the head's too."""
-        tokens = ws.shape.prefix
+        rows, tokens = work.rows, ws.shape.prefix
         if tokens == 0:
             return
         hidden = self.parts.embed_tokens(ws.text_tokens[:rows, :tokens])
         attention = CausalPass(tokens, self.parts.llm_attention, ws.prefix(rows)[0], self.kernels)
-        hidden = self._layers(hidden, attention, self._text_rope(ws, tokens), variant)
+        hidden = self._layers(hidden, attention, self._text_rope(ws, tokens), work.variant)
         self.head.prefix(ws, rows, self._final_norm(hidden))
 
     def _text_rope(self, ws: Workspace, tokens: int) -> Rope:
@@ -48,15 +47,43 @@ class Backbone:
 
     # ---- the image
 
-    def run(self, ws: Workspace, step: Step, rows: int, variant: Variant, span: Tensor) -> None:
-        """span [rows, span, hidden], which is consumed -> final hidden states of that shape, into the workspace."""
-        active = ws.router.active(step.tokens_from, step.index, rows, self.kernels) if step.tokens_from else None
-        importance: list[Tensor] | None = [] if step.measure_tokens else None
+    def watch(self, ws: Workspace, work: WatchWork) -> None:
+        """What the network is about to see, into the adaptive cache's gate."""
+        token = ws.time_token.index_select(0, ws.time_rows[: work.rows])
+        ws.gate.watch(work, early_signal(self.parts, ws.latents[: work.rows], token), self.kernels)
+
+    def run(self, ws: Workspace, work: BackboneWork) -> None:
+        """Latents, times and prefix in the workspace -> final hidden states of the span, there too."""
+        span = self._embed(ws, work)
+        if work.measure:
+            self._measure(ws, work, span)
+        else:
+            self._run_span(ws, work, span)
+
+    def _embed(self, ws: Workspace, work: BackboneWork) -> Tensor:
+        """The rows' embeddings of image and time, [rows, span, hidden]."""
+        parts, images, latents = self.parts, work.images, ws.latents[: work.images]
+        if not work.encode:
+            assert ws.semantic is not None, "features are used again where a config shares them"
+            semantic = ws.semantic[:images]
+        else:
+            semantic = semantic_features(parts, latents, ws.positions)
+            if ws.semantic is not None:
+                ws.semantic[:images] = semantic
+        token = ws.time_token.index_select(0, ws.time_rows[:images])
+        span = with_time_token(parts, embed_image(parts, latents, semantic), token)
+        return torch.cat([span, span]) if images != work.rows else span
+
+    def _run_span(self, ws: Workspace, work: BackboneWork, span: Tensor) -> None:
+        """span [rows, span, hidden], which is consumed, over the prefix, with layers and tokens left out."""
+        rows = work.rows
+        active = ws.router.active(work.routing, rows, self.kernels) if work.routing is not None else None
+        importance: list[Tensor] | None = [] if work.token_slot is not None else None
         attention = ws.span_pass(ws.llm, rows, self.kernels)
         rope = (ws.llm_rope[0][:rows], ws.llm_rope[1][:rows])
-        x = self._layers(span, attention, rope, variant, active, importance)
-        if importance is not None:
-            ws.router.store(importance, ws.shape.rows)
+        x = self._layers(span, attention, rope, work.variant, active, importance)
+        if importance is not None and work.token_slot is not None:
+            ws.router.store(work.token_slot, importance)
         ws.hidden[:rows] = self._final_norm(x)
 
     def _layers(
@@ -74,10 +101,9 @@ class Backbone:
             active: int64 [layers, rows, k], the tokens that each layer computes, or None: all of them.
             importance: receives every layer's token importance, fp32 [rows, n]; None measures nothing.
         """
-        task, skipped = variant
-        shape, kernels = self.parts.llm_attention, self.kernels
+        task, shape, kernels = variant.task, self.parts.llm_attention, self.kernels
         for index, layer in enumerate(self.parts.layers):
-            if index in skipped:
+            if index in variant.skipped:
                 continue
             before = x.clone() if importance is not None else x
             if active is None:
@@ -95,46 +121,36 @@ class Backbone:
 
     # ---- layer importance
 
-    def measure(self, ws: Workspace, step: Step, rows: int, variant: Variant, span: Tensor) -> None:
+    def _measure(self, ws: Workspace, work: BackboneWork, span: Tensor) -> None:
         """Run all layers over the whole sequence, for their importance: 1 - cosine(input, output), averaged over all
         positions of all rows. The reference averages over the tail and the padding too, so equal choices need them
         computed; the last layer's output counts after the final norm.
 
         Where token importance is measured too, it is that of the span, and in the last layer of the layer's own output.
-        Leaves in the workspace what `run` and `prefix` do, and the importance of the layers.
+        Leaves in the workspace what `_run_span` and `prefix` do, and the importance of the layers.
         """
-        parts, kernels = self.parts, self.kernels
+        parts, kernels, rows = self.parts, self.kernels, work.rows
         llm, length, n = parts.llm_attention, ws.shape.length, ws.span
         places = ws.offsets[:rows, None] + torch.arange(n, device=ws.offsets.device)
         x = kernels.scatter_rows_(parts.embed_tokens(ws.text_tokens[:rows]), places, span)
         # One piece of memory for the keys and values of all layers: of each only the prompt's are kept.
         scratch = x.new_empty(1, 2, rows, length, llm.kv_heads, llm.head_dim).expand(len(parts.layers), *[-1] * 5)
-        attention = MaskedPass(fold_mask(_omni_mask(ws, rows), llm), scratch, kernels, kept=ws.prefix(rows)[0])
+        mask = fold_mask(additive(omni_allowed(ws.spans[:rows], length)[:, None], x.dtype), llm)
+        attention = MaskedPass(mask, scratch, kernels, store=ws.prefix(rows)[0])
         rope = self._text_rope(ws, length)
         of_tokens: list[Tensor] = []
         last = len(parts.layers) - 1
         for index, layer in enumerate(parts.layers):
             before = x.clone()
-            x = decoder_layer(layer, index, x, rope, attention, llm, kernels, variant[0])
+            x = decoder_layer(layer, index, x, rope, attention, llm, kernels, work.variant.task)
             after = self._final_norm(x) if index == last else x
-            turned = kernels.cosine_importance(before, after)
-            ws.importance[index] = turned.float().mean()
-            if step.measure_tokens:
-                turned = turned if index < last else kernels.cosine_importance(before, x)
-                of_tokens.append(turned.gather(1, places))
-        if step.measure_tokens:
-            ws.router.store(of_tokens, ws.shape.rows)
-        if step.head and ws.shape.prefix:
+            importance = kernels.cosine_importance(before, after)
+            ws.importance[index] = importance.float().mean()
+            if work.token_slot is not None:
+                importance = importance if index < last else kernels.cosine_importance(before, x)
+                of_tokens.append(importance.gather(1, places))
+        if work.token_slot is not None:
+            ws.router.store(work.token_slot, of_tokens)
+        if work.stores_prefix and ws.shape.prefix:
             self.head.prefix(ws, rows, after[:, : ws.shape.prefix].contiguous())
         ws.hidden[:rows] = kernels.gather_rows(after, places)
-
-
-def _omni_mask(ws: Workspace, rows: int) -> Tensor:
-    """Additive [rows, 1, length, length]: causal, except that a row's span sees itself whole."""
-    position = torch.arange(ws.shape.length, device=ws.offsets.device)
-    causal = position[:, None] >= position[None, :]
-    start = ws.offsets[:rows, None]
-    inside = (position >= start) & (position < start + ws.span)
-    allowed = causal | (inside[:, :, None] & inside[:, None, :])
-    mask = torch.zeros(allowed.shape, dtype=ws.hidden.dtype, device=ws.offsets.device)
-    return mask.masked_fill_(~allowed, float("-inf"))[:, None]

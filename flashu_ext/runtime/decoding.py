@@ -15,81 +15,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.masks import additive
+from ..models.parts import Showo2Parts, norm_eps
 from ..models.showo2.decoding import OnToken, TokenSampler
-from ..models.structure import Showo2Parts, norm_eps
 from ..ops.kernel_sets import KernelSet
-from .graphs import Captures, Pieces, Readback, lasting
+from .answer_memory import AnswerMemory, GrowingMemory, layer_of
+from .graphs import GraphCache
+from .memory import MemoryPool
 from .modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
 from .modules.decoder_layer import decoder_layer
-from .prompt_cache import PromptCache, layer_of
-from .workspace import rounded_up
+from .prompt_cache import PromptCache
+from .readback import Readback
+from .work import TokenWork
 
-__all__ = ["TASK", "AnswerMemory", "Decoder", "Pick", "additive"]
+__all__ = ["TASK", "AnswerRequest", "Decoder", "Pick"]
 
 TASK = "understanding"
-
-CAPACITY_STEP = 256
-"""Capacity for prompts and answers is rounded up to this where memory is kept, so that most of the next calls fit."""
 
 Pick = Callable[[Tensor, Sequence[int]], Tensor]
 """Logits [rows, vocab] and the numbers of the prompts they belong to -> token ids [rows, 1]."""
 
 
-class AnswerMemory:
-    """Memory of fixed place for one batch of answers, where work on it is captured.
+@dataclass(frozen=True)
+class AnswerRequest:
+    """How to continue the prompts of a filled cache.
 
     Attributes:
-        buffers: as `PromptCache.buffers`. masks: additive [rows, 1, 1, capacity] for each.
-        runs: bool [layers, rows, 1, 1], where rows differ in the layers they skip.
-        in_use: answers are being written here. done: the end of the last ones' work, on a GPU.
-        token, position: int64 [rows, 1]. slots: int64 [2], where the new token goes in each of the two buffers.
-        logits: [rows, vocab].
+        hidden: [rows, hidden], final hidden states of the prompts' last tokens.
+        skipped: per prompt the layers that its answer skips.
+        max_new_tokens: at least 1. pick: chooses tokens. eos_token: ends a row's answer, and is part of it.
+        on_token: sees every token as soon as the host does.
     """
 
-    def __init__(
-        self, rows: int, capacities: tuple[int, int], split: int, parts: Showo2Parts, like: Tensor, pieces: Pieces
-    ):
-        layers, shape = len(parts.layers), parts.llm_attention
-        self.key = (rows, split)
-        self.capacities = (_rounded(capacities[0]), _rounded(capacities[1]))
-        first, second = (
-            like.new_zeros(count, 2, rows, shape.kv_heads, capacity, shape.head_dim)
-            for count, capacity in zip((split, layers - split), self.capacities, strict=True)
-        )
-        self.buffers = (first, second)
-        self.masks = [like.new_zeros(rows, 1, 1, capacity) for capacity in self.capacities]
-        self.runs = torch.zeros(layers, rows, 1, 1, dtype=torch.bool, device=like.device)
-        self.token, self.position = (torch.zeros(rows, 1, dtype=torch.int64, device=like.device) for _ in range(2))
-        self.slots = torch.zeros(2, dtype=torch.int64, device=like.device)
-        self.logits = like.new_zeros(rows, parts.lm_head.weight.shape[0])
-        positions = torch.arange(self.capacities[0], device=like.device)[None]
-        self.rope = rope_table(parts.llm_rope, positions, like.dtype)
-        self.pieces = pieces
-        self.in_use = False
-        self.done: Any = None
-
-    def holds(self, rows: int, capacities: tuple[int, int], split: int, dtype: torch.dtype) -> bool:
-        """Whether a batch fits, and not with so much room left that every token would look past it in vain."""
-        pairs = zip(self.capacities, capacities, strict=True)
-        fits = all(asked <= mine <= 2 * _rounded(asked) for mine, asked in pairs)
-        return self.key == (rows, split) and fits and self.logits.dtype == dtype
-
-    def nbytes(self) -> int:
-        tensors = (
-            *self.buffers,
-            *self.masks,
-            *self.rope,
-            self.runs,
-            self.token,
-            self.position,
-            self.slots,
-            self.logits,
-        )
-        return sum(tensor.nbytes for tensor in tensors)
-
-
-def _rounded(capacity: int) -> int:
-    return rounded_up(capacity, CAPACITY_STEP)
+    hidden: Tensor
+    skipped: Sequence[tuple[int, ...]]
+    max_new_tokens: int
+    pick: Pick
+    eos_token: int | None
+    on_token: OnToken | None = None
 
 
 class _FixedPass:
@@ -103,7 +66,7 @@ class _FixedPass:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, norms: HeadNorms | None = None
     ) -> Tensor:
         memory = self.memory
-        split = memory.key[1]
+        split = memory.shape.split
         region = 0 if layer < split else 1
         keys, values = layer_of(memory.buffers, split, layer)
         start = memory.slots[region : region + 1]
@@ -172,107 +135,48 @@ class _Answers:
 
 
 class Decoder:
-    """Continues prompts whose keys and values are cached."""
+    """Continues prompts whose keys and values are cached.
 
-    def __init__(self, parts: Showo2Parts, kernels: KernelSet, captures: Captures):
+    Attributes:
+        waits: times that the host waited for a token of the last batch.
+    """
+
+    def __init__(self, parts: Showo2Parts, kernels: KernelSet, pool: MemoryPool[GrowingMemory]):
         self.parts = parts
         self.kernels = kernels
-        self.captures = captures
+        self.pool = pool
         self.waits = 0
-        self._resets = 0
-        self._weights = 0
-        self._memories: list[AnswerMemory] = []
 
-    def memory(
-        self, rows: int, capacities: tuple[int, int], split: int, like: Tensor, busy: AnswerMemory | None
-    ) -> AnswerMemory | None:
-        """Memory for a batch where work is captured, else None.
-
-        Args:
-            busy: that of the last batch, whose prompts may still be lent. Two take turns, each with its graphs.
-        """
-        if self.captures.make is None:
-            return None
-        if (weights := self.captures.addresses()) != self._weights:
-            self._weights = weights
-            self._memories = []
-        for memory in self._memories:
-            if memory is not busy and not memory.in_use and memory.holds(rows, capacities, split, like.dtype):
-                if memory.done is not None:
-                    torch.cuda.current_stream(like.device).wait_event(memory.done)
-                # A slot that a row does not use is masked, and must not hold the NaN of an earlier prompt.
-                for buffer in memory.buffers:
-                    buffer.zero_()
-                return memory
-        with lasting():
-            made = AnswerMemory(rows, capacities, split, self.parts, like, self.captures.pieces())
-        self._memories = [memory for memory in self._memories if memory is busy or memory.in_use] + [made]
-        return made
-
-    def reset(self) -> None:
-        """Drop what is kept. Answers under way end with an error: the network they were begun with may be gone."""
-        self._memories = []
-        self._resets += 1
-
-    def nbytes(self) -> int:
-        """Bytes of memory kept between batches."""
-        return sum(memory.nbytes() for memory in self._memories)
-
-    def run(
-        self,
-        cache: PromptCache,
-        hidden: Tensor,
-        skipped: Sequence[tuple[int, ...]],
-        max_new_tokens: int,
-        pick: Pick,
-        eos_token: int | None,
-        on_token: OnToken | None = None,
-    ) -> list[list[Tensor]]:
+    def run(self, cache: PromptCache, request: AnswerRequest) -> list[list[Tensor]]:
         """Continue the prompts of a filled cache.
 
-        Args:
-            hidden: [rows, hidden], final hidden states of the prompts' last tokens. skipped: per prompt the layers that its
-                answer skips. pick: chooses tokens. eos_token: ends a row's answer, and is part of it.
-            on_token: sees every token as soon as the host does.
-
         Returns:
-            Per prompt token ids, 0-d int64 tensors, at most `max_new_tokens` (at least 1).
+            Per prompt token ids, 0-d int64 tensors, at most `max_new_tokens`.
         """
         prompts = range(len(cache.prompts))
-        answers = _Answers([[] for _ in prompts], list(prompts), eos_token, on_token)
-        first = pick(self.parts.lm_head(hidden), list(prompts))
-        if cache.memory is not None:
-            memory: AnswerMemory = cache.memory
-            memory.in_use = True  # a callback may ask another question meanwhile
-            try:
-                self._run_fixed(cache, memory, first, skipped, max_new_tokens, pick, answers)
-            finally:
-                memory.in_use = False
-                if memory.logits.device.type == "cuda":
-                    memory.done = torch.cuda.current_stream(memory.logits.device).record_event()
+        answers = _Answers([[] for _ in prompts], list(prompts), request.eos_token, request.on_token)
+        first = request.pick(self.parts.lm_head(request.hidden), list(prompts))
+        if isinstance(cache.lease.memory, AnswerMemory):
+            self._run_fixed(cache, cache.lease.memory, request, first, answers)
         else:
-            self._run_growing(cache, first, skipped, max_new_tokens, pick, answers)
+            self._run_growing(cache, request, first, answers)
         return answers.tokens
+
+    def _check(self, cache: PromptCache) -> None:
+        self.pool.check(cache.lease, "this question was being answered")
 
     # ---- rows leave the batch
 
-    def _run_growing(
-        self,
-        cache: PromptCache,
-        token: Tensor,
-        skipped: Sequence[tuple[int, ...]],
-        max_new_tokens: int,
-        pick: Pick,
-        answers: _Answers,
-    ) -> None:
+    def _run_growing(self, cache: PromptCache, request: AnswerRequest, token: Tensor, answers: _Answers) -> None:
+        dtype = cache.buffers[0].dtype
         masks = [
-            None if bool(allowed.all()) else additive(allowed, cache.buffers[0].dtype)
-            for allowed in _visible(cache, max_new_tokens - 1)
+            None if bool(allowed.all()) else additive(allowed, dtype)
+            for allowed in _visible(cache, request.max_new_tokens - 1)
         ]
         attention = _GrowingPass(cache, masks, self.kernels)
-        readback, resets = Readback(), self._resets
+        readback = Readback()
         live = list(answers.live)
-        runs = self._layers_run([skipped[row] for row in live])
+        runs = self._layers_run([request.skipped[row] for row in live])
         positions = torch.tensor([[prompt.length] for prompt in cache.prompts], device=token.device)
         while True:
             values = None
@@ -280,8 +184,8 @@ class Decoder:
                 readback.post(token)
                 values = readback.wait()
             answers.take(token, live, values)
-            self._check(resets)
-            if attention.count == max_new_tokens - 1 or not answers.live:
+            self._check(cache)
+            if attention.count == request.max_new_tokens - 1 or not answers.live:
                 break
             if len(answers.live) < len(live):
                 going = [i for i, row in enumerate(live) if row in answers.live]
@@ -289,12 +193,12 @@ class Decoder:
                 attention.narrow(rows)
                 token, positions = token[rows], positions[rows]
                 live = list(answers.live)
-                runs = self._layers_run([skipped[row] for row in live])
-            x = self.parts.embed_tokens(token).to(cache.buffers[0].dtype)
+                runs = self._layers_run([request.skipped[row] for row in live])
+            x = self.parts.embed_tokens(token).to(dtype)
             rope = rope_table(self.parts.llm_rope, positions + attention.count, x.dtype)
             hidden = self._token(x, rope, attention, runs)
             attention.count += 1
-            token = pick(self.parts.lm_head(hidden), live)
+            token = request.pick(self.parts.lm_head(hidden), live)
         self.waits = readback.waits
 
     def _layers_run(self, skipped: Sequence[tuple[int, ...]]) -> list[bool | Tensor]:
@@ -304,10 +208,6 @@ class Decoder:
             return [rows[0] for rows in layers]
         on_device = torch.tensor(layers, device=self.parts.device)[:, :, None, None]
         return [on_device[i] if any(rows) and not all(rows) else rows[0] for i, rows in enumerate(layers)]
-
-    def _check(self, resets: int) -> None:
-        if resets != self._resets:
-            raise RuntimeError("model: its handle was removed or reset while this question was being answered")
 
     def _token(
         self, x: Tensor, rope: Rope, attention: _FixedPass | _GrowingPass, runs: Sequence[bool | Tensor]
@@ -328,50 +228,31 @@ class Decoder:
     # ---- everything stays in place
 
     def _run_fixed(
-        self,
-        cache: PromptCache,
-        memory: AnswerMemory,
-        token: Tensor,
-        skipped: Sequence[tuple[int, ...]],
-        max_new_tokens: int,
-        pick: Pick,
-        answers: _Answers,
+        self, cache: PromptCache, memory: AnswerMemory, request: AnswerRequest, token: Tensor, answers: _Answers
     ) -> None:
-        rows = list(answers.live)
+        rows, pick = list(answers.live), request.pick
         # A token is read while the next one is on its way; but draws advance their generators, so there none is made ahead of
         # a token that may end an answer.
         behind = 0 if isinstance(pick, TokenSampler) and pick.temperature > 0 else 1
-        runs = self._layers_run(skipped)
-        for layer, run in enumerate(runs):
-            if isinstance(run, Tensor):
-                memory.runs[layer] = run
-        how: list[bool | Tensor] = [
-            memory.runs[layer] if isinstance(run, Tensor) else run for layer, run in enumerate(runs)
-        ]
-        for mask, allowed in zip(memory.masks, _visible(cache, 0), strict=True):
-            mask.fill_(float("-inf"))
-            mask[..., : allowed.shape[-1]] = additive(allowed, mask.dtype)
-        memory.slots.copy_(torch.tensor(cache.ends))
-        memory.position.copy_(torch.tensor([[prompt.length] for prompt in cache.prompts]))
-        key = ("token", len(rows), tuple("mixed" if isinstance(run, Tensor) else run for run in runs))
+        work = self._load(cache, memory, request)
+        graphs: GraphCache[Any] = cache.lease.graphs
         readbacks = (Readback(), Readback())
         sent: deque[tuple[Tensor, Readback]] = deque()
-        resets = self._resets
-        for count in range(max_new_tokens):
+        for count in range(request.max_new_tokens):
             if answers.read:
                 readbacks[count % 2].post(token)
                 sent.append((token, readbacks[count % 2]))
             else:
                 answers.take(token, rows, None)
-            last = count == max_new_tokens - 1
+            last = count == request.max_new_tokens - 1
             while len(sent) > (0 if last else behind):
                 one, readback = sent.popleft()
                 answers.take(one, rows, readback.wait())
-            self._check(resets)
+            self._check(cache)
             if last or not answers.live:
                 break
             memory.token.copy_(token)
-            memory.pieces.run(key, lambda: self._fixed_token(memory, how))
+            graphs.run(self._fixed_token, work)
             if behind or len(answers.live) == len(rows):
                 token = pick(memory.logits, rows)
             else:
@@ -379,8 +260,22 @@ class Decoder:
                 token[answers.live] = pick(memory.logits[answers.live], answers.live)
         self.waits = sum(readback.waits for readback in readbacks)
 
-    def _fixed_token(self, memory: AnswerMemory, runs: Sequence[bool | Tensor]) -> None:
+    def _load(self, cache: PromptCache, memory: AnswerMemory, request: AnswerRequest) -> TokenWork:
+        """Put what the answers' tokens read into memory; returns the work of each token."""
+        runs = self._layers_run(request.skipped)
+        for layer, run in enumerate(runs):
+            if isinstance(run, Tensor):
+                memory.runs[layer] = run
+        for mask, allowed in zip(memory.masks, _visible(cache, 0), strict=True):
+            unused = mask.shape[-1] - allowed.shape[-1]
+            mask.copy_(additive(torch.nn.functional.pad(allowed, (0, unused)), mask.dtype))
+        memory.slots.copy_(torch.tensor(cache.ends))
+        memory.position.copy_(torch.tensor([[prompt.length] for prompt in cache.prompts]))
+        return TokenWork(len(cache.prompts), tuple(None if isinstance(run, Tensor) else run for run in runs))
+
+    def _fixed_token(self, memory: AnswerMemory, work: TokenWork) -> None:
         """From the token in every row to the logits of the next one; device work only."""
+        runs = [memory.runs[layer] if run is None else run for layer, run in enumerate(work.layers)]
         for mask, slot in zip(memory.masks, memory.slots.unbind(), strict=True):
             mask.index_fill_(3, slot, 0.0)
         cos, sin = (table[0].index_select(0, memory.position[:, 0])[:, None] for table in memory.rope)
@@ -402,8 +297,3 @@ def _visible(cache: PromptCache, answer_slots: int) -> list[Tensor]:
             allowed[row, :end] = torch.nn.functional.pad(seen, (0, end - seen.shape[0]))
         result.append(allowed[:, None, None])
     return result
-
-
-def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a bool mask of any shape is True, -inf elsewhere."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))

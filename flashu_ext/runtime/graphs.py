@@ -1,33 +1,31 @@
-"""Runs pieces of device-only work over and over: captured in CUDA graphs where that is possible, else
-operator by operator.
+"""Runs device work over and over: captured in CUDA graphs where that is possible, else operator by operator.
 
-A piece is a function without arguments that reads and writes memory at fixed addresses, with a key that holds every plain
-number it depends on: equal keys, equal work. It first runs operator by operator, counted; the second time it is captured;
-from then on it is replayed.
+Work first runs operator by operator, counted; the second time it is captured; from then on it is replayed. So memory that
+it makes for itself is there before it is captured.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .counting import Counts, DispatchCounter
 
-__all__ = ["Capture", "Captures", "CudaCapture", "Pieces", "Readback", "lasting"]
+__all__ = ["Capture", "CudaCapture", "GraphCache", "GraphCapture"]
 
-Work = Callable[[], Any]
+M = TypeVar("M")
+W = TypeVar("W", bound=Hashable)
 
 
 class Capture(Protocol):
-    """Turns a piece of work into something that can be replayed. One for each workspace."""
+    """Turns device work into something that can be replayed. One for each workspace."""
 
-    def __call__(self, work: Work) -> Callable[[], None]:
+    def __call__(self, work: Callable[[], Any]) -> Callable[[], None]:
         """Capture work, which does not run by that, and return its replay."""
         ...
 
@@ -39,7 +37,7 @@ class CudaCapture:
         self._stream = _capture_stream(device)
         self._pool: Any = torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Work) -> Callable[[], None]:
+    def __call__(self, work: Callable[[], Any]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls count: a thread that loads data may allocate meanwhile.
         mode = "thread_local"
@@ -61,17 +59,18 @@ def _capture_stream(device: torch.device) -> Any:
     return torch.cuda.Stream(device)
 
 
-class Captures:
+class GraphCapture:
     """What captures the work of one accelerated model; its images and its answers share it.
 
     Attributes:
         make: makes the capture of a workspace, or None: work runs operator by operator. why_not: why nothing is captured, from
             the start. failure: why a capture failed; after that none is tried.
-        counts: of every piece of work seen, what it asks of the device.
+        counts: of every work seen, what it asks of the device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, wanted: bool):
         """wanted: `FlashUConfig.step_graphs`."""
+        self.device = device
         self.make: Callable[[], Capture] | None = None
         self.why_not: str | None = None
         self.failure: str | None = None
@@ -84,53 +83,46 @@ class Captures:
         else:
             self.make = functools.partial(CudaCapture, device)
 
-    def pieces(self) -> Pieces:
-        """For the work of one workspace."""
-        return Pieces(self.make() if self.make else None, self.counts, self._failed)
+    def cache(self, memory: M) -> GraphCache[M]:
+        """For the work in one workspace."""
+        return GraphCache(memory, self.make() if self.make else None, self.counts, self._failed)
 
     def _failed(self, why: str) -> None:
         self.make, self.failure = None, why
 
     def addresses(self) -> int:
-        """A number that changes where weights do not lie where they lay, as after `model.to(...)`: what was captured reads the
-        old place."""
+        """Hash of all weight addresses; a change, as by `model.to(...)`, invalidates captured graphs."""
         return hash(tuple(tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())))
 
 
-@contextlib.contextmanager
-def lasting() -> Iterator[None]:
-    """Memory made inside may be written to in any mode, wherever the caller is: tensors made under `torch.inference_mode` may
-    not, once it has ended."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-KEPT_GRAPHS = 48
+MAX_GRAPHS = 48
 """Graphs of one workspace; the least recently used make room. Which layers are skipped depends on prompts, so there is no end
 to the kinds of work."""
 
-KEPT_COUNTS = 1024
+MAX_COUNTS = 1024
 
 RARE_USES = 3
 """A capture costs as much as a few runs."""
 
 
-class Pieces:
-    """The pieces of work of one workspace.
+class GraphCache(Generic[M]):
+    """The captured work of one workspace, by its value (`work`).
 
     Attributes:
-        captured: pieces that are replayed.
+        captured: works that are replayed.
         replayed, eager: runs so far of either kind.
     """
 
     def __init__(
         self,
+        memory: M,
         capture: Capture | None,
         counts: dict[Hashable, Counts],
         failed: Callable[[str], None] = lambda why: None,
     ):
-        """capture: None runs everything operator by operator. counts: of every key, shared by all workspaces. failed: told
+        """capture: None runs everything operator by operator. counts: of every work, shared by all workspaces. failed: told
         why, where a capture fails."""
+        self._memory = memory
         self._failed = failed
         self._capture = capture
         self._counts = counts
@@ -142,75 +134,51 @@ class Pieces:
     def captured(self) -> int:
         return len(self._replays)
 
-    def run(self, key: Hashable, work: Work, rare: bool = False) -> Counts:
-        """Run a piece and return what it asks of the device. A rare one is captured only once it has come back often."""
-        replay = self._replays.get(key)
-        if replay is None and self._capture is not None and self._uses[key] >= (RARE_USES if rare else 1):
-            replay = self._captured(key, work)
+    def run(self, execute: Callable[[M, W], Any], work: W) -> Counts:
+        """Do work, and return what it asks of the device.
+
+        Args:
+            execute: does it; the same function for every work of one type. It depends on nothing but the memory and the work.
+        """
+        replay = self._replays.get(work)
+        if replay is None and self._capture is not None and self._uses[work] >= _uses_before(work):
+            replay = self._captured(execute, work)
         if replay is not None:
-            self._replays.move_to_end(key)
+            self._replays.move_to_end(work)
             replay()
             self.replayed += 1
         else:
-            self._run_eagerly(key, work)
-            if len(self._uses) > KEPT_COUNTS:
+            self._run_eagerly(execute, work)
+            if len(self._uses) > MAX_COUNTS:
                 self._uses.clear()
-            self._uses[key] += 1
+            self._uses[work] += 1
             self.eager += 1
-        return self._counts[key]
+        return self._counts[work]
 
-    def _run_eagerly(self, key: Hashable, work: Work) -> None:
-        if key in self._counts:
-            work()
+    def _run_eagerly(self, execute: Callable[[M, W], Any], work: W) -> None:
+        if work in self._counts:
+            execute(self._memory, work)
             return
         with DispatchCounter() as counter:
-            work()
-        if len(self._counts) > KEPT_COUNTS:
+            execute(self._memory, work)
+        if len(self._counts) > MAX_COUNTS:
             self._counts.clear()
-        self._counts[key] = counter.counts
+        self._counts[work] = counter.counts
 
-    def _captured(self, key: Hashable, work: Work) -> Callable[[], None] | None:
+    def _captured(self, execute: Callable[[M, W], Any], work: W) -> Callable[[], None] | None:
         assert self._capture is not None
         try:
-            self._replays[key] = self._capture(work)
+            self._replays[work] = self._capture(functools.partial(execute, self._memory, work))
         except RuntimeError as error:
             # What cannot be captured still runs. Capturing has run nothing, so the images' memory is as it was.
             self._capture = None
             self._failed(f"capturing failed: {str(error).splitlines()[0]}")
             return None
-        while len(self._replays) > KEPT_GRAPHS:
+        while len(self._replays) > MAX_GRAPHS:
             self._replays.popitem(last=False)
-        return self._replays[key]
+        return self._replays[work]
 
 
-class Readback:
-    """A few numbers on their way from the device to the host, which waits only when it needs them.
-
-    The copy is queued behind the work that makes the numbers; whatever is launched between `post` and `wait` keeps the device
-    busy while the host waits.
-    """
-
-    def __init__(self) -> None:
-        self.waits = 0
-        self._values: Tensor | None = None
-        self._event: Any = None
-
-    def post(self, values: Tensor) -> None:
-        """Send values, of any shape, contiguous, exact in fp64. They may be overwritten on the device from here on."""
-        if values.device.type != "cuda":
-            self._values, self._event = values.clone(), None
-            return
-        if self._values is None or self._values.shape != values.shape:
-            with lasting():
-                self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._event = torch.cuda.Event()
-        self._values.copy_(values, non_blocking=True)
-        self._event.record(torch.cuda.current_stream(values.device))
-
-    def wait(self) -> list[float]:
-        """The numbers sent last, flat."""
-        assert self._values is not None, "`post` comes first"
-        self.waits += 1
-        if self._event is not None:
-            self._event.synchronize()
-        return [float(value) for value in self._values.numpy().ravel()]
+def _uses_before(work: Any) -> int:
+    """How often work runs before it is captured."""
+    return RARE_USES if getattr(work, "rare", False) else 1

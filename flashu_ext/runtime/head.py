@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..models.structure import Showo2Parts
+from ..models.parts import Showo2Parts
 from ..ops.kernel_sets import KernelSet
-from ..planning.config import FlashUConfig
-from ..planning.schedule import Step
 from .modules.attention import CausalPass
 from .modules.head_block import final_layer, head_block
+from .work import HeadWork
 from .workspace import Workspace
 
 __all__ = ["Head"]
 
 
 class Head:
-    """Runs the diffusion head in a workspace. Device work only: it changes no plain number, and reads no value back."""
+    """Runs the diffusion head in a workspace. Device work only: it depends on its work and on memory, and reads nothing back."""
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
+    def __init__(self, parts: Showo2Parts, kernels: KernelSet):
         self.parts = parts
-        self.config = config
         self.kernels = kernels
 
     def prefix(self, ws: Workspace, rows: int, hidden: Tensor) -> None:
@@ -32,32 +30,33 @@ class Head:
         for index, block in enumerate(self.parts.blocks):
             x = head_block(block, index, x, None, rope, attention, self.parts.head_attention, self.kernels)
 
-    def run(self, ws: Workspace, step: Step, rows: int) -> None:
-        """A step's velocity rows, into the workspace, from the language model's result there and the head cache.
-
-        Where a later step carries it forward, the head's state is kept: the output of the blocks, or what they added to
-        their input.
-        """
+    def run(self, ws: Workspace, work: HeadWork) -> None:
+        """The language model's result in the workspace -> a step's velocity rows, there too, and the latents moved along."""
+        rows = work.rows
         modulation = ws.modulation.index_select(0, ws.time_rows[:rows])
-        if step.head:
-            x = self._compute(ws, step, rows, modulation)
-        else:
-            x = ws.cache.carry(step.index, rows, self.kernels)
-            if step.residual:
-                x = self._input(ws.hidden[:rows]) + x
+        x = self._predict(ws, work) if work.prediction is not None else self._compute(ws, work, modulation)
         skip = 1 if self.parts.has_time_token else 0
         ws.velocity[:rows] = final_layer(self.parts.final_layer, x[:, skip:], modulation, self.kernels)
+        if work.moved:
+            latents = ws.latents[: work.moved]
+            self.kernels.guided_euler_step_(latents, ws.velocity[:rows], ws.scale, ws.dt, ws.time_rows[:1])
+            ws.time_rows.add_(1)
 
-    def _compute(self, ws: Workspace, step: Step, rows: int, modulation: Tensor) -> Tensor:
+    def _predict(self, ws: Workspace, work: HeadWork) -> Tensor:
+        assert work.prediction is not None
+        x = ws.cache.predict(work.prediction, work.rows, self.kernels)
+        return self._input(ws.hidden[: work.rows]) + x if work.residual else x
+
+    def _compute(self, ws: Workspace, work: HeadWork, modulation: Tensor) -> Tensor:
+        rows = work.rows
         x = self._input(ws.hidden[:rows])
-        residual = self.config.head_residual_reuse and step.keep_head
-        before = x.clone() if residual else x  # the blocks write into x
+        before = x.clone() if work.residual else x  # the blocks write into x
         attention = ws.span_pass(ws.head, rows, self.kernels)
         rope = (ws.head_rope[0][:rows], ws.head_rope[1][:rows])
         for index, block in enumerate(self.parts.blocks):
             x = head_block(block, index, x, modulation, rope, attention, self.parts.head_attention, self.kernels)
-        if step.keep_head:
-            ws.cache.keep(x - before if residual else x, step.index, self.kernels)
+        if work.update is not None:
+            ws.cache.update(work.update, x - before if work.residual else x, self.kernels)
         return x
 
     def _input(self, hidden: Tensor) -> Tensor:

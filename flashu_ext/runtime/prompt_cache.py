@@ -1,20 +1,17 @@
-"""Prompts being answered, and their keys and values; what one prompt can lend to the next."""
+"""Prompts being answered, and their keys and values; which prefix of one prompt the next can reuse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.structure import AttentionShape
+from .answer_memory import AnswerShape, Buffers, GrowingMemory, layer_of
+from .memory import Lease
 
 __all__ = ["Prompt", "PromptCache", "Span", "common_prefix", "reach"]
-
-Provide = Callable[[int, tuple[int, int], int, Tensor], Any]
-"""Rows, capacities of the two buffers, `split` and a tensor of their dtype -> an object with `buffers`, or None."""
 
 Span = tuple[int, int]
 """(first position, count) of an image's tokens in a prompt."""
@@ -54,68 +51,60 @@ class Prompt:
 
 
 class PromptCache:
-    """Keys and values of several prompts, one a row, and room for their answers.
+    """Keys and values of several prompts, one a row, and capacity for their answers.
 
     Layers before the pruning layer hold every token of a prompt, the others those that stay. A row's prompt begins at slot
     0; all answers begin at one slot, behind the longest prompt, so that a new token is written to one slot in every row.
 
     Attributes:
-        buffers: two tensors [layers, 2, rows, kv_heads, capacity, head_dim]: layers before `split`, and the others.
-        ends: the slot at which answers begin, in each of the two.
-        memory: what the buffers are part of, where they are not the cache's own.
+        lease: the memory. ends: the slot at which answers begin, in each of its two buffers.
+        decoding: answers are being written here.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[Prompt],
-        new_tokens: int,
-        split: int,
-        layers: int,
-        shape: AttentionShape,
-        like: Tensor,
-        provide: Provide | None = None,
-    ):
-        """provide: memory of fixed place for these, or None; without it the cache has memory of its own."""
+    def __init__(self, prompts: Sequence[Prompt], lease: Lease[GrowingMemory]):
         self.prompts = list(prompts)
-        self.split = split
-        self.ends = (max(p.length for p in prompts), max(p.slots(p.length) for p in prompts))
-        capacities = (self.ends[0] + new_tokens, self.ends[1] + new_tokens)
-        self.memory = provide(len(prompts), capacities, split, like) if provide else None
-        if self.memory is not None:
-            self.buffers = self.memory.buffers
-            return
-        first, second = (
-            # Zeros: a slot that a row does not use is masked, and must not hold a NaN.
-            like.new_zeros(count, 2, len(prompts), shape.kv_heads, capacity, shape.head_dim)
-            for count, capacity in zip((split, layers - split), capacities, strict=True)
-        )
-        self.buffers = (first, second)
+        self.lease = lease
+        self.ends = _ends(prompts)
+        self.decoding = False
+
+    @staticmethod
+    def shape(prompts: Sequence[Prompt], new_tokens: int, split: int) -> AnswerShape:
+        """The memory that prompts and so many new tokens of each need. split: the pruning layer."""
+        first, second = (end + new_tokens for end in _ends(prompts))
+        return AnswerShape(len(prompts), (first, second), split, prompts[0].embeds.dtype)
+
+    @property
+    def buffers(self) -> Buffers:
+        return self.lease.memory.buffers
+
+    @property
+    def split(self) -> int:
+        return self.lease.memory.shape.split
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, [rows, kv_heads, capacity, head_dim] each."""
         return layer_of(self.buffers, self.split, layer)
 
-    def borrow(self, row: int, source: PromptCache, source_row: int, tokens: int) -> None:
+    def reuse(self, row: int, source: PromptCache, source_row: int, tokens: int) -> None:
         """Copy the first `tokens` tokens of another cache's row, or of another row of this one."""
         prompt = source.prompts[source_row]
+        self.prompts[row].kept = prompt.kept
         for mine, theirs, slots in zip(self.buffers, source.buffers, (tokens, prompt.slots(tokens)), strict=True):
             mine[:, :, row, :, :slots] = theirs[:, :, source_row, :, :slots]
 
     def nbytes(self) -> int:
-        own = sum(buffer.nbytes for buffer in self.buffers) if self.memory is None else 0
-        return own + sum(prompt.nbytes() for prompt in self.prompts)
+        """Bytes of the prompts; the memory counts its own."""
+        return sum(prompt.nbytes() for prompt in self.prompts)
 
 
-def layer_of(buffers: tuple[Tensor, Tensor], split: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer in a cache's two buffers."""
-    pair = buffers[0][layer] if layer < split else buffers[1][layer - split]
-    return pair[0], pair[1]
+def _ends(prompts: Sequence[Prompt]) -> tuple[int, int]:
+    return max(p.length for p in prompts), max(p.slots(p.length) for p in prompts)
 
 
 def common_prefix(source: Prompt, prompt: Prompt, limit: int) -> int:
-    """How many leading tokens, at most `limit`, a prefilled prompt has in common with another one and can lend.
+    """How many leading tokens, at most `limit`, a prefilled prompt shares with another one, which can reuse them.
 
-    They end at a closed position: nothing before it looks past it in either prompt, so an image is lent whole or not at all.
+    They end at a closed position: nothing before it looks past it in either prompt, so an image is reused whole or not at all.
     """
     if source.embeds.dtype != prompt.embeds.dtype or source.embeds.device != prompt.embeds.device:
         return 0

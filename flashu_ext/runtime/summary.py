@@ -28,13 +28,14 @@ class Summary:
             them behind the pruning layer.
         weight_bytes: the model's weights. extra_weight_bytes: what acceleration keeps beside them (the permutations).
         cache_bytes: held now beside the weights: keys and values, tables, activations that outlive an evaluation, caches.
-        memory: the same by purpose. last_image_memory: what the last image held, by purpose.
+        memory: the same by purpose. last_image_memory: what the last image held at its end (or,
+            while it is in progress, at its beginning), by purpose.
         launches: by kind of evaluation the operators that the last image's last one launched; a matrix product or an
             attention of torch counts as one.
         syncs: times in the last image's evaluations that an operator made the host wait for the device. host_waits: times
             that the host waited for numbers sent earlier (a measurement of layers, the adaptive cache's flag).
-        step_runner: 'graphs', or 'eager: ' and why. graphs: pieces of evaluations 'captured' in the workspaces held now, their
-            'replays', and how many 'run eagerly'.
+        step_runner: 'graphs', or 'eager: ' and why. graphs: 'workspaces' held now for images, the work 'captured' in them, its
+            'replays', and how often work was 'run eagerly'.
         kernels: op -> backend. fallbacks: reason -> occurrences.
     """
 

@@ -12,21 +12,20 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from ..models.structure import Showo2Parts
+from ..models.accelerated import HANDLE, handle_of
+from ..models.parts import Showo2Parts
 from ..ops.kernel_sets import resolve
 from ..planning.config import FlashUConfig
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
-from . import find_runner
 from .generation import TASK as GENERATION
 from .modules.ffn import GatheredFFN
 from .runner import Runner
-from .state import ImageState
+from .state import ImageRecord
 from .summary import Summary
+from .upstream import METHODS, UpstreamMethods
 
 __all__ = ["Handle", "accelerate"]
-
-_METHODS = ("t2i_generate", "mmu_generate")
 
 
 class Handle:
@@ -40,6 +39,7 @@ class Handle:
         self._layouts = layouts
         self._original_ffns: list[nn.Module] = []
         self._shadowed: dict[str, object] = {}
+        self._upstream = UpstreamMethods(runner, {name: getattr(self.model, name) for name in METHODS})
         self._active = False
 
     # ---- in and out
@@ -54,19 +54,21 @@ class Handle:
                     _permute(replacement, layout.permutation)
                 self._original_ffns.append(original)
                 layer.mlp = replacement
-            for name in _METHODS:
+            for name in METHODS:
                 if name in self.model.__dict__:
                     self._shadowed[name] = self.model.__dict__[name]
-                self.model.__dict__[name] = getattr(self.runner, name)
+                self.model.__dict__[name] = getattr(self._upstream, name)
+            self.model.__dict__[HANDLE] = self
             self._active = True
         except BaseException:
             self._uninstall()
             raise
 
     def _uninstall(self) -> None:
-        for name in _METHODS:
+        self.model.__dict__.pop(HANDLE, None)
+        for name in METHODS:
             method = self.model.__dict__.get(name)
-            if getattr(method, "__self__", None) is self.runner:
+            if getattr(method, "__self__", None) is self._upstream:
                 del self.model.__dict__[name]
             if name in self._shadowed:
                 self.model.__dict__[name] = self._shadowed.pop(name)
@@ -81,6 +83,7 @@ class Handle:
         """Give the model back bitwise as it was, with the very same module and parameter objects. A second call does nothing."""
         if self._active:
             self._active = False
+            self._upstream.reset()
             self.runner.reset()
             self._uninstall()
 
@@ -108,16 +111,13 @@ class Handle:
         tokens = {"prefilled": answers.prefilled, "reused": answers.reused}
         tokens |= {"visual": answers.visual, "visual kept": answers.visual_kept}
         if image is not None:
-            length, geometry = image.length, image.geometry
-            tokens |= {
-                "prefix": geometry.longest,
-                "span": geometry.span,
-                "tail": length - min(geometry.prefix) - geometry.span,
-            }
+            geometry = image.geometry
+            tail = image.length - min(geometry.prefix) - geometry.span
+            tokens |= {"prefix": geometry.longest, "span": geometry.span, "tail": tail}
         reasons = Counter(f"{name}: {why}" for name, why in runner.kernels.fallbacks.items()) + runner.fallbacks
-        captures = runner.captures
-        if captures.failure is not None:
-            reasons[f"step graphs: {captures.failure}"] += 1
+        capture = runner.capture
+        if capture.failure is not None:
+            reasons[f"step graphs: {capture.failure}"] += 1
         held = runner.held_bytes()
         return Summary(
             steps=dict(Counter(image.kinds)) if image else {},
@@ -135,11 +135,11 @@ class Handle:
             extra_weight_bytes=sum(layout.permutation.nbytes for layout in self._layouts or ()),
             cache_bytes=sum(held.values()),
             memory=held,
-            last_image_memory=(image.held_bytes or image.nbytes()) if image else {},
+            last_image_memory=dict(image.memory) if image else {},
             launches=_launches(image) if image else {},
             syncs=sum(work.syncs for work in image.work) if image else 0,
             host_waits=sum(work.waits for work in image.work) if image else 0,
-            step_runner=f"eager: {why_not}" if (why_not := captures.why_not or captures.failure) else "graphs",
+            step_runner=f"eager: {why_not}" if (why_not := capture.why_not or capture.failure) else "graphs",
             graphs=_graphs(runner),
             kernels=dict(runner.kernels.chosen),
             fallbacks=dict(reasons),
@@ -177,7 +177,7 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
     if plan is not None and not isinstance(plan, TaskPlan):
         raise TypeError(f"plan: expected a TaskPlan, got {type(plan).__name__}")
     parts = Showo2Parts.find(model)
-    if find_runner(model) is not None:
+    if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
     layers = len(parts.layers)
     if config.token_prune_ratio > 0 and config.token_prune_layer >= layers:
@@ -186,27 +186,27 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
         )
     layouts = _layouts(model, config, plan)
     kernels = resolve(config, parts.device, parts.dtype)
-    originals = {name: getattr(model, name) for name in _METHODS}
-    handle = Handle(Runner(parts, config, kernels, originals), plan, layouts)
+    handle = Handle(Runner(parts, config, kernels), plan, layouts)
     handle._install()
     return handle
 
 
-def _launches(image: ImageState) -> dict[str, int]:
+def _launches(image: ImageRecord) -> dict[str, int]:
     """Of the last evaluation of every kind: the first of a network variant computes its prompt's keys and values too."""
     return {work.kind: work.launches for work in image.work}
 
 
 def _graphs(runner: Runner) -> dict[str, int]:
-    pieces = runner.generation.workspaces.pieces()
+    caches = runner.generation.pool.graphs()
     return {
-        "captured": sum(each.captured for each in pieces),
-        "replays": sum(each.replayed for each in pieces),
-        "run eagerly": sum(each.eager for each in pieces),
+        "workspaces": len(caches),
+        "captured": sum(each.captured for each in caches),
+        "replays": sum(each.replayed for each in caches),
+        "run eagerly": sum(each.eager for each in caches),
     }
 
 
-def _decided(image: ImageState) -> dict[str, int]:
+def _decided(image: ImageRecord) -> dict[str, int]:
     """How the evaluations that were decided while running came out."""
     open_ones = [step for step in image.ran if image.plan.at(step.index).adaptive]
     computed = sum(step.head for step in open_ones)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.structure import Showo2Parts
+from ..models.parts import Showo2Parts
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from .modules.attention import rotate

@@ -5,14 +5,14 @@ a further question about an image starts behind the image. Sharing stops at a po
 so the bidirectional image span is reused whole or not at all.
 
 Visual tokens are dropped inside the prefill (`token_pruning`). An image's tokens see nothing behind the image, so which of
-them stay does not depend on the question, and a pruned image is lent like any other; the score 'attention' is the
+them stay does not depend on the question, and a pruned image is reused like any other; the score 'attention' is the
 exception. An answer's tokens may skip layers: which ones is measured on the prompt's last token, in its own prefill, which
 always runs whole; skipped layers neither read nor write keys and values of the answer.
 """
 
 from __future__ import annotations
 
-import functools
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,13 +20,17 @@ import torch
 from torch import Tensor
 
 from ..models.embedding import embed_image
+from ..models.masks import additive
+from ..models.parts import Showo2Parts, norm_eps
 from ..models.showo2.decoding import OnToken
 from ..models.showo2.understanding import span_embeds
-from ..models.structure import Showo2Parts, norm_eps, position_table
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
-from .decoding import TASK, Decoder, Pick, additive
-from .graphs import Captures
+from ..planning.schedule import least_important
+from .answer_memory import AnswerMemory, AnswerShape, GrowingMemory
+from .decoding import TASK, AnswerRequest, Decoder, Pick
+from .graphs import GraphCapture
+from .memory import Lease, MemoryPool
 from .modules.attention import HeadNorms, Rope, attend_folded, fold_mask, rope_table, rotate_into
 from .modules.decoder_layer import decoder_layer, pruning_layer
 from .prompt_cache import Prompt, PromptCache, common_prefix
@@ -34,17 +38,20 @@ from .token_pruning import TokenPruner, visual_spans
 
 __all__ = ["TASK", "UnderstandingEngine"]
 
-# How many prompts of the last call, and of the same call, a prompt is compared with: a comparison reads both prompts.
 MAX_SOURCES = 16
+"""Prompts of the last call, and of the same call, that a prompt is compared with: a comparison reads both prompts."""
+
+IDLE_MEMORIES = 1
+"""Kept between questions beside that of the last one, whose prompts may be reused: two take turns, each with its graphs."""
 
 
 class _PrefillPass:
     """New tokens of several prompts, end to end in one row: each attends within its own prompt, over its cached prefix too."""
 
-    def __init__(self, cache: PromptCache, pieces: Sequence[tuple[int, int, Tensor]], kernels: KernelSet):
-        """pieces: (row of the cache, slots filled before, folded mask [1, 1, group * n, filled + n])."""
+    def __init__(self, cache: PromptCache, chunks: Sequence[tuple[int, int, Tensor]], kernels: KernelSet):
+        """chunks: (row of the cache, slots filled before, folded mask [1, 1, group * n, filled + n])."""
         self.cache = cache
-        self.pieces = pieces
+        self.chunks = chunks
         self.kernels = kernels
 
     def __call__(
@@ -53,7 +60,7 @@ class _PrefillPass:
         keys, values = self.cache.layer(layer)
         attended = []
         at = 0
-        for row, start, mask in self.pieces:
+        for row, start, mask in self.chunks:
             end = mask.shape[3]
             n = end - start
             new, one = slice(at, at + n), slice(row, row + 1)
@@ -95,7 +102,7 @@ class _Narrowing:
         """See `modules.decoder_layer.pruning_layer`; where nothing drops, neither tensor is read. Sets `kept` of the prompts."""
         by_value = self.drops and not self.pruner.sees_question
         scores = self.pruner.scores(value) if by_value and value is not None else None
-        keep, pieces = [], []
+        keep, chunks = [], []
         at = 0
         for row, start in self.chunks:
             prompt = self.cache.prompts[row]
@@ -106,13 +113,13 @@ class _Narrowing:
                 own = self._attention_scores(prompt, row, start, normed[:, new], new)
             stay = self._stay(prompt, start, own)
             keep.append(stay + (at - start))
-            lent = stay[:0] if prompt.kept is None else prompt.kept[: prompt.slots(start)]
-            prompt.kept = torch.cat([lent, stay])
+            reused = stay[:0] if prompt.kept is None else prompt.kept[: prompt.slots(start)]
+            prompt.kept = torch.cat([reused, stay])
             allowed = prompt.allowed[stay][:, prompt.kept]
             mask = fold_mask(additive(allowed, prompt.embeds.dtype)[None, None], self.pruner.parts.llm_attention)
-            pieces.append((row, lent.shape[0], mask))
+            chunks.append((row, reused.shape[0], mask))
             at = new.stop
-        return torch.cat(keep), _PrefillPass(self.cache, pieces, self.pruner.kernels)
+        return torch.cat(keep), _PrefillPass(self.cache, chunks, self.pruner.kernels)
 
     def _stay(self, prompt: Prompt, start: int, scores: Tensor | None) -> Tensor:
         """Positions from `start` on that stay, ascending; scores are those of the positions from `start` on."""
@@ -132,7 +139,7 @@ class _Narrowing:
     def _attention_scores(self, prompt: Prompt, row: int, start: int, normed: Tensor, new: slice) -> Tensor:
         cos, sin = self.rope
         keys, _ = self.cache.layer(self.cache.split)
-        # This score lends nothing behind the first image, so all earlier tokens are in the cache.
+        # Under this score nothing behind the first image is reused, so all earlier tokens are in the cache.
         before, rope = keys[row, :, :start], (cos[:, new], sin[:, new])
         return self.pruner.attention_scores(self.attention, normed, rope, before, prompt.allowed[-1])
 
@@ -140,12 +147,14 @@ class _Narrowing:
 class UnderstandingEngine:
     """Answers batches of prompts and keeps the last batch's cache for the next question."""
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, captures: Captures):
+    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, capture: GraphCapture):
         self.parts = parts
         self.kernels = kernels
         self.pruner = TokenPruner(parts, config, kernels)
-        self.decoder = Decoder(parts, kernels, captures)
-        self.layers_to_skip = int(len(parts.layers) * config.answer_layer_skip_ratio)
+        self.pool: MemoryPool[GrowingMemory] = MemoryPool(capture, IDLE_MEMORIES)
+        self.decoder = Decoder(parts, kernels, self.pool)
+        self.skip_ratio = config.answer_layer_skip_ratio
+        self._measures = int(len(parts.layers) * self.skip_ratio) > 0
         self.prefilled = 0
         self.reused = 0
         self.visual = 0
@@ -158,12 +167,13 @@ class UnderstandingEngine:
         """Forget the last prompts and images."""
         self._cache = None
         self._images = []
-        self.decoder.reset()
+        self.pool.clear()
 
-    def nbytes(self) -> int:
-        """Bytes of the caches kept for the next question."""
+    def nbytes(self) -> Counter[str]:
+        """Bytes held for the next question, by purpose."""
         images = sum(latents.nbytes + embeds.nbytes for latents, embeds in self._images)
-        return images + self.decoder.nbytes() + (self._cache.nbytes() if self._cache else 0)
+        prompts = self._cache.nbytes() if self._cache is not None else 0
+        return self.pool.nbytes() + Counter({"answers' keys and values": images + prompts})
 
     # ---- inputs
 
@@ -177,11 +187,9 @@ class UnderstandingEngine:
                 distinct.append(latents.clone())
             chosen.append(at)
         embeds: dict[int, Tensor] = {i: known for i, (_, known) in enumerate(self._images)}
-        patch = self.parts.patch_size
         for shape in {latents.shape for latents in distinct[len(embeds) :]}:
             new = [i for i, latents in enumerate(distinct) if i >= len(self._images) and latents.shape == shape]
-            table = position_table(self.parts, shape[2] // patch, shape[3] // patch)
-            encoded = embed_image(self.parts, torch.cat([distinct[i] for i in new]), table)
+            encoded = embed_image(self.parts, torch.cat([distinct[i] for i in new]))
             embeds.update(zip(new, encoded.split(1), strict=True))
         self._images = [(distinct[i], embeds[i]) for i in dict.fromkeys(chosen)]
         return [embeds[i] for i in chosen]
@@ -214,26 +222,48 @@ class UnderstandingEngine:
         Returns:
             Per prompt token ids, 0-d int64 tensors, at most `max_new_tokens`.
         """
-        answers: list[list[Tensor]] = [[] for _ in prompts]
         if max_new_tokens == 0 or not prompts:
-            return answers
-        parts = self.parts
+            return [[] for _ in prompts]
         # The old cache is read, not written, until the new one holds all prompts: an error on the way leaves it usable.
-        cache = PromptCache(
-            prompts,
-            max_new_tokens - 1,
-            self.pruner.layer,
-            len(parts.layers),
-            parts.llm_attention,
-            prompts[0].embeds,
-            functools.partial(self.decoder.memory, busy=self._cache.memory if self._cache else None),
-        )
-        hidden, skipped = self._prefill(cache)
-        self._cache, self.skipped = cache, skipped
+        cache = PromptCache(prompts, self._acquire(PromptCache.shape(prompts, max_new_tokens - 1, self.pruner.layer)))
+        try:
+            if self._cache is not None:
+                self.pool.join(self._cache.lease)
+            hidden, skipped = self._prefill(cache)
+        except BaseException:
+            self.pool.release(cache.lease)
+            raise
+        self._replace_cache(cache)
+        self.skipped = skipped
         self.visual = sum(prompt.visual for prompt in prompts)
         self.visual_kept = self.visual - sum(sum(prompt.dropped) for prompt in prompts)
+        return self._decode(cache, AnswerRequest(hidden, skipped, max_new_tokens, pick, eos_token, on_token))
 
-        return self.decoder.run(cache, hidden, skipped, max_new_tokens, pick, eos_token, on_token)
+    def _acquire(self, shape: AnswerShape) -> Lease[GrowingMemory]:
+        if not self.pool.fixed:
+            return self.pool.acquire(lambda memory: False, lambda: GrowingMemory(shape, self.parts))
+        lease = self.pool.acquire(
+            lambda memory: memory.shape.holds(shape), lambda: AnswerMemory(shape.rounded(), self.parts)
+        )
+        assert isinstance(lease.memory, AnswerMemory)
+        lease.memory.clear()
+        return lease
+
+    def _replace_cache(self, cache: PromptCache) -> None:
+        """Reuse prefixes of this cache from now on. The old one's memory is released, or by its answer when that ends."""
+        old, self._cache = self._cache, cache
+        if old is not None and not old.decoding:
+            self.pool.release(old.lease)
+
+    def _decode(self, cache: PromptCache, request: AnswerRequest) -> list[list[Tensor]]:
+        cache.decoding = True  # a callback may ask another question meanwhile
+        try:
+            return self.decoder.run(cache, request)
+        finally:
+            cache.decoding = False
+            self.pool.mark(cache.lease)
+            if self._cache is not cache:
+                self.pool.release(cache.lease)
 
     def _rope(self, x: Tensor, positions: Tensor) -> Rope:
         return rope_table(self.parts.llm_rope, positions, x.dtype)
@@ -251,27 +281,25 @@ class UnderstandingEngine:
         """
         first: list[tuple[int, int]] = []
         second: list[tuple[int, int]] = []
-        borrowed: list[tuple[int, int, int]] = []
+        reused: list[tuple[int, int, int]] = []
         for row, prompt in enumerate(cache.prompts):
             shared, source = self._best_source(self._cache, range(MAX_SOURCES), prompt)
             within, other = self._best_source(cache, [row for row, _ in first[:MAX_SOURCES]], prompt)
             if within > shared and within >= prompt.length // 2:
                 second.append((row, within))
-                borrowed.append((row, other, within))
+                reused.append((row, other, within))
             else:
                 first.append((row, shared))
                 if shared:
                     assert self._cache is not None
-                    prompt.kept = self._cache.prompts[source].kept
-                    cache.borrow(row, self._cache, source, shared)
+                    cache.reuse(row, self._cache, source, shared)
         hidden = torch.empty(
             len(cache.prompts), self.parts.hidden, dtype=cache.buffers[0].dtype, device=self.parts.device
         )
         importance = torch.zeros(len(cache.prompts), len(self.parts.layers), device=self.parts.device)
         self._fill(cache, first, hidden, importance)
-        for row, other, shared in borrowed:
-            cache.prompts[row].kept = cache.prompts[other].kept
-            cache.borrow(row, cache, other, shared)
+        for row, other, shared in reused:
+            cache.reuse(row, cache, other, shared)
         if second:
             self._fill(cache, second, hidden, importance)
         self.prefilled += sum(cache.prompts[row].length - shared for row, shared in (*first, *second))
@@ -279,11 +307,11 @@ class UnderstandingEngine:
         return hidden, self._choose_layers(importance)
 
     def _best_source(self, cache: PromptCache | None, rows: Sequence[int], prompt: Prompt) -> tuple[int, int]:
-        """The most leading tokens that one of a cache's rows can lend to a prompt, and the row."""
+        """The most leading tokens of one of a cache's rows that a prompt can reuse, and the row."""
         if cache is None:
             return 0, 0
         limit = prompt.spans[0][0] if prompt.spans and self.pruner.sees_question else prompt.length - 1
-        # Behind the last image there is only a question: no other row can lend much more.
+        # Behind the last image there is only a question: no other row shares much more.
         enough = min(limit, sum(prompt.spans[-1]) if prompt.spans else limit)
         best = (0, 0)
         for row in rows:
@@ -312,11 +340,11 @@ class UnderstandingEngine:
         rows = torch.tensor([row for row, _ in chunks], device=device)
         last = torch.tensor([position.shape[0] for position in positions], device=device).cumsum(0) - 1
         for index, layer in enumerate(parts.layers):
-            before = x[0, last] if self.layers_to_skip else None
+            before = x[0, last] if self._measures else None
             narrowing = _Narrowing(self.pruner, cache, chunks, layer.self_attn, rope) if index == cache.split else None
             if narrowing is not None and narrowing.drops:
                 x, rope, attention = pruning_layer(layer, index, x, rope, narrowing, shape, kernels, TASK)
-                counts = [mask.shape[3] - start for _, start, mask in attention.pieces]
+                counts = [mask.shape[3] - start for _, start, mask in attention.chunks]
                 last = torch.tensor(counts, device=device).cumsum(0) - 1
             else:
                 if narrowing is not None:
@@ -328,12 +356,9 @@ class UnderstandingEngine:
 
     def _choose_layers(self, importance: Tensor) -> tuple[tuple[int, ...], ...]:
         """The least important layers of every row, from 1 - cosine(input, output) of its prompt's last token [rows, layers]."""
-        if self.layers_to_skip == 0:
+        if not self._measures:
             return ((),) * importance.shape[0]
-        return tuple(
-            tuple(sorted(sorted(range(len(scores)), key=scores.__getitem__)[: self.layers_to_skip]))
-            for scores in importance.tolist()
-        )
+        return tuple(least_important(scores, self.skip_ratio) for scores in importance.tolist())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.structure import Showo2Parts, position_table
+from ..models.masks import slot_mask
+from ..models.parts import Showo2Parts, position_table
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from .head_cache import AdaptiveGate, HeadCache
-from .modules.attention import Rope, RowGeometry, SpanPass, rope_table, slot_mask
+from .history import MEASUREMENTS
+from .modules.attention import Rope, RowGeometry, SpanPass, rope_table
 from .token_router import TokenRouter
 
 __all__ = ["Shape", "Workspace"]
@@ -76,7 +78,7 @@ class Workspace:
 
     Attributes:
         shape: what it is for. span: tokens of the image span. grid: patches, (rows, columns).
-        text_tokens: int64 [rows, length]. offsets: int64 [rows], where each row's span begins.
+        text_tokens: int64 [rows, length]. spans: int64 [rows, 1, 2], (offset, length) of each row's span.
         latents: fp32 [rows, channels, H, W]; where guided rows share one latent the first `images` are used.
         time_rows: int64 [rows], the rows of the time tables in force.
         time_token, modulation: tables [times, ...] of the time token and of the head's modulation.
@@ -88,7 +90,8 @@ class Workspace:
         velocity: the head's [rows, patches, patch * patch * channels].
         importance: fp32 [layers], of the last measurement.
         semantic: the encoder's features [rows, patches, clip] where later evaluations use them again, else None.
-        owner: the variant and the number of rows whose prefix is in `llm` and `head`.
+        cache, gate, router: what later steps use again of the head, of the adaptive cache's signal, of measured tokens.
+        geometry: where the rows' spans lie, on the host; read where `mask` is None.
     """
 
     def __init__(self, parts: Showo2Parts, config: FlashUConfig, shape: Shape, fixed: bool):
@@ -111,7 +114,7 @@ class Workspace:
             return torch.zeros(sizes, dtype=of, device=device)
 
         self.text_tokens = new(rows, shape.length, of=torch.int64)
-        self.offsets = new(rows, of=torch.int64)
+        self.spans = new(rows, 1, 2, of=torch.int64)
         self.latents = new(rows, parts.latent_channels, height, width, of=torch.float32)
         self.time_rows = new(rows, of=torch.int64)
         self.time_token = new(shape.times, parts.hidden)
@@ -131,38 +134,53 @@ class Workspace:
         self.importance = new(len(parts.layers), of=torch.float32)
         self.semantic = new(rows, patches, clip) if config.encoder_cache else None
         self.positions = new(1, patches, clip)
-        self.cache = HeadCache(config.head_forecast_order, restarts=config.adaptive_cache)
-        self.gate = AdaptiveGate(config.adaptive_cache_budget, shape.rows)
-        self.router = TokenRouter(int(patches * config.token_skip_ratio), parts.has_time_token)
+        caches = config.adaptive_cache or config.head_cache_interval > 1
+        width = int(first_block.input_layernorm.weight.shape[0])
+        self.cache = HeadCache(
+            [
+                new(config.head_forecast_order + 1, count, span, width)
+                for count in ({rows, shape.images} if caches else ())
+            ]
+        )
+        signal = (rows, patches, parts.hidden) if config.adaptive_cache else (0,)
+        self.gate = AdaptiveGate(config.adaptive_cache_budget, new(*signal), new(of=torch.float32))
+        measured = (MEASUREMENTS, len(parts.layers), rows, span) if config.token_skip else (0,)
+        skipped = int(patches * config.token_skip_ratio)
+        self.router = TokenRouter(skipped, parts.has_time_token, new(*measured, of=torch.float32))
         self.geometry = RowGeometry((0,) * rows, span)
-        self.owner: tuple[object, int] | None = None
 
-    def load(self, parts: Showo2Parts, text_tokens: Tensor, offsets: Tensor, geometry: RowGeometry) -> None:
+    @property
+    def offsets(self) -> Tensor:
+        """int64 [rows], where each row's span begins."""
+        return self.spans[:, 0, 0]
+
+    def load(self, parts: Showo2Parts, text_tokens: Tensor, spans: Tensor, geometry: RowGeometry) -> None:
         """An image begins.
 
         Args:
-            text_tokens: int64 [rows, length]. offsets: int64 [rows], where the spans begin, on the device.
+            text_tokens: int64 [rows, length]. spans: int64 [rows, 1, 2], on the device.
             geometry: the same on the host; prefixes no longer than there is room for.
         """
         self.geometry = geometry
-        self.owner = None
         self.text_tokens.copy_(text_tokens)
-        self.offsets.copy_(offsets)
+        self.spans.copy_(spans)
         positions = self.offsets[:, None] + torch.arange(self.span, device=self.offsets.device)
         dtype = self.hidden.dtype
         for mine, module in ((self.llm_rope, parts.llm_rope), (self.head_rope, parts.blocks[0].self_attn.rotary_emb)):
             for table, values in zip(mine, rope_table(module, positions, dtype), strict=True):
                 table.copy_(values)
         if self.mask is not None:
-            self.mask.copy_(slot_mask(self.offsets + self.span, self.llm))
+            self.mask.copy_(slot_mask(self.offsets + self.span, self.mask.shape[3], dtype))
         self.positions.copy_(position_table(parts, *self.grid))
-        for kept in (self.cache, self.gate, self.router):
-            kept.reset()
 
     def prefix(self, rows: int) -> tuple[Tensor, Tensor]:
         """The part of `llm` and of `head` that holds the prefixes of the first `rows` rows."""
         slots = slice(self.span, self.span + self.shape.prefix)
         return self.llm[:, :, :rows, slots], self.head[:, :, :rows, slots]
+
+    def groups(self, rows: int) -> int | None:
+        """Calls of attention that the first `rows` rows need, where the prompts' lengths are read on the host; else None."""
+        return None if self.mask is not None else len(self.geometry.first(rows).groups())
 
     def span_pass(self, cache: Tensor, rows: int, kernels: KernelSet) -> SpanPass:
         """The attention of the first `rows` rows' spans over `llm` or `head`."""
@@ -176,7 +194,7 @@ class Workspace:
             yield "time tables", tensor
         for tensor in (*self.llm_rope, *self.head_rope, *self.text_rope, *self.head_text_rope, self.positions):
             yield "positions", tensor
-        for tensor in (self.text_tokens, self.offsets, self.latents, self.hidden, self.velocity, self.importance):
+        for tensor in (self.text_tokens, self.spans, self.latents, self.hidden, self.velocity, self.importance):
             yield "activations", tensor
         yield "encoder cache", self.semantic
 

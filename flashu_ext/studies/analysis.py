@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import ops
 from ..calibration.calibrate import GenerationSample, UnderstandingSample, calibrate
-from ..models.structure import Showo2Parts
+from ..models.parts import Showo2Parts
 from ..nano.evaluate import GUIDANCE, SHIFT, Share
 from ..nano.probe import Probe
 from ..ops import machine

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..models.structure import Showo2Parts
+from ..models.parts import Showo2Parts
 from ..nano.evaluate import Share
 from ..nano.probe import Outputs, Probe
 from ..nano.tokenizer import layout

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..models.structure import Showo2Parts
+from ..models.parts import Showo2Parts
 from ..nano.evaluate import Share
 from ..nano.probe import Probe
 from ..ops import machine

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from support.conformance import public
 
 import flashu_ext as fx
+from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2.understanding import prompt_embeds
-from flashu_ext.models.showo2.validate import omni_allowed
 from flashu_ext.nano.model import load_model, load_plan
 from flashu_ext.planning.estimators import ESTIMATORS, DownNorms, NeuronSums
 from flashu_ext.planning.safe_files import load_safetensors, save_safetensors
@@ -564,7 +564,7 @@ def test_a_preset_takes_a_plan_with_ratios_of_its_own_as_it_is():
     plan = load_plan(pipe.model).with_ratios([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     config, taken = pipe.preset("paper", plan)
     assert taken is plan and (config.ffn_prune_ratio, config.prune_multiple) == (0.35, 16)
-    with pipe.accelerate(config, taken) as handle:
+    with fx.accelerate(pipe.model, config, taken) as handle:
         assert handle.summary().neurons["generation"] == plan.kept_neurons
 
 

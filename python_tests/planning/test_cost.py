@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flashu_ext.models.structure import Showo2Parts
+from flashu_ext.models.parts import Showo2Parts
 from flashu_ext.nano.model import load_model
 from flashu_ext.planning import cost
 from flashu_ext.planning.config import FlashUConfig

@@ -6,11 +6,13 @@ import gc
 import pytest
 import torch
 from support.conformance import public, relative
+from support.drawing import sample_as_upstream
 from torch import nn
 
 import flashu_ext as fx
-from flashu_ext.models.showo2.sampling import _sample_dense, time_grid
-from flashu_ext.runtime import find_runner
+from flashu_ext.models.accelerated import handle_of
+from flashu_ext.models.masks import omni_allowed
+from flashu_ext.models.showo2.sampling import time_grid
 from flashu_ext.runtime.modules.ffn import GatheredFFN
 
 LIMIT = 1e-4
@@ -20,15 +22,6 @@ def draw(model, fixture, rows=slice(None), **changes):
     inputs = fixture.sample_inputs
     chosen = {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     return fx.showo2.sample(model, **{**chosen, **changes})
-
-
-def draw_as_upstream(model, fixture, steps):
-    """Through `t2i_generate`, one call an evaluation, as upstream's sampler does."""
-    i = fixture.sample_inputs
-    tokens = torch.cat([i["text_tokens"], i["text_tokens_null"]])
-    positions = torch.cat([i["modality_positions"], i["modality_positions_null"]])
-    times = time_grid(steps, i["time_shifting_factor"])
-    return _sample_dense(model, i["noise"], tokens, positions, times, i["guidance_scale"], None, False)
 
 
 # ---- equal outputs
@@ -44,7 +37,7 @@ def test_exact_equals_upstream(way):
             for got, expected in zip(velocity, fixture.t2i["velocity"], strict=True):
                 assert relative(got, expected) < LIMIT
         else:
-            latents = draw_as_upstream(model, fixture, steps)
+            latents = sample_as_upstream(model, fixture, steps)
     assert relative(latents, fixture.t2i["latents"]) < LIMIT
 
 
@@ -57,7 +50,7 @@ def test_paper_equals_flashu(way):
             for got, expected in zip(velocity, fixture.flashu["velocity"], strict=True):
                 assert relative(got, expected[: got.shape[0]]) < LIMIT
         else:
-            latents = draw_as_upstream(model, fixture, fixture.spec["flashu"]["steps"])
+            latents = sample_as_upstream(model, fixture, fixture.spec["flashu"]["steps"])
         summary = handle.summary()
     assert relative(latents, fixture.flashu["latents"]) < LIMIT
     reference = {step: tuple(layers) for step, layers in fixture.spec["flashu"]["skipped_layers"]}
@@ -104,7 +97,7 @@ def test_mmu_generate_under_sampling_draws_the_same_tokens():
     fixture, model = public(), public().model()
     embeds = fixture.mmu["input_embeds"]
     length = embeds.shape[1]
-    allowed = fx.showo2.validate.omni_allowed(torch.tensor([[[7, 37]]]), length)
+    allowed = omni_allowed(torch.tensor([[[7, 37]]]), length)
     mask = torch.zeros(length, length).masked_fill_(~allowed[0], torch.finfo(torch.float32).min)[None, None]
     arguments = {"max_new_tokens": 12, "temperature": 0.8, "top_k": 5}
     torch.manual_seed(3)
@@ -246,7 +239,7 @@ def test_remove_gives_the_same_model_back(paper):
     attributes = set(model.__dict__)
     arguments = (fixture.flashu_config(), fixture.flashu_plan()) if paper else ()
     handle = fx.accelerate(model, *arguments)
-    assert isinstance(model.showo.model.layers[0].mlp, GatheredFFN) and find_runner(model) is handle.runner
+    assert isinstance(model.showo.model.layers[0].mlp, GatheredFFN) and handle_of(model) is handle
     assert set(model.state_dict()) == set(state)
     draw(model, fixture, steps=3)
     handle.remove()
@@ -254,7 +247,7 @@ def test_remove_gives_the_same_model_back(paper):
     assert dict(model.named_modules()) == modules and list(dict(model.named_modules())) == list(modules)
     assert all(model.get_parameter(name) is value for name, value in parameters.items())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert set(model.__dict__) == attributes and find_runner(model) is None
+    assert set(model.__dict__) == attributes and handle_of(model) is None
     assert repr(handle).count("removed") == 1
 
 
@@ -335,7 +328,7 @@ def test_a_refused_model_is_untouched(arguments, error, message):
     modules = dict(model.named_modules())
     with pytest.raises(error, match=message):
         fx.accelerate(model, **arguments(fixture))
-    assert dict(model.named_modules()) == modules and find_runner(model) is None
+    assert dict(model.named_modules()) == modules and handle_of(model) is None
 
 
 def test_a_plan_of_another_model_is_refused():
@@ -346,7 +339,7 @@ def test_a_plan_of_another_model_is_refused():
     plan = fx.TaskPlan.from_scores(generation=fixture.flashu_plan().scores["generation"].unbind(), model=other)
     with pytest.raises(ValueError, match="plan: made for another model"):
         fx.accelerate(model, fixture.flashu_config(), plan)
-    assert find_runner(model) is None
+    assert handle_of(model) is None
 
 
 def test_what_is_not_show_o2_is_refused():
@@ -379,7 +372,7 @@ def test_a_failure_on_the_way_in_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(swap, "_permute", failing)
     with pytest.raises(MemoryError, match="no room"):
         fx.accelerate(model, fixture.flashu_config(), fixture.flashu_plan())
-    assert dict(model.named_modules()) == modules and find_runner(model) is None
+    assert dict(model.named_modules()) == modules and handle_of(model) is None
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 

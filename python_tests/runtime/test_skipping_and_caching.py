@@ -7,38 +7,26 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.conformance import public, relative
+from support.drawing import CASES, ENOUGH, LAYERS_TOO, TOKENS, sample, sample_as_upstream
 from support.oracle import Oracle
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
-from flashu_ext.models.showo2.sampling import _sample_dense, time_grid
 from flashu_ext.ops.kernel_sets import resolve
 from flashu_ext.planning.schedule import StepPlan
 from flashu_ext.runtime.head_cache import AdaptiveGate, HeadCache
+from flashu_ext.runtime.history import HeadHistory, TokenHistory
 from flashu_ext.runtime.token_router import TokenRouter
+from flashu_ext.runtime.work import WatchWork
 
 LIMIT = 1e-4
 LAYERS, SPAN, ROWS = 8, 37, 4  # of the fixture's model and inputs, both branches counted
-ENOUGH = 1e6
-"""A budget that no signal uses up."""
 
 KERNELS = resolve(FlashUConfig.exact(), torch.device("cpu"), torch.float32)
 
 
-def sample(model, fixture, **changes):
-    return fx.showo2.sample(model, **{**fixture.sample_inputs, **changes})
-
-
-def sample_as_upstream(model, fixture, steps, **changes):
-    i = {**fixture.sample_inputs, **changes}
-    tokens = torch.cat([i["text_tokens"], i["text_tokens_null"]])
-    positions = torch.cat([i["modality_positions"], i["modality_positions_null"]])
-    times = time_grid(steps, i["time_shifting_factor"])
-    return _sample_dense(model, i["noise"], tokens, positions, times, i["guidance_scale"], None, False)
-
-
 def run(config, **changes):
-    """(latents, summary, the image's state) of a drawing through `sample`."""
+    """(latents, summary, the image's record) of a drawing through `sample`."""
     fixture, model = public(), public().model()
     with fx.accelerate(model, config) as handle:
         return sample(model, fixture, **changes), handle.summary(), handle.runner.last_image
@@ -69,48 +57,6 @@ def test_an_idle_knob_leaves_every_bit(name):
 
 # ---- every knob against plain torch
 
-TOKENS = {"token_skip": True, "token_skip_ratio": 0.5, "token_skip_interval": 3}
-LAYERS_TOO = {"layer_skip_ratio": 0.3, "layer_skip_interval": 4}
-ADAPTIVE = {"adaptive_cache": True, "adaptive_cache_budget": 0.12}
-UNIT = {"skip_unit_guidance": True, "guidance": [(3, 1.0), (4, 5.0), (3, 1.0)]}
-
-CASES = {
-    "tokens": TOKENS,
-    "nearly all tokens": {**TOKENS, "token_skip_ratio": 0.99},
-    "tokens forecast": {**TOKENS, "token_skip_forecast": True},
-    "tokens in the layers left": {**TOKENS, **LAYERS_TOO},
-    "tokens, plain routing": {**TOKENS, "routing_kernels": False},
-    "tokens and head cache": {**TOKENS, "head_cache_interval": 3},
-    "head residual": {"head_residual_reuse": True, "head_cache_interval": 3},
-    "head residual forecast": {"head_residual_reuse": True, "head_cache_interval": 3, "head_forecast_order": 2},
-    "head residual, routed and skipped": {
-        "head_residual_reuse": True, "head_cache_interval": 3, "head_forecast_order": 1, **TOKENS, **LAYERS_TOO,
-    },
-    "encoder": {"encoder_cache": True, "encoder_cache_interval": 3},
-    "encoder and head cache": {"encoder_cache": True, "encoder_cache_interval": 2, "head_cache_interval": 3},
-    "adaptive": ADAPTIVE,
-    "adaptive, forecast": {**ADAPTIVE, "head_forecast_order": 1},
-    "adaptive, residual": {**ADAPTIVE, "head_residual_reuse": True},
-    "adaptive, not too old": {**ADAPTIVE, "adaptive_cache_budget": ENOUGH, "head_cache_interval": 4},
-    "adaptive with encoder cache": {**ADAPTIVE, "encoder_cache": True, "encoder_cache_interval": 2},
-    "adaptive, routed and skipped": {**ADAPTIVE, **TOKENS, "token_skip_interval": 5, **LAYERS_TOO},
-    "unit guidance": UNIT,
-    "unit guidance, head cache": {**UNIT, "head_cache_interval": 2},
-    "unit guidance, forecast": {**UNIT, "head_cache_interval": 2, "head_forecast_order": 2},
-    "unit guidance, layers": {**UNIT, **LAYERS_TOO},
-    "unit guidance, tokens": {**UNIT, **TOKENS},
-    "unit guidance, adaptive": {**UNIT, **ADAPTIVE, "adaptive_cache_budget": ENOUGH},
-    "unit guidance, adaptive forecast": {**UNIT, **ADAPTIVE, "head_forecast_order": 1},
-    "all of it": {
-        **UNIT, **TOKENS, **LAYERS_TOO, "head_cache_interval": 3, "head_residual_reuse": True, "head_forecast_order": 1,
-        "encoder_cache": True, "encoder_cache_interval": 2,
-    },
-    "all of it, adaptive": {
-        **UNIT, **TOKENS, **LAYERS_TOO, **ADAPTIVE, "token_skip_interval": 4, "head_residual_reuse": True,
-        "encoder_cache": True, "encoder_cache_interval": 2, "token_skip_forecast": True,
-    },
-}  # fmt: skip
-
 
 @pytest.fixture
 def chosen(monkeypatch):
@@ -119,12 +65,17 @@ def chosen(monkeypatch):
 
 
 def record_choices(monkeypatch):
-    record, original = {}, TokenRouter.active
+    record, steps, original, asked = {}, [], TokenRouter.active, TokenHistory.routing
 
-    def active(self, sources, index, rows, kernels):
-        record[index] = original(self, sources, index, rows, kernels)
-        return record[index]
+    def routing(self, sources, index):
+        steps.append(index)
+        return asked(self, sources, index)
 
+    def active(self, work, rows, kernels):
+        record[steps[-1]] = original(self, work, rows, kernels)
+        return record[steps[-1]]
+
+    monkeypatch.setattr(TokenHistory, "routing", routing)
     monkeypatch.setattr(TokenRouter, "active", active)
     return record
 
@@ -368,7 +319,7 @@ def test_another_scale_is_another_image_where_the_plan_depends_on_it():
         with fx.accelerate(model, FlashUConfig(steps=6, skip_unit_guidance=skip)) as handle:
             model.t2i_generate(t=torch.full((4,), 0.1), guidance_scale=1.0, **call)
             got = model.t2i_generate(t=torch.full((4,), 0.2), guidance_scale=4.0, **call)
-            assert handle.runner.last_image.step == steps
+            assert sum(handle.summary().steps.values()) == steps
         assert relative(got, model.t2i_generate(t=torch.full((4,), 0.2), guidance_scale=4.0, **call)) < LIMIT
 
 
@@ -376,11 +327,13 @@ def test_another_scale_is_another_image_where_the_plan_depends_on_it():
 
 
 def test_the_gate_sums_relative_changes_on_the_device():
-    gate = AdaptiveGate(0.5, rows=2)
+    gate = AdaptiveGate(0.5, torch.zeros(2, 3, 4), torch.zeros(()))
+    seen = [0]
 
     def watch(signal):
-        gate.watch(signal, KERNELS)
-        gate.watched(signal.shape[0])
+        rows = signal.shape[0]
+        gate.watch(WatchWork(rows, min(rows, seen[-1])), signal, KERNELS)
+        seen.append(rows)
 
     x = torch.ones(2, 3, 4)
     watch(x)
@@ -396,7 +349,7 @@ def test_the_gate_sums_relative_changes_on_the_device():
     assert not gate.due()
     watch(x * float("nan"))
     assert gate.due(), "what is not a number is no reason to go on without computing"
-    gate.reset()
+    seen.append(0)
     watch(x * 3)
     assert not gate.due() and float(gate.moved) == 0, "another image begins"
     assert where == (gate.signal.data_ptr(), gate.moved.data_ptr())
@@ -404,43 +357,43 @@ def test_the_gate_sums_relative_changes_on_the_device():
 
 @pytest.mark.parametrize("restarts", [False, True])
 def test_a_head_cache_grows_and_shrinks_with_the_branches(restarts):
-    cache = HeadCache(order=1, restarts=restarts)
+    cache = HeadCache(torch.full((2, rows, 3, 2), float("nan")) for rows in (2, 4))
 
-    def keep(feature, index):
-        cache.resize(feature.shape[0], feature)
-        cache.keep(feature, index, KERNELS)
-        cache.kept(index)
+    def update(feature, step):
+        cache.update(history.update(step, feature.shape[0]), feature, KERNELS)
+
+    def predict(step, rows):
+        return cache.predict(history.predict(step, rows), rows, KERNELS)
 
     one, two, four = (torch.full((rows, 3, 2), value) for rows, value in ((2, 1.0), (2, 2.0), (4, 4.0)))
-    for _ in range(2):
-        keep(one, 1)
-        where = cache.table.data_ptr()
-        keep(two, 2)
-        assert torch.equal(cache.carry(3, 2, KERNELS), two + 1)
-        keep(four, 3)
-        assert torch.equal(cache.carry(4, 2, KERNELS), (four if restarts else four + 2)[:2])
-        keep(four + 1, 4)
-        assert torch.equal(cache.carry(6, 4, KERNELS), four + 3), "two states of all rows make their difference"
-        keep(two, 5)
-        assert cache.table.shape[1] == 2 and torch.equal(cache.carry(6, 2, KERNELS), two - 3)
-        assert cache.table.data_ptr() == where, "memory stays where it is"
-        with pytest.raises(AssertionError, match="at least as many rows"):
-            cache.carry(6, 4, KERNELS)
-        cache.reset()
+    for _ in range(2):  # two images in the same memory
+        history = HeadHistory(1, restarts)
+        update(one, 1)
+        update(two, 2)
+        assert torch.equal(predict(3, 2), two + 1)
+        update(four, 3)
+        assert torch.equal(predict(4, 2), (four if restarts else four + 2)[:2])
+        update(four + 1, 4)
+        assert torch.equal(predict(6, 4), four + 3), "two states of all rows make their difference"
+        update(two, 5)
+        assert history.rows == 2 and torch.equal(predict(6, 2), two - 3)
+        with pytest.raises(AssertionError, match="as many rows"):
+            predict(6, 4)
 
 
 def test_the_router_predicts_constant_or_linear_importance():
-    router = TokenRouter(carried=2, has_time_token=True)
+    router, history = TokenRouter(2, has_time_token=True, measured=torch.zeros(2, 1, 1, 4)), TokenHistory()
 
-    def measure(index, importance):
-        router.store([torch.tensor([importance])], rows=1)
-        router.measured(index)
+    def measure(step, importance):
+        router.store(history.measure(step), [torch.tensor([importance])])
+
+    def active(sources, step):
+        return router.active(history.routing(sources, step), 1, KERNELS).tolist()
 
     measure(1, [0.0, 0.4, 0.3, 0.1])
-    assert router.active((1,), 2, 1, KERNELS).tolist() == [[[0, 1]]]
+    assert active((1,), 2) == [[[0, 1]]]
     measure(3, [0.0, 0.2, 0.3, 0.3])
-    assert router.active((3,), 4, 1, KERNELS).tolist() == [[[0, 2]]], "of equals the first"
-    assert router.active((3, 1), 4, 1, KERNELS).tolist() == [[[0, 3]]], "what grows is ahead"
+    assert active((3,), 4) == [[[0, 2]]], "of equals the first"
+    assert active((3, 1), 4) == [[[0, 3]]], "what grows is ahead"
     measure(5, [0.0, 0.9, 0.1, 0.2])
-    assert router.active((5,), 6, 1, KERNELS).tolist() == [[[0, 1]]], "the oldest made room"
-    assert TokenRouter(carried=2, has_time_token=False).nbytes() == 0 < router.nbytes()
+    assert active((5,), 6) == [[[0, 1]]], "the oldest made room"

@@ -1,20 +1,21 @@
-"""Tests of the step runner: pieces captured and replayed over images and prompts, no host syncs, launches, memory."""
+"""Tests of the step runner: work captured and replayed over images and prompts, no host syncs, launches, memory."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from runtime.test_skipping_and_caching import CASES, sample, sample_as_upstream
-from runtime.test_understanding import ask, batch
+from support.answers import ask, batch
 from support.conformance import public, relative
+from support.drawing import CASES, sample, sample_as_upstream
 from support.tape import READ_METHODS, TapeCapture, no_reads
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
 from flashu_ext.models.showo2 import answer_tokens_batch
 from flashu_ext.runtime.counting import DispatchCounter
-from flashu_ext.runtime.graphs import KEPT_GRAPHS, RARE_USES, Pieces
+from flashu_ext.runtime.graphs import MAX_GRAPHS, RARE_USES, GraphCache
+from flashu_ext.runtime.work import PrefixWork, Variant
 
 LIMIT = 1e-4
 STEPS = 10
@@ -35,7 +36,7 @@ def one_thread():
 
 def capturing(handle, capture=TapeCapture):
     """Have a handle on the CPU run as on a GPU."""
-    handle.runner.captures.make = capture
+    handle.runner.capture.make = capture
     return handle
 
 
@@ -111,7 +112,7 @@ def test_images_in_progress_have_memory_of_their_own():
         for _ in range(2):
             assert torch.equal(fx.showo2.sample(model, **first, callback=other), alone[0])
         assert all(torch.equal(latents, alone[1]) for latents in nested)
-        assert len(handle.runner.generation.workspaces.pieces()) == 2, "memory is handed on, not made anew"
+        assert handle.summary().graphs["workspaces"] == 2, "memory is handed on, not made anew"
 
 
 def test_an_error_gives_the_memory_back():
@@ -127,7 +128,7 @@ def test_an_error_gives_the_memory_back():
             with pytest.raises(KeyboardInterrupt):
                 sample(model, fixture, callback=stop)
         assert torch.equal(sample(model, fixture), expected)
-        assert len(handle.runner.generation.workspaces.pieces()) == 1
+        assert handle.summary().graphs["workspaces"] == 1
 
 
 def test_a_failed_capture_falls_back_and_says_why():
@@ -203,22 +204,29 @@ def test_removing_in_the_middle_is_an_error(captured):
 
 
 def test_graphs_are_bounded_whatever_is_skipped():
-    pieces, ran = Pieces(TapeCapture(), {}), []
-    x = torch.zeros(1)
-    for key in range(3 * KEPT_GRAPHS):
+    x, ran = torch.zeros(1), []
+    graphs = GraphCache(x, TapeCapture(), {})
+    for number in range(3 * MAX_GRAPHS):
         for _ in range(2):
-            pieces.run(key, lambda: x.add_(1))
-    assert pieces.captured == KEPT_GRAPHS and x.item() == 6 * KEPT_GRAPHS
+            graphs.run(lambda x, work: x.add_(1), PrefixWork(number, Variant(None)))
+    assert graphs.captured == MAX_GRAPHS and x.item() == 6 * MAX_GRAPHS
     for _ in range(RARE_USES + 1):
-        pieces.run("rare", lambda: ran.append(x.add_(1)), rare=True)
-    assert pieces.replayed == 3 * KEPT_GRAPHS + 1 and len(ran) == RARE_USES + 1, "captured at last"
+        graphs.run(lambda x, work: ran.append(x.add_(1)), PrefixWork(0, Variant(None, skipped=(1,))))
+    assert graphs.replayed == 3 * MAX_GRAPHS + 1 and len(ran) == RARE_USES + 1, "captured at last"
 
 
 def test_a_finished_image_holds_no_memory():
     fixture, model = public(), public().model()
     with fx.accelerate(model, FlashUConfig(steps=4)) as handle:
-        seen = []
-        sample(model, fixture, callback=lambda *_: seen.append(weakref.ref(handle.runner.last_image.workspace.llm)))
+        engine, seen = handle.runner.generation, []
+        original = engine.step
+
+        def step(state):
+            seen.append(weakref.ref(state.workspace.llm))
+            original(state)
+
+        engine.step = step
+        sample(model, fixture)
         gc.collect()
         assert seen[0]() is None and handle.summary().tokens["tail"] > 0
 
@@ -232,19 +240,19 @@ def test_latents_given_to_a_callback_are_its_own():
     assert drawn.abs().sum() > 0
 
 
-def test_a_piece_runs_then_is_captured_then_replayed():
+def test_work_runs_then_is_captured_then_replayed():
     x, log = torch.zeros(3), []
 
-    def work():
-        log.append("python")
-        x.add_(1)
+    def add(memory, work):
+        log.append(work)
+        memory.add_(1)
 
-    pieces = Pieces(TapeCapture(), {})
+    graphs = GraphCache(x, TapeCapture(), {})
     for count in range(1, 5):
-        assert pieces.run("key", work).launches == {"add_": 1}
+        assert graphs.run(add, "add").launches == {"add_": 1}
         assert x.tolist() == [count] * 3
-    assert log == ["python"] * 2 and (pieces.eager, pieces.captured, pieces.replayed) == (1, 1, 3)
-    assert pieces.run("other", lambda: x.sub_(x)).launched == 1
+    assert log == ["add"] * 2 and (graphs.eager, graphs.captured, graphs.replayed) == (1, 1, 3)
+    assert graphs.run(lambda memory, work: memory.sub_(memory), "other").launched == 1
 
 
 def test_weights_that_moved_are_captured_anew():
@@ -344,13 +352,13 @@ def test_conditioning_written_to_in_place_is_noticed():
     with fx.accelerate(model, FlashUConfig(steps=6)) as handle:
         model.t2i_generate(t=times[0], **call)
         model.t2i_generate(t=times[1], **call)
-        assert handle.runner.last_image.step == 2
+        assert sum(handle.summary().steps.values()) == 2
         tokens[:, 3] = 7
         got = model.t2i_generate(t=times[2], **call)
-        assert handle.runner.last_image.step == 1, "another image"
+        assert sum(handle.summary().steps.values()) == 1, "another image"
         assert relative(got, model.t2i_generate(t=times[2], **{**call, "text_tokens": tokens.clone()})) < LIMIT
         again = model.t2i_generate(t=times[0], **call)
-        assert handle.runner.last_image.step == 1 and again.isfinite().all(), "time went back"
+        assert sum(handle.summary().steps.values()) == 1 and again.isfinite().all(), "time went back"
 
 
 def test_the_counter_counts_reads_and_launches_not_views():
@@ -415,8 +423,8 @@ def test_replayed_answers_equal_eager_ones(changes):
         for each, wanted in zip(asked, expected, strict=True):
             got = answer_tokens_batch(model, *batch(each), max_new_tokens=8)
             assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-        memories = handle.runner.understanding.decoder._memories
-        assert len(memories) == 2 and all(memory.pieces.captured for memory in memories)
+        graphs = handle.runner.understanding.pool.graphs()
+        assert len(graphs) == 2 and all(each.captured for each in graphs)
         assert handle.runner.understanding.decoder.waits == 0, "without an end token no token is read"
 
 
@@ -462,11 +470,11 @@ def test_memory_for_answers_follows_the_prompts():
     with fx.accelerate(model):
         expected = answer_tokens_batch(model, *short, max_new_tokens=4)[0]
     with capturing(fx.accelerate(model)) as handle:
-        decoder, held = handle.runner.understanding.decoder, []
+        held = []
         for each in (short, short, long, short, short, short):
             got = answer_tokens_batch(model, *each, max_new_tokens=4)[0]
             assert each is long or torch.equal(got, expected)
-            held.append(decoder.nbytes())
+            held.append(handle.summary().memory["answers' keys and values"])
         assert held[2] > held[1] == held[-1], "one long prompt does not stay"
 
 
@@ -541,4 +549,4 @@ def test_graphs_on_a_gpu_answer_what_eager_work_answers():
         for _ in range(4):
             got = answer_tokens_batch(model, *inputs, max_new_tokens=8)
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-        assert handle.runner.understanding.decoder._memories[0].pieces.captured
+        assert handle.runner.understanding.pool.graphs()[0].captured

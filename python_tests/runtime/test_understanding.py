@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.answers import oracle
+from support.answers import ask, batch, oracle
 from support.conformance import public, relative
 
 import flashu_ext as fx
+from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
 from flashu_ext.models.showo2.decoding import TokenSampler
 from flashu_ext.runtime.token_pruning import TokenPruner, visual_spans
@@ -15,24 +16,6 @@ from flashu_ext.runtime.token_pruning import TokenPruner, visual_spans
 LIMIT = 1e-4
 SCORES = ("value_norm", "value_norm_small", "attention", "random")
 NEW = 5
-
-
-def ask(seed, before=4, after=6):
-    """A random image and question for the fixture's model, as arguments of `answer_tokens`."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "image_latents": torch.randn(1, 16, 12, 12, generator=generator),
-        "tokens_before_image": torch.randint(0, 300, (1, before), generator=generator),
-        "tokens_after_boi": torch.cat([torch.tensor([[301, 302]]), torch.randint(0, 300, (1, after), generator=generator)], 1),
-    }  # fmt: skip
-
-
-def batch(asked):
-    return (
-        torch.cat([a["image_latents"] for a in asked]),
-        [a["tokens_before_image"] for a in asked],
-        [a["tokens_after_boi"] for a in asked],
-    )
 
 
 def logits_of(handle, asked, new=NEW):
@@ -153,7 +136,7 @@ def test_hidden_tokens_stay_hidden(score):
 
 def test_visual_spans_are_read_off_a_mask():
     def allowed(*spans, n=20):
-        return fx.showo2.validate.omni_allowed(torch.tensor([spans]), n)[0]
+        return omni_allowed(torch.tensor([spans]), n)[0]
 
     assert visual_spans(allowed((5, 9)), True) == ((5, 8),)  # the last one is eoi
     assert visual_spans(allowed((5, 9)), False) == ((5, 9),)

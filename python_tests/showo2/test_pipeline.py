@@ -128,7 +128,7 @@ def test_a_folder_becomes_a_pipeline(folder: Path):
     assert dense.size == (pipe.pixels, pipe.pixels)
     text = pipe.answer(dense, "what ?", max_new_tokens=4)
     assert isinstance(text, str)
-    with pipe.accelerate() as handle:
+    with fx.accelerate(pipe.model) as handle:
         exact = np.asarray(pipe.generate("a red circle", seed=3, steps=3)).astype(int)
         assert np.abs(exact - np.asarray(dense).astype(int)).max() <= 1
         assert pipe.answer(dense, "what ?", max_new_tokens=4) == text
@@ -156,7 +156,7 @@ def test_a_checkpoint_folder_is_calibrated_from_images(folder: Path, tmp_path: P
     assert tokens["generation"] == 2 * (2 + span) + 3
     before, after = pipe.layout.question("what ?")
     assert tokens["understanding"] == before.shape[1] + span + after.shape[1] + 2
-    with pipe.accelerate(*pipe.preset("paper", plan)):
+    with fx.accelerate(pipe.model, *pipe.preset("paper", plan)):
         assert pipe.generate("a red circle", steps=4).size == (pipe.pixels, pipe.pixels)
 
 
@@ -193,7 +193,7 @@ def test_nano_answers_in_batches_and_draws_answers():
     drawn = [pipe.answer(images[0], questions[0], 4, **drawing, seed=seed) for seed in range(8)]
     assert len(set(drawn)) > 1
     for config in (None, fx.FlashUConfig.exact(), fx.FlashUConfig(token_prune_ratio=0.1)):
-        handle = pipe.accelerate(config) if config is not None else None
+        handle = fx.accelerate(pipe.model, config) if config is not None else None
         assert pipe.answer_batch(images, questions) == alone
         if config is None or not config.approximates:
             assert pipe.answer_batch(images[:1], questions[:1] * 8, 4, **drawing, seeds=range(8)) == drawn
@@ -207,7 +207,7 @@ def test_an_answer_comes_in_pieces(preset):
     image = pipe.generate("a red circle above a blue square", seed=0, steps=12)
     config, _ = pipe.preset(preset)
     if config is not None:
-        pipe.accelerate(config)
+        fx.accelerate(pipe.model, config)
     pieces = []
     drawing = {"max_new_tokens": 8, "temperature": 10.0, "seed": 1}
     answer = pipe.answer(image, "describe the image", on_text=pieces.append, **drawing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,3 +101,22 @@ def oracle(
         tokens.append(int(logits[-1].argmax()))
         embeds = torch.cat([embeds, llm.embed_tokens(torch.tensor(tokens[-1:]))])
     return tokens, torch.stack(logits), skipped
+
+
+def ask(seed: int, before: int = 4, after: int = 6) -> dict[str, Tensor]:
+    """A random image and question for the fixture's model, as arguments of `answer_tokens`."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "image_latents": torch.randn(1, 16, 12, 12, generator=generator),
+        "tokens_before_image": torch.randint(0, 300, (1, before), generator=generator),
+        "tokens_after_boi": torch.cat([torch.tensor([[301, 302]]), torch.randint(0, 300, (1, after), generator=generator)], 1),
+    }  # fmt: skip
+
+
+def batch(asked: Sequence[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Questions as the first arguments of `answer_tokens_batch`."""
+    return (
+        torch.cat([a["image_latents"] for a in asked]),
+        [a["tokens_before_image"] for a in asked],
+        [a["tokens_after_boi"] for a in asked],
+    )

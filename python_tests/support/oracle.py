@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashu_ext import FlashUConfig, StepPlan
 from flashu_ext.models.showo2.sampling import time_grid
+from flashu_ext.models.velocity import unpatchify
 from flashu_ext.planning.schedule import Step
 
 BAND = 1e-5
@@ -104,7 +105,7 @@ class Oracle:
             state = self.carried(step.index, rows)
             if step.residual:
                 state = before + state
-        return model.unpatchify(model.diffusion_head_b(state[:, 1:], time), torch.Size((rows, *latents.shape[1:])))
+        return unpatchify(model.diffusion_head_b(state[:, 1:], time), torch.Size((rows, *latents.shape[1:])))
 
     def sequence(self, step: Step, latents: Tensor, time: Tensor, offsets: list[int]) -> Tensor:
         model, rows = self.model, len(offsets)

@@ -8,12 +8,13 @@ for the published names.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from ...planning.config import strict_json
 from ...planning.safe_files import atomic_path, load_safetensors, read_header, save_safetensors
 from .config import Showo2Config
-from .model import Showo2
+
+M = TypeVar("M", bound=nn.Module)
 
 __all__ = ["load", "read_config", "save"]
 
@@ -58,11 +60,12 @@ _QWEN2_5 = {"0.5B": (14, 64), "1.5B": (12, 128), "3B": (16, 128), "7B": (28, 128
 _SIGLIP_HEADS = {"so400m": 16, "base": 12, "large": 16}
 
 
-def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Showo2:
-    """Load a model from a folder with config.json and weights.
+def load(directory: str | os.PathLike[str], build: Callable[[Showo2Config], M], dtype: torch.dtype | None = None) -> M:
+    """Load a model from a folder with config.json and weights; `Showo2.from_pretrained` calls this.
 
     Args:
-        directory: upstream's layout or what `save` wrote. dtype: of the parameters; None keeps the token embedding's.
+        directory: upstream's layout or what `save` wrote. build: the model's class.
+        dtype: of the parameters; None keeps the token embedding's.
 
     Returns:
         The model on the CPU, in eval mode.
@@ -81,7 +84,7 @@ def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
     state = _read_weights(directory)
     config = _config(directory, fields, {name: tuple(t.shape) for name, t in state.items()})
     with torch.device("meta"):
-        model = Showo2(config)
+        model: Any = build(config)
     _check_names(directory, model, state)
     if dtype is None:
         dtype = state["showo.model.embed_tokens.weight"].dtype
@@ -93,13 +96,13 @@ def load(directory: str | os.PathLike[str], dtype: torch.dtype | None = None) ->
     model.load_state_dict(state, strict=True, assign=True)
     if config.llm.get("tie_word_embeddings"):
         model.showo.tie_weights()
-    _restore_buffers(model)
+    _restore_buffers(model, build)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
 
 
-def save(model: Showo2, directory: str | os.PathLike[str]) -> None:
+def save(model: Any, directory: str | os.PathLike[str]) -> None:
     """Write `model.safetensors` and `config.json` (format flashu_ext.showo2), each whole or not at all.
 
     Args:
@@ -389,7 +392,7 @@ def _load_bin(path: Path) -> dict[str, Tensor]:
 # ---- model
 
 
-def _check_names(directory: Path, model: Showo2, state: Mapping[str, Tensor]) -> None:
+def _check_names(directory: Path, model: Any, state: Mapping[str, Tensor]) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     optional = {"showo.lm_head.weight"} if model.config.llm.get("tie_word_embeddings") else set()
     missing = sorted(set(expected) - set(state) - optional)
@@ -411,14 +414,14 @@ def _listed(names: Iterable[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _restore_buffers(model: Showo2) -> None:
+def _restore_buffers(model: Any, build: Callable[[Showo2Config], Any]) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, position numbers), which are still on meta."""
     twin = None
     for name, buffer in list(model.named_buffers()):
         if not buffer.is_meta:
             continue
         if twin is None:
-            twin = dict(_shallow_twin(model).named_buffers())
+            twin = dict(build(_shallow(model.config)).named_buffers())
         owner, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(owner)
         value = twin[re.sub(r"diffusion_head_a\.\d+\.", "diffusion_head_a.0.", name)]
@@ -427,18 +430,11 @@ def _restore_buffers(model: Showo2) -> None:
             module.original_inv_freq = module._buffers[leaf]
 
 
-def _shallow_twin(model: Showo2) -> nn.Module:
-    """A model of one layer each and a tiny vocabulary: its buffers are those of the whole one."""
-    config = model.config
-    return Showo2(
-        Showo2Config(
-            llm={**config.llm, "num_hidden_layers": 1, "vocab_size": 8, "intermediate_size": 8},
-            vision={**config.vision, "num_hidden_layers": 1, "intermediate_size": 8},
-            head={**config.head, "num_layers": 1, "intermediate_size": 8},
-            image_latent_dim=config.image_latent_dim,
-            image_latent_height=config.image_latent_height,
-            image_latent_width=config.image_latent_width,
-            patch_size=config.patch_size,
-            add_time_embeds=config.add_time_embeds,
-        )
+def _shallow(config: Showo2Config) -> Showo2Config:
+    """One layer each and a tiny vocabulary: such a model's buffers are those of the whole one."""
+    return dataclasses.replace(
+        config,
+        llm={**config.llm, "num_hidden_layers": 1, "vocab_size": 8, "intermediate_size": 8},
+        vision={**config.vision, "num_hidden_layers": 1, "intermediate_size": 8},
+        head={**config.head, "num_layers": 1, "intermediate_size": 8},
     )

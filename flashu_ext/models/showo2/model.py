@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..structure import Showo2Parts, position_table
-from . import validate
+from ..embedding import embed_image, embed_time, with_time_token
+from ..masks import additive, omni_allowed
+from ..parts import Showo2Parts
+from ..velocity import guide, unpatchify
+from . import checkpoint, validate
 from .config import HeadConfig, Showo2Config
 from .decoding import TokenSampler, decode_dense
 from .embedders import PatchEmbed, TimestepEmbedder
@@ -102,26 +105,19 @@ class Showo2(nn.Module):
 
     def embed_image(self, latents: Tensor) -> Tensor:
         """Latents [B, channels, H, W] -> image embeddings [B, patches, hidden]: semantic and low-level paths, fused."""
-        from ..embedding import embed_image
-
-        parts = Showo2Parts.find(self)
-        patch = self.config.patch_size
-        positions = position_table(parts, latents.shape[2] // patch, latents.shape[3] // patch)
-        return embed_image(parts, latents, positions)
+        return embed_image(Showo2Parts.find(self), latents)
 
     def embed_sequence(
         self, text_tokens: Tensor, image_latents: Tensor, t: Tensor, modality_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Token embeddings with the image span put in: ([rows, length, hidden], time embedding [rows, head width])."""
         embeds = self.showo.model.embed_tokens(text_tokens)
-        image = self.embed_image(image_latents.to(embeds.dtype))
-        time = self.time_embed(t, embeds.dtype)
-        if self.config.add_time_embeds:
-            token = self.time_embed_proj(time) if hasattr(self, "time_embed_proj") else time
-            image = torch.cat([token[:, None], image], dim=1)
+        parts = Showo2Parts.find(self)
+        time, token = embed_time(parts, t)
+        span = with_time_token(parts, embed_image(parts, image_latents.to(embeds.dtype)), token)
         rows = torch.arange(text_tokens.shape[0], device=text_tokens.device)[:, None]
-        columns = modality_positions[:, 0, :1] + torch.arange(image.shape[1], device=text_tokens.device)
-        return embeds.index_put((rows, columns), image), time
+        columns = modality_positions[:, 0, :1] + torch.arange(span.shape[1], device=text_tokens.device)
+        return embeds.index_put((rows, columns), span), time
 
     def backbone(self, embeds: Tensor, mask: Tensor) -> Tensor:
         """The language model: embeds [rows, length, hidden], mask additive [rows, 1, length, length] -> final hidden states."""
@@ -141,22 +137,12 @@ class Showo2(nn.Module):
         first = 1 if self.config.add_time_embeds else 0
         columns = start + torch.arange(first, length, device=hidden.device)
         span = hidden.gather(1, columns[..., None].expand(-1, -1, hidden.shape[2]))
-        return self.unpatchify(self.diffusion_head_b(span, time), shape)
-
-    def unpatchify(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        """Velocity rows [B, patches, patch * patch * channels] -> [B, channels, H, W], in upstream's order.
-
-        Upstream lays the patch * patch vectors of each token out one after the other in raster order of the latents (they are
-        not interleaved into square patches), so its checkpoints are trained that way and it is kept.
-        """
-        return rows.reshape(rows.shape[0], -1, shape[1]).transpose(1, 2).reshape(rows.shape[0], *shape[1:])
+        return unpatchify(self.diffusion_head_b(span, time), shape)
 
     def omni_mask(self, modality_positions: Tensor, length: int) -> Tensor:
         """Additive attention mask [rows, 1, length, length]: causal, every image span sees itself whole."""
         dtype = self.showo.model.embed_tokens.weight.dtype
-        allowed = validate.omni_allowed(modality_positions, length)[:, None]
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(dtype).min)
+        return additive(omni_allowed(modality_positions, length)[:, None], dtype)
 
     # ---- upstream's entry points
 
@@ -222,8 +208,7 @@ class Showo2(nn.Module):
         _, velocity = self(text_tokens, image_latents, t, attention_mask, modality_positions)
         if not guided:
             return velocity
-        conditional, unconditional = velocity.chunk(2)
-        velocity = unconditional + guidance_scale * (conditional - unconditional)
+        velocity = guide(velocity, guidance_scale)
         return torch.cat([velocity, velocity])
 
     @torch.no_grad()
@@ -244,26 +229,20 @@ class Showo2(nn.Module):
         validate.check_mmu_inputs(self, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
         length = input_embeds.shape[1]
         embeds = input_embeds.to(self.showo.model.embed_tokens.weight.dtype)
-        lowest = torch.finfo(embeds.dtype).min
-        mask = torch.zeros(length, length, dtype=embeds.dtype, device=embeds.device)
-        mask.masked_fill_(attention_mask.reshape(length, length) != 0, lowest)
+        allowed = (attention_mask == 0).reshape(length, length)
         sampler = TokenSampler(temperature, top_k)
-        return decode_dense(self, embeds, mask, max_new_tokens, sampler, eos_token)
+        return decode_dense(self, embeds, allowed, max_new_tokens, sampler, eos_token)
 
     # ---- files
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Showo2:
         """Load a checkpoint directory, upstream's or ours; see `checkpoint.load`."""
-        from .checkpoint import load
-
-        return load(directory, dtype)
+        return checkpoint.load(directory, cls, dtype)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors; see `checkpoint.save`."""
-        from .checkpoint import save
-
-        save(self, directory)
+        checkpoint.save(self, directory)
 
 
 def _fill_tied_head(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ...planning.config import FlashUConfig, preset
 from .codec import ImageCodec, WanCodec
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
@@ -20,14 +22,15 @@ from .understanding import answer_tokens_batch
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ...planning.config import FlashUConfig
     from ...planning.plan import TaskPlan
-    from ...runtime.swap import Handle
 
 __all__ = ["Pipeline"]
 
 # Sequence lengths that upstream pads generation rows to, by image tokens with the time token (its demo configs).
 _MAX_SEQ_LEN = {730: 1024, 1025: 1280, 4097: 4352}
+
+_EMBEDDED = {"nano": "flashu_ext.nano.pipeline"}
+"""Models that come with the package: name -> a module with `load_pipeline(dtype, device)`."""
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Pipeline:
         layout: prompts and questions as tokens. codec: images as latents.
         pixels: side of the images. guidance_scale, time_shifting_factor: defaults of `generate`.
         name: 'nano' or the checkpoint's folder.
+        presets: configs by name, for this model. own_plan: the plan that came with it, pruned as a config says, or None.
     """
 
     model: Showo2
@@ -48,6 +52,8 @@ class Pipeline:
     guidance_scale: float = 5.0
     time_shifting_factor: float = 3.0
     name: str = ""
+    presets: Callable[[str], FlashUConfig | None] = preset
+    own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
 
     @classmethod
     def from_pretrained(
@@ -63,16 +69,14 @@ class Pipeline:
         Raises:
             FileNotFoundError: a part is missing. ValueError: a file is malformed. ImportError: an optional package is missing.
         """
-        if name == "nano":
-            return cls._nano(dtype, device)
+        if name in _EMBEDDED:
+            return import_module(_EMBEDDED[str(name)]).load_pipeline(dtype, device)
         directory = Path(name)
         if not directory.is_dir():
             raise FileNotFoundError(f"{str(name)!r}: expected 'nano' or a folder with a Show-o2 checkpoint")
-        from .checkpoint import load
-
         tokenizer = load_tokenizer(directory / "tokenizer" if (directory / "tokenizer").is_dir() else directory)
         codec = WanCodec.from_pretrained(directory / "vae")
-        model = load(directory, dtype).to(device)
+        model = Showo2.from_pretrained(directory, dtype).to(device)
         config = model.config
         if len(tokenizer) > config.llm_vocab_size:
             raise ValueError(
@@ -86,17 +90,6 @@ class Pipeline:
             pixels=8 * config.patch_size * config.image_latent_height,
             name=str(directory),
         )
-
-    @classmethod
-    def _nano(cls, dtype: torch.dtype | None, device: torch.device | str) -> Pipeline:
-        from ...nano import codec
-        from ...nano.evaluate import GUIDANCE, SHIFT
-        from ...nano.model import load_model
-        from ...nano.tokenizer import layout
-        from ...nano.world import SIZE
-
-        model = load_model().to(device, dtype)
-        return cls(model, layout(), codec, SIZE, GUIDANCE, SHIFT, "nano")
 
     # ---- drawing
 
@@ -261,30 +254,18 @@ class Pipeline:
         Raises:
             ValueError: no such preset.
         """
-        from ...nano.evaluate import PRESETS, preset_config
-        from ...nano.model import load_plan
-        from ...planning.config import FlashUConfig
-
-        if name not in PRESETS:
-            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-        if self.name == "nano":
-            config = preset_config(name)
-        else:
-            config = None if name == "dense" else getattr(FlashUConfig, name)()
+        config = self.presets(name)
         if config is None or config.ffn_prune_ratio == 0:
             return config, None
         if plan is None:
-            return config, load_plan(self.model, config=config) if self.name == "nano" else None
+            return config, self.own_plan(config) if self.own_plan is not None else None
         if plan.ratios is not None:
             return config.replace(ffn_prune_ratio=plan.ratio, prune_multiple=plan.multiple), plan
         return config, plan.with_ratio(config.ffn_prune_ratio, config.prune_multiple)
 
-    def accelerate(self, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Handle:
-        """`flashu_ext.accelerate` on this pipeline's model."""
-        from ...planning.config import FlashUConfig
-        from ...runtime.swap import accelerate
-
-        return accelerate(self.model, FlashUConfig.exact() if config is None else config, plan)
+    def accelerate(self, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Any:
+        """`flashu_ext.accelerate` on this pipeline's model; returns the handle."""
+        return import_module("flashu_ext").accelerate(self.model, config, plan)
 
     @property
     def _device(self) -> Any:

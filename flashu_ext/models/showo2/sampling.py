@@ -1,18 +1,25 @@
-"""The Euler sampler: from noise to latents, dense, or through the handle where the model is accelerated."""
+"""The Euler sampler: one loop from noise to latents, whatever takes its steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..accelerated import handle_of
+from ..masks import additive, omni_allowed
 from . import validate
 
-__all__ = ["sample", "time_grid"]
+__all__ = ["DEFAULT_STEPS", "DenseStepper", "SampleInputs", "Stepper", "integrate", "sample", "time_grid"]
 
 DEFAULT_STEPS = 50
+"""Grid points of Show-o2's own scripts."""
+
+Callback = Callable[[int, Tensor], None]
+"""Called after each step with its number, from 1, and the latents, which it must not change."""
 
 
 def time_grid(steps: int, shift: float | None) -> Tensor:
@@ -22,6 +29,97 @@ def time_grid(steps: int, shift: float | None) -> Tensor:
     """
     u = torch.linspace(0, 1, steps)
     return u / (u + shift - shift * u) if shift else u
+
+
+@dataclass(frozen=True)
+class SampleInputs:
+    """What an image (or a batch of them) is drawn from; checked, both branches of guidance in one batch of rows.
+
+    Attributes:
+        noise: [B, channels, H, W].
+        tokens: int64 [rows, length], rows being B, or 2 * B under guidance: the prompts, then the empty prompts.
+        positions: int64 [rows, 1, 2], (offset, length) of every row's image span.
+        steps: grid points, or None: as the model is accelerated for, else `DEFAULT_STEPS`.
+        guidance_scale: the caller's; 0 runs the prompts alone.
+        time_shift: see `time_grid`.
+    """
+
+    noise: Tensor
+    tokens: Tensor
+    positions: Tensor
+    steps: int | None
+    guidance_scale: float
+    time_shift: float | None
+
+    @classmethod
+    def checked(
+        cls,
+        model: Any,
+        noise: Tensor,
+        text_tokens: Tensor,
+        text_tokens_null: Tensor | None,
+        modality_positions: Tensor,
+        modality_positions_null: Tensor | None,
+        steps: int | None,
+        guidance_scale: float,
+        time_shifting_factor: float | None,
+    ) -> SampleInputs:
+        """The arguments of `sample`. Raises TypeError, ValueError or IndexError naming the one that is wrong."""
+        text, null = (text_tokens, modality_positions), (text_tokens_null, modality_positions_null)
+        validate.check_sample_inputs(
+            model, noise, text[0], null[0], text[1], null[1], guidance_scale, time_shifting_factor
+        )
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 2):
+            raise ValueError(f"steps: expected an integer >= 2 (grid points), got {steps!r}")
+        if guidance_scale > 0:
+            text = tuple(torch.cat(pair) for pair in zip(text, null, strict=True))  # type: ignore[arg-type, assignment]
+        return cls(noise, *text, steps, guidance_scale, time_shifting_factor)
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 0
+
+    def times(self, steps: int) -> Tensor:
+        """The time grid of `steps` points, fp32, where the noise is."""
+        return time_grid(steps, self.time_shift).to(self.noise.device)
+
+
+class Stepper(Protocol):
+    """Moves latents along the ODE, one evaluation of the velocity at a time."""
+
+    evaluations: int
+
+    def step(self, index: int) -> None:
+        """Evaluation `index`, from 0."""
+
+    def velocity(self) -> Tensor:
+        """The last evaluation's velocity after guidance, [B, channels, H, W]; the caller's to keep."""
+
+    def latents(self) -> Tensor:
+        """fp32 [B, channels, H, W]; the caller's to keep."""
+
+    def close(self) -> None:
+        """The image is done, or given up."""
+
+
+def integrate(stepper: Stepper, callback: Callback | None = None, return_velocity: bool = False) -> Any:
+    """Take all of a stepper's steps, and close it whatever happens.
+
+    Returns:
+        Latents [B, channels, H, W], or (latents, velocities [evaluations, B, channels, H, W]).
+    """
+    velocities = []
+    try:
+        for index in range(stepper.evaluations):
+            stepper.step(index)
+            if return_velocity:
+                velocities.append(stepper.velocity())
+            if callback is not None:
+                callback(index + 1, stepper.latents())
+        latents = stepper.latents()
+    finally:
+        stepper.close()
+    return (latents, torch.stack(velocities)) if return_velocity else latents
 
 
 @torch.no_grad()
@@ -35,7 +133,7 @@ def sample(
     steps: int | None = None,
     guidance_scale: float = 5.0,
     time_shifting_factor: float | None = 3.0,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     return_velocity: bool = False,
 ) -> Any:
     """Draw images: integrate the model's velocity from noise (t = 0) to latents (t = 1).
@@ -57,80 +155,54 @@ def sample(
     Raises:
         TypeError, ValueError, IndexError: an argument is wrong; it is named, with what was expected and what came.
     """
-    from ...runtime import find_runner
-
-    validate.check_sample_inputs(
+    inputs = SampleInputs.checked(
         model,
         noise,
         text_tokens,
         text_tokens_null,
         modality_positions,
         modality_positions_null,
+        steps,
         guidance_scale,
         time_shifting_factor,
     )
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 2):
-        raise ValueError(f"steps: expected an integer >= 2 (grid points), got {steps!r}")
-    runner = find_runner(model)
-    if runner is not None:
-        return runner.sample(
-            noise,
-            text_tokens,
-            text_tokens_null,
-            modality_positions,
-            modality_positions_null,
-            steps,
-            guidance_scale,
-            time_shifting_factor,
-            callback,
-            return_velocity,
-        )
-    return _sample_dense(
-        model,
-        noise,
-        torch.cat([text_tokens, text_tokens_null]) if guidance_scale > 0 else text_tokens,  # type: ignore[list-item]
-        torch.cat([modality_positions, modality_positions_null]) if guidance_scale > 0 else modality_positions,  # type: ignore[list-item]
-        time_grid(steps or DEFAULT_STEPS, time_shifting_factor),
-        guidance_scale,
-        callback,
-        return_velocity,
-    )
+    handle = handle_of(model)
+    stepper = handle.runner.stepper(inputs) if handle is not None else DenseStepper(model, inputs)
+    return integrate(stepper, callback, return_velocity)
 
 
-def _sample_dense(
-    model: Any,
-    noise: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    times: Tensor,
-    guidance_scale: float,
-    callback: Callable[[int, Tensor], None] | None,
-    return_velocity: bool,
-) -> Any:
-    """Upstream's loop: every evaluation runs the whole sequence of both guidance halves."""
-    images = noise.shape[0]
-    latents = noise.float()
-    if guidance_scale > 0:
-        latents = torch.cat([latents, latents])
-    dtype = model.showo.model.embed_tokens.weight.dtype
-    allowed = validate.omni_allowed(positions, tokens.shape[1])[:, None]
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=noise.device)
-    mask.masked_fill_(~allowed, torch.finfo(dtype).min)
-    times = times.to(noise.device)
-    velocities = []
-    for i in range(len(times) - 1):
-        velocity = model.t2i_generate(
-            image_latents=latents,
-            t=times[i].expand(latents.shape[0]),
-            text_tokens=tokens,
-            attention_mask=mask,
-            modality_positions=positions,
-            max_seq_len=tokens.shape[1],
-            guidance_scale=guidance_scale,
+class DenseStepper:
+    """Upstream's loop: every evaluation runs the whole sequence of both guidance halves, which share one latent."""
+
+    def __init__(self, model: Any, inputs: SampleInputs):
+        self.model = model
+        self.inputs = inputs
+        self._times = inputs.times(inputs.steps or DEFAULT_STEPS)
+        self.evaluations = len(self._times) - 1
+        self._images = inputs.noise.shape[0]
+        noise = inputs.noise.float()
+        self._latents = torch.cat([noise, noise]) if inputs.guided else noise
+        dtype = model.showo.model.embed_tokens.weight.dtype
+        self._mask = additive(omni_allowed(inputs.positions, inputs.tokens.shape[1])[:, None], dtype)
+
+    def step(self, index: int) -> None:
+        inputs, times = self.inputs, self._times
+        self._velocity = self.model.t2i_generate(
+            image_latents=self._latents,
+            t=times[index].expand(self._latents.shape[0]),
+            text_tokens=inputs.tokens,
+            attention_mask=self._mask,
+            modality_positions=inputs.positions,
+            max_seq_len=inputs.tokens.shape[1],
+            guidance_scale=inputs.guidance_scale,
         ).float()
-        latents = latents + (times[i + 1] - times[i]) * velocity
-        if return_velocity:
-            velocities.append(velocity[:images])
-        if callback is not None:
-            callback(i + 1, latents[:images])
-    return (latents[:images], torch.stack(velocities)) if return_velocity else latents[:images]
+        self._latents = self._latents + (times[index + 1] - times[index]) * self._velocity
+
+    def velocity(self) -> Tensor:
+        return self._velocity[: self._images]
+
+    def latents(self) -> Tensor:
+        return self._latents[: self._images]
+
+    def close(self) -> None:
+        pass

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..structure import Showo2Parts, position_table
+from ..accelerated import handle_of
+from ..embedding import embed_image, embed_time, with_time_token
+from ..masks import additive, omni_allowed
+from ..parts import Showo2Parts
 from . import validate
 from .decoding import OnToken, TokenSampler, decode_dense
 
@@ -23,26 +26,19 @@ def prompt_embeds(
     Layout: tokens_before_image, boi, time token (t = 1), image, eoi, question. The bidirectional span starts one token late:
     it covers the image tokens and eoi, not the time token. Upstream evaluates its checkpoints so (inference_mmu.py).
     """
-    from ..embedding import embed_image
-
     parts = Showo2Parts.find(model)
-    height, width = (size // parts.patch_size for size in image_latents.shape[2:])
-    image = embed_image(parts, image_latents, position_table(parts, height, width))
-    return span_embeds(parts, image, tokens_before_image, tokens_after_boi)
+    return span_embeds(parts, embed_image(parts, image_latents), tokens_before_image, tokens_after_boi)
 
 
 def span_embeds(parts: Showo2Parts, image: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """`prompt_embeds` from an encoded image [1, patches, hidden]."""
-    from ..embedding import embed_time
-
     embed = parts.embed_tokens
-    pieces = [embed(before), embed(after[:, :1])]
-    if parts.has_time_token:
-        pieces.append(embed_time(parts, torch.ones(1, dtype=torch.float32, device=image.device))[1][:, None])
-    embeds = torch.cat([*pieces, image, embed(after[:, 1:])], dim=1)
+    _, token = embed_time(parts, torch.ones(1, dtype=torch.float32, device=image.device))
+    span = with_time_token(parts, image, token)
+    embeds = torch.cat([embed(before), embed(after[:, :1]), span, embed(after[:, 1:])], dim=1)
     late = 1 if parts.has_time_token else 0
-    spans = torch.tensor([[[before.shape[1] + 1 + late, image.shape[1] + late]]], device=image.device)
-    return embeds, validate.omni_allowed(spans, embeds.shape[1])[0]
+    bidirectional = torch.tensor([[[before.shape[1] + 1 + late, image.shape[1] + late]]], device=image.device)
+    return embeds, omni_allowed(bidirectional, embeds.shape[1])[0]
 
 
 @torch.no_grad()
@@ -157,11 +153,9 @@ def _answer(
     sampler: TokenSampler,
     on_token: OnToken | None,
 ) -> list[Tensor]:
-    from ...runtime import find_runner
-
-    runner = find_runner(model)
-    if runner is not None:
-        return runner.answer_tokens(images, befores, afters, max_new_tokens, eos_token, sampler, on_token)
+    handle = handle_of(model)
+    if handle is not None:
+        return handle.runner.answer_tokens(images, befores, afters, max_new_tokens, eos_token, sampler, on_token)
     answers = []
     for row, inputs in enumerate(zip(images, befores, afters, strict=True)):
         answers.append(_answer_dense(model, prompt_embeds(model, *inputs), row, max_new_tokens, eos_token, sampler))
@@ -180,8 +174,7 @@ def _answer_dense(
 ) -> Tensor:
     """Through the model's own `mmu_generate` where it can choose so; upstream's has no top-p and no generator."""
     embeds, allowed = prompt
-    mask = torch.zeros(allowed.shape, dtype=embeds.dtype, device=embeds.device)
-    mask.masked_fill_(~allowed, torch.finfo(embeds.dtype).min)
+    mask = additive(allowed, embeds.dtype)
     greedy = sampler.temperature == 0
     if greedy or (sampler.top_p is None and sampler.generators is None):
         generate: Any = model.mmu_generate
@@ -194,5 +187,7 @@ def _answer_dense(
             eos_token=eos_token,
         )
     else:
-        tokens = decode_dense(model, embeds, mask, max_new_tokens, lambda logits, _: sampler(logits, [row]), eos_token)
+        tokens = decode_dense(
+            model, embeds, allowed, max_new_tokens, lambda logits, _: sampler(logits, [row]), eos_token
+        )
     return torch.stack(tokens) if tokens else torch.empty(0, dtype=torch.int64, device=embeds.device)

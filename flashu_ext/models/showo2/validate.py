@@ -14,20 +14,7 @@ __all__ = [
     "check_sample_inputs",
     "check_sampling",
     "check_t2i_inputs",
-    "omni_allowed",
 ]
-
-
-def omni_allowed(modality_positions: Tensor, length: int) -> Tensor:
-    """Visibility under Show-o2's omni attention: bool [rows, length, length], True where a row's query may look.
-
-    Causal, except that every span (offset, length) of `modality_positions` [rows, spans, 2] sees itself whole.
-    """
-    position = torch.arange(length, device=modality_positions.device)
-    allowed = (position[:, None] >= position).expand(modality_positions.shape[0], length, length)
-    start = modality_positions[..., :1]
-    inside = (position >= start) & (position < start + modality_positions[..., 1:])
-    return allowed | (inside[..., :, None] & inside[..., None, :]).any(dim=1)
 
 
 def _tensor(name: str, value: Any, dims: int, dtype: str, device: torch.device) -> None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from ...models.structure import AttentionShape, norm_eps
+from ...models.masks import additive, causal, slot_mask
+from ...models.parts import AttentionShape, norm_eps
 from ...ops.kernel_sets import KernelSet
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
     "rope_table",
     "rotate",
     "rotate_into",
-    "slot_mask",
 ]
 
 Rope = tuple[Tensor, Tensor]
@@ -92,7 +92,7 @@ def rotate_into(
     values: Tensor,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Rotate, keep keys and values, and fold the query heads that share a key head into its token axis.
+    """Rotate, store keys and values, and fold the query heads that share a key head into its token axis.
 
     Args:
         query: [rows, n, heads, d]. key, value: [rows, n, kv_heads, d]. keys, values: [rows, slots, kv_heads, d], written
@@ -190,7 +190,9 @@ class SpanPass:
         self.kernels = kernels
         groups = geometry.groups()
         if mask is None and len(groups) > MAX_GROUPS:
-            mask = slot_mask(torch.tensor(geometry.prefix, device=cache.device) + geometry.span, cache)
+            mask = slot_mask(
+                torch.tensor(geometry.prefix, device=cache.device) + geometry.span, cache.shape[3], cache.dtype
+            )
         self._mask = mask
         self._groups = groups if mask is None else None
 
@@ -226,40 +228,33 @@ class SpanPass:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def slot_mask(seen: Tensor, like: Tensor) -> Tensor:
-    """Additive [rows, 1, 1, slots] in the dtype of `like` [layers, 2, rows, slots, ...]: -inf from slot seen[row] on."""
-    slots = torch.arange(like.shape[3], device=like.device)
-    mask = torch.zeros(seen.shape[0], 1, 1, like.shape[3], dtype=like.dtype, device=like.device)
-    return mask.masked_fill_((slots[None, :] >= seen[:, None])[:, None, None], float("-inf"))
-
-
 class MaskedPass:
-    """A whole sequence under an explicit mask; keeps every layer's keys and values."""
+    """A whole sequence under an explicit mask; every layer's keys and values go into the cache."""
 
-    def __init__(self, mask: Tensor, cache: Tensor, kernels: KernelSet, kept: Tensor | None = None):
+    def __init__(self, mask: Tensor, cache: Tensor, kernels: KernelSet, store: Tensor | None = None):
         """Args:
         mask: additive [rows or 1, 1, group * tokens, tokens] (`fold_mask`).
         cache: [layers, 2, rows, tokens, kv_heads, d]; layers may share one piece of memory (`expand`).
-        kept: [layers, 2, rows, some tokens, kv_heads, d], receives the first of them, where the cache does not last.
+        store: [layers, 2, rows, some tokens, kv_heads, d], receives the first of them, where the cache does not last.
         """
         self.mask = mask
         self.cache = cache
         self.kernels = kernels
-        self.kept = kept
+        self.store = store
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, norms: HeadNorms | None = None
     ) -> Tensor:
         pair = self.cache[layer]
         folded = rotate_into(self.kernels, query, key, value, rope, norms, pair[0], pair[1])
-        if self.kept is not None:
-            self.kept[layer].copy_(pair[:, :, : self.kept.shape[3]])
+        if self.store is not None:
+            self.store[layer].copy_(pair[:, :, : self.store.shape[3]])
         return attend_folded(folded, pair[0].transpose(1, 2), pair[1].transpose(1, 2), query.shape[1], self.mask)
 
 
 class CausalPass(MaskedPass):
-    """A text sequence from its start; keeps every layer's keys and values."""
+    """A text sequence from its start; every layer's keys and values go into the cache."""
 
     def __init__(self, tokens: int, shape: AttentionShape, cache: Tensor, kernels: KernelSet):
-        mask = torch.full((1, 1, tokens, tokens), float("-inf"), dtype=cache.dtype, device=cache.device).triu_(1)
+        mask = additive(causal(tokens, cache.device)[None, None], cache.dtype)
         super().__init__(fold_mask(mask, shape), cache, kernels)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ...models.structure import AttentionShape, norm_eps
+from ...models.parts import AttentionShape, norm_eps
 from ...ops.kernel_sets import KernelSet
 from .attention import AttentionPass, Rope, SpanPass
 

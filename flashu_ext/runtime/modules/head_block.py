@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.structure import AttentionShape, norm_eps
+from ...models.parts import AttentionShape, norm_eps
 from ...ops.kernel_sets import KernelSet
 from .attention import AttentionPass, Rope, head_norms
 from .decoder_layer import project_qkv

@@ -1,0 +1,296 @@
+"""Upstream's two methods on an accelerated model. `t2i_generate` is called once an evaluation by upstream's sampler, so the
+image that a call belongs to is recognised here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.masks import omni_allowed
+from ..models.showo2 import validate
+from ..models.showo2.decoding import TokenSampler
+from .generation import guided_velocity
+from .readback import Readback
+from .runner import Runner
+from .state import ImageState
+
+__all__ = ["METHODS", "UpstreamMethods"]
+
+METHODS = ("t2i_generate", "mmu_generate")
+
+MAX_IN_PROGRESS = 2
+"""Images whose evaluations may alternate before the oldest one's state is dropped."""
+
+Original = Callable[..., Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """The arguments of a call that do not change within an image, as objects: equal ones are the very same tensors, not
+    written to since, so nothing has to be read to know it."""
+
+    tensors: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
+    numbers: tuple[Any, ...]
+
+    @classmethod
+    def of(
+        cls, latents: Any, t: Any, text_tokens: Any, modality_positions: Any, attention_mask: Any, guidance_scale: float
+    ) -> Conditioning | None:
+        """None where writing to a tensor leaves no trace (made under `torch.inference_mode`), or one is missing."""
+        mask = attention_mask if isinstance(attention_mask, Tensor) else None
+        tensors = (text_tokens, modality_positions, mask)
+        given = [tensor for tensor in tensors if tensor is not None]
+        needed = (latents, t, text_tokens, modality_positions)
+        if not all(isinstance(tensor, Tensor) for tensor in needed) or any(tensor.is_inference() for tensor in given):
+            return None
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (latents, t)]
+        return cls(tensors, tuple(tensor._version for tensor in given), (*shapes, guidance_scale, mask is None))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Conditioning)
+            and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+            and self.versions == other.versions
+            and self.numbers == other.numbers
+        )
+
+
+@dataclass
+class _Image:
+    """An image in progress, and how its next call is recognised.
+
+    Attributes:
+        planned_scale: the caller's guidance scale, where the step plan depends on it.
+        conditioning, time: of its last call.
+    """
+
+    state: ImageState
+    planned_scale: float | None
+    conditioning: Conditioning | None = None
+    time: float = float("-inf")
+
+    def matches(
+        self, tokens: Tensor, positions: Tensor, guided: bool, size: tuple[int, int], planned_scale: float | None
+    ) -> bool:
+        """Whether a call with this conditioning goes on with this image."""
+        workspace = self.state.workspace
+        return (
+            self.state.guided == guided
+            and workspace.shape.latent_size == size
+            and self.planned_scale == planned_scale
+            and _same(workspace.text_tokens, tokens)
+            and _same(workspace.spans, positions)
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+
+
+class UpstreamMethods:
+    """`t2i_generate` and `mmu_generate`, with the arguments and results of the model's own methods (`originals`)."""
+
+    def __init__(self, runner: Runner, originals: Mapping[str, Original]):
+        self.runner = runner
+        self.originals = originals
+        self._in_progress: list[_Image] = []
+
+    # ---- drawing
+
+    @torch.no_grad()
+    def t2i_generate(
+        self,
+        image_latents: Tensor | None = None,
+        t: Tensor | None = None,
+        text_tokens: Tensor | None = None,
+        attention_mask: Any = None,
+        modality_positions: Tensor | None = None,
+        first_frame_as_cond: bool = False,
+        only_denoise_last_image: bool = False,
+        max_seq_len: int | None = None,
+        guidance_scale: float = 0.0,
+        **kwargs: Any,
+    ) -> Tensor:
+        """One evaluation, called by upstream's sampler; same arguments and result as the model's own method.
+
+        A new image is found by its conditioning and by t, which grows within an image. Two images of one prompt that are drawn
+        by turns are told apart by their tensors: with the very same ones they would share what is kept between steps.
+        """
+        reason = _why_original(
+            image_latents, t, text_tokens, modality_positions, first_frame_as_cond, only_denoise_last_image
+        )
+        pool = self.runner.generation.pool
+        if self._in_progress and pool.moved():
+            self.reset()
+        self._in_progress = [image for image in self._in_progress if pool.leased(image.state.lease)]
+        call = Conditioning.of(image_latents, t, text_tokens, modality_positions, attention_mask, guidance_scale)
+        known = next((i for i in self._in_progress if call is not None and i.conditioning == call), None)
+        if reason is None and known is None:
+            reason = _mask_problem(attention_mask, modality_positions, text_tokens)
+        if reason is not None:
+            return self._original(
+                "t2i_generate",
+                reason,
+                image_latents=image_latents,
+                t=t,
+                text_tokens=text_tokens,
+                attention_mask=attention_mask,
+                modality_positions=modality_positions,
+                first_frame_as_cond=first_frame_as_cond,
+                only_denoise_last_image=only_denoise_last_image,
+                max_seq_len=max_seq_len,
+                guidance_scale=guidance_scale,
+                **kwargs,
+            )
+        assert (
+            image_latents is not None and t is not None and text_tokens is not None and modality_positions is not None
+        )
+        guided = guidance_scale > 0
+        if known is None:
+            # Further calls with the very same tensors are not looked at again.
+            validate.check_t2i_inputs(
+                self.runner.parts.model, image_latents, t, text_tokens, modality_positions, guided
+            )
+        time, shared = _look_at(image_latents, t, guided)
+        image = self._image(known, text_tokens, modality_positions, guidance_scale, image_latents, time)
+        velocity = self._velocity(image, image_latents, t, guidance_scale, shared)
+        image.time, image.conditioning = time, call
+        if image.state.step >= len(image.state.plan):
+            self._end(image)
+        return torch.cat([velocity, velocity]) if guided else velocity
+
+    def _velocity(self, image: _Image, latents: Tensor, t: Tensor, guidance_scale: float, shared: bool) -> Tensor:
+        """Guided velocity [images, channels, H, W]. shared: both halves have the same latents and time."""
+        engine, state = self.runner.generation, image.state
+        index = state.step + 1
+        own, times = (latents.chunk(2)[0], t[: state.images]) if shared else (latents, t)
+        rows = engine.velocity_at(state, own, times)
+        scale = engine.config.guidance_at(index, guidance_scale) if state.guided else 0.0
+        return guided_velocity(rows, scale, torch.Size((state.images, *latents.shape[1:])))
+
+    def _image(
+        self,
+        known: _Image | None,
+        tokens: Tensor,
+        positions: Tensor,
+        guidance_scale: float,
+        latents: Tensor,
+        time: float,
+    ) -> _Image:
+        """The image that a call goes on with, or a new one. known: the image whose conditioning these very tensors are."""
+        size = (latents.shape[2], latents.shape[3])
+        scale = guidance_scale if self.runner.config.skip_unit_guidance else None
+        # The very same tensors first; then equal ones, for a caller may make them anew for every call. Two images of one
+        # prompt, drawn by turns, are told apart by their tensors, and where these are the same by their times.
+        guided = guidance_scale > 0
+        same = [known] if known else [i for i in self._in_progress if i.matches(tokens, positions, guided, size, scale)]
+        earlier = [image for image in same if image.time < time]
+        if earlier:
+            # Of several the one that is farthest, and of these the newest: an older one was abandoned.
+            image = max(reversed(earlier), key=lambda image: image.time)
+        else:
+            if known is not None:
+                self._end(known)
+            while len(self._in_progress) >= MAX_IN_PROGRESS:
+                self._end(self._in_progress[0])
+            state = self.runner.generation.begin(None, tokens, positions, guidance_scale, size)
+            image = _Image(state, scale)
+            self._in_progress.append(image)
+        self.runner.last_image = image.state.record
+        return image
+
+    def _end(self, image: _Image) -> None:
+        self._in_progress.remove(image)
+        self.runner.generation.end(image.state)
+
+    def reset(self) -> None:
+        """Forget images in progress."""
+        for image in list(self._in_progress):
+            self._end(image)
+
+    # ---- answering
+
+    @torch.no_grad()
+    def mmu_generate(
+        self,
+        input_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        eos_token: int | None = None,
+    ) -> list[Tensor]:
+        """Continue a prompt of embeddings; same arguments and result as the model's own method (one prompt at a time)."""
+        usable = isinstance(input_embeds, Tensor) and input_embeds.dim() == 3 and isinstance(attention_mask, Tensor)
+        if not usable or input_embeds.shape[0] != 1:  # type: ignore[union-attr]
+            return self._original(
+                "mmu_generate",
+                "not one prompt with its mask",
+                input_embeds=input_embeds,
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                eos_token=eos_token,
+            )
+        assert input_embeds is not None and attention_mask is not None
+        parts, engine = self.runner.parts, self.runner.understanding
+        length = input_embeds.shape[1]
+        validate.check_mmu_inputs(parts.model, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
+        prompt = engine.prompt(input_embeds.to(parts.dtype), (attention_mask == 0).reshape(length, length))
+        return engine.decode([prompt], max_new_tokens, TokenSampler(temperature, top_k), eos_token)[0]
+
+    def _original(self, method: str, reason: str, **arguments: Any) -> Any:
+        """The model's own method, with the reason why."""
+        self.runner.fallbacks[f"{method}: {reason}"] += 1
+        return self.originals[method](**arguments)
+
+
+# ---- whether a call is one that the runtime stands for
+
+
+def _why_original(
+    latents: Tensor | None,
+    t: Tensor | None,
+    tokens: Tensor | None,
+    positions: Tensor | None,
+    first_frame: bool,
+    last_image: bool,
+) -> str | None:
+    """Why a call runs the model's own method, or None. These are cases that Show-o2 knows beyond one image a row."""
+    if latents is None or t is None or tokens is None or positions is None:
+        return "an input is missing"
+    if first_frame or last_image:
+        return "video or mixed-modality denoising"
+    if latents.dim() != 4:
+        return "video latents"
+    if positions.dim() == 3 and positions.shape[1] != 1:
+        return "several images in a row"
+    return None
+
+
+def _mask_problem(mask: Any, positions: Tensor | None, tokens: Tensor | None) -> str | None:
+    """Why a mask given by the caller is not the one that the runtime stands for, or None."""
+    if not isinstance(mask, Tensor) or positions is None or tokens is None:
+        return None
+    expected = omni_allowed(positions, tokens.shape[1])
+    if mask.dim() != 4 or mask.shape[0] not in (1, expected.shape[0]) or mask.shape[2:] != expected.shape[1:]:
+        return f"attention mask of shape {tuple(mask.shape)}"
+    same = torch.equal((mask[:, 0] == 0).expand_as(expected), expected)
+    return None if same else "an attention mask of another pattern"
+
+
+def _look_at(latents: Tensor, t: Tensor, guided: bool) -> tuple[float, bool]:
+    """The time, and whether the guided rows come in two halves that share latents and time, as upstream's sampler makes
+    them, so that one half is encoded. The one thing that a call has to read from the device."""
+    first, second = latents.chunk(2) if guided else (latents, latents)
+    same = (first == second).all() & (t == t[0]).all() if guided else torch.zeros((), device=t.device)
+    readback = Readback()
+    readback.post(torch.stack([t[0].float(), same.float()]))
+    time, shared = readback.wait()
+    return time, bool(shared)
