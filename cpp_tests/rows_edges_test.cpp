@@ -24,7 +24,7 @@ const std::vector<std::pair<int64_t, int64_t>> kRowsOfWidth = {
 
 TYPED_TEST(RowsEdges, CosineImportance) {
   for (const auto& [tokens, width] : kRowsOfWidth) {
-    const int64_t sequences = 2;
+    const int64_t sequences = 1 + width % 2;
     Guarded<TypeParam> in({sequences, tokens, width}, 3), out({sequences, tokens, width}, 8);
     in.real(1);
     out.fill([&](int64_t r, int64_t c) { return in.value(r, c) + (c % 3 == 0 ? 0.5f : -0.25f); });
@@ -70,21 +70,32 @@ TYPED_TEST(RowsEdges, ValueNorms) {
   for (const int64_t width : {1, 7, 8, 9, 64, 65}) {
     for (const int64_t tokens : {1, 3, 300}) {
       const int64_t batch = 2, heads = 3;
-      Guarded<TypeParam> v({batch, heads, tokens, width}, 5);
-      v.integers(1, -3, 3);
+      Guarded<TypeParam> heads_first({batch, heads, tokens, width}, 5);
+      Guarded<TypeParam> tokens_first({batch, tokens, heads, width}, 4);  // as a projection leaves them
+      heads_first.integers(1, -3, 3);
+      const auto row_of = [&](int64_t b, int64_t h, int64_t t) { return (b * heads + h) * tokens + t; };
+      tokens_first.fill([&](int64_t r, int64_t c) {
+        return heads_first.value(row_of(r / heads / tokens, r % heads, r / heads % tokens), c);
+      });
+      flashu_tensor transposed = tokens_first.view();
+      std::swap(transposed.sizes[1], transposed.sizes[2]);
+      std::swap(transposed.strides[1], transposed.strides[2]);
       for (const int32_t threads : kThreadCounts) {
         const Threads pretended(threads);
-        Guarded<float> out({batch, tokens});
-        value_norms(v, out);
-        for (int64_t i = 0; i < batch * tokens; ++i) {
-          double squares = 0;
-          for (int64_t h = 0; h < heads; ++h) {
-            for (int64_t c = 0; c < width; ++c)
-              squares += std::pow(v.value((i / tokens * heads + h) * tokens + i % tokens, c), 2);
+        Guarded<float> out({batch, tokens}), same({batch, tokens});
+        value_norms(heads_first, out);
+        value_norms(transposed, same);
+        for (int64_t b = 0; b < batch; ++b) {
+          for (int64_t t = 0; t < tokens; ++t) {
+            double squares = 0;
+            for (int64_t h = 0; h < heads; ++h) {
+              for (int64_t c = 0; c < width; ++c)
+                squares += std::pow(heads_first.value(row_of(b, h, t), c), 2);
+            }
+            ASSERT_EQ(out(b, t), static_cast<float>(std::sqrt(squares))) << tokens;
           }
-          ASSERT_EQ(out(i / tokens, i % tokens), static_cast<float>(std::sqrt(squares))) << tokens;
         }
-        ASSERT_TRUE(out.intact());
+        ASSERT_TRUE(out.intact() && out.same(same));
       }
     }
   }
@@ -99,6 +110,7 @@ TYPED_TEST(RowsEdges, SelectionsKeepOrderAndBreakTiesLow) {
       const Threads pretended(threads);
       for (const int64_t k : {int64_t{0}, int64_t{1}, tokens / 2, tokens - 1, tokens}) {
         Guarded<int64_t> index({rows, k});
+        index.fill([](int64_t, int64_t) { return 7; });
         Guarded<int32_t> count({rows});
         select_topk(scores, k, index, count);
         for (int64_t r = 0; r < rows; ++r) {
@@ -115,6 +127,7 @@ TYPED_TEST(RowsEdges, SelectionsKeepOrderAndBreakTiesLow) {
       }
       for (const int64_t capacity : {int64_t{0}, int64_t{1}, tokens / 2, tokens, tokens + 3}) {
         Guarded<int64_t> index({rows, capacity});
+        index.fill([](int64_t, int64_t) { return 7; });
         Guarded<int32_t> count({rows});
         select_threshold(scores, 1.0, index, count);
         for (int64_t r = 0; r < rows; ++r) {
