@@ -222,6 +222,14 @@ def test_norms_inside_the_pass(dtype: torch.dtype, acc_dtype: torch.dtype):
     torch.testing.assert_close(acc, reference.neuron_norms_(torch.zeros_like(acc), y))
 
 
+def test_norms_and_out_exclude_each_other():
+    gate, up, down = weights(torch.float32, 48, 50, 20)
+    out, norms = torch.full((2, 20), 7.0), torch.zeros(50)
+    with pytest.raises(ValueError, match="out: expected None together with norms"):
+        ops.gathered_ffn(torch.randn(2, 48), gate, up, down, norms=norms, out=out)
+    assert (out == 7).all() and (norms == 0).all()
+
+
 @pytest.mark.parametrize(
     ("selection", "error", "text"),
     [
@@ -232,6 +240,7 @@ def test_norms_inside_the_pass(dtype: torch.dtype, acc_dtype: torch.dtype):
         ({"runs": [2**62, 2**62]}, IndexError, "runs"),
         ({"runs": [0]}, ValueError, "pairs"),
         ({"runs": [(0, 1, 2)]}, ValueError, "runs"),
+        ({"runs": [(0, 1, 2), (1, 5, 2)]}, ValueError, "runs: expected tuples of 2 numbers, got one of 3"),
         ({"runs": [1.5, 2]}, TypeError, "runs"),
         ({"index": torch.tensor([0, 50])}, IndexError, "index"),
         ({"index": torch.tensor([-1, 3])}, IndexError, "index"),
