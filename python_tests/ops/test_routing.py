@@ -135,6 +135,11 @@ def test_bad_threshold_and_capacity():
         ops.select_threshold(torch.zeros(5), float("nan"), 2)
     with pytest.raises(ValueError, match="capacity"):
         ops.select_threshold(torch.zeros(5), 0.0, -1)
+    index, count = torch.full((3,), 7), torch.tensor(7, dtype=torch.int32)
+    for capacity in (2, 4):
+        with pytest.raises(ValueError, match=f"index: expected size {capacity} in the last dimension, .* got 3"):
+            ops.select_threshold(torch.zeros(5), 0.0, capacity, index=index, count=count)
+    assert (index == 7).all() and count == 7
 
 
 @settings(deadline=None, max_examples=80)
