@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,12 +93,12 @@ def test_threshold_keeps_order_and_counts_all(values: list[float], threshold: fl
     assert index.tolist() == (passed + [-1] * capacity)[:capacity]
 
 
-def test_the_threshold_is_rounded_to_fp32_before_it_is_compared():
-    score = torch.tensor([0.1, 0.3], dtype=torch.float32)
+@pytest.mark.parametrize("select", [ops.select_threshold, reference.select_threshold], ids=["kernel", "torch"])
+def test_the_threshold_is_rounded_to_fp32_before_it_is_compared(select: Callable[..., Any]):
+    score = torch.tensor([0.1, 0.3])
     for threshold in (float(score[0]) + 1e-12, float(score[0]) - 1e-12):
-        assert ops.select_threshold(score, threshold, 2)[0].tolist() == [0, 1]
-    least = torch.tensor([1e-46, 0.0], dtype=torch.float64)  # below the least fp32 number: nothing
-    assert ops.select_threshold(least.float(), 1e-46, 2)[0].tolist() == [0, 1]
+        assert select(score, threshold, 2)[0].tolist() == [0, 1]
+    assert select(torch.zeros(2), 1e-46, 2)[0].tolist() == [0, 1]  # below the least fp32 number: nothing
 
 
 def test_selection_near_the_boundary_is_a_choice_among_equals():
