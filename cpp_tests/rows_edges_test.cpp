@@ -351,6 +351,33 @@ TEST(RowsDelta, NothingOverNothingIsNothing) {
   for (int64_t i = 0; i < 3; ++i) EXPECT_EQ(out(0, i), 0.0f);
 }
 
+// The sum is rounded as it is stored, and its norm is that of what was stored, rounded once.
+TYPED_TEST(RowsEdges, AddRmsNorm) {
+  for (const auto& [rows, width] : kRowsOfWidth) {
+    Guarded<TypeParam> x({rows, width}, 3), residual({1, rows, width}, 6), weight({width});
+    x.real(1), residual.real(2), weight.real(3);
+    Guarded<TypeParam> flat({1, rows, width}, 3);
+    for (const int32_t threads : kThreadCounts) {
+      const Threads pretended(threads);
+      flat.fill([&](int64_t r, int64_t c) { return x.value(r, c); });
+      Guarded<TypeParam> sum = residual;
+      add_rms_norm(flat, sum, weight, 1e-3);
+      for (int64_t r = 0; r < rows; ++r) {
+        double squares = 0;
+        for (int64_t c = 0; c < width; ++c) {
+          ASSERT_EQ(sum.value(r, c), rounded<TypeParam>(residual.value(r, c) + x.value(r, c)));
+          squares += std::pow(static_cast<double>(sum.value(r, c)), 2);
+        }
+        const double inverse = 1 / std::sqrt(squares / static_cast<double>(width) + 1e-3);
+        for (int64_t c = 0; c < width; ++c)
+          ASSERT_TRUE(near<TypeParam>(flat.value(r, c), sum.value(r, c) * inverse * weight.value(0, c), 0.51))
+              << width;
+      }
+      ASSERT_TRUE(flat.intact() && sum.intact() && weight.intact());
+    }
+  }
+}
+
 // Turned by angles of 0, 90, 180 and 270 degrees everything is exact, so every head must be in its place.
 TYPED_TEST(RowsEdges, RotaryCacheIsExactForQuarterTurns) {
   for (const int64_t half : {1, 3, 4, 8, 9, 32}) {

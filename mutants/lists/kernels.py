@@ -131,6 +131,15 @@ MUTANTS = [
     Mutant("taylor: a difference too many is used", "csrc/cpu/step.cpp", "std::min<int64_t>(order, args.count - 1)", "std::min<int64_t>(order, args.count)", ROWS),
     Mutant("taylor: a difference too many is kept", "csrc/cpu/step.cpp",
            "from_float<T>(i <= differences ? fresh : 0.0f);", "from_float<T>(i <= differences + 1 ? fresh : 0.0f);", ROWS),
+    # ---- norm
+    Mutant("norm: the residual is read with x's stride", "csrc/cpu/norm.cpp", 'core::as_rows("residual", args.residual);', 'core::as_rows("residual", args.x);', ROWS),
+    Mutant("norm: the sum is left out of the norm", "csrc/cpu/norm.cpp", "k.scale(row, sum, pointer<T>(args.weight),", "k.scale(row, row, pointer<T>(args.weight),", ROWS),
+    Mutant("norm: the norm of the sum before it is rounded", "csrc/cpu/norm_kernels.cpp",
+           "    residual[j] = from_float<T>(to_float(residual[j]) + to_float(x[j]));\n    const double value = to_float(residual[j]);",
+           "    const double value = to_float(residual[j]) + to_float(x[j]);\n    residual[j] = from_float<T>(static_cast<float>(value));", ROWS),
+    Mutant("norm: eps is added to the root", "csrc/cpu/norm.cpp", "std::sqrt(squares / static_cast<double>(width) + eps);", "(std::sqrt(squares / static_cast<double>(width)) + eps);", ROWS),
+    Mutant("norm: rounded before the weight", "csrc/cpu/norm_kernels.cpp",
+           "    out[j] = from_float<T>(static_cast<float>(widen(x[j]) * by * widen(weight[j])));", "    out[j] = from_float<T>(static_cast<float>(widen(from_float<T>(static_cast<float>(widen(x[j]) * by))) * widen(weight[j])));", ROWS),
     # ---- rotary cache
     Mutant("rotary: the stride of starts is ignored", "csrc/cpu/norm.cpp",
            "core::numel(args.start) > 1 ? args.start.strides[0] : 0;", "core::numel(args.start) > 1 ? 1 : 0;", ROWS),
