@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup
 # What pyproject.toml asks for, by extra; here, in gpu.sh and nowhere else.
 requirements = $(shell $(PYTHON) .ci/requirements $(1) | sed "s/.*/'&'/")
 
-.PHONY: help demo test python-test cpp-test tsan mutants lint format build bench info test-abi gpu-wheels clean
+.PHONY: help demo test python-test cpp-test tsan mutants mutants-quick lint format build bench info test-abi gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -62,8 +62,12 @@ tsan: $(VENV)/.tools ## the CUDA kernels on the emulator under ThreadSanitizer
 	FLASHU_SIMT_SEEDS=$(TSAN_SEEDS) TSAN_OPTIONS=halt_on_error=1 build/tsan/cpp_tests/flashu_emulated_tests --gtest_brief=1 \
 	  --gtest_filter='DeviceNorm/1.*:DeviceRotary/1.Slots*:DeviceRouting/1.*:DeviceMoves.*:DeviceStep/1.*:DeviceFfn/1.RowsDo*:DeviceFfn/1.Norms*:DeviceFfn/0.Norms*'
 
-mutants: $(VENV)/.tools ## plants bugs in the CUDA kernels; the tests must find every one
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python cpp_tests/simt/mutants.py
+# ONLY: part of a list's, a mutant's or a file's name.
+mutants: build ## plants faults in kernels and Python, which the tests must notice; ONLY=cpu/ffn those of a part
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mutants $(if $(ONLY),--only '$(ONLY)')
+
+mutants-quick: build ## the small part of the mutants that CI plants
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mutants --quick
 
 lint: $(VENV)/.tools ## ruff, clang-format, mypy, and what tests of the CUDA sources rely on
 	$(BIN)/ruff check .
@@ -71,7 +75,6 @@ lint: $(VENV)/.tools ## ruff, clang-format, mypy, and what tests of the CUDA sou
 	git ls-files '*.cpp' '*.hpp' '*.h' '*.c' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 	! grep -rnE 'FLASHU_EMULATED|simt::|simt/[a-z]+[.]hpp' csrc  # the kernels do not know that they are emulated
-	$(BIN)/python cpp_tests/simt/mutants.py --check
 
 format: $(VENV)/.tools ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .

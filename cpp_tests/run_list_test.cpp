@@ -49,6 +49,14 @@ TEST(RunList, AlgebraIsThatOfSets) {
   }
 }
 
+TEST(RunList, RunsThatTouchBecomeOne) {
+  const RunList one = {{0, 5}};
+  EXPECT_EQ(runs_from_flat("r", std::vector<int64_t>{0, 2, 2, 3}, 9), one);
+  EXPECT_EQ(runs_from_index("r", std::vector<int64_t>{4, 1, 0, 3, 2}, 9), one);
+  EXPECT_EQ(unite({{0, 2}}, {{2, 3}}), one);
+  EXPECT_EQ(unite({{0, 5}}, {{1, 2}}), one);
+}
+
 TEST(RunList, BadListsAreRefused) {
   EXPECT_THROW(runs_from_flat("r", std::vector<int64_t>{0, 2, 1, 2}, 9), Failure);
   EXPECT_THROW(runs_from_flat("r", std::vector<int64_t>{5, 2, 0, 2}, 9), Failure);

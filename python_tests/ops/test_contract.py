@@ -1,4 +1,4 @@
-"""What holds for every op: schema, compilation, errors, red zones, strides, empty inputs, out=, threads, gradients."""
+"""What holds for every op with every option: schema, compilation, errors, layouts, ownership, out=, threads, gradients."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from support.guard import Guarded
-from support.ops_cases import CASES, DTYPES, OpCase, tensors
+from support.inputs import CSRC, SAID, spread
+from support.inputs import tensors_of as given
+from support.ops_cases import CASES, DTYPES, FIRST, OpCase, tensors
 from torch import Tensor
 from torch.testing._internal.optests import opcheck
 
 from flashu_ext import ops
 
-every_op = pytest.mark.parametrize("case", CASES, ids=repr)
+every_case = pytest.mark.parametrize("case", CASES, ids=repr)
+every_op = pytest.mark.parametrize("case", FIRST, ids=repr)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 REFUSED = (ValueError, TypeError, IndexError, NotImplementedError)
 
@@ -24,25 +27,38 @@ def outcome(case: OpCase, arguments: dict[str, Any]) -> list[Tensor]:
     return [t.clone() for t in result + [arguments[name] for name in case.inplace]]
 
 
-def given(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-
-
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_every_op_has_a_case():
-    assert {case.name for case in CASES} == set(ops.__all__)
+    assert sorted(case.name for case in FIRST) == sorted(ops.__all__)
+
+
+def laid_out(case: OpCase, arguments: dict[str, Any], turn: int) -> dict[str, Guarded]:
+    layout = {"contiguous": case.contiguous, "folding": case.folding, "strided": case.strided}
+    return spread(arguments, turn, **layout)
+
+
+def test_the_edges_are_those_of_the_sources():
+    """The sizes of support/inputs.py are the kernels': where one changes, the other has to."""
+    for file, words in SAID.items():
+        text = (CSRC / file).read_text()
+        assert not [word for word in words if word not in text], f"{file}: {words}"
+
+
+@every_case
+def test_opcheck(case: OpCase):
+    opcheck(case.overload, tuple(case.schema(case.make(torch.float32)).values()))
 
 
 @every_op
-@every_dtype
-def test_opcheck(case: OpCase, dtype: torch.dtype):
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_opcheck_of_other_dtypes(case: OpCase, dtype: torch.dtype):
     opcheck(case.overload, tuple(case.schema(case.make(dtype)).values()))
 
 
-@every_op
+@every_case
 def test_torch_compile_gives_the_same_bits_in_one_graph(case: OpCase):
     expected = outcome(case, case.make(torch.float32))
     arguments = case.make(torch.float32)
@@ -51,7 +67,7 @@ def test_torch_compile_gives_the_same_bits_in_one_graph(case: OpCase):
     assert same(result + [arguments[name] for name in case.inplace], expected)
 
 
-@every_op
+@every_case
 @every_dtype
 def test_equals_plain_torch_in_that_dtype(case: OpCase, dtype: torch.dtype):
     ours = outcome(case, case.make(dtype))
@@ -62,21 +78,43 @@ def test_equals_plain_torch_in_that_dtype(case: OpCase, dtype: torch.dtype):
         torch.testing.assert_close(y, t, rtol=4 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
 
 
-@every_op
+@every_case
 @every_dtype
-def test_red_zones_with_padded_rows(case: OpCase, dtype: torch.dtype):
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_layout_of_its_own_for_every_argument(case: OpCase, dtype: torch.dtype, turn: int):
+    """The same bits from padded, shifted and strided tensors as from dense ones; nothing around them is read or written."""
     expected = outcome(case, case.make(dtype))
-    arguments = case.make(dtype)
-    guards = {name: Guarded(t, 0 if name in case.contiguous else 3) for name, t in given(arguments).items()}
+    guards = laid_out(case, case.make(dtype), turn)
     before = {name: g.tensor.clone() for name, g in guards.items()}
-    assert same(outcome(case, {**arguments, **{name: g.tensor for name, g in guards.items()}}), expected)
+    arguments = {**case.make(dtype), **{name: g.tensor for name, g in guards.items()}}
+    assert same(outcome(case, arguments), expected)
     for name, guarded in guards.items():
         guarded.check()
         if name not in case.inplace:
             assert torch.equal(guarded.tensor, before[name]), f"{name} was written"
 
 
-@every_op
+@every_case
+@pytest.mark.parametrize("spread_out", [False, True], ids=["dense", "laid out"])
+def test_nothing_of_the_caller_is_kept(case: OpCase, spread_out: bool):
+    """What a call gave stays as it is when everything that it was given is changed, and shares no memory with it."""
+    arguments = case.make(torch.float32)
+    if spread_out:
+        arguments |= {name: g.tensor for name, g in laid_out(case, arguments, 1).items()}
+    result = tensors(case.function(**arguments))
+    written = [arguments[name] for name in case.inplace]
+    fresh = [t for t in result if not any(t is w for w in written)]
+    assert fresh or any(t is w for t in result for w in written), "an op that writes returns what it wrote"
+    kept = [t.clone() for t in fresh]
+    for name, tensor in given(arguments).items():
+        storage = tensor.untyped_storage().data_ptr()
+        assert not any(t.untyped_storage().data_ptr() == storage for t in fresh if t.numel()), f"{name} is given back"
+        tensor.fill_(3)
+    assert same(fresh, kept)
+    assert same(outcome(case, case.make(torch.float32)), outcome(case, case.make(torch.float32))), "the next calls"
+
+
+@every_case
 def test_results_do_not_depend_on_the_number_of_threads(case: OpCase):
     def wide(arguments: dict[str, Any]) -> dict[str, Any]:
         return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
@@ -118,7 +156,7 @@ def _wrong(name: str, tensor: Tensor, case: OpCase) -> dict[str, Tensor]:
     return wrong
 
 
-TENSOR_ARGUMENTS = [(case, name) for case in CASES for name in given(case.make(torch.float32))]
+TENSOR_ARGUMENTS = [(case, name) for case in FIRST for name in given(case.make(torch.float32))]
 
 
 @pytest.mark.parametrize(("case", "name"), TENSOR_ARGUMENTS, ids=lambda x: x if isinstance(x, str) else repr(x))
@@ -176,13 +214,27 @@ WITH_OUT = [case for case in CASES if not case.inplace and not case.name.startsw
 @every_dtype
 def test_out_is_filled_and_returned(case: OpCase, dtype: torch.dtype):
     expected = case.function(**case.make(dtype))
-    guarded = Guarded(torch.zeros_like(expected))
-    assert case.function(**case.make(dtype), out=guarded.tensor) is guarded.tensor
+    arguments = case.make(dtype)
+    guards = laid_out(case, arguments, 0)
+    padding = 0 if "out" in case.contiguous else 9
+    gap = 0 if "out" in (*case.contiguous, *case.folding) else 4
+    guarded = Guarded(torch.zeros_like(expected), padding, gap=gap, offset=1, odd_ones=True)
+    arguments |= {name: g.tensor for name, g in guards.items()}
+    assert case.function(**arguments, out=guarded.tensor) is guarded.tensor
     assert torch.equal(guarded.tensor, expected)
     guarded.check()
 
 
 @pytest.mark.parametrize("case", WITH_OUT, ids=repr)
+def test_out_is_filled_by_a_compiled_call(case: OpCase):
+    expected = case.function(**case.make(torch.float32))
+    out = torch.zeros_like(expected)
+    torch.compiler.reset()
+    torch.compile(case.function, fullgraph=True, backend="aot_eager")(**case.make(torch.float32), out=out)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("case", [case for case in WITH_OUT if not case.option], ids=repr)
 def test_wrong_out_is_refused(case: OpCase):
     expected = case.function(**case.make(torch.float32))
     wrong = [expected.to(torch.float64), expected.new_empty(*expected.shape, 1), expected.to("meta")]
@@ -195,13 +247,14 @@ def test_wrong_out_is_refused(case: OpCase):
             case.function(**arguments, out=out)
 
 
-@pytest.mark.parametrize("name", ["select_topk", "select_threshold"])
-def test_selection_outputs(name: str):
-    case = next(c for c in CASES if c.name == name)
+@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith("select_")], ids=repr)
+def test_selection_outputs(case: OpCase):
     index, count = case.function(**case.make(torch.float32))
     mine, counts = torch.zeros_like(index), torch.zeros_like(count)
     case.function(**case.make(torch.float32), index=mine, count=counts)
     assert torch.equal(mine, index) and torch.equal(counts, count)
+    with pytest.raises(ValueError, match="index"):
+        case.function(**case.make(torch.float32), count=counts)
     with pytest.raises(ValueError, match="count"):
         case.function(**case.make(torch.float32), index=mine)
     with pytest.raises(REFUSED, match="count"):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.inputs import DEPTHS, ROW_CHUNK, ROWS, WIDTHS, integers, randn
 from support.ops_cases import DTYPES
 from support.tolerance import assert_accurate
 from torch import Tensor
@@ -15,15 +16,6 @@ from flashu_ext import ops
 from flashu_ext.ops import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-ROWS = [0, 1, 2, 5, 6, 7, 8, 13, 33, 130]
-
-
-def randn(seed: int, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
-
-
-def integers(seed: int, *shape: int, dtype: torch.dtype, limit: int = 3) -> Tensor:
-    return torch.randint(-limit, limit + 1, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def weights(dtype: torch.dtype, hidden: int, neurons: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +50,7 @@ def selected(selection: dict, limit: int) -> Tensor:
 
 
 @every_dtype
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [0, 8, *ROWS])
 def test_down_is_exact_on_integers(rows: int, dtype: torch.dtype):
     """Small integers make every partial sum exact, so any tile and any order must give the same bits."""
     w = integers(2, 45, 71, dtype=dtype)
@@ -70,7 +62,7 @@ def test_down_is_exact_on_integers(rows: int, dtype: torch.dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 8, 13, 33, 130])
 def test_whole_ffn_is_as_accurate_as_torch(rows: int, dtype: torch.dtype):
     gate, up, down = weights(dtype, 96, 71, 45)
     x, residual = randn(1, rows, 96, dtype=dtype), randn(5, rows, 45, dtype=dtype)
@@ -84,6 +76,62 @@ def test_whole_ffn_is_as_accurate_as_torch(rows: int, dtype: torch.dtype):
         truth = F.silu(wide[0] @ wide[1].T) * (wide[0] @ wide[2].T)
         assert h.shape == (rows, at.numel())
         assert_accurate(h, truth, F.silu(F.linear(x, gate[at])) * F.linear(x, up[at]))
+
+
+@every_dtype
+@pytest.mark.parametrize("rows", [1, 13])
+def test_down_is_exact_at_every_edge_of_depth_and_width(rows: int, dtype: torch.dtype):
+    for depth, width in [(depth, 9) for depth in DEPTHS] + [(11, width) for width in WIDTHS]:
+        w, h = integers(2, width, depth, dtype=dtype, limit=1), integers(1, rows, depth, dtype=dtype)
+        exact = h.double() @ w.double().T
+        assert torch.equal(ops.gathered_down(h, w).double(), exact.to(dtype).double()), f"{depth} to {width}"
+        at = torch.randperm(depth, generator=torch.Generator().manual_seed(depth))[: depth - depth // 3]
+        exact = h[:, : len(at)].double() @ w.double()[:, at].T
+        listed = ops.gathered_down(h[:, : len(at)], w, index=at)
+        assert torch.equal(listed.double(), exact.to(dtype).double()), f"{len(at)} of {depth} to {width}"
+
+
+@every_dtype
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_many_rows_are_calls_of_few(residual: bool, dtype: torch.dtype):
+    """Three chunks of rows in the kernel give the bits of calls that have one."""
+    rows = 2 * ROW_CHUNK + 60
+    gate, up, down = weights(dtype, 48, 50, 20)
+    x, added = randn(1, rows, 48, dtype=dtype), randn(5, rows, 20, dtype=dtype)
+    for selection in ({}, {"runs": [10, 25]}, {"index": torch.randperm(50)[:33]}):
+        h = ops.gathered_swiglu(x, gate, up, **selection)
+        whole = ops.gathered_ffn(x, gate, up, down, **selection, residual=added if residual else None)
+        half = ops.gathered_down(h, down, **selection, residual=added if residual else None)
+        for part in torch.arange(rows).split(100):
+            some = added[part] if residual else None
+            assert torch.equal(ops.gathered_swiglu(x[part], gate, up, **selection), h[part])
+            assert torch.equal(ops.gathered_ffn(x[part], gate, up, down, **selection, residual=some), whole[part])
+            assert torch.equal(ops.gathered_down(h[part], down, **selection, residual=some), half[part])
+
+
+@every_dtype
+def test_norms_of_many_rows_are_those_of_all_calls(dtype: torch.dtype):
+    gate, up, down = weights(dtype, 48, 50, 20)
+    x = randn(1, 2 * ROW_CHUNK + 60, 48, dtype=dtype)
+    whole, parts = torch.zeros(50, dtype=torch.float64), torch.zeros(50, dtype=torch.float64)
+    ops.gathered_ffn(x, gate, up, down, norms=whole)
+    for part in x.split(100):
+        ops.gathered_ffn(part, gate, up, down, norms=parts)
+    torch.testing.assert_close(whole, parts, rtol=1e-12, atol=0)
+
+
+@every_dtype
+def test_an_index_may_skip_elements(dtype: torch.dtype):
+    gate, up, down = weights(dtype, 64, 90, 40)
+    x = randn(1, 6, 64, dtype=dtype)
+    for of in (torch.int32, torch.int64):
+        index = torch.randperm(90, generator=torch.Generator().manual_seed(1)).to(of)[::2]
+        assert index.stride() == (2,)
+        dense = index.contiguous()
+        assert torch.equal(
+            ops.gathered_ffn(x, gate, up, down, index=index), ops.gathered_ffn(x, gate, up, down, index=dense)
+        )
+        assert torch.equal(ops.gathered_swiglu(x, gate, up, index=index), ops.gathered_swiglu(x, gate, up, index=dense))
 
 
 @every_dtype
@@ -174,6 +222,14 @@ def test_norms_inside_the_pass(dtype: torch.dtype, acc_dtype: torch.dtype):
     torch.testing.assert_close(acc, reference.neuron_norms_(torch.zeros_like(acc), y))
 
 
+def test_norms_and_out_exclude_each_other():
+    gate, up, down = weights(torch.float32, 48, 50, 20)
+    out, norms = torch.full((2, 20), 7.0), torch.zeros(50)
+    with pytest.raises(ValueError, match="out: expected None together with norms"):
+        ops.gathered_ffn(torch.randn(2, 48), gate, up, down, norms=norms, out=out)
+    assert (out == 7).all() and (norms == 0).all()
+
+
 @pytest.mark.parametrize(
     ("selection", "error", "text"),
     [
@@ -184,6 +240,7 @@ def test_norms_inside_the_pass(dtype: torch.dtype, acc_dtype: torch.dtype):
         ({"runs": [2**62, 2**62]}, IndexError, "runs"),
         ({"runs": [0]}, ValueError, "pairs"),
         ({"runs": [(0, 1, 2)]}, ValueError, "runs"),
+        ({"runs": [(0, 1, 2), (1, 5, 2)]}, ValueError, "runs: expected tuples of 2 numbers, got one of 3"),
         ({"runs": [1.5, 2]}, TypeError, "runs"),
         ({"index": torch.tensor([0, 50])}, IndexError, "index"),
         ({"index": torch.tensor([-1, 3])}, IndexError, "index"),

@@ -6,19 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.inputs import GRAIN, LANES, around, randn
 from support.ops_cases import DTYPES
 from support.tolerance import assert_accurate
-from torch import Tensor
 
 from flashu_ext import ops
 from flashu_ext.ops import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-SHAPES = [(1, 1), (3, 7), (5, 64), (2, 3, 1536), (17, 2049), (0, 8), (4, 0)]
-
-
-def randn(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+SHAPES = [(1, 1), (3, 7), (5, 64), (2, 3, 1536), (17, 2049), (0, 8), (4, 0)] + [
+    (3, width) for width in around(LANES, 2 * LANES, GRAIN)
+]
 
 
 @every_dtype

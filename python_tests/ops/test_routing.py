@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.inputs import GRAIN, LANES, around, randn
 from support.ops_cases import DTYPES
 from support.tolerance import assert_accurate
-from torch import Tensor
 
 from flashu_ext import ops
 from flashu_ext.ops import reference
@@ -16,13 +19,9 @@ from flashu_ext.ops import reference
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
-def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 @every_dtype
 @pytest.mark.parametrize("reduce", ["none", "mean", "last"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 33), (1, 57, 1536), (3, 2, 4, 100)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 33), (1, 57, 1536), (3, 2, 4, 100), (1, 3, GRAIN)], ids=str)
 def test_cosine_importance(shape: tuple[int, ...], reduce: str, dtype: torch.dtype):
     a = randn(1, *shape, dtype=dtype)
     b = (a.float() + 0.1 * randn(2, *shape)).to(dtype)
@@ -34,6 +33,16 @@ def test_cosine_importance_keeps_torchs_definition():
     a, b = randn(1, 4, 9), randn(2, 4, 9)
     torch.testing.assert_close(ops.cosine_importance(a, b), 1 - torch.cosine_similarity(a, b, dim=-1))
     assert (ops.cosine_importance(torch.zeros(2, 9), b[:2]) == 1).all()
+
+
+@every_dtype
+@pytest.mark.parametrize("width", around(LANES, 2 * LANES))
+def test_rows_of_zeros_turn_nothing(width: int, dtype: torch.dtype):
+    """Neither norm is less than 1e-8, so 0 / 0 does not come up whichever of the two is zero."""
+    zero, other = torch.zeros(2, width, dtype=dtype), randn(1, 2, width, dtype=dtype)
+    for a, b in ((zero, other), (other, zero), (zero, zero)):
+        assert (ops.cosine_importance(a, b) == 1).all()
+        assert ops.cosine_importance(a, b, "mean") == 1 and ops.cosine_importance(a, b, "last") == 1
 
 
 def test_cosine_importance_empty_and_nan():
@@ -84,6 +93,14 @@ def test_threshold_keeps_order_and_counts_all(values: list[float], threshold: fl
     assert index.tolist() == (passed + [-1] * capacity)[:capacity]
 
 
+@pytest.mark.parametrize("select", [ops.select_threshold, reference.select_threshold], ids=["kernel", "torch"])
+def test_the_threshold_is_rounded_to_fp32_before_it_is_compared(select: Callable[..., Any]):
+    score = torch.tensor([0.1, 0.3])
+    for threshold in (float(score[0]) + 1e-12, float(score[0]) - 1e-12):
+        assert select(score, threshold, 2)[0].tolist() == [0, 1]
+    assert select(torch.zeros(2), 1e-46, 2)[0].tolist() == [0, 1]  # below the least fp32 number: nothing
+
+
 def test_selection_near_the_boundary_is_a_choice_among_equals():
     """Scores that differ by rounding only may be ordered either way; the rest may not."""
     exact = randn(3, 200).double()
@@ -121,6 +138,11 @@ def test_bad_threshold_and_capacity():
         ops.select_threshold(torch.zeros(5), float("nan"), 2)
     with pytest.raises(ValueError, match="capacity"):
         ops.select_threshold(torch.zeros(5), 0.0, -1)
+    index, count = torch.full((3,), 7), torch.tensor(7, dtype=torch.int32)
+    for capacity in (2, 4):
+        with pytest.raises(ValueError, match=f"index: expected size {capacity} in the last dimension, .* got 3"):
+            ops.select_threshold(torch.zeros(5), 0.0, capacity, index=index, count=count)
+    assert (index == 7).all() and count == 7
 
 
 @settings(deadline=None, max_examples=80)
@@ -144,6 +166,16 @@ def test_moves(data: st.DataObject):
         ours, theirs = rows.clone(), rows.clone()
         assert getattr(ops, name)(ours, index, moved) is ours
         assert torch.equal(ours, getattr(reference, name)(theirs, index, moved)), name
+
+
+@pytest.mark.parametrize("of", [torch.int32, torch.int64], ids=str)
+def test_an_index_may_skip_elements(of: torch.dtype):
+    rows, moved = randn(1, 3, 20, 7), randn(2, 3, 6, 7)
+    index = torch.randint(-1, 20, (3, 12), generator=torch.Generator().manual_seed(3)).to(of)[:, ::2]
+    dense = index.contiguous()
+    assert torch.equal(ops.gather_rows(rows, index), ops.gather_rows(rows, dense))
+    for op in (ops.scatter_rows_, ops.scatter_add_rows_):
+        assert torch.equal(op(rows.clone(), index, moved), op(rows.clone(), dense, moved))
 
 
 @pytest.mark.parametrize("bad", [-2, 5, 2**31 - 1])

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.inputs import DELTA_CHUNK, GRAIN, around, randn
 from support.ops_cases import DTYPES
 from support.tolerance import assert_accurate
-from torch import Tensor
 
 from flashu_ext import ops
 from flashu_ext.ops import reference
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 S, DT = torch.tensor([1.5, 5.0, 0.0]), torch.tensor([0.01, 0.2, 1.0])
@@ -85,8 +81,31 @@ def test_euler_step_errors(change: dict, text: str):
         ops.guided_euler_step_(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("shared", ["latents", "v"])
+def test_the_velocity_has_memory_of_its_own(shared: str):
+    arguments = {"latents": torch.ones(1, 2, 2, 2), "v": torch.ones(1, 1, 8)}
+    velocity = arguments[shared].view(1, 2, 2, 2)
+    with pytest.raises(ValueError, match=f"velocity: expected memory of its own, got one that overlaps {shared}"):
+        ops.guided_euler_step_(**arguments, s=S, dt=DT, step=0, velocity=velocity)
+    assert (arguments["latents"] == 1).all() and (arguments["v"] == 1).all()
+
+
 @every_dtype
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 57, 640), (1, 20000)], ids=str)
+@pytest.mark.parametrize("positions", [(1, 1), (2, 75), (127, 129), (128, 129)], ids=str)
+def test_euler_step_of_every_size(positions: tuple[int, int], dtype: torch.dtype):
+    for images, channels in ((1, 1), (2, 3)):
+        latents = randn(1, images, channels, *positions, dtype=dtype)
+        v = randn(2, 2 * images, positions[0] * positions[1], channels, dtype=dtype)
+        expected = reference.guided_euler_step_(latents.clone(), v, S, DT, 1)
+        torch.testing.assert_close(ops.guided_euler_step_(latents, v, S, DT, 1), expected)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (3, 5), (2, 57, 640), *((3, width) for width in around(DELTA_CHUNK, 2 * DELTA_CHUNK, GRAIN))],
+    ids=str,
+)
 def test_feature_delta(shape: tuple[int, ...], dtype: torch.dtype):
     a, b = randn(1, *shape, dtype=dtype), randn(2, *shape, dtype=dtype)
     ours = ops.feature_delta(a, b)
@@ -120,6 +139,15 @@ def test_taylor_runs_like_the_reference(order: int, dtype: torch.dtype):
         assert_accurate(
             ops.taylor_predict(theirs, 3.0, count + 1), predicted, reference.taylor_predict(theirs, 3.0, count + 1)
         )
+
+
+@every_dtype
+def test_taylor_differences_are_of_the_numbers_before_they_are_rounded(dtype: torch.dtype):
+    state, feature = randn(1, 3, 40, dtype=dtype), randn(2, 40, dtype=dtype)
+    old = state.float().clone()
+    ops.taylor_update_(state, feature, 3.0, 2)
+    first = (feature.float() - old[0]) / 3.0
+    assert torch.equal(state, torch.stack([feature.float(), first, (first - old[1]) / 3.0]).to(dtype))
 
 
 def test_taylor_is_exact_on_lines():

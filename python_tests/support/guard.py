@@ -5,8 +5,6 @@ A read outside the tensor shows as NaN in the result, a write outside it is coun
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,28 +16,33 @@ class Guarded:
     """A copy of `like` in guarded memory, as `tensor`.
 
     Args:
-        padding: elements between rows of the last dimension (0 keeps the tensor contiguous).
+        padding: elements between rows of the last dimension (0 keeps the tensor contiguous). gap: elements more between
+            the entries of each dimension further out, so that leading dimensions do not fold into rows of one stride.
+        inner: stride of the last dimension. offset: elements by which it begins later, so that no vector is aligned.
+        odd_ones: dimensions of size 1, over which nothing ever steps, have strides that fit nothing.
     """
 
-    def __init__(self, like: Tensor, padding: int = 0):
-        width = like.shape[-1] if like.dim() else 1
-        rows = math.prod(like.shape[:-1])
-        stride = width + (padding if like.dim() > 1 else 0)
+    def __init__(
+        self, like: Tensor, padding: int = 0, *, gap: int = 0, inner: int = 1, offset: int = 0, odd_ones: bool = False
+    ):
+        strides, step = [1] * like.dim(), inner
+        for dim in reversed(range(like.dim())):
+            strides[dim] = step if not odd_ones or like.shape[dim] != 1 else 5 + 2 * dim
+            step *= max(1, like.shape[dim])
+            step += padding if dim == like.dim() - 1 and like.dim() > 1 else gap if 0 < dim < like.dim() - 1 else 0
         size = like.element_size()
-        body = rows * stride * size
-        self.bytes = torch.full((2 * GUARD_BYTES + body,), POISON, dtype=torch.uint8)
-        self.outside = torch.ones_like(self.bytes, dtype=torch.bool)
-        if body:
-            self.outside[GUARD_BYTES : GUARD_BYTES + body].view(rows, stride, size)[:, :width] = False
-        inner = self.bytes[GUARD_BYTES : GUARD_BYTES + body].view(like.dtype)
-        strides = [1] * like.dim()
-        for dim in range(like.dim() - 2, -1, -1):
-            strides[dim] = stride if dim == like.dim() - 2 else strides[dim + 1] * max(1, like.shape[dim + 1])
-        self.tensor = torch.as_strided(inner, like.shape, strides).copy_(like)
+        guard = GUARD_BYTES // size
+        self.bytes = torch.full((2 * guard + offset + step, size), POISON, dtype=torch.uint8)
+        elements = self.bytes.view(-1).view(like.dtype)
+        self.tensor = elements.as_strided(like.shape, strides, guard + offset).copy_(like)
+        self.outside = torch.ones(elements.numel(), dtype=torch.bool)
+        self.outside.as_strided(like.shape, strides, guard + offset).fill_(False)
+        self._first = guard + offset
 
     def check(self) -> None:
         """Fails if a byte outside the tensor was written."""
-        written = self.outside & (self.bytes != POISON)
+        written = self.outside & (self.bytes != POISON).any(1)
         assert not written.any(), (
-            f"{int(written.sum())} bytes of the red zone were written, the first at {int(written.nonzero()[0]) - GUARD_BYTES}"
+            f"{int(written.sum())} elements of the red zone were written, "
+            f"the first {int(written.nonzero()[0]) - self._first} after the tensor's first"
         )

@@ -1,4 +1,4 @@
-"""One valid call of every op, for the tests that hold for all of them."""
+"""Valid calls of every op, one for every value of every option, for the tests that hold for all of them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from flashu_ext import ops
 from flashu_ext.ops import reference
+from support.inputs import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Make = Callable[[torch.dtype], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -21,18 +23,24 @@ class OpCase:
 
     Attributes:
         make: dtype -> arguments by name, in the order of the signature; fresh tensors at each call, same numbers.
-        option: tells an op's cases apart.
-        inplace: tensors that it writes. fixed: tensors that have a dtype of their own. contiguous: tensors that must be.
+        option: which of the op's options this is, "" for the first case of an op.
+        inplace: tensors that it writes. fixed: tensors that have a dtype of their own. contiguous: tensors that must be
+            (`out` among them where it must). folding: tensors whose leading dimensions must fold into rows of one stride.
+            strided: tensors whose last dimension may have any stride.
         schema: arguments by name -> what the torch.ops overload takes, where that is not the same.
+        packet: the torch.ops packet, where it is not called as the op.
     """
 
     name: str
-    make: Callable[[torch.dtype], dict[str, Any]]
+    make: Make
     option: str = ""
     inplace: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     contiguous: tuple[str, ...] = ()
+    folding: tuple[str, ...] = ()
+    strided: tuple[str, ...] = ()
     schema: Callable[[dict[str, Any]], dict[str, Any]] = lambda arguments: arguments
+    packet: str = ""
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -44,53 +52,259 @@ class OpCase:
 
     @property
     def overload(self) -> Any:
-        return getattr(torch.ops.flashu, self.name).default
+        assert self.function is not None  # looking it up loads the library and the fake kernels of its family
+        return getattr(torch.ops.flashu, self.packet or self.name).default
 
     def __repr__(self) -> str:
         return f"{self.name} {self.option}".rstrip()
 
 
-def _randn(seed: int, *shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+def _of(name: str, makes: dict[str, Make], **common: Any) -> list[OpCase]:
+    """The cases of an op by option."""
+    return [OpCase(name, make, option, **common) for option, make in makes.items()]
 
 
-def _ffn_weights(dtype: torch.dtype) -> dict[str, Tensor]:
+# ---- ffn
+
+SELECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "runs": lambda: {"runs": [2, 7, 20, 5], "index": None},
+    "tuples": lambda: {"runs": [(2, 7), (20, 5)], "index": None},
+    "one run": lambda: {"runs": [7, 12], "index": None},
+    "none": lambda: {"runs": [], "index": None},
+    "index": lambda: {"runs": None, "index": torch.tensor([7, 3, 39, 0, 12, 25, 8, 9, 10, 11, 30, 1])},
+    "int32 index": lambda: {"runs": None, "index": torch.arange(27, 15, -1, dtype=torch.int32)},
+    "all": lambda: {"runs": None, "index": None},
+}
+COUNTS = {"none": 0, "all": 40}  # neurons, 12 in the other selections
+
+
+def _weights(dtype: torch.dtype) -> dict[str, Tensor]:
     return {
-        "w_gate": _randn(2, 40, 24, dtype=dtype, scale=0.2),
-        "w_up": _randn(3, 40, 24, dtype=dtype, scale=0.2),
-        "w_down": _randn(4, 20, 40, dtype=dtype, scale=0.2),
+        "w_gate": randn(2, 40, 24, dtype=dtype, scale=0.2),
+        "w_up": randn(3, 40, 24, dtype=dtype, scale=0.2),
+        "w_down": randn(4, 20, 40, dtype=dtype, scale=0.2),
     }
 
 
-def _swiglu(dtype: torch.dtype) -> dict[str, Any]:
-    weights = _ffn_weights(dtype)
-    return {
-        "x": _randn(1, 5, 24, dtype=dtype),
-        "w_gate": weights["w_gate"],
-        "w_up": weights["w_up"],
-        "runs": [2, 7, 20, 5],
+def _swiglu(selection: str, rows: tuple[int, ...] = (5,)) -> Make:
+    def make(dtype: torch.dtype) -> dict[str, Any]:
+        weights = _weights(dtype)
+        del weights["w_down"]
+        return {"x": randn(1, *rows, 24, dtype=dtype), **weights, **SELECTIONS[selection]()}
+
+    return make
+
+
+def _down(selection: str, residual: bool, rows: tuple[int, ...] = (5,)) -> Make:
+    return lambda dtype: {
+        "h": randn(1, *rows, COUNTS.get(selection, 12), dtype=dtype),
+        "w_down": _weights(dtype)["w_down"],
+        **SELECTIONS[selection](),
+        "residual": randn(6, *rows, 20, dtype=dtype) if residual else None,
     }
 
 
-def _down(dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "h": _randn(1, 5, 12, dtype=dtype),
-        "w_down": _ffn_weights(dtype)["w_down"],
-        "runs": [2, 7, 20, 5],
-        "index": None,
-        "residual": _randn(6, 5, 20, dtype=dtype),
+def _ffn(
+    selection: str, residual: bool = False, norms: torch.dtype | None = None, rows: tuple[int, ...] = (5,)
+) -> Make:
+    def make(dtype: torch.dtype) -> dict[str, Any]:
+        arguments = {"x": randn(1, *rows, 24, dtype=dtype), **_weights(dtype), **SELECTIONS[selection]()}
+        arguments["residual"] = randn(6, *rows, 20, dtype=dtype) if residual else None
+        if norms is not None:
+            arguments["norms"] = torch.full((COUNTS.get(selection, 12),), 2.0, dtype=norms)
+        return arguments
+
+    return make
+
+
+def _flat_runs(arguments: dict[str, Any]) -> dict[str, Any]:
+    runs = arguments["runs"]
+    if runs is None:
+        return arguments
+    return {**arguments, "runs": [n for run in runs for n in (run if isinstance(run, tuple) else (run,))]}
+
+
+def _norms_schema(arguments: dict[str, Any]) -> dict[str, Any]:
+    order = ("x", "w_gate", "w_up", "w_down", "norms", "runs", "index", "residual")
+    return {name: arguments[name] for name in order}
+
+
+FFN = [
+    *_of(
+        "gathered_swiglu",
+        {"": _swiglu("runs"), **{name: _swiglu(name) for name in SELECTIONS if name != "runs"}}
+        | {
+            "of one row": _swiglu("one run", (1, 1)),
+            "of no row": _swiglu("runs", (2, 0)),
+            "of pages": _swiglu("index", (2, 3)),
+        },
+        fixed=("index",),
+        strided=("index",),
+        folding=("out",),
+        schema=_flat_runs,
+    ),
+    *_of(
+        "gathered_down",
+        {"": _down("runs", True), "without residual": _down("runs", False)}
+        | {name: _down(name, name != "all") for name in SELECTIONS if name != "runs"}
+        | {"of one row": _down("all", True, (1, 1)), "of pages": _down("one run", True, (2, 3))},
+        fixed=("index",),
+        strided=("index",),
+        folding=("out",),
+        schema=_flat_runs,
+    ),
+    *_of(
+        "gathered_ffn",
+        {"": _ffn("index"), "with residual": _ffn("index", True)}
+        | {name: _ffn(name, name != "none") for name in SELECTIONS if name != "index"}
+        | {"of one row": _ffn("all", True, rows=(1, 1)), "of no row": _ffn("index", rows=(0,))}
+        | {"of pages": _ffn("runs", True, rows=(2, 3))},
+        fixed=("index",),
+        strided=("index",),
+        folding=("out",),
+        schema=_flat_runs,
+    ),
+    *_of(
+        "gathered_ffn",
+        {
+            "with norms": _ffn("runs", True, torch.float64),
+            "with fp32 norms": _ffn("index", False, torch.float32),
+            "with norms of all": _ffn("all", True, torch.float32),
+        },
+        inplace=("norms",),
+        fixed=("index", "norms"),
+        strided=("index",),
+        schema=_norms_schema,
+        packet="gathered_ffn_norms",
+    ),
+    *_of(
+        "neuron_norms_",
+        {
+            option: lambda dtype, acc=acc, shape=shape: {
+                "acc": randn(1, shape[-1]).abs().to(acc),
+                "h": randn(2, *shape, dtype=dtype),
+            }
+            for option, acc, shape in (
+                ("", torch.float64, (6, 13)),
+                ("fp32", torch.float32, (6, 13)),
+                ("of one row", torch.float64, (1, 13)),
+                ("of no row", torch.float64, (0, 13)),
+                ("of one neuron", torch.float32, (2, 3, 1)),
+            )
+        },
+        inplace=("acc",),
+        fixed=("acc",),
+    ),
+]
+
+
+# ---- routing
+
+
+def _cosine(reduce: str, shape: tuple[int, ...]) -> Make:
+    return lambda dtype: {
+        "x_in": randn(1, *shape, dtype=dtype),
+        "x_out": randn(2, *shape, dtype=dtype),
+        "reduce": reduce,
     }
 
 
-def _ffn(dtype: torch.dtype) -> dict[str, Any]:
-    index = torch.tensor([7, 3, 39, 0, 12, 25])
-    return {"x": _randn(1, 5, 24, dtype=dtype), **_ffn_weights(dtype), "runs": None, "index": index}
+def _moves(moved: bool) -> dict[str, Make]:
+    def make(index: list[Any], batch: tuple[int, ...], width: int, of: torch.dtype) -> Make:
+        def arguments(dtype: torch.dtype) -> dict[str, Any]:
+            at = torch.tensor(index, dtype=of)
+            given = {"rows": randn(1, *batch, 9, width, dtype=dtype), "index": at}
+            return {**given, "moved": randn(2, *at.shape, width, dtype=dtype)} if moved else given
+
+        return arguments
+
+    table = [[3, -1, 8, 0], [1, 1, -1, 7]]
+    return {
+        "": make(table, (2,), 11, torch.int64),
+        "int32": make(table, (2,), 11, torch.int32),
+        "of one sequence": make(table[0], (), 11, torch.int64),
+        "of a batch of one": make(table[:1], (1,), 11, torch.int32),
+        "of one row": make([[5], [-1]], (2,), 11, torch.int64),
+        "of one column": make(table, (2,), 1, torch.int64),
+        "of no row": make([[], []], (2,), 11, torch.int64),
+    }
+
+
+ROUTING = [
+    *_of(
+        "cosine_importance",
+        {
+            "": _cosine("none", (2, 5, 37)),
+            "mean": _cosine("mean", (2, 5, 37)),
+            "last": _cosine("last", (2, 5, 37)),
+            "of one sequence": _cosine("none", (5, 37)),
+            "mean of one token": _cosine("mean", (1, 1, 37)),
+            "last of one token": _cosine("last", (3, 1, 37)),
+            "last of one sequence": _cosine("last", (5, 37)),
+            "of many": _cosine("last", (2, 3, 4, 8)),
+        },
+        contiguous=("out",),
+        schema=lambda a: {**a, "reduce": ("none", "mean", "last").index(a["reduce"])},
+    ),
+    *_of(
+        "value_norms",
+        {
+            option: lambda dtype, shape=shape: {"v": randn(1, *shape, dtype=dtype)}
+            for option, shape in (
+                ("", (2, 3, 5, 8)),
+                ("of one head", (2, 1, 5, 8)),
+                ("of one token", (2, 3, 1, 8)),
+                ("of a batch of one", (1, 3, 5, 1)),
+                ("of no token", (2, 3, 0, 8)),
+            )
+        },
+        contiguous=("out",),
+    ),
+    *_of(
+        "select_topk",
+        {
+            option: lambda dtype, shape=shape, k=k: {"scores": randn(1, *shape, dtype=dtype), "k": k}
+            for option, shape, k in (
+                ("", (3, 17), 5),
+                ("none", (3, 17), 0),
+                ("one", (2, 2, 17), 1),
+                ("all", (3, 17), 17),
+                ("of one row", (17,), 5),
+                ("of one token", (3, 1), 1),
+            )
+        },
+    ),
+    *_of(
+        "select_threshold",
+        {
+            option: lambda dtype, shape=shape, t=threshold, c=capacity: {
+                "scores": randn(1, *shape, dtype=dtype),
+                "threshold": t,
+                "capacity": c,
+            }
+            for option, shape, threshold, capacity in (
+                ("", (3, 17), 0.2, 6),
+                ("with no room", (3, 17), 0.2, 0),
+                ("with room", (2, 2, 17), 0.2, 30),
+                ("of one row", (17,), -9.0, 17),
+                ("of one token", (3, 1), 0.0, 1),
+                ("that none passes", (3, 17), float("inf"), 4),
+            )
+        },
+    ),
+    *_of("gather_rows", _moves(False), fixed=("index",), strided=("index",)),
+    *_of("scatter_rows_", _moves(True), inplace=("rows",), fixed=("index",), strided=("index",)),
+    *_of("scatter_add_rows_", _moves(True), inplace=("rows",), fixed=("index",), strided=("index",)),
+]
+
+
+# ---- norm
 
 
 def _modulated(dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "x": _randn(1, 2, 7, 19, dtype=dtype),
-        "weight": _randn(2, 19, dtype=dtype),
+        "x": randn(1, 2, 7, 19, dtype=dtype),
+        "weight": randn(2, 19, dtype=dtype),
         "eps": 1e-6,
         "shift": _randn(3, 2, 19, dtype=dtype),
         "scale": _randn(4, 2, 19, dtype=dtype),
@@ -98,113 +312,170 @@ def _modulated(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _gate(dtype: torch.dtype, gated: bool) -> dict[str, Any]:
-    arguments = {"residual": _randn(1, 2, 7, 19, dtype=dtype), "y": _randn(2, 2, 7, 19, dtype=dtype)}
-    return {**arguments, "gate": _randn(3, 2, 19, dtype=dtype)} if gated else arguments
+    arguments = {"residual": randn(1, 2, 7, 19, dtype=dtype), "y": randn(2, 2, 7, 19, dtype=dtype)}
+    return {**arguments, "gate": randn(3, 2, 19, dtype=dtype)} if gated else arguments
 
 
-def _rotary(dtype: torch.dtype) -> dict[str, Any]:
-    """One row begins in front of the cache, the other one ends behind it."""
-    angle = _randn(4, 2, 3, 4, dtype=torch.float32, scale=2.0).repeat(1, 1, 2)
-    return {
-        "query": _randn(1, 2, 3, 6, 8, dtype=dtype),
-        "key": _randn(2, 2, 3, 2, 8, dtype=dtype),
-        "value": _randn(3, 2, 3, 2, 8, dtype=dtype),
-        "cos": angle.cos().to(dtype),
-        "sin": angle.sin().to(dtype),
-        "keys": _randn(5, 2, 5, 2, 8, dtype=dtype),
-        "values": _randn(6, 2, 5, 2, 8, dtype=dtype),
-        "start": torch.tensor([-1, 3]),
-        "query_norm": _randn(7, 8, dtype=dtype),
-        "key_norm": _randn(8, 8, dtype=dtype),
+def _rms(shape: tuple[int, ...], eps: float = 1e-6) -> Make:
+    return lambda dtype: {
+        "x": randn(1, *shape, dtype=dtype),
+        "weight": randn(2, shape[-1], dtype=dtype),
+        "eps": eps,
+    }
+
+
+def _add_rms(shape: tuple[int, ...]) -> Make:
+    return lambda dtype: {
+        "x": randn(1, *shape, dtype=dtype),
+        "residual": randn(2, *shape, dtype=dtype),
+        "weight": randn(3, shape[-1], dtype=dtype),
         "eps": 1e-6,
     }
 
 
-def _move(dtype: torch.dtype, moved: bool) -> dict[str, Any]:
-    arguments = {"rows": _randn(1, 2, 9, 11, dtype=dtype), "index": torch.tensor([[3, -1, 8, 0], [1, 1, -1, 7]])}
-    return {**arguments, "moved": _randn(2, 2, 4, 11, dtype=dtype)} if moved else arguments
+NORM_SHAPES = {
+    "": (5, 33),
+    "of one row": (1, 33),
+    "of pages": (2, 1, 3, 33),
+    "of one column": (4, 1),
+    "of no row": (0, 33),
+    "of one dimension": (33,),
+}
 
 
-def _euler(dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "latents": _randn(1, 2, 3, 4, 6, dtype=dtype),
-        "v": _randn(2, 4, 6, 12, dtype=dtype),
-        "s": torch.tensor([5.0, 3.0, 1.0]),
-        "dt": torch.tensor([0.1, 0.2, 0.3]),
-        "step": torch.tensor(1),
-    }
+def _rotary(start: list[int] | int | None, norms: bool, tables: int = 2, kv_heads: int = 2) -> Make:
+    """With starts of -1 and 3 one row begins in front of the cache, the other one ends behind it."""
 
-
-CASES = [
-    OpCase("gathered_swiglu", _swiglu),
-    OpCase("gathered_down", _down),
-    OpCase("gathered_ffn", _ffn, fixed=("index",)),
-    OpCase(
-        "neuron_norms_",
-        lambda dtype: {"acc": _randn(1, 13, dtype=torch.float64).abs(), "h": _randn(2, 6, 13, dtype=dtype)},
-        inplace=("acc",),
-        fixed=("acc",),
-    ),
-    OpCase(
-        "cosine_importance",
-        lambda dtype: {
-            "x_in": _randn(1, 2, 5, 37, dtype=dtype),
-            "x_out": _randn(2, 2, 5, 37, dtype=dtype),
-            "reduce": "none",
-        },
-        schema=lambda a: {**a, "reduce": ("none", "mean", "last").index(a["reduce"])},
-    ),
-    OpCase("value_norms", lambda dtype: {"v": _randn(1, 2, 3, 5, 8, dtype=dtype)}),
-    OpCase("select_topk", lambda dtype: {"scores": _randn(1, 3, 17, dtype=dtype), "k": 5}),
-    OpCase(
-        "select_threshold", lambda dtype: {"scores": _randn(1, 3, 17, dtype=dtype), "threshold": 0.2, "capacity": 6}
-    ),
-    OpCase("gather_rows", lambda dtype: _move(dtype, False), fixed=("index",)),
-    OpCase("scatter_rows_", lambda dtype: _move(dtype, True), inplace=("rows",), fixed=("index",)),
-    OpCase("scatter_add_rows_", lambda dtype: _move(dtype, True), inplace=("rows",), fixed=("index",)),
-    OpCase(
-        "rms_norm",
-        lambda dtype: {"x": _randn(1, 5, 33, dtype=dtype), "weight": _randn(2, 33, dtype=dtype), "eps": 1e-6},
-    ),
-    OpCase(
-        "add_rms_norm_",
-        lambda dtype: {
-            "x": _randn(1, 5, 33, dtype=dtype),
-            "residual": _randn(2, 5, 33, dtype=dtype),
-            "weight": _randn(3, 33, dtype=dtype),
+    def make(dtype: torch.dtype) -> dict[str, Any]:
+        angle = randn(4, tables, 3, 8, scale=2.0)  # the halves' angles differ: nothing says that they are the same
+        return {
+            "query": randn(1, 2, 3, 6, 8, dtype=dtype),
+            "key": randn(2, 2, 3, kv_heads, 8, dtype=dtype),
+            "value": randn(3, 2, 3, kv_heads, 8, dtype=dtype),
+            "cos": angle.cos().to(dtype),
+            "sin": angle.sin().to(dtype),
+            "keys": randn(5, 2, 5, kv_heads, 8, dtype=dtype),
+            "values": randn(6, 2, 5, kv_heads, 8, dtype=dtype),
+            "start": None if start is None else torch.tensor(start),
+            "query_norm": randn(7, 8, dtype=dtype) if norms else None,
+            "key_norm": randn(8, 8, dtype=dtype) if norms else None,
             "eps": 1e-6,
-        },
+        }
+
+    return make
+
+
+NORM = [
+    *_of("rms_norm", {option: _rms(shape) for option, shape in NORM_SHAPES.items()}, folding=("out",)),
+    *_of("rms_norm", {"with another eps": _rms((5, 33), 0.5)}, folding=("out",)),
+    *_of("rms_norm", {"modulated": _modulated}),
+    *_of(
+        "add_rms_norm_",
+        {option: _add_rms(shape) for option, shape in NORM_SHAPES.items()},
         inplace=("x", "residual"),
+        folding=("x", "residual"),
     ),
-    OpCase("rms_norm", _modulated, option="modulated"),
     OpCase("gate_add_", lambda dtype: _gate(dtype, True), inplace=("residual",)),
     OpCase("gate_add_", lambda dtype: _gate(dtype, False), inplace=("residual",), option="no gate"),
-    OpCase("rotary_cache_", _rotary, inplace=("keys", "values"), fixed=("start",)),
-    OpCase(
-        "guided_euler_step_",
-        _euler,
-        inplace=("latents",),
-        fixed=("s", "dt", "step"),
-        contiguous=("latents", "v"),
-    ),
-    OpCase("feature_delta", lambda dtype: {"a": _randn(1, 3, 41, dtype=dtype), "b": _randn(2, 3, 41, dtype=dtype)}),
-    OpCase(
-        "taylor_update_",
-        lambda dtype: {
-            "state": _randn(1, 3, 5, 7, dtype=dtype),
-            "feature": _randn(2, 5, 7, dtype=dtype),
-            "interval": 3.0,
-            "count": 2,
+    *_of(
+        "rotary_cache_",
+        {
+            "": _rotary([-1, 3], True),
+            "without norms": _rotary([-1, 3], False),
+            "without start": _rotary(None, True),
+            "with one start": _rotary([1], False),
+            "with a plain start": _rotary(2, False),
+            "with one table": _rotary([-1, 3], True, tables=1),
+            "of one head": _rotary(None, False, kv_heads=1),
         },
-        inplace=("state",),
-        contiguous=("state", "feature"),
-    ),
-    OpCase(
-        "taylor_predict",
-        lambda dtype: {"state": _randn(1, 3, 5, 7, dtype=dtype), "ahead": 2.0, "count": 3},
-        contiguous=("state",),
+        inplace=("keys", "values"),
+        fixed=("start",),
+        strided=("start",),
     ),
 ]
+
+
+# ---- step
+
+
+def _euler(guided: bool, velocity: bool, of: torch.dtype | None = None, images: int = 2, channels: int = 3) -> Make:
+    def make(dtype: torch.dtype) -> dict[str, Any]:
+        latents = randn(1, images, channels, 4, 6, dtype=dtype)
+        return {
+            "latents": latents,
+            "v": randn(2, images * (2 if guided else 1), 6, 4 * channels, dtype=of or dtype),
+            "s": torch.tensor([5.0, 3.0, 1.0]),
+            "dt": torch.tensor([0.1, 0.2, 0.3]),
+            "step": torch.tensor(1),
+            "velocity": torch.zeros_like(latents) if velocity else None,
+        }
+
+    return make
+
+
+def _taylor(order: int, count: int, shape: tuple[int, ...] = (5, 7)) -> tuple[Make, Make]:
+    return (
+        lambda dtype: {
+            "state": randn(1, order + 1, *shape, dtype=dtype),
+            "feature": randn(2, *shape, dtype=dtype),
+            "interval": 3.0,
+            "count": count,
+        },
+        lambda dtype: {"state": randn(1, order + 1, *shape, dtype=dtype), "ahead": 2.0, "count": count + 1},
+    )
+
+
+TAYLOR = {
+    "": _taylor(2, 2),
+    "of order 0": _taylor(0, 3),
+    "of order 1": _taylor(1, 1),
+    "of the first update": _taylor(2, 0),
+    "of the second update": _taylor(2, 1),
+    "of one element": _taylor(2, 5, (1, 1)),
+    "of nothing": _taylor(1, 2, (0, 7)),
+}
+EULER: dict[str, Any] = {"fixed": ("s", "dt", "step", "velocity"), "contiguous": ("latents", "v", "velocity")}
+
+STEP = [
+    *_of(
+        "guided_euler_step_",
+        {
+            "": _euler(True, False),
+            "without guidance": _euler(False, False),
+            "of one image": _euler(True, False, images=1, channels=1),
+            "of fp32 velocities": _euler(True, False, torch.float32),
+            "of bf16 velocities": _euler(False, False, torch.bfloat16),
+        },
+        inplace=("latents",),
+        **EULER,
+    ),
+    *_of(
+        "guided_euler_step_",
+        {"with velocity": _euler(True, True), "with velocity, without guidance": _euler(False, True)},
+        inplace=("latents", "velocity"),
+        **EULER,
+    ),
+    *_of(
+        "feature_delta",
+        {
+            option: lambda dtype, shape=shape: {"a": randn(1, *shape, dtype=dtype), "b": randn(2, *shape, dtype=dtype)}
+            for option, shape in (
+                ("", (3, 41)),
+                ("of one row", (1, 41)),
+                ("of pages", (2, 3, 5)),
+                ("of nothing", (0, 4)),
+                ("of one dimension", (9,)),
+            )
+        },
+        contiguous=("out",),
+    ),
+    *_of("taylor_update_", {o: m[0] for o, m in TAYLOR.items()}, inplace=("state",), contiguous=("state", "feature")),
+    *_of("taylor_predict", {o: m[1] for o, m in TAYLOR.items()}, contiguous=("state", "out")),
+]
+
+CASES = [*FFN, *ROUTING, *NORM, *STEP]
+FIRST = [case for case in CASES if not case.option]
+"""One case of every op, for what does not depend on its options."""
 
 
 def tensors(result: Any) -> list[Tensor]:

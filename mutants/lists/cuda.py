@@ -1,49 +1,17 @@
-"""Plants bugs in the CUDA kernels and in the emulator's primitives, one at a time, and checks that the emulated tests find
-each of them. A suite that no longer kills its mutants is broken.
+"""Faults in the CUDA kernels and in the emulator's primitives: a barrier gone, a wait for one too few, a wrong parity."""
 
-    python cpp_tests/simt/mutants.py            all of them (some minutes)
-    python cpp_tests/simt/mutants.py sm90       those whose name has this in it
-    python cpp_tests/simt/mutants.py --check    whether all of them apply (no build, a moment)
-
-The sources are copied to a build folder and changed there. Exit code 1: a mutant survived, or no longer applies.
-"""
-
-# ruff: noqa: E501  (a mutant is a line of source)
 from __future__ import annotations
 
-import argparse
-import os
-import shutil
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
+from ..mutant import Emulated, Mutant
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """`old` is replaced by `new` in `file`, once; the tests matching `tests` must then fail in one of the builds."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: str
-    builds: tuple[str, ...] = ("", "address,undefined")  # sanitizers
-
-
-NORM, ROTARY, ROUTING, STEP, FFN = (
-    "DeviceNorm*",
-    "DeviceRotary*",
-    "DeviceRouting*:DeviceMoves*",
-    "DeviceStep*",
-    "DeviceFfn*",
-)
+NORM = Emulated("DeviceNorm*")
+ROTARY = Emulated("DeviceRotary*")
+ROUTING = Emulated("DeviceRouting*:DeviceMoves*")
+STEP = Emulated("DeviceStep*")
+FFN = Emulated("DeviceFfn*")
 
 # Accesses of one warp that only the hardware could reorder: no schedule of whole threads shows them.
-RACE = ("thread",)
+RACE = Emulated("DeviceRouting/1.*", sanitizers=("thread",))
 
 MUTANTS = [
     # ---- what all kernels share
@@ -90,7 +58,7 @@ MUTANTS = [
     Mutant("step: the last partial sum is left out", "csrc/cuda/step.cu", "b < blocks; b += kWarp)", "b < blocks - 1; b += kWarp)", STEP),
     # ---- routing
     Mutant("routing: scratch is overwritten while it is read", "csrc/cuda/routing.cu",
-           "  __syncwarp();  // what the last call left for this warp has been read\n", "", "DeviceRouting/1.*", RACE),
+           "  __syncwarp();  // what the last call left for this warp has been read\n", "", RACE),
     Mutant("routing: no barrier before the warps' counts are read", "csrc/cuda/routing.cu",
            "  if (lane == 0) scratch[warp] = __popc(votes);\n  __syncthreads();",
            "  if (lane == 0) scratch[warp] = __popc(votes);", ROUTING),
@@ -193,11 +161,11 @@ MUTANTS = [
     Mutant("sm90: reads behind the end of a row", "csrc/cuda/ffn_sm90.cu",
            "inside ? static_cast<int>(values) * 2 : 0);", "inside ? 16 : 0);", FFN),
     Mutant("tiles: another tile where the one that was asked for is not compiled", "csrc/cuda/ffn_sm90.cu",
-           "if (tile != kTile) return false;", "if (tile.up != kTile.up) return false;", "FfnTiles.*:" + FFN),
+           "if (tile != kTile) return false;", "if (tile.up != kTile.up) return false;", Emulated("FfnTiles.*:DeviceFfn*")),
     Mutant("tiles: a tile of the other half", "csrc/cuda/ffn_sm90.cu",
            "tile.up == g.gated() && ", "",
-           "FfnTiles.*"),
-    Mutant("tiles: a tile that does not read the list", "csrc/cuda/ffn_sm90.cu", "return fetch == Fetch::kRange;", "return true;", "FfnTiles.*"),
+           Emulated("FfnTiles.*")),
+    Mutant("tiles: a tile that does not read the list", "csrc/cuda/ffn_sm90.cu", "return fetch == Fetch::kRange;", "return true;", Emulated("FfnTiles.*")),
     Mutant("choice: no tensor map of no columns", "csrc/core/ffn_choice.cpp", "q.hidden > 0 && q.neurons > 0", "q.neurons > 0", FFN),
     Mutant("ffn: decodes a width of nothing", "csrc/cuda/ffn.cu", "p.width > 0 && ffn_decodes(q)", "ffn_decodes(q)", FFN),
     # ---- FFN, few rows
@@ -222,107 +190,6 @@ MUTANTS = [
     Mutant("ffn: runs are listed one off", "csrc/cuda/ffn.cu", "list[run.position + i] = run.start + i;", "list[run.position + i] = run.start + i + 1;", FFN),
     Mutant("ffn: an index past the end is used", "csrc/cuda/ffn.cu", "value >= limit) {", "value > limit) {", FFN),
     Mutant("ffn: shares of the norms are added before they are there", "csrc/cuda/ffn.cu",
-           "= sum;\n  __syncthreads();", "= sum;", "DeviceFfn*Norms*"),
+           "= sum;\n  __syncthreads();", "= sum;", Emulated("DeviceFfn*Norms*")),
     Mutant("ffn: a share of the rows is left out", "csrc/cuda/ffn.cu", "for (int s = 0; s < kNormShares; ++s) total", "for (int s = 1; s < kNormShares; ++s) total", FFN),
 ]  # fmt: skip
-
-
-def misfits(mutants: list[Mutant]) -> list[str]:
-    """One line for each mutant whose text is not found exactly once in its file."""
-    counts = [(mutant, (ROOT / mutant.file).read_text().count(mutant.old)) for mutant in mutants]
-    return [
-        f"{mutant.name}: its text occurs {count} times in {mutant.file}, expected once"
-        for mutant, count in counts
-        if count != 1
-    ]
-
-
-def copy_sources(target: Path) -> None:
-    """Bring `target` up to date. What is the same is not touched, and what changes is new to the build by its time, which
-    a time that came along would not be after a run that planted something later."""
-    wanted = {target / "CMakeLists.txt": ROOT / "CMakeLists.txt"}
-    for name in ("csrc", "cpp_tests"):
-        wanted |= {target / path.relative_to(ROOT): path for path in (ROOT / name).rglob("*") if path.is_file()}
-    for path in [path for path in target.rglob("*") if path.is_file() and path not in wanted]:
-        path.unlink()
-    for path, source in wanted.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_bytes() != source.read_bytes():
-            shutil.copyfile(source, path)
-
-
-def build(folder: Path, source: Path, sanitize: str) -> bool:
-    """Configure once, then build the emulated tests; False where they do not compile."""
-    binary = folder / (sanitize.replace(",", "-") or "plain")
-    if not (binary / "build.ninja").is_file():
-        binary.mkdir(parents=True, exist_ok=True)
-        options = ["-G", "Ninja", "-S", str(source), "-B", str(binary), "-DFLASHU_TESTS=ON", "-DFLASHU_CUDA=OFF"]
-        subprocess.run(["cmake", *options, f"-DFLASHU_SANITIZE={sanitize}"], check=True, stdout=subprocess.DEVNULL)
-    command = ["cmake", "--build", str(binary), "--target", "flashu_emulated_tests"]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
-
-
-def fails(folder: Path, sanitize: str, tests: str, seeds: int) -> bool:
-    """Whether the tests find something (a hang counts)."""
-    binary = folder / (sanitize.replace(",", "-") or "plain") / "cpp_tests" / "flashu_emulated_tests"
-    environment = {
-        **os.environ,
-        "FLASHU_SIMT_SEEDS": str(seeds),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "TSAN_OPTIONS": "halt_on_error=1",
-    }
-    command = [str(binary), f"--gtest_filter={tests}", "--gtest_fail_fast"]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, timeout=600)
-    except subprocess.TimeoutExpired:
-        return True
-    return done.returncode != 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="", help="only mutants with this in their name")
-    parser.add_argument(
-        "--folder", type=Path, default=ROOT / "build" / "mutants", help="where sources and builds are kept"
-    )
-    parser.add_argument("--check", action="store_true", help="only find the mutants' texts in the sources")
-    parser.add_argument("--seeds", type=int, default=6, help="schedules to try")
-    arguments = parser.parse_args()
-    chosen = [mutant for mutant in MUTANTS if arguments.name in mutant.name]
-    if arguments.check:
-        lines = misfits(chosen)
-        print("\n".join([*lines, f"{len(chosen) - len(lines)} of {len(chosen)} mutants apply"]))
-        return 1 if lines else 0
-    source = arguments.folder / "source"
-    copy_sources(source)
-    if not build(arguments.folder, source, ""):
-        print("the unchanged sources do not build", file=sys.stderr)
-        return 1
-    survivors = 0
-    for number, mutant in enumerate(chosen, 1):
-        path = source / mutant.file
-        original = path.read_text()
-        if original.count(mutant.old) != 1:
-            outcome = f"does not apply: its text occurs {original.count(mutant.old)} times"
-            survivors += 1
-        else:
-            path.write_text(original.replace(mutant.old, mutant.new))
-            try:
-                outcome = "survived"
-                for sanitize in mutant.builds:
-                    if not build(arguments.folder, source, sanitize):
-                        outcome = "does not compile"
-                        break
-                    if fails(arguments.folder, sanitize, mutant.tests, arguments.seeds):
-                        outcome = f"killed ({sanitize or 'plain'})"
-                        break
-                survivors += not outcome.startswith("killed")
-            finally:
-                path.write_text(original)
-        print(f"[{number}/{len(chosen)}] {mutant.name}: {outcome}", flush=True)
-    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
-    return 1 if survivors else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

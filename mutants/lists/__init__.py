@@ -1,0 +1,14 @@
+"""The lists of faults. Each module has its own in MUTANTS; its name is the list's."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from ..mutant import Mutant
+
+
+def load() -> dict[str, list[Mutant]]:
+    """Every list by its name."""
+    names = sorted(module.name for module in iter_modules(__path__))
+    return {name: import_module(f".{name}", __name__).MUTANTS for name in names}

@@ -1,0 +1,49 @@
+"""Faults between torch and the kernels: csrc/torch and flashu_ext/ops."""
+
+from __future__ import annotations
+
+from ..mutant import Mutant, Pytest
+
+
+def contract(op: str) -> Pytest:
+    """What holds for every op, of one of them."""
+    return Pytest("python_tests/ops/test_contract.py", "-k", op)
+
+
+MUTANTS = [
+    # ---- fake kernels: what torch.compile believes
+    Mutant("fake: the last token's importance has a shape of all", "flashu_ext/ops/routing.py", "(1, x_in.dim(), 2)[reduce]", "(1, x_in.dim(), 1)[reduce]", contract("cosine"), quick=True),
+    Mutant("fake: the mean importance is no scalar", "flashu_ext/ops/routing.py", "(1, x_in.dim(), 2)[reduce]", "(1, x_in.dim() - 1, 2)[reduce]", contract("cosine")),
+    Mutant("fake: norms by head", "flashu_ext/ops/routing.py", "v.new_empty((v.shape[0], v.shape[2])", "v.new_empty((v.shape[0], v.shape[1])", contract("value_norms")),
+    Mutant("fake: counts are int64", "flashu_ext/ops/routing.py", "scores.new_empty(lead, dtype=torch.int32)", "scores.new_empty(lead, dtype=torch.int64)", contract("select")),
+    Mutant("fake: as many rows as before are gathered", "flashu_ext/ops/routing.py", "(*rows.shape[:-2], index.shape[-1], rows.shape[-1])", "rows.shape", contract("gather_rows")),
+    Mutant("fake: a predicted feature keeps the order", "flashu_ext/ops/step.py", "state.new_empty(state.shape[1:])", "state.new_empty(state.shape[:1] + state.shape[2:])", contract("taylor_predict")),
+    Mutant("fake: queries are not transposed", "flashu_ext/ops/norm.py", "query.new_empty(query.transpose(1, 2).shape)", "query.new_empty(query.shape)", contract("rotary")),
+    Mutant("fake: devices may be mixed", "flashu_ext/ops/common.py", "if value.device != first[1].device:", "if value.device.type != first[1].device.type == 'cuda':", contract("gather_rows")),
+    # ---- the Python functions
+    Mutant("ops: compiled, out stays as it was", "flashu_ext/ops/common.py", "return out.copy_(packet.default(*args, **kwargs))", "return packet.default(*args, **kwargs)", contract("compiled_call"), quick=True),
+    Mutant("ops: a tuple of three is a run", "flashu_ext/ops/common.py", "if len(entry) != group:", "if len(entry) < group:", Pytest("python_tests/ops/test_ffn.py", "-k", "bad_selections")),
+    Mutant("ops: norms and out at once", "flashu_ext/ops/ffn.py", "        if out is not None:\n            raise", "        if False:\n            raise", Pytest("python_tests/ops/test_ffn.py", "-k", "norms")),
+    Mutant("ops: norms without the residual", "flashu_ext/ops/ffn.py", "            index=index,\n            residual=residual,\n        )\n    return", "            index=index,\n            residual=None,\n        )\n    return", contract("gathered_ffn")),
+    Mutant("ops: one output of a selection is enough", "flashu_ext/ops/routing.py", "if index is None or count is None:", "if index is None and count is None:", contract("selection_outputs")),
+    Mutant("ops: gathering has a silent backward", "flashu_ext/ops/routing.py", '"select_threshold", "gather_rows"):', '"select_threshold"):', contract("gather_rows")),
+    Mutant("ops: queries have a silent backward", "flashu_ext/ops/norm.py", 'return refuse_backward_from("rotary_cache_", call_into', 'return (lambda name, result: result)("rotary_cache_", call_into', contract("rotary")),
+    Mutant("ops: every dtype is supported", "flashu_ext/ops/common.py", "return torch.device(device).type in devices and dtype in dtypes and fits", "return torch.device(device).type in devices and fits", contract("supported")),
+    # ---- the adapters
+    Mutant("torch: rows of several strides are taken as they are", "csrc/torch/common.cpp", "return torch::stable::contiguous(tensor);", "return tensor;", contract("gathered_down")),
+    Mutant("torch: a residual of several strides is refused", "csrc/torch/ffn.cpp", "const OptionalTensor added = foldable(t.residual);", "const OptionalTensor added = t.residual;", contract("gathered_ffn")),
+    Mutant("torch: with out the residual is left out", "csrc/torch/ffn.cpp",
+           "  run_ffn({x, w_gate, w_up, w_down, runs, index, residual}, std::nullopt, out);\n  return out;\n}\n\nTensor gathered_ffn_norms", "  run_ffn({x, w_gate, w_up, w_down, runs, index, residual.has_value() ? OptionalTensor() : residual}, std::nullopt, out);\n  return out;\n}\n\nTensor gathered_ffn_norms", contract("gathered_ffn")),
+    Mutant("torch: the velocity is not passed on", "csrc/torch/step.cpp", 'view(op, "velocity", velocity);', 'velocity.has_value() ? flashu_tensor{} : view(op, "velocity", velocity);', contract("guided_euler")),
+    Mutant("torch: importance of the first dimension's last", "csrc/torch/routing.cpp", "reduce == FLASHU_REDUCE_LAST ? 2\n", "reduce == FLASHU_REDUCE_LAST ? 1\n", contract("cosine")),
+    Mutant("torch: capacity need not be the index's size", "csrc/torch/routing.cpp", "index.size(index.dim() - 1) == capacity,", "index.size(index.dim() - 1) >= capacity,", Pytest("python_tests/ops/test_routing.py", "-k", "capacity")),
+    Mutant("torch: eps is forgotten", "csrc/torch/norm.cpp", '  args.query_norm = view(op, "query_norm", query_norm);\n  args.key_norm = view(op, "key_norm", key_norm);\n  args.eps = eps;\n', '  args.query_norm = view(op, "query_norm", query_norm);\n  args.key_norm = view(op, "key_norm", key_norm);\n  args.eps = eps > 0 ? 1e-6 : 0;\n', Pytest("python_tests/ops/test_rotary.py", "-k", "norms")),
+    Mutant("torch: both head norms are the query's", "csrc/torch/norm.cpp", 'view(op, "key_norm", key_norm);', 'view(op, "key_norm", key_norm.has_value() ? query_norm : key_norm);', contract("rotary")),
+    Mutant("schema: the velocity is said to be read only", "csrc/torch/ops.cpp", '"Tensor(b!)? velocity=None) -> ()");', '"Tensor? velocity=None) -> ()");', contract("guided_euler")),
+    Mutant("schema: norms are said to be read only", "csrc/torch/ops.cpp", "Tensor(a!) norms, ", "Tensor norms, ", contract("gathered_ffn")),
+    # ---- plain torch, where no kernel runs
+    Mutant("reference: padding reads the first row", "flashu_ext/ops/reference.py", "rows.gather(-2, at).masked_fill((index < 0)[..., None], 0)", "rows.gather(-2, at)", contract("gather_rows")),
+    Mutant("reference: the threshold is compared in fp64", "flashu_ext/ops/reference.py", "scores.float() >= torch.tensor(threshold, dtype=torch.float32)", "scores.double() >= threshold", Pytest("python_tests/ops/test_routing.py", "-k", "threshold")),
+    Mutant("reference: of equal scores any", "flashu_ext/ops/reference.py", "scores.argsort(dim=-1, descending=True, stable=True)", "scores.flip(-1).argsort(dim=-1, descending=True, stable=True).neg() + scores.shape[-1] - 1", Pytest("python_tests/ops/test_routing.py", "-k", "topk")),
+    Mutant("reference: a slot behind the cache", "flashu_ext/ops/reference.py", "((token >= 0) & (token < n))", "((token >= 0) & (token <= n))", Pytest("python_tests/ops/test_rotary.py", "-k", "slots")),
+]  # fmt: skip

@@ -1,0 +1,81 @@
+"""A planted fault, and the kinds of tests that can be named to notice it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from .copy import Attempt, Copy
+
+ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
+SEEDS = 6  # schedules of the emulator's threads
+
+
+class Tests(Protocol):
+    """Names tests. Two that are equal are held against the unchanged sources once."""
+
+    def attempts(self, copy: Copy) -> Iterator[Attempt]:
+        """Builds what they need and runs them, one attempt at a time: the next is asked for while all pass."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which is in `file` exactly once, is replaced by `new`; `tests` must then fail.
+
+    Attributes:
+        file: relative to the repository. quick: it belongs to the small part that CI plants.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: Tests
+    quick: bool = False
+
+    def planted(self, text: str) -> str:
+        """The file's text with the fault in it.
+
+        Raises:
+            LookupError: `old` is not there exactly once.
+        """
+        if (count := text.count(self.old)) != 1:
+            raise LookupError(f"{self.name}: its text is in {self.file} {count} times, expected once")
+        return text.replace(self.old, self.new)
+
+
+@dataclass(frozen=True)
+class Pytest:
+    """Python tests: what pytest is given, for example `Pytest("python_tests/ops/test_ffn.py", "-k", "chunk")`."""
+
+    arguments: tuple[str, ...]
+
+    def __init__(self, *arguments: str):
+        object.__setattr__(self, "arguments", arguments)
+
+    def attempts(self, copy: Copy) -> Iterator[Attempt]:
+        yield copy.pytest(self.arguments)
+
+
+@dataclass(frozen=True)
+class Cpp:
+    """Tests of the C++ library on the CPU by a GoogleTest filter, under every instruction set that the machine has."""
+
+    filter: str
+
+    def attempts(self, copy: Copy) -> Iterator[Attempt]:
+        for isa in ISAS:
+            yield copy.gtest("flashu_tests", self.filter, "", {"FLASHU_ISA": isa})
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """Tests of the CUDA kernels on the emulator by a GoogleTest filter, built with one sanitizer after the other."""
+
+    filter: str
+    sanitizers: tuple[str, ...] = ("", "address,undefined")
+
+    def attempts(self, copy: Copy) -> Iterator[Attempt]:
+        for sanitizer in self.sanitizers:
+            yield copy.gtest("flashu_emulated_tests", self.filter, sanitizer, {"FLASHU_SIMT_SEEDS": str(SEEDS)})
