@@ -32,5 +32,5 @@ MUTANTS = [
     Mutant("validate: an id equal to the vocabulary", "flashu_ext/models/showo2/validate.py", "high >= vocabulary", "high > vocabulary", Pytest(SMALL, "-k", "vocabulary")),
     Mutant("folder: weights do not matter", "flashu_ext/batch/folder.py", '        "weights": model_fingerprint(pipe.model),\n', "", Pytest(FOLDER, "-k", "weights")),
     Mutant("folder: the plan does not matter", "flashu_ext/batch/folder.py", '"plan": _plan_digest(config, plan)', '"plan": None', Pytest(FOLDER, "-k", "plan")),
-    Mutant("folder: the manifest goes first", "flashu_ext/batch/folder.py", "    names = [job.name for job in jobs]\n    with", "    names = [MANIFEST] + [job.name for job in jobs]\n    with", Pytest(FOLDER, "-k", "manifest")),
+    Mutant("folder: the manifest goes first", "flashu_ext/batch/folder.py", "    for name in names:\n        (out /", "    path.unlink(missing_ok=True)\n    for name in names:\n        (out /", Pytest(FOLDER, "-k", "manifest")),
 ]  # fmt: skip

@@ -40,7 +40,8 @@ def test_images_go_before_their_manifest(tmp_path: Path, monkeypatch: pytest.Mon
     gone, unlink = [], Path.unlink
 
     def record(self: Path, missing_ok: bool = False) -> None:
-        gone.append(self.name)
+        if self.exists():
+            gone.append(self.name)
         unlink(self, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", record)
