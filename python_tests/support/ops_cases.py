@@ -306,8 +306,8 @@ def _modulated(dtype: torch.dtype) -> dict[str, Any]:
         "x": randn(1, 2, 7, 19, dtype=dtype),
         "weight": randn(2, 19, dtype=dtype),
         "eps": 1e-6,
-        "shift": _randn(3, 2, 19, dtype=dtype),
-        "scale": _randn(4, 2, 19, dtype=dtype),
+        "shift": randn(3, 2, 19, dtype=dtype),
+        "scale": randn(4, 2, 19, dtype=dtype),
     }
 
 
