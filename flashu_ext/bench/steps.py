@@ -23,9 +23,8 @@ from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.safe_files import atomic_path
 from ..runtime.counting import DispatchCounter
+from ..runtime.image_memory import ImageMemory, ImageShape
 from ..runtime.swap import accelerate
-from ..runtime.workspace import Shape as WorkspaceShape
-from ..runtime.workspace import Workspace
 from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
 
 __all__ = ["launches", "main", "memory", "tables"]
@@ -97,9 +96,9 @@ def memory(name: str, images: int) -> dict[str, int]:
         model = Showo2(config).to(torch.bfloat16)
     parts = Showo2Parts.find(model)
     latent_size = (config.image_latent_height * config.patch_size, config.image_latent_width * config.patch_size)
-    wanted = WorkspaceShape(2 * images, images, latent_size, shape.sequence, shape.prompt + 2, 49)
-    workspace = Workspace(parts, FlashUConfig.paper(), wanted.rounded(), fixed=True)
-    return {"weights": sum(parameter.nbytes for parameter in model.parameters()), **workspace.nbytes()}
+    wanted = ImageShape(2 * images, images, latent_size, shape.sequence, shape.prompt + 2, 49)
+    image_memory = ImageMemory(parts, FlashUConfig.paper(), wanted.rounded(), fixed=True)
+    return {"weights": sum(parameter.nbytes for parameter in model.parameters()), **image_memory.nbytes()}
 
 
 def tables(record: dict[str, Any]) -> str:

@@ -8,31 +8,30 @@ import torch
 from torch import Tensor
 
 from ..models.parts import Showo2Parts
+from .image_memory import rounded_up
 from .modules.attention import rope_table
-from .workspace import rounded_up
 
 __all__ = ["AnswerMemory", "AnswerShape", "Buffers", "GrowingMemory", "layer_of"]
 
 CAPACITY_STEP = 256
-"""Capacity for prompts and answers is rounded up to this where memory is kept, so that most of the next calls fit."""
+"""Reusable memory rounds its capacity up to a multiple of this, so most later calls fit."""
 
 Buffers = tuple[Tensor, Tensor]
-"""Keys and values [layers, 2, rows, kv_heads, capacity, head_dim] of the layers before the pruning layer, and of the others."""
+"""Keys and values [layers, 2, rows, kv_heads, capacity, head_dim]: of the layers before the pruning layer, and of the rest."""
 
 
 @dataclass(frozen=True)
 class AnswerShape:
-    """What a batch of answers needs.
-
-    Attributes:
-        rows: one a prompt. capacities: tokens of a row, in the layers before `split` and in the others.
-        split: the pruning layer; the number of layers where nothing is pruned. dtype: of keys and values.
-    """
+    """The shape of the memory that a batch of answers needs."""
 
     rows: int
+    """One per prompt."""
     capacities: tuple[int, int]
+    """Tokens per row: in the layers before `split`, and in the rest."""
     split: int
+    """The pruning layer; the number of layers where nothing is pruned."""
     dtype: torch.dtype
+    """Of keys and values."""
 
     def rounded(self) -> AnswerShape:
         """With capacity for other prompts."""
@@ -46,7 +45,7 @@ class AnswerShape:
         return same and all(asked <= mine <= 2 * rounded for mine, asked, rounded in capacities)
 
     def buffers(self, parts: Showo2Parts) -> Buffers:
-        """Zeros: a slot that a row does not use is masked, and must not hold a NaN."""
+        """Zeros, because unused slots are only masked: a NaN there would spread."""
         kv = parts.llm_attention
         first, second = (
             torch.zeros(count, 2, self.rows, kv.kv_heads, capacity, kv.head_dim, dtype=self.dtype, device=parts.device)
@@ -62,7 +61,7 @@ def layer_of(buffers: Buffers, split: int, layer: int) -> tuple[Tensor, Tensor]:
 
 
 class GrowingMemory:
-    """Memory of exactly the asked shape, for answers that are run operator by operator."""
+    """Memory of exactly the requested shape, for answers run operator by operator."""
 
     def __init__(self, shape: AnswerShape, parts: Showo2Parts):
         self.shape = shape
@@ -73,13 +72,15 @@ class GrowingMemory:
 
 
 class AnswerMemory(GrowingMemory):
-    """Memory of fixed place, where work on it is captured.
+    """Memory at fixed addresses, on which work is captured.
 
     Attributes:
-        masks: additive [rows, 1, 1, capacity] for each of the buffers.
-        runs: bool [layers, rows, 1, 1], where rows differ in the layers they skip.
-        token, position: int64 [rows, 1]. slots: int64 [2], where the new token goes in each of the two buffers.
+        masks: additive [rows, 1, 1, capacity], one for each buffer.
+        runs: bool [layers, rows, 1, 1], read for layers that only some rows run.
+        token, position: int64 [rows, 1].
+        slots: int64 [2], the slot of the new token in each buffer.
         logits: [rows, vocab].
+        rope: rotary tables of all positions.
     """
 
     def __init__(self, shape: AnswerShape, parts: Showo2Parts):
@@ -94,7 +95,7 @@ class AnswerMemory(GrowingMemory):
         self.rope = rope_table(parts.llm_rope, positions, shape.dtype)
 
     def clear(self) -> None:
-        """A slot that a row does not use is masked, and must not hold the NaN of an earlier prompt."""
+        """Zero the buffers: an earlier prompt may have left a NaN in a slot that is only masked now."""
         for buffer in self.buffers:
             buffer.zero_()
 

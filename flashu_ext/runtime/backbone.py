@@ -1,5 +1,5 @@
-"""The language model of a denoising step: on the image span, with layers and tokens left out as planned, over
-a text prefix that is computed once; and the measurements that decide what is left out."""
+"""The language model of a denoising step, on the image span over cached prefix keys and values; and the measurements that
+choose which layers and tokens to skip."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..models.masks import additive, omni_allowed
 from ..models.parts import Showo2Parts, norm_eps
 from ..ops.kernel_sets import KernelSet
 from .head import Head
+from .image_memory import ImageMemory
 from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass, fold_mask
 from .modules.decoder_layer import decoder_layer, routed_decoder_layer
 from .work import BackboneWork, PrefixWork, Variant, WatchWork
-from .workspace import Workspace
 
 __all__ = ["TASK", "Backbone"]
 
@@ -22,7 +22,7 @@ TASK = "generation"
 
 
 class Backbone:
-    """Runs the language model in a workspace. Device work only: it depends on its work and on memory, and reads nothing back."""
+    """Runs the language model on an `ImageMemory`: device work only, which depends on nothing but the memory and the work."""
 
     def __init__(self, parts: Showo2Parts, kernels: KernelSet, head: Head):
         self.parts = parts
@@ -31,60 +31,63 @@ class Backbone:
 
     # ---- the text before the image
 
-    def prefix(self, ws: Workspace, work: PrefixWork) -> None:
-        """The prompt never sees image or time, so its keys and values are computed once per network variant, and for the
-        unconditional branch only where that is run. Into the workspace, the head's too."""
-        rows, tokens = work.rows, ws.shape.prefix
+    def prefix(self, memory: ImageMemory, work: PrefixWork) -> None:
+        """Compute the prompt's keys and values, in language model and head, into memory.
+
+        The prompt never sees image or time, so this runs once per network variant; for the unconditional branch only if
+        that runs.
+        """
+        rows, tokens = work.rows, memory.shape.prefix
         if tokens == 0:
             return
-        hidden = self.parts.embed_tokens(ws.text_tokens[:rows, :tokens])
-        attention = CausalPass(tokens, self.parts.llm_attention, ws.prefix(rows)[0], self.kernels)
-        hidden = self._layers(hidden, attention, self._text_rope(ws, tokens), work.variant)
-        self.head.prefix(ws, rows, self._final_norm(hidden))
+        hidden = self.parts.embed_tokens(memory.text_tokens[:rows, :tokens])
+        attention = CausalPass(tokens, self.parts.llm_attention, memory.prefix(rows)[0], self.kernels)
+        hidden = self._layers(hidden, attention, self._text_rope(memory, tokens), work.variant)
+        self.head.prefix(memory, rows, self._final_norm(hidden))
 
-    def _text_rope(self, ws: Workspace, tokens: int) -> Rope:
-        return ws.text_rope[0][:, :tokens], ws.text_rope[1][:, :tokens]
+    def _text_rope(self, memory: ImageMemory, tokens: int) -> Rope:
+        return memory.text_rope[0][:, :tokens], memory.text_rope[1][:, :tokens]
 
     # ---- the image
 
-    def watch(self, ws: Workspace, work: WatchWork) -> None:
-        """What the network is about to see, into the adaptive cache's gate."""
-        token = ws.time_token.index_select(0, ws.time_rows[: work.rows])
-        ws.gate.watch(work, early_signal(self.parts, ws.latents[: work.rows], token), self.kernels)
+    def watch(self, memory: ImageMemory, work: WatchWork) -> None:
+        """Pass the network's input to the adaptive cache's gate."""
+        token = memory.time_token.index_select(0, memory.time_rows[: work.rows])
+        memory.gate.watch(work, early_signal(self.parts, memory.latents[: work.rows], token), self.kernels)
 
-    def run(self, ws: Workspace, work: BackboneWork) -> None:
-        """Latents, times and prefix in the workspace -> final hidden states of the span, there too."""
-        span = self._embed(ws, work)
+    def run(self, memory: ImageMemory, work: BackboneWork) -> None:
+        """Latents, times and prefix in memory -> final hidden states of the span, in memory."""
+        span = self._embed(memory, work)
         if work.measure:
-            self._measure(ws, work, span)
+            self._measure(memory, work, span)
         else:
-            self._run_span(ws, work, span)
+            self._run_span(memory, work, span)
 
-    def _embed(self, ws: Workspace, work: BackboneWork) -> Tensor:
-        """The rows' embeddings of image and time, [rows, span, hidden]."""
-        parts, images, latents = self.parts, work.images, ws.latents[: work.images]
+    def _embed(self, memory: ImageMemory, work: BackboneWork) -> Tensor:
+        """Embeddings of time token and image, [rows, span, hidden]."""
+        parts, images, latents = self.parts, work.images, memory.latents[: work.images]
         if not work.encode:
-            assert ws.semantic is not None, "features are used again where a config shares them"
-            semantic = ws.semantic[:images]
+            assert memory.semantic is not None, "only a config with an encoder cache plans steps without the encoder"
+            semantic = memory.semantic[:images]
         else:
-            semantic = semantic_features(parts, latents, ws.positions)
-            if ws.semantic is not None:
-                ws.semantic[:images] = semantic
-        token = ws.time_token.index_select(0, ws.time_rows[:images])
+            semantic = semantic_features(parts, latents, memory.positions)
+            if memory.semantic is not None:
+                memory.semantic[:images] = semantic
+        token = memory.time_token.index_select(0, memory.time_rows[:images])
         span = with_time_token(parts, embed_image(parts, latents, semantic), token)
         return torch.cat([span, span]) if images != work.rows else span
 
-    def _run_span(self, ws: Workspace, work: BackboneWork, span: Tensor) -> None:
-        """span [rows, span, hidden], which is consumed, over the prefix, with layers and tokens left out."""
+    def _run_span(self, memory: ImageMemory, work: BackboneWork, span: Tensor) -> None:
+        """Run the span [rows, span, hidden], which is consumed, over the prefix; skip layers and tokens as planned."""
         rows = work.rows
-        active = ws.router.active(work.routing, rows, self.kernels) if work.routing is not None else None
+        active = memory.router.active(work.routing, rows, self.kernels) if work.routing is not None else None
         importance: list[Tensor] | None = [] if work.token_slot is not None else None
-        attention = ws.span_pass(ws.llm, rows, self.kernels)
-        rope = (ws.llm_rope[0][:rows], ws.llm_rope[1][:rows])
+        attention = memory.span_pass(memory.llm, rows, self.kernels)
+        rope = (memory.llm_rope[0][:rows], memory.llm_rope[1][:rows])
         x = self._layers(span, attention, rope, work.variant, active, importance)
         if importance is not None and work.token_slot is not None:
-            ws.router.store(work.token_slot, importance)
-        ws.hidden[:rows] = self._final_norm(x)
+            memory.router.store(work.token_slot, importance)
+        memory.hidden[:rows] = self._final_norm(x)
 
     def _layers(
         self,
@@ -121,23 +124,23 @@ class Backbone:
 
     # ---- layer importance
 
-    def _measure(self, ws: Workspace, work: BackboneWork, span: Tensor) -> None:
-        """Run all layers over the whole sequence, for their importance: 1 - cosine(input, output), averaged over all
-        positions of all rows. The reference averages over the tail and the padding too, so equal choices need them
-        computed; the last layer's output counts after the final norm.
+    def _measure(self, memory: ImageMemory, work: BackboneWork, span: Tensor) -> None:
+        """Run all layers over the whole sequence and store their importance, 1 - cosine(input, output), averaged over all
+        positions of all rows. The reference includes tail and padding in the average, so both must be computed for equal
+        choices. The last layer's output is taken after the final norm.
 
-        Where token importance is measured too, it is that of the span, and in the last layer of the layer's own output.
-        Leaves in the workspace what `_run_span` and `prefix` do, and the importance of the layers.
+        Token importance is measured on the span only, in the last layer before the final norm. Also writes what `_run_span`
+        and `prefix` write.
         """
         parts, kernels, rows = self.parts, self.kernels, work.rows
-        llm, length, n = parts.llm_attention, ws.shape.length, ws.span
-        places = ws.offsets[:rows, None] + torch.arange(n, device=ws.offsets.device)
-        x = kernels.scatter_rows_(parts.embed_tokens(ws.text_tokens[:rows]), places, span)
-        # One piece of memory for the keys and values of all layers: of each only the prompt's are kept.
+        llm, length, n = parts.llm_attention, memory.shape.length, memory.span
+        places = memory.offsets[:rows, None] + torch.arange(n, device=memory.offsets.device)
+        x = kernels.scatter_rows_(parts.embed_tokens(memory.text_tokens[:rows]), places, span)
+        # All layers share one scratch buffer for keys and values: only the prompt's are stored.
         scratch = x.new_empty(1, 2, rows, length, llm.kv_heads, llm.head_dim).expand(len(parts.layers), *[-1] * 5)
-        mask = fold_mask(additive(omni_allowed(ws.spans[:rows], length)[:, None], x.dtype), llm)
-        attention = MaskedPass(mask, scratch, kernels, store=ws.prefix(rows)[0])
-        rope = self._text_rope(ws, length)
+        mask = fold_mask(additive(omni_allowed(memory.spans[:rows], length)[:, None], x.dtype), llm)
+        attention = MaskedPass(mask, scratch, kernels, store=memory.prefix(rows)[0])
+        rope = self._text_rope(memory, length)
         of_tokens: list[Tensor] = []
         last = len(parts.layers) - 1
         for index, layer in enumerate(parts.layers):
@@ -145,12 +148,12 @@ class Backbone:
             x = decoder_layer(layer, index, x, rope, attention, llm, kernels, work.variant.task)
             after = self._final_norm(x) if index == last else x
             importance = kernels.cosine_importance(before, after)
-            ws.importance[index] = importance.float().mean()
+            memory.importance[index] = importance.float().mean()
             if work.token_slot is not None:
                 importance = importance if index < last else kernels.cosine_importance(before, x)
                 of_tokens.append(importance.gather(1, places))
         if work.token_slot is not None:
-            ws.router.store(work.token_slot, of_tokens)
-        if work.stores_prefix and ws.shape.prefix:
-            self.head.prefix(ws, rows, after[:, : ws.shape.prefix].contiguous())
-        ws.hidden[:rows] = kernels.gather_rows(after, places)
+            memory.router.store(work.token_slot, of_tokens)
+        if work.stores_prefix and memory.shape.prefix:
+            self.head.prefix(memory, rows, after[:, : memory.shape.prefix].contiguous())
+        memory.hidden[:rows] = kernels.gather_rows(after, places)

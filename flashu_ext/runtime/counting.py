@@ -1,4 +1,4 @@
-"""Counts what a piece of work asks of the device: launches, and the times the host waits for an answer."""
+"""Counts the launches of device work, and the operators that make the host wait."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["SYNCS", "Counts", "DispatchCounter"]
 
-# Operators that bring a value from the device to the host: in a loop on a GPU each one empties the queue.
+# Operators that copy a value from the device to the host: on a GPU each one drains the queue.
 SYNCS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_consecutive", "_unique2")
 
-# Operators that launch nothing: memory and views of it.
+# Operators that launch nothing: allocations and views.
 _FREE = (
     "empty",
     "empty_like",
@@ -28,7 +28,7 @@ _FREE = (
     "_unsafe_view",
 )
 
-# Launches of this library's operators that are more than one (csrc/cuda): gate and up, then down.
+# This library's operators that launch more than one kernel (csrc/cuda): gate and up, then down.
 _SEVERAL = {"gathered_ffn": 2}
 
 
@@ -52,7 +52,7 @@ class Counts:
 
 
 class DispatchCounter(TorchDispatchMode):
-    """Counts torch operators while it is entered, on any device, the CPU too."""
+    """Counts torch operators on any device while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class DispatchCounter(TorchDispatchMode):
 
 
 def _leaves_device(name: str, args: Any, kwargs: Any) -> bool:
-    """Whether a copy ends on the CPU and the host waits for it."""
+    """Whether a blocking copy ends on the CPU."""
     if name == "_to_copy":
         target = kwargs.get("device")
         return (

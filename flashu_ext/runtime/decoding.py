@@ -1,8 +1,7 @@
-"""The decode loop: one token in every row of a batch, again and again, over cached keys and values.
+"""The decode loop: one token for every row of a batch at a time, over cached keys and values.
 
-Where work is captured, a token is one replay: the place of the new token, positions and masks are values on the device, and
-the host reads a token only after it has launched the next one. Elsewhere rows that are done leave the batch, which saves
-their work.
+With graph capture a token is one replay: slots, positions and masks are values on the device, and the host reads a token only
+after launching the next one. Without, finished rows leave the batch, which saves their work.
 """
 
 from __future__ import annotations
@@ -33,30 +32,29 @@ __all__ = ["TASK", "AnswerRequest", "Decoder", "Pick"]
 TASK = "understanding"
 
 Pick = Callable[[Tensor, Sequence[int]], Tensor]
-"""Logits [rows, vocab] and the numbers of the prompts they belong to -> token ids [rows, 1]."""
+"""Logits [rows, vocab] and the rows' prompt indices -> token ids [rows, 1]."""
 
 
 @dataclass(frozen=True)
 class AnswerRequest:
-    """How to continue the prompts of a filled cache.
-
-    Attributes:
-        hidden: [rows, hidden], final hidden states of the prompts' last tokens.
-        skipped: per prompt the layers that its answer skips.
-        max_new_tokens: at least 1. pick: chooses tokens. eos_token: ends a row's answer, and is part of it.
-        on_token: sees every token as soon as the host does.
-    """
+    """How to continue the prompts of a filled cache."""
 
     hidden: Tensor
+    """[rows, hidden], final hidden states of the prompts' last tokens."""
     skipped: Sequence[tuple[int, ...]]
+    """For each prompt the layers that its answer skips."""
     max_new_tokens: int
+    """At least 1."""
     pick: Pick
+    """Chooses tokens from logits."""
     eos_token: int | None
+    """Ends an answer and is part of it."""
     on_token: OnToken | None = None
+    """Called with every token as soon as the host has it."""
 
 
 class _FixedPass:
-    """One new token in every row, written where `slots` says; every row sees what its mask lets through."""
+    """One new token per row, written at `slots`; each row attends as its mask allows."""
 
     def __init__(self, memory: AnswerMemory, kernels: KernelSet):
         self.memory = memory
@@ -76,7 +74,7 @@ class _FixedPass:
 
 
 class _GrowingPass:
-    """One new token in every row, behind the answers so far; rows leave the batch as they are done."""
+    """One new token per row, after the answers so far; finished rows leave the batch."""
 
     def __init__(self, cache: PromptCache, masks: list[Tensor | None], kernels: KernelSet):
         self.split, self.ends, self.buffers = cache.split, cache.ends, cache.buffers
@@ -85,7 +83,7 @@ class _GrowingPass:
         self.count = 0
 
     def narrow(self, rows: Tensor) -> None:
-        """Go on with some rows only. They are copied, so the cache itself stays whole for the next question."""
+        """Continue with some rows only. They are copied, so the cache stays complete for the next question."""
         first, second = (buffer.index_select(2, rows) for buffer in self.buffers)
         self.buffers = (first, second)
         self.masks = [None if mask is None else mask[rows] for mask in self.masks]
@@ -104,25 +102,27 @@ class _GrowingPass:
 
 @dataclass
 class _Answers:
-    """Tokens as they come.
-
-    Attributes:
-        tokens: per prompt, 0-d int64 on the device, its end token included. live: prompts that go on.
-    """
+    """The answers so far."""
 
     tokens: list[list[Tensor]]
+    """Per prompt, 0-d int64 on the device, the end token included."""
     live: list[int]
+    """Prompts whose answers have not ended."""
     eos: int | None
     on_token: OnToken | None
 
     @property
     def read(self) -> bool:
-        """Whether the host has to see the tokens."""
+        """Whether the host has to read the tokens."""
         return self.eos is not None or self.on_token is not None
 
-    def take(self, token: Tensor, rows: Sequence[int], values: Sequence[float] | None) -> None:
-        """A token [rows, 1] of every row, rows being prompts, and what the host read of it. Rows that are done drop theirs."""
-        for at, (prompt, one) in enumerate(zip(rows, token[:, 0].unbind(), strict=True)):
+    def append(self, token: Tensor, prompts: Sequence[int], values: Sequence[float] | None) -> None:
+        """Append tokens [rows, 1] to their prompts' answers, except to those that have ended.
+
+        Args:
+            prompts: the prompt of each row. values: the tokens as read by the host; None where it does not read.
+        """
+        for at, (prompt, one) in enumerate(zip(prompts, token[:, 0].unbind(), strict=True)):
             if prompt not in self.live:
                 continue
             self.tokens[prompt].append(one)
@@ -165,7 +165,7 @@ class Decoder:
     def _check(self, cache: PromptCache) -> None:
         self.pool.check(cache.lease, "this question was being answered")
 
-    # ---- rows leave the batch
+    # ---- finished rows leave the batch
 
     def _run_growing(self, cache: PromptCache, request: AnswerRequest, token: Tensor, answers: _Answers) -> None:
         dtype = cache.buffers[0].dtype
@@ -183,13 +183,13 @@ class Decoder:
             if answers.read:
                 readback.post(token)
                 values = readback.wait()
-            answers.take(token, live, values)
+            answers.append(token, live, values)
             self._check(cache)
             if attention.count == request.max_new_tokens - 1 or not answers.live:
                 break
             if len(answers.live) < len(live):
-                going = [i for i, row in enumerate(live) if row in answers.live]
-                rows = torch.tensor(going, device=token.device)
+                still_live = [i for i, row in enumerate(live) if row in answers.live]
+                rows = torch.tensor(still_live, device=token.device)
                 attention.narrow(rows)
                 token, positions = token[rows], positions[rows]
                 live = list(answers.live)
@@ -202,7 +202,7 @@ class Decoder:
         self.waits = readback.waits
 
     def _layers_run(self, skipped: Sequence[tuple[int, ...]]) -> list[bool | Tensor]:
-        """Per layer whether the rows run it: True, False, or bool [rows, 1, 1] where they differ."""
+        """For each layer whether the rows run it: True, False, or bool [rows, 1, 1] where they differ."""
         layers = [[layer not in chosen for chosen in skipped] for layer in range(len(self.parts.layers))]
         if all(rows == rows[:1] * len(rows) for rows in layers):
             return [rows[0] for rows in layers]
@@ -212,12 +212,12 @@ class Decoder:
     def _token(
         self, x: Tensor, rope: Rope, attention: _FixedPass | _GrowingPass, runs: Sequence[bool | Tensor]
     ) -> Tensor:
-        """One token a row, x [rows, 1, hidden] -> final hidden states [rows, hidden]."""
+        """One token per row, x [rows, 1, hidden] -> final hidden states [rows, hidden]."""
         parts = self.parts
         for index, (layer, run) in enumerate(zip(parts.layers, runs, strict=True)):
             if run is False:
                 continue
-            # The layer writes into its input; rows that skip it need theirs again.
+            # The layer overwrites its input, which rows that skip it still need.
             before = x.clone() if isinstance(run, Tensor) else x
             x = decoder_layer(layer, index, x, rope, attention, parts.llm_attention, self.kernels, TASK)
             if isinstance(run, Tensor):
@@ -225,14 +225,14 @@ class Decoder:
         norm = parts.final_norm
         return self.kernels.rms_norm(x[:, 0], norm.weight, norm_eps(norm))
 
-    # ---- everything stays in place
+    # ---- fixed addresses
 
     def _run_fixed(
         self, cache: PromptCache, memory: AnswerMemory, request: AnswerRequest, token: Tensor, answers: _Answers
     ) -> None:
         rows, pick = list(answers.live), request.pick
-        # A token is read while the next one is on its way; but draws advance their generators, so there none is made ahead of
-        # a token that may end an answer.
+        # A token is read while the next one is computed. Sampling must not run ahead: a draw past the end of an answer would
+        # advance the generator.
         behind = 0 if isinstance(pick, TokenSampler) and pick.temperature > 0 else 1
         work = self._load(cache, memory, request)
         graphs: GraphCache[Any] = cache.lease.graphs
@@ -243,11 +243,11 @@ class Decoder:
                 readbacks[count % 2].post(token)
                 sent.append((token, readbacks[count % 2]))
             else:
-                answers.take(token, rows, None)
+                answers.append(token, rows, None)
             last = count == request.max_new_tokens - 1
             while len(sent) > (0 if last else behind):
                 one, readback = sent.popleft()
-                answers.take(one, rows, readback.wait())
+                answers.append(one, rows, readback.wait())
             self._check(cache)
             if last or not answers.live:
                 break
@@ -261,7 +261,7 @@ class Decoder:
         self.waits = sum(readback.waits for readback in readbacks)
 
     def _load(self, cache: PromptCache, memory: AnswerMemory, request: AnswerRequest) -> TokenWork:
-        """Put what the answers' tokens read into memory; returns the work of each token."""
+        """Write layer choices, masks, slots and positions into memory; returns the work of one token."""
         runs = self._layers_run(request.skipped)
         for layer, run in enumerate(runs):
             if isinstance(run, Tensor):
@@ -274,7 +274,7 @@ class Decoder:
         return TokenWork(len(cache.prompts), tuple(None if isinstance(run, Tensor) else run for run in runs))
 
     def _fixed_token(self, memory: AnswerMemory, work: TokenWork) -> None:
-        """From the token in every row to the logits of the next one; device work only."""
+        """From each row's token to the logits of the next; device work only."""
         runs = [memory.runs[layer] if run is None else run for layer, run in enumerate(work.layers)]
         for mask, slot in zip(memory.masks, memory.slots.unbind(), strict=True):
             mask.index_fill_(3, slot, 0.0)
@@ -287,8 +287,8 @@ class Decoder:
 
 
 def _visible(cache: PromptCache, answer_slots: int) -> list[Tensor]:
-    """For each of a cache's two buffers bool [rows, 1, 1, slots]: what a row's answer may look at. That is what its prompt's
-    last token saw, and every slot for answers."""
+    """For each of a cache's two buffers bool [rows, 1, 1, slots]: what a row's answer may attend to. That is what its prompt's
+    last token attends to, and every answer slot."""
     result = []
     for end, late in zip(cache.ends, (False, True), strict=True):
         rows = [p.allowed[-1, p.kept] if late and p.kept is not None else p.allowed[-1] for p in cache.prompts]

@@ -1,7 +1,7 @@
-"""Runs device work over and over: captured in CUDA graphs where that is possible, else operator by operator.
+"""Runs recurring device work: captured in CUDA graphs where possible, else operator by operator.
 
-Work first runs operator by operator, counted; the second time it is captured; from then on it is replayed. So memory that
-it makes for itself is there before it is captured.
+The first run is eager and counts launches; the second is captured, and all later ones are replays. The eager run also
+makes sure that lazily allocated memory exists before the capture.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ W = TypeVar("W", bound=Hashable)
 
 
 class Capture(Protocol):
-    """Turns device work into something that can be replayed. One for each workspace."""
+    """Captures device work so that it can be replayed. One for each memory."""
 
     def __call__(self, work: Callable[[], Any]) -> Callable[[], None]:
-        """Capture work, which does not run by that, and return its replay."""
+        """Capture work without running it, and return its replay."""
         ...
 
 
 class CudaCapture:
-    """CUDA graphs that share one memory pool: replays never overlap, and what outlives one lies in the workspace."""
+    """CUDA graphs that share one memory pool: replays never overlap, and results that outlive one are in the image's or
+    answers' memory."""
 
     def __init__(self, device: torch.device):
         self._stream = _capture_stream(device)
@@ -39,7 +40,7 @@ class CudaCapture:
 
     def __call__(self, work: Callable[[], Any]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls count: a thread that loads data may allocate meanwhile.
+        # Checks this thread's calls only: another thread, which loads data, may allocate meanwhile.
         mode = "thread_local"
         with torch.cuda.device(self._stream.device):
             before = torch.cuda.current_stream()
@@ -47,25 +48,26 @@ class CudaCapture:
                 with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
                     work()
             finally:
-                # A capture that fails leaves torch on its stream.
+                # A failed capture would leave its stream current.
                 torch.cuda.set_stream(before)
         return graph.replay
 
 
 @functools.cache
 def _capture_stream(device: torch.device) -> Any:
-    """One stream a device for all captures, for libraries keep memory for every stream. Torch's own one for captures belongs to
-    whatever device was current at first."""
+    """One capture stream per device, because libraries hold memory per stream. Torch's own capture stream belongs to whichever
+    device was current first."""
     return torch.cuda.Stream(device)
 
 
 class GraphCapture:
-    """What captures the work of one accelerated model; its images and its answers share it.
+    """Graph capture for one accelerated model, shared by its images and answers.
 
     Attributes:
-        make: makes the capture of a workspace, or None: work runs operator by operator. why_not: why nothing is captured, from
-            the start. failure: why a capture failed; after that none is tried.
-        counts: of every work seen, what it asks of the device.
+        make: makes a `Capture` for one memory; None: work runs operator by operator.
+        why_not: why nothing is captured, known from the start.
+        failure: why a capture failed; after that none is tried.
+        counts: launches and syncs of every work seen.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, wanted: bool):
@@ -84,7 +86,7 @@ class GraphCapture:
             self.make = functools.partial(CudaCapture, device)
 
     def cache(self, memory: M) -> GraphCache[M]:
-        """For the work in one workspace."""
+        """A cache for the work on one memory."""
         return GraphCache(memory, self.make() if self.make else None, self.counts, self._failed)
 
     def _failed(self, why: str) -> None:
@@ -96,20 +98,19 @@ class GraphCapture:
 
 
 MAX_GRAPHS = 48
-"""Graphs of one workspace; the least recently used make room. Which layers are skipped depends on prompts, so there is no end
-to the kinds of work."""
+"""Graphs per memory; the least recently used is evicted. Skipped layers depend on the prompt, so distinct works are unbounded."""
 
 MAX_COUNTS = 1024
 
 RARE_USES = 3
-"""A capture costs as much as a few runs."""
+"""Runs of rare work before it is captured: a capture costs as much as a few runs."""
 
 
 class GraphCache(Generic[M]):
-    """The captured work of one workspace, by its value (`work`).
+    """The captured work of one memory, keyed by its value (`work`).
 
     Attributes:
-        captured: works that are replayed.
+        captured: number of captured works.
         replayed, eager: runs so far of either kind.
     """
 
@@ -120,8 +121,11 @@ class GraphCache(Generic[M]):
         counts: dict[Hashable, Counts],
         failed: Callable[[str], None] = lambda why: None,
     ):
-        """capture: None runs everything operator by operator. counts: of every work, shared by all workspaces. failed: told
-        why, where a capture fails."""
+        """Args:
+        capture: None runs everything operator by operator.
+        counts: launches and syncs of every work seen, shared by all memories.
+        failed: called with the reason when a capture fails.
+        """
         self._memory = memory
         self._failed = failed
         self._capture = capture
@@ -135,10 +139,10 @@ class GraphCache(Generic[M]):
         return len(self._replays)
 
     def run(self, execute: Callable[[M, W], Any], work: W) -> Counts:
-        """Do work, and return what it asks of the device.
+        """Execute work and return its launches and syncs.
 
         Args:
-            execute: does it; the same function for every work of one type. It depends on nothing but the memory and the work.
+            execute: always the same function for one type of work; must depend on nothing but the memory and the work.
         """
         replay = self._replays.get(work)
         if replay is None and self._capture is not None and self._uses[work] >= _uses_before(work):
@@ -170,7 +174,7 @@ class GraphCache(Generic[M]):
         try:
             self._replays[work] = self._capture(functools.partial(execute, self._memory, work))
         except RuntimeError as error:
-            # What cannot be captured still runs. Capturing has run nothing, so the images' memory is as it was.
+            # Work that cannot be captured still runs eagerly: a capture executes nothing, so memory is unchanged.
             self._capture = None
             self._failed(f"capturing failed: {str(error).splitlines()[0]}")
             return None
@@ -180,5 +184,5 @@ class GraphCache(Generic[M]):
 
 
 def _uses_before(work: Any) -> int:
-    """How often work runs before it is captured."""
+    """How often work runs eagerly before it is captured."""
     return RARE_USES if getattr(work, "rare", False) else 1

@@ -1,4 +1,4 @@
-"""The diffusion head of a denoising step: its blocks on the image span, or what was kept of them."""
+"""The diffusion head of a denoising step: its blocks on the image span, or a prediction of their output."""
 
 from __future__ import annotations
 
@@ -6,59 +6,61 @@ from torch import Tensor
 
 from ..models.parts import Showo2Parts
 from ..ops.kernel_sets import KernelSet
+from .image_memory import ImageMemory
 from .modules.attention import CausalPass
 from .modules.head_block import final_layer, head_block
 from .work import HeadWork
-from .workspace import Workspace
 
 __all__ = ["Head"]
 
 
 class Head:
-    """Runs the diffusion head in a workspace. Device work only: it depends on its work and on memory, and reads nothing back."""
+    """Runs the diffusion head on an `ImageMemory`: device work only, which depends on nothing but the memory and the work."""
 
     def __init__(self, parts: Showo2Parts, kernels: KernelSet):
         self.parts = parts
         self.kernels = kernels
 
-    def prefix(self, ws: Workspace, rows: int, hidden: Tensor) -> None:
-        """The prompt's final hidden states [rows, tokens, hidden], consumed -> its keys and values, into the workspace."""
+    def prefix(self, memory: ImageMemory, rows: int, hidden: Tensor) -> None:
+        """The prompt's final hidden states [rows, tokens, hidden], consumed -> its keys and values, in memory."""
         tokens = hidden.shape[1]
-        attention = CausalPass(tokens, self.parts.head_attention, ws.prefix(rows)[1], self.kernels)
-        rope = (ws.head_text_rope[0][:, :tokens], ws.head_text_rope[1][:, :tokens])
+        attention = CausalPass(tokens, self.parts.head_attention, memory.prefix(rows)[1], self.kernels)
+        rope = (memory.head_text_rope[0][:, :tokens], memory.head_text_rope[1][:, :tokens])
         x = self._input(hidden)
         for index, block in enumerate(self.parts.blocks):
             x = head_block(block, index, x, None, rope, attention, self.parts.head_attention, self.kernels)
 
-    def run(self, ws: Workspace, work: HeadWork) -> None:
-        """The language model's result in the workspace -> a step's velocity rows, there too, and the latents moved along."""
+    def run(self, memory: ImageMemory, work: HeadWork) -> None:
+        """The language model's output in memory -> the step's velocity rows, in memory; then the Euler step."""
         rows = work.rows
-        modulation = ws.modulation.index_select(0, ws.time_rows[:rows])
-        x = self._predict(ws, work) if work.prediction is not None else self._compute(ws, work, modulation)
+        modulation = memory.modulation.index_select(0, memory.time_rows[:rows])
+        x = self._predict(memory, work) if work.prediction is not None else self._compute(memory, work, modulation)
         skip = 1 if self.parts.has_time_token else 0
-        ws.velocity[:rows] = final_layer(self.parts.final_layer, x[:, skip:], modulation, self.kernels)
-        if work.moved:
-            latents = ws.latents[: work.moved]
-            self.kernels.guided_euler_step_(latents, ws.velocity[:rows], ws.scale, ws.dt, ws.time_rows[:1])
-            ws.time_rows.add_(1)
+        memory.velocity[:rows] = final_layer(self.parts.final_layer, x[:, skip:], modulation, self.kernels)
+        if work.stepped:
+            latents = memory.latents[: work.stepped]
+            self.kernels.guided_euler_step_(
+                latents, memory.velocity[:rows], memory.scale, memory.dt, memory.time_rows[:1]
+            )
+            memory.time_rows.add_(1)
 
-    def _predict(self, ws: Workspace, work: HeadWork) -> Tensor:
+    def _predict(self, memory: ImageMemory, work: HeadWork) -> Tensor:
         assert work.prediction is not None
-        x = ws.cache.predict(work.prediction, work.rows, self.kernels)
-        return self._input(ws.hidden[: work.rows]) + x if work.residual else x
+        x = memory.cache.predict(work.prediction, work.rows, self.kernels)
+        return self._input(memory.hidden[: work.rows]) + x if work.residual else x
 
-    def _compute(self, ws: Workspace, work: HeadWork, modulation: Tensor) -> Tensor:
+    def _compute(self, memory: ImageMemory, work: HeadWork, modulation: Tensor) -> Tensor:
         rows = work.rows
-        x = self._input(ws.hidden[:rows])
+        x = self._input(memory.hidden[:rows])
         before = x.clone() if work.residual else x  # the blocks write into x
-        attention = ws.span_pass(ws.head, rows, self.kernels)
-        rope = (ws.head_rope[0][:rows], ws.head_rope[1][:rows])
+        attention = memory.span_pass(memory.head, rows, self.kernels)
+        rope = (memory.head_rope[0][:rows], memory.head_rope[1][:rows])
         for index, block in enumerate(self.parts.blocks):
             x = head_block(block, index, x, modulation, rope, attention, self.parts.head_attention, self.kernels)
         if work.update is not None:
-            ws.cache.update(work.update, x - before if work.residual else x, self.kernels)
+            memory.cache.update(work.update, x - before if work.residual else x, self.kernels)
         return x
 
     def _input(self, hidden: Tensor) -> Tensor:
-        # The blocks write into their input: where the widths agree that is `hidden`, which no one reads after this.
+        # The blocks overwrite their input. Without a projection that is `hidden`, which is not read again.
         return hidden if self.parts.diff_proj is None else self.parts.diff_proj(hidden)

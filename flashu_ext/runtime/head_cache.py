@@ -1,6 +1,6 @@
-"""The diffusion head's features that later steps use again, on the device; and the signal that says when they are too old.
+"""The diffusion head's cached features, on the device, and the drift signal that says when they are too old.
 
-Which steps they are from is the image's to know (`history`); here is only memory, and what runs on it.
+Only memory and device work are here; `history` records, on the host, which steps the features are from.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ __all__ = ["AdaptiveGate", "HeadCache"]
 class HeadCache:
     """The head's last feature (the blocks' output, or what they add to their input) and its finite differences.
 
-    One table [order + 1, rows, span, width] for each number of rows: a step with one branch of guidance has half of them.
-    The order of the extrapolation is 0 to 2.
+    One table [order + 1, rows, span, width] for each number of rows: a step with one guidance branch has half of them.
+    The extrapolation order is 0 to 2.
     """
 
     def __init__(self, tables: Iterable[Tensor]):
         self._tables = {table.shape[1]: table for table in tables}
 
     def update(self, work: HeadUpdate, feature: Tensor, kernels: KernelSet) -> None:
-        """Take in a feature [rows, span, width]."""
+        """Update the table with a new feature [rows, span, width]."""
         table = self._tables[work.rows]
-        if work.carried_from:
-            common = min(work.carried_from, work.rows)
+        if work.copied_from:
+            common = min(work.copied_from, work.rows)
             if common < work.rows:
                 table.zero_()
-            table[:, :common] = self._tables[work.carried_from][:, :common]
+            table[:, :common] = self._tables[work.copied_from][:, :common]
         if table.shape[0] == 1:
             table[0].copy_(feature)
         else:
             kernels.taylor_update_(table, feature.contiguous(), work.interval, work.count)
 
     def predict(self, work: HeadPrediction, rows: int, kernels: KernelSet) -> Tensor:
-        """The feature as of a later step [rows, span, width], of the first `rows` rows of the table."""
+        """The feature predicted for a later step, [rows, span, width]: the first `rows` rows of the table."""
         table = self._tables[work.rows]
         if table.shape[0] == 1:
             return table[0, :rows]
@@ -50,30 +50,30 @@ class HeadCache:
 
 
 class AdaptiveGate:
-    """Sums how far a signal moved since the head last ran, and says when that is too far. All of it on the device: only
-    whoever picks the kernels to launch reads the answer."""
+    """Sums the drift of a signal since the head last ran and compares it with the budget, on the device; only the caller
+    reads the decision back."""
 
-    def __init__(self, budget: float, signal: Tensor, moved: Tensor):
-        """signal: [most rows, ...], memory for the last one. moved: fp32 [], the sum of relative L1 changes."""
+    def __init__(self, budget: float, signal: Tensor, drift: Tensor):
+        """signal: [max rows, ...], memory for the last signal. drift: fp32 [], the sum of relative L1 changes."""
         self.budget = budget
         self.signal = signal
-        self.moved = moved
+        self.drift = drift
 
     def watch(self, work: WatchWork, signal: Tensor, kernels: KernelSet) -> None:
-        """Take in a step's signal [rows, ...]; the rows that the signal before it has too are compared."""
+        """Add the change to a step's signal [rows, ...] from the previous one, over the rows that both have."""
         if work.compared:
-            self.moved += kernels.feature_delta(signal[: work.compared], self.signal[: work.compared])[0]
+            self.drift += kernels.feature_delta(signal[: work.compared], self.signal[: work.compared])[0]
         else:
-            self.moved.zero_()
+            self.drift.zero_()
         self.signal[: work.rows] = signal
 
     def due(self) -> Tensor:
-        """bool []: the head has to be computed. A sum that is not a number counts as too far."""
-        return ~(self.moved < self.budget)
+        """bool []: the head has to be computed. NaN counts as over budget."""
+        return ~(self.drift < self.budget)
 
     def computed(self) -> None:
-        """The head was computed in the step that was watched last."""
-        self.moved.zero_()
+        """Restart the sum: the head was computed in the step watched last."""
+        self.drift.zero_()
 
     def nbytes(self) -> int:
         return self.signal.nbytes

@@ -1,4 +1,4 @@
-"""What an image in progress has kept and measured so far, on the host: the steps, from which the next work's numbers follow."""
+"""Host bookkeeping of an image in progress: which steps updated the head cache and which measured tokens."""
 
 from __future__ import annotations
 
@@ -9,48 +9,44 @@ from .work import HeadPrediction, HeadUpdate, Routing
 __all__ = ["MEASUREMENTS", "HeadHistory", "TokenHistory"]
 
 MEASUREMENTS = 2
-"""Measurements of tokens that are kept: as many as a linear extrapolation needs."""
+"""Token measurements stored: a linear extrapolation needs two."""
 
 
 @dataclass
 class HeadHistory:
-    """Which steps' features the head's table is made from.
-
-    Attributes:
-        order: of the extrapolation. restarts: differences begin anew where rows are added. Those of the new rows are
-            meaningless until `order` more features were taken in: a fixed step plan does not use them before that, but where
-            steps are decided while running they might be.
-        steps: the newest last. rows: of the last one.
-    """
+    """The steps whose features are in the head's table."""
 
     order: int
+    """Of the extrapolation."""
     restarts: bool
+    """Start new differences when rows are added. The new rows' differences are valid only after `order` more updates: a fixed
+    step plan waits that long, an adaptive one might not."""
     steps: list[int] = field(default_factory=list)
+    """Newest last."""
     rows: int = 0
+    """Rows of the newest."""
 
     def update(self, step: int, rows: int) -> HeadUpdate:
-        """Step `step` takes a feature of so many rows in."""
+        """Record that `step` updates the table with a feature of `rows` rows."""
         if self.restarts and rows > self.rows:
             self.steps.clear()
-        carried_from = self.rows if self.steps and rows != self.rows else 0
+        copied_from = self.rows if self.steps and rows != self.rows else 0
         interval = float(step - self.steps[-1]) if self.order and self.steps else 1.0
-        work = HeadUpdate(rows, carried_from, interval, min(len(self.steps), self.order))
+        work = HeadUpdate(rows, copied_from, interval, min(len(self.steps), self.order))
         self.steps.append(step)
         self.rows = rows
         return work
 
     def predict(self, step: int, rows: int) -> HeadPrediction:
-        """Step `step` uses what was taken in, of at least so many rows."""
-        assert self.steps and rows <= self.rows, (
-            "a cached step follows one that kept as many rows of its head's feature"
-        )
+        """The prediction for `step`, of `rows` rows."""
+        assert self.steps and rows <= self.rows, "a cached step needs an earlier update of at least as many rows"
         ahead = float(step - self.steps[-1]) if self.order else 0.0
         return HeadPrediction(self.rows, ahead, min(len(self.steps), self.order + 1))
 
 
 @dataclass
 class TokenHistory:
-    """Which steps measured the importance of tokens."""
+    """The steps that measured token importance."""
 
     steps: list[int] = field(default_factory=list)
 
@@ -60,11 +56,11 @@ class TokenHistory:
         return self._slot(step)
 
     def routing(self, sources: tuple[int, ...], step: int) -> Routing:
-        """What chooses the tokens of step `step`.
+        """How the tokens of `step` are chosen.
 
         Args:
-            sources: steps whose measurements count, the newest first. One: importance stays as it was; two: it is
-                extrapolated linearly.
+            sources: the steps whose measurements are used, newest first. One: importance as measured; two: extrapolated
+                linearly.
         """
         newest, *earlier = sources
         if not earlier:

@@ -1,4 +1,4 @@
-"""Memory that images and answers run in: acquired for one of them, released, and kept for the next where that pays."""
+"""A pool of device memory for images and answers: acquired, released, and reused together with its captured graphs."""
 
 from __future__ import annotations
 
@@ -26,27 +26,24 @@ M = TypeVar("M", bound=Memory)
 
 @dataclass(eq=False)
 class Lease(Generic[M]):
-    """Memory in use, with the work captured on it.
-
-    Attributes:
-        weights: `GraphCapture.addresses` when it was made. done: the end of its last user's work, on a GPU.
-    """
+    """Memory in use, with the work captured on it."""
 
     memory: M
     graphs: GraphCache[M]
     weights: int
+    """`GraphCapture.addresses()` when the memory was allocated."""
     done: Any = None
+    """CUDA event: the end of the last user's work."""
 
 
 class MemoryPool(Generic[M]):
     """The memory of one task of one accelerated model.
 
-    Where work is captured, released memory is kept with its graphs for what fits it next. Else it is dropped: there is
-    nothing to save by keeping it.
+    With graph capture, released memory is pooled with its graphs. Without, it is freed: there are no graphs to save.
     """
 
     def __init__(self, capture: GraphCapture, idle: int):
-        """idle: how many to keep; the least recently released make room."""
+        """idle: how many released memories to pool; the least recently released is freed first."""
         self.capture = capture
         self._most_idle = idle
         self._weights = 0
@@ -55,11 +52,11 @@ class MemoryPool(Generic[M]):
 
     @property
     def fixed(self) -> bool:
-        """Whether memory is kept, at fixed addresses."""
+        """Whether work is captured, so that memory is pooled and stays at fixed addresses."""
         return self.capture.make is not None
 
     def acquire(self, fits: Callable[[M], bool], make: Callable[[], M]) -> Lease[M]:
-        """Idle memory that fits, or new memory. The caller's until `release`."""
+        """Idle memory that fits, or new memory, leased until `release`."""
         if self.fixed and (weights := self.capture.addresses()) != self._weights:
             self._weights = weights
             self._idle.clear()
@@ -75,7 +72,7 @@ class MemoryPool(Generic[M]):
         return lease
 
     def release(self, lease: Lease[M]) -> None:
-        """The user is done. The next one may run on another stream; it waits for this one's work."""
+        """End a lease. The next user may run on another stream, and waits there for this one's work."""
         if not self.leased(lease):
             return
         self._leased.remove(lease)
@@ -84,30 +81,30 @@ class MemoryPool(Generic[M]):
             self._idle = [*self._idle, lease][-self._most_idle :]
 
     def mark(self, lease: Lease[M]) -> None:
-        """What the current stream was given so far is work on this memory."""
+        """Record that everything queued on the current stream so far may use this memory."""
         if self.capture.device.type == "cuda":
             lease.done = torch.cuda.current_stream(self.capture.device).record_event()
 
     def join(self, lease: Lease[M]) -> None:
-        """Have the current stream wait for the work that was marked."""
+        """Make the current stream wait for the work recorded by `mark`."""
         if lease.done is not None:
             torch.cuda.current_stream(self.capture.device).wait_event(lease.done)
 
     def leased(self, lease: Lease[M]) -> bool:
-        """Whether memory is still its user's: not after `clear`."""
+        """Whether a lease is still valid; `clear` ends all of them."""
         return lease in self._leased
 
     def check(self, lease: Lease[M], doing: str) -> None:
-        """Raises RuntimeError where the memory is no longer its user's. doing: what is under way, for the message."""
+        """Raise RuntimeError where the lease has ended. doing: what its user does, for the message."""
         if not self.leased(lease):
             raise RuntimeError(f"model: its handle was removed or reset while {doing}")
 
     def moved(self) -> bool:
-        """Whether the weights no longer lie where captured work reads them."""
+        """Whether weights have moved since work was captured."""
         return self.fixed and self.capture.addresses() != self._weights
 
     def clear(self) -> None:
-        """Drop what is idle, and forget what is leased: its users find out at their next step."""
+        """Free idle memory and end all leases; `check` raises at their users' next step."""
         self._idle.clear()
         self._leased.clear()
 
@@ -119,12 +116,12 @@ class MemoryPool(Generic[M]):
         return total
 
     def graphs(self) -> list[GraphCache[M]]:
-        """Of all memory, idle or leased."""
+        """The graph caches of all memory, idle or leased."""
         return [lease.graphs for lease in (*self._idle, *self._leased)]
 
 
 @contextlib.contextmanager
 def outside_inference_mode() -> Iterator[None]:
-    """Memory made inside may be written to in any mode: tensors made under `torch.inference_mode` may not, once it has ended."""
+    """Allocate ordinary tensors inside: inference tensors could not be written to once `torch.inference_mode` has ended."""
     with torch.inference_mode(False), torch.no_grad():
         yield

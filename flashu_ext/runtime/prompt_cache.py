@@ -1,4 +1,4 @@
-"""Prompts being answered, and their keys and values; which prefix of one prompt the next can reuse."""
+"""Prompts being answered, their keys and values, and the prefix of a prompt that a later one can reuse."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ Span = tuple[int, int]
 
 @dataclass
 class Prompt:
-    """One prompt.
-
-    Attributes:
-        embeds: [1, length, hidden]. allowed: bool [length, length], True where a row may look.
-        spans: where its images are. dropped: per span, how many of its tokens the pruning layer drops.
-        kept: positions of the tokens that the pruning layer and those after it hold, int64 [slots]; set by the prefill.
-    """
+    """One prompt."""
 
     embeds: Tensor
+    """[1, length, hidden]."""
     allowed: Tensor
+    """bool [length, length], True where a row may attend to a column."""
     spans: tuple[Span, ...]
+    """Its images."""
     dropped: tuple[int, ...]
+    """For each span the number of tokens that the pruning layer drops."""
     kept: Tensor | None = None
+    """Positions of the tokens in the cache from the pruning layer on, int64 [slots]; set by the prefill."""
 
     @property
     def length(self) -> int:
@@ -42,23 +41,24 @@ class Prompt:
         return sum(count for _, count in self.spans)
 
     def slots(self, tokens: int) -> int:
-        """How many of the first `tokens` tokens stay. A prefix is never cut inside a span (`common_prefix`)."""
-        gone = (drop for (start, count), drop in zip(self.spans, self.dropped, strict=True) if start + count <= tokens)
-        return tokens - sum(gone)
+        """How many of the first `tokens` tokens are kept. `tokens` never ends inside a span (`common_prefix`)."""
+        drops = (drop for (start, count), drop in zip(self.spans, self.dropped, strict=True) if start + count <= tokens)
+        return tokens - sum(drops)
 
     def nbytes(self) -> int:
         return self.embeds.nbytes + self.allowed.nbytes + (self.kept.nbytes if self.kept is not None else 0)
 
 
 class PromptCache:
-    """Keys and values of several prompts, one a row, and capacity for their answers.
+    """Keys and values of several prompts, one per row, with capacity for their answers.
 
-    Layers before the pruning layer hold every token of a prompt, the others those that stay. A row's prompt begins at slot
-    0; all answers begin at one slot, behind the longest prompt, so that a new token is written to one slot in every row.
+    Layers before the pruning layer store every token of a prompt, the others only kept tokens. A row's prompt begins at slot
+    0. All answers begin at the same slot, after the longest prompt, so a new token has the same slot in every row.
 
     Attributes:
-        lease: the memory. ends: the slot at which answers begin, in each of its two buffers.
-        decoding: answers are being written here.
+        lease: the memory.
+        ends: the first answer slot in each of the two buffers.
+        decoding: answers are being written.
     """
 
     def __init__(self, prompts: Sequence[Prompt], lease: Lease[GrowingMemory]):
@@ -69,7 +69,7 @@ class PromptCache:
 
     @staticmethod
     def shape(prompts: Sequence[Prompt], new_tokens: int, split: int) -> AnswerShape:
-        """The memory that prompts and so many new tokens of each need. split: the pruning layer."""
+        """The memory needed for prompts and `new_tokens` more tokens of each. split: the pruning layer."""
         first, second = (end + new_tokens for end in _ends(prompts))
         return AnswerShape(len(prompts), (first, second), split, prompts[0].embeds.dtype)
 
@@ -93,7 +93,7 @@ class PromptCache:
             mine[:, :, row, :, :slots] = theirs[:, :, source_row, :, :slots]
 
     def nbytes(self) -> int:
-        """Bytes of the prompts; the memory counts its own."""
+        """Bytes of the prompts; the memory is counted by its pool."""
         return sum(prompt.nbytes() for prompt in self.prompts)
 
 
@@ -102,9 +102,10 @@ def _ends(prompts: Sequence[Prompt]) -> tuple[int, int]:
 
 
 def common_prefix(source: Prompt, prompt: Prompt, limit: int) -> int:
-    """How many leading tokens, at most `limit`, a prefilled prompt shares with another one, which can reuse them.
+    """How many leading tokens, at most `limit`, of a prefilled prompt another prompt can reuse.
 
-    They end at a closed position: nothing before it looks past it in either prompt, so an image is reused whole or not at all.
+    They end at a closed position, one that no earlier token looks past in either prompt, so an image is reused whole or not
+    at all.
     """
     if source.embeds.dtype != prompt.embeds.dtype or source.embeds.device != prompt.embeds.device:
         return 0
@@ -120,6 +121,6 @@ def common_prefix(source: Prompt, prompt: Prompt, limit: int) -> int:
 
 
 def reach(allowed: Tensor) -> Tensor:
-    """The last position each row of `allowed` (bool [n, m]) looks at; -1 for none."""
+    """The last position that each row of `allowed` (bool [n, m]) may attend to; -1 for none."""
     position = torch.arange(1, allowed.shape[1] + 1, device=allowed.device)
     return (allowed * position).amax(dim=1) - 1

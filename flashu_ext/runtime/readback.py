@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host, which waits only when it needs them."""
+"""Asynchronous copies of a few numbers from the device to the host."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Readback"]
 
 
 class Readback:
-    """A few numbers that are read some time after they were sent.
+    """A copy that is posted first and waited for later.
 
-    The copy is queued behind the work that makes the numbers; whatever is launched between `post` and `wait` keeps the device
-    busy while the host waits.
+    It is queued behind the work that computes the numbers. Work launched between `post` and `wait` keeps the device busy while
+    the host waits.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Readback:
         self._event: Any = None
 
     def post(self, values: Tensor) -> None:
-        """Send values, of any shape, contiguous, exact in fp64. They may be overwritten on the device from here on."""
+        """Queue a copy of values (contiguous, exact in fp64), which later work may overwrite."""
         if values.device.type != "cuda":
             self._values, self._event = values.clone(), None
             return
@@ -37,7 +37,7 @@ class Readback:
         self._event.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> list[float]:
-        """The numbers sent last, flat."""
+        """Wait for the last copy; its numbers, flat."""
         assert self._values is not None, "`post` comes first"
         self.waits += 1
         if self._event is not None:

@@ -1,4 +1,4 @@
-"""Runs one accelerated model: an engine for each task, over the same parts, kernels and captured work."""
+"""Runs one accelerated model: an engine for each task, with the same parts, kernels and graph capture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Runner:
     """Created by `flashu_ext.accelerate`; reached through its handle.
 
     Attributes:
-        fallbacks: why calls ran the model's own methods, with how often. last_image: the record of the image begun last.
+        fallbacks: reason -> calls that ran the model's own methods.
+        last_image: the record of the image begun last.
     """
 
     def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
@@ -39,7 +40,7 @@ class Runner:
         self.last_image: ImageRecord | None = None
 
     def stepper(self, inputs: SampleInputs) -> AcceleratedStepper:
-        """Takes the steps of `flashu_ext.showo2.sample`."""
+        """The steps of `flashu_ext.showo2.sample`."""
         stepper = AcceleratedStepper(self.generation, inputs)
         self.last_image = stepper.state.record
         return stepper
@@ -55,7 +56,7 @@ class Runner:
         sampler: TokenSampler,
         on_token: OnToken | None = None,
     ) -> list[Tensor]:
-        """`flashu_ext.showo2.answer_tokens_batch` of an accelerated model; one image [1, channels, H, W] a question."""
+        """`flashu_ext.showo2.answer_tokens_batch` on an accelerated model; one image [1, channels, H, W] per question."""
         engine = self.understanding
         images = engine.image_embeds(image_latents)
         prompts = [engine.question(*inputs) for inputs in zip(images, befores, afters, strict=True)]
@@ -64,11 +65,11 @@ class Runner:
         return [torch.stack(answer) if answer else empty for answer in answers]
 
     def held_bytes(self) -> dict[str, int]:
-        """Bytes held now beside the model's weights, by purpose."""
+        """Bytes held now besides the model's weights, by purpose."""
         held = self.generation.pool.nbytes() + self.understanding.nbytes()
         return {purpose: count for purpose, count in held.items() if count}
 
     def reset(self) -> None:
-        """Forget images in progress and the last prompts; what is under way ends with an error at its next step."""
+        """Drop images in progress and cached prompts; calls under way raise at their next step."""
         self.generation.pool.clear()
         self.understanding.reset()

@@ -1,4 +1,4 @@
-"""An image in progress, and the record of it that lasts."""
+"""The state of an image in progress, and the record that outlives it."""
 
 from __future__ import annotations
 
@@ -9,52 +9,51 @@ from torch import Tensor
 
 from ..planning.schedule import Step, StepPlan
 from .history import HeadHistory, TokenHistory
+from .image_memory import ImageMemory
 from .memory import Lease
 from .modules.attention import RowGeometry
 from .readback import Readback
 from .work import Variant
-from .workspace import Workspace
 
-__all__ = ["ImageRecord", "ImageState", "StepWork"]
+__all__ = ["ImageRecord", "ImageState", "StepCounts"]
 
 MAX_PREFIXES = 3
-"""Prefixes that an image stores: of the pruned network before and after a measurement, and of the whole one."""
+"""Prefixes stored per image: of the pruned network before and after a measurement, and of the whole network."""
 
 
 @dataclass(frozen=True)
-class StepWork:
-    """What one evaluation asked of the device. waits: the times that the host waited for an answer."""
+class StepCounts:
+    """What one evaluation cost the device and the host."""
 
     kind: str
     launches: int
     syncs: int
     waits: int
+    """Times that the host waited for numbers sent earlier."""
 
 
 @dataclass
 class ImageRecord:
-    """What was done for an image (or a batch of them); outlives its memory.
-
-    Attributes:
-        guided: rows come in two halves that share one latent.
-        geometry, length: where the rows' spans lie, and how long the rows are.
-        skipped_tokens: of a row's span, that a layer leaves out where tokens are routed.
-        ran: the plan's steps with everything decided. work: what each asked of the device.
-        choices: (step, layers skipped) for every measurement of the layers.
-        routed: tokens of the span times layers of the language model, 'computed' and 'carried' past a layer.
-        memory: bytes by purpose, when it began or, once it has ended, when it ended.
-    """
+    """What was done for an image (or a batch of them); outlives its memory."""
 
     plan: StepPlan
     guided: bool
+    """The two halves of the rows share one latent."""
     geometry: RowGeometry
     length: int
+    """Tokens of a whole row."""
     skipped_tokens: int
+    """Tokens of a row's span that each layer skips where tokens are routed."""
     memory: dict[str, int]
+    """Bytes by purpose: at the start, or at the end once the image has ended."""
     ran: list[Step] = field(default_factory=list)
-    work: list[StepWork] = field(default_factory=list)
+    """The plan's steps as they ran, with all decisions made."""
+    counts: list[StepCounts] = field(default_factory=list)
+    """One for each step in `ran`."""
     choices: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    """(step, layers skipped) for every measurement of the layers."""
     routed: Counter[str] = field(default_factory=Counter)
+    """Span tokens times layers of the language model: 'computed' and 'skipped'."""
 
     @property
     def kinds(self) -> list[str]:
@@ -63,36 +62,33 @@ class ImageRecord:
 
 @dataclass
 class ImageState:
-    """An image (or a batch of images) in progress.
+    """An image (or a batch of images) in progress."""
 
-    Attributes:
-        lease: its memory. record: what stays of it.
-        head, tokens: what was kept and measured for later steps.
-        skipped: the layers chosen by the last measurement, or None before the first.
-        measured: the step whose measurement is on its way to the host, or None. importance: that measurement of the layers.
-        flag: the adaptive cache's answer. watched: rows of its last signal.
-        semantic_rows: latents whose encoder features are kept for later steps.
-        encode_due: a step that should have run the encoder was cached instead.
-        prefix: the variant, and its rows, whose prompt's keys and values are in the workspace.
-        prefixes: others that are stored, of the language model and of the head.
-    """
-
-    lease: Lease[Workspace]
+    lease: Lease[ImageMemory]
     record: ImageRecord
     head: HeadHistory
     tokens: TokenHistory = field(default_factory=TokenHistory)
     skipped: tuple[int, ...] | None = None
+    """Layers chosen by the last measurement; None before the first."""
     measured: int | None = None
+    """The step whose layer measurement is being read back, or None."""
     importance: Readback = field(default_factory=Readback)
+    """That measurement."""
     flag: Readback = field(default_factory=Readback)
+    """The adaptive cache's decision."""
     watched: int = 0
+    """Rows of the adaptive cache's last signal."""
     semantic_rows: int = 0
+    """Latents whose encoder features are stored for later steps."""
     encode_due: bool = False
+    """A step that should have run the encoder was cached instead."""
     prefix: tuple[Variant, int] | None = None
+    """The variant and the number of rows of the prefix in memory."""
     prefixes: OrderedDict[tuple[Variant, int], tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
+    """Stored copies of prefixes, of language model and head."""
 
     @property
-    def workspace(self) -> Workspace:
+    def memory(self) -> ImageMemory:
         return self.lease.memory
 
     @property
@@ -110,33 +106,33 @@ class ImageState:
 
     @property
     def images(self) -> int:
-        rows = self.workspace.shape.rows
+        rows = self.memory.shape.rows
         return rows // 2 if self.guided else rows
 
     @property
     def waits(self) -> int:
-        """Times that the host waited for an answer."""
+        """Times that the host waited for numbers from the device."""
         return self.importance.waits + self.flag.waits
 
     def rows(self, step: Step) -> int:
-        """How many rows a step runs: all, or those of the conditional branch."""
-        return self.workspace.shape.rows if step.guided else self.images
+        """How many rows a step runs: all, or the conditional branch only."""
+        return self.memory.shape.rows if step.guided else self.images
 
     def store_prefix(self) -> None:
-        """Copy the prefix in the workspace, for when another variant has taken its place."""
+        """Store a copy of the prefix in memory, which another variant will overwrite."""
         assert self.prefix is not None
-        llm, head = self.workspace.prefix(self.prefix[1])
+        llm, head = self.memory.prefix(self.prefix[1])
         self.prefixes[self.prefix] = (llm.clone(), head.clone())
         while len(self.prefixes) > MAX_PREFIXES:
             self.prefixes.popitem(last=False)
 
     def load_prefix(self, variant: Variant, rows: int) -> bool:
-        """Have a variant's prefix of at least so many rows in the workspace; False where it must be computed."""
+        """Make sure that memory holds a variant's prefix, of at least `rows` rows; False where it must be computed."""
         if self.prefix is not None and self.prefix[0] == variant and self.prefix[1] >= rows:
             return True
-        for stored in ((variant, self.workspace.shape.rows), (variant, rows)):
+        for stored in ((variant, self.memory.shape.rows), (variant, rows)):
             if stored in self.prefixes:
-                for mine, theirs in zip(self.workspace.prefix(stored[1]), self.prefixes[stored], strict=True):
+                for mine, theirs in zip(self.memory.prefix(stored[1]), self.prefixes[stored], strict=True):
                     mine.copy_(theirs)
                 self.prefix = stored
                 self.prefixes.move_to_end(stored)
@@ -144,6 +140,6 @@ class ImageState:
         return False
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes of all that this image holds, by purpose."""
+        """Bytes held by this image, by purpose."""
         stored = sum(llm.nbytes + head.nbytes for llm, head in self.prefixes.values())
-        return self.workspace.nbytes() | ({"stored prefixes": stored} if stored else {})
+        return self.memory.nbytes() | ({"stored prefixes": stored} if stored else {})

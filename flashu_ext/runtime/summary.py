@@ -1,4 +1,4 @@
-"""What an accelerated model did, for people and tests."""
+"""What an accelerated model did, for users and tests."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ __all__ = ["Summary"]
 
 @dataclass(frozen=True)
 class Summary:
-    """A snapshot of a handle. Counts of the last image are empty before one was drawn.
+    """A snapshot of a handle. Counts of the last image are empty before the first one.
 
     Attributes:
         steps: evaluations of the last image by kind (see `schedule.Step.kind`).
-        backbone_evaluations, head_evaluations: how many of them ran the language model, and the head's blocks.
+        backbone_evaluations: how many of them ran the language model.
+        head_evaluations: how many ran the head's blocks.
         encoder_evaluations: how many ran the SigLIP encoder.
-        decided: evaluations that were decided while running (`adaptive_cache`): 'computed' and 'cached'.
-        routed: tokens of the image span times rows times layers of the language model: 'computed', and 'carried' past a layer
-            (`token_skip`).
+        decided: evaluations decided while running (`adaptive_cache`): 'computed' and 'cached'.
+        routed: image tokens times rows times layers of the language model: 'computed' and 'skipped' (`token_skip`).
         layers_skipped: (step, layers) for every measurement of the last image.
-        answer_layers_skipped: for each prompt of the last call the layers that its answer skipped.
-        neurons: task -> FFN neurons read per layer (where layers differ, their mean, rounded), for tasks with a set of their
-            own. intermediate: all of them.
-        tokens: 'prefix' (longest prompt, computed once), 'span' (per step), 'tail' (dropped) of the last image; 'prefilled' and
-            'reused' prompt tokens over all answers; 'visual' image tokens in the prompts of the last call and 'visual kept' of
-            them behind the pruning layer.
-        weight_bytes: the model's weights. extra_weight_bytes: what acceleration keeps beside them (the permutations).
-        cache_bytes: held now beside the weights: keys and values, tables, activations that outlive an evaluation, caches.
-        memory: the same by purpose. last_image_memory: what the last image held at its end (or,
-            while it is in progress, at its beginning), by purpose.
-        launches: by kind of evaluation the operators that the last image's last one launched; a matrix product or an
-            attention of torch counts as one.
-        syncs: times in the last image's evaluations that an operator made the host wait for the device. host_waits: times
-            that the host waited for numbers sent earlier (a measurement of layers, the adaptive cache's flag).
-        step_runner: 'graphs', or 'eager: ' and why. graphs: 'workspaces' held now for images, the work 'captured' in them, its
-            'replays', and how often work was 'run eagerly'.
-        kernels: op -> backend. fallbacks: reason -> occurrences.
+        answer_layers_skipped: for each prompt of the last call, the layers that its answer skipped.
+        neurons: task -> FFN neurons read per layer (the rounded mean where layers differ), for tasks with their own set.
+        intermediate: all FFN neurons of a layer.
+        tokens: 'prefix' (longest prompt, computed once), 'span' (per step) and 'tail' (not computed) of the last image;
+            'prefilled' and 'reused' prompt tokens over all answers; 'visual' image tokens in the prompts of the last call,
+            and how many of them the pruning layer left ('visual kept').
+        weight_bytes: the model's weights.
+        extra_weight_bytes: what acceleration stores besides them (the permutations).
+        cache_bytes: held now besides the weights: keys and values, tables, persistent activations, caches.
+        memory: `cache_bytes` by purpose.
+        last_image_memory: what the last image held at its end (at its start while in progress), by purpose.
+        launches: kind of evaluation -> operators launched by the last one of this kind; a matrix product or an attention of
+            torch counts as one.
+        syncs: times that an operator of the last image made the host wait for the device.
+        host_waits: times that the host waited for numbers sent earlier (layer importance, the adaptive cache's flag).
+        step_runner: 'graphs', or 'eager: ' and why.
+        graphs: image 'memories' held now, work 'captured' on them, its 'replays', and work 'run eagerly'.
+        kernels: op -> backend.
+        fallbacks: reason -> occurrences.
     """
 
     steps: Mapping[str, int]

@@ -1,7 +1,7 @@
-"""Puts the runtime into one model instance, hands back a handle, and takes everything out again.
+"""Installs the runtime in one model instance, returns a handle, and removes everything again.
 
-Only the instance is touched: its FFN modules are replaced by ones that hold the same weight objects, their neurons are
-put into plan order in place, and two methods are shadowed. No class is patched and nothing global is kept.
+Only the instance is changed: its FFN modules are replaced by ones that hold the same weight objects, whose neurons are
+reordered in place, and two methods are shadowed. No class is patched, and there is no global state.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Handle:
         self._upstream = UpstreamMethods(runner, {name: getattr(self.model, name) for name in METHODS})
         self._active = False
 
-    # ---- in and out
+    # ---- install and remove
 
     def _install(self) -> None:
         try:
@@ -81,7 +81,7 @@ class Handle:
         self._original_ffns.clear()
 
     def remove(self) -> None:
-        """Give the model back bitwise as it was, with the very same module and parameter objects. A second call does nothing."""
+        """Restore the model bitwise, with the same module and parameter objects. A second call does nothing."""
         if self._active:
             self._active = False
             self._upstream.reset()
@@ -101,7 +101,7 @@ class Handle:
     ) -> None:
         self.remove()
 
-    # ---- what happened
+    # ---- summary
 
     def summary(self) -> Summary:
         """What the accelerated model is and did; see `Summary`."""
@@ -138,8 +138,8 @@ class Handle:
             memory=held,
             last_image_memory=dict(image.memory) if image else {},
             launches=_launches(image) if image else {},
-            syncs=sum(work.syncs for work in image.work) if image else 0,
-            host_waits=sum(work.waits for work in image.work) if image else 0,
+            syncs=sum(counts.syncs for counts in image.counts) if image else 0,
+            host_waits=sum(counts.waits for counts in image.counts) if image else 0,
             step_runner=f"eager: {why_not}" if (why_not := capture.why_not or capture.failure) else "graphs",
             graphs=_graphs(runner),
             kernels=dict(runner.kernels.chosen),
@@ -158,19 +158,18 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
 
     Args:
         model: the model; its weights stay where they are.
-        config: what to do; None is `FlashUConfig.exact()`.
-        plan: neuron sets, needed where `config.ffn` leaves neurons out. A task without a set in it runs on all neurons.
+        config: the settings; None is `FlashUConfig.exact()`.
+        plan: neuron sets, required where `config.ffn` prunes neurons. A task without a set runs on all neurons.
 
     Returns:
         A handle; `handle.remove()` or leaving its `with` block restores the model.
 
     Raises:
         TypeError: not a Show-o2 model, or config or plan of another type.
-        ValueError: pruning neurons without a plan, or with a plan of another model, ratio or multiple (a plan with ratios of
-            its own for every layer is asked for by their mean, `plan.ratio`); pruning tokens at a layer that the model does
-            not have.
-        RuntimeError: the model is accelerated already.
-    In each case the model is as it was.
+        ValueError: pruning neurons without a plan, or with a plan for another model, ratio or multiple (where ratios differ per
+            layer, `plan.ratio` is their mean); pruning tokens at a layer that the model does not have.
+        RuntimeError: the model is already accelerated.
+    In each case the model is unchanged.
     """
     config = FlashUConfig.exact() if config is None else config
     if not isinstance(config, FlashUConfig):
@@ -194,14 +193,14 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
 
 
 def _launches(image: ImageRecord) -> dict[str, int]:
-    """Of the last evaluation of every kind: the first of a network variant computes its prompt's keys and values too."""
-    return {work.kind: work.launches for work in image.work}
+    """Launches of the last evaluation of every kind: the first one also computes the prompt's keys and values."""
+    return {counts.kind: counts.launches for counts in image.counts}
 
 
 def _graphs(runner: Runner) -> dict[str, int]:
     caches = runner.generation.pool.graphs()
     return {
-        "workspaces": len(caches),
+        "memories": len(caches),
         "captured": sum(each.captured for each in caches),
         "replays": sum(each.replayed for each in caches),
         "run eagerly": sum(each.eager for each in caches),
@@ -209,10 +208,10 @@ def _graphs(runner: Runner) -> dict[str, int]:
 
 
 def _decided(image: ImageRecord) -> dict[str, int]:
-    """How the evaluations that were decided while running came out."""
-    open_ones = [step for step in image.ran if image.plan.at(step.index).adaptive]
-    computed = sum(step.head for step in open_ones)
-    return {"computed": computed, "cached": len(open_ones) - computed}
+    """How adaptive evaluations were decided."""
+    adaptive = [step for step in image.ran if image.plan.at(step.index).adaptive]
+    computed = sum(step.head for step in adaptive)
+    return {"computed": computed, "cached": len(adaptive) - computed}
 
 
 def _layouts(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -> list[NeuronLayout] | None:
@@ -241,8 +240,8 @@ def _layouts(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -> l
 
 @torch.no_grad()
 def _permute(ffn: GatheredFFN, order: torch.Tensor) -> None:
-    """Put an FFN's neurons into `order`, in place. One layer is held twice for a moment, so that running out of memory
-    happens before anything is written."""
+    """Reorder an FFN's neurons in place. All copies of one layer are made before any write, so running out of memory leaves
+    the weights unchanged."""
     index = order.to(ffn.gate_proj.weight.device).long()
     matrices = ((ffn.gate_proj.weight, 0), (ffn.up_proj.weight, 0), (ffn.down_proj.weight, 1))
     permuted = [weight.index_select(dim, index) for weight, dim in matrices]

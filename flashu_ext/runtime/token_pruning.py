@@ -1,4 +1,4 @@
-"""Which visual tokens a prefill drops: the image spans of a prompt, their tokens' scores, and the choice."""
+"""Chooses the visual tokens that a prefill drops: finds a prompt's image spans and scores their tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ RANDOM_SEED = 0
 
 
 def visual_spans(allowed: Tensor, has_time_token: bool) -> tuple[Span, ...]:
-    """Where a prompt's images are, read off its mask bool [n, n].
+    """The image spans of a prompt, found from its mask bool [n, n].
 
-    A token of a bidirectional span looks past itself, all but the span's last one. Under a time token the span starts one
-    late (see `showo2.understanding.prompt_embeds`), so its last one is eoi; without, it is the last image token. A span at
-    either end of the prompt is no image of Show-o2's layout, and a whole bidirectional prompt is not taken for one.
+    In a bidirectional span every token but the last looks past itself. With a time token the span starts one position late
+    (see `showo2.understanding.prompt_embeds`), so its last token is eoi; without, it is the last image token. A span at
+    either end of the prompt is no image in Show-o2's layout, nor is a prompt that is bidirectional throughout.
     """
     past = (reach(allowed) > torch.arange(allowed.shape[0], device=allowed.device)).tolist()
     spans: list[Span] = []
@@ -41,7 +41,7 @@ def visual_spans(allowed: Tensor, has_time_token: bool) -> tuple[Span, ...]:
 
 
 class TokenPruner:
-    """Chooses visual tokens as a FlashUConfig says. `layer` is the layer that drops them: the number of layers when off."""
+    """Chooses visual tokens as a FlashUConfig says. `layer` is the layer that drops them; the number of layers if none does."""
 
     def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
         self.parts = parts
@@ -53,7 +53,7 @@ class TokenPruner:
 
     @property
     def sees_question(self) -> bool:
-        """Whether the choice depends on what follows the image, which then cannot be lent to another question."""
+        """Whether the choice depends on the text after the image: then another question cannot reuse the image."""
         return self.ratio > 0 and self.score == "attention"
 
     def dropped(self, spans: tuple[Span, ...]) -> tuple[int, ...]:
@@ -61,30 +61,32 @@ class TokenPruner:
         return tuple(int(count * self.ratio) for _, count in spans)
 
     def keep(self, scores: Tensor, count: int, drop: int) -> Tensor:
-        """Which of a span's `count` tokens stay, ascending int64 [count - drop]: those with the highest of scores [>= count]."""
+        """A span's tokens with the highest scores, ascending int64 [count - drop]; the first `count` scores are the span's."""
         span = scores[:count]
         if self.score == "random":
-            # Drawn for the span alone, so that an image keeps the same tokens in every prompt and batch.
+            # Drawn per span, so that an image keeps the same tokens in every prompt and batch.
             generator = torch.Generator().manual_seed(RANDOM_SEED)
             span = torch.rand(count, generator=generator).to(scores.device)
-        # A broken token must not push out the others, so NaN is the lowest score.
+        # NaN ranks lowest, so that a broken token cannot displace others.
         span = torch.nan_to_num(span, nan=float("-inf"))
         return self.kernels.select_topk(span, count - drop)[0]
 
     def scores(self, value: Tensor) -> Tensor:
-        """Scores fp32 [n] by which tokens stay, from values [1, n, kv_heads, d]; not for 'attention'."""
+        """Token scores fp32 [n] from values [1, n, kv_heads, d]; not for 'attention'."""
         norms = self.kernels.value_norms(value.transpose(1, 2))[0]
         return norms if self.score == "value_norm_small" else -norms
 
     def attention_scores(
         self, attention: Any, normed: Tensor, rope: tuple[Tensor, Tensor], before: Tensor, visible: Tensor
     ) -> Tensor:
-        """How much the last token looks at each token of its prompt, averaged over heads: fp32 [n].
+        """The last token's attention weight on each new token of its prompt, averaged over heads: fp32 [n].
 
         Args:
-            attention: the layer's attention module. normed: [1, n, hidden], the prompt's new tokens.
-            rope: their rotary table, [1, n, d]. before: rotated keys of earlier tokens, [kv_heads, m, d].
-            visible: bool [m + n], what the last token sees.
+            attention: the layer's attention module.
+            normed: [1, n, hidden], the prompt's new tokens.
+            rope: their rotary table, [1, n, d].
+            before: rotated keys of earlier tokens, [kv_heads, m, d].
+            visible: bool [m + n], where the last token may attend.
         """
         shape = self.parts.llm_attention
         last = rotate(

@@ -1,5 +1,5 @@
-"""Which image tokens every layer of the language model computes: importance as it was measured, or extrapolated, and cut to
-a fixed number."""
+"""Chooses the image tokens that each layer of the language model computes: a fixed number, by measured or extrapolated
+importance."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ __all__ = ["TokenRouter"]
 
 
 class TokenRouter:
-    """Measured importance of tokens, on the device; the number of active tokens is fixed, so shapes never depend on it.
+    """Measured token importance, on the device. The number of active tokens is fixed, so shapes never depend on it.
 
     Attributes:
-        skipped: image tokens of a row that a layer leaves out.
+        skipped: image tokens per row that a layer skips.
     """
 
     def __init__(self, skipped: int, has_time_token: bool, measured: Tensor):
-        """measured: fp32 [measurements, layers, rows, span], memory for what is measured."""
+        """measured: fp32 [measurements, layers, rows, span], memory for the measurements."""
         self.skipped = skipped
         self.has_time_token = has_time_token
         self._measured = measured
 
     def store(self, slot: int, importance: list[Tensor]) -> None:
-        """Keep a measurement: per layer, fp32 [measured rows, span]."""
+        """Store a measurement: fp32 [measured rows, span] per layer."""
         stacked = torch.stack(importance)
         self._measured[slot, :, : stacked.shape[1]] = stacked
 
@@ -34,13 +34,13 @@ class TokenRouter:
         """The tokens that a step computes: int64 [layers, rows, active], ascending in every row.
 
         Args:
-            rows: the first so many of the rows that were measured.
+            rows: of the step, the first of the measured ones.
         """
         importance = self._measured[work.newest, :, :rows]
         if work.earlier is not None:
             importance = importance + (importance - self._measured[work.earlier, :, :rows]) * work.slope
         if self.has_time_token:
-            # The time token tells every other one what time it is; it is one token, and always computed.
+            # Always computed: all other tokens read the time from it.
             importance = importance.clone()
             importance[:, :, 0] = float("inf")
         chosen, _ = kernels.select_topk(importance.contiguous(), importance.shape[-1] - self.skipped)

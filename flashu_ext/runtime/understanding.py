@@ -1,13 +1,13 @@
-"""Answers questions: one prefill, then a decode over cached keys and values; images are read once.
+"""Answers questions: one prefill, then a decode over cached keys and values; an image is encoded once.
 
-What a prompt shares, token for token, with one of the last call or with another of its own batch is not computed again:
-a further question about an image starts behind the image. Sharing stops at a position that nothing before it looks past,
-so the bidirectional image span is reused whole or not at all.
+A prompt reuses the prefix that it shares with another prompt of the last call or of its own batch: a second question about an
+image starts after the image. A shared prefix ends where no earlier token looks past it, so the bidirectional image span is
+reused whole or not at all.
 
-Visual tokens are dropped inside the prefill (`token_pruning`). An image's tokens see nothing behind the image, so which of
-them stay does not depend on the question, and a pruned image is reused like any other; the score 'attention' is the
-exception. An answer's tokens may skip layers: which ones is measured on the prompt's last token, in its own prefill, which
-always runs whole; skipped layers neither read nor write keys and values of the answer.
+Visual tokens are dropped inside the prefill (`token_pruning`). Image tokens do not attend to the question, so the choice does
+not depend on it, and a pruned image is reused like any other; the score 'attention' is the exception. An answer's tokens
+may skip layers. These are chosen by the importance of the layers for the prompt's last token, measured in the prefill, which
+never skips layers; skipped layers neither read nor write the answer's keys and values.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from .token_pruning import TokenPruner, visual_spans
 __all__ = ["TASK", "UnderstandingEngine"]
 
 MAX_SOURCES = 16
-"""Prompts of the last call, and of the same call, that a prompt is compared with: a comparison reads both prompts."""
+"""Prompts of the last call, and of the same call, that a prompt is compared with; a comparison reads both prompts."""
 
 IDLE_MEMORIES = 1
-"""Kept between questions beside that of the last one, whose prompts may be reused: two take turns, each with its graphs."""
+"""Memories pooled besides the last question's, whose prompts may be reused: questions alternate between the two."""
 
 
 class _PrefillPass:
-    """New tokens of several prompts, end to end in one row: each attends within its own prompt, over its cached prefix too."""
+    """New tokens of several prompts, concatenated in one row: each attends within its own prompt and its cached prefix."""
 
     def __init__(self, cache: PromptCache, chunks: Sequence[tuple[int, int, Tensor]], kernels: KernelSet):
         """chunks: (row of the cache, slots filled before, folded mask [1, 1, group * n, filled + n])."""
@@ -81,7 +81,7 @@ class _PrefillPass:
 
 
 class _Narrowing:
-    """The choice inside the pruning layer of a prefill: which of the new tokens stay, and the attention among them."""
+    """The choice inside the pruning layer of a prefill: which new tokens are kept, and their attention pass."""
 
     def __init__(
         self,
@@ -91,7 +91,11 @@ class _Narrowing:
         attention: Any,
         rope: Rope,
     ):
-        """chunks: (row of the cache, tokens it has already). attention: the layer's module. rope: of the new tokens."""
+        """Args:
+        chunks: (row of the cache, tokens that it already has).
+        attention: the layer's module.
+        rope: of the new tokens.
+        """
         self.pruner, self.cache, self.chunks, self.attention, self.rope = pruner, cache, chunks, attention, rope
         self.drops = any(
             drop and first >= start
@@ -100,7 +104,10 @@ class _Narrowing:
         )
 
     def __call__(self, normed: Tensor | None, value: Tensor | None) -> tuple[Tensor, _PrefillPass]:
-        """See `modules.decoder_layer.pruning_layer`; where nothing drops, neither tensor is read. Sets `kept` of the prompts."""
+        """See `modules.decoder_layer.pruning_layer`. Both tensors may be None where nothing is dropped.
+
+        Sets the prompts' `kept`.
+        """
         by_value = self.drops and not self.pruner.sees_question
         scores = self.pruner.scores(value) if by_value and value is not None else None
         keep, chunks = [], []
@@ -112,18 +119,18 @@ class _Narrowing:
             if self.drops and own is None:
                 assert normed is not None
                 own = self._attention_scores(prompt, row, start, normed[:, new], new)
-            stay = self._stay(prompt, start, own)
-            keep.append(stay + (at - start))
-            reused = stay[:0] if prompt.kept is None else prompt.kept[: prompt.slots(start)]
-            prompt.kept = torch.cat([reused, stay])
-            allowed = prompt.allowed[stay][:, prompt.kept]
+            kept = self._kept(prompt, start, own)
+            keep.append(kept + (at - start))
+            reused = kept[:0] if prompt.kept is None else prompt.kept[: prompt.slots(start)]
+            prompt.kept = torch.cat([reused, kept])
+            allowed = prompt.allowed[kept][:, prompt.kept]
             mask = fold_mask(additive(allowed, prompt.embeds.dtype)[None, None], self.pruner.parts.llm_attention)
             chunks.append((row, reused.shape[0], mask))
             at = new.stop
         return torch.cat(keep), _PrefillPass(self.cache, chunks, self.pruner.kernels)
 
-    def _stay(self, prompt: Prompt, start: int, scores: Tensor | None) -> Tensor:
-        """Positions from `start` on that stay, ascending; scores are those of the positions from `start` on."""
+    def _kept(self, prompt: Prompt, start: int, scores: Tensor | None) -> Tensor:
+        """Kept positions from `start` on, ascending; `scores` begin at `start` too."""
         device = prompt.allowed.device
         pieces = []
         for (first, count), drop in zip(prompt.spans, prompt.dropped, strict=True):
@@ -133,20 +140,20 @@ class _Narrowing:
                     torch.arange(start, first, device=device),
                     self.pruner.keep(scores[first - start :], count, drop) + first,
                 ]
-                # What follows is counted from behind this span.
+                # The next scores begin after this span.
                 scores, start = scores[first + count - start :], first + count
         return torch.cat([*pieces, torch.arange(start, prompt.length, device=device)])
 
     def _attention_scores(self, prompt: Prompt, row: int, start: int, normed: Tensor, new: slice) -> Tensor:
         cos, sin = self.rope
         keys, _ = self.cache.layer(self.cache.split)
-        # Under this score nothing behind the first image is reused, so all earlier tokens are in the cache.
+        # With this score nothing after the first image is reused, so all earlier tokens are in the cache.
         before, rope = keys[row, :, :start], (cos[:, new], sin[:, new])
         return self.pruner.attention_scores(self.attention, normed, rope, before, prompt.allowed[-1])
 
 
 class UnderstandingEngine:
-    """Answers batches of prompts and keeps the last batch's cache for the next question."""
+    """Answers batches of prompts; the last batch's cache is held for the next question."""
 
     def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, capture: GraphCapture):
         self.parts = parts
@@ -164,7 +171,7 @@ class UnderstandingEngine:
         self._images: list[tuple[Tensor, Tensor]] = []
 
     def reset(self) -> None:
-        """Forget the last prompts and images."""
+        """Drop the last prompts and images."""
         self._cache = None
         self._images = []
         self.pool.clear()
@@ -178,7 +185,7 @@ class UnderstandingEngine:
     # ---- inputs
 
     def image_embeds(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Latents [1, channels, H, W] each -> [1, patches, hidden] each; equal images, and the last call's, are encoded once."""
+        """Latents [1, channels, H, W] each -> [1, patches, hidden] each. Equal images are encoded once, also across two calls."""
         distinct = [latents for latents, _ in self._images]
         chosen: list[int] = []
         for latents in images:
@@ -195,11 +202,17 @@ class UnderstandingEngine:
         return [embeds[i] for i in chosen]
 
     def question(self, image: Tensor, before: Tensor, after: Tensor) -> Prompt:
-        """A question about an encoded image [1, patches, hidden], its tokens int64 [1, n] and, boi and eoi first, [1, m]."""
+        """A question about an encoded image.
+
+        Args:
+            image: [1, patches, hidden].
+            before: tokens before the image, int64 [1, n].
+            after: tokens after it, int64 [1, m]; boi and eoi come first (see `answer_tokens`).
+        """
         return self.prompt(*span_embeds(self.parts, image, before, after))
 
     def prompt(self, embeds: Tensor, allowed: Tensor) -> Prompt:
-        """A prompt from embeddings [1, length, hidden] and visibility bool [length, length]; the caller keeps both."""
+        """A prompt from copies of embeddings [1, length, hidden] and visibility bool [length, length]."""
         spans = visual_spans(allowed, self.parts.has_time_token)
         return Prompt(embeds.clone(), allowed.clone(), spans, self.pruner.dropped(spans))
 
@@ -213,18 +226,19 @@ class UnderstandingEngine:
         eos_token: int | None,
         on_token: OnToken | None = None,
     ) -> list[list[Tensor]]:
-        """Continue prompts, which need not be of one length.
+        """Continue prompts, whose lengths may differ.
 
         Args:
-            pick: chooses tokens from logits. eos_token: ends a row's answer, and is part of it.
-            on_token: sees every token of every prompt as it comes.
+            pick: chooses tokens from logits.
+            eos_token: ends an answer and is part of it.
+            on_token: called with every token of every prompt as it comes.
 
         Returns:
             Per prompt token ids, 0-d int64 tensors, at most `max_new_tokens`.
         """
         if max_new_tokens == 0 or not prompts:
             return [[] for _ in prompts]
-        # The old cache is read, not written, until the new one holds all prompts: an error on the way leaves it usable.
+        # The old cache is only read until the new one is filled, so an error in the prefill leaves it usable.
         cache = PromptCache(prompts, self._acquire(PromptCache.shape(prompts, max_new_tokens - 1, self.pruner.layer)))
         try:
             if self._cache is not None:
@@ -250,7 +264,7 @@ class UnderstandingEngine:
         return lease
 
     def _replace_cache(self, cache: PromptCache) -> None:
-        """Reuse prefixes of this cache from now on. The old one's memory is released, or by its answer when that ends."""
+        """Make this the cache whose prefixes are reused. The old one is released now, or by its decode when that ends."""
         old, self._cache = self._cache, cache
         if old is not None and not old.decoding:
             self.pool.release(old.lease)
@@ -275,9 +289,9 @@ class UnderstandingEngine:
     # ---- prefill
 
     def _prefill(self, cache: PromptCache) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
-        """Fill a cache's prompts -> final hidden states of their last tokens [rows, hidden], layers their answers skip.
+        """Fill a cache's prompts -> final hidden states of their last tokens [rows, hidden], and the layers their answers skip.
 
-        Prompts that share much with another one of the batch are computed after it, all together, from where they differ.
+        Prompts that share at least half with another one of the batch are filled in a second pass, from where they differ.
         """
         first: list[tuple[int, int]] = []
         second: list[tuple[int, int]] = []
@@ -307,11 +321,11 @@ class UnderstandingEngine:
         return hidden, self._choose_layers(importance)
 
     def _best_source(self, cache: PromptCache | None, rows: Sequence[int], prompt: Prompt) -> tuple[int, int]:
-        """The most leading tokens of one of a cache's rows that a prompt can reuse, and the row."""
+        """The longest prefix that a prompt can reuse from one of a cache's rows, and the row."""
         if cache is None:
             return 0, 0
         limit = prompt.spans[0][0] if prompt.spans and self.pruner.sees_question else prompt.length - 1
-        # Behind the last image there is only a question: no other row shares much more.
+        # Only a question follows the last image: no other row shares much more.
         enough = min(limit, sum(prompt.spans[-1]) if prompt.spans else limit)
         best = (0, 0)
         for row in rows:
@@ -320,7 +334,7 @@ class UnderstandingEngine:
         return best
 
     def _fill(self, cache: PromptCache, chunks: Sequence[tuple[int, int]], hidden: Tensor, importance: Tensor) -> None:
-        """Run chunks (row, tokens it has already) through the model, end to end; write hidden and importance of their rows."""
+        """Run chunks (row, tokens that it already has) through the model, concatenated; fill their rows of the outputs."""
         parts, kernels, shape = self.parts, self.kernels, self.parts.llm_attention
         prompts = [cache.prompts[row] for row, _ in chunks]
         device = hidden.device
@@ -355,7 +369,7 @@ class UnderstandingEngine:
         hidden[rows] = self._final_norm(x[0, last])
 
     def _choose_layers(self, importance: Tensor) -> tuple[tuple[int, ...], ...]:
-        """The least important layers of every row, from 1 - cosine(input, output) of its prompt's last token [rows, layers]."""
+        """The least important layers of every row, by 1 - cosine(input, output) of the prompt's last token [rows, layers]."""
         if not self.layers_to_skip:
             return ((),) * importance.shape[0]
         return tuple(least_important(scores, self.layers_to_skip) for scores in importance.tolist())

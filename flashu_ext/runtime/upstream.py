@@ -1,5 +1,5 @@
-"""Upstream's two methods on an accelerated model. `t2i_generate` is called once an evaluation by upstream's sampler, so the
-image that a call belongs to is recognised here."""
+"""Upstream's two methods on an accelerated model. Upstream's sampler calls `t2i_generate` once per evaluation, so this module
+finds the image that a call belongs to."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = ["METHODS", "UpstreamMethods"]
 METHODS = ("t2i_generate", "mmu_generate")
 
 MAX_IN_PROGRESS = 2
-"""Images whose evaluations may alternate before the oldest one's state is dropped."""
+"""Images in progress; the oldest is ended to start another."""
 
 Original = Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The arguments of a call that do not change within an image, as objects: equal ones are the very same tensors, not
-    written to since, so nothing has to be read to know it."""
+    """The arguments of a call that do not change within an image, compared by tensor identity and version: equality is known
+    without reading any tensor."""
 
     tensors: tuple[Tensor | None, ...]
     versions: tuple[int, ...]
@@ -41,7 +41,7 @@ class Conditioning:
     def of(
         cls, latents: Any, t: Any, text_tokens: Any, modality_positions: Any, attention_mask: Any, guidance_scale: float
     ) -> Conditioning | None:
-        """None where writing to a tensor leaves no trace (made under `torch.inference_mode`), or one is missing."""
+        """None where a tensor is missing, or has no version (inference tensors)."""
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
         tensors = (text_tokens, modality_positions, mask)
         given = [tensor for tensor in tensors if tensor is not None]
@@ -62,29 +62,27 @@ class Conditioning:
 
 @dataclass
 class _Image:
-    """An image in progress, and how its next call is recognised.
-
-    Attributes:
-        planned_scale: the caller's guidance scale, where the step plan depends on it.
-        conditioning, time: of its last call.
-    """
+    """An image in progress, and what identifies its next call."""
 
     state: ImageState
     planned_scale: float | None
+    """The caller's guidance scale, where the step plan depends on it."""
     conditioning: Conditioning | None = None
+    """Of its last call."""
     time: float = float("-inf")
+    """Of its last call."""
 
     def matches(
         self, tokens: Tensor, positions: Tensor, guided: bool, size: tuple[int, int], planned_scale: float | None
     ) -> bool:
-        """Whether a call with this conditioning goes on with this image."""
-        workspace = self.state.workspace
+        """Whether a call with this conditioning belongs to this image."""
+        memory = self.state.memory
         return (
             self.state.guided == guided
-            and workspace.shape.latent_size == size
+            and memory.shape.latent_size == size
             and self.planned_scale == planned_scale
-            and _same(workspace.text_tokens, tokens)
-            and _same(workspace.spans, positions)
+            and _same(memory.text_tokens, tokens)
+            and _same(memory.spans, positions)
         )
 
 
@@ -100,7 +98,7 @@ class UpstreamMethods:
         self.originals = originals
         self._in_progress: list[_Image] = []
 
-    # ---- drawing
+    # ---- generation
 
     @torch.no_grad()
     def t2i_generate(
@@ -118,8 +116,9 @@ class UpstreamMethods:
     ) -> Tensor:
         """One evaluation, called by upstream's sampler; same arguments and result as the model's own method.
 
-        A new image is found by its conditioning and by t, which grows within an image. Two images of one prompt that are drawn
-        by turns are told apart by their tensors: with the very same ones they would share what is kept between steps.
+        A call belongs to an image with the same conditioning and a smaller t, for t grows within an image; otherwise it starts
+        a new one. Interleaved images of one prompt need conditioning tensors of their own: with the same tensors they would
+        share cached state.
         """
         reason = _why_original(
             image_latents, t, text_tokens, modality_positions, first_frame_as_cond, only_denoise_last_image
@@ -152,11 +151,11 @@ class UpstreamMethods:
         )
         guided = guidance_scale > 0
         if known is None:
-            # Further calls with the very same tensors are not looked at again.
+            # Calls with the same, unmodified tensors are not checked again.
             validate.check_t2i_inputs(
                 self.runner.parts.model, image_latents, t, text_tokens, modality_positions, guided
             )
-        time, shared = _look_at(image_latents, t, guided)
+        time, shared = _read_time(image_latents, t, guided)
         image = self._image(known, text_tokens, modality_positions, guidance_scale, image_latents, time)
         velocity = self._velocity(image, image_latents, t, guidance_scale, shared)
         image.time, image.conditioning = time, call
@@ -165,7 +164,7 @@ class UpstreamMethods:
         return torch.cat([velocity, velocity]) if guided else velocity
 
     def _velocity(self, image: _Image, latents: Tensor, t: Tensor, guidance_scale: float, shared: bool) -> Tensor:
-        """Guided velocity [images, channels, H, W]. shared: both halves have the same latents and time."""
+        """Guided velocity [images, channels, H, W]. shared: both guidance branches have the same latents and time."""
         engine, state = self.runner.generation, image.state
         index = state.step + 1
         own, times = (latents.chunk(2)[0], t[: state.images]) if shared else (latents, t)
@@ -182,16 +181,16 @@ class UpstreamMethods:
         latents: Tensor,
         time: float,
     ) -> _Image:
-        """The image that a call goes on with, or a new one. known: the image whose conditioning these very tensors are."""
+        """The image that a call belongs to, or a new one. known: the image whose last call had the same tensors."""
         size = (latents.shape[2], latents.shape[3])
         scale = guidance_scale if self.runner.config.execution.skip_unit_guidance else None
-        # The very same tensors first; then equal ones, for a caller may make them anew for every call. Two images of one
-        # prompt, drawn by turns, are told apart by their tensors, and where these are the same by their times.
+        # Identical tensors first, then equal ones, because a caller may rebuild them for every call. Interleaved images of one
+        # prompt are told apart by tensor identity, then by time.
         guided = guidance_scale > 0
         same = [known] if known else [i for i in self._in_progress if i.matches(tokens, positions, guided, size, scale)]
         earlier = [image for image in same if image.time < time]
         if earlier:
-            # Of several the one that is farthest, and of these the newest: an older one was abandoned.
+            # The latest time wins, then the newest image: an older one was abandoned.
             image = max(reversed(earlier), key=lambda image: image.time)
         else:
             if known is not None:
@@ -209,11 +208,11 @@ class UpstreamMethods:
         self.runner.generation.end(image.state)
 
     def reset(self) -> None:
-        """Forget images in progress."""
+        """End all images in progress."""
         for image in list(self._in_progress):
             self._end(image)
 
-    # ---- answering
+    # ---- understanding
 
     @torch.no_grad()
     def mmu_generate(
@@ -246,12 +245,12 @@ class UpstreamMethods:
         return engine.decode([prompt], max_new_tokens, TokenSampler(temperature, top_k), eos_token)[0]
 
     def _original(self, method: str, reason: str, **arguments: Any) -> Any:
-        """The model's own method, with the reason why."""
+        """Call the model's own method and count the reason."""
         self.runner.fallbacks[f"{method}: {reason}"] += 1
         return self.originals[method](**arguments)
 
 
-# ---- whether a call is one that the runtime stands for
+# ---- which calls the runtime supports
 
 
 def _why_original(
@@ -262,7 +261,7 @@ def _why_original(
     first_frame: bool,
     last_image: bool,
 ) -> str | None:
-    """Why a call runs the model's own method, or None. These are cases that Show-o2 knows beyond one image a row."""
+    """Why a call runs the model's own method, or None: cases of Show-o2 beyond one image per row."""
     if latents is None or t is None or tokens is None or positions is None:
         return "an input is missing"
     if first_frame or last_image:
@@ -275,7 +274,7 @@ def _why_original(
 
 
 def _mask_problem(mask: Any, positions: Tensor | None, tokens: Tensor | None) -> str | None:
-    """Why a mask given by the caller is not the one that the runtime stands for, or None."""
+    """Why the caller's mask is not the one that the runtime implements, or None."""
     if not isinstance(mask, Tensor) or positions is None or tokens is None:
         return None
     expected = omni_allowed(positions, tokens.shape[1])
@@ -285,9 +284,9 @@ def _mask_problem(mask: Any, positions: Tensor | None, tokens: Tensor | None) ->
     return None if same else "an attention mask of another pattern"
 
 
-def _look_at(latents: Tensor, t: Tensor, guided: bool) -> tuple[float, bool]:
-    """The time, and whether the guided rows come in two halves that share latents and time, as upstream's sampler makes
-    them, so that one half is encoded. The one thing that a call has to read from the device."""
+def _read_time(latents: Tensor, t: Tensor, guided: bool) -> tuple[float, bool]:
+    """The time, and whether both guidance branches share latents and time, as in upstream's sampler, so that only one needs
+    encoding. The only values that a call reads from the device."""
     first, second = latents.chunk(2) if guided else (latents, latents)
     same = (first == second).all() & (t == t[0]).all() if guided else torch.zeros((), device=t.device)
     readback = Readback()

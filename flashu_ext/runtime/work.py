@@ -1,7 +1,7 @@
-"""Device work as values: everything that a piece of work depends on beside the memory it runs in.
+"""Device work as values: everything that it depends on besides the memory it runs on.
 
-The value is the key of the work's captured graph, so a number that changes what runs cannot be left out of the key. Each type
-of work has one function that does it, which takes the memory and the value and reads no other plain number.
+The value is the key of the captured graph, so a parameter that changes what runs cannot be missing from the key. One function
+executes each type of work; its inputs are the memory and the value, and nothing else that can change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Variant:
-    """A network that is run: with the FFN neurons of a task (None: all of them), without the skipped layers."""
+    """The network that runs: with the FFN neurons of a task (None: all neurons), without the skipped layers."""
 
     task: str | None
     skipped: tuple[int, ...] = ()
@@ -31,23 +31,23 @@ class Variant:
 
 @dataclass(frozen=True)
 class Work:
-    """What every kind of work says."""
+    """What all types of work have."""
 
     rows: int
     """Rows of the batch that run."""
 
     @property
     def rare(self) -> bool:
-        """Whether it may never come back: then a capture has to wait until it has."""
+        """Whether the same work may never recur: then it is captured only after several runs."""
         return False
 
 
 @dataclass(frozen=True)
 class WatchWork(Work):
-    """Take in the adaptive cache's signal."""
+    """Update the adaptive cache's drift."""
 
     compared: int
-    """Rows that the signal before it has too."""
+    """Rows that the previous signal has too."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,18 @@ class PrefixWork(Work):
 
     @property
     def rare(self) -> bool:
-        return bool(self.variant.skipped)  # which layers are skipped may be another choice for every prompt
+        return bool(self.variant.skipped)  # the skipped layers may differ for every prompt
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Where the token importance lies that chooses tokens: in one measurement's slot, or extrapolated from two."""
+    """Which measurements of token importance choose the tokens: one, or two that are extrapolated."""
 
     newest: int
+    """Slot of a measurement."""
     earlier: int | None = None
     slope: float = 0.0
-    """Steps ahead of the newest measurement, over the steps between the two."""
+    """Steps since the newest measurement, divided by the steps between the two."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,18 @@ class BackboneWork(Work):
     images: int
     """Latents: as many as rows, or half of them where both branches of guidance share one."""
     encode: bool
-    """Run the SigLIP encoder; else its features of an earlier step are used."""
+    """Run the SigLIP encoder; else reuse its features of an earlier step."""
     variant: Variant
     measure: bool
     """Measure the layers' importance, over the whole sequence."""
     stores_prefix: bool
-    """A measurement that leaves the prompt's keys and values behind."""
+    """Also store the prompt's keys and values (in a measurement)."""
     token_slot: int | None
-    """Where the measured importance of the tokens goes; None: not measured."""
+    """Slot for the measured token importance; None: tokens are not measured."""
     routing: Routing | None
-    """Which tokens every layer computes; None: all of them."""
+    """How the tokens that each layer computes are chosen; None: all tokens."""
     groups: int | None
-    """Calls of attention, where the prompts' lengths are read on the host; None: on the device."""
+    """Attention calls per layer; None where prompt lengths are read on the device."""
 
     @property
     def rare(self) -> bool:
@@ -98,16 +99,16 @@ class BackboneWork(Work):
 
 @dataclass(frozen=True)
 class HeadUpdate:
-    """Take a feature of the diffusion head into its table of finite differences."""
+    """Update the diffusion head's table of finite differences with a new feature."""
 
     rows: int
     """Of the table."""
-    carried_from: int
-    """Rows of the table that goes on in this one; 0: none does."""
+    copied_from: int
+    """Rows of the table whose differences are copied first; 0: none."""
     interval: float
     """Steps since the last feature."""
     count: int
-    """Earlier features that count."""
+    """Earlier features in the table."""
 
 
 @dataclass(frozen=True)
@@ -119,28 +120,28 @@ class HeadPrediction:
     ahead: float
     """Steps since the last feature."""
     count: int
-    """Features that count."""
+    """Features in the table."""
 
 
 @dataclass(frozen=True)
 class HeadWork(Work):
-    """The diffusion head, and the latents' step."""
+    """Run the diffusion head, and the Euler step."""
 
     update: HeadUpdate | None
-    """What is kept of the blocks' output for later steps; None: nothing."""
+    """Stores the blocks' output for later steps; None: not stored."""
     prediction: HeadPrediction | None
-    """What stands for the blocks' output; None: the blocks run."""
+    """Replaces the blocks' output; None: the blocks run."""
     residual: bool
-    """What is kept or predicted is what the blocks add to their input."""
-    moved: int
-    """Images whose latents are moved along; 0: the caller does that."""
+    """The feature is what the blocks add to their input, not their output."""
+    stepped: int
+    """Images that take the Euler step here; 0: the caller does it."""
     groups: int | None
     """As in `BackboneWork`."""
 
 
 @dataclass(frozen=True)
 class TokenWork(Work):
-    """The next token of every row of a batch of answers."""
+    """Compute the next token of every row of a batch of answers."""
 
     layers: tuple[bool | None, ...]
-    """Which layers run: all rows, none, or (None) those that `AnswerMemory.runs` says."""
+    """Per layer: all rows run it, none does, or (None) those in `AnswerMemory.runs`."""

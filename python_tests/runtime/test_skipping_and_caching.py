@@ -176,7 +176,7 @@ def test_half_precision_is_drawn_again_bit_by_bit(dtype):
 # ---- what is counted, and what is not run
 
 
-def test_carried_tokens_are_counted_and_not_computed():
+def test_skipped_tokens_are_counted_and_not_computed():
     config = FlashUConfig(steps=8, full_network_steps=2, **TOKENS)
     widths = Counter()
     fixture, model = public(), public().model()
@@ -190,9 +190,9 @@ def test_carried_tokens_are_counted_and_not_computed():
     assert widths[SPAN] == 3 and widths[SPAN - 18] == 4 and widths.total() == 8
     assert summary.routed == {
         "computed": LAYERS * ROWS * (3 * SPAN + 4 * (SPAN - 18)),
-        "carried": LAYERS * ROWS * 4 * 18,
+        "skipped": LAYERS * ROWS * 4 * 18,
     }
-    assert "carried" in str(summary) and run(FlashUConfig(steps=3))[1].routed == {}
+    assert f"skipped {LAYERS * ROWS * 4 * 18}" in str(summary) and run(FlashUConfig(steps=3))[1].routed == {}
 
 
 def test_a_large_budget_computes_once_outside_the_full_steps():
@@ -338,11 +338,11 @@ def test_the_gate_sums_relative_changes_on_the_device():
     x = torch.ones(2, 3, 4)
     watch(x)
     assert not gate.due() and isinstance(gate.due(), torch.Tensor)
-    where = gate.signal.data_ptr(), gate.moved.data_ptr()
+    where = gate.signal.data_ptr(), gate.drift.data_ptr()
     watch(x * 1.25)
-    assert not gate.due() and float(gate.moved) == pytest.approx(0.25)
+    assert not gate.due() and float(gate.drift) == pytest.approx(0.25)
     watch(x[:1])  # of the rows that both have, -0.25 of 1.25
-    assert not gate.due() and float(gate.moved) == pytest.approx(0.45)
+    assert not gate.due() and float(gate.drift) == pytest.approx(0.45)
     watch(x[:1] * 1.06)
     assert gate.due(), "0.51 in all"
     gate.computed()
@@ -351,8 +351,8 @@ def test_the_gate_sums_relative_changes_on_the_device():
     assert gate.due(), "what is not a number is no reason to go on without computing"
     seen.append(0)
     watch(x * 3)
-    assert not gate.due() and float(gate.moved) == 0, "another image begins"
-    assert where == (gate.signal.data_ptr(), gate.moved.data_ptr())
+    assert not gate.due() and float(gate.drift) == 0, "another image begins"
+    assert where == (gate.signal.data_ptr(), gate.drift.data_ptr())
 
 
 @pytest.mark.parametrize("restarts", [False, True])

@@ -112,7 +112,7 @@ def test_images_in_progress_have_memory_of_their_own():
         for _ in range(2):
             assert torch.equal(fx.showo2.sample(model, **first, callback=other), alone[0])
         assert all(torch.equal(latents, alone[1]) for latents in nested)
-        assert handle.summary().graphs["workspaces"] == 2, "memory is handed on, not made anew"
+        assert handle.summary().graphs["memories"] == 2, "memory is handed on, not made anew"
 
 
 def test_an_error_gives_the_memory_back():
@@ -128,7 +128,7 @@ def test_an_error_gives_the_memory_back():
             with pytest.raises(KeyboardInterrupt):
                 sample(model, fixture, callback=stop)
         assert torch.equal(sample(model, fixture), expected)
-        assert handle.summary().graphs["workspaces"] == 1
+        assert handle.summary().graphs["memories"] == 1
 
 
 def test_a_failed_capture_falls_back_and_says_why():
@@ -222,7 +222,7 @@ def test_a_finished_image_holds_no_memory():
         original = engine.step
 
         def step(state):
-            seen.append(weakref.ref(state.workspace.llm))
+            seen.append(weakref.ref(state.memory.llm))
             original(state)
 
         engine.step = step

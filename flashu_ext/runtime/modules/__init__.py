@@ -1,1 +1,1 @@
-"""The pieces that replace a model's own computation: FFN, attention passes, decoder layer, head block."""
+"""Layers that replace a model's own computation: FFN, attention passes, decoder layer, head block."""

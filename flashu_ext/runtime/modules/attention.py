@@ -1,8 +1,8 @@
-"""Attention passes: how the queries of a forward pass meet keys and values, cached or new.
+"""Attention passes: attention over cached and new keys and values, one pass for each kind of forward.
 
 A pass is called once per layer with that layer's projections and rotary table, and returns the attended values. The pass
-owns the cache: it rotates queries and keys and puts keys and values where they belong, in one launch; layers know nothing
-of prefixes, spans or masks.
+owns the cache: one launch rotates queries and keys and stores keys and values. Layers need not know about prefixes, spans or
+masks.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ __all__ = [
 Rope = tuple[Tensor, Tensor]
 """cos and sin, [rows or 1, n, head_dim] each."""
 
-# Rows of unequal prefix are attended in groups of equal length without a mask, up to this many groups: above it, one call
-# with a mask costs less than many small ones.
+# Rows are grouped by prefix length and attended without a mask, up to this many groups: beyond that, one masked call costs
+# less than many small ones.
 MAX_GROUPS = 4
 
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Weights [head_dim] of the norms that some models put on every query and key head, before they are rotated."""
+    """Weights [head_dim] of the norms that some models apply to every query and key head before rotation."""
 
     query: Tensor
     key: Tensor
@@ -74,11 +74,11 @@ def rope_table(module: Callable[..., tuple[Tensor, Tensor]], position_ids: Tenso
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary embedding of x [rows, n, heads, d] by cos and sin [rows or 1, n, d], halves convention."""
+    """Rotary embedding of x [rows, n, heads, d] by cos and sin [rows or 1, n, d]; dimension i is paired with i + d / 2."""
     cos, sin = (table[:, :, None] for table in rope)
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, turned, sin)
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return torch.addcmul(x * cos, rotated, sin)
 
 
 def rotate_into(
@@ -92,18 +92,19 @@ def rotate_into(
     values: Tensor,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Rotate, store keys and values, and fold the query heads that share a key head into its token axis.
+    """Rotate queries and keys, store keys and values, and fold the query heads that share a key head into its token axis.
 
     Args:
-        query: [rows, n, heads, d]. key, value: [rows, n, kv_heads, d]. keys, values: [rows, slots, kv_heads, d], written
-            from slot 0, or start[row], on.
+        query: [rows, n, heads, d].
+        key, value: [rows, n, kv_heads, d].
+        keys, values: [rows, slots, kv_heads, d], written from slot 0 on, or from start[row].
 
     Returns:
         [rows, kv_heads, heads / kv_heads * n, d].
     """
     cos, sin = rope
     rows, n, heads, d = query.shape
-    turned = kernels.rotary_cache_(
+    rotated = kernels.rotary_cache_(
         query,
         key,
         value,
@@ -117,7 +118,7 @@ def rotate_into(
         eps=norms.eps if norms else 1e-6,
     )
     kv_heads = key.shape[2] or heads
-    return turned.view(rows, kv_heads, heads // kv_heads * n, d)
+    return rotated.view(rows, kv_heads, heads // kv_heads * n, d)
 
 
 def fold_mask(mask: Tensor, shape: AttentionShape) -> Tensor:
@@ -145,14 +146,12 @@ def attend_folded(query: Tensor, key: Tensor, value: Tensor, n: int, mask: Tenso
 
 @dataclass(frozen=True)
 class RowGeometry:
-    """Where every row's image span lies.
-
-    Attributes:
-        prefix: per row the number of text tokens before the span. span: tokens of the span, the same in all rows.
-    """
+    """Position and length of every row's image span."""
 
     prefix: tuple[int, ...]
+    """Text tokens before the span, per row."""
     span: int
+    """Tokens of the span, the same in all rows."""
 
     @property
     def longest(self) -> int:
@@ -162,7 +161,7 @@ class RowGeometry:
         return RowGeometry(self.prefix[:rows], self.span)
 
     def groups(self) -> list[tuple[int, int, int]]:
-        """(first row, end row, keys) of neighbouring rows that see one number of keys."""
+        """(first row, end row, keys): runs of adjacent rows that attend to the same number of keys."""
         result: list[tuple[int, int, int]] = []
         for row, length in enumerate(self.prefix):
             seen = self.span + length
@@ -176,15 +175,15 @@ class RowGeometry:
 class SpanPass:
     """Image tokens attend to their whole span and to the cached prefix.
 
-    A row's keys are its span's, then its prefix's: attention does not ask for their order, and so all that a row sees lies
-    in one piece from slot 0 on, however long its prefix is.
+    The cache stores a row's span first, then its prefix. Attention does not depend on the order of keys, and so a row's keys
+    are contiguous from slot 0, whatever the length of its prefix.
     """
 
     def __init__(self, cache: Tensor, geometry: RowGeometry, kernels: KernelSet, mask: Tensor | None = None):
         """Args:
-        cache: [layers, 2, rows, slots, kv_heads, d]. geometry: of these rows.
-        mask: additive [rows, 1, 1, slots], where the lengths of the prefixes must be read on the device; None: from the
-            geometry.
+        cache: [layers, 2, rows, slots, kv_heads, d].
+        geometry: of these rows.
+        mask: additive [rows, 1, 1, slots], where prefix lengths must be read on the device; None: from the geometry.
         """
         self.cache = cache
         self.kernels = kernels
@@ -204,8 +203,8 @@ class SpanPass:
         return self._attend(layer, folded, query.shape[1])
 
     def routed(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, query_rope: Rope) -> Tensor:
-        """Queries of some tokens of the span, [rows, k, heads, d] with the rotary table of theirs, keys and values of all."""
-        # Keys and values without queries, then the queries without keys and values: they are not of one number of tokens.
+        """Queries of some span tokens, [rows, k, heads, d], with their rotary table; keys and values of all span tokens."""
+        # Keys and values first, then the queries: one call takes the same number of tokens of each.
         keys, values = self.cache[layer]
         kernels, none = self.kernels, slice(0)
         rotate_into(kernels, key[:, :, none], key, value, rope, None, keys, values)
@@ -217,7 +216,7 @@ class SpanPass:
         )
 
     def _attend(self, layer: int, folded: Tensor, n: int) -> Tensor:
-        """`attend_folded` of n queries a row to all that the rows see."""
+        """`attend_folded`, n queries per row, over each row's span and prefix."""
         keys, values = (each.transpose(1, 2) for each in self.cache[layer])
         if self._groups is None:
             return attend_folded(folded, keys, values, n, self._mask)
@@ -234,8 +233,8 @@ class MaskedPass:
     def __init__(self, mask: Tensor, cache: Tensor, kernels: KernelSet, store: Tensor | None = None):
         """Args:
         mask: additive [rows or 1, 1, group * tokens, tokens] (`fold_mask`).
-        cache: [layers, 2, rows, tokens, kv_heads, d]; layers may share one piece of memory (`expand`).
-        store: [layers, 2, rows, some tokens, kv_heads, d], receives the first of them, where the cache does not last.
+        cache: [layers, 2, rows, tokens, kv_heads, d]; all layers may share the same memory (`expand`).
+        store: [layers, 2, rows, prefix, kv_heads, d], receives the first tokens' keys and values where layers share the cache.
         """
         self.mask = mask
         self.cache = cache

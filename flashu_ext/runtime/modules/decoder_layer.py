@@ -1,4 +1,4 @@
-"""One layer of the language model, from a residual stream to the next, on this library's kernels."""
+"""One layer of the language model on this library's kernels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["decoder_layer", "project_qkv", "pruning_layer", "routed_decoder_laye
 
 Pass = TypeVar("Pass", bound=AttentionPass)
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Pass]]
-"""(normed [1, n, hidden], value [1, n, kv_heads, d]) -> indices of the tokens that stay, int64 [m] ascending, and the
-attention pass among them."""
+"""(normed [1, n, hidden], value [1, n, kv_heads, d]) -> indices of the tokens to keep, int64 [m] ascending, and their
+attention pass."""
 
 
 def project_qkv(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,8 +53,9 @@ def decoder_layer(
     """Qwen2 decoder layer: x [rows, n, hidden] -> [rows, n, hidden]. `x` is consumed: it may be overwritten.
 
     Args:
-        layer: the model's layer, its `mlp` a GatheredFFN. index: its number, for the attention pass's cache.
-        task: whose neuron set the FFN uses, or None: all neurons.
+        layer: the model's layer, its `mlp` a GatheredFFN.
+        index: its number, for the attention pass's cache.
+        task: whose neuron set the FFN uses; None: all neurons.
     """
     normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
     query, key, value = project_qkv(layer.self_attn, normed, shape)
@@ -71,10 +72,10 @@ def pruning_layer(
     kernels: KernelSet,
     task: str | None,
 ) -> tuple[Tensor, Rope, Pass]:
-    """A decoder layer that drops tokens: x [1, n, hidden] -> ([1, m, hidden], rotary table and pass of the m that stay).
+    """A decoder layer that drops tokens: x [1, n, hidden] -> ([1, m, hidden], rotary table and pass of the m kept tokens).
 
-    All tokens are normed and projected to values, which the choice reads; from there on only those that stay are computed,
-    so a dropped token costs this layer one of its seven matrices.
+    The choice needs all tokens normed and projected to values. The rest is computed for kept tokens only, so a dropped token
+    costs one of the layer's seven matrix products.
     """
     normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
     value = layer.self_attn.v_proj(normed)
@@ -106,22 +107,23 @@ def routed_decoder_layer(
     kernels: KernelSet,
     task: str | None,
 ) -> Tensor:
-    """`decoder_layer` for the active tokens; the others leave as they came: x [rows, n, hidden], overwritten and returned.
+    """`decoder_layer` for the active tokens; the others pass unchanged: x [rows, n, hidden], overwritten and returned.
 
-    The active tokens attend to all n: the keys and values of a carried token are made from the state it is carried in, so
-    what is computed is what the whole layer would give. They cost little (a seventh of the attention's weights
-    in the 1.5B model, an eighth in the 7B one); queries, output projection and FFN are what is saved.
+    The active tokens attend to all n tokens, so their output is that of the whole layer. Keys and values of skipped tokens
+    are therefore computed from their unchanged state. They are cheap (a seventh of the attention's weights in the 1.5B model,
+    an eighth in the 7B one); queries, output projection and FFN are saved.
 
     Args:
-        active: int64 [rows, k], the tokens to compute, each once. Others: as for `decoder_layer`; rope for all n tokens.
+        active: int64 [rows, k], the tokens to compute, distinct.
+        rope: for all n tokens. The others: as for `decoder_layer`.
     """
     rows, k = active.shape
     normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
     key, value = _project_kv(layer.self_attn, normed, shape)
-    moved = kernels.gather_rows(x, active)
+    residual = kernels.gather_rows(x, active)
     query = layer.self_attn.q_proj(kernels.gather_rows(normed, active)).view(rows, k, shape.heads, shape.head_dim)
     own = tuple(kernels.gather_rows(table, active) for table in rope)
     attended = layer.self_attn.o_proj(attention.routed(index, query, key, value, rope, (own[0], own[1])))
     norm = layer.post_attention_layernorm
-    normed = kernels.add_rms_norm_(attended, moved, norm.weight, norm_eps(norm))
-    return kernels.scatter_rows_(x, active, layer.mlp(normed, task=task, residual=moved))
+    normed = kernels.add_rms_norm_(attended, residual, norm.weight, norm_eps(norm))
+    return kernels.scatter_rows_(x, active, layer.mlp(normed, task=task, residual=residual))

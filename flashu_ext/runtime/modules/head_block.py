@@ -22,7 +22,7 @@ BLOCK_PARTS, FINAL_PARTS = 6, 2
 def modulation_table(blocks: Sequence[Any], final: Any, time: Tensor) -> Tensor:
     """The adaLN projections of every block, and of the final layer, for time embeddings [times, width].
 
-    All times of an image in one product a block, so these weights are read once an image instead of once an evaluation.
+    One product per block for all times of an image, so weights are read once per image, not once per evaluation.
 
     Returns:
         [times, (6 * blocks + 2) * width].

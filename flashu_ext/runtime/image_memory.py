@@ -1,7 +1,7 @@
-"""The device memory that images of one shape are drawn in: allocated once, loaded anew for every image.
+"""The device memory for generating images of one shape: allocated once, reloaded for every image.
 
-What evaluations read and write lies at fixed addresses, so that a captured evaluation can be replayed for the next step,
-prompt and image. Lengths of prompts and the number of the step are values in this memory, not in the code that runs.
+All inputs and outputs of an evaluation have fixed addresses, so a captured evaluation can be replayed for the next step,
+prompt and image. Prompt lengths and the step number are therefore values in this memory, not arguments.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from .history import MEASUREMENTS
 from .modules.attention import Rope, RowGeometry, SpanPass, rope_table
 from .token_router import TokenRouter
 
-__all__ = ["Shape", "Workspace"]
+__all__ = ["ImageShape", "ImageMemory"]
 
 PREFIX_STEP, TIMES_STEP = 64, 64
-"""Where memory is kept for the next image, room for prompts and times is rounded up to these, so that most images fit."""
+"""Reusable memory rounds its capacity for prompts and times up to multiples of these, so most later images fit."""
 
 SLOT_STEP = 16
-"""A mask's rows are read in wide pieces, which a length of odd numbers would have copied for every layer."""
+"""Attention needs aligned mask rows; an unaligned length would cost a copy in every layer."""
 
 
 def rounded_up(count: int, step: int) -> int:
-    """The first multiple of step that is not below count."""
+    """The smallest multiple of step >= count."""
     return -(-count // step) * step
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What images must have in common to be drawn in the same memory.
-
-    Attributes:
-        rows: of an evaluation, both branches of guidance counted. images: latents.
-        latent_size: (H, W). length: of the rows of text tokens.
-        prefix: room for text tokens before the image. times: room for evaluations, or for rows with times of their own.
-    """
+class ImageShape:
+    """What images must have in common to be generated in the same memory."""
 
     rows: int
+    """Rows of an evaluation, both guidance branches included."""
     images: int
+    """Latents."""
     latent_size: tuple[int, int]
+    """(H, W)."""
     length: int
+    """Tokens of a whole row: text, image and padding."""
     prefix: int
+    """Capacity for text tokens before the image."""
     times: int
+    """Capacity for evaluations, or for rows with a time each."""
 
-    def rounded(self) -> Shape:
-        """With room for other prompts and steps."""
-        return Shape(
+    def rounded(self) -> ImageShape:
+        """With capacity for other prompts and steps."""
+        return ImageShape(
             self.rows,
             self.images,
             self.latent_size,
@@ -64,8 +64,8 @@ class Shape:
             rounded_up(self.times, TIMES_STEP),
         )
 
-    def holds(self, other: Shape) -> bool:
-        """Whether images of another shape can be drawn in memory of this one."""
+    def holds(self, other: ImageShape) -> bool:
+        """Whether memory of this shape serves images of another shape."""
         same = (self.rows, self.images, self.latent_size, self.length)
         return (
             same == (other.rows, other.images, other.latent_size, other.length)
@@ -74,29 +74,36 @@ class Shape:
         )
 
 
-class Workspace:
+class ImageMemory:
     """Memory for images of one shape.
 
     Attributes:
-        shape: what it is for. span: tokens of the image span. grid: patches, (rows, columns).
-        text_tokens: int64 [rows, length]. spans: int64 [rows, 1, 2], (offset, length) of each row's span.
-        latents: fp32 [rows, channels, H, W]; where guided rows share one latent the first `images` are used.
-        time_rows: int64 [rows], the rows of the time tables in force.
-        time_token, modulation: tables [times, ...] of the time token and of the head's modulation.
+        shape: what it was allocated for.
+        span: tokens of the image span.
+        grid: patches, (rows, columns).
+        text_tokens: int64 [rows, length].
+        spans: int64 [rows, 1, 2], (offset, length) of each row's span.
+        latents: fp32 [rows, channels, H, W]; where guided rows share one latent, the first `images` are used.
+        time_rows: int64 [rows], each row's index into the time tables.
+        time_token: [times, hidden].
+        modulation: [times, ...], the head's adaLN projections (`modulation_table`).
         scale, dt: fp32 [times], guidance scale and time step of every evaluation.
         llm, head: keys and values [layers, 2, rows, span + prefix, kv_heads, head_dim] of the language model and the head.
-        llm_rope, head_rope: of the span. text_rope, head_text_rope: of positions 0 and up.
-        mask: additive [rows, 1, 1, span + prefix], where lengths are read on the device, else None.
-        hidden: the language model's result [rows, span, hidden], consumed by the head.
-        velocity: the head's [rows, patches, patch * patch * channels].
-        importance: fp32 [layers], of the last measurement.
-        semantic: the encoder's features [rows, patches, clip] where later evaluations use them again, else None.
-        cache, gate, router: what later steps use again of the head, of the adaptive cache's signal, of measured tokens.
-        geometry: where the rows' spans lie, on the host; read where `mask` is None.
+        llm_rope, head_rope: rotary tables of the span.
+        text_rope, head_text_rope: rotary tables of positions 0 and up.
+        mask: additive [rows, 1, 1, span + prefix] where prompt lengths are read on the device, else None.
+        hidden: output of the language model [rows, span, hidden], consumed by the head.
+        velocity: output of the head [rows, patches, patch * patch * channels].
+        importance: fp32 [layers], the last measurement.
+        semantic: encoder features [rows, patches, clip] where later evaluations reuse them, else None.
+        cache: the head's features for later steps.
+        gate: the adaptive cache's signal.
+        router: measured token importance.
+        geometry: the rows' spans, on the host; read where `mask` is None.
     """
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, shape: Shape, fixed: bool):
-        """fixed: lengths of prompts are read on the device, so that captured work can be replayed for other prompts."""
+    def __init__(self, parts: Showo2Parts, config: FlashUConfig, shape: ImageShape, fixed: bool):
+        """fixed: prompt lengths are read on the device, so captured work can be replayed for other prompts."""
         dtype, device = parts.dtype, parts.device
         self.shape = shape
         height, width = shape.latent_size
@@ -121,7 +128,7 @@ class Workspace:
         self.time_token = new(shape.times, parts.hidden)
         self.modulation = new(shape.times, modulation)
         self.scale, self.dt = new(shape.times, of=torch.float32), new(shape.times, of=torch.float32)
-        # Zeros: a slot that a row does not use is masked, and must not hold a NaN.
+        # Zeros, because unused slots are only masked: a NaN there would spread.
         self.llm = new(len(parts.layers), 2, rows, slots, llm.kv_heads, llm.head_dim)
         self.head = new(len(parts.blocks), 2, rows, slots, head.kv_heads, head.head_dim)
         self.llm_rope: Rope = (new(rows, span, llm.head_dim), new(rows, span, llm.head_dim))
@@ -150,15 +157,16 @@ class Workspace:
 
     @property
     def offsets(self) -> Tensor:
-        """int64 [rows], where each row's span begins."""
+        """int64 [rows], the first position of each row's span."""
         return self.spans[:, 0, 0]
 
     def load(self, parts: Showo2Parts, text_tokens: Tensor, spans: Tensor, geometry: RowGeometry) -> None:
-        """An image begins.
+        """Prepare the memory for a new image.
 
         Args:
-            text_tokens: int64 [rows, length]. spans: int64 [rows, 1, 2], on the device.
-            geometry: the same on the host; prefixes no longer than there is room for.
+            text_tokens: int64 [rows, length].
+            spans: int64 [rows, 1, 2], on the device.
+            geometry: the same on the host; its prefixes must fit `shape.prefix`.
         """
         self.geometry = geometry
         self.text_tokens.copy_(text_tokens)
@@ -173,16 +181,16 @@ class Workspace:
         self.positions.copy_(position_table(parts, *self.grid))
 
     def prefix(self, rows: int) -> tuple[Tensor, Tensor]:
-        """The part of `llm` and of `head` that holds the prefixes of the first `rows` rows."""
+        """The prefix slots of the first `rows` rows in `llm` and in `head`."""
         slots = slice(self.span, self.span + self.shape.prefix)
         return self.llm[:, :, :rows, slots], self.head[:, :, :rows, slots]
 
     def groups(self, rows: int) -> int | None:
-        """Calls of attention that the first `rows` rows need, where the prompts' lengths are read on the host; else None."""
+        """Attention calls that the first `rows` rows need; None where prompt lengths are read on the device."""
         return None if self.mask is not None else len(self.geometry.first(rows).groups())
 
     def span_pass(self, cache: Tensor, rows: int, kernels: KernelSet) -> SpanPass:
-        """The attention of the first `rows` rows' spans over `llm` or `head`."""
+        """The attention pass for the spans of the first `rows` rows. cache: `llm` or `head`."""
         mask = self.mask[:rows] if self.mask is not None else None
         return SpanPass(cache[:, :, :rows], self.geometry.first(rows), kernels, mask)
 
