@@ -120,7 +120,7 @@ def sample_guided(
         TypeError, ValueError, IndexError: an argument is wrong, or differs between the ranks; or the model's config decides
             by both branches together (`check_guidance_parallel`). RuntimeError: the other rank is gone.
     """
-    inputs = SampleInputs.checked(
+    inputs = SampleInputs.build(
         model,
         noise,
         text_tokens,

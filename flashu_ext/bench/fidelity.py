@@ -61,7 +61,7 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
     Args:
         tail: False counts a layer measurement as if it, too, ran on the image span alone.
     """
-    shape = model_shape(Showo2Parts.find(model))
+    shape = model_shape(Showo2Parts.from_model(model))
     layers = len(shape.layers)
     geometry, count = image.geometry, len(image.geometry.prefix)
     length, prefix = image.length, sum(geometry.prefix) / count

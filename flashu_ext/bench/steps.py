@@ -94,7 +94,7 @@ def memory(name: str, images: int) -> dict[str, int]:
     config = shape.config
     with torch.device("meta"):
         model = Showo2(config).to(torch.bfloat16)
-    parts = Showo2Parts.find(model)
+    parts = Showo2Parts.from_model(model)
     latent_size = (config.image_latent_height * config.patch_size, config.image_latent_width * config.patch_size)
     wanted = ImageShape(2 * images, images, latent_size, shape.sequence, shape.prompt + 2, 49)
     image_memory = ImageMemory(parts, FlashUConfig.paper(), wanted.rounded(), fixed=True)

@@ -113,7 +113,7 @@ def calibrate(
     Source: paper section 3.2; its reference code has the same Wanda score, but sees one prompt with placeholder image
     embeddings.
     """
-    parts = Showo2Parts.find(model)
+    parts = Showo2Parts.from_model(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: expected a model that is not accelerated; call handle.remove() first")
     check_estimator(estimator)
@@ -238,7 +238,7 @@ class _Run:
         if state is None:
             shape = self.observer.down.absolute.shape
             kind = _KINDS[type(sample)]
-            state = TaskState.empty(kind, shape[0], shape[1], len(self.times), self.parts.device)
+            state = TaskState.build(kind, shape[0], shape[1], len(self.times), self.parts.device)
             self.states[task] = state
         try:
             with self.observer.watching(state):
@@ -268,7 +268,7 @@ class _Observer:
 
     def __init__(self, parts: Showo2Parts):
         self.parts = parts
-        self.down = DownNorms.of([layer.mlp.down_proj for layer in parts.layers])
+        self.down = DownNorms.from_projections([layer.mlp.down_proj for layer in parts.layers])
         self._norms = _supported(ops.neuron_norms_, reference.neuron_norms_, parts)
         self._importance = _supported(ops.cosine_importance, reference.cosine_importance, parts)
         self._state: TaskState | None = None

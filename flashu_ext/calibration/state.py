@@ -49,7 +49,7 @@ class TaskState:
     digest: str = ""
 
     @classmethod
-    def empty(cls, kind: str, layers: int, intermediate: int, times: int, device: torch.device) -> TaskState:
+    def build(cls, kind: str, layers: int, intermediate: int, times: int, device: torch.device) -> TaskState:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -157,7 +157,7 @@ def _read(
         ):
             raise ValueError(f"tasks[{task!r}]: not valid: {record!r:.200}")
         times = len(settings["times"])
-        state = TaskState.empty(record["kind"], settings["layers"], settings["intermediate"], times, device)
+        state = TaskState.build(record["kind"], settings["layers"], settings["intermediate"], times, device)
         state.samples, state.tokens, state.digest = *counts, record["digest"]
         for name, value in state.tensors().items():
             got = tensors.get(f"{name}.{task}")

@@ -1,1 +1,1 @@
-"""The models: their parts as the runtime sees them, and one folder for each architecture."""
+"""The models: their parts as the runtime uses them, and one folder for each architecture."""

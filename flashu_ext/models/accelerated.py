@@ -1,4 +1,4 @@
-"""How an accelerated model is told from a dense one."""
+"""Tells an accelerated model from a dense one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 __all__ = ["HANDLE", "handle_of"]
 
 HANDLE = "_flashu_handle"
-"""The one attribute that acceleration adds to a model, for as long as it lasts."""
+"""The one attribute that acceleration adds to a model; `Handle.remove` deletes it."""
 
 
 def handle_of(model: Any) -> Any:
-    """The `Handle` of an accelerated model, or None where it is dense."""
+    """The `Handle` of an accelerated model; None for a dense one."""
     return vars(model).get(HANDLE)

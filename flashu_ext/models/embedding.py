@@ -32,8 +32,7 @@ def embed_image(parts: Showo2Parts, latents: Tensor, semantic: Tensor | None = N
 
 
 def with_time_token(parts: Showo2Parts, image: Tensor, token: Tensor) -> Tensor:
-    """The image span of a sequence: image [rows, patches, hidden] behind token [rows, hidden] where the model has a time
-    token."""
+    """The image span of a sequence: image [rows, patches, hidden], after token [rows, hidden] in models with a time token."""
     return torch.cat([token[:, None], image], dim=1) if parts.has_time_token else image
 
 
@@ -44,10 +43,10 @@ def embed_time(parts: Showo2Parts, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def early_signal(parts: Showo2Parts, latents: Tensor, time_token: Tensor) -> Tensor:
-    """What the network is about to see, for one convolution: low-level patch embeddings with the time token added to
-    each, [images, patches, hidden], contiguous. How far it moves between steps stands for how far the output would.
+    """Low-level patch embeddings plus the time token, [images, patches, hidden], contiguous: one convolution, whose change
+    between steps estimates the change of the network's output.
 
-    Source: the idea of TeaCache (arXiv 2411.19108), which watches a time-modulated input; here before encoder and
-    language model, which are what a cached step saves.
+    Source: the idea of TeaCache (arXiv 2411.19108), which watches a time-modulated input; here it is taken before encoder
+    and language model, because a cached step skips both.
     """
     return (parts.patch_gen(latents.to(parts.dtype)) + time_token[:, None]).contiguous()

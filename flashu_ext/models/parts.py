@@ -1,7 +1,6 @@
-"""Finds a Show-o2 model's parts by attribute names and shapes, ours or upstream's, importing neither.
+"""Finds the parts of a Show-o2 model, ours or upstream's, by attribute names and shapes, importing neither.
 
-Every other room of the runtime reads the model through `Showo2Parts`, so a difference between model versions is dealt
-with here and nowhere else.
+The runtime reads a model only through `Showo2Parts`, so differences between model versions are handled here alone.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class Showo2Parts:
     has_time_token: bool
 
     @classmethod
-    def find(cls, model: Any) -> Showo2Parts:
+    def from_model(cls, model: Any) -> Showo2Parts:
         """Look the parts up.
 
         Raises:
@@ -158,7 +157,7 @@ def _attention_shape(attention: Any, head_dim: int) -> AttentionShape:
 
 
 def norm_eps(norm: nn.Module) -> float:
-    """The epsilon of an RMSNorm, whichever name it has."""
+    """The epsilon of an RMSNorm, under either of its names."""
     for name in ("variance_epsilon", "eps"):
         value = getattr(norm, name, None)
         if value is not None:
@@ -167,16 +166,15 @@ def norm_eps(norm: nn.Module) -> float:
 
 
 def position_table(parts: Showo2Parts, height: int, width: int) -> Tensor:
-    """SigLIP's positions for a grid of height x width patches: [1, height * width, clip].
+    """SigLIP's position embeddings for a grid of height x width patches: [1, height * width, clip].
 
-    The stored table where the model was built for its size, else a bicubic resampling of it (upstream's
-    `interpolate_pos_encoding`).
+    The stored table if the model was built for its size, else resampled bicubically (upstream's `interpolate_pos_encoding`).
     """
     table = parts.position_embedding.weight
     if table.shape[0] == parts.model.image_position_ids.shape[-1]:
         if table.shape[0] != height * width:
             raise ValueError(
-                f"image_latents: expected a grid of {table.shape[0]} patches as the model was built for, got {height} x {width}"
+                f"image_latents: expected a grid of {table.shape[0]} patches, as the model was built for, got {height} x {width}"
             )
         return table[None]
     side = int(table.shape[0] ** 0.5)
@@ -186,7 +184,7 @@ def position_table(parts: Showo2Parts, height: int, width: int) -> Tensor:
 
 
 def model_shape(parts: Showo2Parts) -> ModelShape:
-    """The numbers that the price of an image depends on."""
+    """The sizes that the cost model needs."""
     llm, head = parts.llm_attention, parts.head_attention
     config = getattr(parts.vision, "config", None)
     patch_embedding = 2.0 * parts.patch_gen.proj.weight.numel()

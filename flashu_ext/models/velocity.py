@@ -1,4 +1,4 @@
-"""From the head's velocity rows to the velocity of latents: patches and classifier-free guidance. Torch only."""
+"""Velocity rows to velocity of latents and back, and classifier-free guidance. Torch only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ __all__ = ["guide", "patchify", "unpatchify"]
 
 
 def unpatchify(rows: Tensor, shape: torch.Size) -> Tensor:
-    """Velocity rows [B, patches, patch * patch * channels] -> [B, channels, H, W]; shape: of latents, any number of them.
+    """Velocity rows [B, patches, patch * patch * channels] -> [B, channels, H, W].
 
-    Show-o2 lays the patch * patch vectors of each token out one after the other in raster order of the latents (they are not
-    interleaved into square patches). Its checkpoints are trained that way, so it is kept.
+    Show-o2 writes the patch * patch vectors of each token consecutively in raster order of the latents; they do not form
+    square patches. Its checkpoints are trained that way.
+
+    Args:
+        shape: of latents; its batch size is ignored.
     """
     return rows.reshape(rows.shape[0], -1, shape[1]).transpose(1, 2).reshape(rows.shape[0], *shape[1:])
 

@@ -51,7 +51,7 @@ class Outputs:
 
 @dataclass
 class Probe:
-    """What is drawn and asked. Build it with `Probe.make`.
+    """What is drawn and asked. Build it with `Probe.build`.
 
     Attributes:
         scenes, prompts, noise: one of each per drawing; noise is fp32 [drawings, 16, 72, 2].
@@ -66,7 +66,7 @@ class Probe:
     asked: list[tuple[int, Question]]
 
     @classmethod
-    def make(cls, drawings: int, asked: int, seed: int = 0, split: Split = "held-out") -> Probe:
+    def build(cls, drawings: int, asked: int, seed: int = 0, split: Split = "held-out") -> Probe:
         """`drawings` prompts, half of one object and half of two, and `asked` questions about fresh pictures.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What to accelerate and how far, as one frozen, self-validating record of groups; knows nothing of models."""
+"""The settings of acceleration: a frozen, self-validating record of groups, independent of models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .groups import (
 __all__ = ["FLAT_KEYWORDS", "PRESETS", "FlashUConfig", "preset"]
 
 PRESETS = ("dense", "exact", "paper", "fast")
-"""Names of the presets; dense is the model as it is."""
+"""Names of the presets; dense is the unmodified model."""
 
 T = TypeVar("T")
 
@@ -73,28 +73,28 @@ class _Flat(Generic[T]):
 class FlashUConfig:
     """Settings of an accelerated model. Start from a preset and override: ``FlashUConfig.paper(steps=35)``.
 
-    Every group is None (off) or a record that says how far; see `flashu_ext.planning.groups`. Each field of a group has a
-    flat keyword too: ``FlashUConfig(ffn_prune_ratio=0.2)`` is ``FlashUConfig(ffn=FfnPruning(0.2))``. Constructor, presets,
-    `replace` and JSON take both; a flat keyword beside its group sets that one field of it. A group in which every flat
-    keyword has its default is None.
+    Every group is None (off) or a record; see `flashu_ext.planning.groups`. Each field of a group also has a flat keyword:
+    ``FlashUConfig(ffn_prune_ratio=0.2)`` is ``FlashUConfig(ffn=FfnPruning(0.2))``. Constructor, presets, `replace` and JSON
+    accept both; given with its group, a flat keyword overrides that one field. A group whose flat keywords all have their
+    defaults is None.
 
     Generation counts its evaluations from 1; ``steps`` grid points are ``steps - 1`` evaluations.
 
     Attributes:
-        steps: grid points of the ODE, or None: as the caller says.
+        steps: grid points of the ODE; None: the caller's.
         full_network_steps: the last steps that run the whole network (tau): a count, or a fraction of
             ``steps`` in (0, 1), rounded half up. An evaluation runs it when its number exceeds ``steps - tau``.
-        ffn: neurons left out.
-        layers: language-model layers skipped while drawing.
-        tokens: image tokens skipped while drawing.
-        head: the diffusion head's state used again.
-        encoder: the encoder's features used again.
-        guidance: guidance scale by phases; None: the caller's throughout. A plain list of (evaluations, scale) is taken too.
-        answers: what is left out while answering.
+        ffn: neuron pruning.
+        layers: language-model layers skipped in generation.
+        tokens: image tokens skipped in generation.
+        head: caching of the diffusion head's state.
+        encoder: sharing of encoder features.
+        guidance: guidance scale by phases; None: the caller's throughout. A plain list of (evaluations, scale) works too.
+        answers: token pruning and layer skipping in understanding.
         execution: kernels and graphs.
 
     Raises:
-        ValueError: a field is out of range; the message names it, what was expected and what came.
+        ValueError: a field is out of range; the message names it, what was expected and what was given.
         TypeError: an unknown keyword.
     """
 
@@ -109,7 +109,7 @@ class FlashUConfig:
     answers: Answers | None = None
     execution: Execution = _OWN_KERNELS
 
-    # Flat keywords: which field of which group each one is, and what it reads where that group is None.
+    # Flat keywords: each with its group and field, and the value it has where that group is None.
     ffn_prune_ratio = _Flat("ffn", "ratio", 0.0)
     prune_multiple = _Flat("ffn", "multiple", 64)
     layer_skip_ratio = _Flat("layers", "ratio", 0.0)
@@ -170,7 +170,7 @@ class FlashUConfig:
 
     @classmethod
     def exact(cls, **overrides: Any) -> FlashUConfig:
-        """Nothing is approximated: outputs equal the unmodified model's up to rounding. Overrides may not change that."""
+        """No approximation: outputs equal the unmodified model's up to rounding. Overrides may not change that."""
         config = cls(**overrides)
         if config.approximates:
             raise ValueError(
@@ -182,9 +182,9 @@ class FlashUConfig:
     def paper(cls, **overrides: Any) -> FlashUConfig:
         """Flash-Unified's own settings for Show-o2 1.5B (paper Table 7 and its reference code).
 
-        35 grid points instead of 50; 20 % of the FFN neurons and of the layers left out; the last 0.3 * 35 = 11 steps
-        run the whole network; guidance at 0.75 of the caller's scale before that and at the caller's scale after. Both
-        scales are factors, whatever `guidance_relative` is, unless `guidance` is given.
+        35 grid points instead of 50; 20 % of the FFN neurons pruned and 20 % of the layers skipped; the last
+        0.3 * 35 = 11 steps run the whole network; guidance at 0.75 of the caller's scale before that and at the caller's
+        scale after. Both scales are factors whatever `guidance_relative` is, unless `guidance` is given.
         """
         settings = {"steps": 35, "full_network_steps": 0.3} | overrides
         if "guidance" not in overrides and settings["steps"] is not None:
@@ -197,14 +197,14 @@ class FlashUConfig:
 
     @classmethod
     def fast(cls, fidelity: float = 0.99, **overrides: Any) -> FlashUConfig:
-        """The cheapest settings known to keep `fidelity` of the dense model's right drawings and right answers.
+        """The cheapest settings known to preserve `fidelity` of the dense model's correct images and answers.
 
-        They were found by `flashu-ext tune` on the embedded model and are shipped in tuned.json, with what was measured. They
-        carry over to another model only as a starting point: calibrate it, and tune on it.
+        They were found by `flashu-ext tune` on the embedded model and are in tuned.json, with the measurements. For another
+        model they are only a starting point: calibrate and tune it.
 
         Args:
-            fidelity: what must be left, in (0, 1]. The settings tuned for the least fidelity that is not below it are taken;
-                where there are none, nothing is approximated.
+            fidelity: in (0, 1]. Uses the settings tuned for the lowest fidelity that is at least this; without any, nothing
+                is approximated.
 
         Raises:
             ValueError: fidelity is out of range, or an override is.
@@ -232,21 +232,21 @@ class FlashUConfig:
 
     @property
     def needs_plan(self) -> bool:
-        """Whether FFN neurons are left out, which a `TaskPlan` has to name."""
+        """Whether FFN neurons are pruned, which requires a `TaskPlan`."""
         return self.ffn is not None and self.ffn.ratio > 0
 
     def full_steps(self, steps: int) -> int:
-        """tau as a count for `steps` grid points (a fraction is rounded half up, as 0.3 * 35 = 10.5 -> 11)."""
+        """tau as a count for `steps` grid points; a fraction is rounded half up: 0.3 * 35 = 10.5 -> 11."""
         if isinstance(self.full_network_steps, float):
             return math.floor(self.full_network_steps * steps + 0.5)
         return self.full_network_steps
 
     def guidance_at(self, step: int, scale: float) -> float:
-        """Guidance scale of evaluation `step` (from 1) where the caller asked for `scale`."""
+        """Guidance scale of evaluation `step` (from 1), given the caller's `scale`."""
         return scale if self.guidance is None else self.guidance.at(step, scale)
 
     def replace(self, **overrides: Any) -> FlashUConfig:
-        """A copy with other values, of groups or of flat keywords; the rest of a flat keyword's group stays as it is.
+        """A copy with other values of groups or flat keywords; a flat keyword leaves the rest of its group unchanged.
 
         Raises:
             TypeError: an unknown name.
@@ -270,7 +270,7 @@ class FlashUConfig:
 
     @classmethod
     def from_json(cls, text: str) -> FlashUConfig:
-        """Read what `to_json` wrote, or an object of flat keywords. Unknown or repeated fields, NaN and Infinity are refused.
+        """Read the JSON of `to_json`, or an object of flat keywords. Unknown or repeated fields, NaN and Infinity are refused.
 
         Raises:
             ValueError: not a JSON object of known fields, a field both in its group and flat, or a value out of range.
@@ -302,7 +302,7 @@ _GROUPS: Mapping[str, type] = {
 FLAT_KEYWORDS: Mapping[str, tuple[str, str]] = {
     name: (flat.group, flat.field) for name, flat in vars(FlashUConfig).items() if isinstance(flat, _Flat)
 } | {"guidance": ("guidance", "phases")}
-"""Flat keyword -> (group, field). Phases of guidance have no name of their own: `guidance` may be a plain list of them."""
+"""Flat keyword -> (group, field). The flat keyword of guidance phases is `guidance` itself, as a plain list."""
 
 _OFF: Mapping[str, Any] = {
     name: kind(
@@ -315,11 +315,11 @@ _OFF: Mapping[str, Any] = {
     for name, kind in _GROUPS.items()
     if kind is not Guidance
 }
-"""What None stands for, group by group."""
+"""The record that None stands for, per group."""
 
 
 def _record(name: str, group: Any, flat: Mapping[str, Any]) -> Any:
-    """A group with what the flat keywords say of it, or None where that is what None stands for."""
+    """A group with its flat keywords applied; None where the result is what None stands for."""
     kind = _GROUPS[name]
     if group is not None and not isinstance(group, kind):
         raise ValueError(f"FlashUConfig.{name}: expected None or {kind.__name__}, got {group!r}")
@@ -334,7 +334,7 @@ def _record(name: str, group: Any, flat: Mapping[str, Any]) -> Any:
 
 
 def _guidance(given: Any, flat: Mapping[str, Any]) -> Guidance | None:
-    """Guidance from a record, a plain list of phases or None, and from the flat keyword beside it."""
+    """Guidance from a record, a plain list of phases or None, and `guidance_relative`."""
     relative = {"relative": flat["guidance_relative"]} if "guidance_relative" in flat else {}
     for value in relative.values():
         checks(Guidance)["relative"]("FlashUConfig.guidance_relative", value)
@@ -348,7 +348,7 @@ def _guidance(given: Any, flat: Mapping[str, Any]) -> Guidance | None:
 
 
 def _from_json(name: str, value: Any) -> Any:
-    """A value of a JSON object as the constructor takes it."""
+    """A JSON value as an argument of the constructor."""
     kind = _GROUPS.get(name)
     if kind is None or not isinstance(value, dict):
         return value

@@ -1,7 +1,7 @@
-"""What an image costs under a step plan: floating-point operations by shapes, and seconds as measured here.
+"""The cost of an image under a step plan: floating-point operations from shapes, and seconds measured on this machine.
 
-The cost model of a machine is a table of measured evaluations by kind of work; a plan's price is the sum over its steps,
-so a search can price settings that it never ran.
+A machine's cost model is a table of measured evaluations by kind of work. A plan costs the sum over its steps, so a search can
+predict the cost of settings that it never ran.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A transformer layer by numbers; a multiply-add is two operations.
+    """Sizes of a transformer layer; a multiply-add is two operations.
 
     Attributes:
-        key_value: operations per token of the key and value projections. attention: of the query and output projections.
-        ffn: of the FFN. modulation: once per row. heads, head_dim: of the queries.
+        key_value: operations per token of the key and value projections.
+        attention: operations per token of the query and output projections.
+        ffn: operations per token of the FFN.
+        modulation: operations per row.
+        heads, head_dim: of the queries.
     """
 
     key_value: float
@@ -53,7 +56,12 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class EncoderShape:
-    """The image encoder. linear: operations per patch, embeddings and fusion included. layers, width: of its attention."""
+    """The image encoder.
+
+    Attributes:
+        linear: operations per patch, embeddings and fusion included.
+        layers, width: of its attention.
+    """
 
     linear: float
     layers: int
@@ -62,11 +70,15 @@ class EncoderShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """All that a price needs of a Show-o2 model, as plain numbers (`flashu_ext.models.parts.model_shape`).
+    """The sizes of a Show-o2 model that its cost depends on (`flashu_ext.models.parts.model_shape`).
 
     Attributes:
-        layers: of the language model. blocks: of the diffusion head. head_input: operations per token between the two.
-        final: of the final layer, per token. final_modulation: of its modulation, per row. lm_head: per token.
+        layers: of the language model.
+        blocks: of the diffusion head.
+        head_input: operations per token between the two.
+        final: operations per token of the final layer.
+        final_modulation: operations per row of its modulation.
+        lm_head: operations per token.
         time_token: the image span begins with a time token.
     """
 
@@ -82,7 +94,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Tokens of one row. prefix: text before the image. span: image tokens (time token included). length: padded whole."""
+    """Tokens of one row. prefix: text before the image. span: image tokens, time token included. length: with padding."""
 
     prefix: int
     span: int
@@ -95,15 +107,16 @@ def llm_layer_flops(
     """Operations of one language-model layer on a row of `tokens`.
 
     Args:
-        keys: that a query attends to. kept: share of the FFN's neurons.
-        active: tokens that are computed (default: all); the others give their keys and values only.
+        keys: that a query attends to.
+        kept: fraction of the FFN's neurons.
+        active: tokens that are computed (default: all); of the others only keys and values.
     """
     queries = tokens if active is None else active
     return layer.key_value * tokens + (layer.attention + layer.ffn * kept) * queries + layer.products(queries, keys)
 
 
 def _encoder(shape: ModelShape, geometry: Geometry) -> float:
-    """The encoder on one image; it does not see the time token."""
+    """The encoder on one image, without the time token."""
     encoder, patches = shape.encoder, geometry.span - shape.time_token
     return encoder.linear * patches + encoder.layers * 4.0 * encoder.width * patches * patches
 
@@ -129,7 +142,7 @@ def dense_flops(shape: ModelShape, geometry: Geometry, evaluations: int, guided:
 
 
 def _in_force(config: FlashUConfig, step: Step) -> tuple[FfnPruning, LayerSkip, TokenSkip]:
-    """What a step leaves out of the language model. A new knob that changes what an evaluation costs is read here."""
+    """The approximations of the language model in a step. A new setting that changes the cost must be read here."""
     return (
         (step.pruned and config.ffn) or FfnPruning(0.0),
         (step.skip_from is not None and config.layers) or LayerSkip(0.0, 0),
@@ -140,9 +153,9 @@ def _in_force(config: FlashUConfig, step: Step) -> tuple[FfnPruning, LayerSkip, 
 def image_flops(shape: ModelShape, plan: StepPlan, geometry: Geometry, guided: bool = True) -> float:
     """Operations of one image as the runtime executes `plan`.
 
-    The prompt is counted once for each network variant, again where a variant that ran one branch runs both, and measuring
-    steps run the whole padded sequence. The head's modulation is counted where it is used; it is computed for all steps
-    together, one row a step, which is next to nothing.
+    The prompt is counted once per network variant, and again where a variant that ran one branch later runs both. Measuring
+    steps run the whole padded sequence. The head's modulation is counted where it is used; in fact it is computed once for
+    all steps, one row per step, which is negligible.
     """
     layer, layers = shape.layers[0], len(shape.layers)
     total = 0.0
@@ -173,7 +186,7 @@ Kind = tuple[Any, ...]
 
 
 def _kind(step: Step, config: FlashUConfig) -> Kind:
-    """What decides how long an evaluation takes; equal for steps that run the same work."""
+    """What the duration of an evaluation depends on; equal for steps that run the same work."""
     return (
         step.backbone,
         step.measure,
@@ -192,11 +205,14 @@ class CostModel:
     """Seconds per evaluation by kind of work, measured with one model, batch and machine.
 
     Attributes:
-        draw: runs one image under a config and calls back after every evaluation. layers: of the language model.
-        guidance_scale: what `draw` asks for. image_tokens: of its image. rounds: images per measurement.
+        generate: runs one image under a config and calls back after every evaluation.
+        layers: of the language model.
+        guidance_scale: used by `generate`.
+        image_tokens: of its image.
+        rounds: images per measurement.
     """
 
-    draw: Callable[[FlashUConfig, Callable[[int, Any], None]], None]
+    generate: Callable[[FlashUConfig, Callable[[int, Any], None]], None]
     layers: int
     guidance_scale: float
     image_tokens: int
@@ -207,7 +223,7 @@ class CostModel:
         return StepPlan.build(config, None, self.layers, self.guidance_scale, self.image_tokens)
 
     def seconds(self, config: FlashUConfig) -> float:
-        """Predicted seconds of one image; kinds of work never seen before are measured first."""
+        """Predicted seconds of one image; unknown kinds of work are measured first."""
         plan = self.plan(config)
         if any(_kind(step, config) not in self.table for step in plan.steps):
             self._measure(config, plan)
@@ -221,7 +237,7 @@ class CostModel:
             def mark(_step: int, _latents: Any, marks: list[float] = marks) -> None:
                 marks.append(_now())
 
-            self.draw(config, mark)
+            self.generate(config, mark)
             if turn == 0:
                 continue  # caches, allocator and threads warm up
             for step, begin, end in zip(plan.steps, marks, marks[1:], strict=False):

@@ -1,7 +1,7 @@
-"""What a calibration run measured of every FFN neuron, and the importance scores drawn from it.
+"""The activation statistics of every FFN neuron that calibration measures, and importance scores from them.
 
-A run keeps three running sums per neuron and task: tokens, activations, squares of activations. Every estimator follows
-from them and from W_down, so the choice of an estimator costs no second run.
+A run accumulates three sums per neuron and task: tokens, activations, squares of activations. Every estimator is computed
+from these and W_down, so another estimator needs no second run.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ class NeuronSums:
     """One task's sums over the activations h that enter W_down.
 
     Attributes:
-        tokens: how many tokens were seen.
-        total: sum of h_j over them, fp64 [layers, intermediate]. squares: sum of h_j^2, the same shape.
+        tokens: number of tokens.
+        total: sum of h_j over them, fp64 [layers, intermediate].
+        squares: sum of h_j^2, the same shape.
     """
 
     tokens: int
@@ -40,7 +41,7 @@ class NeuronSums:
     @property
     def variance(self) -> Tensor:
         """Sample variance of every neuron's activation over the tokens, fp64 [layers, intermediate]."""
-        # Rounding may leave a constant neuron slightly below zero.
+        # Rounding may put a constant neuron slightly below zero.
         centred = (self.squares - self.total.square() / self.tokens).clamp_min(0)
         return centred / max(self.tokens - 1, 1)
 
@@ -50,7 +51,8 @@ class DownNorms:
     """Column norms of every layer's W_down.
 
     Attributes:
-        absolute: sum of abs(W_down[:, j]), fp32 [layers, intermediate]. squares: sum of W_down[:, j]^2, the same shape.
+        absolute: sum of abs(W_down[:, j]), fp32 [layers, intermediate].
+        squares: sum of W_down[:, j]^2, the same shape.
     """
 
     absolute: Tensor
@@ -63,7 +65,7 @@ class DownNorms:
                 raise ValueError(f"{name}: expected no negative norms")
 
     @classmethod
-    def of(cls, projections: Sequence[nn.Linear]) -> DownNorms:
+    def from_projections(cls, projections: Sequence[nn.Linear]) -> DownNorms:
         """The norms of each layer's down projection, weights [hidden, intermediate]."""
         weights = [projection.weight.detach() for projection in projections]
         return cls(
@@ -93,16 +95,16 @@ ESTIMATORS: Mapping[str, Callable[[NeuronSums, DownNorms], Tensor]] = {
 
 - wanda: sum of abs(W_down[:, j]) times the L2 norm of neuron j. Source: Flash-Unified's reference code; after Wanda, arXiv
   2306.11695, summed over a neuron's outgoing weights.
-- flap: variance of neuron j times the squared norm of its column of W_down: what is lost when the neuron is replaced by its
-  mean. Source: FLAP, arXiv 2312.11983, its weighted input feature variance.
-- reconstruction: sum over tokens of h_j^2 times the squared norm of its column: exactly the squared error of the FFN's output
-  when neuron j alone is left out. Source: the diagonal of Optimal Brain Damage (LeCun 1989), which for a squared error of a
-  linear layer's output is not an approximation.
+- flap: variance of neuron j times the squared norm of its column of W_down: the error from replacing the neuron by its mean.
+  Source: FLAP, arXiv 2312.11983, its weighted input feature variance.
+- reconstruction: sum over tokens of h_j^2 times the squared norm of its column: the squared error of the FFN's output when
+  only neuron j is pruned. Source: the diagonal of Optimal Brain Damage (LeCun 1989), which is exact for the squared error of
+  a linear layer's output.
 """
 
 
 def check_estimator(name: object) -> str:
-    """Raises ValueError where `name` is no estimator."""
+    """Raise ValueError if `name` is not an estimator."""
     if not isinstance(name, str) or name not in ESTIMATORS:
         raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {name!r:.80}")
     return name
@@ -110,15 +112,16 @@ def check_estimator(name: object) -> str:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a run measured.
+    """The measurements of a run.
 
     Attributes:
-        sums: task -> sums over its tokens. down: norms of the model's down projections.
-        times: the times at which tasks that draw were seen.
+        sums: task -> sums over its tokens.
+        down: norms of the model's down projections.
+        times: the times at which generation tasks were measured.
         layer_importance: task -> fp32 [rows, layers]: 1 - cosine(input, output) of every decoder layer, the last one's output
-            after the final norm. A task that draws has a row for each time, the mean over its tokens; a task that answers has
-            one row, of the token that the first answer token is predicted from.
-        mean_layer_importance: the mean over all tokens instead, fp32 [layers], of tasks that answer.
+            after the final norm. A generation task has one row per time, the mean over its tokens; an understanding task has
+            one row, of the token that predicts the first answer token.
+        mean_layer_importance: understanding task -> the mean over all tokens instead, fp32 [layers].
     """
 
     sums: Mapping[str, NeuronSums]
@@ -165,7 +168,7 @@ def _check_matrix(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int
 
 
 def standardized(scores: Tensor) -> Tensor:
-    """Scores [layers, intermediate] made comparable between layers: each layer's mean taken off, over its deviation.
+    """Scores [layers, intermediate], comparable between layers: mean subtracted, divided by the standard deviation per layer.
 
     Source: FLAP, arXiv 2312.11983, its adaptive structure search. A layer of equal scores becomes zero.
     """

@@ -1,7 +1,7 @@
-"""The groups of a `FlashUConfig`: one frozen, self-validating record for each thing that is left out, cached or switched.
+"""The groups of a `FlashUConfig`: one frozen, self-validating record for each approximation or switch.
 
-Names are plain words; the symbols of the Flash-Unified paper (arXiv 2603.15271) stand beside them. What is left out of a
-count (layers, tokens, neurons) is rounded down.
+Docstrings name the symbols of the Flash-Unified paper (arXiv 2603.15271). Counts of skipped layers, tokens and neurons are
+rounded down.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TOKEN_SCORES = ("value_norm", "value_norm_small", "attention", "random")
 """Rules that choose the visual tokens to drop; see `Answers.token_prune_score`."""
 
 Check = Callable[[str, Any], Any]
-"""(name, value) -> the value as it is stored, or a ValueError that names it, what was expected and what came."""
+"""(name, value) -> the value as stored; raises a ValueError with the name, what was expected and what was given."""
 
 
 def is_int(value: object) -> bool:
@@ -85,13 +85,13 @@ Phases = Annotated[tuple[GuidancePhase, ...], check_phases]
 
 @functools.cache
 def checks(record: type) -> Mapping[str, Check]:
-    """The checks that a dataclass names in its fields' types."""
+    """The checks in the annotations of a dataclass's fields."""
     hints = typing.get_type_hints(record, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if hasattr(hint, "__metadata__")}
 
 
 def brief(record: Any) -> str:
-    """A dataclass's repr with the fields that are not at their defaults alone."""
+    """A dataclass's repr without the fields that have their defaults."""
     shown = [
         f"{field.name}={value!r}"
         for field in dataclasses.fields(record)
@@ -117,7 +117,7 @@ class _Group:
 
 @dataclass(frozen=True, repr=False)
 class FfnPruning(_Group):
-    """FFN neurons left out in every layer, by a task plan.
+    """FFN neurons pruned in every layer, by a task plan.
 
     Attributes:
         ratio: fraction of the neurons (r_p), in [0, 1). Needs a plan when above 0.
@@ -134,7 +134,7 @@ class FfnPruning(_Group):
 
 @dataclass(frozen=True, repr=False)
 class LayerSkip(_Group):
-    """Layers of the language model skipped while drawing: the least important ones by the last measurement.
+    """Layers of the language model skipped in generation: the least important ones by the last measurement.
 
     Attributes:
         ratio: fraction of the layers (r_LS), in [0, 1).
@@ -155,15 +155,15 @@ class LayerSkip(_Group):
 
 @dataclass(frozen=True, repr=False)
 class TokenSkip(_Group):
-    """Image tokens skipped while drawing: those whose state a layer hardly changes go past it by the residual path, while
-    the others are gathered, computed and scattered back.
+    """Image tokens skipped in generation: those whose state a layer hardly changes bypass it on the residual path; the others
+    are gathered, computed and scattered back.
 
     Attributes:
         ratio: fraction of the image tokens skipped in every layer, in [0, 1). The time token is always computed.
-        interval: evaluations between two measurements of token importance; a measuring evaluation skips nothing, so 1
-            skips never.
-        forecast: between measurements importance is extrapolated linearly from the last two; False takes the last one.
-        on: False computes every token and leaves the numbers above as they are.
+        interval: evaluations between two measurements of token importance; a measuring evaluation skips nothing, so 1 never
+            skips.
+        forecast: between measurements importance is extrapolated linearly from the last two; False uses the last one.
+        on: False computes every token, whatever the fields above.
     """
 
     ratio: Ratio
@@ -182,19 +182,18 @@ class TokenSkip(_Group):
 
 @dataclass(frozen=True, repr=False)
 class HeadCaching(_Group):
-    """The diffusion head's state, kept in some evaluations and used again in others.
+    """The diffusion head's state, stored in some evaluations and reused in others.
 
     Attributes:
-        interval: the state is computed and kept every this many evaluations (T_cache); 0 = no cache.
-        order: how a kept state is carried to a later evaluation: 0 reuses it, 1 and 2 extrapolate by finite differences.
-        residual: a cached evaluation runs the language model and replaces the head's blocks by what they added to their
-            input when they last ran; False takes their output and runs no language model.
-        adaptive: whether an evaluation outside the full-network steps is cached is decided while running, by how far a
-            cheap early signal has moved since the head last ran. `interval` then is the largest distance between two
-            computations (0: any). Measuring evaluations are never cached; images of one batch share every decision, so
-            here a result does depend on its batch.
-        budget: where adaptive, the sum of relative L1 changes of that signal at which the head is computed again, >= 0; 0
-            computes always.
+        interval: evaluations between two updates of the stored state (T_cache); 0 = no cache.
+        order: how the state is predicted for a later evaluation: 0 reuses it, 1 and 2 extrapolate by finite differences.
+        residual: a cached evaluation runs the language model and replaces the head's blocks by what they last added to their
+            input; False reuses their output and runs no language model.
+        adaptive: decide while running which evaluations are cached, by the drift of a cheap early signal since the head last
+            ran. `interval` is then the largest distance between two computations (0: any). Full-network and measuring
+            evaluations are never cached. Images of a batch share every decision, so a result depends on its batch.
+        budget: if adaptive, the sum of relative L1 changes of that signal at which the head is computed again, >= 0; 0
+            always computes.
     """
 
     interval: Count = 0
@@ -214,11 +213,11 @@ class HeadCaching(_Group):
 
 @dataclass(frozen=True, repr=False)
 class EncoderSharing(_Group):
-    """Features of the SigLIP encoder, shared by several evaluations; never in full-network steps.
+    """Features of the SigLIP encoder, shared by several evaluations; full-network steps always encode.
 
     Attributes:
         interval: evaluations that share them.
-        on: False encodes in every evaluation and leaves the interval as it is.
+        on: False encodes in every evaluation, whatever the interval.
     """
 
     interval: Positive = 2
@@ -231,8 +230,7 @@ class EncoderSharing(_Group):
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Guidance(_Group, Sequence[GuidancePhase]):
-    """Guidance scale by phases; after the last one the caller's scale holds. A sequence of its phases, equal to a plain
-    tuple of the same.
+    """Guidance scale by phases; after the last one the caller's scale applies. Behaves as the tuple of its phases.
 
     Attributes:
         phases: (evaluations, scale) of each, at least one.
@@ -243,7 +241,7 @@ class Guidance(_Group, Sequence[GuidancePhase]):
     relative: Switch = False
 
     def at(self, step: int, scale: float) -> float:
-        """Scale of evaluation `step` (from 1) where the caller asked for `scale`."""
+        """Scale of evaluation `step` (from 1), given the caller's `scale`."""
         last = 0
         for count, value in self.phases:
             last += count
@@ -272,15 +270,16 @@ class Guidance(_Group, Sequence[GuidancePhase]):
 
 @dataclass(frozen=True, repr=False)
 class Answers(_Group):
-    """What is left out while a question is answered.
+    """Approximations while a question is answered.
 
     Attributes:
         token_prune_ratio: fraction of an image's tokens dropped, in [0, 1).
-        token_prune_layer: LLM layer, from 0, that scores them; it and the layers after it go on without the dropped ones.
-        token_prune_score: who is dropped. 'value_norm': the largest value vectors (the paper's); for comparison
-            'value_norm_small': the smallest, 'attention': least looked at by the question's last token, 'random' (seeded).
-        layer_skip_ratio: fraction of LLM layers that an answer's tokens skip: those that turned the prompt's last token
-            least (r_LS while understanding). The prompt itself runs through all layers. In [0, 1).
+        token_prune_layer: LLM layer, from 0, that scores the tokens; dropped ones are missing from its attention on.
+        token_prune_score: which tokens are dropped. 'value_norm': those with the largest value vectors (the paper's); for
+            comparison 'value_norm_small': the smallest, 'attention': least attended by the question's last token, 'random'
+            (seeded).
+        layer_skip_ratio: fraction of LLM layers that an answer's tokens skip, in [0, 1): those that changed the direction of
+            the prompt's last token least (r_LS for understanding). The prompt runs through all layers.
     """
 
     token_prune_ratio: Ratio = 0.0
@@ -299,12 +298,12 @@ class Answers(_Group):
 
 @dataclass(frozen=True, repr=False)
 class Execution(_Group):
-    """How the same numbers are computed; only rounding depends on it.
+    """How the same results are computed; only rounding depends on it.
 
     Attributes:
         ffn_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels of that family; False runs
             plain torch instead, so that a difference can be bisected.
-        step_graphs: on a GPU evaluations are captured in CUDA graphs and replayed; False launches every operator anew.
+        step_graphs: on a GPU, evaluations are captured in CUDA graphs and replayed; False launches every operator each time.
         skip_unit_guidance: an evaluation whose guidance scale is exactly 1 runs the conditional branch alone, as
             v_null + 1 (v - v_null) = v.
     """

@@ -1,4 +1,4 @@
-"""Turns neuron sets of several tasks into one permutation of an FFN and the runs each task reads.
+"""Computes one permutation of an FFN's neurons for the sets of several tasks, and the runs that each task reads.
 
 An FFN computes the same function when its neurons are permuted (rows of W_gate and W_up, columns of W_down). Ordered
 once as [first task only | both | second task only | neither], the first two tasks' sets are one contiguous range each,
@@ -20,7 +20,7 @@ Runs = tuple[tuple[int, int], ...]
 
 
 def runs_of(sorted_index: Tensor) -> Runs:
-    """Runs (start, length) of an ascending index list [n] without repeats."""
+    """Runs (start, length) of ascending, distinct indices [n]."""
     if sorted_index.numel() == 0:
         return ()
     breaks = torch.nonzero(sorted_index[1:] - sorted_index[:-1] != 1).flatten() + 1
@@ -48,7 +48,8 @@ class NeuronLayout:
         """Lay out `sets` (task -> neuron indices, any order, no repeats). The first two tasks become one run each.
 
         Raises:
-            ValueError: an index repeats. IndexError: an index is outside [0, intermediate).
+            ValueError: an index repeats.
+            IndexError: an index is outside [0, intermediate).
         """
         members: dict[str, Tensor] = {}
         for task, index in sets.items():
@@ -71,7 +72,7 @@ class NeuronLayout:
         second = members[tasks[1]] if len(tasks) > 1 else empty
         # Group 0 first only, 1 both, 2 second only, 3 neither: [0, 1] and [1, 2] are then adjacent groups.
         group = torch.where(first, torch.where(second, 1, 0), torch.where(second, 2, 3))
-        # Within a group, neurons wanted by the same further tasks lie together, so that their run lists stay short.
+        # Within a group, neurons of the same further tasks are adjacent, so that those tasks have few runs.
         key = group
         for task in tasks[2:]:
             key = key * 2 + (~members[task]).long()
@@ -89,7 +90,7 @@ class NeuronLayout:
         return bool((self.permutation == torch.arange(self.intermediate)).all())
 
     def kept(self, task: str) -> Tensor:
-        """The original neuron indices of a task, ascending, int64 [n]."""
+        """A task's neurons by their original indices, ascending, int64 [n]."""
         positions = [torch.arange(start, start + length) for start, length in self.runs[task]]
         return (
             self.permutation[torch.cat(positions)].long().sort().values

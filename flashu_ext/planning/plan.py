@@ -1,7 +1,7 @@
-"""What calibration found about a model, per task: neuron scores, the sets kept from them, layer importance.
+"""Task plans: per task neuron scores, the neurons kept by pruning, and layer importance.
 
 A plan is independent of the runtime: it is made from scores, saved as safetensors with validated JSON metadata, loaded,
-and checked against a model by shape and fingerprint before anything is touched.
+and checked against a model by shape and fingerprint before anything is changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FIELDS = {1: _FIELDS_1, 2: _FIELDS_1 | {"ratios", "calibration"}}
 
 
 def kept_count(intermediate: int, ratio: float, multiple: int) -> int:
-    """Neurons kept of `intermediate` when `ratio` of them is pruned: rounded down to `multiple`, never to none.
+    """Neurons kept of `intermediate` when `ratio` of them is pruned: rounded down to `multiple`, at least one.
 
     Source: Flash-Unified's reference code, `structural_pruning.py`.
     """
@@ -43,7 +43,7 @@ def kept_count(intermediate: int, ratio: float, multiple: int) -> int:
 
 
 def check_pruning(ratio: Any, multiple: Any, name: str = "ratio") -> None:
-    """Raises ValueError where `ratio` or `multiple` cannot be pruned by."""
+    """Raise ValueError if `ratio` or `multiple` is out of range."""
     if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not math.isfinite(ratio) or not 0 <= ratio < 1:
         raise ValueError(f"{name}: expected a number in [0, 1), got {ratio!r}")
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
@@ -51,9 +51,9 @@ def check_pruning(ratio: Any, multiple: Any, name: str = "ratio") -> None:
 
 
 def model_fingerprint(model: Any) -> str:
-    """Digest that tells one model's weights from another's: the LLM's FFN shapes and a sample of its attention weights.
+    """Digest that identifies a model's weights: the LLM's FFN shapes and a sample of its attention weights.
 
-    It ignores the order of FFN neurons and survives a cast to bf16, so an accelerated model and its checkpoint agree.
+    It does not depend on the order of FFN neurons or a cast to bf16, so an accelerated model and its checkpoint agree.
     """
     sample: list[Tensor] = []
     shapes: list[int] = []
@@ -88,16 +88,17 @@ def _check_scores(task: str, scores: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """Neuron scores per task and the pruning drawn from them. Make one with `from_scores` or `flashu_ext.calibrate`.
+    """Neuron scores per task and the pruning by them. Made by `from_scores` or `flashu_ext.calibrate`.
 
     Attributes:
         scores: task -> fp32 [layers, intermediate]; larger is more important.
-        ratio: fraction pruned per layer (r_p); where `ratios` differ between layers, of all layers together.
+        ratio: fraction pruned per layer (r_p); with `ratios`, their mean.
         multiple: kept neurons are a multiple of this.
         fingerprint: `model_fingerprint` of the model it was made for, or None.
-        notes: anything that JSON holds, for people.
-        ratios: fraction pruned of each layer, or None: `ratio` of every one.
-        calibration: what the scores are drawn from, or None: they were given. estimator: how, or None.
+        notes: JSON values for the user.
+        ratios: fraction pruned in each layer; None: `ratio` in all.
+        calibration: the measurements behind the scores; None: scores were given.
+        estimator: how scores were computed from the calibration, or None.
     """
 
     scores: Mapping[str, Tensor]
@@ -138,10 +139,11 @@ class TaskPlan:
         """A plan from neuron scores.
 
         Args:
-            generation, understanding, other_tasks: per task one fp tensor [intermediate] per layer; either may be left out,
-                and a task without scores runs on all neurons.
-            ratio: fraction pruned per layer. multiple: kept counts are rounded down to it.
-            model: the model that the scores belong to; its fingerprint goes into the plan.
+            generation, understanding, other_tasks: per task one fp tensor [intermediate] per layer. A task without scores
+                runs on all neurons.
+            ratio: fraction pruned per layer.
+            multiple: kept counts are rounded down to it.
+            model: the model that the scores belong to; its fingerprint is stored in the plan.
 
         Raises:
             ValueError: no task, NaN or infinite scores, or shapes that differ between layers.
@@ -164,10 +166,10 @@ class TaskPlan:
         model: Any | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> TaskPlan:
-        """A plan from what a run of `flashu_ext.calibrate` measured; arguments as there and in `from_scores`.
+        """A plan from the measurements of `flashu_ext.calibrate`; arguments as there and in `from_scores`.
 
         Raises:
-            ValueError: no such estimator, or a calibration of another model.
+            ValueError: unknown estimator, or a calibration of another model.
         """
         fingerprint = model_fingerprint(model) if model is not None else None
         scores = calibration.scores(estimator)
@@ -176,7 +178,7 @@ class TaskPlan:
             plan.check_model(model)
         return plan
 
-    # ---- what it says
+    # ---- contents
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -198,7 +200,7 @@ class TaskPlan:
 
     @property
     def kept_neurons(self) -> int:
-        """Neurons kept per layer; where layers differ, their mean, rounded."""
+        """Neurons kept per layer; the rounded mean where layers differ."""
         return round(sum(self.kept_counts) / self.layers)
 
     @property
@@ -208,11 +210,11 @@ class TaskPlan:
 
     @property
     def times(self) -> tuple[float, ...]:
-        """Times of the rows of `layer_importance`, for tasks that draw."""
+        """Times of the rows of `layer_importance`, for generation tasks."""
         return self.calibration.times if self.calibration else ()
 
     def kept(self, task: str, layer: int) -> Tensor:
-        """Neurons kept for `task` in `layer`: ascending int64 [kept_counts[layer]]; equal scores keep the lower index."""
+        """Neurons kept for `task` in `layer`: ascending int64 [kept_counts[layer]]; of equal scores the lower index."""
         if task not in self.scores:
             raise KeyError(f"task: expected one of {', '.join(self.scores)}, got {task!r}")
         order = torch.sort(self.scores[task][layer], descending=True, stable=True).indices
@@ -226,7 +228,7 @@ class TaskPlan:
         ]
 
     def describe(self) -> str:
-        """A few lines for people: what is kept, and every task's layer importance (mean over its rows)."""
+        """A readable summary: neurons kept, and every task's layer importance (mean over its rows)."""
         counts = self.kept_counts
         kept = str(counts[0]) if len(set(counts)) == 1 else ", ".join(map(str, counts))
         source = f"by {self.estimator}" if self.estimator else "by given scores"
@@ -239,14 +241,14 @@ class TaskPlan:
             lines.append(line)
         return "\n".join(lines)
 
-    # ---- other choices from the same scores
+    # ---- other pruning by the same scores
 
     def with_ratio(self, ratio: float, multiple: int | None = None) -> TaskPlan:
-        """The same scores, pruned further or less, every layer alike."""
+        """The same scores pruned by another ratio, equal for all layers."""
         return replace(self, ratio=ratio, multiple=self.multiple if multiple is None else multiple, ratios=None)
 
     def with_pruning(self, ffn: FfnPruning | None) -> TaskPlan:
-        """The same scores, pruned as a config's `ffn` says; None leaves nothing out."""
+        """The same scores pruned as a config's `ffn` says; None prunes nothing."""
         ffn = ffn or FfnPruning(0.0)
         return self.with_ratio(ffn.ratio, ffn.multiple)
 
@@ -260,11 +262,11 @@ class TaskPlan:
         return replace(self, ratio=round(math.fsum(ratios) / len(ratios), 6), ratios=ratios)
 
     def with_adaptive_ratios(self, ratio: float | None = None) -> TaskPlan:
-        """Share the neurons that a uniform `ratio` (None: the plan's) would keep out over the layers, by their scores.
+        """Distribute the neurons that a uniform `ratio` (None: the plan's) would keep over the layers, by their scores.
 
-        Scores are standardized within each layer and ranked over all of them, for every task; a layer gets the mean of what
-        the tasks' rankings give it, rounded to `multiple` such that the total stays, and at least one `multiple`. Where a layer
-        has fewer neurons than `multiple`, layers stay alike. Source: FLAP, arXiv 2312.11983, its adaptive structure search.
+        For each task, scores are standardized per layer and ranked over all layers. A layer gets the mean of its counts in the
+        tasks' rankings, rounded to `multiple` with an unchanged total, and at least one `multiple`. If layers have fewer
+        neurons than `multiple`, the ratio stays uniform. Source: FLAP, arXiv 2312.11983, its adaptive structure search.
         """
         uniform = self.with_ratio(self.ratio if ratio is None else ratio)
         largest = self.intermediate // self.multiple
@@ -280,10 +282,10 @@ class TaskPlan:
         return replace(uniform, ratios=ratios)
 
     def with_estimator(self, name: str) -> TaskPlan:
-        """The same calibration, scored by another estimator (`estimators.ESTIMATORS`). Layer ratios stay as they are.
+        """The same calibration scored by another estimator (`estimators.ESTIMATORS`). Layer ratios do not change.
 
         Raises:
-            ValueError: no such estimator, or the plan was made from given scores.
+            ValueError: unknown estimator, or the plan was made from given scores.
         """
         check_estimator(name)
         if self.calibration is None:
@@ -291,7 +293,7 @@ class TaskPlan:
         return replace(self, scores=self.calibration.scores(name), estimator=name)
 
     def check_model(self, model: Any) -> None:
-        """Raises ValueError where the plan was not made for this model."""
+        """Raise ValueError if the plan was made for another model."""
         layers = model.showo.model.layers
         shape = (len(layers), layers[0].mlp.down_proj.weight.shape[1])
         if shape != (self.layers, self.intermediate):
@@ -439,9 +441,9 @@ def _read_calibration(tasks: list[str], times: Any, tokens: Any, tensors: Mappin
 
 
 def _apportion(wanted: Sequence[float], budget: int, largest: int) -> list[int]:
-    """Whole numbers in [1, largest] that sum to `budget` and are near `wanted`; needs len(wanted) <= budget.
+    """Integers in [1, largest] near `wanted` that sum to `budget`; needs len(wanted) <= budget.
 
-    Largest remainders first; of equal ones the lower layer.
+    By largest remainders; of equal ones the lower layer.
     """
     units = [min(max(int(value), 1), largest) for value in wanted]
     while sum(units) < budget:

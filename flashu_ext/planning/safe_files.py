@@ -1,7 +1,7 @@
-"""Reads safetensors strictly and writes files atomically; every loader of this package goes through here.
+"""Reads safetensors strictly and writes files atomically; used by every loader of this package.
 
-The safetensors library checks offsets and sizes; what it leaves open is checked here first: header size and entry count
-limits, repeated keys, NaN in JSON, unknown dtypes, shape products, and a file shorter or longer than its header says.
+The safetensors library checks offsets and sizes. Checked here first: limits on header size and entry count, repeated keys,
+NaN in JSON, unknown dtypes, shape products, and files shorter or longer than their header says.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DTYPE_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as the header describes it: dtype name, shape, byte range behind the header."""
+    """One tensor as described in the header: dtype name, shape, byte range after the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             raise ValueError(f"{path}: expected a safetensors file of at least 8 bytes, got {size}")
         (length,) = struct.unpack("<Q", start)
         if length > MAX_HEADER_BYTES or length > size - 8:
-            raise ValueError(f"{path}: header claims {length} bytes; the file holds {size - 8} behind its length field")
+            raise ValueError(f"{path}: header claims {length} bytes; the file has {size - 8} after its length field")
         raw = file.read(length)
     try:
         text = raw.decode("utf-8")
@@ -128,7 +128,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], M
 def save_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors atomically: the file at `path` is the old one or the whole new one."""
+    """Write tensors atomically: the file at `path` is either the old or the complete new one."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
@@ -138,7 +138,7 @@ def save_safetensors(
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends, and vanishes when the block raises."""
+    """A temporary path next to `path`; the block's end renames it to `path`, an exception deletes it."""
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -157,7 +157,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def content_digest(tensors: list[Tensor]) -> str:
-    """SHA-256 over dtype-insensitive contents: values are hashed as bf16, so a cast to bf16 keeps the digest."""
+    """SHA-256 of the values as bf16, so that a cast to bf16 does not change the digest."""
     import hashlib
 
     digest = hashlib.sha256()

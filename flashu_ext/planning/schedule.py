@@ -1,8 +1,7 @@
 """Decides before the loop what every evaluation of an image computes, with dead work removed.
 
-Pure Python over FlashUConfig; nothing here knows of tensors or models. The rules are those of Flash-Unified's
-reference code and of this library's further knobs, on top of which every evaluation is asked: does its result reach
-the latents?
+Pure Python over FlashUConfig, without tensors or models. First come the rules of Flash-Unified's reference code and of this
+library's further settings; then work whose result never reaches the latents is removed.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ class Step:
     """What one evaluation computes. `index` counts from 1.
 
     Attributes:
-        pruned: the FFNs run on the plan's neuron set instead of all neurons.
-        backbone: encoder and LLM run at all.
-        measure: layer importance is measured here, on a pass that skips nothing.
-        skip_from: the measuring step whose choice of layers is skipped here, or None: nothing is skipped.
-        head: the head blocks run; otherwise the state kept by `head_from` is carried forward.
-        head_from: the step whose head state is used, or None when `head`.
-        keep_head: a later step uses this step's head state.
-        dead: the reference code computes the backbone here and throws it away.
-        residual: the backbone runs, and what is carried forward is the head's residual, not its output.
-        adaptive: planned to run, but decided while running: it may become what `cached` returns.
-        encode: the SigLIP encoder runs; otherwise its last features are used.
-        measure_tokens: token importance is measured here, on a pass that skips nothing.
-        tokens_from: the steps whose token importance, the newest first, routes tokens here; empty: all are computed.
-        guided: both branches of guidance are run, where the caller asks for guidance; otherwise the conditional one.
+        pruned: the FFNs run on the plan's neuron set, not on all neurons.
+        backbone: encoder and LLM run.
+        measure: layer importance is measured, in a pass that skips nothing.
+        skip_from: the measuring step that chose the layers skipped here; None: none is skipped.
+        head: the head blocks run; otherwise their result is predicted from the state stored at `head_from`.
+        head_from: the step whose head state is used; None if `head`.
+        keep_head: the head's state is stored, for a later step.
+        dead: the reference code computes the backbone here and discards the result.
+        residual: the backbone runs, and the predicted state is the head's residual, not its output.
+        adaptive: planned to run, but may become `cached` by a decision while running.
+        encode: the SigLIP encoder runs; otherwise its last features are reused.
+        measure_tokens: token importance is measured, in a pass that skips nothing.
+        tokens_from: the steps whose token importance routes tokens here, newest first; empty: all tokens are computed.
+        guided: under guidance both branches run; False: the conditional branch alone.
     """
 
     index: int
@@ -57,8 +56,8 @@ class Step:
 
     @property
     def kind(self) -> str:
-        """'full', 'pruned' (neurons, layers or tokens are left out), 'measure', 'measure only' (its head does not run),
-        'head residual' (so it is, without a measurement) or 'head cached' (nothing but the final layer)."""
+        """'full', 'pruned' (neurons, layers or tokens are skipped), 'measure', 'measure only' (without the head), 'head
+        residual' (the head's residual is reused) or 'head cached' (only the final layer runs)."""
         if not self.backbone:
             return "head cached"
         if self.measure or self.measure_tokens:
@@ -68,7 +67,7 @@ class Step:
         return "pruned" if self.pruned or self.skip_from is not None or self.tokens_from else "full"
 
     def cached(self, head_from: int, residual: bool) -> Step:
-        """This adaptive step where it was decided to carry the head state of step `head_from` forward."""
+        """This adaptive step after the decision to reuse the head state of step `head_from`."""
         step = dataclasses.replace(self, head=False, head_from=head_from, keep_head=False, residual=residual)
         if residual:
             return step
@@ -77,7 +76,7 @@ class Step:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The evaluations of one image, in order. Build it with `StepPlan.build`."""
+    """The evaluations of one image, in order. Made by `StepPlan.build`."""
 
     config: FlashUConfig
     grid_points: int
@@ -96,11 +95,10 @@ class StepPlan:
 
         Args:
             config: the settings.
-            steps: grid points; None takes `config.steps`, or 50 where that is None too.
-            num_layers: LLM layers, to know whether `LayerSkip.ratio` rounds down to none; None assumes that it does not.
-            guidance_scale: the caller's, to know where the scale of a step is 1; None takes no step whose scale depends
-                on it for one.
-            num_tokens: image tokens, to know whether `TokenSkip.ratio` rounds down to none; None assumes that it does not.
+            steps: grid points; None: `config.steps`, or 50 if that is None too.
+            num_layers: LLM layers; needed to see whether `LayerSkip.ratio` rounds down to none. None: it does not.
+            guidance_scale: the caller's; needed to see which steps have scale 1. None: those that depend on it do not.
+            num_tokens: image tokens; needed to see whether `TokenSkip.ratio` rounds down to none. None: it does not.
 
         Raises:
             ValueError: fewer than two grid points.
@@ -108,7 +106,7 @@ class StepPlan:
         grid_points = steps if steps is not None else (config.steps if config.steps is not None else 50)
         if not isinstance(grid_points, int) or isinstance(grid_points, bool) or grid_points < 2:
             raise ValueError(f"steps: expected an integer >= 2 (grid points), got {grid_points!r}")
-        rules = _Rules.of(config, grid_points, num_layers, num_tokens)
+        rules = _Rules.from_config(config, grid_points, num_layers, num_tokens)
         drafts = _drafts(rules)
         live = _with_branches(rules, config, guidance_scale, _without_dead_work(rules, drafts))
         return cls(config, grid_points, _with_encoder(rules, drafts, live))
@@ -117,7 +115,7 @@ class StepPlan:
         return len(self.steps)
 
     def at(self, index: int) -> Step:
-        """The evaluation with number `index`; past the end the last one's kind of work goes on."""
+        """The evaluation with number `index`; a full one past the end of the plan."""
         if index <= len(self.steps):
             return self.steps[index - 1]
         return Step(index, False, True, False, None, True, None, False, False)
@@ -136,7 +134,7 @@ class StepPlan:
 
     @property
     def adaptive_evaluations(self) -> int:
-        """Evaluations counted as run above that may be cached instead, as decided while running."""
+        """Evaluations counted as run above that may be cached by a decision while running."""
         return sum(step.adaptive for step in self.steps)
 
     @property
@@ -148,7 +146,7 @@ class StepPlan:
         return dict(Counter(step.kind for step in self.steps))
 
     def describe(self, guidance_scale: float = 5.0) -> str:
-        """The plan as a table for people, one line per evaluation, totals last. Columns of knobs that are off are left out."""
+        """The plan as a table, one line per evaluation, totals last. Columns of settings that are off are omitted."""
         rows = [self._cells(step, guidance_scale) for step in self.steps]
         config = self.config
         shares = config.encoder is not None and config.encoder.on
@@ -177,10 +175,10 @@ class StepPlan:
     def _cells(self, step: Step, guidance_scale: float) -> dict[str, str]:
         """A step's row of the table by column."""
         config = self.config
-        carry = "forecast" if config.head is not None and config.head.order > 0 else "reuse"
+        predict = "forecast" if config.head is not None and config.head.order > 0 else "reuse"
         if step.residual:
-            carry += " residual"
-        head = ("compute, keep" if step.keep_head else "compute") if step.head else f"{carry} {step.head_from}"
+            predict += " residual"
+        head = ("compute, store" if step.keep_head else "compute") if step.head else f"{predict} {step.head_from}"
         layers = "all" if step.skip_from is None else f"skip as of {step.skip_from}"
         tokens = f"skip as of {', '.join(map(str, step.tokens_from))}" if step.tokens_from else "all"
         pruned = f"{100 * (1 - config.ffn.ratio):g} %" if config.ffn is not None else "all"
@@ -191,7 +189,7 @@ class StepPlan:
             "FFN": (pruned if step.pruned else "all") if step.backbone else "-",
             "layers": layers if step.backbone else "-",
             "tokens": tokens if step.backbone else "-",
-            "head": f"{head}, or {carry}" if step.adaptive else head,
+            "head": f"{head}, or {predict}" if step.adaptive else head,
             "branches": "both" if step.guided else "one",
             "guidance": f"{config.guidance_at(step.index, guidance_scale):g}",
         }
@@ -199,16 +197,17 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class _Rules:
-    """What the groups of a config decide for every evaluation. A new knob that a step plan depends on is read here.
+    """The settings that a step plan depends on. A new one must be read here.
 
     Attributes:
-        evaluations: of the image. whole_after: the last evaluation before those that run the whole network.
+        evaluations: of the image.
+        whole_after: later evaluations run the whole network.
         prunes: the others run on the plan's neurons.
-        measure_layers, measure_tokens, keep_head: in every so many evaluations; 0: never.
-        token_sources: measurements that a choice of tokens is made from.
+        measure_layers, measure_tokens, keep_head: interval in evaluations; 0: never.
+        token_sources: measurements used to choose tokens.
         residual, adaptive, order: as in `HeadCaching`.
-        encode: the encoder runs once in so many evaluations that run the backbone.
-        one_branch: the unconditional branch is left out where the guidance scale is 1.
+        encode: the encoder runs once per this many evaluations of the backbone.
+        one_branch: skip the unconditional branch where the guidance scale is 1.
     """
 
     evaluations: int
@@ -225,7 +224,9 @@ class _Rules:
     one_branch: bool
 
     @classmethod
-    def of(cls, config: FlashUConfig, grid_points: int, num_layers: int | None, num_tokens: int | None) -> _Rules:
+    def from_config(
+        cls, config: FlashUConfig, grid_points: int, num_layers: int | None, num_tokens: int | None
+    ) -> _Rules:
         layers = config.layers or LayerSkip(0.0, 0)
         skips_layers = layers.ratio > 0 and (num_layers is None or layers.count(num_layers) > 0)
         tokens = config.tokens or TokenSkip(0.0)
@@ -249,7 +250,7 @@ class _Rules:
 
 @dataclass
 class _Draft:
-    """One evaluation before liveness is known: without the knobs of its own, as the reference code would run it."""
+    """One evaluation as the reference code would run it, before dead work is removed."""
 
     index: int
     full: bool
@@ -266,7 +267,7 @@ class _Draft:
 
 
 def _due(every: int, count: int) -> bool:
-    """Whether what happens in every so many evaluations (0: never) happens after `count` of them."""
+    """Whether something that happens every `every` evaluations (0: never) happens after `count` of them."""
     return every > 0 and count % every == 0
 
 
@@ -290,7 +291,7 @@ def _drafts(rules: _Rules) -> list[_Draft]:
                 head_from=cached if not full and not stores else None,
                 measures_tokens=measures_tokens,
                 tokens_from=() if all_runs else measured_tokens,
-                # A measuring step runs its backbone anyway, and a choice must not hang on a decision made while running.
+                # A measuring step runs its backbone anyway, and what it measures must not depend on a decision while running.
                 adaptive=rules.adaptive and not all_runs and index > 1,
             )
         )
@@ -305,10 +306,10 @@ def _drafts(rules: _Rules) -> list[_Draft]:
 
 def _without_dead_work(rules: _Rules, drafts: list[_Draft]) -> list[Step]:
     runs_head = {draft.index for draft in drafts if draft.head_from is None}
-    # A residual is added to a fresh head input, so there the backbone's result reaches the latents although no block runs.
+    # A residual is added to a new head input, so the backbone's result reaches the latents although no block runs.
     uses_backbone = {draft.index for draft in drafts if draft.index in runs_head or rules.residual}
-    # A choice of layers or tokens matters only to a step whose backbone's result is used: a measuring step skips nothing
-    # itself, so liveness never chains from one measurement to another.
+    # A choice of layers or tokens matters only to steps whose backbone result is used. Measuring steps skip nothing, so
+    # liveness never chains from one measurement to another.
     users = [draft for draft in drafts if draft.index in uses_backbone]
     live_measures = {draft.skip_from for draft in users}
     live_tokens = {source for draft in users for source in draft.tokens_from}
@@ -340,16 +341,16 @@ def _without_dead_work(rules: _Rules, drafts: list[_Draft]) -> list[Step]:
 
 
 def _with_branches(rules: _Rules, config: FlashUConfig, guidance_scale: float | None, steps: list[Step]) -> list[Step]:
-    """Leave out the unconditional branch where the guidance scale is 1 and nothing that is kept there needs it later."""
+    """Skip the unconditional branch where the guidance scale is 1 and no later step needs what it would store."""
     if not rules.one_branch:
         return steps
     # NaN never equals 1, so an unknown scale is never taken for unit guidance.
     asked = float("nan") if guidance_scale is None else guidance_scale
     guided = {step.index for step in steps if config.guidance_at(step.index, asked) != 1.0}
     kept = [step.index for step in steps if step.keep_head]
-    for step in reversed(steps):  # what a step needs was computed before it, so one pass backwards is enough
+    for step in reversed(steps):  # a step depends on earlier ones only, so one pass backwards is enough
         if step.measure:
-            # Layers are chosen by a mean over the rows of both branches; with one the choice would be another.
+            # Layers are chosen by a mean over the rows of both branches; one branch could choose differently.
             guided.add(step.index)
         if step.index not in guided:
             continue
@@ -357,8 +358,8 @@ def _with_branches(rules: _Rules, config: FlashUConfig, guidance_scale: float | 
         if step.head_from is not None:
             upto = kept.index(step.head_from) + 1
             guided.update(kept[max(0, upto - 1 - rules.order) : upto])
-    # Which step's state an adaptive one would carry forward is not known here. Where the second branch comes back, it is
-    # computed, so that a state kept with one branch is never carried into a step that needs two.
+    # Which state an adaptive step would reuse is not known yet. A step in which the second branch returns is always computed,
+    # so that a state stored with one branch is never reused with two.
     result = []
     for step in steps:
         returns = step.index in guided and step.index - 1 not in guided
@@ -372,8 +373,8 @@ def _with_branches(rules: _Rules, config: FlashUConfig, guidance_scale: float | 
 
 
 def _with_encoder(rules: _Rules, drafts: list[_Draft], steps: list[Step]) -> tuple[Step, ...]:
-    """Set where the SigLIP encoder runs: with a cache once per interval of evaluations that run the backbone, and in every
-    full-network step. Adaptive steps are counted as if they ran; one that does not leaves its turn to the next that does."""
+    """Set where the SigLIP encoder runs: once per interval of evaluations that run the backbone, and in every full-network
+    step. Adaptive steps count as run; if one is cached, the next step that runs encodes instead."""
     result = []
     uses = rules.encode
     for draft, step in zip(drafts, steps, strict=True):
@@ -384,5 +385,5 @@ def _with_encoder(rules: _Rules, drafts: list[_Draft], steps: list[Step]) -> tup
 
 
 def least_important(scores: Sequence[float], count: int) -> tuple[int, ...]:
-    """The `count` layers with the lowest scores, ascending; of equal ones the first."""
+    """The `count` layers with the lowest scores, ascending; ties go to the lower layer."""
     return tuple(sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count]))

@@ -41,7 +41,7 @@ def run(seed: int = 0, images: int = 48, questions: int = 96, repeats: int = 5) 
     began = time.perf_counter()
     model = load_model()
     plan = load_plan(model)
-    probe = Probe.make(images, questions, seed)
+    probe = Probe.build(images, questions, seed)
     outputs: dict[str, Outputs] = {}
     results: dict[str, PresetResult] = {}
     with _progress(len(PRESETS) * (images + questions) + repeats * len(PRESETS)) as advance:

@@ -131,7 +131,7 @@ def run(
     began = time.perf_counter()
     model = load_model()
     every = list(chosen if chosen is not None else settings())
-    probe = Probe.make(drawings, questions, seed)
+    probe = Probe.build(drawings, questions, seed)
     total = len(every) * (drawings + questions + repeats)
     with tqdm(total=total, desc="report", unit="output", disable=not progress) as bar:
         advance: Callable[[int], Any] = bar.update

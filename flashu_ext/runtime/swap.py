@@ -176,7 +176,7 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
         raise TypeError(f"config: expected a FlashUConfig, got {type(config).__name__}")
     if plan is not None and not isinstance(plan, TaskPlan):
         raise TypeError(f"plan: expected a TaskPlan, got {type(plan).__name__}")
-    parts = Showo2Parts.find(model)
+    parts = Showo2Parts.from_model(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
     layers = len(parts.layers)

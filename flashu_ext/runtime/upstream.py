@@ -38,7 +38,7 @@ class Conditioning:
     numbers: tuple[Any, ...]
 
     @classmethod
-    def of(
+    def from_call(
         cls, latents: Any, t: Any, text_tokens: Any, modality_positions: Any, attention_mask: Any, guidance_scale: float
     ) -> Conditioning | None:
         """None where a tensor is missing, or has no version (inference tensors)."""
@@ -127,7 +127,7 @@ class UpstreamMethods:
         if self._in_progress and pool.moved():
             self.reset()
         self._in_progress = [image for image in self._in_progress if pool.leased(image.state.lease)]
-        call = Conditioning.of(image_latents, t, text_tokens, modality_positions, attention_mask, guidance_scale)
+        call = Conditioning.from_call(image_latents, t, text_tokens, modality_positions, attention_mask, guidance_scale)
         known = next((i for i in self._in_progress if call is not None and i.conditioning == call), None)
         if reason is None and known is None:
             reason = _mask_problem(attention_mask, modality_positions, text_tokens)

@@ -196,7 +196,7 @@ REMOVED_SETS = (
 
 def _drift(model: Any, probe: Probe, count: int) -> Drift:
     """Differences of the head's last block over the image span, from evaluation to evaluation, drawing by drawing."""
-    parts = Showo2Parts.find(model)
+    parts = Showo2Parts.from_model(model)
     states: list[Tensor] = []
     from ..models.showo2.sampling import sample
     from ..nano.tokenizer import layout
@@ -251,7 +251,7 @@ def run(
         calibrate(model, generation[part], understanding[part], seed=seed, progress=progress)
         for part in (slice(half), slice(half, None))
     ]
-    probe = Probe.make(drawings, questions, seed)
+    probe = Probe.build(drawings, questions, seed)
     runs = 1 + len(REMOVED_SETS) * len(removed)
     removals = []
     with _bar(runs * (drawings + questions), progress) as advance:

@@ -141,7 +141,7 @@ def time_round(model: Any, probe: Probe, turn: int, into: Timed, steps: int | No
 
 
 def _point(model: Any, setting: Setting, probe: Probe, own: Outputs, dense: Outputs) -> Point:
-    shape = model_shape(Showo2Parts.find(model))
+    shape = model_shape(Showo2Parts.from_model(model))
     rows = layout().generation([probe.prompts[0]])
     prefix, span = (int(value) for value in rows.modality_positions[0, 0])
     geometry = Geometry(prefix, span, rows.text_tokens.shape[1])

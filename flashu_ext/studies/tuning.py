@@ -160,7 +160,7 @@ def tune(
     if not 0 < fidelity <= 1:
         raise ValueError(f"fidelity: expected a number in (0, 1], got {fidelity!r}")
     config = base or FlashUConfig.exact(prune_multiple=plan.multiple)
-    probe = Probe.make(drawings, questions, seed, "training")
+    probe = Probe.build(drawings, questions, seed, "training")
     bar = _bar(progress)
 
     def advance(count: int) -> None:
@@ -174,7 +174,7 @@ def tune(
             probe.draw(model, [0], callback=callback)
 
     tokens = model.config.image_latent_height * model.config.image_latent_width
-    costs = CostModel(draw, len(Showo2Parts.find(model).layers), GUIDANCE, tokens)
+    costs = CostModel(draw, len(Showo2Parts.from_model(model).layers), GUIDANCE, tokens)
 
     answers: dict[FlashUConfig, float] = {}
 
@@ -220,7 +220,7 @@ def tune(
         *([Setting("paper", "paper", paper)] if paper else []),
         Setting("tuned", "fast", config),
     ]
-    held_out = Probe.make(report_drawings, report_questions, seed + 1, "held-out")
+    held_out = Probe.build(report_drawings, report_questions, seed + 1, "held-out")
     result.points = compare(model, settings, held_out, plan, repeats=repeats, seed=seed, advance=advance)
     bar.close()
     return result

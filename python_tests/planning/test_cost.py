@@ -19,7 +19,7 @@ GEOMETRY = Geometry(prefix=10, span=37, length=64)
 
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
-    return model_shape(Showo2Parts.find(load_model()))
+    return model_shape(Showo2Parts.from_model(load_model()))
 
 
 def test_dense_operations_of_the_language_model(shape: ModelShape):

@@ -52,22 +52,22 @@ def test_a_small_report():
 def test_a_gate_fails_where_both_intervals_are_apart():
     model = load_model()
     broken = Setting("broken", "fast", FlashUConfig(layer_skip_ratio=0.9, layer_skip_interval=5, steps=12))
-    points = compare(model, [Setting("dense", "", None, 12), broken], Probe.make(20, 1), None, repeats=1)
+    points = compare(model, [Setting("dense", "", None, 12), broken], Probe.build(20, 1), None, repeats=1)
     gates = pareto.gates(points, ["broken"])
     assert not gates[0].passed and gates[0].task == "drawing" and gates[1].task == "answering"
 
 
 def test_dense_comes_first():
     with pytest.raises(ValueError, match="expected dense first"):
-        compare(load_model(), [Setting("exact", "", FlashUConfig.exact())], Probe.make(1, 1), None)
+        compare(load_model(), [Setting("exact", "", FlashUConfig.exact())], Probe.build(1, 1), None)
     with pytest.raises(ValueError, match="probe: expected drawings and questions, got 1 and 0"):
-        compare(load_model(), [Setting("dense", "", None)], Probe.make(1, 0), None)
+        compare(load_model(), [Setting("dense", "", None)], Probe.build(1, 0), None)
 
 
 def test_presets_keep_the_fidelity_that_was_measured():
     """Measured once on these seeds: paper 24/24 drawings, 59/60 answers, PSNR 41.6 dB to dense; fast 24/24, 59/60, 36.8 dB."""
     model = load_model()
-    probe = Probe.make(24, 60, seed=3)
+    probe = Probe.build(24, 60, seed=3)
     settings = [Setting("dense", "", None), *(Setting(name, name, preset_config(name)) for name in ("paper", "fast"))]
     dense, paper, fast = compare(model, settings, probe, load_plan(model), repeats=1)
     for point, psnr in ((paper, 39.5), (fast, 34.5)):

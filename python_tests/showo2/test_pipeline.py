@@ -220,7 +220,7 @@ def test_incomplete_characters_are_held_back():
     layout = dataclasses.replace(layout, decode=lambda ids: bytes(ids).decode(errors="replace"), eos=0)
     given = ""
     for end in range(1, len(raw) + 1):
-        piece = layout.pieces(list(raw[:end]), given)
+        piece = layout.continuation(list(raw[:end]), given)
         given += piece
         assert "\ufffd" not in piece and "né 😀".startswith(given)
     assert given == "né 😀"

@@ -1,9 +1,9 @@
 """Checkpoint directories: upstream's (config.json of diffusers' ConfigMixin, .bin or .safetensors, sharded or not)
-and ours. Loaded strictly and without executing anything; written so that a file is whole or absent.
+and ours. Loading is strict and executes no code; files are written atomically.
 
-What upstream's config.json does not say is read from the weights (sizes of the diffusion head, layer counts), from the
-language model's and SigLIP's own config.json where `llm_model_path` and `clip_pretrained_model_path` are folders, or known
-for the published names.
+Values missing from upstream's config.json come from the weights (sizes of the diffusion head, layer counts), from the
+config.json of language model and SigLIP where `llm_model_path` and `clip_pretrained_model_path` are folders, or from the
+published names.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _UPSTREAM_FIELDS = {
 }
 
 _QWEN2_5 = {"0.5B": (14, 64), "1.5B": (12, 128), "3B": (16, 128), "7B": (28, 128)}
-"""Attention heads and their size for the Qwen2.5 models, the only part of their shape that the weights do not show."""
+"""Attention heads and their size for the Qwen2.5 models: the only sizes that the weights do not determine."""
 
 _SIGLIP_HEADS = {"so400m": 16, "base": 12, "large": 16}
 
@@ -64,7 +64,8 @@ def load(directory: str | os.PathLike[str], build: Callable[[Showo2Config], M], 
     """Load a model from a folder with config.json and weights; `Showo2.from_pretrained` calls this.
 
     Args:
-        directory: upstream's layout or what `save` wrote. build: the model's class.
+        directory: upstream's layout, or one written by `save`.
+        build: the model's class.
         dtype: of the parameters; None keeps the token embedding's.
 
     Returns:
@@ -72,7 +73,7 @@ def load(directory: str | os.PathLike[str], build: Callable[[Showo2Config], M], 
 
     Raises:
         FileNotFoundError: the folder, its config.json or its weights are missing.
-        ValueError: a file is malformed, or names, shapes or dtypes do not make up the model; the message lists them.
+        ValueError: a file is malformed, or names, shapes or dtypes do not match the model; the message lists them.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -92,7 +93,7 @@ def load(directory: str | os.PathLike[str], build: Callable[[Showo2Config], M], 
         if not tensor.is_floating_point():
             raise ValueError(f"{directory}: {name}: expected a floating dtype, got {tensor.dtype}")
         state[name] = tensor.to(dtype)
-    # assign=True makes the loaded tensors the parameters, so that no second copy of the weights is ever held.
+    # assign=True makes the loaded tensors the parameters, so the weights are never in memory twice.
     model.load_state_dict(state, strict=True, assign=True)
     if config.llm.get("tie_word_embeddings"):
         model.showo.tie_weights()
@@ -103,10 +104,10 @@ def load(directory: str | os.PathLike[str], build: Callable[[Showo2Config], M], 
 
 
 def save(model: Any, directory: str | os.PathLike[str]) -> None:
-    """Write `model.safetensors` and `config.json` (format flashu_ext.showo2), each whole or not at all.
+    """Write `model.safetensors` and `config.json` (format flashu_ext.showo2), each atomically.
 
     Args:
-        directory: made if it is missing; files of those names in it are replaced.
+        directory: created if missing; existing files of these names are replaced.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -119,7 +120,7 @@ def save(model: Any, directory: str | os.PathLike[str]) -> None:
 
 
 def read_config(directory: str | os.PathLike[str]) -> Showo2Config:
-    """The shape of the model in a checkpoint folder; reads config.json and, for safetensors, only the weights' headers."""
+    """The configuration of the model in a checkpoint folder; of safetensors only headers are read."""
     directory = Path(directory)
     fields = _read_json(directory / "config.json")
     return _config(directory, fields, _read_shapes(directory))
@@ -178,7 +179,7 @@ class _Sizes:
     def __call__(self, name: str, dim: int) -> int:
         shape = self.shapes.get(name)
         if shape is None or len(shape) <= dim:
-            raise ValueError(f"{self.path}: the weights have no {name} with {dim + 1} dimensions, which gives a size")
+            raise ValueError(f"{self.path}: expected a weight {name} with at least {dim + 1} dimensions")
         return shape[dim]
 
     def count(self, pattern: str) -> int:
@@ -188,7 +189,7 @@ class _Sizes:
 
 
 def _own_config(directory: Path, path: Any) -> dict[str, Any] | None:
-    """The config.json of a folder that upstream's config names, absolute or beside the checkpoint."""
+    """The config.json of a folder named in upstream's config, absolute or relative to the checkpoint."""
     if not isinstance(path, str) or not path:
         return None
     for folder in (Path(path), directory / path):
@@ -263,7 +264,7 @@ def _vision_fields(directory: Path, fields: Mapping[str, Any], sizes: _Sizes) ->
         "intermediate_size": sizes("und_trans.layers.0.mlp.fc1.weight", 0),
         "num_hidden_layers": sizes.count(r"und_trans\.layers\.(\d+)\."),
         "num_attention_heads": heads,
-        # One patch a row of the position table, which is all that these two stand for here.
+        # image_size and patch_size only have to give the table's number of rows.
         **_square(sizes("position_embedding.weight", 0), fields),
     }
     for key in ("hidden_act", "layer_norm_eps"):
@@ -298,7 +299,7 @@ def _head_fields(sizes: _Sizes) -> dict[str, Any]:
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that hold the weights and, for shards, the tensor names that each is to hold."""
+    """The weight files and, for shards, the index: tensor name -> file name."""
     for stem in STEMS:
         for suffix in ("safetensors", "bin"):
             index = directory / f"{stem}.{suffix}.index.json"
@@ -363,7 +364,7 @@ def _check_shard(
 def _complete(files: list[Path], found: dict[str, Any], weight_map: Mapping[str, str] | None) -> dict[str, Any]:
     missing = sorted(set(weight_map or ()) - set(found))
     if missing:
-        raise ValueError(f"{files[0].parent}: the index names {_listed(missing)}, which no shard holds")
+        raise ValueError(f"{files[0].parent}: the index names {_listed(missing)}, missing from all shards")
     return found
 
 
@@ -406,7 +407,7 @@ def _check_names(directory: Path, model: Any, state: Mapping[str, Tensor]) -> No
         if tuple(state[name].shape) != expected[name]:
             problems.append(f"{name}: expected shape {list(expected[name])}, got {list(state[name].shape)}")
     if problems:
-        raise ValueError(f"{directory}: the weights do not make up the model: " + "; ".join(problems[:8]))
+        raise ValueError(f"{directory}: the weights do not match the model: " + "; ".join(problems[:8]))
 
 
 def _listed(names: Iterable[str], limit: int = 6) -> str:
@@ -415,7 +416,7 @@ def _listed(names: Iterable[str], limit: int = 6) -> str:
 
 
 def _restore_buffers(model: Any, build: Callable[[Showo2Config], Any]) -> None:
-    """Compute the buffers that no checkpoint holds (rotary frequencies, position numbers), which are still on meta."""
+    """Compute the buffers that are not in checkpoints (rotary frequencies, position ids) and are still on meta."""
     twin = None
     for name, buffer in list(model.named_buffers()):
         if not buffer.is_meta:
@@ -431,7 +432,7 @@ def _restore_buffers(model: Any, build: Callable[[Showo2Config], Any]) -> None:
 
 
 def _shallow(config: Showo2Config) -> Showo2Config:
-    """One layer each and a tiny vocabulary: such a model's buffers are those of the whole one."""
+    """One layer each and a tiny vocabulary: such a model has the same buffers as the full one."""
     return dataclasses.replace(
         config,
         llm={**config.llm, "num_hidden_layers": 1, "vocab_size": 8, "intermediate_size": 8},

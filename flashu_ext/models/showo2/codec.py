@@ -13,10 +13,10 @@ __all__ = ["ImageCodec", "WanCodec"]
 
 
 class ImageCodec(Protocol):
-    """What a pipeline needs of an image codec; images are [B, 3, H, W] in [-1, 1]."""
+    """The image codec that a pipeline needs; images are [B, 3, H, W] in [-1, 1]."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents fp32 [B, channels, h, w] as the model sees them."""
+        """Latents fp32 [B, channels, h, w], normalised for the model."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -25,10 +25,10 @@ class ImageCodec(Protocol):
 
 
 class WanCodec:
-    """Wan 2.1's video VAE on single frames: 16 channels, 8 x 8 pixels for each latent.
+    """Wan 2.1's video VAE on single frames: 16 channels, 8 x 8 pixels per latent.
 
-    Latents are normalised by the VAE's published mean and deviation. Encoding takes the mode of the posterior, so an image
-    always has the same latents (upstream's script draws a sample).
+    Latents are normalised by the VAE's published mean and standard deviation. Encoding takes the posterior's mode, so an
+    image always has the same latents (upstream's script samples it).
     """
 
     def __init__(self, vae: Any):
@@ -46,7 +46,9 @@ class WanCodec:
         """Load a folder in diffusers' layout (config.json, diffusion_pytorch_model.safetensors); nothing is downloaded.
 
         Raises:
-            ImportError: diffusers is not installed. FileNotFoundError: the folder holds no VAE. ValueError: it is malformed.
+            ImportError: diffusers is not installed.
+            FileNotFoundError: the folder has no VAE.
+            ValueError: the VAE is malformed.
         """
         from ...planning.safe_files import read_header
 

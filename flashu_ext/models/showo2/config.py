@@ -1,4 +1,4 @@
-"""The shape of a model as one frozen record, with the published sizes and JSON."""
+"""A model's configuration: sizes, the published ones, and JSON."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ class Showo2Config:
 
     Attributes:
         llm: fields of transformers' Qwen2Config (`hidden_size`, `intermediate_size`, `num_hidden_layers`, ...).
-        vision: fields of transformers' SiglipVisionConfig. `num_hidden_layers` counts the layers that are kept (upstream drops
-            the last one of the published encoder). The position table holds (image_size // patch_size)^2 rows where both
-            are given, else one per image patch.
+        vision: fields of transformers' SiglipVisionConfig. `num_hidden_layers` counts the layers in use (upstream drops the
+            last layer of the published encoder). The position table has (image_size // patch_size)^2 rows where both are
+            given, else one per image patch.
         head: fields of HeadConfig.
-        image_latent_dim: latent channels. image_latent_height, image_latent_width: the image grid, in patches.
-        patch_size: latents per patch side. add_time_embeds: a time token stands before the image tokens.
+        image_latent_dim: latent channels.
+        image_latent_height, image_latent_width: the image grid, in patches.
+        patch_size: latents per patch side.
+        add_time_embeds: a time token precedes the image tokens.
 
     Raises:
         ValueError: a field is missing, unknown or not positive, or sizes do not fit together.
@@ -114,7 +116,7 @@ class Showo2Config:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of an image span: patches, and the time token where there is one."""
+        """Tokens of an image span: patches, and the time token if there is one."""
         return self.image_latent_height * self.image_latent_width + (1 if self.add_time_embeds else 0)
 
     # ---- published sizes

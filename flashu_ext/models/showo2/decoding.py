@@ -1,4 +1,4 @@
-"""How the next token of an answer is chosen from logits: greedily, or drawn at a temperature. Torch only."""
+"""Chooses the next token of an answer from logits, greedily or by sampling. Torch only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..masks import additive
 __all__ = ["OnToken", "TokenSampler", "decode_dense"]
 
 OnToken = Callable[[int, int], None]
-"""Called with a question's number and its next token id."""
+"""Called with a question's index and its next token id."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class TokenSampler:
     """Chooses tokens as upstream does: temperature, then top-k, then top-p, then one draw.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token. top_k: keep the k most likely (and what equals the
-            k-th), or None. top_p: keep the most likely whose probabilities before them sum to at most p, or None.
-        generators: one for each prompt, so that what is drawn for one does not depend on the others; None: torch's own.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: keep the k most likely tokens, and ties with the k-th; None: all.
+        top_p: keep a token if the more likely ones have a total probability of at most p; None: all.
+        generators: one for each prompt, so that its draws do not depend on the others; None: torch's own.
     Source: Show-o2 `mmu_generate` (temperature, top_k) and `lm_generate` (top_p, which there indexes the wrong axis).
     """
 
@@ -34,7 +35,7 @@ class TokenSampler:
     generators: Sequence[torch.Generator] | None = None
 
     def filtered(self, logits: Tensor) -> Tensor:
-        """Logits [rows, vocab] at this temperature (> 0), -inf where a token may not be drawn."""
+        """Logits [rows, vocab] at this temperature (> 0), -inf for excluded tokens."""
         logits = logits / self.temperature
         if self.top_k is not None:
             least = torch.topk(logits, min(self.top_k, logits.shape[-1])).values[:, -1:]
@@ -49,7 +50,7 @@ class TokenSampler:
         return logits
 
     def __call__(self, logits: Tensor, prompts: Sequence[int]) -> Tensor:
-        """Token ids int64 [rows, 1] for logits [rows, vocab] of the prompts with these numbers."""
+        """Token ids int64 [rows, 1] from logits [rows, vocab] of the prompts with these indices."""
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
         weights = torch.softmax(self.filtered(logits), dim=-1)
@@ -60,8 +61,8 @@ class TokenSampler:
 
 
 def _draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
-    """One index for each row of weights [..., n] -> int64 [..., 1]: `torch.multinomial`, the same numbers from the same
-    generator, without its look at the weights, for which a GPU's host would wait."""
+    """One index for each row of weights [..., n] -> int64 [..., 1]: the same draws from the same generator as
+    `torch.multinomial`, without its check of the weights, which would make the host wait for a GPU."""
     return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1, keepdim=True)
 
 
@@ -76,8 +77,10 @@ def decode_dense(
     """Continue one prompt as upstream does: the whole sequence again for every token, no cache.
 
     Args:
-        embeds: [1, length, hidden] in the model's dtype. allowed: bool [length, length], True where a row may look.
-        pick: chooses a token from logits [1, vocab] of prompt 0. eos_token: ends the answer, and is part of it.
+        embeds: [1, length, hidden] in the model's dtype.
+        allowed: bool [length, length], True where a row may attend to a column.
+        pick: chooses a token from logits [1, vocab] of prompt 0.
+        eos_token: ends the answer and is part of it.
     """
     llm = model.showo.model
     result: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What turns latents and times into embeddings: patch embedding and time embedding."""
+"""Patch embedding of latents and time embedding."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """cos and sin tables with llama3 frequency scaling: long wavelengths are stretched by `factor`, short ones kept."""
+    """cos and sin tables with llama3 frequency scaling: long wavelengths are stretched by ROPE_FACTOR, short ones unchanged."""
 
     inv_freq: Tensor
 

@@ -27,7 +27,7 @@ def _qwen2(fields: dict[str, Any]) -> nn.Module:
 
     config: Any = Qwen2Config(**fields)
     if "rope_theta" in fields and getattr(config, "rope_parameters", None) is not None:
-        # transformers 5 moved the base there; a plain field must not be lost where its loader does not convert it.
+        # transformers 5 moved the base here, and its loader does not always convert the plain field.
         config.rope_parameters["rope_theta"] = fields["rope_theta"]
     config._attn_implementation = "sdpa"
     return Qwen2ForCausalLM(config)
@@ -43,14 +43,14 @@ def _siglip_encoder(fields: dict[str, Any]) -> nn.Module:
 
 
 class Showo2(nn.Module):
-    """Show-o2 as published: one Qwen2 that answers and, with a diffusion head, draws.
+    """Show-o2 as published: one Qwen2 that answers questions and, with a diffusion head, generates images.
 
-    Dense and faithful: every method computes what upstream's computes. `flashu_ext.accelerate` makes it fast.
-    One image a row; every row of a batch has an image span of the same length.
+    Dense: every method computes what upstream's computes. `flashu_ext.accelerate` makes it fast.
+    One image per row; all rows of a batch have image spans of the same length.
     """
 
     image_position_ids: Tensor
-    # Modules of transformers and torch, whose parts are reached by attribute.
+    # Modules of transformers and torch, untyped because their parts are accessed by attribute.
     showo: Any
     image_embedder_und: Any
     image_embedder_gen: Any
@@ -101,18 +101,18 @@ class Showo2(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    # ---- pieces, differentiable; training and calibration compose them
+    # ---- differentiable parts, which training and calibration compose
 
     def embed_image(self, latents: Tensor) -> Tensor:
         """Latents [B, channels, H, W] -> image embeddings [B, patches, hidden]: semantic and low-level paths, fused."""
-        return embed_image(Showo2Parts.find(self), latents)
+        return embed_image(Showo2Parts.from_model(self), latents)
 
     def embed_sequence(
         self, text_tokens: Tensor, image_latents: Tensor, t: Tensor, modality_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Token embeddings with the image span put in: ([rows, length, hidden], time embedding [rows, head width])."""
+        """Token embeddings with the image span inserted: ([rows, length, hidden], time embedding [rows, head width])."""
         embeds = self.showo.model.embed_tokens(text_tokens)
-        parts = Showo2Parts.find(self)
+        parts = Showo2Parts.from_model(self)
         time, token = embed_time(parts, t)
         span = with_time_token(parts, embed_image(parts, image_latents.to(embeds.dtype)), token)
         rows = torch.arange(text_tokens.shape[0], device=text_tokens.device)[:, None]
@@ -140,7 +140,7 @@ class Showo2(nn.Module):
         return unpatchify(self.diffusion_head_b(span, time), shape)
 
     def omni_mask(self, modality_positions: Tensor, length: int) -> Tensor:
-        """Additive attention mask [rows, 1, length, length]: causal, every image span sees itself whole."""
+        """Additive attention mask [rows, 1, length, length]: causal, but bidirectional within image spans."""
         dtype = self.showo.model.embed_tokens.weight.dtype
         return additive(omni_allowed(modality_positions, length)[:, None], dtype)
 
@@ -160,10 +160,13 @@ class Showo2(nn.Module):
         """One pass over a sequence.
 
         Args:
-            text_tokens: int64 [rows, length]. image_latents: [rows, channels, H, W]. t: [rows].
+            text_tokens: int64 [rows, length].
+            image_latents: [rows, channels, H, W].
+            t: [rows].
             attention_mask: additive [rows, 1, length, length]; None builds the omni mask.
             modality_positions: int64 [rows, 1, 2].
-            text_labels: int64 [rows, length], -100 ignored. image_labels: velocity to learn [rows, channels, H, W].
+            text_labels: int64 [rows, length], -100 ignored.
+            image_labels: velocity to learn [rows, channels, H, W].
 
         Returns:
             Without an image the language model's output; without labels (logits, velocity); with labels logits followed by
@@ -200,7 +203,7 @@ class Showo2(nn.Module):
         guidance_scale: float = 0.0,
         **_: Any,
     ) -> Tensor:
-        """One ODE evaluation as upstream's: velocity [rows, channels, H, W]; guided halves are merged and doubled again."""
+        """One ODE evaluation as upstream's: velocity [rows, channels, H, W]; under guidance both halves are equal."""
         guided = guidance_scale > 0
         if modality_positions is None:
             raise ValueError("modality_positions: expected a tensor, got None")
@@ -224,7 +227,8 @@ class Showo2(nn.Module):
         """Continue a prompt as upstream does: the whole sequence again for every token, no cache.
 
         Args:
-            input_embeds: [1, length, hidden]. attention_mask: additive [1, 1, length, length], 0 where a row may look.
+            input_embeds: [1, length, hidden].
+            attention_mask: additive [1, 1, length, length], 0 where a row may attend to a column.
         """
         validate.check_mmu_inputs(self, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
         length = input_embeds.shape[1]
@@ -246,7 +250,7 @@ class Showo2(nn.Module):
 
 
 def _fill_tied_head(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A checkpoint whose output head is tied to the token embedding may leave it out."""
+    """Fill in an output head that is tied to the token embedding and missing in the checkpoint."""
     head, table = f"{prefix}showo.lm_head.weight", f"{prefix}showo.model.embed_tokens.weight"
     if module.showo.config.tie_word_embeddings and head not in state and table in state:  # type: ignore[union-attr]
         state[head] = state[table]

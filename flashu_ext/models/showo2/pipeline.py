@@ -31,19 +31,22 @@ __all__ = ["Pipeline"]
 _MAX_SEQ_LEN = {730: 1024, 1025: 1280, 4097: 4352}
 
 _EMBEDDED = {"nano": "flashu_ext.nano.pipeline"}
-"""Models that come with the package: name -> a module with `load_pipeline(dtype, device)`."""
+"""Models included in the package: name -> a module with `load_pipeline(dtype, device)`."""
 
 
 @dataclass
 class Pipeline:
-    """A Show-o2 model with what stands around it.
+    """A Show-o2 model with its tokenizer and image codec.
 
     Attributes:
-        model: accelerate it at any time; the pipeline runs through the handle then.
-        layout: prompts and questions as tokens. codec: images as latents.
-        pixels: side of the images. guidance_scale, time_shifting_factor: defaults of `generate`.
+        model: dense, or accelerated at any time.
+        layout: prompts and questions to tokens.
+        codec: images to latents and back.
+        pixels: side of the images.
+        guidance_scale, time_shifting_factor: defaults of `generate`.
         name: 'nano' or the checkpoint's folder.
-        presets: configs by name, for this model. own_plan: the plan that came with it, pruned as a config says, or None.
+        presets: config for a preset name and this model.
+        own_plan: config -> the included plan, pruned as the config says; None without one.
     """
 
     model: Showo2
@@ -65,10 +68,13 @@ class Pipeline:
         Args:
             name: 'nano', or a folder with a Show-o2 checkpoint, Qwen2.5's tokenizer files beside it or in `tokenizer/`,
                 and Wan 2.1's VAE in diffusers' layout in `vae/`. Nothing is downloaded.
-            dtype: of the model's weights; None keeps the checkpoint's. device: where the model runs.
+            dtype: of the model's weights; None keeps the checkpoint's.
+            device: where the model runs.
 
         Raises:
-            FileNotFoundError: a part is missing. ValueError: a file is malformed. ImportError: an optional package is missing.
+            FileNotFoundError: a part is missing.
+            ValueError: a file is malformed.
+            ImportError: an optional package is missing.
         """
         if name in _EMBEDDED:
             return import_module(_EMBEDDED[str(name)]).load_pipeline(dtype, device)
@@ -92,15 +98,16 @@ class Pipeline:
             name=str(directory),
         )
 
-    # ---- drawing
+    # ---- generation
 
     def generate(
         self, prompt: str, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
     ) -> Image:
-        """Draw a prompt.
+        """Generate an image for a prompt.
 
         Args:
-            seed: of the noise; the same seed gives the same image. steps: grid points; None: the accelerated config's, or 50.
+            seed: of the noise; the same seed gives the same image.
+            steps: grid points; None: the accelerated config's, or 50.
             guidance_scale: None: the pipeline's own; 0: no guidance.
 
         Raises:
@@ -119,9 +126,9 @@ class Pipeline:
         *,
         sampler: Callable[..., Any] | None = None,
     ) -> list[Image]:
-        """Draw several prompts at once; image i has the noise of seeds[i] (0, 1, ... where none are given).
+        """Generate images for several prompts as one batch; image i has the noise of seeds[i] (default: 0, 1, ...).
 
-        sampler: called in the place of `sample`, with its arguments (as `flashu_ext.parallel.sample_guided`).
+        sampler: called instead of `sample`, with its arguments (such as `flashu_ext.parallel.sample_guided`).
         """
         inputs = self.layout.generation(prompts, self._device)
         latents = (sampler or sample)(
@@ -151,7 +158,7 @@ class Pipeline:
             if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
                 raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
 
-    # ---- answering
+    # ---- understanding
 
     def answer(
         self,
@@ -169,8 +176,9 @@ class Pipeline:
 
         Args:
             image: PIL image of any size; it is scaled to cover the model's square and cropped in the middle.
-            on_text: called with every new piece of the answer as it comes; together they are the answer.
-            temperature, top_k, top_p: as in `answer_tokens`. seed: of the draws; None: torch's own generator.
+            on_text: called with each new part of the answer as it comes; the parts concatenate to the answer.
+            temperature, top_k, top_p: as in `answer_tokens`.
+            seed: of the draws; None: torch's own generator.
 
         Raises:
             TypeError, ValueError: an argument is wrong; it is named.
@@ -185,10 +193,10 @@ class Pipeline:
         def on_token(_: int, token: int) -> None:
             nonlocal given
             tokens.append(token)
-            piece = self.layout.pieces(tokens, given)
-            given += piece
-            if piece:
-                on_text(piece)
+            text = self.layout.continuation(tokens, given)
+            given += text
+            if text:
+                on_text(text)
 
         answer = self.answer_batch([image], [question], max_new_tokens, seeds=seeds, on_token=on_token, **sampling)[0]
         if answer != given and answer.startswith(given):
@@ -207,11 +215,12 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Answer questions[i] about images[i], together where the model is accelerated; one image may serve all questions.
+        """Answer questions[i] about images[i], as one batch if the model is accelerated; one image may serve all questions.
 
         Args:
             seeds: one for each question, so that its draws do not depend on the others.
-            on_token: called with a question's number and its next token id, as it comes. The rest is as in `answer`.
+            on_token: called with a question's index and its next token id, as it comes.
+            The rest is as in `answer`.
         """
         if isinstance(questions, str) or not isinstance(questions, Sequence):
             raise TypeError(f"questions: expected a list of strings, got {type(questions).__name__}")
@@ -249,8 +258,8 @@ class Pipeline:
         """The config and plan of 'dense' (none), 'exact', 'paper' or 'fast' for this model.
 
         Args:
-            plan: for a config that prunes; None: the embedded model's own, and none for others. One with a ratio for each layer
-                is left as it is, any other is pruned as the config says.
+            plan: for a config that prunes; None: the embedded model's own, and none for others. A plan with a ratio per layer
+                is used as is; any other is pruned as the config says.
 
         Raises:
             ValueError: no such preset.

@@ -1,4 +1,4 @@
-"""From text to token rows: the layouts for drawing and answering, and the special tokens."""
+"""From text to token rows: the layouts for generation and understanding, and the special tokens."""
 
 from __future__ import annotations
 
@@ -41,14 +41,16 @@ class GenerationInputs:
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """Where prompt, image and question stand in a sequence.
+    """The order of prompt, image and question in a sequence.
 
     Attributes:
-        encode: text -> token ids, no special tokens added. decode: token ids -> text, special tokens left out.
+        encode: text -> token ids, without special tokens.
+        decode: token ids -> text, without special tokens.
         bos, eos, boi, eoi, img_pad, pad: token ids. `eos` ends an answer.
         image_tokens: tokens of an image span, time token included.
-        max_text_len: prompt tokens kept; rows are padded to this much text.
-        before_image: ids before boi in a question (system prompt and user role). after_question: ids after it.
+        max_text_len: prompts are truncated or padded to this many tokens.
+        before_image: ids before boi in a question (system prompt and user role).
+        after_question: ids after the question (assistant role).
     """
 
     encode: Callable[[str], list[int]]
@@ -68,7 +70,9 @@ class PromptLayout:
         """`[bos] prompt [boi] image span [eoi] [eos] [pad...]` for each prompt, and the same without a prompt.
 
         Raises:
-            ValueError: no prompts, or one that is not a string. Source: upstream `prepare_gen_input`.
+            ValueError: no prompts, or one that is not a string.
+
+        Source: upstream `prepare_gen_input`.
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r:.100}")
@@ -95,7 +99,9 @@ class PromptLayout:
         """(tokens before the image [1, n], tokens from boi on [1, m]: boi, eoi, question, assistant role).
 
         Raises:
-            ValueError: not a string, or an empty one. Source: upstream `inference_mmu.py`.
+            ValueError: not a string, or an empty one.
+
+        Source: upstream `inference_mmu.py`.
         """
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"question: expected a non-empty string, got {text!r:.100}")
@@ -111,8 +117,8 @@ class PromptLayout:
         ids = [int(token) for token in tokens]
         return self.decode([token for token in ids if token != self.eos]).strip()
 
-    def pieces(self, tokens: Sequence[int], given: str) -> str:
-        """What follows `given`, the text so far, where an answer's tokens are these; '' while a character is incomplete."""
+    def continuation(self, tokens: Sequence[int], given: str) -> str:
+        """The text of an answer's tokens after `given`, the text so far; '' while a character is incomplete."""
         text = self.answer(tokens)
         return "" if text.endswith("\ufffd") or not text.startswith(given) else text[len(given) :]
 
@@ -128,7 +134,7 @@ class PromptLayout:
             raise ValueError(f"tokenizer: expected Show-o2's special tokens, {missing[0]!r} is missing")
         max_text_len = max_seq_len - image_tokens - 4
         if max_text_len < 1:
-            raise ValueError(f"max_seq_len: expected room for {image_tokens} image tokens and text, got {max_seq_len}")
+            raise ValueError(f"max_seq_len: expected more than {image_tokens} image tokens and text, got {max_seq_len}")
 
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""The Euler sampler: one loop from noise to latents, whatever takes its steps."""
+"""The Euler sampler: one loop from noise to latents for all steppers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEFAULT_STEPS = 50
 """Grid points of Show-o2's own scripts."""
 
 Callback = Callable[[int, Tensor], None]
-"""Called after each step with its number, from 1, and the latents, which it must not change."""
+"""Called after each step with its number, from 1, and the latents, which must not be modified."""
 
 
 def time_grid(steps: int, shift: float | None) -> Tensor:
@@ -33,26 +33,23 @@ def time_grid(steps: int, shift: float | None) -> Tensor:
 
 @dataclass(frozen=True)
 class SampleInputs:
-    """What an image (or a batch of them) is drawn from; checked, both branches of guidance in one batch of rows.
-
-    Attributes:
-        noise: [B, channels, H, W].
-        tokens: int64 [rows, length], rows being B, or 2 * B under guidance: the prompts, then the empty prompts.
-        positions: int64 [rows, 1, 2], (offset, length) of every row's image span.
-        steps: grid points, or None: as the model is accelerated for, else `DEFAULT_STEPS`.
-        guidance_scale: the caller's; 0 runs the prompts alone.
-        time_shift: see `time_grid`.
-    """
+    """The checked inputs of an image (or a batch of images), both guidance branches in one batch of rows."""
 
     noise: Tensor
+    """[B, channels, H, W]."""
     tokens: Tensor
+    """int64 [rows, length]; rows are the B prompts and, under guidance, B empty prompts after them."""
     positions: Tensor
+    """int64 [rows, 1, 2], (offset, length) of every row's image span."""
     steps: int | None
+    """Grid points; None: the accelerated config's, else `DEFAULT_STEPS`."""
     guidance_scale: float
+    """The caller's; 0 runs the prompts alone."""
     time_shift: float | None
+    """See `time_grid`."""
 
     @classmethod
-    def checked(
+    def build(
         cls,
         model: Any,
         noise: Tensor,
@@ -64,7 +61,7 @@ class SampleInputs:
         guidance_scale: float,
         time_shifting_factor: float | None,
     ) -> SampleInputs:
-        """The arguments of `sample`. Raises TypeError, ValueError or IndexError naming the one that is wrong."""
+        """Check the arguments of `sample`. Raises TypeError, ValueError or IndexError naming the wrong one."""
         text, null = (text_tokens, modality_positions), (text_tokens_null, modality_positions_null)
         validate.check_sample_inputs(
             model, noise, text[0], null[0], text[1], null[1], guidance_scale, time_shifting_factor
@@ -80,30 +77,30 @@ class SampleInputs:
         return self.guidance_scale > 0
 
     def times(self, steps: int) -> Tensor:
-        """The time grid of `steps` points, fp32, where the noise is."""
+        """The time grid of `steps` points, fp32, on the noise's device."""
         return time_grid(steps, self.time_shift).to(self.noise.device)
 
 
 class Stepper(Protocol):
-    """Moves latents along the ODE, one evaluation of the velocity at a time."""
+    """Integrates latents along the ODE, one evaluation of the velocity per step."""
 
     evaluations: int
 
     def step(self, index: int) -> None:
-        """Evaluation `index`, from 0."""
+        """Run evaluation `index`, from 0."""
 
     def velocity(self) -> Tensor:
-        """The last evaluation's velocity after guidance, [B, channels, H, W]; the caller's to keep."""
+        """The last evaluation's velocity after guidance, [B, channels, H, W]; not overwritten by later steps."""
 
     def latents(self) -> Tensor:
-        """fp32 [B, channels, H, W]; the caller's to keep."""
+        """fp32 [B, channels, H, W]; not overwritten by later steps."""
 
     def close(self) -> None:
-        """The image is done, or given up."""
+        """End the image, finished or not."""
 
 
 def integrate(stepper: Stepper, callback: Callback | None = None, return_velocity: bool = False) -> Any:
-    """Take all of a stepper's steps, and close it whatever happens.
+    """Run all of a stepper's steps and close it, also after an error.
 
     Returns:
         Latents [B, channels, H, W], or (latents, velocities [evaluations, B, channels, H, W]).
@@ -136,7 +133,7 @@ def sample(
     callback: Callback | None = None,
     return_velocity: bool = False,
 ) -> Any:
-    """Draw images: integrate the model's velocity from noise (t = 0) to latents (t = 1).
+    """Generate images: integrate the model's velocity from noise (t = 0) to latents (t = 1).
 
     Args:
         model: a Showo2 (or upstream Showo2Qwen2_5) model, accelerated or not.
@@ -146,16 +143,16 @@ def sample(
         steps: grid points; steps - 1 evaluations. None: the accelerated config's, else 50.
         guidance_scale: s of v_null + s (v - v_null); 0 runs the prompt alone. An accelerated config may vary it over time.
         time_shifting_factor: see `time_grid`.
-        callback: called after each step with its number (from 1) and the latents, which it must not change.
+        callback: called after each step with its number (from 1) and the latents, which must not be modified.
         return_velocity: also return the guided velocities.
 
     Returns:
         Latents fp32 [B, channels, H, W], or (latents, velocities [steps - 1, B, channels, H, W]).
 
     Raises:
-        TypeError, ValueError, IndexError: an argument is wrong; it is named, with what was expected and what came.
+        TypeError, ValueError, IndexError: an argument is wrong; the message names it, what was expected and what was given.
     """
-    inputs = SampleInputs.checked(
+    inputs = SampleInputs.build(
         model,
         noise,
         text_tokens,
@@ -172,7 +169,7 @@ def sample(
 
 
 class DenseStepper:
-    """Upstream's loop: every evaluation runs the whole sequence of both guidance halves, which share one latent."""
+    """Upstream's loop: every evaluation runs the whole sequence of both guidance branches, which share one latent."""
 
     def __init__(self, model: Any, inputs: SampleInputs):
         self.model = model

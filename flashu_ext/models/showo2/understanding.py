@@ -1,4 +1,4 @@
-"""Answers about an image in upstream's layout, dense, or through the handle where the model is accelerated."""
+"""Answers about an image in upstream's layout, from a dense or an accelerated model."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def prompt_embeds(
     """Embeddings [1, length, hidden] and visibility bool [length, length] of a question about an image.
 
     Layout: tokens_before_image, boi, time token (t = 1), image, eoi, question. The bidirectional span starts one token late:
-    it covers the image tokens and eoi, not the time token. Upstream evaluates its checkpoints so (inference_mmu.py).
+    it covers the image tokens and eoi, not the time token, as in upstream's evaluation (inference_mmu.py).
     """
-    parts = Showo2Parts.find(model)
+    parts = Showo2Parts.from_model(model)
     return span_embeds(parts, embed_image(parts, image_latents), tokens_before_image, tokens_after_boi)
 
 
@@ -61,17 +61,20 @@ def answer_tokens(
     Args:
         model: a Showo2 (or upstream Showo2Qwen2_5) model, accelerated or not.
         image_latents: [1, channels, H, W].
-        tokens_before_image: int64 [1, n], everything before boi. tokens_after_boi: int64 [1, m]: boi, eoi, question.
-        max_new_tokens: upper bound. eos_token: stop after this token, which is part of the result.
-        temperature: 0 takes the most likely token; above, one is drawn. top_k, top_p: among which (`TokenSampler`).
-        generator: on the model's device, draws the tokens; None: torch's own.
-        on_token: called with 0 and each token id as it comes; a dense model's come all at the end.
+        tokens_before_image: int64 [1, n], everything before boi.
+        tokens_after_boi: int64 [1, m]: boi, eoi, question.
+        max_new_tokens: upper bound.
+        eos_token: stop after this token, which is part of the result.
+        temperature: 0 takes the most likely token; above 0 tokens are sampled.
+        top_k, top_p: limit the sampled tokens (`TokenSampler`).
+        generator: for sampling, on the model's device; None: torch's own.
+        on_token: called with 0 and each token id as it comes; with a dense model all at the end.
 
     Returns:
         int64 [at most max_new_tokens].
 
     Raises:
-        TypeError, ValueError, IndexError: an argument is wrong; it is named, with what was expected and what came.
+        TypeError, ValueError, IndexError: an argument is wrong; the message names it, what was expected and what was given.
     """
     validate.check_answer_inputs(model, image_latents, tokens_before_image, tokens_after_boi, max_new_tokens, eos_token)
     validate.check_sampling(temperature, top_k, top_p)
@@ -99,22 +102,22 @@ def answer_tokens_batch(
 ) -> list[Tensor]:
     """Answers to several questions, of any lengths; each equals that of `answer_tokens` alone.
 
-    An accelerated model computes them together, and images and prefixes that questions share once; a dense one answers
-    one after the other, as upstream.
+    An accelerated model computes them as one batch, and shared images and prefixes once; a dense one answers one after the
+    other, as upstream.
 
     Args:
-        image_latents: [B, channels, H, W], or one [1, channels, H, W] for each question, where the model takes several sizes;
+        image_latents: [B, channels, H, W], or a list of [1, channels, H, W], whose sizes may differ if the model allows it;
             a single image serves all questions.
         befores, afters: as `tokens_before_image` and `tokens_after_boi` of `answer_tokens`, one for each question.
-        generators: one for each question; None: torch's own, whose draws an accelerated model deals out in another order.
-        on_token: called with a question's number and its next token id, for every token as it comes.
+        generators: one for each question; None: torch's own, whose draws an accelerated model uses in another order.
+        on_token: called with a question's index and its next token id, for every token as it comes.
         The rest is as in `answer_tokens`.
 
     Returns:
         One int64 [at most max_new_tokens] for each question.
 
     Raises:
-        TypeError, ValueError, IndexError: an argument is wrong; it is named, with what was expected and what came.
+        TypeError, ValueError, IndexError: an argument is wrong; the message names it, what was expected and what was given.
     """
     for name, values in (("befores", befores), ("afters", afters), ("generators", generators)):
         if not isinstance(values, (list, tuple)) and (name != "generators" or values is not None):
@@ -172,7 +175,7 @@ def _answer_dense(
     eos_token: int | None,
     sampler: TokenSampler,
 ) -> Tensor:
-    """Through the model's own `mmu_generate` where it can choose so; upstream's has no top-p and no generator."""
+    """Answer by the model's own `mmu_generate` where it supports the sampler; upstream's has neither top-p nor generators."""
     embeds, allowed = prompt
     mask = additive(allowed, embeds.dtype)
     greedy = sampler.temperature == 0

@@ -1,4 +1,4 @@
-"""Checks of call inputs, before anything runs. Imports torch only: the runtime uses it on upstream models too."""
+"""Checks of call inputs, before anything runs. Torch only: the runtime uses it on upstream models too."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def check_answer_inputs(
     eos_token: int | None = None,
     row: str = "",
 ) -> None:
-    """Inputs of `answer_tokens`: one image and one question. row: its place in a batch, as '[3]', for messages."""
+    """Inputs of `answer_tokens`: one image and one question. row: its index in a batch, as '[3]', for messages."""
     device = model.showo.model.embed_tokens.weight.device
     rows, _ = _latents(f"image_latents{row}", image_latents, model, device)
     if rows != 1:
@@ -170,7 +170,7 @@ def check_mmu_inputs(
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None = None) -> None:
-    """How tokens are drawn; see `decoding.TokenSampler`."""
+    """Sampling parameters; see `decoding.TokenSampler`."""
     if (
         isinstance(temperature, bool)
         or not isinstance(temperature, (int, float))
