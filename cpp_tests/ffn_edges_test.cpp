@@ -48,7 +48,7 @@ struct Selected {
   std::vector<int64_t> runs;
   Guarded<int64_t> wide{{0}};
   Guarded<int32_t> narrow{{0}};
-  enum { kAll, kRuns, kWide, kNarrow } kind;
+  enum { kAll, kRuns, kWide, kNarrow, kList } kind;
 
   flashu_selection selection() const {
     switch (kind) {
@@ -58,6 +58,8 @@ struct Selected {
         return select_index(wide);
       case kNarrow:
         return select_index(narrow);
+      case kList:
+        return select_list(narrow, false);
       default:
         return select_all();
     }
@@ -85,6 +87,14 @@ Selected of_index(std::vector<int64_t> list, bool wide) {
   return s;
 }
 
+// What list_neurons() makes of another selection.
+Selected as_list(const Selected& from, int64_t neurons) {
+  const auto count = static_cast<int64_t>(from.list.size());
+  Selected s{from.list, {}, Guarded<int64_t>({0}), Guarded<int32_t>({count}), Selected::kList};
+  list_neurons(from.selection(), neurons, s.narrow);
+  return s;
+}
+
 std::vector<Selected> selections(int64_t neurons) {
   std::vector<int64_t> all(static_cast<size_t>(neurons));
   std::iota(all.begin(), all.end(), 0);
@@ -102,6 +112,8 @@ std::vector<Selected> selections(int64_t neurons) {
   out.push_back(of_index(ascending, true));
   out.push_back(of_index(shuffled, false));
   out.push_back(of_index({all.begin() + neurons / 4, all.end()}, true));  // a range, said by an index
+  out.push_back(as_list(of_runs({0, 1, 2, neurons - 3}), neurons));
+  out.push_back(as_list(of_index(shuffled, true), neurons));
   return out;
 }
 
