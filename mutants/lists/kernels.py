@@ -9,7 +9,7 @@ ROWS = Cpp("*Rows*")
 CHECKS = Cpp("*Checks*:*Errors*:Base*:RunList*")
 
 MUTANTS = [
-    # ---- FFN: chunks of rows, blocks of depth, panels of columns
+    # ---- FFN: chunks of rows, blocks of K, panels of columns
     Mutant("ffn: the residual of the first chunk in all of them", "csrc/cpu/ffn.cpp",
            "row_of(p.residual, first_row, p.type) + first * size;", "row_of(p.residual, 0, p.type) + first * size;", FFN, quick=True),
     Mutant("ffn: the input of the first chunk in all of them", "csrc/cpu/ffn.cpp",
@@ -32,7 +32,7 @@ MUTANTS = [
            "static_cast<double*>(p.norms.data)[first + j] += sums[j];", "static_cast<double*>(p.norms.data)[j] += sums[j];", FFN),
     Mutant("ffn: norms in float forget what was there", "csrc/cpu/ffn.cpp",
            "total = static_cast<float>(total + sums[j]);", "total = static_cast<float>(sums[j]);", FFN),
-    Mutant("ffn: h beyond its first block of depth", "csrc/cpu/ffn.cpp",
+    Mutant("ffn: h beyond its first block of K", "csrc/cpu/ffn.cpp",
            "packed_h->at(tile, begin) + (slot - begin) * a.tile_rows", "packed_h->at(tile, begin - begin) + slot * a.tile_rows", FFN),
     Mutant("ffn: h is packed in blocks of the other half", "csrc/cpu/ffn.cpp",
            "gemm.tile_rows, s.down.block_k};", "gemm.tile_rows, s.up.block_k};", FFN),
@@ -41,16 +41,16 @@ MUTANTS = [
     Mutant("ffn: the residual is left out of a row's last columns", "csrc/cpu/ffn_kernels.cpp",
            "from_float<T>(from == nullptr ? row[j] : row[j] + to_float(from[j]));", "from_float<T>(row[j]);", FFN),
     Mutant("gemm: the second block of bf16 pairs", "csrc/cpu/gemm.cpp",
-           "(tile * packed.tile_rows * stride + k) * bytes", "(tile * packed.tile_rows * stride + slot) * bytes", FFN),
+           "(tile * packed.tile_rows * stride + begin) * bytes", "(tile * packed.tile_rows * stride + slot) * bytes", FFN),
     Mutant("gemm: a block's length in slots, not in numbers", "csrc/cpu/gemm.cpp",
-           "std::min(packed.block_k * values, depth - k);", "std::min(packed.block_k, depth - k);", FFN),
-    Mutant("gemm: the last block of depth is as long as the others", "csrc/cpu/gemm.hpp",
+           "std::min(packed.block_k * values, k - begin);", "std::min(packed.block_k, k - begin);", FFN),
+    Mutant("gemm: the last block of K is as long as the others", "csrc/cpu/gemm.hpp",
            "const int64_t count = std::min(block_k, slots - begin);\n    return", "const int64_t count = block_k;\n    return", FFN),
     Mutant("gemm: the second block of rows is not added to", "csrc/cpu/gemm.hpp",
            "static_cast<int32_t>(a.rows_in(tile)), s == 0);", "static_cast<int32_t>(a.rows_in(tile)), s == 0 || t > 0);", FFN),
     Mutant("gemm: a panel between two threads is left out", "csrc/cpu/gemm.hpp",
            "for (int64_t panel = num_panels * slot / slots;", "for (int64_t panel = divide_up(num_panels * slot, slots);", FFN),
-    Mutant("gemm: every block of depth takes the list's beginning", "csrc/cpu/gemm.hpp",
+    Mutant("gemm: every block of K takes the list's beginning", "csrc/cpu/gemm.hpp",
            "weights.columns + begin, count, weights.width);", "weights.columns, count, weights.width);", FFN),
     Mutant("gemm: one row is summed in other blocks", "csrc/cpu/gemm_kernels.cpp",
            "constexpr int64_t kBlock = kSumBlock * kValues<T>;", "constexpr int64_t kBlock = kSumBlock;", FFN),
