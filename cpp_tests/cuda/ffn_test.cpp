@@ -138,7 +138,10 @@ struct OnDevice {
 
   explicit OnDevice(const Chosen& chosen) {
     if (chosen.runs) selection = select_runs(*chosen.runs);
-    if (chosen.resolved) return resolve(chosen);
+    if (chosen.resolved) {
+      resolve(chosen);
+      return;
+    }
     if (!chosen.index) return;
     const auto n = static_cast<int64_t>(chosen.index->size());
     const auto value = [&](int64_t i) { return (*chosen.index)[static_cast<size_t>(i)]; };
