@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant("pixels: cropped at the top", "flashu_ext/models/showo2/pipeline.py", "round((height - side) / 2)", "0", Pytest(EDGES, "-k", "cropped")),
     Mutant("pixels: cropped at the left", "flashu_ext/models/showo2/pipeline.py", "left, top = round((width - side) / 2)", "left, top = 0", Pytest(EDGES, "-k", "cropped")),
     Mutant("validate: an id equal to the vocabulary", "flashu_ext/models/showo2/validate.py", "high >= vocabulary", "high > vocabulary", Pytest(SMALL, "-k", "vocabulary")),
-    Mutant("folder: weights do not matter", "flashu_ext/batch/folder.py", '        "weights": model_fingerprint(pipe.model),\n', "", Pytest(FOLDER, "-k", "weights")),
+    Mutant("folder: weights do not matter", "flashu_ext/batch/folder.py", '        "weights": weights_digest(pipe.model),\n', "", Pytest(FOLDER, "-k", "weights")),
     Mutant("folder: the plan does not matter", "flashu_ext/batch/folder.py", '"plan": _plan_digest(config, plan)', '"plan": None', Pytest(FOLDER, "-k", "plan")),
     Mutant("folder: the manifest goes first", "flashu_ext/batch/folder.py", "    for name in names:\n        (out /", "    path.unlink(missing_ok=True)\n    for name in names:\n        (out /", Pytest(FOLDER, "-k", "manifest")),
 ]  # fmt: skip
