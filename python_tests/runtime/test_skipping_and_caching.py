@@ -205,6 +205,19 @@ def test_a_large_budget_computes_once_outside_the_full_steps():
     assert "cached 6" in str(summary)
 
 
+@pytest.mark.parametrize("interval", [0, 3])
+def test_every_wait_for_the_adaptive_caches_flag_is_counted(interval):
+    """One for each decision, but where the state is too old at once none; and one for each choice of layers."""
+    knobs = {"adaptive_cache": True, "adaptive_cache_budget": ENOUGH, "head_cache_interval": interval, **LAYERS_TOO}
+    _, summary, image = run(FlashUConfig(steps=12, full_network_steps=2, **knobs))
+    open_ones = [step for step in image.ran if image.plan.at(step.index).adaptive]
+    waited = [step for step in open_ones if not step.head]
+    assert (len(waited) < len(open_ones)) == bool(summary.layers_skipped) == (interval > 0)
+    assert summary.host_waits == len(waited) + len(summary.layers_skipped)
+    by_step = [work.waits for work in image.work]
+    assert sum(by_step) == summary.host_waits and all(by_step[step.index - 1] >= 1 for step in waited)
+
+
 def test_a_larger_budget_computes_less():
     cached = [run(FlashUConfig(steps=12, adaptive_cache=True, adaptive_cache_budget=b))[1].decided["cached"]
               for b in (0.0, 0.1, 0.3, ENOUGH)]  # fmt: skip
