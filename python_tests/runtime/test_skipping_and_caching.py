@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.conformance import public, relative
 from support.drawing import CASES, ENOUGH, LAYERS_TOO, TOKENS, sample, sample_as_upstream
-from support.oracle import Oracle
+from support.oracle import Oracle, recorded_tokens
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
@@ -59,25 +59,11 @@ def test_an_idle_knob_leaves_every_bit(name):
 
 
 @pytest.fixture
-def chosen(monkeypatch):
+def chosen():
     """step -> the tokens that the run under test computes there."""
-    return record_choices(monkeypatch)
-
-
-def record_choices(monkeypatch):
-    record, steps, original, asked = {}, [], TokenRouter.active, TokenHistory.routing
-
-    def routing(self, sources, index):
-        steps.append(index)
-        return asked(self, sources, index)
-
-    def active(self, work, rows, kernels):
-        record[steps[-1]] = original(self, work, rows, kernels)
-        return record[steps[-1]]
-
-    monkeypatch.setattr(TokenHistory, "routing", routing)
-    monkeypatch.setattr(TokenRouter, "active", active)
-    return record
+    record = {}
+    with recorded_tokens(record):
+        yield record
 
 
 def equals_oracle(config, chosen, way="sample", prepare=lambda model: model):
