@@ -16,9 +16,9 @@ struct Sizes {
 
 // Around the vectors and panels (4 to 32 columns), sums of 32 slots (64 bf16), and blocks of 128 and 384
 // slots (256 and 768 bf16) of csrc/cpu/gemm_kernels.cpp and csrc/core/tiles.cpp.
-const std::vector<int64_t> kDepths = {1,   2,   3,   4,   5,   7,   8,   9,   15,  16,  17,  31,  32,
-                                      33,  47,  63,  64,  65,  95,  96,  97,  127, 128, 129, 191, 193,
-                                      255, 256, 257, 383, 384, 385, 511, 513, 767, 768, 769, 801};
+const std::vector<int64_t> kSizesOfK = {1,   2,   3,   4,   5,   7,   8,   9,   15,  16,  17,  31,  32,
+                                        33,  47,  63,  64,  65,  95,  96,  97,  127, 128, 129, 191, 193,
+                                        255, 256, 257, 383, 384, 385, 511, 513, 767, 768, 769, 801};
 // Around tiles of 6 and 12 rows, blocks of 96 and 192, and chunks of 1,020.
 const std::vector<int64_t> kRows = {1,  2,  3,  5,  6,   7,   11,  12,   13,   17,   18,  24,
                                     25, 95, 96, 97, 191, 192, 193, 1019, 1020, 1021, 2100};
@@ -28,15 +28,15 @@ const std::vector<int64_t> kWidths = {1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 
 std::vector<Sizes> all_sizes() {
   std::vector<Sizes> sizes;
   for (const int64_t rows : kRows) sizes.push_back({rows, 21, 40, 35});
-  for (const int64_t depth : kDepths) {
-    for (const int64_t rows : {1, 2, 13}) sizes.push_back({rows, depth, 11, 9});
-    for (const int64_t rows : {1, 3}) sizes.push_back({rows, 19, depth, 10});
+  for (const int64_t k : kSizesOfK) {
+    for (const int64_t rows : {1, 2, 13}) sizes.push_back({rows, k, 11, 9});
+    for (const int64_t rows : {1, 3}) sizes.push_back({rows, 19, k, 10});
   }
   for (const int64_t width : kWidths) sizes.push_back({5, 20, 9, width});
   sizes.push_back({300, 400, 330, 260});  // several panels of several blocks
   sizes.push_back({1100, 30, 70, 300});
   // By the baseline's panels of 8 columns one half streams and the other keeps panels, in both orders; the
-  // second has several blocks of rows and of depth in panels too.
+  // second has several blocks of rows and of K in panels too.
   sizes.push_back({1020, 20, 150, 3});
   sizes.push_back({1020, 20, 390, 9});
   return sizes;
@@ -48,7 +48,7 @@ struct Selected {
   std::vector<int64_t> runs;
   Guarded<int64_t> wide{{0}};
   Guarded<int32_t> narrow{{0}};
-  enum { kAll, kRuns, kWide, kNarrow } kind;
+  enum { kAll, kRuns, kWide, kNarrow, kList } kind;
 
   flashu_selection selection() const {
     switch (kind) {
@@ -58,6 +58,8 @@ struct Selected {
         return select_index(wide);
       case kNarrow:
         return select_index(narrow);
+      case kList:
+        return select_list(narrow, false);
       default:
         return select_all();
     }
@@ -85,6 +87,14 @@ Selected of_index(std::vector<int64_t> list, bool wide) {
   return s;
 }
 
+// What list_neurons() makes of another selection.
+Selected as_list(const Selected& from, int64_t neurons) {
+  const auto count = static_cast<int64_t>(from.list.size());
+  Selected s{from.list, {}, Guarded<int64_t>({0}), Guarded<int32_t>({count}), Selected::kList};
+  list_neurons(from.selection(), neurons, s.narrow);
+  return s;
+}
+
 std::vector<Selected> selections(int64_t neurons) {
   std::vector<int64_t> all(static_cast<size_t>(neurons));
   std::iota(all.begin(), all.end(), 0);
@@ -102,6 +112,8 @@ std::vector<Selected> selections(int64_t neurons) {
   out.push_back(of_index(ascending, true));
   out.push_back(of_index(shuffled, false));
   out.push_back(of_index({all.begin() + neurons / 4, all.end()}, true));  // a range, said by an index
+  out.push_back(as_list(of_runs({0, 1, 2, neurons - 3}), neurons));
+  out.push_back(as_list(of_index(shuffled, true), neurons));
   return out;
 }
 
@@ -309,20 +321,20 @@ TYPED_TEST(FfnEdges, WholeFfnAndItsNormsAreExact) {
 }
 
 // A row's bits are the same alone and in any company, though its sums are not exact: what is left of them
-// when the second half of the depth takes away the first is rounding, and shows any other order.
+// when the second half of K takes away the first is rounding, and shows any other order.
 TYPED_TEST(FfnEdges, RowsAloneAreRowsTogether) {
-  for (const int64_t depth : kDepths) {
+  for (const int64_t k : kSizesOfK) {
     const int64_t rows = 14, neurons = 11, width = 9;
-    Guarded<TypeParam> x({rows, depth}, 1), gate({neurons, depth}, 2), up({neurons, depth}, 3),
-        h({rows, depth}, 4), down({width, depth}, 5), products({rows, neurons}, 6), sums({rows, width}, 7);
+    Guarded<TypeParam> x({rows, k}, 1), gate({neurons, k}, 2), up({neurons, k}, 3), h({rows, k}, 4),
+        down({width, k}, 5), products({rows, neurons}, 6), sums({rows, width}, 7);
     x.real(1), gate.real(2, 0.1f), up.real(3, 0.1f), h.real(4), down.real(5, 0.1f);
-    for (int64_t k = depth / 2; k < 2 * (depth / 2); ++k) {
+    for (int64_t i = k / 2; i < 2 * (k / 2); ++i) {
       for (int64_t r = 0; r < rows; ++r) {
-        x(r, k) = x(r, k - depth / 2);
-        h(r, k) = h(r, k - depth / 2);
+        x(r, i) = x(r, i - k / 2);
+        h(r, i) = h(r, i - k / 2);
       }
-      for (int64_t j = 0; j < neurons; ++j) up(j, k) = from_float<TypeParam>(-up.value(j, k - depth / 2));
-      for (int64_t c = 0; c < width; ++c) down(c, k) = from_float<TypeParam>(-down.value(c, k - depth / 2));
+      for (int64_t j = 0; j < neurons; ++j) up(j, i) = from_float<TypeParam>(-up.value(j, i - k / 2));
+      for (int64_t c = 0; c < width; ++c) down(c, i) = from_float<TypeParam>(-down.value(c, i - k / 2));
     }
     SwigluArgs up_half{};
     up_half.x = x;
@@ -337,14 +349,14 @@ TYPED_TEST(FfnEdges, RowsAloneAreRowsTogether) {
     gathered_down(down_half);
     for (const int64_t row : {0, 5, 13}) {
       Guarded<TypeParam> product({1, neurons}), sum({1, width});
-      up_half.x = tensor(&x(row, 0), dtype_of<TypeParam>(), {1, depth});
+      up_half.x = tensor(&x(row, 0), dtype_of<TypeParam>(), {1, k});
       up_half.out = product;
       gathered_swiglu(up_half);
-      down_half.h = tensor(&h(row, 0), dtype_of<TypeParam>(), {1, depth});
+      down_half.h = tensor(&h(row, 0), dtype_of<TypeParam>(), {1, k});
       down_half.out = sum;
       gathered_down(down_half);
-      for (int64_t c = 0; c < neurons; ++c) ASSERT_EQ(product.value(0, c), products.value(row, c)) << depth;
-      for (int64_t c = 0; c < width; ++c) ASSERT_EQ(sum.value(0, c), sums.value(row, c)) << depth;
+      for (int64_t c = 0; c < neurons; ++c) ASSERT_EQ(product.value(0, c), products.value(row, c)) << k;
+      for (int64_t c = 0; c < width; ++c) ASSERT_EQ(sum.value(0, c), sums.value(row, c)) << k;
     }
   }
 }

@@ -19,6 +19,7 @@ struct Chosen {
   std::optional<std::vector<int64_t>> runs;
   std::optional<std::vector<int64_t>> index;
   bool wide_index = false;
+  bool resolved = false;  // by list_neurons, before the call
 
   std::vector<int64_t> list(int64_t intermediate) const {
     if (index) return *index;
@@ -51,6 +52,8 @@ std::vector<Chosen> selections(int64_t intermediate) {
           {"runs", {{1, 5, 7, 30, 60, 41}}, {}},
           {"index", {}, {shuffled(intermediate * 3 / 4, intermediate, 1)}},
           {"wide index", {}, {shuffled(77, intermediate, 2)}, true},
+          {"list of eights", {{8, 24, 40, 64, 120, intermediate / 8 * 8 - 128}}, {}, false, true},
+          {"list", {}, {shuffled(intermediate * 3 / 4, intermediate, 1)}, false, true},
           {"none", {std::vector<int64_t>{}}, {}}};
 }
 
@@ -135,6 +138,10 @@ struct OnDevice {
 
   explicit OnDevice(const Chosen& chosen) {
     if (chosen.runs) selection = select_runs(*chosen.runs);
+    if (chosen.resolved) {
+      resolve(chosen);
+      return;
+    }
     if (!chosen.index) return;
     const auto n = static_cast<int64_t>(chosen.index->size());
     const auto value = [&](int64_t i) { return (*chosen.index)[static_cast<size_t>(i)]; };
@@ -145,6 +152,18 @@ struct OnDevice {
       narrow = Guarded<int32_t>({n}).fill([&](int64_t i) { return static_cast<int32_t>(value(i)); });
       selection = select_index(narrow.upload());
     }
+  }
+
+ private:
+  void resolve(const Chosen& chosen) {
+    const std::vector<int64_t> neurons = chosen.list(0);
+    narrow = Guarded<int32_t>({static_cast<int64_t>(neurons.size())});
+    wide = Guarded<int64_t>({static_cast<int64_t>(neurons.size())}).fill([&](int64_t i) {
+      return neurons[static_cast<size_t>(i)];
+    });
+    const bool blocks_of_8 = list_neurons(chosen.runs ? selection : select_index(wide), 1 << 20, narrow);
+    EXPECT_EQ(blocks_of_8, chosen.runs.has_value());
+    selection = select_list(narrow.upload(), blocks_of_8);
   }
 };
 
@@ -435,6 +454,32 @@ TYPED_TEST(DeviceFfn, AnIndexOutOfRangeIsClampedAndReported) {
   device_synchronize();
   expect_equal(out.download(), expected);
   EXPECT_EQ(status.download()[0], 1);
+}
+
+// Whoever writes a list by hand may be wrong: it leads to other neurons, never outside the weights.
+TYPED_TEST(DeviceFfn, AListOutOfRangeStaysInTheWeights) {
+  for (const int64_t rows : {2, 20}) {
+    Operands<TypeParam> o(rows, 64, 96, 24);
+    const auto expected = run_ffn(o, Chosen{"index", {}, {{95, 7, 94}}}, false);
+    Guarded<int32_t> list({3});
+    list[0] = -4;
+    list[1] = 7;
+    list[2] = 94;
+    Guarded<TypeParam> out({rows, 24});
+    FfnArgs args{};
+    args.x = o.x.upload();
+    args.w_gate = o.gate.upload();
+    args.w_up = o.up.upload();
+    args.w_down = o.down.upload();
+    args.selection = select_list(list.upload(), false);
+    args.out = out.upload();
+    const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_ffn_workspace);
+    args.workspace = workspace.get().data;
+    args.workspace_bytes = workspace.get().bytes;
+    gathered_ffn(args);
+    device_synchronize();
+    expect_equal(out.download(), expected);
+  }
 }
 
 TYPED_TEST(DeviceFfn, NormsOfTheProductInBetween) {

@@ -333,13 +333,13 @@ TEST(Simt, SumsMayNotBeReadWhileProductsAreUnderWay) {
   EXPECT_TRUE(contains(errors(1, 128, 16384, body), "read too early"));
 }
 
-TEST(Simt, OperandsByDepthAndByColumnAgree) {
-  // The same B once with its columns as rows of a box, once with its depth.
+TEST(Simt, OperandsByKAndByColumnAgree) {
+  // The same B once with its columns as rows of a box, once with its k.
   const auto body = [] {
     char* shared = simt::dynamic_shared();
     auto* left = shared;
     auto* by_column = shared + 8192;
-    auto* by_depth = shared + 3 * 8192;
+    auto* by_k = shared + 3 * 8192;
     const auto put = [](char* tile, unsigned row, unsigned column, float value) {
       char* box = tile + column / 64 * 8192;
       char* at = box + row * 128 + ((column % 64 / 8) ^ (row % 8)) * 16 + column % 8 * 2;
@@ -353,7 +353,7 @@ TEST(Simt, OperandsByDepthAndByColumnAgree) {
       const auto value = static_cast<float>(static_cast<int>(i * 5 % 9) - 4);
       char* at = by_column + column * 128 + ((k / 8) ^ (column % 8)) * 16 + k % 8 * 2;
       *reinterpret_cast<bfloat16*>(at) = from_float<bfloat16>(value);
-      put(by_depth, k, column, value);
+      put(by_k, k, column, value);
     }
     fence_proxy_async();
     __syncthreads();
@@ -369,7 +369,7 @@ TEST(Simt, OperandsByDepthAndByColumnAgree) {
     wgmma_fence();
     for (int k = 0; k < 4; ++k) {
       wgmma<128, bfloat16, Major::kMN>(second, wgmma_descriptor<Major::kK>(left + k * 32, 0),
-                                       wgmma_descriptor<Major::kMN>(by_depth + k * 2048, 8192), k > 0);
+                                       wgmma_descriptor<Major::kMN>(by_k + k * 2048, 8192), k > 0);
     }
     wgmma_commit();
     wgmma_wait<0>();

@@ -1,4 +1,4 @@
-// From checked arguments to the kernels of their device. csrc/api is the only room that knows both cpu and
+// From checked arguments to the kernels of their device. csrc/api is the only folder that knows both cpu and
 // cuda.
 #pragma once
 

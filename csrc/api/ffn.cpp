@@ -1,14 +1,13 @@
 // C API of the FFN family: every check but that of the index, then the kernels of the device.
 #include "flashu/ffn.h"
 
+#include <algorithm>
 #include <limits>
 #include <span>
 
 #include "api/dispatch.hpp"
-#include "core/ffn_problem.hpp"
+#include "api/ffn_plan.hpp"
 #include "core/rows.hpp"
-#include "cpu/ffn.hpp"
-#include "cuda/ffn.hpp"
 
 namespace flashu::api {
 namespace {
@@ -68,11 +67,30 @@ FfnProblem begin(const char* name, const flashu_tensor& tensor, const Args& a) {
   return p;
 }
 
-// Which neurons; the values of an index are left to the device.
+bool come_in_eights(const core::RunList& runs) {
+  return std::all_of(runs.begin(), runs.end(), [](const core::Run& run) { return run.length % 8 == 0; });
+}
+
+// The tensor of an index or a list; its values are left to the device.
+void check_index_tensor(FfnProblem& p, const flashu_selection& selection, const char* like_name,
+                        const flashu_tensor& like) {
+  const flashu_tensor& index = selection.index;
+  core::check_tensor("index", index);
+  core::check_rank("index", index, 1);
+  core::check_device({{like_name, &like}, {"index", &index}});
+  FLASHU_CHECK(index.sizes[0] <= p.intermediate, FLASHU_INVALID_INDEX,
+               "index: expected each value at most once in [0, ", p.intermediate, "), got ", index.sizes[0],
+               " values");
+  p.index = index;
+  p.neurons = index.sizes[0];
+}
+
+// Which neurons; the values of an index or a list are left to the device.
 void check_selection(FfnProblem& p, const flashu_selection& selection, const char* like_name,
                      const flashu_tensor& like) {
   FLASHU_CHECK(p.intermediate <= std::numeric_limits<int32_t>::max(), FLASHU_UNSUPPORTED,
                "selection: expected fewer than 2^31 neurons, got ", p.intermediate);
+  p.selected_by = selection.kind;
   switch (selection.kind) {
     case FLASHU_SELECT_ALL:
       if (p.intermediate > 0) p.runs = {{0, p.intermediate}};
@@ -86,21 +104,19 @@ void check_selection(FfnProblem& p, const flashu_selection& selection, const cha
           p.intermediate);
       break;
     case FLASHU_SELECT_INDEX:
-      core::check_tensor("index", selection.index);
       core::check_dtype("index", selection.index, {FLASHU_I32, FLASHU_I64});
-      core::check_rank("index", selection.index, 1);
-      core::check_device({{like_name, &like}, {"index", &selection.index}});
-      FLASHU_CHECK(selection.index.sizes[0] <= p.intermediate, FLASHU_INVALID_INDEX,
-                   "index: expected each value at most once in [0, ", p.intermediate, "), got ",
-                   selection.index.sizes[0], " values");
-      p.by_index = true;
-      p.index = selection.index;
-      p.neurons = selection.index.sizes[0];
+      return check_index_tensor(p, selection, like_name, like);
+    case FLASHU_SELECT_LIST:
+      core::check_dtype("index", selection.index, {FLASHU_I32});
+      check_index_tensor(p, selection, like_name, like);
+      core::check_inner_contiguous("index", selection.index);
+      p.blocks_of_8 = selection.blocks_of_8 != 0 && p.neurons % 8 == 0;
       return;
     default:
-      core::fail(FLASHU_INVALID_VALUE, "selection.kind: expected 0, 1 or 2, got ", selection.kind);
+      core::fail(FLASHU_INVALID_VALUE, "selection.kind: expected 0 to 3, got ", selection.kind);
   }
   p.neurons = core::total_length(p.runs);
+  p.blocks_of_8 = come_in_eights(p.runs);
 }
 
 void check_up_weights(FfnProblem& p, const flashu_tensor& x, const flashu_tensor& w_gate,
@@ -189,11 +205,7 @@ template <class Args>
 int32_t run(const char* op, const Args* args) {
   return core::guarded(op, [&] {
     const Args& a = core::read_args(args);
-    const FfnProblem p = checked(a);
-    if (p.rows == 0) return;
-    run_on(
-        p.device, [&] { cpu::ffn(p, a.workspace, a.workspace_bytes); },
-        [&] { cuda::ffn(p, a.workspace, a.workspace_bytes); });
+    FfnPlan(a).run(a.workspace, a.workspace_bytes);
   });
 }
 
@@ -202,9 +214,24 @@ int32_t workspace(const char* op, const Args* args, uint64_t* bytes) {
   return core::guarded(op, [&] {
     const Args& a = core::read_args(args);
     FLASHU_CHECK(bytes != nullptr, FLASHU_INVALID_VALUE, "bytes: expected a pointer, got NULL");
-    const FfnProblem p = checked(a);
-    run_on(p.device, [&] { *bytes = cpu::ffn_workspace(p); }, [&] { *bytes = cuda::ffn_workspace(p); });
+    *bytes = FfnPlan(a).workspace_bytes();
   });
+}
+
+void list_neurons(const flashu_list_args& a) {
+  FLASHU_CHECK(a.intermediate >= 0, FLASHU_INVALID_VALUE, "intermediate: expected at least 0, got ",
+               a.intermediate);
+  FLASHU_CHECK(a.blocks_of_8 != nullptr, FLASHU_INVALID_VALUE, "blocks_of_8: expected a pointer, got NULL");
+  core::check_tensor("list", a.list);
+  core::check_dtype("list", a.list, {FLASHU_I32});
+  core::check_rank("list", a.list, 1);
+  core::check_inner_contiguous("list", a.list);
+  FLASHU_CHECK(a.list.device == FLASHU_DEVICE_CPU, FLASHU_INVALID_VALUE, "list: expected a CPU tensor");
+  FfnProblem p{};
+  p.intermediate = a.intermediate;
+  check_selection(p, a.selection, "list", a.list);
+  core::check_size("list", a.list, 0, p.neurons);
+  *a.blocks_of_8 = cpu::list_neurons(p, static_cast<int32_t*>(a.list.data));
 }
 
 void neuron_norms(const flashu_neuron_norms_args& args) {
@@ -222,6 +249,29 @@ void neuron_norms(const flashu_neuron_norms_args& args) {
 }
 
 }  // namespace
+
+template <class Args>
+FfnPlan::FfnPlan(const Args& args) : problem_(checked(args)) {
+  if (problem_.rows == 0) return;
+  run_on(
+      problem_.device, [&] { plan_ = cpu::plan_ffn(problem_); }, [&] { plan_ = cuda::plan_ffn(problem_); });
+}
+template FfnPlan::FfnPlan(const flashu_swiglu_args&);
+template FfnPlan::FfnPlan(const flashu_down_args&);
+template FfnPlan::FfnPlan(const flashu_ffn_args&);
+
+uint64_t FfnPlan::workspace_bytes() const {
+  return std::visit([](const auto& plan) { return static_cast<uint64_t>(plan.bytes()); }, plan_);
+}
+
+void FfnPlan::run(void* workspace, uint64_t bytes) const {
+  if (problem_.rows == 0) return;
+  core::check_workspace(workspace, bytes, workspace_bytes());
+  run_on(
+      problem_.device, [&] { cpu::ffn(problem_, std::get<cpu::FfnPlan>(plan_), workspace); },
+      [&] { cuda::ffn(problem_, std::get<cuda::FfnPlan>(plan_), workspace); });
+}
+
 }  // namespace flashu::api
 
 extern "C" {
@@ -239,6 +289,10 @@ int32_t flashu_gathered_down_workspace(const flashu_down_args* args, uint64_t* b
 int32_t flashu_gathered_ffn(const flashu_ffn_args* args) { return flashu::api::run("gathered_ffn", args); }
 int32_t flashu_gathered_ffn_workspace(const flashu_ffn_args* args, uint64_t* bytes) {
   return flashu::api::workspace("gathered_ffn", args, bytes);
+}
+int32_t flashu_list_neurons(const flashu_list_args* args) {
+  using namespace flashu;
+  return core::guarded("list_neurons", [&] { api::list_neurons(core::read_args(args)); });
 }
 int32_t flashu_neuron_norms(const flashu_neuron_norms_args* args) {
   using namespace flashu;

@@ -25,9 +25,10 @@ struct FfnProblem {
   int64_t width;   // width of the down half's output
   int64_t intermediate;
   int64_t neurons;  // selected ones
-  // Which they are: an index tensor, whose values nobody has looked at yet, or these runs.
-  bool by_index;
-  flashu_tensor index;
+  // Which they are: an index tensor, whose values nobody has looked at yet, a list, or these runs.
+  int32_t selected_by;  // flashu_selection_kind
+  flashu_tensor index;  // or the list
+  bool blocks_of_8;     // runs or list: eight neighbours at a time
   RunList runs;
   Matrix x, w_gate, w_up, w_down, residual;
   Matrix h;  // up half alone: its output; down half alone: its input
@@ -36,7 +37,8 @@ struct FfnProblem {
   flashu_tensor status;  // absent, or where CUDA kernels report a clamped index
   void* stream;
 
-  bool one_run() const { return !by_index && runs.size() <= 1; }
+  bool by_runs() const { return selected_by == FLASHU_SELECT_ALL || selected_by == FLASHU_SELECT_RUNS; }
+  bool one_run() const { return by_runs() && runs.size() <= 1; }
   int64_t first() const { return runs.empty() ? 0 : runs.front().start; }  // of one run
 };
 

@@ -19,15 +19,6 @@ constexpr double kWorkPerSlot = 400e3;
 using core::FfnProblem;
 using core::Matrix;
 
-// Sizes of the scratch areas, in floats.
-struct FfnScratch {
-  core::GemmTiles up, down;
-  int64_t x_floats, h_floats, slot_floats;
-  int64_t slots;  // pieces that may run at once
-
-  int64_t bytes() const { return (x_floats + h_floats + slots * slot_floats) * 4; }
-};
-
 // Scratch of one call, carved out of the caller's workspace.
 struct Buffers {
   float* x;
@@ -43,8 +34,9 @@ char* row_of_mutable(const Matrix& matrix, int64_t row, int32_t type) {
 }
 
 // Rows [first_row, first_row + a.rows) of the up half: panels of kWidth gate and kWidth up columns.
-void up_half(const FfnProblem& p, const Selection& selected, const FfnScratch& s, const PackedRows& a,
-             int64_t first_row, const PackedRows* packed_h, const Buffers& buffers) {
+void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t first_row,
+             const PackedRows* packed_h, const Buffers& buffers) {
+  const Selection& selected = s.selected;
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
   const int64_t width = gemm.panel_columns / 2;
@@ -91,8 +83,9 @@ void up_half(const FfnProblem& p, const Selection& selected, const FfnScratch& s
 }
 
 // Rows [first_row, first_row + a.rows) of the down half, from packed h.
-void down_half(const FfnProblem& p, const Selection& selected, const FfnScratch& s, const PackedRows& a,
-               int64_t first_row, const Buffers& buffers) {
+void down_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t first_row,
+               const Buffers& buffers) {
+  const Selection& selected = s.selected;
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
   const int64_t size = element_bytes(p.type);
@@ -110,13 +103,16 @@ void down_half(const FfnProblem& p, const Selection& selected, const FfnScratch&
     ffn.store_rows[p.type](row_of_mutable(p.out, first_row, p.type) + first * size, p.out.stride, residual,
                            p.residual.stride, c, a.rows, count);
   };
-  const Weights weights{p.type, p.intermediate, selected.count, selected.first,
-                        selected.range ? nullptr : selected.list.data()};
+  const Weights weights{p.type, p.intermediate, selected.count, selected.first, selected.list()};
   multiply_panels(gemm, s.down, a, divide_up(p.width, gemm.panel_columns), weights, buffers.slots, s.slots,
                   rows_of, finish);
 }
 
-FfnScratch plan_scratch(const FfnProblem& p, bool gathered) {
+}  // namespace
+
+FfnPlan plan_ffn(const FfnProblem& p) {
+  FfnPlan s;
+  s.selected = resolve(p);
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const int64_t values = gemm.slot_values[p.type];
   const core::GemmProblem up{p.rows, 2 * p.neurons,       p.hidden,       element_bytes(p.type),
@@ -125,8 +121,9 @@ FfnScratch plan_scratch(const FfnProblem& p, bool gathered) {
   core::GemmProblem down = up;
   down.n = p.width;
   down.k = p.neurons;
-  down.gathered = gathered;
-  FfnScratch s{core::choose_gemm_tiles(up), core::choose_gemm_tiles(down), 0, 0, 0, 1};
+  down.gathered = s.selected.list() != nullptr;
+  s.up = core::choose_gemm_tiles(up);
+  s.down = core::choose_gemm_tiles(down);
   const int64_t chunk = std::min(p.rows, s.up.chunk_m);  // both halves chunk alike: it depends on rows only
   if (p.has_up) s.x_floats = PackedRows::floats(chunk, divide_up(p.hidden, values), gemm.tile_rows);
   if (p.has_down) s.h_floats = PackedRows::floats(chunk, divide_up(p.neurons, values), gemm.tile_rows);
@@ -138,16 +135,7 @@ FfnScratch plan_scratch(const FfnProblem& p, bool gathered) {
   return s;
 }
 
-}  // namespace
-
-uint64_t ffn_workspace(const FfnProblem& problem) {
-  return static_cast<uint64_t>(plan_scratch(problem, !resolve(problem).range).bytes());
-}
-
-void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
-  const Selection selected = resolve(p);
-  const FfnScratch s = plan_scratch(p, !selected.range);
-  core::check_workspace(workspace, workspace_bytes, static_cast<uint64_t>(s.bytes()));
+void ffn(const FfnProblem& p, const FfnPlan& s, void* workspace) {
   float* floats = static_cast<float*>(workspace);
   const Buffers buffers{floats, floats + s.x_floats, floats + s.x_floats + s.h_floats};
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
@@ -157,11 +145,11 @@ void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
     if (p.has_up) {
       const PackedRows x{buffers.x, rows, slots_of(gemm, p.type, p.hidden), gemm.tile_rows, s.up.block_k};
       pack_rows(gemm, x, row_of(p.x, row, p.type), p.type, p.x.stride, p.hidden);
-      up_half(p, selected, s, x, row, p.has_down ? &h : nullptr, buffers);
+      up_half(p, s, x, row, p.has_down ? &h : nullptr, buffers);
     } else {
       pack_rows(gemm, h, row_of(p.h, row, p.type), p.type, p.h.stride, p.neurons);
     }
-    if (p.has_down) down_half(p, selected, s, h, row, buffers);
+    if (p.has_down) down_half(p, s, h, row, buffers);
   }
 }
 

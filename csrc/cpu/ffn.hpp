@@ -5,14 +5,29 @@
 #include <cstdint>
 
 #include "core/ffn_problem.hpp"
+#include "core/tiles.hpp"
+#include "cpu/selection.hpp"
 
 namespace flashu::cpu {
 
-// Bytes of workspace; depends on shapes, the index and the number of threads.
-uint64_t ffn_workspace(const core::FfnProblem& problem);
+// How a problem is run, and its scratch: sizes in floats.
+struct FfnPlan {
+  Selection selected;
+  core::GemmTiles up{}, down{};
+  int64_t x_floats = 0, h_floats = 0, slot_floats = 0;
+  int64_t slots = 0;  // pieces that may run at once
 
-// Throws FLASHU_WORKSPACE for a workspace that is too small or misaligned.
-void ffn(const core::FfnProblem& problem, void* workspace, uint64_t workspace_bytes);
+  int64_t bytes() const { return (x_floats + h_floats + slots * slot_floats) * 4; }
+};
+
+// Depends on shapes, the selection and the number of threads. Throws Failure for a wrong index.
+FfnPlan plan_ffn(const core::FfnProblem& problem);
+
+// workspace: of at least plan.bytes().
+void ffn(const core::FfnProblem& problem, const FfnPlan& plan, void* workspace);
+
+// Writes the selected neurons in order, and says whether they are eight neighbours at a time. Throws Failure.
+bool list_neurons(const core::FfnProblem& problem, int32_t* list);
 
 void neuron_norms(const flashu_neuron_norms_args& args);
 

@@ -4,16 +4,16 @@
 namespace flashu::cpu {
 
 void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void* x, int32_t type,
-               int64_t stride, int64_t depth) {
+               int64_t stride, int64_t k) {
   const int64_t bytes = element_bytes(type);
   const int64_t values = kernels.slot_values[type];
-  const int64_t grain = std::max<int64_t>(1, 65536 / (packed.tile_rows * std::max<int64_t>(depth, 1)));
+  const int64_t grain = std::max<int64_t>(1, 65536 / (packed.tile_rows * std::max<int64_t>(k, 1)));
   core::parallel_for(0, packed.tiles(), grain, [&](int64_t first, int64_t last) {
     for (int64_t slot = 0; slot < packed.slots; slot += packed.block_k) {
-      const int64_t k = slot * values;
-      const int64_t count = std::min(packed.block_k * values, depth - k);
+      const int64_t begin = slot * values;
+      const int64_t count = std::min(packed.block_k * values, k - begin);
       for (int64_t tile = first; tile < last; ++tile) {
-        const char* source = static_cast<const char*>(x) + (tile * packed.tile_rows * stride + k) * bytes;
+        const char* source = static_cast<const char*>(x) + (tile * packed.tile_rows * stride + begin) * bytes;
         kernels.pack_rows[type](packed.at(tile, slot), source, stride, packed.rows_in(tile), count);
       }
     }

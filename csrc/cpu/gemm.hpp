@@ -19,9 +19,9 @@ inline constexpr int64_t kMaxPanelColumns = 64;  // of any instruction set
 
 inline int64_t element_bytes(int32_t type) { return type == FLASHU_F32 ? 4 : 2; }
 
-// Slots that hold `depth` values of k.
-inline int64_t slots_of(const GemmKernels& kernels, int32_t type, int64_t depth) {
-  return divide_up(depth, kernels.slot_values[type]);
+// Slots that hold `k` values of a row.
+inline int64_t slots_of(const GemmKernels& kernels, int32_t type, int64_t k) {
+  return divide_up(k, kernels.slot_values[type]);
 }
 
 // The left operand in register-tile order: for each block of block_k slots, for each tile of rows,
@@ -45,9 +45,9 @@ struct PackedRows {
   }
 };
 
-// Packs x[r * stride + k], k < depth, of storage type `type` (flashu_dtype), tiles split over threads.
+// Packs x[r * stride + i], i < k, of storage type `type` (flashu_dtype), tiles split over threads.
 void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void* x, int32_t type,
-               int64_t stride, int64_t depth);
+               int64_t stride, int64_t k);
 
 // Floats of scratch that one thread needs in multiply_panels.
 inline int64_t panel_scratch_floats(const GemmKernels& kernels, const core::GemmTiles& tiles) {
@@ -56,20 +56,20 @@ inline int64_t panel_scratch_floats(const GemmKernels& kernels, const core::Gemm
   return tiles.panels * (panel + align_floats(chunk * kernels.panel_columns));
 }
 
-// The right operand: panels of panel_columns rows of weights, of which every row holds the depth.
+// The right operand: panels of panel_columns rows of weights, each row of which holds its K values.
 struct Weights {
   int32_t type;            // flashu_dtype of the storage
   int64_t width;           // elements of a row, to stay inside it
-  int64_t depth;           // k of the product
-  int64_t first;           // the depth is [first, first + depth) of a row
+  int64_t k;               // of the product
+  int64_t first;           // K is [first, first + k) of a row
   const int32_t* columns;  // or these of its columns, where given
 };
 
-// The rows of one panel of weights, moved to where a product's depth begins.
+// The rows of one panel of weights, moved to where a product's K begins.
 struct PanelRows {
   const void* row[kMaxPanelColumns];
 
-  // The same rows at element `at` of their depth.
+  // The same rows at element `at` of K.
   PanelRows from(const GemmKernels& kernels, int32_t type, int64_t at) const {
     PanelRows moved;
     const int64_t bytes = at * element_bytes(type);
@@ -92,7 +92,7 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
   const int64_t product_floats = align_floats(a.tiles() * a.tile_rows * columns);
   const int64_t block_tiles = divide_up(tiles.block_m, a.tile_rows);
   const int64_t values = kernels.slot_values[weights.type];
-  const bool one_row = a.rows == 1 && weights.columns == nullptr && weights.depth > 0;
+  const bool one_row = a.rows == 1 && weights.columns == nullptr && weights.k > 0;
 
   const auto panel_rows = [&](int64_t panel) {
     PanelRows rows;
@@ -103,7 +103,7 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
   const auto multiply_row = [&](int64_t panel, int64_t end, float* product) {
     const PanelRows next = panel_rows(std::min(panel + 1, end - 1));
     kernels.multiply_row[weights.type](product, a.data, panel_rows(panel).row,
-                                       panel + 1 < end ? next.row : nullptr, weights.depth);
+                                       panel + 1 < end ? next.row : nullptr, weights.k);
   };
   // Packs `count` k from `begin` on, while the following ones of the same rows are fetched.
   const auto pack = [&](int64_t panel, int64_t begin, int64_t count, float* out) {
@@ -114,16 +114,15 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
     }
     const PanelRows here = rows.from(kernels, weights.type, begin);
     const PanelRows ahead = here.from(kernels, weights.type, count);
-    kernels.pack_panel[weights.type](out, here.row, begin + count < weights.depth ? ahead.row : nullptr,
-                                     count);
+    kernels.pack_panel[weights.type](out, here.row, begin + count < weights.k ? ahead.row : nullptr, count);
   };
   const auto multiply_block = [&](int64_t panel, int64_t block, float* panels, float* products) {
     if (a.slots == 0) std::fill_n(products, block * product_floats, 0.0f);
     for (int64_t s = 0; s < a.slots; s += tiles.block_k) {
       const int64_t count = std::min(tiles.block_k, a.slots - s);
-      const int64_t k = s * values;
+      const int64_t begin = s * values;
       for (int64_t p = 0; p < block; ++p)
-        pack(panel + p, k, std::min(count * values, weights.depth - k), panels + p * panel_floats);
+        pack(panel + p, begin, std::min(count * values, weights.k - begin), panels + p * panel_floats);
       for (int64_t t = 0; t < a.tiles(); t += block_tiles) {
         const int64_t last_tile = std::min(a.tiles(), t + block_tiles);
         for (int64_t p = 0; p < block; ++p) {

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void write_list(const FfnProblem& p, int32_t* list, Stream stream) {
-  if (p.by_index) {
+  if (p.selected_by == FLASHU_SELECT_INDEX) {
     const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(p.neurons, kThreads))), dim3(kThreads), 0,
                               stream};
     int32_t* const status = pointer<int32_t>(p.status);
@@ -91,28 +91,12 @@ void write_list(const FfnProblem& p, int32_t* list, Stream stream) {
   send();
 }
 
-bool runs_come_in_eights(const FfnProblem& p) {
-  return !p.by_index &&
-         std::all_of(p.runs.begin(), p.runs.end(), [](const core::Run& run) { return run.length % 8 == 0; });
-}
-
 // ---- workspace
 
 constexpr int64_t kAlign = static_cast<int64_t>(core::kWorkspaceAlign);
 int64_t aligned(int64_t bytes) { return divide_up(bytes, kAlign) * kAlign; }
 
 int64_t element_bytes(int32_t type) { return type == FLASHU_F32 ? 4 : 2; }
-
-// What a call needs beyond its operands, and where it lies in the workspace.
-struct Plan {
-  core::FfnQuestion question;
-  bool decodes = false;
-  int64_t list_bytes = 0;
-  int64_t h_bytes = 0;
-  int64_t h_stride = 0;
-  int64_t partial_bytes = 0;
-  int64_t bytes() const { return list_bytes + h_bytes + partial_bytes; }
-};
 
 bool takes_tma(const core::Matrix& matrix, int64_t columns) {
   return matrix.data == nullptr || tensor_map_can(matrix.data, columns, matrix.stride);
@@ -131,6 +115,7 @@ FfnDecode decode_of(const FfnProblem& p, int multiprocessors) {
   f.up_stride = p.w_up.stride;
   f.down_stride = p.w_down.stride;
   f.neurons = p.neurons;
+  f.intermediate = p.intermediate;
   f.first = p.first();
   f.width = p.width;
   f.residual = p.residual.data;
@@ -141,9 +126,11 @@ FfnDecode decode_of(const FfnProblem& p, int multiprocessors) {
   return f;
 }
 
-Plan plan_of(const FfnProblem& p) {
+}  // namespace
+
+FfnPlan plan_ffn(const FfnProblem& p) {
   const DeviceFacts facts = device_facts(p.device);
-  Plan plan;
+  FfnPlan plan;
   core::FfnQuestion& q = plan.question;
   q.rows = p.rows;
   q.hidden = p.hidden;
@@ -153,7 +140,7 @@ Plan plan_of(const FfnProblem& p) {
   q.has_down = p.has_down;
   q.type = p.type;
   q.listed = !p.one_run();
-  q.blocks_of_8 = q.listed && runs_come_in_eights(p);
+  q.blocks_of_8 = q.listed && p.blocks_of_8;
   q.aligned = p.type != FLASHU_F32;
   for (const core::Matrix& matrix : {p.x, p.w_gate, p.w_up}) q.aligned &= takes_tma(matrix, p.hidden);
   q.aligned &= takes_tma(p.w_down, p.intermediate) && takes_tma(p.h, p.neurons) && takes_tma(p.out, p.width);
@@ -165,7 +152,7 @@ Plan plan_of(const FfnProblem& p) {
   if (p.neurons == 0 || p.rows == 0) return plan;
   const FfnDecode decode = decode_of(p, facts.multiprocessors);
   plan.decodes = p.width > 0 && ffn_decodes(q) && decode_fits(decode, facts.shared_bytes);
-  if (q.listed) plan.list_bytes = aligned(p.neurons * 4);
+  if (q.listed && p.selected_by != FLASHU_SELECT_LIST) plan.list_bytes = aligned(p.neurons * 4);
   if (plan.decodes) {
     plan.partial_bytes = aligned(decode_blocks(decode) * p.rows * p.width * 4);
   } else if (p.has_up && p.has_down) {
@@ -175,9 +162,11 @@ Plan plan_of(const FfnProblem& p) {
   return plan;
 }
 
+namespace {
+
 // ---- running
 
-void run_gemm(const FfnGemm& g, const Plan& plan, int32_t type, Stream stream) {
+void run_gemm(const FfnGemm& g, const FfnPlan& plan, int32_t type, Stream stream) {
   const core::FfnTile tile = core::ffn_candidates(plan.question, g.gated()).front().tile;
   switch (tile.kernel) {
     case core::FfnKernel::kF32:
@@ -279,17 +268,18 @@ void add_norms(const flashu_tensor& acc, int32_t type, const void* h, int64_t ro
 
 }  // namespace
 
-uint64_t ffn_workspace(const FfnProblem& problem) { return static_cast<uint64_t>(plan_of(problem).bytes()); }
-
-void ffn(const FfnProblem& p, void* workspace, uint64_t workspace_bytes) {
+void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
   const DeviceGuard guard(p.device);
-  const Plan plan = plan_of(p);
-  core::check_workspace(workspace, workspace_bytes, static_cast<uint64_t>(plan.bytes()));
   const auto stream = static_cast<Stream>(p.stream);
   if (p.neurons == 0) return write_residual_only(p, stream);
   auto* const memory = static_cast<char*>(workspace);
-  auto* const list = plan.question.listed ? reinterpret_cast<int32_t*>(memory) : nullptr;
-  if (list != nullptr) write_list(p, list, stream);
+  const int32_t* list = nullptr;
+  if (p.selected_by == FLASHU_SELECT_LIST) {
+    list = pointer<const int32_t>(p.index);
+  } else if (plan.question.listed) {
+    list = reinterpret_cast<int32_t*>(memory);
+    write_list(p, reinterpret_cast<int32_t*>(memory), stream);
+  }
   if (plan.decodes) {
     FfnDecode f = decode_of(p, plan.question.multiprocessors);
     f.list = list;

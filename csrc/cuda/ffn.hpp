@@ -3,17 +3,29 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
+#include "core/ffn_choice.hpp"
 #include "core/ffn_problem.hpp"
 
 namespace flashu::cuda {
 
-// Bytes of workspace; depends on shapes and the device only.
-uint64_t ffn_workspace(const core::FfnProblem& problem);
+// How a problem is run: what the kernels were chosen by, and where it lies in the workspace.
+struct FfnPlan {
+  core::FfnQuestion question{};
+  bool decodes = false;
+  int64_t list_bytes = 0;
+  int64_t h_bytes = 0;
+  int64_t h_stride = 0;
+  int64_t partial_bytes = 0;
 
-// Throws FLASHU_WORKSPACE for a workspace that is too small or misaligned.
-void ffn(const core::FfnProblem& problem, void* workspace, uint64_t workspace_bytes);
+  int64_t bytes() const { return list_bytes + h_bytes + partial_bytes; }
+};
+
+// Depends on shapes and the device only.
+FfnPlan plan_ffn(const core::FfnProblem& problem);
+
+// workspace: of at least plan.bytes().
+void ffn(const core::FfnProblem& problem, const FfnPlan& plan, void* workspace);
 
 void neuron_norms(const flashu_neuron_norms_args& args);
 

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
       const int64_t j = round + group * 16 + half * 8 + g;
       exists[half] = j < neurons;
       const int64_t at = first_neuron + (exists[half] ? j : 0);
-      const int64_t neuron = f.list != nullptr ? f.list[at] : f.first + at;
+      const int64_t neuron = f.list != nullptr ? neuron_at(f.list, at, f.intermediate) : f.first + at;
       rows[0][half] = static_cast<const T*>(f.gate) + neuron * f.gate_stride;
       rows[1][half] = static_cast<const T*>(f.up) + neuron * f.up_stride;
     }
@@ -175,7 +175,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
           for (int i = 0; i < 8; ++i) {
             if (i >= values) continue;
             const int64_t at = first_neuron + j + i;
-            const uint32_t bits = rows[half][f.list != nullptr ? f.list[at] : f.first + at].bits;
+            const int64_t neuron = f.list != nullptr ? neuron_at(f.list, at, f.intermediate) : f.first + at;
+            const uint32_t bits = rows[half][neuron].bits;
             words[i / 2] |= bits << (i % 2 * 16);
           }
           pieces[half] = {words[0], words[1], words[2], words[3]};

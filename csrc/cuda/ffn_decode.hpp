@@ -16,7 +16,7 @@ struct FfnDecode {
   const void* up;
   const void* down;
   int64_t gate_stride, up_stride, down_stride;
-  int64_t neurons, first;
+  int64_t neurons, intermediate, first;
   const int32_t* list;
   int64_t width;
   const void* residual;

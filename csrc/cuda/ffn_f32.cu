@@ -39,11 +39,13 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
       left[at] = r < g.m && k < g.k ? a[r * g.a_stride + k] : 0.0f;
       const bool inside = c < g.n && k < g.k;
       if constexpr (kGated) {
-        const int64_t neuron = inside ? (g.list != nullptr ? g.list[c] : g.first + c) : 0;
+        const int64_t neuron =
+            inside ? (g.list != nullptr ? neuron_at(g.list, c, g.intermediate) : g.first + c) : 0;
         right[at] = inside ? b[neuron * g.b_stride + k] : 0.0f;
         right[kBlockK * kRow + at] = inside ? b2[neuron * g.b2_stride + k] : 0.0f;
       } else {
-        const int64_t neuron = inside ? (g.list != nullptr ? g.list[k] : g.first + k) : 0;
+        const int64_t neuron =
+            inside ? (g.list != nullptr ? neuron_at(g.list, k, g.intermediate) : g.first + k) : 0;
         right[at] = inside ? b[c * g.b_stride + neuron] : 0.0f;
       }
     }

@@ -29,6 +29,11 @@ struct FfnGemm {
   bool gated() const { return b2 != nullptr; }
 };
 
+// The neuron at a place of a list. Clamped: whatever a list holds, it leads to no row outside the weights.
+FLASHU_DEVICE int64_t neuron_at(const int32_t* list, int64_t place, int64_t intermediate) {
+  return min(static_cast<uint32_t>(list[place]), static_cast<uint32_t>(intermediate - 1));
+}
+
 // Within 4 units in the last place of fp32; a divisor that is too large for __fdividef stands for a result
 // below 1e-35.
 FLASHU_DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }

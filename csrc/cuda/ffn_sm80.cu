@@ -39,7 +39,7 @@ FLASHU_DEVICE int chunk_offset(int row, int chunk) {
 
 // Brings 8 values to shared memory; `values` of them are inside, the rest become zero.
 template <class T, Reads kReads>
-FLASHU_DEVICE void fetch_chunk(char* to, const T* row, int64_t k, int64_t values, const int32_t* list) {
+FLASHU_DEVICE void fetch_chunk(char* to, const T* row, int64_t k, int64_t values, const FfnGemm& g) {
   if constexpr (kReads == Reads::kVectors) {
     cp_async16(to, row + k, values > 0 ? 16 : 0);
   } else {
@@ -47,7 +47,8 @@ FLASHU_DEVICE void fetch_chunk(char* to, const T* row, int64_t k, int64_t values
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       bits[i] = 0;
-      if (i < values) bits[i] = row[kReads == Reads::kListed ? list[k + i] : k + i].bits;
+      if (i >= values) continue;
+      bits[i] = row[kReads == Reads::kListed ? neuron_at(g.list, k + i, g.intermediate) : k + i].bits;
     }
     const auto pair = [&](int i) { return static_cast<uint32_t>(bits[i + 1]) << 16 | bits[i]; };
     store16(to, {pair(0), pair(2), pair(4), pair(6)});
@@ -81,7 +82,9 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
     if constexpr (kGated) {
       const int64_t j = first_n + r / 16 * 8 + r % 8;
       b_inside[i] = j < g.n;
-      const int64_t neuron = !b_inside[i] ? 0 : g.list != nullptr ? g.list[j] : g.first + j;
+      const int64_t neuron = !b_inside[i]        ? 0
+                             : g.list != nullptr ? neuron_at(g.list, j, g.intermediate)
+                                                 : g.first + j;
       b_rows[i] = r % 16 < 8 ? static_cast<const T*>(g.b) + neuron * g.b_stride
                              : static_cast<const T*>(g.b2) + neuron * g.b2_stride;
     } else {
@@ -99,8 +102,8 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = chunk_offset(chunk_rows[i], chunk);
-      fetch_chunk<T, kReadsA>(stage + at, a_rows[i], k, a_inside[i] ? values : 0, nullptr);
-      fetch_chunk<T, kReadsB>(stage + kTileBytes + at, b_rows[i], k, b_inside[i] ? values : 0, g.list);
+      fetch_chunk<T, kReadsA>(stage + at, a_rows[i], k, a_inside[i] ? values : 0, g);
+      fetch_chunk<T, kReadsB>(stage + kTileBytes + at, b_rows[i], k, b_inside[i] ? values : 0, g);
     }
   };
 

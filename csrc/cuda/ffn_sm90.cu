@@ -196,7 +196,8 @@ FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const TileOrd
       const int64_t first_n = order.template first_n<C>(tile);
       named_barrier(1, 128);  // the last tile's list is not read any more
       for (int j = thread; j < C::kBlockN; j += 128)
-        neurons[j] = first_n + j < g.n ? g.list[first_n + j] : -1;
+        neurons[j] =
+            first_n + j < g.n ? static_cast<int32_t>(neuron_at(g.list, first_n + j, g.intermediate)) : -1;
       named_barrier(1, 128);
       for (int step = 0; step < steps; ++step) {
         const int64_t k = static_cast<int64_t>(step) * kBlockK;

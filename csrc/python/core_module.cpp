@@ -27,16 +27,16 @@ int32_t type_of(const std::string& dtype) {
   return type->second;
 }
 
-std::string explain_gemm(int64_t rows, int64_t columns, int64_t depth, const std::string& dtype,
-                         bool gathered, int64_t threads) {
-  if (rows < 0 || columns < 0 || depth < 0 || threads < 0) {
+std::string explain_gemm(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool gathered,
+                         int64_t threads) {
+  if (m < 0 || n < 0 || k < 0 || threads < 0) {
     throw py::value_error("explain_gemm: expected sizes >= 0");
   }
   const int32_t type = type_of(dtype);
   const flashu::cpu::GemmKernels& kernels = FLASHU_PICK_ISA(gemm_kernels);
-  return flashu::core::explain_gemm_tiles(
-      {rows, columns, depth, flashu::core::dtype_size(type), kernels.slot_values[type],
-       threads ? threads : flashu::core::num_threads(), kernels.tile_rows, kernels.panel_columns, gathered});
+  return flashu::core::explain_gemm_tiles({m, n, k, flashu::core::dtype_size(type), kernels.slot_values[type],
+                                           threads ? threads : flashu::core::num_threads(), kernels.tile_rows,
+                                           kernels.panel_columns, gathered});
 }
 
 std::string explain_ffn(int64_t rows, int64_t hidden, int64_t neurons, const std::string& dtype, bool listed,
@@ -120,9 +120,9 @@ PYBIND11_MODULE(_core, m) {
         return facts;
       },
       "What this build is: version, abi_version, compiler, cuda (a sentence), cpu_isa in use.");
-  m.def("explain_gemm", &explain_gemm, py::arg("rows"), py::arg("columns"), py::arg("depth"),
-        py::arg("dtype"), py::arg("gathered"), py::arg("threads") = 0,
-        "A table of how [rows, depth] x [depth, columns] may be blocked on this CPU, the choice first; 0 "
+  m.def("explain_gemm", &explain_gemm, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
+        py::arg("gathered"), py::arg("threads") = 0,
+        "A table of how [m, k] x [k, n] may be blocked on this CPU, the choice first; 0 "
         "threads: all.");
 
   m.def("explain_ffn", &explain_ffn, py::arg("rows"), py::arg("hidden"), py::arg("neurons"), py::arg("dtype"),

@@ -53,18 +53,29 @@ inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes,
 Tensor foldable(const Tensor& tensor);
 std::optional<Tensor> foldable(const std::optional<Tensor>& tensor);
 
-// Runs an op that takes a workspace, which comes from torch's allocator.
+// Scratch memory from torch's allocator, on the device of `like`.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, uint64_t bytes) : bytes_(bytes) {
+    // Torch's allocators align to 64 bytes and more, which is what the C API asks for (and checks).
+    const std::vector<int64_t> sizes = {static_cast<int64_t>(bytes)};
+    if (bytes > 0) memory_ = new_empty(like, sizes, ScalarType::Byte);
+  }
+  void* data() const { return memory_.has_value() ? memory_->mutable_data_ptr() : nullptr; }
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  uint64_t bytes_;
+  std::optional<Tensor> memory_;
+};
+
+// Runs an op that takes a workspace.
 template <class Args>
 void run_with_workspace(Args& args, const Tensor& like, int32_t (*size)(const Args*, uint64_t*),
                         int32_t (*op)(const Args*)) {
   check_status(size(&args, &args.workspace_bytes));
-  std::optional<Tensor> workspace;
-  if (args.workspace_bytes > 0) {
-    // Torch's allocators align to 64 bytes and more, which is what the C API asks for (and checks).
-    const std::vector<int64_t> bytes = {static_cast<int64_t>(args.workspace_bytes)};
-    workspace = new_empty(like, bytes, ScalarType::Byte);
-    args.workspace = workspace->mutable_data_ptr();
-  }
+  const Workspace workspace(like, args.workspace_bytes);
+  args.workspace = workspace.data();
   check_status(op(&args));
 }
 

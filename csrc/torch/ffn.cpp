@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "api/ffn_plan.hpp"
+#include "core/checks.hpp"
 #include "torch/common.hpp"
 
 namespace flashu::torch_ops {
@@ -11,7 +13,16 @@ namespace {
 using Runs = std::optional<std::vector<int64_t>>;
 using OptionalTensor = std::optional<Tensor>;
 
-flashu_selection select(const char* op, const Runs& runs, const OptionalTensor& index) {
+// How a call names its neurons. `listed`: index is a list that was checked before; `blocks`: of 8 neighbours.
+struct Neurons {
+  const Runs& runs;
+  const OptionalTensor& index;
+  bool listed;
+  bool blocks;
+};
+
+flashu_selection select(const char* op, const Neurons& neurons) {
+  const auto& [runs, index, listed, blocks] = neurons;
   STD_TORCH_CHECK(!(runs.has_value() && index.has_value()), "flashu value error: ", op,
                   ": runs, index: expected at most one of them, got both");
   flashu_selection selection{};
@@ -22,7 +33,8 @@ flashu_selection select(const char* op, const Runs& runs, const OptionalTensor& 
     selection.num_runs = static_cast<int64_t>(runs->size() / 2);
     selection.runs = runs->data();
   } else if (index.has_value()) {
-    selection.kind = FLASHU_SELECT_INDEX;
+    selection.kind = listed ? FLASHU_SELECT_LIST : FLASHU_SELECT_INDEX;
+    selection.blocks_of_8 = blocks;
     selection.index = view(op, "index", *index);
   }
   return selection;
@@ -33,8 +45,7 @@ flashu_selection select(const char* op, const Runs& runs, const OptionalTensor& 
 int64_t selected(const flashu_selection& selection, const Tensor& weight) {
   const int64_t limit = weight.dim() > 0 ? weight.size(0) : 0;
   if (selection.kind == FLASHU_SELECT_ALL) return limit;
-  int64_t count =
-      selection.kind == FLASHU_SELECT_INDEX && selection.index.ndim == 1 ? selection.index.sizes[0] : 0;
+  int64_t count = selection.index.ndim == 1 ? selection.index.sizes[0] : 0;
   for (int64_t i = 0; i < selection.num_runs; ++i) {
     count += std::clamp<int64_t>(selection.runs[2 * i + 1], 0, limit);
   }
@@ -49,56 +60,66 @@ Tensor output(const Tensor& like, int64_t width) {
 
 int64_t size_or_zero(const Tensor& tensor, int dim) { return tensor.dim() > dim ? tensor.size(dim) : 0; }
 
-void gathered_swiglu_out(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Runs& runs,
-                         const OptionalTensor& index, const Tensor& out) {
+// Checks once, takes the workspace that the plan asks for, and runs.
+template <class Args>
+void run(const char* op, const Args& args, const Tensor& like) {
+  std::optional<api::FfnPlan> plan;
+  check_status(core::guarded(op, [&] { plan.emplace(args); }));
+  const Workspace workspace(like, plan->workspace_bytes());
+  check_status(core::guarded(op, [&] { plan->run(workspace.data(), workspace.bytes()); }));
+}
+
+void run_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Neurons& neurons,
+                const Tensor& out) {
   const char* op = "gathered_swiglu";
   const Tensor rows = foldable(x);
   auto args = make_args<flashu_swiglu_args>(x);
   args.x = view(op, "x", rows);
   args.w_gate = view(op, "w_gate", w_gate);
   args.w_up = view(op, "w_up", w_up);
-  args.selection = select(op, runs, index);
+  args.selection = select(op, neurons);
   args.out = view(op, "out", out);
-  run_with_workspace(args, x, flashu_gathered_swiglu_workspace, flashu_gathered_swiglu);
+  run(op, args, x);
 }
 
 Tensor gathered_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
-                       OptionalTensor index) {
-  const Tensor out = output(x, selected(select("gathered_swiglu", runs, index), w_gate));
-  gathered_swiglu_out(x, w_gate, w_up, runs, index, out);
+                       OptionalTensor index, bool listed, bool blocks) {
+  const Neurons neurons{runs, index, listed, blocks};
+  const Tensor out = output(x, selected(select("gathered_swiglu", neurons), w_gate));
+  run_swiglu(x, w_gate, w_up, neurons, out);
   return out;
 }
 
 Tensor gathered_swiglu_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
-                            OptionalTensor index, const Tensor& out) {
-  gathered_swiglu_out(x, w_gate, w_up, runs, index, out);
+                            OptionalTensor index, bool listed, bool blocks, const Tensor& out) {
+  run_swiglu(x, w_gate, w_up, {runs, index, listed, blocks}, out);
   return out;
 }
 
-void gathered_down_out(const Tensor& h, const Tensor& w_down, const Runs& runs, const OptionalTensor& index,
-                       const OptionalTensor& residual, const Tensor& out) {
+void run_down(const Tensor& h, const Tensor& w_down, const Neurons& neurons, const OptionalTensor& residual,
+              const Tensor& out) {
   const char* op = "gathered_down";
   const Tensor rows = foldable(h);
   const OptionalTensor added = foldable(residual);
   auto args = make_args<flashu_down_args>(h);
   args.h = view(op, "h", rows);
   args.w_down = view(op, "w_down", w_down);
-  args.selection = select(op, runs, index);
+  args.selection = select(op, neurons);
   args.residual = view(op, "residual", added);
   args.out = view(op, "out", out);
-  run_with_workspace(args, h, flashu_gathered_down_workspace, flashu_gathered_down);
+  run(op, args, h);
 }
 
 Tensor gathered_down(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index,
-                     OptionalTensor residual) {
+                     OptionalTensor residual, bool listed, bool blocks) {
   const Tensor out = output(h, size_or_zero(w_down, 0));
-  gathered_down_out(h, w_down, runs, index, residual, out);
+  run_down(h, w_down, {runs, index, listed, blocks}, residual, out);
   return out;
 }
 
 Tensor gathered_down_into(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index,
-                          OptionalTensor residual, const Tensor& out) {
-  gathered_down_out(h, w_down, runs, index, residual, out);
+                          OptionalTensor residual, bool listed, bool blocks, const Tensor& out) {
+  run_down(h, w_down, {runs, index, listed, blocks}, residual, out);
   return out;
 }
 
@@ -108,12 +129,10 @@ struct FfnTensors {
   const Tensor& w_gate;
   const Tensor& w_up;
   const Tensor& w_down;
-  const Runs& runs;
-  const OptionalTensor& index;
   const OptionalTensor& residual;
 };
 
-void run_ffn(const FfnTensors& t, const OptionalTensor& norms, const Tensor& out) {
+void run_ffn(const FfnTensors& t, const Neurons& neurons, const OptionalTensor& norms, const Tensor& out) {
   const char* op = "gathered_ffn";
   const Tensor rows = foldable(t.x);
   const OptionalTensor added = foldable(t.residual);
@@ -122,31 +141,47 @@ void run_ffn(const FfnTensors& t, const OptionalTensor& norms, const Tensor& out
   args.w_gate = view(op, "w_gate", t.w_gate);
   args.w_up = view(op, "w_up", t.w_up);
   args.w_down = view(op, "w_down", t.w_down);
-  args.selection = select(op, t.runs, t.index);
+  args.selection = select(op, neurons);
   args.residual = view(op, "residual", added);
   args.norms = view(op, "norms", norms);
   args.out = view(op, "out", out);
-  run_with_workspace(args, t.x, flashu_gathered_ffn_workspace, flashu_gathered_ffn);
+  run(op, args, t.x);
 }
 
 Tensor gathered_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
-                    Runs runs, OptionalTensor index, OptionalTensor residual) {
+                    Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, bool blocks) {
   const Tensor out = output(x, size_or_zero(w_down, 0));
-  run_ffn({x, w_gate, w_up, w_down, runs, index, residual}, std::nullopt, out);
+  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, blocks}, std::nullopt, out);
   return out;
 }
 
 Tensor gathered_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
-                         Runs runs, OptionalTensor index, OptionalTensor residual, const Tensor& out) {
-  run_ffn({x, w_gate, w_up, w_down, runs, index, residual}, std::nullopt, out);
+                         Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, bool blocks,
+                         const Tensor& out) {
+  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, blocks}, std::nullopt, out);
   return out;
 }
 
 Tensor gathered_ffn_norms(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
-                          const Tensor& norms, Runs runs, OptionalTensor index, OptionalTensor residual) {
+                          const Tensor& norms, Runs runs, OptionalTensor index, OptionalTensor residual,
+                          bool listed, bool blocks) {
   const Tensor out = output(x, size_or_zero(w_down, 0));
-  run_ffn({x, w_gate, w_up, w_down, runs, index, residual}, norms, out);
+  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, blocks}, norms, out);
   return out;
+}
+
+// Writes the neurons into `list`, in order; whether they are eight neighbours at a time.
+bool list_neurons(const Tensor& list, int64_t limit, Runs runs, OptionalTensor index) {
+  const char* op = "list_neurons";
+  int32_t blocks_of_8 = 0;
+  flashu_list_args args{};
+  args.struct_size = sizeof(args);
+  args.intermediate = limit;
+  args.selection = select(op, {runs, index, false, false});
+  args.list = view(op, "list", list);
+  args.blocks_of_8 = &blocks_of_8;
+  check_status(flashu_list_neurons(&args));
+  return blocks_of_8 != 0;
 }
 
 void neuron_norms_(const Tensor& acc, const Tensor& h) {
@@ -168,6 +203,7 @@ void register_ffn(Library& m) {
   m.impl("gathered_ffn", TORCH_BOX(&gathered_ffn));
   m.impl("gathered_ffn.out", TORCH_BOX(&gathered_ffn_into));
   m.impl("gathered_ffn_norms", TORCH_BOX(&gathered_ffn_norms));
+  m.impl("list_neurons", TORCH_BOX(&list_neurons));
   m.impl("neuron_norms_", TORCH_BOX(&neuron_norms_));
 }
 

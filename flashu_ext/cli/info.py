@@ -70,12 +70,12 @@ def _ops() -> dict[str, Any]:
         return {"loaded": "no", "why": causes}
     from .. import ops
 
-    cpu = [name for name in ops.__all__ if getattr(ops, name).is_supported("cpu", _float32())]
-    cuda = [name for name in ops.__all__ if getattr(ops, name).is_supported("cuda", _float32())]
+    cpu = [name for name in ops.OPS if getattr(ops, name).is_supported("cpu", _float32())]
+    cuda = [name for name in ops.OPS if getattr(ops, name).is_supported("cuda", _float32())]
     return {
         "loaded": str(native.LIBRARY),
-        "on the CPU": f"{len(cpu)} of {len(ops.__all__)} ops",
-        "on CUDA": f"{len(cuda)} of {len(ops.__all__)} ops",
+        "on the CPU": f"{len(cpu)} of {len(ops.OPS)} ops",
+        "on CUDA": f"{len(cuda)} of {len(ops.OPS)} ops",
     }
 
 

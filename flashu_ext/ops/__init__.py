@@ -21,9 +21,11 @@ if TYPE_CHECKING:
         select_topk,
         value_norms,
     )
+    from .selection import Selection
     from .step import feature_delta, guided_euler_step_, taylor_predict, taylor_update_
 
 __all__ = [
+    "Selection",
     "add_rms_norm_",
     "cosine_importance",
     "feature_delta",
@@ -45,11 +47,14 @@ __all__ = [
     "value_norms",
 ]
 
+OPS = tuple(name for name in __all__ if name != "Selection")
+"""The operators: each carries `is_supported`."""
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for family in ("ffn", "norm", "routing", "step"):
+    for family in ("ffn", "norm", "routing", "selection", "step"):
         globals().update(
             {op: value for op, value in vars(import_module(f".{family}", __name__)).items() if op in __all__}
         )

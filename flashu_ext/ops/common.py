@@ -55,7 +55,7 @@ def flatten(name: str, numbers: Iterable[Any], group: int) -> list[int]:
         ValueError: a tuple has another length. TypeError: an entry is neither an integer nor such a tuple.
     """
     flat: list[int] = []
-    for entry in numbers:
+    for entry in numbers.tolist() if hasattr(numbers, "tolist") else numbers:
         if isinstance(entry, int) and not isinstance(entry, bool):
             flat.append(entry)
         elif isinstance(entry, (tuple, list)):

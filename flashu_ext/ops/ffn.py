@@ -1,8 +1,8 @@
 """Gathered SwiGLU feed-forward: only the selected neurons of an FFN are computed.
 
-The neurons S are given as `runs` ((start, length) pairs or the same numbers flat: ascending, disjoint) or as `index`
-(int32 or int64, any order, each at most once); neither means all. n is their number, and their order is the order of
-h's columns.
+The neurons S are given as `runs` ((start, length) pairs or the same numbers flat: ascending, disjoint), as `index`
+(int32 or int64, any order, each at most once), or as a `selection`, which was checked once for many calls; none of them
+means all. n is their number, and their order is the order of h's columns.
 Storage is fp32, bf16 or fp16; every sum is taken in fp32 in one fixed order, so a row's result does not depend on
 the other rows, on their number or on the number of threads.
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .common import call, call_into, capability, fake, fake_out, flatten, refuse_backward
+from .selection import Selection, check_index
 
 _ops = torch.ops.flashu
 
@@ -32,19 +33,20 @@ def gathered_swiglu(
     runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     out: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """silu(x W_gate[S]^T) * (x W_up[S]^T) in one pass.
 
     Args:
         x: [..., hidden].
         w_gate, w_up: [intermediate, hidden], torch's Linear layout, rows may be strided.
-        runs, index: the neurons, see the module.
+        runs, index, selection: the neurons, see the module.
         out: [..., n] to write into, else a new contiguous tensor.
 
     Returns:
         [..., n] in x's dtype.
     """
-    return call_into(_ops.gathered_swiglu, x, w_gate, w_up, runs=_flat(runs), index=index, out=out)
+    return call_into(_ops.gathered_swiglu, x, w_gate, w_up, **_chosen(w_gate, 0, runs, index, selection), out=out)
 
 
 @capability()
@@ -55,20 +57,22 @@ def gathered_down(
     index: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """h W_down[:, S]^T (+ residual).
 
     Args:
         h: [..., n], columns in the order of the selection.
         w_down: [hidden, intermediate], torch's Linear layout.
-        runs, index: the neurons, see the module.
+        runs, index, selection: the neurons, see the module.
         residual: [..., hidden], added in fp32 before the one rounding.
         out: [..., hidden] to write into; shares no memory with the inputs.
 
     Returns:
         [..., hidden] in h's dtype.
     """
-    return call_into(_ops.gathered_down, h, w_down, runs=_flat(runs), index=index, residual=residual, out=out)
+    chosen = _chosen(w_down, 1, runs, index, selection)
+    return call_into(_ops.gathered_down, h, w_down, **chosen, residual=residual, out=out)
 
 
 @capability()
@@ -82,6 +86,7 @@ def gathered_ffn(
     residual: Tensor | None = None,
     norms: Tensor | None = None,
     out: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """The whole FFN over the selected neurons; the product in between never becomes a tensor.
 
@@ -91,7 +96,7 @@ def gathered_ffn(
         x: [..., hidden].
         w_gate, w_up: [intermediate, hidden].
         w_down: [hidden_out, intermediate].
-        runs, index: the neurons, see the module.
+        runs, index, selection: the neurons, see the module.
         residual: [..., hidden_out], added in fp32 before the one rounding.
         norms: [n] fp32 or fp64, += the squares of each neuron's activation summed over all rows (calibration).
         out: [..., hidden_out] to write into; not together with norms.
@@ -99,23 +104,12 @@ def gathered_ffn(
     Returns:
         [..., hidden_out] in x's dtype.
     """
-    if norms is not None:
-        if out is not None:
-            raise ValueError("gathered_ffn: out: expected None together with norms, got a tensor")
-        return call(
-            _ops.gathered_ffn_norms.default,
-            x,
-            w_gate,
-            w_up,
-            w_down,
-            norms,
-            runs=_flat(runs),
-            index=index,
-            residual=residual,
-        )
-    return call_into(
-        _ops.gathered_ffn, x, w_gate, w_up, w_down, runs=_flat(runs), index=index, residual=residual, out=out
-    )
+    weights, chosen = (w_gate, w_up, w_down), _chosen(w_gate, 0, runs, index, selection)
+    if norms is None:
+        return call_into(_ops.gathered_ffn, x, *weights, **chosen, residual=residual, out=out)
+    if out is not None:
+        raise ValueError("gathered_ffn: out: expected None together with norms, got a tensor")
+    return call(_ops.gathered_ffn_norms.default, x, *weights, norms, **chosen, residual=residual)
 
 
 @capability()
@@ -135,8 +129,22 @@ def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
     return acc
 
 
-def _flat(runs: Sequence[Any] | None) -> list[int] | None:
-    return None if runs is None else flatten("runs", runs, 2)
+def _chosen(
+    weight: Tensor, dim: int, runs: Sequence[Any] | None, index: Tensor | None, selection: Selection | None
+) -> dict[str, Any]:
+    """The neurons as the operators take them; `dim` of a weight counts all of them."""
+    if selection is None:
+        if index is not None:
+            check_index(index)
+        return {"runs": None if runs is None else flatten("runs", runs, 2), "index": index}
+    if runs is not None or index is not None:
+        raise ValueError("selection: expected neither runs nor index beside it")
+    if weight.shape[dim] != selection.limit:
+        raise ValueError(
+            f"selection: expected one of {weight.shape[dim]} neurons as the weights have, got one of {selection.limit}"
+        )
+    listed = selection.list is not None
+    return {"runs": selection.runs, "index": selection.list, "listed": listed, "blocks": selection.blocks}
 
 
 def _count(weight: Tensor, dim: int, runs: Sequence[int] | None, index: Tensor | None) -> int:
@@ -147,7 +155,13 @@ def _count(weight: Tensor, dim: int, runs: Sequence[int] | None, index: Tensor |
 
 @fake("gathered_swiglu")
 def _gathered_swiglu_fake(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, runs: Sequence[int] | None = None, index: Tensor | None = None
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    runs: Sequence[int] | None = None,
+    index: Tensor | None = None,
+    listed: bool = False,
+    blocks: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], _count(w_gate, 0, runs, index)))
 
@@ -159,6 +173,8 @@ def _gathered_down_fake(
     runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     residual: Tensor | None = None,
+    listed: bool = False,
+    blocks: bool = False,
 ) -> Tensor:
     return h.new_empty((*h.shape[:-1], w_down.shape[0]))
 
@@ -172,6 +188,8 @@ def _gathered_ffn_fake(
     runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     residual: Tensor | None = None,
+    listed: bool = False,
+    blocks: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
@@ -186,8 +204,17 @@ def _gathered_ffn_norms_fake(
     runs: Sequence[Any] | None = None,
     index: Tensor | None = None,
     residual: Tensor | None = None,
+    listed: bool = False,
+    blocks: bool = False,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
+
+
+@fake("list_neurons")
+def _list_neurons_fake(
+    numbers: Tensor, limit: int, runs: Sequence[int] | None = None, index: Tensor | None = None
+) -> bool:
+    raise NotImplementedError("list_neurons: a selection is resolved before a function is traced, not in it")
 
 
 @fake("neuron_norms_")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .selection import Selection
+
 __all__ = [
     "add_rms_norm_",
     "cosine_importance",
@@ -52,11 +54,17 @@ def _groups(numbers: Sequence[Any], size: int) -> list[tuple[int, ...]]:
 # ---- ffn
 
 
-def _neurons(runs: Sequence[Any] | None, index: Tensor | None, device: torch.device) -> Tensor | slice:
+def _neurons(
+    runs: Sequence[Any] | None, index: Tensor | None, selection: Selection | None, device: torch.device
+) -> Tensor | slice:
+    if selection is not None:
+        runs, index = selection.runs, selection.list
     if index is not None:
         return index.long()
     if runs is None:
         return slice(None)
+    if len(runs) == 2 and isinstance(runs[0], int):
+        return slice(runs[0], runs[0] + runs[1])
     parts = [torch.arange(start, start + length, device=device) for start, length in _groups(runs, 2)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=device)
 
@@ -69,9 +77,10 @@ def gathered_swiglu(
     index: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """See `flashu_ext.ops.gathered_swiglu`. GEMMs run in the storage dtype, as torch would."""
-    s = _neurons(runs, index, x.device)
+    s = _neurons(runs, index, selection, x.device)
     return _into(out, F.silu(F.linear(x, w_gate[s])) * F.linear(x, w_up[s]))
 
 
@@ -83,9 +92,10 @@ def gathered_down(
     residual: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """See `flashu_ext.ops.gathered_down`. The GEMM runs in the storage dtype, as torch would."""
-    y = F.linear(h, w_down[:, _neurons(runs, index, h.device)])
+    y = F.linear(h, w_down[:, _neurons(runs, index, selection, h.device)])
     return _into(out, y if residual is None else y + residual)
 
 
@@ -100,12 +110,13 @@ def gathered_ffn(
     norms: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """See `flashu_ext.ops.gathered_ffn`."""
-    h = gathered_swiglu(x, w_gate, w_up, runs, index)
+    h = gathered_swiglu(x, w_gate, w_up, runs, index, selection=selection)
     if norms is not None:
         neuron_norms_(norms, h)
-    return gathered_down(h, w_down, runs, index, residual, out=out)
+    return gathered_down(h, w_down, runs, index, residual, out=out, selection=selection)
 
 
 def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Faults in the CUDA kernels and in the emulator's primitives: a barrier gone, a wait for one too few, a wrong parity."""
+"""Faults in the CUDA kernels and in the emulator's primitives: a barrier gone, a wait for one too few, a wrong phase."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ MUTANTS = [
     # ---- FFN, fp32
     Mutant("f32: no barrier after a tile is used", "csrc/cuda/ffn_f32.cu", "    __syncthreads();\n  }\n  const auto* const residual",
            "  }\n  const auto* const residual", FFN),
-    Mutant("f32: depth past the end", "csrc/cuda/ffn_f32.cu", "r < g.m && k < g.k ?", "r < g.m && k <= g.k ?", FFN),
+    Mutant("f32: K past the end", "csrc/cuda/ffn_f32.cu", "r < g.m && k < g.k ?", "r < g.m && k <= g.k ?", FFN),
     Mutant("f32: no barrier before a tile is used", "csrc/cuda/ffn_f32.cu", "    __syncthreads();\n#pragma unroll", "#pragma unroll", FFN),
     # ---- FFN, sm_80
     Mutant("sm80: waits for a stage too few", "csrc/cuda/ffn_sm80.cu", "cp_async_wait<kStages - 2>();", "cp_async_wait<kStages - 1>();", FFN),
@@ -87,7 +87,7 @@ MUTANTS = [
            "    __syncthreads();  // this stage has come, and the one before it is read\n", "", FFN),
     Mutant("sm80: a group is not committed where there is nothing to fetch", "csrc/cuda/ffn_sm80.cu",
            "fetch(step + kStages - 1);\n    cp_async_commit();", "fetch(step + kStages - 1), cp_async_commit();", FFN),
-    Mutant("sm80: a depth past the end", "csrc/cuda/ffn_sm80.cu", "min(int64_t{8}, g.k - k);", "min(int64_t{8}, g.k + 1 - k);", FFN),
+    Mutant("sm80: K past the end", "csrc/cuda/ffn_sm80.cu", "min(int64_t{8}, g.k - k);", "min(int64_t{8}, g.k + 1 - k);", FFN),
     Mutant("sm80: fetches into the stage that is read", "csrc/cuda/ffn_sm80.cu",
            "if (step + kStages - 1 < steps) fetch(step + kStages - 1);", "if (step + kStages < steps) fetch(step + kStages);", FFN),
     Mutant("sm80: gate and up of another neuron", "csrc/cuda/ffn_sm80.cu", "first_n + r / 16 * 8 + r % 8;", "first_n + r / 16 * 8 + r % 7;", FFN),
@@ -152,7 +152,7 @@ MUTANTS = [
            "part + 64 <= C::kBlockN ? part : C::kBlockN - 64;", "part;", FFN),
     Mutant("sm90: the list of the next tile comes too early", "csrc/cuda/ffn_sm90.cu",
            "      named_barrier(1, 128);  // the last tile's list is not read any more\n", "", FFN),
-    Mutant("sm90: the depth does not end with the range", "csrc/cuda/ffn_sm90.cu",
+    Mutant("sm90: K does not end with the range", "csrc/cuda/ffn_sm90.cu",
            "encode_tensor_map(g.b, g.n, g.first + g.k, g.b_stride, box_b);",
            "encode_tensor_map(g.b, g.n, g.intermediate, g.b_stride, box_b);", FFN),
     Mutant("sm90: boxes of eight of the next lane", "csrc/cuda/ffn_sm90.cu",
@@ -180,7 +180,7 @@ MUTANTS = [
            "      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);\n    }", FFN),
     Mutant("decode: parts are added before they are there", "csrc/cuda/ffn_decode.cu",
            "    __syncthreads();\n    for (int i = thread; i < kGroups", "    for (int i = thread; i < kGroups", FFN),
-    Mutant("decode: a part of the depth twice", "csrc/cuda/ffn_decode.cu",
+    Mutant("decode: a part of K twice", "csrc/cuda/ffn_decode.cu",
            "const int64_t begin = steps * split / kSplits * kStep;", "const int64_t begin = steps * split / kSplits * kStep - (split > 1 ? kStep : 0);", FFN),
     Mutant("decode: a block's last neurons", "csrc/cuda/ffn_decode.cu",
            "min(int64_t{8}, neurons - j)", "min(int64_t{8}, neurons - j + 1)", FFN),

@@ -74,8 +74,12 @@ SELECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "index": lambda: {"runs": None, "index": torch.tensor([7, 3, 39, 0, 12, 25, 8, 9, 10, 11, 30, 1])},
     "int32 index": lambda: {"runs": None, "index": torch.arange(27, 15, -1, dtype=torch.int32)},
     "all": lambda: {"runs": None, "index": None},
+    "selection": lambda: {"selection": ops.Selection.from_runs([2, 7, 20, 5], 40)},
+    "selection of eights": lambda: {"selection": ops.Selection.from_index([*range(16, 24), *range(3, 11)], 40)},
+    "selection of one run": lambda: {"selection": ops.Selection.from_index(torch.arange(7, 19), 40)},
+    "selection of none": lambda: {"selection": ops.Selection.from_runs([], 40)},
 }
-COUNTS = {"none": 0, "all": 40}  # neurons, 12 in the other selections
+COUNTS = {"none": 0, "selection of none": 0, "selection of eights": 16, "all": 40}  # neurons, 12 in the others
 
 
 def _weights(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -117,16 +121,19 @@ def _ffn(
     return make
 
 
-def _flat_runs(arguments: dict[str, Any]) -> dict[str, Any]:
-    runs = arguments["runs"]
-    if runs is None:
-        return arguments
-    return {**arguments, "runs": [n for run in runs for n in (run if isinstance(run, tuple) else (run,))]}
+def _neurons_schema(*order: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Arguments as the operator takes them: flat runs, and a selection by its parts."""
 
+    def schema(arguments: dict[str, Any]) -> dict[str, Any]:
+        given = {"listed": False, "blocks": False, **arguments}
+        if (selection := given.pop("selection", None)) is not None:
+            given |= {"runs": selection.runs, "index": selection.list}
+            given |= {"listed": selection.list is not None, "blocks": selection.blocks}
+        if given["runs"] is not None:
+            given["runs"] = [n for run in given["runs"] for n in (run if isinstance(run, tuple) else (run,))]
+        return {name: given[name] for name in (*order, "listed", "blocks")}
 
-def _norms_schema(arguments: dict[str, Any]) -> dict[str, Any]:
-    order = ("x", "w_gate", "w_up", "w_down", "norms", "runs", "index", "residual")
-    return {name: arguments[name] for name in order}
+    return schema
 
 
 FFN = [
@@ -141,7 +148,7 @@ FFN = [
         fixed=("index",),
         strided=("index",),
         folding=("out",),
-        schema=_flat_runs,
+        schema=_neurons_schema("x", "w_gate", "w_up", "runs", "index"),
     ),
     *_of(
         "gathered_down",
@@ -151,7 +158,7 @@ FFN = [
         fixed=("index",),
         strided=("index",),
         folding=("out",),
-        schema=_flat_runs,
+        schema=_neurons_schema("h", "w_down", "runs", "index", "residual"),
     ),
     *_of(
         "gathered_ffn",
@@ -162,7 +169,7 @@ FFN = [
         fixed=("index",),
         strided=("index",),
         folding=("out",),
-        schema=_flat_runs,
+        schema=_neurons_schema("x", "w_gate", "w_up", "w_down", "runs", "index", "residual"),
     ),
     *_of(
         "gathered_ffn",
@@ -174,7 +181,7 @@ FFN = [
         inplace=("norms",),
         fixed=("index", "norms"),
         strided=("index",),
-        schema=_norms_schema,
+        schema=_neurons_schema("x", "w_gate", "w_up", "w_down", "norms", "runs", "index", "residual"),
         packet="gathered_ffn_norms",
     ),
     *_of(

@@ -14,16 +14,30 @@ extern "C" {
  */
 typedef enum flashu_selection_kind {
   FLASHU_SELECT_ALL = 0,
-  FLASHU_SELECT_RUNS = 1, /* `runs`: num_runs pairs (start, length), ascending, disjoint, lengths >= 1 */
-  FLASHU_SELECT_INDEX = 2 /* `index`: [n], i32 or i64 */
+  FLASHU_SELECT_RUNS = 1,  /* `runs`: num_runs pairs (start, length), ascending, disjoint, lengths >= 1 */
+  FLASHU_SELECT_INDEX = 2, /* `index`: [n], i32 or i64; checked and copied by every call */
+  FLASHU_SELECT_LIST = 3   /* `index`: [n], i32, contiguous, as flashu_list_neurons wrote it: read in place */
 } flashu_selection_kind;
 typedef struct flashu_selection {
   int32_t kind;
-  int32_t reserved;
+  int32_t blocks_of_8; /* of a list: it names eight neighbours at a time */
   int64_t num_runs;
   const int64_t* runs; /* host memory, 2 * num_runs numbers */
   flashu_tensor index;
 } flashu_selection;
+
+/* Resolves a selection once, for many calls: checks it, and lists its neurons in the order of h's columns.
+ * Everything is in host memory; a caller on a GPU copies the list there. Calls that are given the list trust
+ * it to name no neuron twice; a number outside the weights is an error on the CPU and clamped on CUDA. */
+typedef struct flashu_list_args {
+  uint32_t struct_size;
+  uint32_t reserved;
+  int64_t intermediate;
+  flashu_selection selection; /* runs, or an index on the CPU */
+  flashu_tensor list;         /* [n] i32, contiguous, on the CPU; written */
+  int32_t* blocks_of_8;       /* written */
+} flashu_list_args;
+FLASHU_API int32_t flashu_list_neurons(const flashu_list_args* args);
 
 /* Every sum is taken in float, in one fixed order: a row's result has the same bits whatever the number of
  * rows and of threads. Storage types are f32, bf16 or f16, the same for all floating tensors of a call; last

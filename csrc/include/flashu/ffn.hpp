@@ -32,6 +32,27 @@ inline flashu_selection select_index(const flashu_tensor& index) {
   return selection;
 }
 
+// A list as list_neurons() wrote it, on the device of the weights.
+inline flashu_selection select_list(const flashu_tensor& list, bool blocks_of_8) {
+  flashu_selection selection = select_index(list);
+  selection.kind = FLASHU_SELECT_LIST;
+  selection.blocks_of_8 = blocks_of_8;
+  return selection;
+}
+
+// Checks a selection of `intermediate` neurons and writes it into list [n], on the CPU. Returns whether it
+// names eight neighbours at a time.
+inline bool list_neurons(const flashu_selection& selection, int64_t intermediate, const flashu_tensor& list) {
+  auto args = make_args<flashu_list_args>();
+  int32_t blocks_of_8 = 0;
+  args.intermediate = intermediate;
+  args.selection = selection;
+  args.list = list;
+  args.blocks_of_8 = &blocks_of_8;
+  check(flashu_list_neurons(&args));
+  return blocks_of_8 != 0;
+}
+
 // out = silu(x w_gate[S]^T) * (x w_up[S]^T)
 inline void gathered_swiglu(const SwigluArgs& args) {
   detail::run_with_workspace(args, args.x.device, flashu_gathered_swiglu_workspace, flashu_gathered_swiglu);

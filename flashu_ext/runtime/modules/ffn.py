@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.kernel_sets import KernelSet
+from ...ops.selection import Selection
 from ...planning.neurons import NeuronLayout, Runs
 
 __all__ = ["GatheredFFN"]
@@ -26,8 +27,10 @@ class GatheredFFN(nn.Module):
         self.kernels = kernels
         self.layout = layout
         self.training = original.training
-        self._flat_runs = {
-            task: [number for run in runs for number in run] for task, runs in (layout.runs if layout else {}).items()
+        weight = self.gate_proj.weight
+        self._selections = {
+            task: Selection.from_runs(runs, weight.shape[0], weight.device)
+            for task, runs in (layout.runs if layout else {}).items()
         }
 
     def runs(self, task: str | None) -> Runs | None:
@@ -46,8 +49,15 @@ class GatheredFFN(nn.Module):
             hidden = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
             out = self.down_proj(hidden)
             return out if residual is None else out + residual
-        runs = self._flat_runs.get(task) if task else None
-        return self.kernels.gathered_ffn(x, *weights, runs=runs, residual=residual)
+        return self.kernels.gathered_ffn(x, *weights, residual=residual, selection=self._selection(task))
+
+    def _selection(self, task: str | None) -> Selection | None:
+        """A task's neurons, on the device of the weights; None: all of them."""
+        selection = self._selections.get(task) if task else None
+        if task and selection is not None and selection.list is not None:
+            # The model may have moved since.
+            selection = self._selections[task] = selection.to(self.gate_proj.weight.device)
+        return selection
 
     def extra_repr(self) -> str:
         sets = (

@@ -1,0 +1,88 @@
+"""Which neurons of an FFN take part, resolved once for many calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .common import call, flatten
+
+__all__ = ["Selection"]
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Checked neurons of an FFN, in the form that the kernels read. A copy: what it was made from may change afterwards.
+
+    Attributes:
+        limit: neurons of the FFN.
+        count: neurons selected, n; the order of h's columns is theirs.
+        runs: [start, count] where they are one range (empty: none are selected), else None.
+        list: int32 [n], on the device of the weights; None for a range.
+        blocks: the list names eight neighbours at a time.
+    """
+
+    limit: int
+    count: int
+    runs: list[int] | None
+    list: Tensor | None
+    blocks: bool
+
+    @classmethod
+    def from_runs(cls, runs: Any, limit: int, device: torch.device | str = "cpu") -> Selection:
+        """From runs (start, length), also flat or as a tensor or array: ascending and disjoint, lengths at least 1.
+
+        Args:
+            limit: neurons of the FFN. device: of its weights.
+
+        Raises:
+            IndexError: a run is empty, out of range, or begins before the end of the one before. ValueError, TypeError: no
+            pairs of integers.
+        """
+        flat = flatten("runs", runs, 2)
+        return cls._resolved(sum(max(0, length) for length in flat[1::2]), limit, device, runs=flat)
+
+    @classmethod
+    def from_index(
+        cls, index: Tensor | Sequence[int], limit: int, device: torch.device | str | None = None
+    ) -> Selection:
+        """From neuron numbers [n] in any order, each at most once.
+
+        Args:
+            limit: neurons of the FFN. device: of its weights; None: the index tensor's.
+
+        Raises:
+            IndexError: a number is out of range or repeated. TypeError: not int32 or int64. ValueError: not one dimension.
+        """
+        numbers = torch.as_tensor(index)
+        check_index(numbers)
+        device = numbers.device if device is None else device
+        return cls._resolved(numbers.numel(), limit, device, index=numbers.detach().cpu())
+
+    @classmethod
+    def _resolved(cls, count: int, limit: int, device: torch.device | str, **neurons: Any) -> Selection:
+        numbers = torch.empty(min(count, max(limit, 0)), dtype=torch.int32)
+        blocks = call(torch.ops.flashu.list_neurons.default, numbers, limit, **neurons)
+        if count == 0:
+            return cls(limit, 0, [], None, False)
+        first = int(numbers[0])
+        if torch.equal(numbers, torch.arange(first, first + count, dtype=torch.int32)):
+            return cls(limit, count, [first, count], None, False)
+        return cls(limit, count, None, numbers.to(device), blocks)
+
+    def to(self, device: torch.device | str) -> Selection:
+        """The same neurons for weights on another device."""
+        if self.list is None or self.list.device == torch.device(device):
+            return self
+        return dataclasses.replace(self, list=self.list.to(device))
+
+
+def check_index(index: Tensor) -> None:
+    """Raises TypeError for what cannot be neuron numbers; a mask is named as such."""
+    if index.dtype == torch.bool:
+        raise TypeError("index: expected int32 or int64 numbers, got a bool mask (mask.nonzero().flatten() has them)")
