@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["MANIFEST", "complete_png", "draw", "missing", "open_folder", "settings_record"]
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
+EARLIER_VERSION = 1  # its record of the weights leaves most tensors out
 SHOWN_DIFFERENCES = 6
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -53,14 +54,14 @@ def settings_record(
         batch: images drawn together. branches_apart: the two branches of guidance run on a rank each.
     """
     from ..models.showo2.sampling import DEFAULT_STEPS
-    from ..planning.plan import model_fingerprint
+    from .weights import weights_digest
 
     weight: Any = pipe.model.showo.model.embed_tokens.weight
     fields = None if config is None else json.loads(json.dumps(config.flat()))
     planned = fields.pop("steps") if fields is not None else None
     return {
         "model": pipe.name,
-        "weights": model_fingerprint(pipe.model),
+        "weights": weights_digest(pipe.model),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": weight.device.type,
         "preset": preset,
@@ -98,8 +99,8 @@ def open_folder(
         Numbers of the images that it misses; a batch is drawn whole where one of its images is among them.
 
     Raises:
-        ValueError: the folder was drawn with other settings, its manifest is malformed, or an image's file is there and no
-            manifest tells what it is. Nothing in the folder was changed then.
+        ValueError: the folder was drawn with other settings, its manifest is malformed or of an earlier version, or an
+            image's file is there and no manifest tells what it is. Nothing in the folder was changed then.
     """
     out, path = Path(out), Path(out) / MANIFEST
     record = {"version": VERSION, "settings": dict(settings), "images": [dataclasses.asdict(job) for job in jobs]}
@@ -149,7 +150,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     record = strict_json(text, str(path))
     if not isinstance(record, dict) or set(record) != {"version", "settings", "images"}:
         raise ValueError(f"{path}: expected an object with version, settings, images, got {text!r:.100}")
-    if record["version"] != VERSION:
+    if record["version"] not in (EARLIER_VERSION, VERSION):
         raise ValueError(f"{path}: expected version {VERSION}, got {record['version']!r:.40}")
     if not isinstance(record["settings"], dict):
         raise ValueError(f"{path}: settings: expected an object, got {record['settings']!r:.100}")
@@ -171,6 +172,11 @@ def _write_manifest(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    if old["version"] != VERSION:
+        raise ValueError(
+            f"{path}: written by an earlier version of this program, which did not record all weights; "
+            "choose another folder or overwrite"
+        )
     differences = _differences(old["settings"], new["settings"])
     before, now = old["images"], new["images"]
     if len(before) != len(now):

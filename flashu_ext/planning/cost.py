@@ -197,6 +197,8 @@ def _kind(step: Step, config: FlashUConfig) -> Kind:
         step.residual,
         step.encode,
         step.measure_tokens,
+        # It waits for the answer whether it is cached, and how often that is yes hangs on the budget.
+        config.head.budget if config.head is not None and step.adaptive else None,
     )
 
 

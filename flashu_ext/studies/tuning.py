@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.cost import CostModel
 from ..planning.plan import TaskPlan
+from ..planning.safe_files import atomic_path
 from .comparison import Point, Setting, compare, running
 
 __all__ = ["DRAWING_KNOBS", "KNOBS", "Trial", "Tuned", "tune"]
@@ -102,9 +102,8 @@ class Tuned:
         folder.mkdir(parents=True, exist_ok=True)
         plan.with_pruning(self.config.ffn).save(folder / "plan.safetensors")
         for name, text in (("config.json", self.config.to_json() + "\n"), ("tuning.json", self.to_json())):
-            draft = folder / f"{name}.part"
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, folder / name)
+            with atomic_path(folder / name) as draft:
+                draft.write_text(text, encoding="utf-8")
 
     def table(self) -> str:
         """The walk and the report, for a terminal."""

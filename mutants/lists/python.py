@@ -2,35 +2,163 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..mutant import Mutant, Pytest
 
-SMALL = "python_tests/runtime/test_small_models.py"
 FILES = Pytest("python_tests/planning/test_files.py")
-EDGES = "python_tests/showo2/test_edges.py"
-FOLDER = "python_tests/parallel/test_folder.py"
 SCHEDULE = Pytest("python_tests/planning/test_schedule.py", "python_tests/planning/test_mixed_schedule.py")
 COST = Pytest("python_tests/planning/test_cost.py")
+
+
+def within(file: str) -> Callable[[str], Pytest]:
+    """Tests of one file by what pytest's -k takes."""
+    return lambda which: Pytest(f"python_tests/{file}", "-k", which)
+
+
+SMALL = within("runtime/test_small_models.py")
+CALLERS = within("runtime/test_callers_tensors.py")
+KNOBS = within("runtime/test_skipping_and_caching.py")
+RUNNER = within("runtime/test_step_runner.py")
+ANSWERS = within("runtime/test_understanding.py")
+HANDLE = within("runtime/test_accelerate.py")
+CALIBRATE = within("planning/test_calibrate.py")
+PLAN = within("planning/test_plan.py")
+SETTINGS = within("planning/test_config.py")
+TUNE = within("report/test_tune.py")
+FOLDER = within("parallel/test_folder.py")
+LISTS = within("parallel/test_lists.py")
+RANKS = within("parallel/test_ranks.py")
+EDGES = within("showo2/test_edges.py")
+PIPELINE = within("showo2/test_pipeline.py")
+CONFORMANCE = within("showo2/test_conformance.py")
+COMMANDS = within("cli/test_cli.py")
 
 MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "        temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
     Mutant("files: no fsync", "flashu_ext/planning/safe_files.py", "os.fsync(file.fileno())", "file.fileno()", FILES),
     Mutant("files: Ctrl-C leaves the draft", "flashu_ext/planning/safe_files.py", "except BaseException:", "except Exception:", FILES),
     Mutant("files: the umask stays 0", "flashu_ext/planning/safe_files.py", "        os.umask(umask)\n", "", FILES),
-    Mutant("schedule: skipped layers are rounded to nearest", "flashu_ext/planning/groups.py", "return int(layers * self.ratio)", "return round(layers * self.ratio)", Pytest(SMALL, "-k", "least_important"), quick=True),
-    Mutant("schedule: the most important are skipped", "flashu_ext/planning/schedule.py", "key=scores.__getitem__)", "key=scores.__getitem__, reverse=True)", Pytest(SMALL, "-k", "least_important")),
-    Mutant("schedule: the first layers are skipped", "flashu_ext/planning/schedule.py", "sorted(range(len(scores)), key=scores.__getitem__)", "list(range(len(scores)))", Pytest(SMALL, "-k", "least_important")),
+    Mutant("schedule: skipped layers are rounded to nearest", "flashu_ext/planning/groups.py", "return int(layers * self.ratio)", "return round(layers * self.ratio)", SMALL("least_important"), quick=True),
+    Mutant("schedule: the most important are skipped", "flashu_ext/planning/schedule.py", "key=scores.__getitem__)", "key=scores.__getitem__, reverse=True)", SMALL("least_important")),
+    Mutant("schedule: the first layers are skipped", "flashu_ext/planning/schedule.py", "sorted(range(len(scores)), key=scores.__getitem__)", "list(range(len(scores)))", SMALL("least_important")),
     Mutant("schedule: layers are measured a step late", "flashu_ext/planning/schedule.py", "_due(rules.measure_layers, index - 1)", "_due(rules.measure_layers, index)", SCHEDULE),
     Mutant("schedule: tokens are measured a step late", "flashu_ext/planning/schedule.py", "_due(rules.measure_tokens, index - 1)", "_due(rules.measure_tokens, index)", SCHEDULE),
     Mutant("schedule: one full step more", "flashu_ext/planning/schedule.py", "index > rules.whole_after", "index >= rules.whole_after", SCHEDULE),
     Mutant("schedule: a forecast takes the oldest", "flashu_ext/planning/schedule.py", "(index, *measured_tokens)", "(*measured_tokens, index)", SCHEDULE),
     Mutant("cost: the unguided is priced as guided", "flashu_ext/planning/cost.py", "(2 if guided else 1), geometry.length", "2, geometry.length", COST),
-    Mutant("checkpoint: a tied table is saved twice", "flashu_ext/models/showo2/checkpoint.py", '        state.pop("showo.lm_head.weight", None)\n', "        pass\n", Pytest(SMALL, "-k", "files")),
-    Mutant("prompts: the end is kept", "flashu_ext/models/showo2/prompts.py", "[: self.max_text_len]", "[-self.max_text_len :]", Pytest(EDGES, "-k", "prompt")),
-    Mutant("pixels: cut off", "flashu_ext/models/showo2/pipeline.py", "* 127.5).round()", "* 127.5)", Pytest(EDGES, "-k", "pixels"), quick=True),
-    Mutant("pixels: cropped at the top", "flashu_ext/models/showo2/pipeline.py", "round((height - side) / 2)", "0", Pytest(EDGES, "-k", "cropped")),
-    Mutant("pixels: cropped at the left", "flashu_ext/models/showo2/pipeline.py", "left, top = round((width - side) / 2)", "left, top = 0", Pytest(EDGES, "-k", "cropped")),
-    Mutant("validate: an id equal to the vocabulary", "flashu_ext/models/showo2/validate.py", "high >= vocabulary", "high > vocabulary", Pytest(SMALL, "-k", "vocabulary")),
-    Mutant("folder: weights do not matter", "flashu_ext/batch/folder.py", '        "weights": model_fingerprint(pipe.model),\n', "", Pytest(FOLDER, "-k", "weights")),
-    Mutant("folder: the plan does not matter", "flashu_ext/batch/folder.py", '"plan": _plan_digest(config, plan)', '"plan": None', Pytest(FOLDER, "-k", "plan")),
-    Mutant("folder: the manifest goes first", "flashu_ext/batch/folder.py", "    for name in names:\n        (out /", "    path.unlink(missing_ok=True)\n    for name in names:\n        (out /", Pytest(FOLDER, "-k", "manifest")),
+    Mutant("checkpoint: a tied table is saved twice", "flashu_ext/models/showo2/checkpoint.py", '        state.pop("showo.lm_head.weight", None)\n', "        pass\n", SMALL("files")),
+    Mutant("prompts: the end is kept", "flashu_ext/models/showo2/prompts.py", "[: self.max_text_len]", "[-self.max_text_len :]", EDGES("prompt")),
+    Mutant("pixels: cut off", "flashu_ext/models/showo2/pipeline.py", "* 127.5).round()", "* 127.5)", EDGES("pixels"), quick=True),
+    Mutant("pixels: cropped at the top", "flashu_ext/models/showo2/pipeline.py", "round((height - side) / 2)", "0", EDGES("cropped")),
+    Mutant("pixels: cropped at the left", "flashu_ext/models/showo2/pipeline.py", "left, top = round((width - side) / 2)", "left, top = 0", EDGES("cropped")),
+    Mutant("validate: an id equal to the vocabulary", "flashu_ext/models/showo2/validate.py", "high >= vocabulary", "high > vocabulary", SMALL("vocabulary")),
+    Mutant("folder: weights do not matter", "flashu_ext/batch/folder.py", '        "weights": weights_digest(pipe.model),\n', "", FOLDER("weights")),
+    Mutant("folder: the plan does not matter", "flashu_ext/batch/folder.py", '"plan": _plan_digest(config, plan)', '"plan": None', FOLDER("plan")),
+    Mutant("folder: the manifest goes first", "flashu_ext/batch/folder.py", "    for name in names:\n        (out /", "    path.unlink(missing_ok=True)\n    for name in names:\n        (out /", FOLDER("manifest")),
+    Mutant("backbone: layers are judged over the span alone", "flashu_ext/runtime/backbone.py", "ws.importance[index] = importance.float().mean()", "ws.importance[index] = importance.gather(1, places).float().mean()", SMALL("layer_importance_equals"), quick=True),
+    Mutant("backbone: the last layer is judged before the final norm", "flashu_ext/runtime/backbone.py", "importance = kernels.cosine_importance(before, after)", "importance = kernels.cosine_importance(before, x)", SMALL("layer_importance_equals")),
+    Mutant("backbone: the last layer's tokens are judged behind it", "flashu_ext/runtime/backbone.py", "                importance = importance if index < last else kernels.cosine_importance(before, x)\n", "", KNOBS("judged_before_the_final_norm")),
+    Mutant("state: the prefix of other layers serves", "flashu_ext/runtime/state.py", "self.prefix[0] == variant and", "self.prefix[0].task == variant.task and", KNOBS("a_knob and layers and sample")),
+    Mutant("state: the prefix of one branch serves both", "flashu_ext/runtime/state.py", " and self.prefix[1] >= rows:", ":", KNOBS("a_knob and unit and sample")),
+    Mutant("state: a stored prefix is overwritten", "flashu_ext/runtime/state.py", "(llm.clone(), head.clone())", "(llm, head)", KNOBS("a_knob and layers and sample")),
+    Mutant("state: waits for the flag are not counted", "flashu_ext/runtime/state.py", "return self.importance.waits + self.flag.waits", "return self.importance.waits", KNOBS("flag"), quick=True),
+    Mutant("drawing: a cached step's turn to encode is lost", "flashu_ext/runtime/generation.py", "                    state.encode_due |= step.encode\n", "", KNOBS("leaves_its_turn")),
+    Mutant("drawing: features of fewer rows are used again", "flashu_ext/runtime/generation.py", " or state.semantic_rows < images", "", KNOBS("latents_of_their_own")),
+    Mutant("drawing: a cached state may be a step older", "flashu_ext/runtime/generation.py", "step.index - steps[-1] >= interval", "step.index - steps[-1] > interval", KNOBS("leaves_its_turn")),
+    Mutant("drawing: the signal's sum is not reset", "flashu_ext/runtime/generation.py", "        gate.computed()\n", "", KNOBS("a_knob and adaptive and sample")),
+    Mutant("drawing: the steps that the caller asks for are ignored", "flashu_ext/runtime/generation.py", "StepPlan.build(config, steps, len(parts.layers)", "StepPlan.build(config, None, len(parts.layers)", RUNNER("upstreams_sampler")),
+    Mutant("head: what is added is measured to the output", "flashu_ext/runtime/head.py", "before = x.clone() if work.residual else x", "before = x", KNOBS("a_knob and residual and sample")),
+    Mutant("history: differences are a step apart", "flashu_ext/runtime/history.py", "interval = float(step - self.steps[-1]) if self.order and self.steps else 1.0", "interval = 1.0", KNOBS("a_knob and forecast and sample")),
+    Mutant("history: a prediction of one order less", "flashu_ext/runtime/history.py", "min(len(self.steps), self.order + 1)", "min(len(self.steps), max(self.order, 1))", KNOBS("a_knob and forecast and sample")),
+    Mutant("history: differences begin anew where rows leave", "flashu_ext/runtime/history.py", "rows > self.rows", "rows != self.rows", KNOBS("grows_and_shrinks")),
+    Mutant("history: tokens are extrapolated from the older measurement", "flashu_ext/runtime/history.py", "(step - newest) / (newest - earlier[0])", "(step - earlier[0]) / (newest - earlier[0])", KNOBS("constant_or_linear")),
+    Mutant("head cache: new rows keep what another image left", "flashu_ext/runtime/head_cache.py", "                table.zero_()\n", "                pass\n", KNOBS("grows_and_shrinks")),
+    Mutant("gate: the rows of the image before it are compared", "flashu_ext/runtime/head_cache.py", "            self.moved.zero_()\n        self.signal", "            pass\n        self.signal", KNOBS("gate_sums")),
+    Mutant("router: the time token of the first row alone is kept", "flashu_ext/runtime/token_router.py", "importance[:, :, 0]", "importance[:, :1, 0]", KNOBS("a_knob and tokens and sample")),
+    Mutant("decoding: a shorter prompt's answer sees the longer one's slots", "flashu_ext/runtime/decoding.py", "(0, end - seen.shape[0]))", "(0, end - seen.shape[0]), value=True)", ANSWERS("equals_its_questions_alone")),
+    Mutant("decoding: rows that go on have the first rows' masks", "flashu_ext/runtime/decoding.py", "else mask[rows] for mask", "else mask[: len(rows)] for mask", ANSWERS("equals_its_questions_alone")),
+    Mutant("decoding: a draw is made ahead of the end", "flashu_ext/runtime/decoding.py", "pick.temperature > 0 else 1", "pick.temperature < 0 else 1", RUNNER("draws_advance")),
+    Mutant("decoding: positions count the kept tokens", "flashu_ext/runtime/decoding.py", "positions = torch.tensor([[prompt.length]", "positions = torch.tensor([[prompt.slots(prompt.length)]", ANSWERS("masking_the_dropped")),
+    Mutant("decoding: captured positions count the kept tokens", "flashu_ext/runtime/decoding.py", "memory.position.copy_(torch.tensor([[prompt.length]", "memory.position.copy_(torch.tensor([[prompt.slots(prompt.length)]", RUNNER("replayed_answers")),
+    Mutant("answers: memory is a slot too small", "flashu_ext/runtime/understanding.py", "PromptCache.shape(prompts, max_new_tokens - 1,", "PromptCache.shape(prompts, max_new_tokens - 2,", SMALL("fills_its_memory"), quick=True),
+    Mutant("answers: memory of one slot less fits", "flashu_ext/runtime/answer_memory.py", "asked <= mine <=", "asked <= mine + 1 <=", SMALL("capacity_of_captured")),
+    Mutant("answers: full memory is a step larger", "flashu_ext/runtime/workspace.py", "return -(-count // step) * step", "return (count // step + 1) * step", SMALL("capacity_of_captured")),
+    Mutant("answers: the caller's picture is kept", "flashu_ext/runtime/understanding.py", "distinct.append(latents.clone())", "distinct.append(latents)", CALLERS("answer_tokens"), quick=True),
+    Mutant("answers: the caller's embeddings are kept", "flashu_ext/runtime/understanding.py", "Prompt(embeds.clone(),", "Prompt(embeds,", CALLERS("mmu_generate")),
+    Mutant("answers: a pruned image is shared by its unpruned length", "flashu_ext/runtime/understanding.py", "prompt.kept[: prompt.slots(start)]", "prompt.kept[:start]", ANSWERS("share_a_pruned_image")),
+    Mutant("prompts shared: an image is cut in the middle", "flashu_ext/runtime/prompt_cache.py", "farthest < torch.arange(1, limit + 1", "farthest <= torch.arange(1, limit + 1", ANSWERS("of_any_lengths or share")),
+    Mutant("prompts shared: what they may look at does not matter", "flashu_ext/runtime/prompt_cache.py", "    same &= (source.allowed[:limit, :limit] == prompt.allowed[:limit, :limit]).all(dim=-1)\n", "", ANSWERS("hidden_tokens")),
+    Mutant("upstream: conditioning written to is not noticed", "flashu_ext/runtime/upstream.py", "            and self.versions == other.versions\n", "", CALLERS("t2i_generate")),
+    Mutant("upstream: the same time again is the same image", "flashu_ext/runtime/upstream.py", "if image.time < time]", "if image.time <= time]", RUNNER("written_to_in_place")),
+    Mutant("upstream: another scale is the same image", "flashu_ext/runtime/upstream.py", "guidance_scale if self.runner.config.execution.skip_unit_guidance else None", "None", KNOBS("another_scale")),
+    Mutant("upstream: halves with latents of their own share one", "flashu_ext/runtime/upstream.py", "same = (first == second).all() & (t == t[0]).all() if", "same = (t == t[0]).all() if", HANDLE("rows_of_their_own")),
+    Mutant("upstream: guidance is a step late", "flashu_ext/runtime/upstream.py", "index = state.step + 1", "index = max(state.step, 1)", HANDLE("paper_equals_flashu")),
+    Mutant("upstream: the newest image makes room", "flashu_ext/runtime/upstream.py", "self._end(self._in_progress[0])", "self._end(self._in_progress[-1])", RUNNER("oldest_image")),
+    Mutant("memory: what is in use is lent again", "flashu_ext/runtime/memory.py", "            self._idle.remove(lease)\n", "", RUNNER("memory_of_their_own")),
+    Mutant("memory: the oldest is kept", "flashu_ext/runtime/memory.py", "[*self._idle, lease][-self._most_idle :]", "[*self._idle, lease][: self._most_idle]", RUNNER("memory_of_answers or memory_for_answers")),
+    Mutant("readback: numbers overwritten before they are read", "flashu_ext/runtime/readback.py", "self._values, self._event = values.clone(), None", "self._values, self._event = values, None", RUNNER("numbers_on_their_way")),
+    Mutant("graphs: work is captured a run later", "flashu_ext/runtime/graphs.py", "self._uses[work] >= _uses_before(work)", "self._uses[work] > _uses_before(work)", RUNNER("work_runs_then")),
+    Mutant("graphs: weights that moved are replayed", "flashu_ext/runtime/memory.py", "(weights := self.capture.addresses()) != self._weights", "(weights := self.capture.addresses()) < 0 and weights == 0", RUNNER("weights_that_moved")),
+    Mutant("swap: neurons are put back by the permutation", "flashu_ext/runtime/swap.py", "replacement.layout.inverse)", "replacement.layout.permutation)", HANDLE("remove_gives")),
+    Mutant("swap: a plan of another multiple is taken", "flashu_ext/runtime/swap.py", '        ("prune_multiple", ffn.multiple, plan.multiple),\n', "", HANDLE("refused_model")),
+    Mutant("calibration: importance of the answer's first token", "flashu_ext/calibration/calibrate.py", "embeds.shape[1] - 1 - answer)", "embeds.shape[1] - answer)", CALIBRATE("layer_importance")),
+    Mutant("calibration: two tasks have one noise", "flashu_ext/calibration/calibrate.py", "{self.seed}/{task}/{index}/", "{self.seed}/{index}/", CALIBRATE("noise_depends")),
+    Mutant("calibration: a token behind the image counts", "flashu_ext/calibration/calibrate.py", "device=tokens.device) < end[:, None]", "device=tokens.device) <= end[:, None]", CALIBRATE("scores_equal")),
+    Mutant("calibration: the caller's latents are changed", "flashu_ext/calibration/calibrate.py", "latents = t * sample.latents + ", "latents = sample.latents.mul_(t) + ", CALLERS("calibrate"), quick=True),
+    Mutant("calibration: a sample is left out behind a checkpoint", "flashu_ext/calibration/calibrate.py", "            if index < seen:\n", "            if index <= seen and seen:\n", CALIBRATE("interrupted_run")),
+    Mutant("calibration: samples of a checkpoint are not compared", "flashu_ext/calibration/calibrate.py", "if index == seen - 1 and before", "if index == seen and before", CALIBRATE("checkpoint_of_another_run")),
+    Mutant("tuning: it reports on the split of the walk", "flashu_ext/studies/tuning.py", 'seed + 1, "held-out")', 'seed + 1, "training")', TUNE("training_scenes"), quick=True),
+    Mutant("tuning: it walks on the split of the report", "flashu_ext/studies/tuning.py", 'questions, seed, "training")', 'questions, seed, "held-out")', TUNE("training_scenes")),
+    Mutant("tuning: the first answers are timed", "flashu_ext/studies/tuning.py", "statistics.median(times[2:] or times)", "statistics.median(times)", TUNE("first_two_answers")),
+    Mutant("tuning: answers about pictures seen before are timed", "flashu_ext/studies/tuning.py", "list(first.values())[: count + 2]", "range(len(probe.asked))[: count + 2]", TUNE("not_seen_before")),
+    Mutant("tuning: drawings or answers must hold", "flashu_ext/studies/tuning.py", "kept = all(own.share", "kept = any(own.share", TUNE("walk_keeps")),
+    Mutant("tuning: files are written in place", "flashu_ext/studies/tuning.py", '            with atomic_path(folder / name) as draft:\n                draft.write_text(text, encoding="utf-8")\n', '            (folder / name).write_text(text, encoding="utf-8")\n', TUNE("saved_is_whole")),
+    Mutant("cost: the image that warms up counts", "flashu_ext/planning/cost.py", "if turn == 0:", "if turn < 0:", COST),
+    Mutant("cost: a step that may be cached is priced as one that runs", "flashu_ext/planning/cost.py", "config.head.budget if config.head is not None and step.adaptive else None", "None", COST),
+    Mutant("cost: the time token may be left out", "flashu_ext/planning/cost.py", "tokens.count(span - shape.time_token)", "tokens.count(span)", COST),
+    Mutant("plan: the kept share is rounded, not the pruned one", "flashu_ext/planning/plan.py", "ideal = intermediate - int(intermediate * ratio)", "ideal = int(intermediate * (1 - ratio))", PLAN("kept_counts")),
+    Mutant("plan: every layer keeps as many as the first", "flashu_ext/planning/plan.py", "order[: self.kept_counts[layer]]", "order[: self.kept_counts[0]]", CALIBRATE("layer_ratios_draw")),
+    Mutant("plan: scores of one layer are kept", "flashu_ext/planning/plan.py", "    return torch.stack([score.detach()", "    return scores[0][None] if len(scores) == 1 else torch.stack([score.detach()", CALLERS("from_scores")),
+    Mutant("plan: ratios of the layers outlast another ratio", "flashu_ext/planning/plan.py", "multiple=self.multiple if multiple is None else multiple, ratios=None)", "multiple=self.multiple if multiple is None else multiple)", PLAN("adaptive_ratios or ratios")),
+    Mutant("plan: a file's model is not checked", "flashu_ext/planning/plan.py", "        if model is not None:\n            plan.check_model(model)\n        return plan\n\n\n# ---- file", "        return plan\n\n\n# ---- file", HANDLE("another_model")),
+    Mutant("estimators: variance over all tokens", "flashu_ext/planning/estimators.py", "max(self.tokens - 1, 1)", "self.tokens", CALIBRATE("variance")),
+    Mutant("estimators: a variance below zero", "flashu_ext/planning/estimators.py", ".clamp_min(0)\n        return", "\n        return", CALIBRATE("variance")),
+    Mutant("neurons: a neuron may come twice", "flashu_ext/planning/neurons.py", "if int(mask.sum()) != index.numel():", "if int(mask.sum()) > index.numel():", Pytest("python_tests/planning/test_neurons.py")),
+    Mutant("groups: an answer's layers are rounded to nearest", "flashu_ext/planning/groups.py", "return int(layers * self.layer_skip_ratio)", "return round(layers * self.layer_skip_ratio)", ANSWERS("skip_the_layers")),
+    Mutant("groups: tokens are rounded to nearest", "flashu_ext/planning/groups.py", "return int(image_tokens * self.ratio)", "return round(image_tokens * self.ratio)", KNOBS("idle_knob")),
+    Mutant("groups: a phase of guidance is a step short", "flashu_ext/planning/groups.py", "            if step <= last:", "            if step < last:", KNOBS("half_the_rows")),
+    Mutant("config: half a step is rounded to even", "flashu_ext/planning/config.py", "math.floor(self.full_network_steps * steps + 0.5)", "round(self.full_network_steps * steps)", SETTINGS("paper_follows"), quick=True),
+    Mutant("config: other phases are no longer relative", "flashu_ext/planning/config.py", '            overrides.setdefault("guidance_relative", self.guidance_relative)\n', "            pass\n", SETTINGS("other_phases")),
+    Mutant("config: fast takes the best fidelity", "flashu_ext/planning/config.py", "best = min(found,", "best = max(found,", TUNE("fast_takes")),
+    Mutant("schedule: cached steps count for the encoder", "flashu_ext/planning/schedule.py", "uses + step.backbone", "uses + 1", SCHEDULE),
+    Mutant("schedule: layers are chosen by one branch", "flashu_ext/planning/schedule.py", "        if step.measure:\n            # Layers", "        if step.measure_tokens:\n            # Layers", SCHEDULE),
+    Mutant("ranks: the rank behind the lost ones does not report", "flashu_ext/batch/ranks.py", "return all(rank in self.lost for rank in range(self.ranks.rank))", "return self.ranks.rank == 0", RANKS("silence or a_rank_that_dies")),
+    Mutant("ranks: a rank too many", "flashu_ext/batch/ranks.py", "if self.rank >= self.world:", "if self.rank > self.world:", RANKS("wrong_environments")),
+    Mutant("prompts: a seed of 0 is none", "flashu_ext/batch/prompts.py", 'record.get("seed", seed + index)', 'record.get("seed") or seed + index', LISTS("text_and_jsonl"), quick=True),
+    Mutant("prompts: a mark of the byte order is part of the first", "flashu_ext/batch/prompts.py", 'encoding="utf-8-sig"', 'encoding="utf-8"', LISTS("text_and_jsonl")),
+    Mutant("prompts: seeds run out of their range", "flashu_ext/batch/prompts.py", '        _check_seed(f"{where}: seed", own)\n', "", LISTS("seeds_end")),
+    Mutant("folder: the order of neurons matters", "flashu_ext/batch/weights.py", "return mixed.sum(0, keepdim=True)", "return mixed", FOLDER("digest_of_the_dense"), quick=True),
+    Mutant("folder: neurons of each matrix in an order of its own", "flashu_ext/batch/weights.py", "        mixed = mixed ^ (mixed >> 29)\n", "", FOLDER("another_order")),
+    Mutant("folder: norms do not matter", "flashu_ext/batch/weights.py", "if id(value) not in own]", "if id(value) not in own and value.dim() > 1]", FOLDER("halving")),
+    Mutant("folder: an earlier version's weights are taken for the same", "flashu_ext/batch/folder.py", 'if old["version"] != VERSION:', 'if old["version"] > VERSION:', FOLDER("earlier_version")),
+    Mutant("folder: a whole image is written again", "flashu_ext/batch/folder.py", "if write and not complete_png(path):", "if write:", LISTS("gone_on_with")),
+    Mutant("folder: an image is written in place", "flashu_ext/batch/folder.py", '                    with atomic_path(path) as temporary:\n                        image.save(temporary, format="PNG")\n', '                    image.save(path, format="PNG")\n', FOLDER("ctrl_c")),
+    Mutant("folder: an image without its end is whole", "flashu_ext/batch/folder.py", "if file.read() != _PNG_END:", "if not file.read():", LISTS("complete_png")),
+    Mutant("folder: the config's steps are recorded, not the caller's", "flashu_ext/batch/folder.py", "steps or planned or DEFAULT_STEPS", "planned or steps or DEFAULT_STEPS", FOLDER("what_the_caller_asks")),
+    Mutant("folder: no guidance is recorded as the pipeline's", "flashu_ext/batch/folder.py", "float(pipe.guidance_scale if guidance_scale is None else guidance_scale)", "float(guidance_scale or pipe.guidance_scale)", FOLDER("what_the_caller_asks")),
+    Mutant("validate: a span that ends with the row", "flashu_ext/models/showo2/validate.py", "offset + got > length", "offset + got >= length", SMALL("ends_with_its_row")),
+    Mutant("validate: an odd number of guided rows", "flashu_ext/models/showo2/validate.py", "if guided and rows % 2:", "if guided and rows < 2:", CONFORMANCE("bad_inputs")),
+    Mutant("sampling: the caller's noise is overwritten", "flashu_ext/models/showo2/sampling.py", "self._latents = self._latents + (", "self._latents += (", CALLERS("dense")),
+    Mutant("sampling: a shift of 0 shifts", "flashu_ext/models/showo2/sampling.py", "if shift else u", "if shift is not None else u", CONFORMANCE("time_grid")),
+    Mutant("answers: the caller's list of pictures grows", "flashu_ext/models/showo2/understanding.py", "        images = list(image_latents)\n", "        images = image_latents\n", CALLERS("one image")),
+    Mutant("answers: the span starts late without a time token", "flashu_ext/models/showo2/understanding.py", "late = 1 if parts.has_time_token else 0", "late = 1", SMALL("no_time_token or no time token")),
+    Mutant("pipeline: no guidance is the pipeline's own", "flashu_ext/models/showo2/pipeline.py", "guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale", "guidance_scale=guidance_scale or self.guidance_scale", EDGES("guidance")),
+    Mutant("pipeline: layers' ratios of a plan are levelled", "flashu_ext/models/showo2/pipeline.py", "if plan.ratios is not None:", "if plan.ratios is not None and not plan.layers:", CALIBRATE("ratios_of_its_own")),
+    Mutant("prompts: half a character is given out", "flashu_ext/models/showo2/prompts.py", 'if text.endswith("\\ufffd") or not', "if not", PIPELINE("incomplete_characters")),
+    Mutant("pixels: a picture is a pixel too narrow", "flashu_ext/models/showo2/pipeline.py", "max(side, int(width * scale))", "int(width * scale)", EDGES("cropped")),
+    Mutant("generate: ranks that are started anew discard", "flashu_ext/cli/generate.py", "discard = overwrite and ranks.attempt == 0", "discard = overwrite", LISTS("started_anew")),
+    Mutant("cli: draws have no seed", "flashu_ext/cli/main.py", '"top_p": top_p, "seed": seed}', '"top_p": top_p, "seed": None}', COMMANDS("answers_are_drawn")),
+    Mutant("cli: a plan beside tuned settings is ignored", "flashu_ext/cli/support.py", "if tuned is not None and plan_file is not None:", "if tuned is not None and plan_file is None and False:", COMMANDS("tuned")),
+    Mutant("cli: --adaptive is ignored", "flashu_ext/cli/main.py", "    if adaptive:\n", "    if adaptive and data is None:\n", COMMANDS("calibrate_a_folder")),
 ]  # fmt: skip

@@ -1,26 +1,84 @@
-"""The image folder: other weights or another plan are refused, and the order in which it is emptied."""
+"""The image folder: other weights or another plan are refused, the order in which it is emptied, and what an interruption
+leaves."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.models import small_model
 
-from flashu_ext import FlashUConfig
-from flashu_ext.batch.folder import MANIFEST, open_folder, settings_record
+from flashu_ext import FlashUConfig, TaskPlan, accelerate
+from flashu_ext.batch.folder import MANIFEST, draw, missing, open_folder, settings_record
 from flashu_ext.batch.prompts import make_jobs
+from flashu_ext.batch.weights import weights_digest
 from flashu_ext.nano.model import load_plan
 from flashu_ext.nano.pipeline import load_pipeline
 
 
-def test_other_attention_weights_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_halving_any_tensor_is_noticed(tied: bool) -> None:
+    model = small_model(tied=tied)
+    digest = weights_digest(model)
+    for name, parameter in model.named_parameters():
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.mul_(0.5)
+            assert torch.equal(parameter, before) or weights_digest(model) != digest, name
+            parameter.copy_(before)
+    assert weights_digest(model) == digest
+
+
+@pytest.mark.parametrize("matrix", ["gate_proj", "up_proj", "down_proj"])
+def test_another_order_of_neurons_is_noticed_where_it_is_another_ffn(matrix: str) -> None:
+    """Neurons may lie in any order, but in all three matrices in the same one, and in their own layer."""
+    model = small_model()
+    digest = weights_digest(model)
+    first, second = (getattr(model.showo.model.layers[layer].mlp, matrix).weight for layer in (0, 1))
+    order = torch.arange(64).flip(0)
+    with torch.no_grad():
+        before = first.clone()
+        first.copy_(before[:, order] if matrix == "down_proj" else before[order])
+        assert weights_digest(model) != digest
+        first.copy_(second)
+        second.copy_(before)
+        assert weights_digest(model) != digest
+
+
+def test_an_accelerated_model_has_the_digest_of_the_dense_one() -> None:
+    model, generator = small_model(), torch.Generator().manual_seed(0)
+    scores = {task: [torch.rand(64, generator=generator) for _ in range(8)] for task in ("generation", "understanding")}
+    plan = TaskPlan.from_scores(**scores, ratio=0.25, multiple=16)
+    digest, dense = weights_digest(model), model.showo.model.layers[0].mlp.up_proj.weight.clone()
+    with accelerate(model, FlashUConfig(ffn_prune_ratio=0.25, prune_multiple=16), plan):
+        assert not torch.equal(model.showo.model.layers[0].mlp.up_proj.weight, dense), "the plan is in force"
+        assert weights_digest(model) == digest
+
+
+@pytest.mark.parametrize("name", ["showo.model.layers.1.mlp.up_proj.weight", "diffusion_head_a.0.mlp.up_proj.weight"])
+def test_other_weights_are_refused(name: str, tmp_path: Path) -> None:
     pipe, jobs = load_pipeline(None, "cpu"), make_jobs(["a"])
     open_folder(tmp_path, settings_record(pipe, None), jobs)
     with torch.no_grad():
-        pipe.model.showo.model.layers[1].self_attn.q_proj.weight.add_(0.1)
+        pipe.model.get_parameter(name).add_(0.1)
     with pytest.raises(ValueError, match="weights: was"):
         open_folder(tmp_path, settings_record(pipe, None), jobs)
+
+
+def test_a_manifest_of_the_earlier_version_is_refused_and_can_be_overwritten(tmp_path: Path) -> None:
+    """Its record of the weights left most tensors out, so nothing tells whether they are the same."""
+    jobs = make_jobs(["a"])
+    record = {"version": 1, "settings": {"batch": 1}, "images": [vars(jobs[0]) | {"name": "old.png"}]}
+    (tmp_path / MANIFEST).write_text(json.dumps(record))
+    (tmp_path / "old.png").write_bytes(b"old")
+    with pytest.raises(ValueError, match=f"{MANIFEST}: written by an earlier version of this program, which did not"):
+        open_folder(tmp_path, {"batch": 1}, jobs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST, "old.png"]
+    assert open_folder(tmp_path, {"batch": 1}, jobs, overwrite=True) == [0]
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
 
 
 def test_another_plan_is_refused(tmp_path: Path) -> None:
@@ -47,3 +105,26 @@ def test_images_go_before_their_manifest(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Path, "unlink", record)
     open_folder(tmp_path, {"batch": 2}, jobs, overwrite=True)
     assert gone[-1] == MANIFEST and {job.name for job in jobs} < set(gone)
+
+
+class _Interrupted:
+    """Stands for a PIL image on whose file half is written when Ctrl-C comes."""
+
+    def save(self, path: Path, format: str) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_an_image_is_written_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, jobs = load_pipeline(None, "cpu"), make_jobs(["a red circle", "a blue square"])
+    whole = pipe.generate_batch
+
+    def generate_batch(prompts: list[str], *rest: Any, **options: Any) -> list[Any]:
+        return [*whole(prompts[:1], [0], 2), _Interrupted()]
+
+    open_folder(tmp_path, {}, jobs)
+    monkeypatch.setattr(pipe, "generate_batch", generate_batch)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, jobs, [0], tmp_path, batch=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [jobs[0].name, MANIFEST]
+    assert missing(tmp_path, jobs) == [1]

@@ -171,7 +171,7 @@ def test_what_others_left_is_not_touched(tmp_path: Path) -> None:
     [
         (lambda record: "[]", "expected an object with version, settings, images"),
         (lambda record: "{", "not valid JSON"),
-        (lambda record: json.dumps(record | {"version": 2}), "expected version 1, got 2"),
+        (lambda record: json.dumps(record | {"version": 3}), "expected version 2, got 3"),
         (lambda record: json.dumps(record | {"settings": 3}), "settings: expected an object, got 3"),
         (lambda record: json.dumps(record | {"images": {}}), "images: expected a list"),
         (lambda record: json.dumps(record | {"images": [3]}), r"images\[0\]: expected prompt, seed, name, got 3"),

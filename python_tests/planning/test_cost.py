@@ -160,3 +160,34 @@ def test_kinds_differ_by_what_is_left_out():
     for config in (*configs, *configs):
         model.seconds(config)
     assert list(dict.fromkeys(drawn)) == configs and len(drawn) == 2 * len(configs)
+
+
+def test_the_first_image_of_a_measurement_warms_up(monkeypatch: pytest.MonkeyPatch):
+    clock, images = [0.0], [0]
+    monkeypatch.setattr(cost, "_now", lambda: clock[0])
+
+    def draw(config: FlashUConfig, callback: object) -> None:
+        images[0] += 1
+        for step in StepPlan.build(config, None, 6).steps:
+            clock[0] += 100.0 if images[0] == 1 else 1.0
+            callback(step.index, None)  # type: ignore[operator]
+
+    model = CostModel(draw, layers=6, guidance_scale=2.5, image_tokens=36, rounds=1)
+    assert model.seconds(FlashUConfig(steps=8)) == pytest.approx(7.0) and images[0] == 2
+
+
+def test_steps_that_wait_for_the_adaptive_caches_flag_have_a_time_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+    monkeypatch.setattr(cost, "_now", lambda: clock[0])
+
+    def draw(config: FlashUConfig, callback: object) -> None:
+        for step in StepPlan.build(config, None, 6).steps:
+            clock[0] += (3.0 - config.adaptive_cache_budget if step.adaptive else 2.0) if step.backbone else 0.5
+            callback(step.index, None)  # type: ignore[operator]
+
+    model = CostModel(draw, layers=6, guidance_scale=2.5, image_tokens=36)
+    adaptive = FlashUConfig(steps=8, full_network_steps=2, head=HeadCaching(adaptive=True, budget=0.25))
+    assert model.seconds(adaptive.replace(head=None)) == pytest.approx(7 * 2.0)
+    flags = StepPlan.build(adaptive, None, 6).adaptive_evaluations
+    assert flags == 5 and model.seconds(adaptive) == pytest.approx(2 * 2.0 + 5 * 2.75)
+    assert model.seconds(adaptive.replace(adaptive_cache_budget=1.5)) == pytest.approx(2 * 2.0 + 5 * 1.5)

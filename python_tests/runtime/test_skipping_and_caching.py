@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.conformance import public, relative
 from support.drawing import CASES, ENOUGH, LAYERS_TOO, TOKENS, sample, sample_as_upstream
-from support.oracle import Oracle
+from support.oracle import Oracle, recorded_tokens
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
@@ -59,25 +59,11 @@ def test_an_idle_knob_leaves_every_bit(name):
 
 
 @pytest.fixture
-def chosen(monkeypatch):
+def chosen():
     """step -> the tokens that the run under test computes there."""
-    return record_choices(monkeypatch)
-
-
-def record_choices(monkeypatch):
-    record, steps, original, asked = {}, [], TokenRouter.active, TokenHistory.routing
-
-    def routing(self, sources, index):
-        steps.append(index)
-        return asked(self, sources, index)
-
-    def active(self, work, rows, kernels):
-        record[steps[-1]] = original(self, work, rows, kernels)
-        return record[steps[-1]]
-
-    monkeypatch.setattr(TokenHistory, "routing", routing)
-    monkeypatch.setattr(TokenRouter, "active", active)
-    return record
+    record = {}
+    with recorded_tokens(record):
+        yield record
 
 
 def equals_oracle(config, chosen, way="sample", prepare=lambda model: model):
@@ -203,6 +189,19 @@ def test_a_large_budget_computes_once_outside_the_full_steps():
     assert summary.decided == {"computed": 0, "cached": 6}
     assert summary.backbone_evaluations == summary.head_evaluations == summary.encoder_evaluations == 3
     assert "cached 6" in str(summary)
+
+
+@pytest.mark.parametrize("interval", [0, 3])
+def test_every_wait_for_the_adaptive_caches_flag_is_counted(interval):
+    """One for each decision, but where the state is too old at once none; and one for each choice of layers."""
+    knobs = {"adaptive_cache": True, "adaptive_cache_budget": ENOUGH, "head_cache_interval": interval, **LAYERS_TOO}
+    _, summary, image = run(FlashUConfig(steps=12, full_network_steps=2, **knobs))
+    open_ones = [step for step in image.ran if image.plan.at(step.index).adaptive]
+    waited = [step for step in open_ones if not step.head]
+    assert (len(waited) < len(open_ones)) == bool(summary.layers_skipped) == (interval > 0)
+    assert summary.host_waits == len(waited) + len(summary.layers_skipped)
+    by_step = [work.waits for work in image.work]
+    assert sum(by_step) == summary.host_waits and all(by_step[step.index - 1] >= 1 for step in waited)
 
 
 def test_a_larger_budget_computes_less():

@@ -1,15 +1,26 @@
-"""Small models of several shapes: drawing and answering beside the dense model, what is skipped, and callers' tensors."""
+"""Small models of several shapes: drawing and answering beside the dense model, what is skipped and by which numbers, and the
+edges of an answer's memory."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from support.models import VOCABULARY, drawing_inputs, question_inputs, small_model
+from support.answers import batch
+from support.answers import oracle as answer_oracle
+from support.models import GRID, VOCABULARY, drawing_inputs, question_inputs, small_model
+from support.oracle import Oracle, recorded_tokens
+from support.tape import TapeCapture
 from torch import Tensor
 
 import flashu_ext as fx
+from flashu_ext.planning.schedule import least_important
+from flashu_ext.runtime import generation, understanding
+from flashu_ext.runtime.answer_memory import CAPACITY_STEP, AnswerShape
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
@@ -42,45 +53,79 @@ def test_the_least_important_layers_are_skipped_wherever_they_are(ratio: float, 
     assert skipped and all(layers == tuple(sorted(order[:count])) for _, layers in skipped), skipped
 
 
-def changed(inputs: dict[str, Any], others: dict[str, Any]) -> None:
-    for name, value in inputs.items():
-        if isinstance(value, Tensor):
-            value.copy_(others[name])
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The importance of the layers, as often as layers are chosen by it."""
+    seen: list[Tensor] = []
+
+    def choose(scores: Sequence[float], count: int) -> tuple[int, ...]:
+        seen.append(torch.tensor(scores))
+        return least_important(scores, count)
+
+    for room in (generation, understanding):
+        monkeypatch.setattr(room, "least_important", choose)
+    return seen
 
 
-def call(model: Any, what: str, inputs: dict[str, Any]) -> Tensor:
-    if what == "draw":
-        return fx.showo2.sample(model, **inputs)
-    return fx.showo2.answer_tokens(model, **inputs, max_new_tokens=5)
+@pytest.mark.parametrize("more", [{}, {"token_skip": True, "token_skip_ratio": 0.5, "token_skip_interval": 4}])
+def test_measured_layer_importance_equals_plain_torch(measured: list[Tensor], more: dict[str, Any]) -> None:
+    """Over all positions of all rows, the padding behind the image too."""
+    model = small_model()
+    inputs = drawing_inputs(model)
+    config = fx.FlashUConfig(steps=9, layer_skip_ratio=0.3, layer_skip_interval=4, **more)
+    chosen: dict[int, Tensor] = {}
+    with fx.accelerate(model, config), recorded_tokens(chosen):
+        fx.showo2.sample(model, **inputs)
+    oracle = Oracle(small_model(), inputs, config, chosen)
+    oracle.draw()
+    assert sorted(oracle.of_layers) == [1, 5] and len(measured) == 2
+    for got, expected in zip(measured, oracle.of_layers.values(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("what", ["draw", "answer"])
-def test_callers_tensors_are_neither_changed_nor_kept(what: str) -> None:
-    model, config = small_model(), fx.FlashUConfig.exact(steps=5)
-    make = (lambda seed: drawing_inputs(model, seed)) if what == "draw" else question_inputs
-    with fx.accelerate(model, config):
-        fresh = call(model, what, make(2))
-    inputs = make(1)
-    with fx.accelerate(model, config):
-        first = call(model, what, inputs)
-        for name, value in make(1).items():
-            assert not isinstance(value, Tensor) or torch.equal(inputs[name], value), f"{name} was changed"
-        kept = first.clone()
-        changed(inputs, make(2))
-        assert torch.equal(call(model, what, inputs), fresh), "the answer is not that of a fresh handle"
-        assert torch.equal(first, kept), "an earlier result was overwritten"
+def test_measured_layer_importance_of_a_question_equals_plain_torch(measured: list[Tensor]) -> None:
+    """Of the prompt's last token, in each row of a batch its own."""
+    model, asked = small_model(), [question_inputs(1), question_inputs(2)]
+    with fx.accelerate(model, fx.FlashUConfig(answer_layer_skip_ratio=0.3)):
+        fx.showo2.answer_tokens_batch(model, *batch(asked), max_new_tokens=1)
+    for got, question in zip(measured, asked, strict=True):
+        expected: list[Tensor] = []
+        answer_oracle(small_model(), **question, max_new_tokens=1, turned=expected)
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [256, 257])
-def test_an_answer_as_long_as_its_memory_and_one_longer(count: int) -> None:
-    """Capacity is rounded up to 256: prompt and answer fill it to the last slot, then need one more."""
-    model, asked = small_model(), question_inputs()
-    prompt = 3 + 5 + 17  # what stands before, behind, and the span
-    new = count - prompt
-    expected = fx.showo2.answer_tokens(model, **asked, max_new_tokens=8)
-    with fx.accelerate(model, fx.FlashUConfig.exact()):
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"token_prune_ratio": 0.5, "token_prune_layer": 3}])
+@pytest.mark.parametrize("slots", [CAPACITY_STEP, CAPACITY_STEP + 1])
+def test_an_answer_that_fills_its_memory_and_one_that_needs_one_slot_more(
+    slots: int, changes: dict[str, Any], captured: bool
+) -> None:
+    """Captured memory is rounded up. The answer's last token is never written, so prompt and answer may be one longer."""
+    asked = question_inputs()
+    prompt = 3 + 5 + GRID * GRID + 1  # what stands before, behind, and the span
+    new = slots - prompt + 1
+    expected, _, _ = answer_oracle(
+        small_model(), **asked, max_new_tokens=8, ratio=changes.get("token_prune_ratio", 0.0), layer=3
+    )
+    model = small_model()
+    with fx.accelerate(model, fx.FlashUConfig(**changes)):
+        whole = fx.showo2.answer_tokens(model, **asked, max_new_tokens=new)
+    with fx.accelerate(model, fx.FlashUConfig(**changes)) as handle:
+        if captured:
+            handle.runner.capture.make = TapeCapture
         answer = fx.showo2.answer_tokens(model, **asked, max_new_tokens=new)
-    assert answer.shape == (new,) and torch.equal(answer[:8], expected)
+        short = fx.showo2.answer_tokens(model, **asked, max_new_tokens=8)
+    assert answer.shape == (new,) and answer[:8].tolist() == expected == short.tolist()
+    assert torch.equal(answer, whole)
+
+
+@pytest.mark.parametrize(("slots", "capacity"), [(255, 256), (256, 256), (257, 512), (512, 512), (513, 768)])
+def test_the_capacity_of_captured_answers(slots: int, capacity: int) -> None:
+    shape = AnswerShape(2, (slots, slots), 8, torch.float32)
+    rounded = shape.rounded()
+    assert rounded.capacities == (capacity, capacity) and rounded.holds(shape)
+    one_more = AnswerShape(2, (capacity, capacity + 1), 8, torch.float32)
+    assert not rounded.holds(one_more) and not rounded.holds(AnswerShape(1, (slots, slots), 8, torch.float32))
 
 
 def test_a_token_id_equal_to_the_vocabulary_is_refused() -> None:

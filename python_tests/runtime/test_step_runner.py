@@ -17,21 +17,14 @@ from flashu_ext.runtime.counting import DispatchCounter
 from flashu_ext.runtime.graphs import MAX_GRAPHS, RARE_USES, GraphCache
 from flashu_ext.runtime.work import PrefixWork, Variant
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LIMIT = 1e-4
 STEPS = 10
 SWITCHES = ("ffn_kernels", "routing_kernels", "norm_kernels", "step_kernels")
 
 ALL = {"exact": {}, "paper": None, **CASES, "no kernels": dict.fromkeys(SWITCHES, False)}
 SOME = ("exact", "paper", "tokens in the layers left", "encoder and head cache", "all of it", "all of it, adaptive")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for more, whose waiting for each other is all that they would add."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def capturing(handle, capture=TapeCapture):

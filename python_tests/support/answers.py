@@ -47,10 +47,12 @@ def oracle(
     score: str = "value_norm",
     skip: float = 0.0,
     hidden: slice | None = None,
+    turned: list[Tensor] | None = None,
 ) -> tuple[list[int], Tensor, list[int]]:
     """A dense model's greedy answer with tokens pruned and layers skipped: (tokens, logits [n, vocab], skipped layers).
 
-    hidden: positions of the prompt that only they themselves look at.
+    hidden: positions of the prompt that only they themselves look at. turned: receives 1 - cosine(input, output) of every
+    layer, of the prompt's last token.
     """
     llm, config = model.showo.model, model.showo.config
     heads = (config.num_attention_heads, config.num_key_value_heads)
@@ -74,7 +76,7 @@ def oracle(
         seen[prompt:, :prompt] = allowed[-1]
         seen[prompt:, prompt:] = torch.ones(count, count).tril().bool()
         cos, sin = (table[0] for table in llm.rotary_emb(embeds, torch.arange(n)[None]))
-        x, turned = embeds, []
+        x, angles = embeds, []
         for index, block in enumerate(llm.layers):
             if index == layer and count == 0 and drop:
                 _, weights, value = _layer(block, x, cos, sin, seen, heads)
@@ -93,10 +95,12 @@ def oracle(
             out, _, _ = _layer(block, x, cos, sin, seen & ~keys, heads)
             if index in skipped:
                 out = torch.cat([out[:prompt], x[prompt:]])  # the prompt ran through all layers, the answer skips
-            turned.append(1 - torch.cosine_similarity(x[-1], out[-1], dim=0))
+            angles.append(1 - torch.cosine_similarity(x[-1], out[-1], dim=0))
             x = out
         if count == 0:
-            skipped = sorted(torch.stack(turned).argsort()[: int(len(turned) * skip)].tolist())
+            skipped = sorted(torch.stack(angles).argsort()[: int(len(angles) * skip)].tolist())
+            if turned is not None:
+                turned += angles
         logits.append(model.showo.lm_head(llm.norm(x[-1])))
         tokens.append(int(logits[-1].argmax()))
         embeds = torch.cat([embeds, llm.embed_tokens(torch.tensor(tokens[-1:]))])

@@ -3,8 +3,10 @@ count, no caches but the ones that the knob itself asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from flashu_ext import FlashUConfig, StepPlan
 from flashu_ext.models.showo2.sampling import time_grid
 from flashu_ext.models.velocity import unpatchify
 from flashu_ext.planning.schedule import Step
+from flashu_ext.runtime.history import TokenHistory
+from flashu_ext.runtime.token_router import TokenRouter
 
 BAND = 1e-5
 """Token importance may differ by so much; a choice is right if it is right up to that."""
@@ -25,6 +29,7 @@ class Oracle:
         chosen: step -> int64 [layers, rows, active], the tokens that the run under test computed. They are checked against
             the importance measured here and followed, so that a tie within rounding does not fail a test.
         kinds: kind of every step, adaptive ones decided here.
+        of_layers: step -> the layers' importance, fp32 [layers], where it was measured.
     """
 
     def __init__(self, model: Any, inputs: Mapping[str, Any], config: FlashUConfig, chosen: Mapping[int, Tensor]):
@@ -34,6 +39,7 @@ class Oracle:
         self.positions = torch.cat([inputs["modality_positions"], inputs["modality_positions_null"]])
         self.images = inputs["noise"].shape[0]
         self.kinds: list[str] = []
+        self.of_layers: dict[int, Tensor] = {}
         self.skipped: list[int] = []
         self.importance: dict[int, Tensor] = {}
         self.kept: list[tuple[int, Tensor]] = []
@@ -141,6 +147,7 @@ class Oracle:
                 out = self.routed(step, index, x, out, offsets)
             x = out
         if step.measure:
+            self.of_layers[step.index] = torch.stack(of_layers)
             count = int(len(llm.layers) * self.config.layer_skip_ratio)
             self.skipped = torch.stack(of_layers).argsort(stable=True)[:count].tolist()
         if step.measure_tokens:
@@ -192,3 +199,21 @@ class Oracle:
 
     def spans(self, x: Tensor, offsets: list[int]) -> Tensor:
         return torch.stack([x[row, offset : offset + self.span] for row, offset in enumerate(offsets)])
+
+
+@contextlib.contextmanager
+def recorded_tokens(chosen: dict[int, Tensor]) -> Iterator[None]:
+    """While the block runs, what an image routes is written into `chosen`: step -> the tokens that it computes there."""
+    steps: list[int] = []
+    routing, active = TokenHistory.routing, TokenRouter.active
+
+    def route(self: TokenHistory, sources: tuple[int, ...], step: int) -> Any:
+        steps.append(step)
+        return routing(self, sources, step)
+
+    def compute(self: TokenRouter, work: Any, rows: int, kernels: Any) -> Tensor:
+        chosen[steps[-1]] = active(self, work, rows, kernels)
+        return chosen[steps[-1]]
+
+    with patch.object(TokenHistory, "routing", route), patch.object(TokenRouter, "active", compute):
+        yield
