@@ -23,7 +23,10 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).remo
 
 
 def on_gpu(arguments: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, (Tensor, ops.Selection)) else value for name, value in arguments.items()}
+    return {
+        name: value.to(device) if isinstance(value, (Tensor, ops.Selection)) else value
+        for name, value in arguments.items()
+    }
 
 
 def outcome(case: OpCase, arguments: dict[str, Any]) -> list[Tensor]:
