@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..cli.main import bench
+from .calls import main as calls
 from .readme import main as readme
 from .roofline import main as roofline
 from .sass import main as sass
@@ -62,6 +63,7 @@ def fidelity(prompts: int, seed: int, steps: int, json_path: Path | None) -> Non
         json_path.write_text(module.to_json(rows), encoding="utf-8")
 
 
+main.add_command(calls, "calls")
 main.add_command(sass, "sass")
 main.add_command(readme, "readme")
 main.add_command(roofline, "roofline")

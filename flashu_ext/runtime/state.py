@@ -56,6 +56,11 @@ class ImageRecord:
     """Span tokens times layers of the language model: 'computed' and 'skipped'."""
 
     @property
+    def step(self) -> int:
+        """Steps begun so far; the first is 1."""
+        return len(self.ran)
+
+    @property
     def kinds(self) -> list[str]:
         return [step.kind for step in self.ran]
 
@@ -102,7 +107,7 @@ class ImageState:
     @property
     def step(self) -> int:
         """Evaluations done."""
-        return len(self.record.ran)
+        return self.record.step
 
     @property
     def images(self) -> int:
