@@ -200,7 +200,7 @@ def test_every_wait_for_the_adaptive_caches_flag_is_counted(interval):
     waited = [step for step in open_ones if not step.head]
     assert (len(waited) < len(open_ones)) == bool(summary.layers_skipped) == (interval > 0)
     assert summary.host_waits == len(waited) + len(summary.layers_skipped)
-    by_step = [work.waits for work in image.work]
+    by_step = [work.waits for work in image.counts]
     assert sum(by_step) == summary.host_waits and all(by_step[step.index - 1] >= 1 for step in waited)
 
 
