@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from .planning.groups import TokenSkip as TokenSkip
     from .planning.plan import TaskPlan as TaskPlan
     from .planning.schedule import StepPlan as StepPlan
-    from .runtime.swap import Handle as Handle
-    from .runtime.swap import accelerate as accelerate
+    from .runtime.handle import Handle as Handle
+    from .runtime.handle import accelerate as accelerate
 
 _HOMES = {
     "GenerationSample": "calibration.calibrate",
@@ -53,8 +53,8 @@ _HOMES = {
     "TokenSkip": "planning.groups",
     "TaskPlan": "planning.plan",
     "StepPlan": "planning.schedule",
-    "Handle": "runtime.swap",
-    "accelerate": "runtime.swap",
+    "Handle": "runtime.handle",
+    "accelerate": "runtime.handle",
     "handle_of": "models.accelerated",
 }
 _MODULES = ("bench", "nano", "ops")

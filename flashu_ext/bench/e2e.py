@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.plan import TaskPlan
-from ..runtime.swap import accelerate
+from ..runtime.handle import accelerate
 from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
 
 __all__ = ["Report", "Row", "Settings", "run"]

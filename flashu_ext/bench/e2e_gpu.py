@@ -25,7 +25,7 @@ from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.plan import TaskPlan
 from ..planning.safe_files import atomic_path
-from ..runtime.swap import accelerate
+from ..runtime.handle import accelerate
 from .e2e import GUIDANCE, SHIFT, OwnSubject, Subject
 from .launches import BUCKETS, observe
 from .shapes import SHAPES, Inputs, Shape, fill_on_device, inputs, weight_plan

@@ -22,7 +22,7 @@ from ..models.parts import Showo2Parts, model_shape
 from ..ops.machine import command_line, facts
 from ..planning.config import FlashUConfig
 from ..planning.cost import llm_layer_flops
-from ..runtime.swap import accelerate
+from ..runtime.handle import accelerate
 
 __all__ = ["Row", "llm_flops", "measure", "table", "to_json", "token_ratio_within"]
 

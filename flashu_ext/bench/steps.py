@@ -23,8 +23,8 @@ from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.safe_files import atomic_path
 from ..runtime.counting import DispatchCounter
+from ..runtime.handle import accelerate
 from ..runtime.image_memory import ImageMemory, ImageShape
-from ..runtime.swap import accelerate
 from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
 
 __all__ = ["launches", "main", "memory", "tables"]

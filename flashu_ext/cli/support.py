@@ -100,7 +100,7 @@ def open_pipeline(
     """
     from ..models.showo2 import Pipeline
     from ..planning.plan import TaskPlan
-    from ..runtime.swap import accelerate
+    from ..runtime.handle import accelerate
 
     if tuned is not None and plan_file is not None:
         raise click.UsageError("--plan: expected none beside --tuned, which brings its own")

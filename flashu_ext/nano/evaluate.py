@@ -181,7 +181,7 @@ def main(
     from pathlib import Path
 
     from ..ops.machine import command_line, facts
-    from ..runtime.swap import accelerate
+    from ..runtime.handle import accelerate
     from .model import DATA, load_model, load_plan
 
     folder = Path(directory) if directory else DATA

@@ -85,9 +85,10 @@ class NeuronLayout:
         """int32 [I]: position of every original neuron."""
         return torch.argsort(self.permutation).to(torch.int32)
 
-    @property
-    def is_identity(self) -> bool:
-        return bool((self.permutation == torch.arange(self.intermediate)).all())
+    def in_place(self) -> NeuronLayout:
+        """The same sets in the model's own order: for weights that may not be moved. They have more runs."""
+        order = torch.arange(self.intermediate, dtype=torch.int32)
+        return NeuronLayout(self.intermediate, order, {task: runs_of(self.kept(task)) for task in self.runs})
 
     def kept(self, task: str) -> Tensor:
         """A task's neurons by their original indices, ascending, int64 [n]."""

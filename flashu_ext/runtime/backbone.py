@@ -8,12 +8,11 @@ from torch import Tensor
 
 from ..models.embedding import early_signal, embed_image, semantic_features, with_time_token
 from ..models.masks import additive, omni_allowed
-from ..models.parts import Showo2Parts, norm_eps
-from ..ops.kernel_sets import KernelSet
 from .head import Head
 from .image_memory import ImageMemory
 from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass, fold_mask
 from .modules.decoder_layer import decoder_layer, routed_decoder_layer
+from .network import Network
 from .work import BackboneWork, PrefixWork, Variant, WatchWork
 
 __all__ = ["TASK", "Backbone"]
@@ -24,9 +23,10 @@ TASK = "generation"
 class Backbone:
     """Runs the language model on an `ImageMemory`: device work only, which depends on nothing but the memory and the work."""
 
-    def __init__(self, parts: Showo2Parts, kernels: KernelSet, head: Head):
-        self.parts = parts
-        self.kernels = kernels
+    def __init__(self, network: Network, head: Head):
+        self.network = network
+        self.parts = network.parts
+        self.kernels = network.kernels
         self.head = head
 
     # ---- the text before the image
@@ -43,7 +43,7 @@ class Backbone:
         hidden = self.parts.embed_tokens(memory.text_tokens[:rows, :tokens])
         attention = CausalPass(tokens, self.parts.llm_attention, memory.prefix(rows)[0], self.kernels)
         hidden = self._layers(hidden, attention, self._text_rope(memory, tokens), work.variant)
-        self.head.prefix(memory, rows, self._final_norm(hidden))
+        self.head.prefix(memory, rows, self.network.final_norm(hidden))
 
     def _text_rope(self, memory: ImageMemory, tokens: int) -> Rope:
         return memory.text_rope[0][:, :tokens], memory.text_rope[1][:, :tokens]
@@ -87,7 +87,7 @@ class Backbone:
         x = self._layers(span, attention, rope, work.variant, active, importance)
         if importance is not None and work.token_slot is not None:
             memory.router.store(work.token_slot, importance)
-        memory.hidden[:rows] = self._final_norm(x)
+        memory.hidden[:rows] = self.network.final_norm(x)
 
     def _layers(
         self,
@@ -105,22 +105,18 @@ class Backbone:
             importance: receives every layer's token importance, fp32 [rows, n]; None measures nothing.
         """
         task, shape, kernels = variant.task, self.parts.llm_attention, self.kernels
-        for index, layer in enumerate(self.parts.layers):
+        for index, layer in enumerate(self.network.layers):
             if index in variant.skipped:
                 continue
             before = x.clone() if importance is not None else x
             if active is None:
-                x = decoder_layer(layer, index, x, rope, attention, shape, kernels, task)
+                x = decoder_layer(layer, index, x, rope, attention, shape, task)
             else:
                 assert isinstance(attention, SpanPass), "tokens are routed in an image span"
                 x = routed_decoder_layer(layer, index, x, active[index], rope, attention, shape, kernels, task)
             if importance is not None:
                 importance.append(kernels.cosine_importance(before, x))
         return x
-
-    def _final_norm(self, x: Tensor) -> Tensor:
-        norm = self.parts.final_norm
-        return self.kernels.rms_norm(x, norm.weight, norm_eps(norm))
 
     # ---- layer importance
 
@@ -143,10 +139,10 @@ class Backbone:
         rope = self._text_rope(memory, length)
         of_tokens: list[Tensor] = []
         last = len(parts.layers) - 1
-        for index, layer in enumerate(parts.layers):
+        for index, layer in enumerate(self.network.layers):
             before = x.clone()
-            x = decoder_layer(layer, index, x, rope, attention, llm, kernels, work.variant.task)
-            after = self._final_norm(x) if index == last else x
+            x = decoder_layer(layer, index, x, rope, attention, llm, work.variant.task)
+            after = self.network.final_norm(x) if index == last else x
             importance = kernels.cosine_importance(before, after)
             memory.importance[index] = importance.float().mean()
             if work.token_slot is not None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..models.masks import additive
-from ..models.parts import Showo2Parts, norm_eps
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..ops.kernel_sets import KernelSet
 from .answer_memory import AnswerMemory, GrowingMemory, layer_of
@@ -23,6 +22,7 @@ from .graphs import GraphCache
 from .memory import MemoryPool
 from .modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
 from .modules.decoder_layer import decoder_layer
+from .network import Network
 from .prompt_cache import PromptCache
 from .readback import Readback
 from .work import TokenWork
@@ -141,9 +141,10 @@ class Decoder:
         waits: times that the host waited for a token of the last batch.
     """
 
-    def __init__(self, parts: Showo2Parts, kernels: KernelSet, pool: MemoryPool[GrowingMemory]):
-        self.parts = parts
-        self.kernels = kernels
+    def __init__(self, network: Network, pool: MemoryPool[GrowingMemory]):
+        self.network = network
+        self.parts = network.parts
+        self.kernels = network.kernels
         self.pool = pool
         self.waits = 0
 
@@ -213,17 +214,15 @@ class Decoder:
         self, x: Tensor, rope: Rope, attention: _FixedPass | _GrowingPass, runs: Sequence[bool | Tensor]
     ) -> Tensor:
         """One token per row, x [rows, 1, hidden] -> final hidden states [rows, hidden]."""
-        parts = self.parts
-        for index, (layer, run) in enumerate(zip(parts.layers, runs, strict=True)):
+        for index, (layer, run) in enumerate(zip(self.network.layers, runs, strict=True)):
             if run is False:
                 continue
             # The layer overwrites its input, which rows that skip it still need.
             before = x.clone() if isinstance(run, Tensor) else x
-            x = decoder_layer(layer, index, x, rope, attention, parts.llm_attention, self.kernels, TASK)
+            x = decoder_layer(layer, index, x, rope, attention, self.parts.llm_attention, TASK)
             if isinstance(run, Tensor):
                 x = torch.where(run, x, before)
-        norm = parts.final_norm
-        return self.kernels.rms_norm(x[:, 0], norm.weight, norm_eps(norm))
+        return self.network.final_norm(x[:, 0])
 
     # ---- fixed addresses
 

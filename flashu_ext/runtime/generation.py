@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..models.embedding import embed_time
-from ..models.parts import Showo2Parts
 from ..models.showo2.sampling import SampleInputs
 from ..models.velocity import guide, unpatchify
-from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, LayerSkip
 from ..planning.schedule import Step, StepPlan, least_important
@@ -31,6 +30,7 @@ from .image_memory import ImageMemory, ImageShape
 from .memory import MemoryPool
 from .modules.attention import RowGeometry
 from .modules.head_block import modulation_table
+from .network import Network
 from .state import ImageRecord, ImageState, StepCounts
 from .work import BackboneWork, HeadWork, PrefixWork, Variant, WatchWork
 
@@ -45,14 +45,14 @@ W = TypeVar("W", bound=Hashable)
 class GenerationEngine:
     """Evaluates the velocity of images in progress. Each image has its own `ImageState`; memory comes from one pool."""
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, capture: GraphCapture):
-        self.parts = parts
+    def __init__(self, network: Network, config: FlashUConfig, capture: GraphCapture):
+        self.parts = network.parts
         self.config = config
         self.layers = config.layers or LayerSkip(0.0, 0)
         self.caching = config.head or HeadCaching()
-        self.kernels = kernels
-        self.head = Head(parts, kernels)
-        self.backbone = Backbone(parts, kernels, self.head)
+        self.kernels = network.kernels
+        self.head = Head(network)
+        self.backbone = Backbone(network, self.head)
         self.pool: MemoryPool[ImageMemory] = MemoryPool(capture, IDLE_IMAGE_MEMORIES)
 
     # ---- an image begins and ends
@@ -269,8 +269,10 @@ class _Runs:
 class AcceleratedStepper:
     """The steps of `showo2.sample` on an accelerated model: guidance and Euler step are part of an evaluation."""
 
-    def __init__(self, engine: GenerationEngine, inputs: SampleInputs):
+    def __init__(self, engine: GenerationEngine, inputs: SampleInputs, lock: AbstractContextManager[Any]):
+        """lock: held during each step, so that images by turns, from any threads, do not meet."""
         self.engine = engine
+        self._lock = lock
         self.inputs = inputs
         height, width = inputs.noise.shape[2:]
         self.state = engine.begin(inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, (height, width))
@@ -291,7 +293,8 @@ class AcceleratedStepper:
         state.memory.latents[: state.images].copy_(inputs.noise)
 
     def step(self, index: int) -> None:
-        self.engine.step(self.state)
+        with self._lock:
+            self.engine.step(self.state)
 
     def velocity(self) -> Tensor:
         state = self.state
@@ -302,7 +305,8 @@ class AcceleratedStepper:
         return self.state.memory.latents[: self.state.images].clone()
 
     def close(self) -> None:
-        self.engine.end(self.state)
+        with self._lock:
+            self.engine.end(self.state)
 
 
 def guided_velocity(rows: Tensor, scale: float, shape: torch.Size) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
 
 from .counting import Counts, DispatchCounter
 
@@ -67,17 +66,18 @@ class GraphCapture:
         make: makes a `Capture` for one memory; None: work runs operator by operator.
         why_not: why nothing is captured, known from the start.
         failure: why a capture failed; after that none is tried.
+        disabled: why the model as it is now must not be captured.
         counts: launches and syncs of every work seen.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, wanted: bool):
+    def __init__(self, device: torch.device, wanted: bool):
         """wanted: `FlashUConfig.step_graphs`."""
         self.device = device
         self.make: Callable[[], Capture] | None = None
         self.why_not: str | None = None
         self.failure: str | None = None
+        self.disabled: str | None = None
         self.counts: dict[Hashable, Counts] = {}
-        self._model = model
         if not wanted:
             self.why_not = "FlashUConfig.step_graphs is False"
         elif device.type != "cuda":
@@ -85,16 +85,17 @@ class GraphCapture:
         else:
             self.make = functools.partial(CudaCapture, device)
 
+    @property
+    def active(self) -> bool:
+        return self.make is not None and self.disabled is None
+
     def cache(self, memory: M) -> GraphCache[M]:
         """A cache for the work on one memory."""
-        return GraphCache(memory, self.make() if self.make else None, self.counts, self._failed)
+        make = self.make if self.active else None
+        return GraphCache(memory, make() if make else None, self.counts, self._failed)
 
     def _failed(self, why: str) -> None:
         self.make, self.failure = None, why
-
-    def addresses(self) -> int:
-        """Hash of all weight addresses; a change, as by `model.to(...)`, invalidates captured graphs."""
-        return hash(tuple(tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())))
 
 
 MAX_GRAPHS = 48

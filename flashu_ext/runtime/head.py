@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..models.parts import Showo2Parts
-from ..ops.kernel_sets import KernelSet
 from .image_memory import ImageMemory
 from .modules.attention import CausalPass
 from .modules.head_block import final_layer, head_block
+from .network import Network
 from .work import HeadWork
 
 __all__ = ["Head"]
@@ -17,9 +16,10 @@ __all__ = ["Head"]
 class Head:
     """Runs the diffusion head on an `ImageMemory`: device work only, which depends on nothing but the memory and the work."""
 
-    def __init__(self, parts: Showo2Parts, kernels: KernelSet):
-        self.parts = parts
-        self.kernels = kernels
+    def __init__(self, network: Network):
+        self.network = network
+        self.parts = network.parts
+        self.kernels = network.kernels
 
     def prefix(self, memory: ImageMemory, rows: int, hidden: Tensor) -> None:
         """The prompt's final hidden states [rows, tokens, hidden], consumed -> its keys and values, in memory."""
@@ -27,7 +27,7 @@ class Head:
         attention = CausalPass(tokens, self.parts.head_attention, memory.prefix(rows)[1], self.kernels)
         rope = (memory.head_text_rope[0][:, :tokens], memory.head_text_rope[1][:, :tokens])
         x = self._input(hidden)
-        for index, block in enumerate(self.parts.blocks):
+        for index, block in enumerate(self.network.blocks):
             x = head_block(block, index, x, None, rope, attention, self.parts.head_attention, self.kernels)
 
     def run(self, memory: ImageMemory, work: HeadWork) -> None:
@@ -36,7 +36,7 @@ class Head:
         modulation = memory.modulation.index_select(0, memory.time_rows[:rows])
         x = self._predict(memory, work) if work.prediction is not None else self._compute(memory, work, modulation)
         skip = 1 if self.parts.has_time_token else 0
-        memory.velocity[:rows] = final_layer(self.parts.final_layer, x[:, skip:], modulation, self.kernels)
+        memory.velocity[:rows] = final_layer(self.parts.final_layer, self.network.head_norm, x[:, skip:], modulation)
         if work.stepped:
             latents = memory.latents[: work.stepped]
             self.kernels.guided_euler_step_(
@@ -55,7 +55,7 @@ class Head:
         before = x.clone() if work.residual else x  # the blocks write into x
         attention = memory.span_pass(memory.head, rows, self.kernels)
         rope = (memory.head_rope[0][:rows], memory.head_rope[1][:rows])
-        for index, block in enumerate(self.parts.blocks):
+        for index, block in enumerate(self.network.blocks):
             x = head_block(block, index, x, modulation, rope, attention, self.parts.head_attention, self.kernels)
         if work.update is not None:
             memory.cache.update(work.update, x - before if work.residual else x, self.kernels)

@@ -30,8 +30,6 @@ class Lease(Generic[M]):
 
     memory: M
     graphs: GraphCache[M]
-    weights: int
-    """`GraphCapture.addresses()` when the memory was allocated."""
     done: Any = None
     """CUDA event: the end of the last user's work."""
 
@@ -46,20 +44,16 @@ class MemoryPool(Generic[M]):
         """idle: how many released memories to pool; the least recently released is freed first."""
         self.capture = capture
         self._most_idle = idle
-        self._weights = 0
         self._idle: list[Lease[M]] = []
         self._leased: list[Lease[M]] = []
 
     @property
     def fixed(self) -> bool:
         """Whether work is captured, so that memory is pooled and stays at fixed addresses."""
-        return self.capture.make is not None
+        return self.capture.active
 
     def acquire(self, fits: Callable[[M], bool], make: Callable[[], M]) -> Lease[M]:
         """Idle memory that fits, or new memory, leased until `release`."""
-        if self.fixed and (weights := self.capture.addresses()) != self._weights:
-            self._weights = weights
-            self._idle.clear()
         lease = next((lease for lease in self._idle if fits(lease.memory)), None)
         if lease is not None:
             self._idle.remove(lease)
@@ -67,7 +61,7 @@ class MemoryPool(Generic[M]):
         else:
             with outside_inference_mode():
                 memory = make()
-            lease = Lease(memory, self.capture.cache(memory), self._weights)
+            lease = Lease(memory, self.capture.cache(memory))
         self._leased.append(lease)
         return lease
 
@@ -76,7 +70,7 @@ class MemoryPool(Generic[M]):
         if not self.leased(lease):
             return
         self._leased.remove(lease)
-        if self.fixed and lease.weights == self._weights:
+        if self.fixed:
             self.mark(lease)
             self._idle = [*self._idle, lease][-self._most_idle :]
 
@@ -99,13 +93,13 @@ class MemoryPool(Generic[M]):
         if not self.leased(lease):
             raise RuntimeError(f"model: its handle was removed or reset while {doing}")
 
-    def moved(self) -> bool:
-        """Whether weights have moved since work was captured."""
-        return self.fixed and self.capture.addresses() != self._weights
-
     def clear(self) -> None:
         """Free idle memory and end all leases; `check` raises at their users' next step."""
         self._idle.clear()
+        self.end_leases()
+
+    def end_leases(self) -> None:
+        """End all leases, and keep idle memory with its graphs, which read the weights' values anew."""
         self._leased.clear()
 
     def nbytes(self) -> Counter[str]:

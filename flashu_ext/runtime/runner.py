@@ -1,20 +1,26 @@
-"""Runs one accelerated model: an engine for each task, with the same parts, kernels and graph capture."""
+"""Runs one accelerated model: an engine for each task, on the network as the model has it when an image or answer begins."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..models.known import check_model
 from ..models.parts import Showo2Parts
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..models.showo2.sampling import SampleInputs
-from ..ops.kernel_sets import KernelSet
+from ..models.stamp import Stamp
+from ..ops.kernel_sets import KernelSet, resolve
 from ..planning.config import FlashUConfig
+from ..planning.neurons import NeuronLayout
 from .generation import AcceleratedStepper, GenerationEngine
 from .graphs import GraphCapture
+from .network import Network
+from .order import EditedWeightsError, FfnOrder, why_not_moved
 from .state import ImageRecord
 from .understanding import UnderstandingEngine
 
@@ -25,25 +31,158 @@ class Runner:
     """Created by `flashu_ext.accelerate`; reached through its handle.
 
     Attributes:
+        lock: held by whoever draws, answers or changes the model through its handle.
+        active: False once the handle was removed; a method that somebody still holds then runs the model's own.
+        suspended: why nothing may run now, or None.
+        orders: of the FFNs whose neurons lie in plan order.
         fallbacks: reason -> calls that ran the model's own methods.
         last_image: the record of the image begun last.
     """
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
-        self.parts = parts
+    parts: Showo2Parts
+    network: Network
+    capture: GraphCapture
+    generation: GenerationEngine
+    understanding: UnderstandingEngine
+    _stamp: Stamp
+    _untracked: bool
+
+    def __init__(self, model: nn.Module, config: FlashUConfig, layouts: Sequence[NeuronLayout] | None):
+        """layouts: the plan's, one per layer; None: all tasks use all neurons. Changes nothing yet (`follow` does)."""
+        self.model = model
         self.config = config
-        self.kernels = kernels
-        self.capture = GraphCapture(parts.model, parts.device, config.execution.step_graphs)
-        self.generation = GenerationEngine(parts, config, kernels, self.capture)
-        self.understanding = UnderstandingEngine(parts, config, kernels, self.capture)
+        self.layouts = layouts
+        self.lock = threading.RLock()
+        self.active = True
+        self.suspended: str | None = None
+        self.orders: list[FfnOrder] = []
+        self.in_place: dict[str, str] = {}
         self.fallbacks: Counter[str] = Counter()
         self.last_image: ImageRecord | None = None
+        self._told = False
+
+    @property
+    def kernels(self) -> KernelSet:
+        return self.network.kernels
+
+    # ---- following the model
+
+    def ready(self) -> None:
+        """Notice what has changed in the model since the last call; every image and answer begins with this.
+
+        Raises:
+            EditedWeightsError: weights that lie in plan order were written to.
+            TypeError: the model now has a module that the runtime would pass over.
+            RuntimeError: inside `editing()`, or `remove()` was interrupted.
+        """
+        if self.suspended is not None:
+            raise RuntimeError(f"model: {self.suspended}")
+        if self._stamp.structure_changed():
+            self.check_edits()
+            self.follow()
+        elif self._stamp.weights_changed():
+            self.check_edits()
+            if self._stamp.moved():
+                self.follow()
+            else:
+                self.generation.pool.end_leases()
+                self.understanding.reset()
+                self._stamp = self._new_stamp()
+        elif self._untracked:
+            self.understanding.forget()
+
+    def follow(self) -> None:
+        """Build the network on the model as it is. All checks come before the first change."""
+        parts = Showo2Parts.from_model(self.model)
+        check_model(parts)
+        kernels = resolve(self.config, parts.device, parts.dtype)
+        plain = Network.build(parts, kernels)
+        orders, in_place = self._choose_orders(plain)
+        kept = [order for order in orders if order is not None]
+        left = [order for order in self.orders if order not in kept]
+        self.orders = kept + left
+        for order in left:
+            order.arrange(planned=False)
+        for order in kept:
+            order.arrange(planned=True)
+        self.orders, self.in_place = kept, in_place
+        if self.layouts is not None:
+            layouts = zip(self.layouts, orders, strict=True)
+            network = Network.build(
+                parts, kernels, [layout if order else layout.in_place() for layout, order in layouts]
+            )
+        else:
+            network = plain
+        self._build(network)
+
+    def _choose_orders(self, network: Network) -> tuple[list[FfnOrder | None], dict[str, str]]:
+        """For each layer the order of its neurons, or None where they stay; and why, by the path in the model."""
+        if self.layouts is None:
+            return [None] * len(network.layers), {}
+        known = {id(order.ffn): order for order in self.orders}
+        orders: list[FfnOrder | None] = []
+        for layer in network.layers:
+            order = known.get(id(layer.ffn.module))
+            fits = order is not None and layer.ffn.why_itself is None and order.holds(layer.ffn.module)
+            orders.append(order if fits else None)
+        new = [i for i, layer in enumerate(network.layers) if orders[i] is None and layer.ffn.why_itself is None]
+        reasons = why_not_moved([network.layers[i].ffn.module for i in new])
+        in_place = {}
+        for index, reason in zip(new, reasons, strict=True):
+            if reason is None:
+                orders[index] = FfnOrder(network.layers[index].ffn.module, self.layouts[index])
+            else:
+                in_place[f"showo.model.layers.{index}.mlp"] = f"{reason}; neurons read where they are"
+        return orders, in_place
+
+    def _build(self, network: Network) -> None:
+        """Engines on a network, with empty caches."""
+        themselves = network.run_as_themselves()
+        capture = getattr(self, "capture", None)
+        if capture is None or capture.device != network.parts.device:
+            self.capture = GraphCapture(network.parts.device, self.config.execution.step_graphs)
+        self.reset()
+        self.parts, self.network = network.parts, network
+        self.capture.disabled = "modules run as themselves" if themselves else None
+        self.generation = GenerationEngine(network, self.config, self.capture)
+        self.understanding = UnderstandingEngine(network, self.config, self.capture)
+        self._stamp = self._new_stamp()
+        self._untracked = bool(themselves) or self._stamp.unversioned
+
+    def _new_stamp(self) -> Stamp:
+        layers = (*self.parts.layers, *self.parts.blocks)
+        return Stamp(self.model, [layer.self_attn for layer in layers])
+
+    def check_edits(self) -> None:
+        """Raise EditedWeightsError where weights that lie in plan order were written to."""
+        edited = [index for index, order in enumerate(self.orders) if order.edited()]
+        if edited:
+            self._told = True
+            raise EditedWeightsError(
+                f"model: FFN weights of {len(edited)} layers were written to while their neurons lie in plan order, so the "
+                "new values are on other neurons; write to them inside `with handle.editing():`, or load them with "
+                "load_state_dict"
+            )
+
+    def restore(self) -> None:
+        """Bring all weights into the model's own order. Once interrupted, another call completes it."""
+        for order in self.orders:
+            order.arrange(planned=False)
+
+    def tell_once(self) -> None:
+        """`check_edits`, unless the caller has had the error before."""
+        if not self._told:
+            self.check_edits()
+
+    # ---- work
 
     def stepper(self, inputs: SampleInputs) -> AcceleratedStepper:
         """The steps of `flashu_ext.showo2.sample`."""
-        stepper = AcceleratedStepper(self.generation, inputs)
-        self.last_image = stepper.state.record
-        return stepper
+        with self.lock:
+            self.ready()
+            stepper = AcceleratedStepper(self.generation, inputs, self.lock)
+            self.last_image = stepper.state.record
+            return stepper
 
     @torch.no_grad()
     def answer_tokens(
@@ -57,12 +196,14 @@ class Runner:
         on_token: OnToken | None = None,
     ) -> list[Tensor]:
         """`flashu_ext.showo2.answer_tokens_batch` on an accelerated model; one image [1, channels, H, W] per question."""
-        engine = self.understanding
-        images = engine.image_embeds(image_latents)
-        prompts = [engine.question(*inputs) for inputs in zip(images, befores, afters, strict=True)]
-        answers = engine.decode(prompts, max_new_tokens, sampler, eos_token, on_token)
-        empty = torch.empty(0, dtype=torch.int64, device=self.parts.device)
-        return [torch.stack(answer) if answer else empty for answer in answers]
+        with self.lock:
+            self.ready()
+            engine = self.understanding
+            images = engine.image_embeds(image_latents)
+            prompts = [engine.question(*inputs) for inputs in zip(images, befores, afters, strict=True)]
+            answers = engine.decode(prompts, max_new_tokens, sampler, eos_token, on_token)
+            empty = torch.empty(0, dtype=torch.int64, device=self.parts.device)
+            return [torch.stack(answer) if answer else empty for answer in answers]
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes held now besides the model's weights, by purpose."""
@@ -71,5 +212,6 @@ class Runner:
 
     def reset(self) -> None:
         """Drop images in progress and cached prompts; calls under way raise at their next step."""
-        self.generation.pool.clear()
-        self.understanding.reset()
+        if hasattr(self, "network"):
+            self.generation.pool.clear()
+            self.understanding.reset()

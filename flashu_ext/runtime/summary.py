@@ -35,6 +35,7 @@ class Summary:
             torch counts as one.
         syncs: times that an operator of the last image made the host wait for the device.
         host_waits: times that the host waited for numbers sent earlier (layer importance, the adaptive cache's flag).
+        evicted: images in progress that were ended to make room for others, over all calls.
         step_runner: 'graphs', or 'eager: ' and why.
         graphs: image 'memories' held now, work 'captured' on them, its 'replays', and work 'run eagerly'.
         kernels: op -> backend.
@@ -60,6 +61,7 @@ class Summary:
     launches: Mapping[str, int]
     syncs: int
     host_waits: int
+    evicted: int
     step_runner: str
     graphs: Mapping[str, int]
     kernels: Mapping[str, str]

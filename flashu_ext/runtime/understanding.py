@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..models.embedding import embed_image
 from ..models.masks import additive
-from ..models.parts import Showo2Parts, norm_eps
 from ..models.showo2.decoding import OnToken
 from ..models.showo2.understanding import span_embeds
 from ..ops.kernel_sets import KernelSet
@@ -34,6 +33,7 @@ from .graphs import GraphCapture
 from .memory import Lease, MemoryPool
 from .modules.attention import HeadNorms, Rope, attend_folded, fold_mask, rope_table, rotate_into
 from .modules.decoder_layer import decoder_layer, pruning_layer
+from .network import Network
 from .prompt_cache import Prompt, PromptCache, common_prefix
 from .token_pruning import TokenPruner, visual_spans
 
@@ -155,12 +155,13 @@ class _Narrowing:
 class UnderstandingEngine:
     """Answers batches of prompts; the last batch's cache is held for the next question."""
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet, capture: GraphCapture):
-        self.parts = parts
-        self.kernels = kernels
+    def __init__(self, network: Network, config: FlashUConfig, capture: GraphCapture):
+        self.network = network
+        self.parts = parts = network.parts
+        self.kernels = kernels = network.kernels
         self.pruner = TokenPruner(parts, config, kernels)
         self.pool: MemoryPool[GrowingMemory] = MemoryPool(capture, IDLE_MEMORIES)
-        self.decoder = Decoder(parts, kernels, self.pool)
+        self.decoder = Decoder(network, self.pool)
         self.layers_to_skip = (config.answers or Answers()).layers_skipped(len(parts.layers))
         self.prefilled = 0
         self.reused = 0
@@ -171,10 +172,16 @@ class UnderstandingEngine:
         self._images: list[tuple[Tensor, Tensor]] = []
 
     def reset(self) -> None:
-        """Drop the last prompts and images."""
+        """Drop the last prompts and images; answers under way raise at their next token."""
+        self.forget()
+        self.pool.clear()
+
+    def forget(self) -> None:
+        """Drop what the next question could reuse."""
+        if self._cache is not None and not self._cache.decoding:
+            self.pool.release(self._cache.lease)
         self._cache = None
         self._images = []
-        self.pool.clear()
 
     def nbytes(self) -> Counter[str]:
         """Bytes held for the next question, by purpose."""
@@ -282,10 +289,6 @@ class UnderstandingEngine:
     def _rope(self, x: Tensor, positions: Tensor) -> Rope:
         return rope_table(self.parts.llm_rope, positions, x.dtype)
 
-    def _final_norm(self, x: Tensor) -> Tensor:
-        norm = self.parts.final_norm
-        return self.kernels.rms_norm(x, norm.weight, norm_eps(norm))
-
     # ---- prefill
 
     def _prefill(self, cache: PromptCache) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
@@ -335,7 +338,7 @@ class UnderstandingEngine:
 
     def _fill(self, cache: PromptCache, chunks: Sequence[tuple[int, int]], hidden: Tensor, importance: Tensor) -> None:
         """Run chunks (row, tokens that it already has) through the model, concatenated; fill their rows of the outputs."""
-        parts, kernels, shape = self.parts, self.kernels, self.parts.llm_attention
+        kernels, shape = self.kernels, self.parts.llm_attention
         prompts = [cache.prompts[row] for row, _ in chunks]
         device = hidden.device
         x = torch.cat([prompt.embeds[:, start:] for prompt, (_, start) in zip(prompts, chunks, strict=True)], dim=1)
@@ -353,9 +356,9 @@ class UnderstandingEngine:
         )
         rows = torch.tensor([row for row, _ in chunks], device=device)
         last = torch.tensor([position.shape[0] for position in positions], device=device).cumsum(0) - 1
-        for index, layer in enumerate(parts.layers):
+        for index, layer in enumerate(self.network.layers):
             before = x[0, last] if self.layers_to_skip else None
-            narrowing = _Narrowing(self.pruner, cache, chunks, layer.self_attn, rope) if index == cache.split else None
+            narrowing = _Narrowing(self.pruner, cache, chunks, layer.attention, rope) if index == cache.split else None
             if narrowing is not None and narrowing.drops:
                 x, rope, attention = pruning_layer(layer, index, x, rope, narrowing, shape, kernels, TASK)
                 counts = [mask.shape[3] - start for _, start, mask in attention.chunks]
@@ -363,10 +366,10 @@ class UnderstandingEngine:
             else:
                 if narrowing is not None:
                     _, attention = narrowing(None, None)
-                x = decoder_layer(layer, index, x, rope, attention, shape, kernels, TASK)
+                x = decoder_layer(layer, index, x, rope, attention, shape, TASK)
             if before is not None:
                 importance[rows, index] = kernels.cosine_importance(before, x[0, last])
-        hidden[rows] = self._final_norm(x[0, last])
+        hidden[rows] = self.network.final_norm(x[0, last])
 
     def _choose_layers(self, importance: Tensor) -> tuple[tuple[int, ...], ...]:
         """The least important layers of every row, by 1 - cosine(input, output) of the prompt's last token [rows, layers]."""

@@ -3,7 +3,7 @@ finds the image that a call belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,13 @@ from .readback import Readback
 from .runner import Runner
 from .state import ImageState
 
-__all__ = ["METHODS", "UpstreamMethods"]
+__all__ = ["UpstreamMethods"]
 
-METHODS = ("t2i_generate", "mmu_generate")
+MIN_IN_PROGRESS, MAX_IN_PROGRESS = 2, 64
+"""Images in progress, as many as there is room for; the oldest is evicted to begin another."""
 
-MAX_IN_PROGRESS = 2
-"""Images in progress; the oldest is ended to start another."""
+MAX_ENDED = 64
+"""Images that have ended and are remembered, to tell a call that would continue one from a new image's first."""
 
 Original = Callable[..., Any]
 
@@ -60,29 +61,36 @@ class Conditioning:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class _Image:
-    """An image in progress, and what identifies its next call."""
+    """An image that calls belong to, and what identifies its next call."""
 
-    state: ImageState
+    tokens: Tensor
+    positions: Tensor
+    guided: bool
+    latent_size: tuple[int, int]
     planned_scale: float | None
     """The caller's guidance scale, where the step plan depends on it."""
+    state: ImageState
+    first: float
+    """Time of its first call."""
     conditioning: Conditioning | None = None
     """Of its last call."""
     time: float = float("-inf")
     """Of its last call."""
+    ended: str | None = None
+    """Why it cannot go on, or None."""
 
     def matches(
         self, tokens: Tensor, positions: Tensor, guided: bool, size: tuple[int, int], planned_scale: float | None
     ) -> bool:
         """Whether a call with this conditioning belongs to this image."""
-        memory = self.state.memory
         return (
-            self.state.guided == guided
-            and memory.shape.latent_size == size
+            self.guided == guided
+            and self.latent_size == size
             and self.planned_scale == planned_scale
-            and _same(memory.text_tokens, tokens)
-            and _same(memory.spans, positions)
+            and _same(self.tokens, tokens)
+            and _same(self.positions, positions)
         )
 
 
@@ -91,12 +99,17 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 class UpstreamMethods:
-    """`t2i_generate` and `mmu_generate`, with the arguments and results of the model's own methods (`originals`)."""
+    """`t2i_generate` and `mmu_generate`, with the arguments and results of the model's own methods (`originals`).
+
+    Attributes:
+        evicted: images that were ended unfinished to make room.
+    """
 
     def __init__(self, runner: Runner, originals: Mapping[str, Original]):
         self.runner = runner
         self.originals = originals
-        self._in_progress: list[_Image] = []
+        self.evicted = 0
+        self._images: list[_Image] = []
 
     # ---- generation
 
@@ -123,45 +136,46 @@ class UpstreamMethods:
         reason = _why_original(
             image_latents, t, text_tokens, modality_positions, first_frame_as_cond, only_denoise_last_image
         )
-        pool = self.runner.generation.pool
-        if self._in_progress and pool.moved():
-            self.reset()
-        self._in_progress = [image for image in self._in_progress if pool.leased(image.state.lease)]
-        call = Conditioning.from_call(image_latents, t, text_tokens, modality_positions, attention_mask, guidance_scale)
-        known = next((i for i in self._in_progress if call is not None and i.conditioning == call), None)
-        if reason is None and known is None:
-            reason = _mask_problem(attention_mask, modality_positions, text_tokens)
-        if reason is not None:
-            return self._original(
-                "t2i_generate",
-                reason,
-                image_latents=image_latents,
-                t=t,
-                text_tokens=text_tokens,
-                attention_mask=attention_mask,
-                modality_positions=modality_positions,
-                first_frame_as_cond=first_frame_as_cond,
-                only_denoise_last_image=only_denoise_last_image,
-                max_seq_len=max_seq_len,
-                guidance_scale=guidance_scale,
-                **kwargs,
+        arguments = {
+            "image_latents": image_latents,
+            "t": t,
+            "text_tokens": text_tokens,
+            "attention_mask": attention_mask,
+            "modality_positions": modality_positions,
+            "first_frame_as_cond": first_frame_as_cond,
+            "only_denoise_last_image": only_denoise_last_image,
+            "max_seq_len": max_seq_len,
+            "guidance_scale": guidance_scale,
+            **kwargs,
+        }
+        with self.runner.lock:
+            if not self.runner.active:
+                return self.originals["t2i_generate"](**arguments)
+            self.runner.ready()
+            self._drop_ended()
+            call = Conditioning.from_call(
+                image_latents, t, text_tokens, modality_positions, attention_mask, guidance_scale
             )
-        assert (
-            image_latents is not None and t is not None and text_tokens is not None and modality_positions is not None
-        )
-        guided = guidance_scale > 0
-        if known is None:
-            # Calls with the same, unmodified tensors are not checked again.
-            validate.check_t2i_inputs(
-                self.runner.parts.model, image_latents, t, text_tokens, modality_positions, guided
-            )
-        time, shared = _read_time(image_latents, t, guided)
-        image = self._image(known, text_tokens, modality_positions, guidance_scale, image_latents, time)
-        velocity = self._velocity(image, image_latents, t, guidance_scale, shared)
-        image.time, image.conditioning = time, call
-        if image.state.step >= len(image.state.plan):
-            self._end(image)
-        return torch.cat([velocity, velocity]) if guided else velocity
+            known = next((i for i in self._images if call is not None and i.conditioning == call), None)
+            if reason is None and known is None:
+                reason = _mask_problem(attention_mask, modality_positions, text_tokens)
+            if reason is not None:
+                return self._original("t2i_generate", reason, **arguments)
+            assert image_latents is not None and t is not None
+            assert text_tokens is not None and modality_positions is not None
+            guided = guidance_scale > 0
+            if known is None:
+                # Calls with the same, unmodified tensors are not checked again.
+                validate.check_t2i_inputs(
+                    self.runner.parts.model, image_latents, t, text_tokens, modality_positions, guided
+                )
+            time, shared = _read_time(image_latents, t, guided)
+            image = self._image(known, text_tokens, modality_positions, guidance_scale, image_latents, time)
+            velocity = self._velocity(image, image_latents, t, guidance_scale, shared)
+            image.time, image.conditioning = time, call
+            if image.state.step >= len(image.state.plan):
+                self._end(image, f"its {len(image.state.plan)} planned steps are done")
+            return torch.cat([velocity, velocity]) if guided else velocity
 
     def _velocity(self, image: _Image, latents: Tensor, t: Tensor, guidance_scale: float, shared: bool) -> Tensor:
         """Guided velocity [images, channels, H, W]. shared: both guidance branches have the same latents and time."""
@@ -181,36 +195,80 @@ class UpstreamMethods:
         latents: Tensor,
         time: float,
     ) -> _Image:
-        """The image that a call belongs to, or a new one. known: the image whose last call had the same tensors."""
+        """The image that a call belongs to, or a new one. known: the image whose last call had the same tensors.
+
+        Raises:
+            RuntimeError: the call continues an image that cannot go on, or goes back in time: with a schedule of steps, another
+                order of calls would run other steps than planned.
+        """
         size = (latents.shape[2], latents.shape[3])
         scale = guidance_scale if self.runner.config.execution.skip_unit_guidance else None
         # Identical tensors first, then equal ones, because a caller may rebuild them for every call. Interleaved images of one
         # prompt are told apart by tensor identity, then by time.
         guided = guidance_scale > 0
-        same = [known] if known else [i for i in self._in_progress if i.matches(tokens, positions, guided, size, scale)]
-        earlier = [image for image in same if image.time < time]
+        same = [known] if known else [i for i in self._images if i.matches(tokens, positions, guided, size, scale)]
+        earlier = [image for image in same if image.time < time and image.ended is None]
         if earlier:
             # The latest time wins, then the newest image: an older one was abandoned.
             image = max(reversed(earlier), key=lambda image: image.time)
         else:
-            if known is not None:
-                self._end(known)
-            while len(self._in_progress) >= MAX_IN_PROGRESS:
-                self._end(self._in_progress[0])
-            state = self.runner.generation.begin(None, tokens, positions, guidance_scale, size)
-            image = _Image(state, scale)
-            self._in_progress.append(image)
+            self._check_begins(same, time)
+            if known is not None and known.ended is None:
+                self._end(known, "another image began with its tensors")
+            image = _Image(
+                tokens.clone(),
+                positions.clone(),
+                guided,
+                size,
+                scale,
+                self._begin(tokens, positions, guidance_scale, size),
+                time,
+            )
+            self._images = [each for each in self._images if each not in same or each.ended is None] + [image]
         self.runner.last_image = image.state.record
         return image
 
-    def _end(self, image: _Image) -> None:
-        self._in_progress.remove(image)
-        self.runner.generation.end(image.state)
+    def _check_begins(self, same: Sequence[_Image], time: float) -> None:
+        """Raise RuntimeError where a call that no image in progress expects does not begin an image either."""
+        if not self.runner.config.approximates:
+            return  # Every step is the same: nothing can go astray.
+        later = [image for image in same if time > image.first]
+        if later:
+            image = later[-1]
+            why = image.ended or f"its last call was at t = {image.time:.6g}"
+            raise RuntimeError(
+                f"t: a call at {time:.6g} cannot continue its image: {why}; the config plans what each of "
+                f"{len(image.state.plan)} steps computes (FlashUConfig.steps), for times that grow from call to call; use "
+                "as many steps as planned, a first-order solver, or FlashUConfig.exact()"
+            )
 
-    def reset(self) -> None:
-        """End all images in progress."""
-        for image in list(self._in_progress):
-            self._end(image)
+    def _begin(self, tokens: Tensor, positions: Tensor, guidance_scale: float, size: tuple[int, int]) -> ImageState:
+        """A new image's state. The oldest image in progress makes room where there are too many."""
+        engine = self.runner.generation
+        while len(running := [image for image in self._images if image.ended is None]) >= self._most_images(running):
+            self.evicted += 1
+            self._end(running[0], f"it was evicted for a newer one, as {len(running)} were in progress")
+        return engine.begin(None, tokens, positions, guidance_scale, size)
+
+    def _most_images(self, running: Sequence[_Image]) -> int:
+        if not running:
+            return MAX_IN_PROGRESS
+        largest = max(sum(image.state.nbytes().values()) for image in running)
+        return max(MIN_IN_PROGRESS, min(MAX_IN_PROGRESS, _room(self.runner.parts.device) // max(largest, 1)))
+
+    def _drop_ended(self) -> None:
+        """Mark images whose memory was taken away, and forget the oldest of those that have ended."""
+        pool = self.runner.generation.pool
+        for image in self._images:
+            if image.ended is None and not pool.leased(image.state.lease):
+                image.ended = "the model changed, or its handle was reset, while it was in progress"
+        ended = [image for image in self._images if image.ended is not None]
+        for image in ended[:-MAX_ENDED]:
+            self._images.remove(image)
+
+    def _end(self, image: _Image, why: str) -> None:
+        image.ended = why
+        self.runner.generation.end(image.state)
 
     # ---- understanding
 
@@ -238,16 +296,30 @@ class UpstreamMethods:
                 eos_token=eos_token,
             )
         assert input_embeds is not None and attention_mask is not None
-        parts, engine = self.runner.parts, self.runner.understanding
-        length = input_embeds.shape[1]
-        validate.check_mmu_inputs(parts.model, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
-        prompt = engine.prompt(input_embeds.to(parts.dtype), (attention_mask == 0).reshape(length, length))
-        return engine.decode([prompt], max_new_tokens, TokenSampler(temperature, top_k), eos_token)[0]
+        runner = self.runner
+        with runner.lock:
+            if not runner.active:
+                return self.originals["mmu_generate"](
+                    input_embeds, attention_mask, max_new_tokens, temperature, top_k, eos_token
+                )
+            runner.ready()
+            parts, engine = runner.parts, runner.understanding
+            length = input_embeds.shape[1]
+            validate.check_mmu_inputs(parts.model, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
+            prompt = engine.prompt(input_embeds.to(parts.dtype), (attention_mask == 0).reshape(length, length))
+            return engine.decode([prompt], max_new_tokens, TokenSampler(temperature, top_k), eos_token)[0]
 
     def _original(self, method: str, reason: str, **arguments: Any) -> Any:
         """Call the model's own method and count the reason."""
         self.runner.fallbacks[f"{method}: {reason}"] += 1
         return self.originals[method](**arguments)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that images in progress may take together."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory) // 4
+    return 4 << 30
 
 
 # ---- which calls the runtime supports

@@ -27,7 +27,7 @@ from ..nano.probe import Probe
 from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.plan import TaskPlan
-from ..runtime.swap import accelerate
+from ..runtime.handle import accelerate
 
 __all__ = ["Analysis", "Drift", "Overlap", "Removal", "expected_jaccard", "jaccard", "run"]
 

@@ -18,7 +18,7 @@ from ..planning.config import FlashUConfig
 from ..planning.cost import Geometry, dense_flops, image_flops
 from ..planning.plan import TaskPlan
 from ..planning.schedule import StepPlan
-from ..runtime.swap import accelerate
+from ..runtime.handle import accelerate
 from . import fidelity
 
 __all__ = ["Point", "Setting", "Timed", "compare", "equal_share", "running", "time_round"]

@@ -13,7 +13,7 @@ import flashu_ext as fx
 from flashu_ext.models.accelerated import handle_of
 from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2.sampling import time_grid
-from flashu_ext.runtime.modules.ffn import GatheredFFN
+from flashu_ext.runtime.order import FfnOrder
 
 LIMIT = 1e-4
 
@@ -239,7 +239,7 @@ def test_remove_gives_the_same_model_back(paper):
     attributes = set(model.__dict__)
     arguments = (fixture.flashu_config(), fixture.flashu_plan()) if paper else ()
     handle = fx.accelerate(model, *arguments)
-    assert isinstance(model.showo.model.layers[0].mlp, GatheredFFN) and handle_of(model) is handle
+    assert dict(model.named_modules()) == modules and handle_of(model) is handle
     assert set(model.state_dict()) == set(state)
     draw(model, fixture, steps=3)
     handle.remove()
@@ -358,18 +358,16 @@ def test_a_failure_on_the_way_in_leaves_nothing_behind(monkeypatch):
     fixture, model = public(), public().model()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modules = dict(model.named_modules())
-    import flashu_ext.runtime.swap as swap
-
     calls = []
-    real = swap._permute
+    real = FfnOrder._complete
 
-    def failing(ffn, order):
+    def failing(order):
         calls.append(order)
         if len(calls) == 4:
             raise MemoryError("no room")
-        real(ffn, order)
+        real(order)
 
-    monkeypatch.setattr(swap, "_permute", failing)
+    monkeypatch.setattr(FfnOrder, "_complete", failing)
     with pytest.raises(MemoryError, match="no room"):
         fx.accelerate(model, fixture.flashu_config(), fixture.flashu_plan())
     assert dict(model.named_modules()) == modules and handle_of(model) is None

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ...models.parts import AttentionShape, norm_eps
+from ...models.parts import AttentionShape
 from ...ops.kernel_sets import KernelSet
 from .attention import AttentionPass, Rope, SpanPass
+from .layer import Layer
 
 __all__ = ["decoder_layer", "project_qkv", "pruning_layer", "routed_decoder_layer"]
 
@@ -41,29 +42,27 @@ def _project_kv(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tenso
 
 
 def decoder_layer(
-    layer: Any,
+    layer: Layer,
     index: int,
     x: Tensor,
     rope: Rope,
     attention: AttentionPass,
     shape: AttentionShape,
-    kernels: KernelSet,
     task: str | None,
 ) -> Tensor:
     """Qwen2 decoder layer: x [rows, n, hidden] -> [rows, n, hidden]. `x` is consumed: it may be overwritten.
 
     Args:
-        layer: the model's layer, its `mlp` a GatheredFFN.
         index: its number, for the attention pass's cache.
         task: whose neuron set the FFN uses; None: all neurons.
     """
-    normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
-    query, key, value = project_qkv(layer.self_attn, normed, shape)
-    return _after_attention(layer, x, attention(index, query, key, value, rope), kernels, task)
+    normed = layer.before_attention(x)
+    query, key, value = project_qkv(layer.attention, normed, shape)
+    return _after_attention(layer, x, attention(index, query, key, value, rope), task)
 
 
 def pruning_layer(
-    layer: Any,
+    layer: Layer,
     index: int,
     x: Tensor,
     rope: Rope,
@@ -77,27 +76,25 @@ def pruning_layer(
     The choice needs all tokens normed and projected to values. The rest is computed for kept tokens only, so a dropped token
     costs one of the layer's seven matrix products.
     """
-    normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
-    value = layer.self_attn.v_proj(normed)
+    normed = layer.before_attention(x)
+    value = layer.attention.v_proj(normed)
     keep, attention = choose(normed, value.view(*value.shape[:2], shape.kv_heads, shape.head_dim))
     x, normed, value = (kernels.gather_rows(rows[0], keep)[None] for rows in (x, normed, value))
     rope = (rope[0][:, keep], rope[1][:, keep])
-    query, key = _project_qk(layer.self_attn, normed, shape)
+    query, key = _project_qk(layer.attention, normed, shape)
     value = value.view(*value.shape[:2], shape.kv_heads, shape.head_dim)
     attended = attention(index, query, key, value, rope)
-    return _after_attention(layer, x, attended, kernels, task), rope, attention
+    return _after_attention(layer, x, attended, task), rope, attention
 
 
-def _after_attention(layer: Any, x: Tensor, attended: Tensor, kernels: KernelSet, task: str | None) -> Tensor:
+def _after_attention(layer: Layer, x: Tensor, attended: Tensor, task: str | None) -> Tensor:
     """Output projection, residual, norm and FFN; `x` is overwritten."""
-    attended = layer.self_attn.o_proj(attended)
-    norm = layer.post_attention_layernorm
-    normed = kernels.add_rms_norm_(attended, x, norm.weight, norm_eps(norm))
-    return layer.mlp(normed, task=task, residual=x)
+    attended = layer.attention.o_proj(attended)
+    return layer.ffn(layer.before_ffn.after_adding(attended, x), task, x)
 
 
 def routed_decoder_layer(
-    layer: Any,
+    layer: Layer,
     index: int,
     x: Tensor,
     active: Tensor,
@@ -118,12 +115,11 @@ def routed_decoder_layer(
         rope: for all n tokens. The others: as for `decoder_layer`.
     """
     rows, k = active.shape
-    normed = kernels.rms_norm(x, layer.input_layernorm.weight, norm_eps(layer.input_layernorm))
-    key, value = _project_kv(layer.self_attn, normed, shape)
+    normed = layer.before_attention(x)
+    key, value = _project_kv(layer.attention, normed, shape)
     residual = kernels.gather_rows(x, active)
-    query = layer.self_attn.q_proj(kernels.gather_rows(normed, active)).view(rows, k, shape.heads, shape.head_dim)
+    query = layer.attention.q_proj(kernels.gather_rows(normed, active)).view(rows, k, shape.heads, shape.head_dim)
     own = tuple(kernels.gather_rows(table, active) for table in rope)
-    attended = layer.self_attn.o_proj(attention.routed(index, query, key, value, rope, (own[0], own[1])))
-    norm = layer.post_attention_layernorm
-    normed = kernels.add_rms_norm_(attended, residual, norm.weight, norm_eps(norm))
-    return kernels.scatter_rows_(x, active, layer.mlp(normed, task=task, residual=residual))
+    attended = layer.attention.o_proj(attention.routed(index, query, key, value, rope, (own[0], own[1])))
+    normed = layer.before_ffn.after_adding(attended, residual)
+    return kernels.scatter_rows_(x, active, layer.ffn(normed, task, residual))

@@ -1,66 +1,53 @@
-"""The FFN that is swapped into the language model: the original's weights, read in runs of neurons."""
+"""An FFN of the model as the runtime runs it: on the kernel, over a task's neurons, or as the module itself."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from ...ops.kernel_sets import KernelSet
 from ...ops.selection import Selection
-from ...planning.neurons import NeuronLayout, Runs
+from ...planning.neurons import NeuronLayout
 
-__all__ = ["GatheredFFN"]
+__all__ = ["FFN"]
 
 
-class GatheredFFN(nn.Module):
-    """SwiGLU FFN over a chosen set of neurons, with a layer's own gate_proj, up_proj and down_proj as children.
+class FFN:
+    """A SwiGLU FFN. The module stays where it is in the model; nothing is replaced.
 
-    The children are the very objects of the original FFN, so parameter names and state_dict keys do not change.
-    Without `task` it computes all neurons, as the original does.
+    Attributes:
+        module: the model's own, with gate_proj, up_proj and down_proj.
+        why_itself: why the kernel does not compute this module, which is then called as it is, on all neurons; or None.
     """
 
-    def __init__(self, original: nn.Module, kernels: KernelSet, layout: NeuronLayout | None = None):
-        super().__init__()
-        self.gate_proj: nn.Linear = original.gate_proj  # type: ignore[assignment]
-        self.up_proj: nn.Linear = original.up_proj  # type: ignore[assignment]
-        self.down_proj: nn.Linear = original.down_proj  # type: ignore[assignment]
-        self.kernels = kernels
-        self.layout = layout
-        self.training = original.training
-        weight = self.gate_proj.weight
-        self._selections = {
-            task: Selection.from_runs(runs, weight.shape[0], weight.device)
-            for task, runs in (layout.runs if layout else {}).items()
-        }
+    def __init__(self, module: Any, kernels: KernelSet, why_itself: str | None, layout: NeuronLayout | None = None):
+        """layout: the tasks' neurons, in the order in which the weights lie; None: every task uses all."""
+        self.module = module
+        self.why_itself = why_itself
+        self._kernels = kernels
+        self._selections: dict[str, Selection] = {}
+        if layout is not None and why_itself is None:
+            device = module.gate_proj.weight.device
+            self._selections = {
+                task: Selection.from_runs(runs, layout.intermediate, device) for task, runs in layout.runs.items()
+            }
 
-    def runs(self, task: str | None) -> Runs | None:
-        """Runs of neurons that `task` reads, or None: all of them."""
-        return self.layout.runs.get(task) if self.layout and task else None
-
-    def forward(self, x: Tensor, task: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, task: str | None = None, residual: Tensor | None = None) -> Tensor:
         """x [..., hidden] -> [..., hidden], plus `residual` of that shape where given.
 
         Args:
             task: whose neuron set to use; None or a task without a set uses all neurons.
         """
-        weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)):
-            # Training through an accelerated model stays possible; the kernels have no backward.
-            hidden = nn.functional.silu(self.gate_proj(x)) * self.up_proj(x)
-            out = self.down_proj(hidden)
+        if self.why_itself is not None:
+            out = self.module(x)
             return out if residual is None else out + residual
-        return self.kernels.gathered_ffn(x, *weights, residual=residual, selection=self._selection(task))
-
-    def _selection(self, task: str | None) -> Selection | None:
-        """A task's neurons, on the device of the weights; None: all of them."""
-        selection = self._selections.get(task) if task else None
-        if task and selection is not None and selection.list is not None:
-            # The model may have moved since.
-            selection = self._selections[task] = selection.to(self.gate_proj.weight.device)
-        return selection
-
-    def extra_repr(self) -> str:
-        sets = (
-            {task: sum(length for _, length in runs) for task, runs in self.layout.runs.items()} if self.layout else {}
+        module = self.module
+        return self._kernels.gathered_ffn(
+            x,
+            module.gate_proj.weight,
+            module.up_proj.weight,
+            module.down_proj.weight,
+            residual=residual,
+            selection=self._selections.get(task) if task else None,
         )
-        return f"neurons={self.gate_proj.weight.shape[0]}, sets={sets}"

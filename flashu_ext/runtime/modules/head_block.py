@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.parts import AttentionShape, norm_eps
+from ...models.parts import AttentionShape
 from ...ops.kernel_sets import KernelSet
 from .attention import AttentionPass, Rope, head_norms
 from .decoder_layer import project_qkv
+from .layer import Layer
+from .norm import Norm
 
 __all__ = ["block_modulation", "final_layer", "head_block", "modulation_table"]
 
@@ -37,7 +39,7 @@ def block_modulation(modulation: Tensor, index: int, width: int) -> list[Tensor]
 
 
 def head_block(
-    block: Any,
+    block: Layer,
     index: int,
     x: Tensor,
     modulation: Tensor | None,
@@ -58,25 +60,19 @@ def head_block(
         parts = block_modulation(modulation, index, x.shape[-1])
     shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = parts
 
-    norm = block.input_layernorm
-    normed = kernels.rms_norm(x, norm.weight, norm_eps(norm), shift_attn, scale_attn)
-    query, key, value = project_qkv(block.self_attn, normed, shape)
-    attended = attention(index, query, key, value, rope, head_norms(block.self_attn))
-    kernels.gate_add_(x, block.self_attn.o_proj(attended), gate_attn)
+    normed = block.before_attention(x, shift_attn, scale_attn)
+    query, key, value = project_qkv(block.attention, normed, shape)
+    attended = attention(index, query, key, value, rope, head_norms(block.attention))
+    kernels.gate_add_(x, block.attention.o_proj(attended), gate_attn)
 
-    norm = block.post_attention_layernorm
-    normed = kernels.rms_norm(x, norm.weight, norm_eps(norm), shift_ffn, scale_ffn)
-    mlp = block.mlp
-    y = kernels.gathered_ffn(normed, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-    kernels.gate_add_(x, y, gate_ffn)
+    kernels.gate_add_(x, block.ffn(block.before_ffn(x, shift_ffn, scale_ffn)), gate_ffn)
     return x
 
 
-def final_layer(layer: Any, x: Tensor, modulation: Tensor, kernels: KernelSet) -> Tensor:
+def final_layer(layer: Any, norm: Norm, x: Tensor, modulation: Tensor) -> Tensor:
     """x [rows, tokens, width], rows of a `modulation_table` -> velocity rows [rows, tokens, patch * patch * channels].
 
     Source: Show-o2 `FinalLayer`.
     """
     shift, scale = modulation[:, -FINAL_PARTS * x.shape[-1] :].chunk(FINAL_PARTS, dim=1)
-    norm = layer.norm_final
-    return layer.linear(kernels.rms_norm(x, norm.weight, norm_eps(norm), shift, scale))
+    return layer.linear(norm(x, shift, scale))

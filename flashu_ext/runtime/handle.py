@@ -1,97 +1,105 @@
-"""Installs the runtime in one model instance, returns a handle, and removes everything again.
+"""Accelerates one model instance, returns a handle, and restores the model.
 
-Only the instance is changed: its FFN modules are replaced by ones that hold the same weight objects, whose neurons are
-reordered in place, and two methods are shadowed. No class is patched, and there is no global state.
+Only the instance is changed: two methods are shadowed, and the neurons of its FFNs may be reordered in place. No module is
+replaced, no class is patched, and there is no global state.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from types import TracebackType
+from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
-from ..models.accelerated import HANDLE, handle_of
+from ..models.accelerated import HANDLE, handle_of, unwrapped
+from ..models.known import METHODS
 from ..models.parts import Showo2Parts
-from ..ops.kernel_sets import resolve
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
 from .generation import TASK as GENERATION
-from .modules.ffn import GatheredFFN
+from .overrides import Overrides
 from .runner import Runner
 from .state import ImageRecord
 from .summary import Summary
-from .upstream import METHODS, UpstreamMethods
+from .upstream import UpstreamMethods
 
 __all__ = ["Handle", "accelerate"]
 
 
 class Handle:
-    """An accelerated model's handle: `summary()`, `remove()`, and a context manager that removes at its end."""
+    """An accelerated model's handle: `summary()`, `editing()`, `remove()`, and a context manager that removes at its end."""
 
-    def __init__(self, runner: Runner, plan: TaskPlan | None, layouts: list[NeuronLayout] | None):
+    def __init__(self, runner: Runner, plan: TaskPlan | None):
         self.runner = runner
         self.config = runner.config
         self.plan = plan
-        self.model = runner.parts.model
-        self._layouts = layouts
-        self._original_ffns: list[nn.Module] = []
-        self._shadowed: dict[str, object] = {}
+        self.model = runner.model
         self._upstream = UpstreamMethods(runner, {name: getattr(self.model, name) for name in METHODS})
-        self._active = False
-
-    # ---- install and remove
-
-    def _install(self) -> None:
-        try:
-            for index, layer in enumerate(self.runner.parts.layers):
-                layout = self._layouts[index] if self._layouts else None
-                original = layer.mlp
-                replacement = GatheredFFN(original, self.runner.kernels, layout)
-                if layout is not None:
-                    _permute(replacement, layout.permutation)
-                self._original_ffns.append(original)
-                layer.mlp = replacement
-            for name in METHODS:
-                if name in self.model.__dict__:
-                    self._shadowed[name] = self.model.__dict__[name]
-                self.model.__dict__[name] = getattr(self._upstream, name)
-            self.model.__dict__[HANDLE] = self
-            self._active = True
-        except BaseException:
-            self._uninstall()
-            raise
-
-    def _uninstall(self) -> None:
-        self.model.__dict__.pop(HANDLE, None)
-        for name in METHODS:
-            method = self.model.__dict__.get(name)
-            if getattr(method, "__self__", None) is self._upstream:
-                del self.model.__dict__[name]
-            if name in self._shadowed:
-                self.model.__dict__[name] = self._shadowed.pop(name)
-        for layer, original in zip(self.runner.parts.layers, self._original_ffns, strict=False):
-            replacement = layer.mlp
-            layer.mlp = original
-            if isinstance(replacement, GatheredFFN) and replacement.layout is not None:
-                _permute(replacement, replacement.layout.inverse)
-        self._original_ffns.clear()
+        methods = {name: getattr(self._upstream, name) for name in METHODS}
+        self._overrides = Overrides(self.model, {**methods, HANDLE: self})
 
     def remove(self) -> None:
-        """Restore the model bitwise, with the same module and parameter objects. A second call does nothing."""
-        if self._active:
-            self._active = False
-            self._upstream.reset()
-            self.runner.reset()
-            self._uninstall()
+        """Restore the model bitwise, with the same module and parameter objects; what was loaded or edited meanwhile stays.
+
+        A second call does nothing, except after an interrupted one, which it completes.
+
+        Raises:
+            EditedWeightsError: weights were written to in plan order and no call has told so yet. The model is restored, but
+                those values are on other neurons than meant.
+        """
+        if not self.active:
+            return
+        with self.runner.lock:
+            try:
+                self.runner.tell_once()
+            finally:
+                self._restore()
+
+    def _restore(self) -> None:
+        self.runner.suspended = "remove() was interrupted; call it again"
+        self.runner.reset()
+        self.runner.restore()
+        self._overrides.remove()
+        self.runner.active = False
+
+    @contextlib.contextmanager
+    def editing(self) -> Iterator[nn.Module]:
+        """Inside, the weights are in the model's own order, and may be written to; the model neither draws nor answers.
+
+        At the end they are taken as they are then: the plan's neurons are pruned, and nothing computed from earlier weights
+        is used again.
+
+        Raises:
+            EditedWeightsError: weights were already written to outside, and no call has told so yet. Another attempt then
+                enters, with these values where they are.
+            RuntimeError: the handle was removed, or this is inside `editing()` already.
+        """
+        runner = self.runner
+        with runner.lock:
+            if not self.active:
+                raise RuntimeError("handle: its model is no longer accelerated")
+            if runner.suspended is not None:
+                raise RuntimeError(f"model: {runner.suspended}")
+            runner.tell_once()
+            runner.suspended = "inside handle.editing(); leave it first"
+            try:
+                runner.reset()
+                runner.restore()
+                yield self.model
+            finally:
+                runner.suspended = None
+                if self.active:
+                    runner.follow()
 
     @property
     def active(self) -> bool:
         """Whether the model is still accelerated through this handle."""
-        return self._active
+        return self.runner.active
 
     def __enter__(self) -> Handle:
         return self
@@ -100,6 +108,12 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise TypeError("handle: it belongs to one model and cannot be copied; a copy of the model is dense")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("handle: it belongs to one model and cannot be pickled; a pickled model is dense")
 
     # ---- summary
 
@@ -115,7 +129,10 @@ class Handle:
             geometry = image.geometry
             tail = image.length - min(geometry.prefix) - geometry.span
             tokens |= {"prefix": geometry.longest, "span": geometry.span, "tail": tail}
-        reasons = Counter(f"{name}: {why}" for name, why in runner.kernels.fallbacks.items()) + runner.fallbacks
+        kernels = runner.network.kernels
+        reasons = Counter(f"{name}: {why}" for name, why in kernels.fallbacks.items()) + runner.fallbacks
+        for name, why in (runner.network.run_as_themselves() | runner.in_place).items():
+            reasons[f"model.{name}: {why}"] += 1
         capture = runner.capture
         if capture.failure is not None:
             reasons[f"step graphs: {capture.failure}"] += 1
@@ -129,25 +146,28 @@ class Handle:
             routed=dict(image.routed) if image and self.config.tokens and self.config.tokens.on else {},
             layers_skipped=tuple(image.choices) if image else (),
             answer_layers_skipped=answers.skipped,
-            neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and self._layouts else {},
+            neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and runner.layouts else {},
             intermediate=int(parts.layers[0].mlp.gate_proj.weight.shape[0]),
             tokens=tokens,
             weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
-            extra_weight_bytes=sum(layout.permutation.nbytes for layout in self._layouts or ()),
+            extra_weight_bytes=sum(layout.permutation.nbytes for layout in runner.layouts or ()),
             cache_bytes=sum(held.values()),
             memory=held,
             last_image_memory=dict(image.memory) if image else {},
             launches=_launches(image) if image else {},
+            evicted=self._upstream.evicted,
             syncs=sum(counts.syncs for counts in image.counts) if image else 0,
             host_waits=sum(counts.waits for counts in image.counts) if image else 0,
-            step_runner=f"eager: {why_not}" if (why_not := capture.why_not or capture.failure) else "graphs",
+            step_runner=f"eager: {why_not}"
+            if (why_not := capture.why_not or capture.failure or capture.disabled)
+            else "graphs",
             graphs=_graphs(runner),
-            kernels=dict(runner.kernels.chosen),
+            kernels=dict(kernels.chosen),
             fallbacks=dict(reasons),
         )
 
     def __repr__(self) -> str:
-        state = "active" if self._active else "removed"
+        state = "active" if self.active else "removed"
         return (
             f"Handle({type(self.model).__name__}, {state}, approximates={list(self.config.approximates) or 'nothing'})"
         )
@@ -157,7 +177,7 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
     """Accelerate a Show-o2 model in place: ours, or an upstream `Showo2Qwen2_5` instance.
 
     Args:
-        model: the model; its weights stay where they are.
+        model: the model, or a torch.compile, DataParallel or DistributedDataParallel wrapper, whose model is accelerated.
         config: the settings; None is `FlashUConfig.exact()`.
         plan: neuron sets, required where `config.ffn` prunes neurons. A task without a set runs on all neurons.
 
@@ -165,17 +185,19 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
         A handle; `handle.remove()` or leaving its `with` block restores the model.
 
     Raises:
-        TypeError: not a Show-o2 model, or config or plan of another type.
+        TypeError: not a Show-o2 model, config or plan of another type, or a module that the runtime would pass over (a hook
+            on a layer, a subclass that overrides a method, ...); the message names it.
         ValueError: pruning neurons without a plan, or with a plan for another model, ratio or multiple (where ratios differ per
             layer, `plan.ratio` is their mean); pruning tokens at a layer that the model does not have.
         RuntimeError: the model is already accelerated.
-    In each case the model is unchanged.
+    In each case, and after an interrupt, the model is unchanged.
     """
     config = FlashUConfig.exact() if config is None else config
     if not isinstance(config, FlashUConfig):
         raise TypeError(f"config: expected a FlashUConfig, got {type(config).__name__}")
     if plan is not None and not isinstance(plan, TaskPlan):
         raise TypeError(f"plan: expected a TaskPlan, got {type(plan).__name__}")
+    model = unwrapped(model)
     parts = Showo2Parts.from_model(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
@@ -185,11 +207,18 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
         raise ValueError(
             f"config.token_prune_layer: expected a layer in [0, {layers}) of this model, got {answers.token_prune_layer}"
         )
-    layouts = _layouts(model, config, plan)
-    kernels = resolve(config, parts.device, parts.dtype)
-    handle = Handle(Runner(parts, config, kernels), plan, layouts)
-    handle._install()
-    return handle
+    for name in METHODS:
+        if name in vars(model):
+            raise TypeError(f"model.{name}: expected the class's method, got one that is set on this instance")
+    runner = Runner(model, config, _layouts(model, config, plan))
+    handle = Handle(runner, plan)
+    try:
+        handle._overrides.install()
+        runner.follow()
+        return handle
+    except BaseException:
+        handle._restore()
+        raise
 
 
 def _launches(image: ImageRecord) -> dict[str, int]:
@@ -236,14 +265,3 @@ def _layouts(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -> l
                 f"{ffn.multiple}) or change the config"
             )
     return plan.layouts()
-
-
-@torch.no_grad()
-def _permute(ffn: GatheredFFN, order: torch.Tensor) -> None:
-    """Reorder an FFN's neurons in place. All copies of one layer are made before any write, so running out of memory leaves
-    the weights unchanged."""
-    index = order.to(ffn.gate_proj.weight.device).long()
-    matrices = ((ffn.gate_proj.weight, 0), (ffn.up_proj.weight, 0), (ffn.down_proj.weight, 1))
-    permuted = [weight.index_select(dim, index) for weight, dim in matrices]
-    for (weight, _), values in zip(matrices, permuted, strict=True):
-        weight.copy_(values)

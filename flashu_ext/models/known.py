@@ -1,0 +1,173 @@
+"""Which modules the kernels compute exactly, and why another one must run as itself or cannot be accelerated.
+
+The accelerated loop calls around some modules: it reads their weights and computes what their class computes. That is right
+only for classes known here, in instances without hooks, replaced methods or unusual weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .parts import AttentionShape, Showo2Parts
+
+__all__ = ["METHODS", "check_model", "why_not_ffn", "why_not_norm"]
+
+_HEAD = ("flashu_ext.models.showo2.head", "models.modules")
+_QWEN2 = ("transformers.models.qwen2.modeling_qwen2", "models.qwen2")
+
+_MODELS = {"Showo2": ("flashu_ext.models.showo2.model",), "Showo2Qwen2_5": ("models.modeling_showo2_qwen2_5",)}
+_FFNS = {"Qwen2MLP": _QWEN2, "MLP": _HEAD}
+_NORMS = {"Qwen2RMSNorm": _QWEN2, "RMSNorm": _HEAD}
+_LANGUAGE_MODELS = {"Qwen2ForCausalLM": _QWEN2, "Qwen2Model": _QWEN2}
+_LAYERS = {"Qwen2DecoderLayer": _QWEN2, "ModulatedAttentionBlock": _HEAD, "DecoderLayer": _HEAD}
+_ATTENTIONS = {
+    **dict.fromkeys(("Qwen2Attention", "Qwen2SdpaAttention", "Qwen2FlashAttention2"), _QWEN2),
+    **dict.fromkeys(("Attention", "SdpaAttention"), _HEAD),
+}
+_FINAL = {"FinalLayer": _HEAD}
+_EMBEDDING = {"Embedding": ("torch.nn.modules.sparse",)}
+_LINEAR = {"Linear": ("torch.nn.modules.linear",)}
+_SILU = {
+    "SiLU": ("torch.nn.modules.activation",),
+    "SiLUActivation": ("transformers.activations",),
+}
+"""Class name -> modules that define it; upstream's are matched by the end of their path."""
+
+Known = Mapping[str, tuple[str, ...]]
+
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+METHODS = ("t2i_generate", "mmu_generate")
+"""The model's methods that the runtime takes over."""
+
+
+def why_unknown(module: Any, known: Known, method: str = "forward") -> str | None:
+    """Why a module's class may compute something else than those known, or None."""
+    kind = type(module)
+    homes = known.get(kind.__name__)
+    if homes is None or not any(kind.__module__ == home or kind.__module__.endswith(f".{home}") for home in homes):
+        return f"is a {kind.__module__}.{kind.__qualname__}"
+    function = getattr(kind, method)
+    if getattr(function, "__module__", None) != kind.__module__ and not kind.__module__.startswith("torch."):
+        return f"its class's {method} is replaced"
+    return None
+
+
+def why_replaced(module: Any, known: Known) -> str | None:
+    """Why calling `module` may compute something else than a known class does, or None."""
+    reason = why_unknown(module, known)
+    if reason is not None:
+        return reason
+    if "forward" in vars(module):
+        return "its forward is replaced"
+    if module._forward_hooks:
+        return "has a forward hook"
+    if module._forward_pre_hooks:
+        return "has a forward pre-hook"
+    return None
+
+
+def why_not_weight(weight: Any, shape: tuple[int, ...], like: Tensor) -> str | None:
+    """Why a kernel cannot read this weight, or None."""
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    if tuple(weight.shape) != shape:
+        return f"its weight is {list(weight.shape)}, expected {list(shape)}"
+    if weight.dtype != like.dtype:
+        return f"its weight is {weight.dtype}, the model's {like.dtype}"
+    if weight.device != like.device:
+        return f"its weight is on {weight.device}, the model's on {like.device}"
+    if weight.layout != torch.strided:
+        return f"its weight is {weight.layout}"
+    return None
+
+
+def why_not_ffn(ffn: Any, like: Tensor) -> str | None:
+    """Why the FFN kernel does not compute this module, or None.
+
+    Args:
+        like: a weight of the model, for dtype and device.
+    """
+    reason = why_replaced(ffn, _FFNS)
+    if reason is not None:
+        return reason
+    activation = getattr(ffn, "act_fn", None)
+    if activation is not None and (reason := why_replaced(activation, _SILU)):
+        return f"act_fn {reason}"
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        linear = getattr(ffn, name)
+        reason = why_replaced(linear, _LINEAR)
+        reason = reason or ("has a bias" if linear.bias is not None else None)
+        reason = reason or why_not_weight(linear.weight, (linear.out_features, linear.in_features), like)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def why_not_norm(norm: Any, like: Tensor) -> str | None:
+    """Why the norm kernels do not compute this module, or None."""
+    return why_replaced(norm, _NORMS) or why_not_weight(norm.weight, tuple(norm.weight.shape), like)
+
+
+def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> str | None:
+    """Why the attention passes do not compute this module around its projections, or None."""
+    reason = why_replaced(attention, _ATTENTIONS)
+    if reason is not None:
+        return reason
+    scaling = getattr(attention, "scaling", None)
+    if scaling is not None and abs(scaling * shape.head_dim**0.5 - 1) > 1e-9:
+        return f"its scaling is {scaling}, expected 1 / sqrt({shape.head_dim})"
+    if getattr(attention, "sliding_window", None) is not None:
+        return "has a sliding window"
+    dropout = getattr(attention, "attention_dropout", 0.0)
+    if attention.training and dropout:
+        return f"is in train mode with attention dropout {dropout}; call model.eval()"
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(attention, name, None)
+        if norm is not None and (reason := why_not_norm(norm, like)):
+            return f"{name} {reason}"
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        linear = getattr(attention, name)
+        if type(linear) is nn.Linear and tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
+            return f"{name}'s weight is {list(linear.weight.shape)} {linear.weight.dtype}, packed by a quantizer"
+    return None
+
+
+def check_model(parts: Showo2Parts) -> None:
+    """Raise TypeError, with its name and the reason, for a module that the accelerated loop would pass over."""
+    for hooks in GLOBAL_HOOKS:
+        if getattr(torch_module, hooks, None):
+            raise TypeError(
+                "model: a hook is registered on all modules (register_module_forward_hook); remove it first"
+            )
+    for name, reason in _refused(parts):
+        raise TypeError(
+            f"model{name}: {reason}; the accelerated loop does not call it, so its result would be lost; undo that, or "
+            "do not accelerate this model"
+        )
+
+
+def _refused(parts: Showo2Parts) -> Iterator[tuple[str, str]]:
+    """(path in the model, reason) of every module that the loop calls around, but whose class it does not know."""
+    model, like = parts.model, parts.embed_tokens.weight
+    around: list[tuple[str, Any, Known]] = [
+        (".showo", model.showo, _LANGUAGE_MODELS),
+        (".showo.model", model.showo.model, _LANGUAGE_MODELS),
+        (".position_embedding", parts.position_embedding, _EMBEDDING),
+        (".diffusion_head_b", parts.final_layer, _FINAL),
+    ]
+    layers = [(f".showo.model.layers.{i}", layer, parts.llm_attention) for i, layer in enumerate(parts.layers)]
+    layers += [(f".diffusion_head_a.{i}", block, parts.head_attention) for i, block in enumerate(parts.blocks)]
+    around += [(name, layer, _LAYERS) for name, layer, _ in layers]
+    found = [("", reason) for method in METHODS if (reason := why_unknown(model, _MODELS, method))]
+    found += [(name, reason) for name, module, known in around if (reason := why_replaced(module, known))]
+    for name, layer, shape in layers:
+        if (reason := why_not_attention(layer.self_attn, shape, like)) is not None:
+            found.append((f"{name}.self_attn", reason))
+        if getattr(layer, "attention_type", "full_attention") != "full_attention":
+            found.append((name, f"its attention is {layer.attention_type}"))
+    return iter(found)

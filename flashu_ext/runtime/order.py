@@ -1,0 +1,218 @@
+"""Holds an FFN's weights in plan order, and gives everybody else the model's own order: whoever saves, loads, copies or pickles
+them, and whoever edits them inside `handle.editing()`."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..planning.neurons import NeuronLayout
+from .memory import outside_inference_mode
+from .overrides import Overrides
+
+__all__ = ["EditedWeightsError", "FfnOrder", "why_not_moved"]
+
+PROBES = 64
+"""Values of a weight that tell whether its memory was moved or its values were replaced."""
+
+
+class EditedWeightsError(RuntimeError):
+    """Weights were written to in plan order, outside `handle.editing()`."""
+
+
+class _Weight:
+    """The weight of one projection: dimension `dim` is the neurons'."""
+
+    def __init__(self, linear: nn.Linear, dim: int, layout: NeuronLayout):
+        self.linear = linear
+        self.dim = dim
+        self._layout = layout
+        self._planned = False
+        self.overrides = Overrides(
+            linear,
+            {"_save_to_state_dict": self._save, "_load_from_state_dict": self._load},
+            original=self._copied,
+        )
+        self.accept(False)
+
+    def accept(self, planned: bool) -> None:
+        """Take the weight's values, in the order named, as the ones to hold."""
+        weight = self.linear.weight
+        self._planned = planned
+        self._parameter, self._version, self._address = weight, _version(weight), weight.data_ptr()
+        self._probe = _probe(weight)
+
+    def edited(self) -> bool:
+        """Whether somebody else has replaced the values since `accept`. A move, as by `model.to(...)`, is no edit."""
+        weight = self.linear.weight
+        if weight is not self._parameter or _version(weight) != self._version:
+            return True
+        if weight.data_ptr() == self._address:
+            return False
+        probe = _probe(weight)
+        same = probe.shape == self._probe.shape and torch.allclose(probe, self._probe, rtol=2**-7, atol=1e-6)
+        if same:
+            self._address = weight.data_ptr()
+        return not same
+
+    def reordered(self, values: Tensor, planned: bool) -> Tensor:
+        """A copy of values of the weight's shape, from the other order."""
+        order = self._layout.permutation if planned else self._layout.inverse
+        return values.detach().index_select(self.dim, order.to(values.device).long())
+
+    # ---- methods of the projection, while it is accelerated
+
+    def _save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        type(self.linear)._save_to_state_dict(self.linear, destination, prefix, keep_vars)
+        if self._planned:
+            destination[f"{prefix}weight"] = self.reordered(self.linear.weight, planned=False)
+
+    def _load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        fits = isinstance(given, Tensor) and given.shape == self.linear.weight.shape
+        if self._planned and fits:
+            assert isinstance(given, Tensor)
+            state_dict = {**state_dict, f"{prefix}weight": self.reordered(given, planned=True)}
+        type(self.linear)._load_from_state_dict(self.linear, state_dict, prefix, *rest)
+        if fits:
+            self.accept(self._planned)
+
+    def _copied(self, state: dict[str, Any]) -> None:
+        if self._planned:
+            weight = self.linear.weight
+            own = nn.Parameter(self.reordered(weight, planned=False), weight.requires_grad)
+            state["_parameters"] = {**state["_parameters"], "weight": own}
+
+
+class FfnOrder:
+    """The order of one FFN's neurons in memory.
+
+    Attributes:
+        planned: the neurons lie in plan order.
+    """
+
+    def __init__(self, ffn: Any, layout: NeuronLayout):
+        self.ffn = ffn
+        self.planned = False
+        self._weights = tuple(
+            _Weight(linear, dim, layout) for linear, dim in ((ffn.gate_proj, 0), (ffn.up_proj, 0), (ffn.down_proj, 1))
+        )
+        self._pending: tuple[list[tuple[Tensor, Tensor]], bool] | None = None
+
+    def holds(self, ffn: Any) -> bool:
+        """Whether this is about the FFN with the projections that it has now."""
+        now = (ffn.gate_proj, ffn.up_proj, ffn.down_proj)
+        return ffn is self.ffn and all(
+            weight.linear is linear for weight, linear in zip(self._weights, now, strict=True)
+        )
+
+    def edited(self) -> bool:
+        """Whether somebody else wrote to weights that lie in plan order."""
+        return self.planned and self._pending is None and any(weight.edited() for weight in self._weights)
+
+    def arrange(self, planned: bool) -> None:
+        """Bring the weights, and their gradients, into plan order or into the model's own. Once interrupted, at whatever line,
+        another call completes it. All copies are made before the first write, so running out of memory changes nothing."""
+        with outside_inference_mode():
+            self._complete()
+            if planned:
+                for weight in self._weights:
+                    weight.overrides.install()
+            if planned != self.planned:
+                self._pending = ([pair for weight in self._weights for pair in _moves(weight, planned)], planned)
+                self._complete()
+            if not planned:
+                for weight in self._weights:
+                    weight.overrides.remove()
+
+    def _complete(self) -> None:
+        if self._pending is not None:
+            moves, planned = self._pending
+            # Writing the same values again is harmless.
+            for tensor, values in moves:
+                tensor.copy_(values)
+            for weight in self._weights:
+                weight.accept(planned)
+            self.planned = planned
+            self._pending = None
+
+
+def _moves(weight: _Weight, planned: bool) -> list[tuple[Tensor, Tensor]]:
+    """(tensor, its values in the order asked for) of a weight and its gradient."""
+    held = weight.linear.weight
+    tensors = [held] if held.grad is None else [held, held.grad]
+    return [(tensor, weight.reordered(tensor, planned)) for tensor in tensors]
+
+
+def _version(weight: Tensor) -> int | None:
+    return None if weight.is_inference() else weight._version
+
+
+def _probe(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    places = torch.linspace(0, flat.shape[0] - 1, min(PROBES, flat.shape[0]), dtype=torch.float64, device=flat.device)
+    return flat[places.long()].float().cpu()
+
+
+# ---- which weights may be moved
+
+
+def why_not_moved(ffns: Sequence[Any]) -> list[str | None]:
+    """For each FFN why its neurons must stay where they are, or None. Nothing is changed."""
+    shared = _shared([_weights(ffn) for ffn in ffns])
+    return [_why_not(_weights(ffn)) or reason for ffn, reason in zip(ffns, shared, strict=True)]
+
+
+def _weights(ffn: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
+
+
+def _why_not(weights: Iterable[Tensor]) -> str | None:
+    for weight in weights:
+        if weight.is_inference():
+            return "its weights are inference tensors"
+        if weight.grad is not None:
+            return "its weights have gradients"
+        if weight.device.type == "cpu" and weight.is_shared():
+            return "its weights are in memory shared between processes"
+        if weight.device.type == "meta":
+            return "its weights are on meta"
+    return None
+
+
+def _shared(groups: Sequence[tuple[Tensor, ...]]) -> list[str | None]:
+    """For each group of weights whether another live tensor (of this model, another one, or a kept state_dict) lies in the same
+    memory and would see its neurons move."""
+    spans = sorted((*_span(weight), id(weight), group) for group, weights in enumerate(groups) for weight in weights)
+    found: list[str | None] = [None] * len(groups)
+    own = {identity for _, _, identity, _ in spans}
+    seen = [(start, end, identity, group) for start, end, identity, group in spans]
+    for (_, end, _, group), (start, _, _, other) in itertools.pairwise(seen):
+        if start < end:
+            found[group] = found[other] = "its weights are shared within the model"
+    if not spans:
+        return found
+    first, last = spans[0][0], max(end for _, end, _, _ in spans)
+    for each in gc.get_objects():
+        if issubclass(type(each), Tensor) and id(each) not in own:
+            start, end = _span(each)
+            if start < last and first < end:
+                for low, high, _, group in spans:
+                    if start < high and low < end:
+                        found[group] = "its weights share memory with another tensor"
+    return found
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First and last address of a tensor's values; (0, 0) where it has none."""
+    try:
+        start = tensor.data_ptr()
+        reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return (start, start + (reach + 1) * tensor.element_size()) if tensor.numel() else (0, 0)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return 0, 0

@@ -1,0 +1,62 @@
+"""Attributes that one module instance has while its model is accelerated, and that its copies and pickles do not have."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Overrides"]
+
+_MISSING = object()
+
+
+class Overrides:
+    """Shadows methods of one module by instance attributes. `copy.deepcopy` and pickle get the module without them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        attributes: Mapping[str, Any],
+        original: Callable[[dict[str, Any]], None] = lambda state: None,
+    ):
+        """original: changes a shallow copy of the module's attributes to what copies and pickles shall have."""
+        self._module = module
+        self._original = original
+        self._ours = {**attributes, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}
+        self._shadowed = {name: vars(module)[name] for name in self._ours if name in vars(module)}
+
+    def install(self) -> None:
+        vars(self._module).update(self._ours)
+
+    def remove(self) -> None:
+        """What somebody else has set meanwhile stays. A second call does nothing."""
+        attributes = vars(self._module)
+        for name, ours in self._ours.items():
+            if attributes.get(name, _MISSING) == ours:
+                if name in self._shadowed:
+                    attributes[name] = self._shadowed[name]
+                else:
+                    del attributes[name]
+
+    def intact(self, name: str) -> bool:
+        """Whether an attribute is still ours."""
+        return bool(vars(self._module).get(name, _MISSING) == self._ours[name])
+
+    def _state(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self._module).items() if self._ours.get(name, _MISSING) != value}
+        state.update(self._shadowed)
+        self._original(state)
+        return state
+
+    def _deepcopy(self, memo: dict[int, Any]) -> nn.Module:
+        clone: nn.Module = type(self._module).__new__(type(self._module))
+        memo[id(self._module)] = clone
+        vars(clone).update(copy.deepcopy(self._state(), memo))
+        return clone
+
+    def _reduce(self, protocol: int) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self._module),), self._state()  # type: ignore[attr-defined]
