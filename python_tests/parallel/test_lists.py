@@ -79,7 +79,7 @@ def test_text_and_jsonl(tmp_path: Path) -> None:
         ('{"prompt": "a", "name": "a\\u0000"}', ":1: name: expected a file name without a path"),
         ('{"prompt": "a", "name": "' + 201 * "n" + '"}', ":1: name: expected a file name without a path, of at most 200"),
         ('{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "X.png"}', ":2: name: expected a unique name, 'X.png'"),
-        ('{"prompt": "a"}\n{"prompt": "b", "name": "0000-a"}', ":2: name: expected one of its own"),
+        ('{"prompt": "a"}\n{"prompt": "b", "name": "0000-a"}', ":2: name: expected a unique name"),
     ],
 )  # fmt: skip
 def test_malformed_files_are_named_with_their_line(tmp_path: Path, content: str, message: str) -> None:
