@@ -53,7 +53,7 @@ class Subject(Protocol):
     name: str
     model: Any
 
-    def draw(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor: ...
+    def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor: ...
 
     def answer(self, inputs: Inputs, tokens: int) -> Tensor: ...
 
@@ -66,7 +66,7 @@ class OwnSubject:
     def __init__(self, model: nn.Module):
         self.model: Any = model
 
-    def draw(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
+    def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
         from ..models.showo2 import sample
 
         return sample(
@@ -286,11 +286,13 @@ def _cases(settings: Settings, shape: Shape, own: OwnSubject, upstream: Subject 
     base: Subject = upstream or own
     cases: list[_Case] = []
 
-    def draw(subject: Subject, preset: str, steps: int, config: FlashUConfig | None, baseline: bool = False) -> None:
+    def generate(
+        subject: Subject, preset: str, steps: int, config: FlashUConfig | None, baseline: bool = False
+    ) -> None:
         row = Row("generation", subject.name, preset, steps, baseline, steps - 1, steps - 1, steps - 1)
 
         def action(short: int | None) -> Tensor:
-            return subject.draw(data, short or steps, GUIDANCE, SHIFT)
+            return subject.generate(data, short or steps, GUIDANCE, SHIFT)
 
         cases.append(_Case(row, subject, config, action))
 
@@ -302,12 +304,12 @@ def _cases(settings: Settings, shape: Shape, own: OwnSubject, upstream: Subject 
 
     subjects: list[Subject] = [own] if upstream is None else [own, upstream]
     if "generation" in settings.tasks:
-        draw(base, "dense", settings.steps, None, baseline=True)
+        generate(base, "dense", settings.steps, None, baseline=True)
         for subject in subjects:
-            draw(subject, "exact", settings.steps, exact)
+            generate(subject, "exact", settings.steps, exact)
         for steps in dict.fromkeys((settings.steps, settings.paper_steps)):
             for subject in subjects if steps == settings.paper_steps else [own]:
-                draw(subject, "paper", steps, paper(steps))
+                generate(subject, "paper", steps, paper(steps))
     if "understanding" in settings.tasks:
         for tokens in settings.tokens:
             answer(base, "dense", tokens, None, baseline=True)

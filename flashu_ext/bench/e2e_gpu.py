@@ -320,10 +320,10 @@ class _BatchSubject:
     def __init__(self, subject: Subject):
         self.subject, self.model = subject, subject.model
 
-    def draw(self, data: Sequence[Inputs], steps: int) -> Tensor:
+    def generate(self, data: Sequence[Inputs], steps: int) -> Tensor:
         names = ("noise", "text_tokens", "text_tokens_null", "positions", "positions_null")
         together = {name: torch.cat([getattr(each, name) for each in data]) for name in names}
-        return self.subject.draw(dataclasses.replace(data[0], **together), steps, GUIDANCE, SHIFT)
+        return self.subject.generate(dataclasses.replace(data[0], **together), steps, GUIDANCE, SHIFT)
 
     def answer(self, data: Sequence[Inputs], tokens: int) -> Any:
         if not isinstance(self.subject, OwnSubject):
@@ -411,7 +411,7 @@ def _entering(
 
 def _action(subject: _BatchSubject, data: Sequence[Inputs], task: str) -> Callable[[int], Any]:
     if task == "generation":
-        return lambda steps: subject.draw(data, steps)
+        return lambda steps: subject.generate(data, steps)
     return lambda tokens: subject.answer(data, tokens)
 
 

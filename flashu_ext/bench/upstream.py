@@ -154,7 +154,7 @@ class UpstreamSubject:
         self.model: Any = model
         self.checkout = checkout
 
-    def draw(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
+    def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
         """Final latents. Source: upstream inference_t2i.py and the transport settings of its configs."""
         tokens = torch.cat([inputs.text_tokens, inputs.text_tokens_null])
         positions = torch.cat([inputs.positions, inputs.positions_null])

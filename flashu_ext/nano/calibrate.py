@@ -68,7 +68,7 @@ def samples(count: int, seed: int) -> tuple[list[GenerationSample], list[Underst
     default=0.2,
     show_default=True,
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of neurons to prune.",
+    help="Fraction of neurons to prune.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 def main(directory: Path, count: int, ratio: float, seed: int) -> None:

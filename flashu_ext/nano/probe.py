@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import codec
-from .evaluate import Share, answer, draw, make_noise
+from .evaluate import Proportion, answer, generate, make_noise
 from .judge import judge
 from .world import Question, Scene, captions, questions, render, scenes
 
@@ -99,7 +99,7 @@ class Probe:
 
     # ---- one at a time
 
-    def draw(
+    def generate(
         self,
         model: Any,
         chosen: Sequence[int],
@@ -111,7 +111,7 @@ class Probe:
         Args:
             steps: grid points where the config sets none. callback: as `showo2.sample` takes it.
         """
-        return draw(model, [self.prompts[i] for i in chosen], self.noise[list(chosen)], steps, callback)
+        return generate(model, [self.prompts[i] for i in chosen], self.noise[list(chosen)], steps, callback)
 
     def ask(self, model: Any, number: int) -> tuple[str, list[int]]:
         """The answer to one question, as text and as tokens."""
@@ -125,7 +125,7 @@ class Probe:
         drawn = [torch.empty(0, *codec.LATENT_SHAPE)]
         for start in range(0, len(self.prompts), BATCH):
             chosen = range(start, min(start + BATCH, len(self.prompts)))
-            drawn.append(self.draw(model, chosen, steps).cpu())
+            drawn.append(self.generate(model, chosen, steps).cpu())
             advance(len(chosen))
         answers, tokens = [], []
         for number in range(len(self.asked)):
@@ -140,10 +140,10 @@ class Probe:
         """Which drawings are right."""
         return [judge(image, scene).right for image, scene in zip(outputs.images, self.scenes, strict=True)]
 
-    def adherence(self, outputs: Outputs) -> Share:
+    def adherence(self, outputs: Outputs) -> Proportion:
         verdicts = self.verdicts(outputs)
-        return Share(sum(verdicts), len(verdicts))
+        return Proportion(sum(verdicts), len(verdicts))
 
-    def accuracy(self, outputs: Outputs) -> Share:
+    def accuracy(self, outputs: Outputs) -> Proportion:
         right = [text == question.answer for text, (_, question) in zip(outputs.answers, self.asked, strict=True)]
-        return Share(sum(right), len(right))
+        return Proportion(sum(right), len(right))

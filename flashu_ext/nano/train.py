@@ -141,7 +141,7 @@ class Data:
         self.crowds = [crowded_scene(rng) for _ in range(CROWDED)]
         self.crowded = _rendered(self.crowds, rng, 1, loose=True)
 
-    def draw(self, rng: random.Random, count: int) -> tuple[list[Scene], Tensor]:
+    def sample(self, rng: random.Random, count: int) -> tuple[list[Scene], Tensor]:
         """`count` scenes to draw, two in five with one object, and their latents [count, ...]."""
         index = [rng.choice(self.groups[0 if rng.random() < 0.4 else 1]) for _ in range(count)]
         return [self.scenes[i] for i in index], self.latents[index, [rng.randrange(VARIANTS) for _ in index]]
@@ -192,8 +192,8 @@ class Trainer:
 
     # ---- batches
 
-    def _drawing_loss(self, count: int, rng: random.Random, generator: torch.Generator) -> Tensor:
-        chosen, target = self.data.draw(rng, count)
+    def _image_loss(self, count: int, rng: random.Random, generator: torch.Generator) -> Tensor:
+        chosen, target = self.data.sample(rng, count)
         prompts = [rng.choice(captions(scene)) for scene in chosen]
         inputs = self.layout.generation(prompts)
         null = torch.tensor([rng.random() < NULL_SHARE for _ in prompts])
@@ -211,7 +211,7 @@ class Trainer:
         return F.mse_loss(velocity, target - noise)
 
     def _answer_loss(self, phase: Phase, rng: random.Random) -> Tensor:
-        among = self.data.ask if phase.varied else self.data.draw
+        among = self.data.ask if phase.varied else self.data.sample
         chosen, latents = among(rng, phase.answers)
         model, plan = self.model, self.layout
         rows, starts, ends = [], [], []
@@ -249,7 +249,7 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = base * rate
             optimiser.zero_grad(set_to_none=True)
-        flow = self._drawing_loss(phase.drawings, rng, generator)
+        flow = self._image_loss(phase.drawings, rng, generator)
         flow.backward()
         answer = self._answer_loss(phase, rng)
         (phase.answer_weight * answer).backward()
@@ -319,7 +319,7 @@ def main(out: Path, save_every: int, check_every: int, **settings: Any) -> None:
     """Train the embedded model and write a checkpoint directory (bf16) to OUT/model. A run that was stopped goes on."""
     from tqdm import tqdm
 
-    from .evaluate import measure_answers, measure_drawing
+    from .evaluate import measure_answers, measure_images
     from .tokenizer import FILE
 
     if not FILE.is_file():
@@ -345,7 +345,7 @@ def main(out: Path, save_every: int, check_every: int, **settings: Any) -> None:
             trainer.save(run, index + 1)
         if (index + 1) % check_every == 0:
             model = trainer.averaged()
-            drawn = measure_drawing(model, scenes(held_out=False), 60, steps=25, seed=index)
+            drawn = measure_images(model, scenes(held_out=False), 60, steps=25, seed=index)
             answered = measure_answers(model, scenes(held_out=False), 100, seed=index)["all"]
             took = f"({time.time() - began:.0f} s)"
             tqdm.write(

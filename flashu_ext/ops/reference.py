@@ -267,7 +267,9 @@ def _into_slots(cache: Tensor, x: Tensor, start: Tensor | None) -> None:
     if start is None:
         cache[:, :n] = x
     elif n:
-        first = start.reshape(-1, 1).clamp(-n, capacity)  # out of range stays out of range, and the difference cannot overflow
+        first = start.reshape(-1, 1).clamp(
+            -n, capacity
+        )  # out of range stays out of range, and the difference cannot overflow
         token = (torch.arange(capacity, device=x.device) - first).expand(rows, capacity)
         at = token.clamp(0, n - 1)[..., None, None].expand(rows, capacity, *x.shape[2:])
         cache.copy_(torch.where(((token >= 0) & (token < n))[..., None, None], x.gather(1, at), cache))

@@ -18,7 +18,7 @@ from ..nano.probe import Outputs, Probe
 from ..ops import machine
 from ..planning.config import PRESETS, FlashUConfig
 from ..planning.schedule import StepPlan
-from ..studies.comparison import equal_share, running, time_round
+from ..studies.comparison import equal_proportion, running, time_round
 from ..studies.fidelity import psnr
 from .result import Answer, DemoResult, Drawing, PresetResult
 
@@ -79,7 +79,7 @@ def _judged(preset: str, probe: Probe, outputs: dict[str, Outputs], summary: str
         head=steps.head_evaluations,
         adherence=probe.adherence(own),
         accuracy=probe.accuracy(own),
-        equal_answers=equal_share(own, dense),
+        equal_answers=equal_proportion(own, dense),
         max_difference=float((own.latents - dense.latents).abs().max()) if exact else None,
         psnr=None if preset == PRESETS[0] else _psnr(own.images, dense.images),
         summary=summary,

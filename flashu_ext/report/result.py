@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..nano.evaluate import Share
+from ..nano.evaluate import Proportion
 
 __all__ = ["Answer", "DemoResult", "Drawing", "PresetResult"]
 
@@ -33,9 +33,9 @@ class PresetResult:
     kinds: list[str]
     backbone: int
     head: int
-    adherence: Share
-    accuracy: Share
-    equal_answers: Share
+    adherence: Proportion
+    accuracy: Proportion
+    equal_answers: Proportion
     image_seconds: list[float] = field(default_factory=list)
     answer_seconds: list[float] = field(default_factory=list)
     max_difference: float | None = None
@@ -111,8 +111,8 @@ class DemoResult:
                     f"{1e3 * preset.answer_time:.1f} ms",
                     f"{self.answer_speedup(preset):.2f}",
                     f"{preset.backbone} + {preset.head} head",
-                    f"{100 * preset.adherence.share:.0f} %",
-                    f"{100 * preset.accuracy.share:.0f} %",
+                    f"{100 * preset.adherence.value:.0f} %",
+                    f"{100 * preset.accuracy.value:.0f} %",
                     self.against_dense(preset),
                 )
             )

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import ops
 from ..calibration.calibrate import GenerationSample, UnderstandingSample, calibrate
 from ..models.parts import Showo2Parts
-from ..nano.evaluate import GUIDANCE, SHIFT, Share
+from ..nano.evaluate import GUIDANCE, SHIFT, Proportion
 from ..nano.probe import Probe
 from ..ops import machine
 from ..planning.config import FlashUConfig
@@ -66,8 +66,8 @@ class Removal:
 
     of: str
     fraction: float
-    adherence: Share
-    accuracy: Share
+    adherence: Proportion
+    accuracy: Proportion
 
 
 @dataclass(frozen=True)
@@ -305,8 +305,8 @@ def verdicts(result: Analysis) -> list[str]:
             ("understanding's critical neurons", found["understanding:most"], "accuracy", "adherence"),
         ]
         for name, removal, own, other in cross:
-            lost_own = getattr(result.intact, own).share - getattr(removal, own).share
-            lost_other = getattr(result.intact, other).share - getattr(removal, other).share
+            lost_own = getattr(result.intact, own).value - getattr(removal, own).value
+            lost_other = getattr(result.intact, other).value - getattr(removal, other).value
             sentences.append(
                 f"Without {name} ({100 * fraction:.0f} %): {own} falls by {100 * lost_own:.0f} points, {other} by "
                 f"{100 * lost_other:.0f}; {_compare(lost_own, lost_other)}."
@@ -329,7 +329,7 @@ def _compare(own: float, other: float) -> str:
     return "it hurts both tasks alike, which the paper does not say"
 
 
-def _below(share: Share, reference: Share) -> bool:
+def _below(share: Proportion, reference: Proportion) -> bool:
     """Whether a share is lower beyond what both intervals allow."""
     return share.interval[1] < reference.interval[0]
 

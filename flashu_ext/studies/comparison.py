@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..models.parts import Showo2Parts, model_shape
-from ..nano.evaluate import GUIDANCE, Share
+from ..nano.evaluate import GUIDANCE, Proportion
 from ..nano.probe import Outputs, Probe
 from ..nano.tokenizer import layout
 from ..planning.config import FlashUConfig
@@ -21,7 +21,7 @@ from ..planning.schedule import StepPlan
 from ..runtime.swap import accelerate
 from . import fidelity
 
-__all__ = ["Point", "Setting", "Timed", "compare", "equal_share", "running", "time_round"]
+__all__ = ["Point", "Setting", "Timed", "compare", "equal_proportion", "running", "time_round"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Point:
     config: str
     grid_points: int
     flops: float
-    adherence: Share
-    accuracy: Share
-    equal_answers: Share
+    adherence: Proportion
+    accuracy: Proportion
+    equal_answers: Proportion
     psnr: float
     ssim: float
     lpips: float | None
@@ -79,10 +79,10 @@ def running(model: Any, config: FlashUConfig | None, plan: TaskPlan | None) -> I
         yield handle
 
 
-def equal_share(outputs: Outputs, dense: Outputs) -> Share:
+def equal_proportion(outputs: Outputs, dense: Outputs) -> Proportion:
     """Answers that are dense's, token for token."""
     equal = [a == b for a, b in zip(outputs.tokens, dense.tokens, strict=True)]
-    return Share(sum(equal), len(equal))
+    return Proportion(sum(equal), len(equal))
 
 
 def compare(
@@ -133,7 +133,7 @@ class Timed(Protocol):
 def time_round(model: Any, probe: Probe, turn: int, into: Timed, steps: int | None = None) -> None:
     """Time one image and one answer, alone; round `turn` has the same prompt and question for everyone."""
     start = time.perf_counter()
-    probe.draw(model, [turn % len(probe.prompts)], steps)
+    probe.generate(model, [turn % len(probe.prompts)], steps)
     into.image_seconds.append(time.perf_counter() - start)
     start = time.perf_counter()
     probe.ask(model, turn % len(probe.asked))
@@ -161,7 +161,7 @@ def _point(model: Any, setting: Setting, probe: Probe, own: Outputs, dense: Outp
         flops=flops,
         adherence=probe.adherence(own),
         accuracy=probe.accuracy(own),
-        equal_answers=equal_share(own, dense),
+        equal_answers=equal_proportion(own, dense),
         psnr=fidelity.mean(fidelity.psnr(own.images, dense.images)),
         ssim=fidelity.mean(fidelity.ssim(own.images, dense.images)),
         lpips=None if perceptual is None else fidelity.mean(perceptual),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.parts import Showo2Parts
-from ..nano.evaluate import GUIDANCE, Share
+from ..nano.evaluate import GUIDANCE, Proportion
 from ..nano.probe import Probe
 from ..ops import machine
 from ..planning.config import FlashUConfig
@@ -25,11 +25,11 @@ from ..planning.plan import TaskPlan
 from ..planning.safe_files import atomic_path
 from .comparison import Point, Setting, compare, running
 
-__all__ = ["DRAWING_KNOBS", "KNOBS", "Trial", "Tuned", "tune"]
+__all__ = ["IMAGE_KNOBS", "KNOBS", "Trial", "Tuned", "tune"]
 
 Levels = Sequence[Mapping[str, Any]]
 
-DRAWING_KNOBS: Mapping[str, Levels] = {
+IMAGE_KNOBS: Mapping[str, Levels] = {
     "steps": [{"steps": n} for n in (50, 35, 25, 20, 16, 13, 11, 9)],
     "head cache": [
         {"head_cache_interval": 0},
@@ -43,7 +43,7 @@ DRAWING_KNOBS: Mapping[str, Levels] = {
         *({"encoder_cache": True, "encoder_cache_interval": n} for n in (2, 4)),
     ],
     "neurons": [{"ffn_prune_ratio": ratio} for ratio in (0.0, 0.1, 0.2, 0.3, 0.4)],
-    "carried tokens": [
+    "skipped tokens": [
         {"token_skip": False},
         *({"token_skip": True, "token_skip_ratio": ratio, "token_skip_interval": 5} for ratio in (0.2, 0.4)),
     ],
@@ -54,7 +54,7 @@ ANSWER_KNOBS: Mapping[str, Levels] = {
     ],
     "answer layers": [{"answer_layer_skip_ratio": ratio} for ratio in (0.0, 0.17, 0.34)],
 }
-KNOBS: Mapping[str, Levels] = {**DRAWING_KNOBS, **ANSWER_KNOBS}
+KNOBS: Mapping[str, Levels] = {**IMAGE_KNOBS, **ANSWER_KNOBS}
 """Knob -> its levels, mildest first; the first level of each is exact. The first group is priced by an image, the second by
 an answer."""
 
@@ -75,8 +75,8 @@ class Trial:
     level: int
     seconds: float
     before: float
-    adherence: Share
-    accuracy: Share
+    adherence: Proportion
+    accuracy: Proportion
     accepted: bool
 
 
@@ -89,7 +89,7 @@ class Tuned:
     command: str
     machine: Mapping[str, str]
     trials: list[Trial]
-    dense: tuple[Share, Share]
+    dense: tuple[Proportion, Proportion]
     points: list[Point] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -111,7 +111,7 @@ class Tuned:
         for trial in self.trials:
             level = ", ".join(f"{k} {v}" for k, v in KNOBS[trial.knob][trial.level].items())
             cost = 100 * (trial.seconds / trial.before - 1)
-            drawn, answered = 100 * trial.adherence.share, 100 * trial.accuracy.share
+            drawn, answered = 100 * trial.adherence.value, 100 * trial.accuracy.value
             verdict = "kept" if trial.accepted else "dropped"
             lines.append(
                 f"{trial.knob:<15} {level:<66} {cost:>+12.1f} % {drawn:>13.1f} % {answered:>12.1f} %  {verdict}"
@@ -168,17 +168,17 @@ def tune(
     dense = probe.perform(model, advance)
     reference = probe.adherence(dense), probe.accuracy(dense)
 
-    def draw(settings: FlashUConfig, callback: Callable[[int, Any], None]) -> None:
+    def generate(settings: FlashUConfig, callback: Callable[[int, Any], None]) -> None:
         with running(model, settings, plan):
-            probe.draw(model, [0], callback=callback)
+            probe.generate(model, [0], callback=callback)
 
     tokens = model.config.image_latent_height * model.config.image_latent_width
-    costs = CostModel(draw, len(Showo2Parts.from_model(model).layers), GUIDANCE, tokens)
+    costs = CostModel(generate, len(Showo2Parts.from_model(model).layers), GUIDANCE, tokens)
 
     answers: dict[FlashUConfig, float] = {}
 
     def price(knob: str, settings: FlashUConfig) -> float:
-        if knob in DRAWING_KNOBS:
+        if knob in IMAGE_KNOBS:
             return costs.seconds(settings)
         if settings not in answers:
             with running(model, settings, plan):
@@ -205,7 +205,7 @@ def tune(
         with running(model, changed, plan):
             outputs = probe.perform(model, advance)
         shares = probe.adherence(outputs), probe.accuracy(outputs)
-        kept = all(own.share >= fidelity * ref.share for own, ref in zip(shares, reference, strict=True))
+        kept = all(own.value >= fidelity * ref.value for own, ref in zip(shares, reference, strict=True))
         trials.append(Trial(knob, levels[knob] + 1, then, now, *shares, kept))
         if kept:
             config = changed
