@@ -48,7 +48,7 @@ class Settings:
 
 
 class Subject(Protocol):
-    """A model that draws and answers, by this library's loops or by upstream's."""
+    """A model that generates and answers, by this library's loops or by upstream's."""
 
     name: str
     model: Any
@@ -142,7 +142,7 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """Every row that promises the baseline's outputs has them."""
+        """Whether every row that promises the baseline's outputs has them."""
         return not any(row.disagrees for row in self.rows)
 
     def disagreement(self) -> str:
@@ -235,7 +235,8 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
     """Measure everything that `settings` asks for.
 
     Args:
-        settings: model, rows, rounds. say: where progress goes; None prints to stderr through tqdm.
+        settings: model, rows, rounds.
+        say: called with progress messages; None: a tqdm bar on stderr.
 
     Raises:
         ValueError, ImportError: the upstream checkout cannot be used.

@@ -315,7 +315,7 @@ def _upstream(directory: Path, shape: Shape, model: nn.Module, device: torch.dev
 
 
 class _BatchSubject:
-    """Draws a batch at once; answers a batch together where the model can, one by one as upstream does."""
+    """Generates images as one batch, and answers as one batch or, like upstream, one by one."""
 
     def __init__(self, subject: Subject):
         self.subject, self.model = subject, subject.model
@@ -467,7 +467,7 @@ def _visit(case: _Case, device: torch.device, first: bool, limit: float) -> None
 
 
 def _fits(case: _Case, short: int, seconds: float, device: torch.device, limit: float) -> bool:
-    """Whether the whole is run. A drawing of equal evaluations that is too long gets its extrapolated time here."""
+    """Whether the whole is run. An image of equal evaluations that is too long gets an extrapolated time."""
     row = case.row
     if short == row.size:
         return True

@@ -75,7 +75,7 @@ class Checkout:
 
 
 def build(directory: Path, config: Showo2Config) -> UpstreamSubject:
-    """Upstream's `Showo2Qwen2_5` of a shape, with the random weights that its constructors give it.
+    """Upstream's `Showo2Qwen2_5` of a shape, with its constructors' random weights.
 
     Its constructor reads a language model's config and a SigLIP checkpoint by name, so both are written to a
     temporary folder; it fixes the head's size, so this instance's head is built anew from upstream's classes.
@@ -146,7 +146,7 @@ def _set_head(modules: ModuleType, model: Any, config: Showo2Config) -> None:
 
 
 class UpstreamSubject:
-    """Draws and answers as upstream's own scripts do; its model may be accelerated."""
+    """Generates and answers as upstream's scripts do; its model may be accelerated."""
 
     name = "Show-o2 (upstream)"
 

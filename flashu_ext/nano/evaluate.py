@@ -32,7 +32,7 @@ ANSWER_TOKENS = 4
 
 @dataclass(frozen=True)
 class Proportion:
-    """How many of n were right, with Wilson's 95 % interval."""
+    """Correct ones of n, with Wilson's 95 % interval."""
 
     right: int
     n: int
@@ -58,10 +58,10 @@ class Proportion:
 def preset_config(name: str, steps: int | None = None) -> FlashUConfig | None:
     """FlashUConfig of a preset for the embedded model, or None for dense.
 
-    'paper' leaves layer skipping out: of six layers one is a sixth of the depth, and skipping it leaves 27 of 100 drawings
-    right (96 without; `flashu-ext report`). While answering, half of the visual tokens are dropped, those
-    with the *smallest* value norms: dropping the largest ones, which is the paper's rule, leaves 45 % of the answers right
-    here (`flashu-ext report`; 93 % without dropping). The rest is the paper's. 'fast' is tuned for a fidelity of 0.99.
+    'paper' has the paper's settings with two changes. It skips no layers: one of six is a sixth of the depth, and skipping it
+    leaves 27 of 100 images correct (96 without; `flashu-ext report`). In answers it drops the half of the visual tokens with
+    the *smallest* value norms: dropping the largest, as in the paper, leaves 45 % of the answers correct here (93 % without
+    dropping; `flashu-ext report`). 'fast' is tuned for a fidelity of 0.99.
     """
     overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
     if name in ("paper", "fast"):
@@ -72,7 +72,7 @@ def preset_config(name: str, steps: int | None = None) -> FlashUConfig | None:
 
 
 def make_noise(count: int, seed: int) -> Tensor:
-    """Noise of `count` drawings, fp32 [count, 16, 72, 2] on the CPU; the same on every device."""
+    """Noise of `count` images, fp32 [count, 16, 72, 2] on the CPU; the same on every device."""
     return torch.randn(count, *codec.LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -83,10 +83,12 @@ def generate(
     steps: int | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw one image for each prompt, in one batch: final latents [B, 16, 72, 2].
+    """Generate one image per prompt, in one batch: final latents [B, 16, 72, 2].
 
     Args:
-        noise: [B, 16, 72, 2]. steps: grid points where the config sets none. callback: as `showo2.sample` takes it.
+        noise: [B, 16, 72, 2].
+        steps: grid points if the config has none.
+        callback: as for `showo2.sample`.
     """
     from ..models.showo2.sampling import sample
 
@@ -108,7 +110,7 @@ def generate(
 def measure_images(
     model: Any, among: Sequence[Scene], n: int, steps: int | None = None, seed: int = 0, batch: int = 20
 ) -> Proportion:
-    """Draw `n` captions of scenes taken in turn from `among` and judge them."""
+    """Generate and judge images for `n` captions of scenes from `among`, in turn."""
     rng = random.Random(seed)
     order = [among[i % len(among)] for i in range(n)]
     right = 0
@@ -132,7 +134,7 @@ def answer(model: Any, latents: Tensor, question: Question) -> tuple[str, list[i
 
 
 def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -> dict[str, Proportion]:
-    """Ask about freshly rendered scenes until `n` questions are asked; shares by kind, and 'all'."""
+    """Ask about freshly rendered scenes until `n` questions are asked; proportions by kind, and 'all'."""
     rng = random.Random(seed)
     counts: dict[str, list[int]] = {}
     asked = index = 0
@@ -156,7 +158,7 @@ def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -
 @click.option(
     "--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=PRESETS, help="May be repeated."
 )
-@click.option("--n", default=200, show_default=True, help="Drawings of each kind, and questions.")
+@click.option("--n", default=200, show_default=True, help="Images of each kind, and questions.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--steps", type=int, default=None, help="Grid points; default 50, and the preset's own for paper.")
 @click.option(

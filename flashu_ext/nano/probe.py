@@ -1,7 +1,6 @@
-"""One fixed task for the embedded model - prompts with noise, pictures with questions - and what comes of it.
+"""A fixed set of prompts with noise and pictures with questions for the embedded model, and its outputs.
 
-Every program that compares settings (the demo, the fidelity report, the search for settings) runs the same task under each,
-so that differences are the settings' own.
+Demo, fidelity report and tuning run the same set under each setting, so that only the settings differ.
 """
 
 from __future__ import annotations
@@ -36,11 +35,13 @@ def _nothing(count: int) -> None:
 
 @dataclass
 class Outputs:
-    """What a model made of a probe.
+    """A model's outputs for a probe.
 
     Attributes:
-        latents: fp32 [drawings, 16, 72, 2]. images: uint8 [drawings, 48, 48, 3].
-        answers: text per question. tokens: token ids per question.
+        latents: fp32 [images, 16, 72, 2].
+        images: uint8 [images, 48, 48, 3].
+        answers: text per question.
+        tokens: token ids per question.
     """
 
     latents: Tensor
@@ -51,11 +52,12 @@ class Outputs:
 
 @dataclass
 class Probe:
-    """What is drawn and asked. Build it with `Probe.build`.
+    """Prompts and questions. Made by `Probe.build`.
 
     Attributes:
-        scenes, prompts, noise: one of each per drawing; noise is fp32 [drawings, 16, 72, 2].
-        pictures: uint8 [48, 48, 3] each. picture_latents: [1, 16, 72, 2] each. asked: (picture, question).
+        scenes, prompts, noise: one of each per image; noise is fp32 [images, 16, 72, 2].
+        pictures: uint8 [48, 48, 3] each. picture_latents: [1, 16, 72, 2] each.
+        asked: (picture, question).
     """
 
     scenes: list[Scene]
@@ -106,10 +108,11 @@ class Probe:
         steps: int | None = None,
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Final latents of the drawings with these numbers, in one batch.
+        """Final latents of the images with these numbers, in one batch.
 
         Args:
-            steps: grid points where the config sets none. callback: as `showo2.sample` takes it.
+            steps: grid points if the config has none.
+            callback: as for `showo2.sample`.
         """
         return generate(model, [self.prompts[i] for i in chosen], self.noise[list(chosen)], steps, callback)
 
@@ -121,7 +124,7 @@ class Probe:
     # ---- all of it
 
     def perform(self, model: Any, advance: Advance = _nothing, steps: int | None = None) -> Outputs:
-        """Draw and answer everything; `advance(n)` is called after every n drawings or answers."""
+        """Generate all images and answers; `advance(n)` is called after every n of them."""
         drawn = [torch.empty(0, *codec.LATENT_SHAPE)]
         for start in range(0, len(self.prompts), BATCH):
             chosen = range(start, min(start + BATCH, len(self.prompts)))
@@ -137,7 +140,7 @@ class Probe:
         return Outputs(latents, codec.pictures(latents), answers, tokens)
 
     def verdicts(self, outputs: Outputs) -> list[bool]:
-        """Which drawings are right."""
+        """Whether each image is correct."""
         return [judge(image, scene).right for image, scene in zip(outputs.images, self.scenes, strict=True)]
 
     def adherence(self, outputs: Outputs) -> Proportion:

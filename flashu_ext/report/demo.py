@@ -1,4 +1,4 @@
-"""The demo's run: draws and answers held-out scenes under every preset, and times both."""
+"""Runs the demo: images and answers of held-out scenes under every preset, with times."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def run(seed: int = 0, images: int = 48, questions: int = 96, repeats: int = 5) 
     """Run the demo on the embedded model.
 
     Args:
-        seed: of noise, wordings and the choice of scenes. images: prompts drawn per preset.
-        questions: asked per preset. repeats: timed rounds, one image and one answer each.
+        seed: of noise, wordings and the choice of scenes.
+        images: prompts per preset.
+        questions: asked per preset.
+        repeats: timed rounds, one image and one answer each.
 
     Raises:
         FileNotFoundError: the package was installed without the model's data.
@@ -113,7 +115,7 @@ def _drawings(probe: Probe, outputs: dict[str, Outputs]) -> list[Drawing]:
 
 
 def _answers(probe: Probe, outputs: dict[str, Outputs]) -> list[Answer]:
-    # Spread over all questions, so that every kind and many images are seen.
+    # Spread over all questions, so that every kind and many images are shown.
     count = min(SHOWN_ANSWERS, len(probe.asked))
     shown = [i * len(probe.asked) // count for i in range(count)]
     return [

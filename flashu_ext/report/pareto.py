@@ -1,4 +1,4 @@
-"""The fidelity report's run: what every knob saves and costs, for drawing and for answering, against dense."""
+"""Runs the fidelity report: time saved and fidelity lost by every setting, for images and answers, against dense."""
 
 from __future__ import annotations
 
@@ -123,8 +123,10 @@ def run(
     """Measure every setting on held-out scenes of the embedded model.
 
     Args:
-        drawings, questions: per setting. repeats: timed rounds of one image and one answer, all settings interleaved.
-        chosen: settings, dense first (default: `settings()`). progress: show a progress bar.
+        drawings, questions: per setting.
+        repeats: timed rounds of one image and one answer, all settings interleaved.
+        chosen: settings, dense first (default: `settings()`).
+        progress: show a progress bar.
     """
     from tqdm import tqdm
 

@@ -51,7 +51,7 @@ def render(result: DemoResult) -> str:
 
 
 def write(text: str, path: Path) -> Path:
-    """Write a page; it is complete or absent: written beside its place and moved there."""
+    """Write a page atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".html.part")
     draft.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Searches settings for the least measured cost at a wanted fidelity, on one split, and reports on another.
+"""Searches the cheapest settings that reach a fidelity on training scenes, and reports on held-out ones.
 
-A greedy walk: from exact settings, raise the knob that saves most by the machine's cost model, keep the step if the measured
-fidelity still holds, stop when no step does. Every measurement is kept, so that the walk can be read afterwards.
+Greedy: starting from exact settings, raise the knob that saves most by the machine's cost model, accept if the measured fidelity
+is still reached, stop when no knob is left. All trials are recorded.
 """
 
 from __future__ import annotations
@@ -55,19 +55,20 @@ ANSWER_KNOBS: Mapping[str, Levels] = {
     "answer layers": [{"answer_layer_skip_ratio": ratio} for ratio in (0.0, 0.17, 0.34)],
 }
 KNOBS: Mapping[str, Levels] = {**IMAGE_KNOBS, **ANSWER_KNOBS}
-"""Knob -> its levels, mildest first; the first level of each is exact. The first group is priced by an image, the second by
-an answer."""
+"""Knob -> its levels, mildest first; the first level of each is exact. IMAGE_KNOBS are priced per image, the others per
+answer."""
 
 LEAST_SAVING = 0.02
-"""A step that saves less of the predicted cost than this is not worth a measurement."""
+"""Steps that save a smaller fraction of the predicted cost are not measured."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured step of the walk.
+    """One measured step of the search.
 
     Attributes:
-        seconds: of one image (predicted) or, for a knob of answering, of one answer; before: without the step.
+        seconds: of one image (predicted) or, for answer knobs, of one answer.
+        before: the same without the step.
         accepted: it became the base of the next step.
     """
 
@@ -82,7 +83,7 @@ class Trial:
 
 @dataclass
 class Tuned:
-    """The outcome. `points`: dense, exact, paper and the tuned settings, measured on the split that the walk never saw."""
+    """The outcome. `points`: dense, exact, paper and the tuned settings, measured on held-out scenes."""
 
     fidelity: float
     config: FlashUConfig
@@ -98,7 +99,7 @@ class Tuned:
         return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
     def save(self, folder: Path, plan: TaskPlan) -> None:
-        """Write config.json, plan.safetensors and tuning.json, each whole or not at all."""
+        """Write config.json, plan.safetensors and tuning.json, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         plan.with_pruning(self.config.ffn).save(folder / "plan.safetensors")
         for name, text in (("config.json", self.config.to_json() + "\n"), ("tuning.json", self.to_json())):
@@ -106,7 +107,7 @@ class Tuned:
                 draft.write_text(text, encoding="utf-8")
 
     def table(self) -> str:
-        """The walk and the report, for a terminal."""
+        """Search and report as text."""
         lines = [f"{'knob':<15} {'level':<66} {'cost':>14} {'right drawings':>15} {'right answers':>14}"]
         for trial in self.trials:
             level = ", ".join(f"{k} {v}" for k, v in KNOBS[trial.knob][trial.level].items())
@@ -146,12 +147,15 @@ def tune(
     """Search settings for the embedded model (or a checkpoint trained on its world).
 
     Args:
-        model: a model that is not accelerated. plan: its neuron scores for both tasks.
-        fidelity: what must be left of dense's right drawings and of its right answers, in (0, 1].
-        base: where the walk starts (default: exact). paper: a setting to report beside the result.
-        drawings, questions: of training scenes, on which settings are chosen. report_drawings, report_questions: of held-out
-            scenes, on which the result is measured once.
-        repeats: timed rounds of the report. knobs: knob -> levels, mildest first.
+        model: a model that is not accelerated.
+        plan: its neuron scores for both tasks.
+        fidelity: minimum correct images, and answers, as a fraction of dense's, in (0, 1].
+        base: start of the search (default: exact).
+        paper: a setting to report with the result.
+        drawings, questions: of training scenes, for the search.
+        report_drawings, report_questions: of held-out scenes, for the report.
+        repeats: timed rounds of the report.
+        knobs: knob -> levels, mildest first.
 
     Raises:
         ValueError: fidelity outside (0, 1].
