@@ -113,7 +113,7 @@ def test_the_first_two_answers_are_not_timed(monkeypatch: pytest.MonkeyPatch):
 
 def test_an_answer_is_timed_on_a_picture_not_seen_before(monkeypatch: pytest.MonkeyPatch):
     machine, model = Machine(monkeypatch), load_model()
-    probe = Probe.make(SIZES["drawings"], 40, 0, "training")
+    probe = Probe.build(SIZES["drawings"], 40, 0, "training")
     tune(model, load_plan(model), knobs=ANSWERING, **{**SIZES, "questions": 40})
     priced = next(numbers for handle, numbers in machine.asked.items() if handle is not None)
     pictures = [probe.asked[number][0] for number in priced]
