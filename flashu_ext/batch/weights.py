@@ -1,4 +1,4 @@
-"""Tells a model's weights from another's by a sample of every tensor, in whatever order its FFN neurons lie."""
+"""Hashes a model's weights by a sample of every tensor, independent of the order of its FFN neurons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 __all__ = ["weights_digest"]
 
 SAMPLES = 64
-"""Numbers read of a tensor, spread over it."""
+"""Elements sampled per tensor, evenly spaced."""
 
 _MIX = -7046029254386353131  # 2^64 over the golden ratio, odd, as int64
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -21,8 +21,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def weights_digest(model: Any) -> str:
     """SHA-256 of every weight's name, shape, dtype and a sample of its bits.
 
-    Acceleration puts the neurons of the language model's FFNs into another order, so one number of every neuron's gate, up
-    and down weights is read, and what is made of them is summed up over the neurons.
+    Acceleration reorders the neurons of the language model's FFNs. So one element of every neuron's gate, up and down weights
+    is hashed, and the hashes are summed over the neurons.
     """
     ffns = {f"showo.model.layers.{index}.mlp": layer.mlp for index, layer in enumerate(model.showo.model.layers)}
     own = {id(weight) for ffn in ffns.values() for weight in _matrices(ffn)}
@@ -46,13 +46,13 @@ def _bits(values: Tensor) -> Tensor:
 
 
 def _spread(value: Tensor) -> Tensor:
-    """Bits of `SAMPLES` elements, or twice as many less one, or of all of a small tensor."""
+    """Bits of `SAMPLES` to 2 * `SAMPLES` - 1 evenly spaced elements, or of all elements of a smaller tensor."""
     flat = value.detach().flatten()
     return _bits(flat[:: max(1, flat.numel() // SAMPLES)])
 
 
 def _neurons(ffn: Any) -> Tensor:
-    """One number int64 [1] for an FFN's neurons in any order."""
+    """A hash int64 [1] of an FFN's neurons, the same for any order."""
     gate, up, down = (weight.detach() for weight in _matrices(ffn))
     middle = gate.shape[1] // 2
     mixed = torch.zeros((), dtype=torch.int64, device=gate.device)

@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant("tuning: it walks on the split of the report", "flashu_ext/studies/tuning.py", 'questions, seed, "training")', 'questions, seed, "held-out")', TUNE("training_scenes")),
     Mutant("tuning: the first answers are timed", "flashu_ext/studies/tuning.py", "statistics.median(times[2:] or times)", "statistics.median(times)", TUNE("first_two_answers")),
     Mutant("tuning: answers about pictures seen before are timed", "flashu_ext/studies/tuning.py", "list(first.values())[: count + 2]", "range(len(probe.asked))[: count + 2]", TUNE("not_seen_before")),
-    Mutant("tuning: drawings or answers must hold", "flashu_ext/studies/tuning.py", "kept = all(own.share", "kept = any(own.share", TUNE("walk_keeps")),
+    Mutant("tuning: drawings or answers must hold", "flashu_ext/studies/tuning.py", "kept = all(own.value", "kept = any(own.value", TUNE("walk_keeps")),
     Mutant("tuning: files are written in place", "flashu_ext/studies/tuning.py", '            with atomic_path(folder / name) as draft:\n                draft.write_text(text, encoding="utf-8")\n', '            (folder / name).write_text(text, encoding="utf-8")\n', TUNE("saved_is_whole")),
     Mutant("cost: the image that warms up counts", "flashu_ext/planning/cost.py", "if turn == 0:", "if turn < 0:", COST),
     Mutant("cost: a step that may be cached is priced as one that runs", "flashu_ext/planning/cost.py", "config.head.budget if config.head is not None and step.adaptive else None", "None", COST),

@@ -305,7 +305,7 @@ def test_tuned_settings_draw_and_answer(tmp_path: Path) -> None:
     both = run(
         "generate", "a circle", "--tuned", str(tmp_path), "--plan", str(tmp_path / "plan.safetensors"), "-o", out
     )
-    assert both.exit_code == 2 and "expected none beside --tuned" in both.output
+    assert both.exit_code == 2 and "expected none with --tuned" in both.output
     (tmp_path / "config.json").write_text("{")
     broken = run("generate", "a circle", "--tuned", str(tmp_path), "-o", out)
     assert broken.exit_code == 1 and "not valid JSON" in broken.output

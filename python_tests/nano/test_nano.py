@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flashu_ext.nano import codec
-from flashu_ext.nano.evaluate import Share, measure_answers, preset_config
+from flashu_ext.nano.evaluate import Proportion, measure_answers, preset_config
 from flashu_ext.nano.judge import judge
 from flashu_ext.nano.model import DATA, load_model, load_plan, nano_config
 from flashu_ext.nano.tokenizer import FILE, MAX_TEXT, layout, vocabulary, write_tokenizer
@@ -98,7 +98,7 @@ def test_the_model_answers_questions_about_scenes_it_never_saw():
 
     model = load_model()
     with fx.accelerate(model):
-        assert measure_answers(model, scenes(True), 60)["all"].share > 0.75
+        assert measure_answers(model, scenes(True), 60)["all"].value > 0.75
 
 
 def test_a_training_step_is_seeded_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -125,8 +125,8 @@ def test_a_training_step_is_seeded_and_learns(tmp_path: Path, monkeypatch: pytes
 
 
 def test_share_and_presets():
-    assert Share(0, 0).interval == (0.0, 1.0)
-    low, high = Share(90, 100).interval
+    assert Proportion(0, 0).interval == (0.0, 1.0)
+    low, high = Proportion(90, 100).interval
     assert 0.82 < low < 0.9 < high < 0.95
     assert preset_config("dense") is None and preset_config("paper", 20).steps == 20
     with pytest.raises(ValueError, match="preset"):

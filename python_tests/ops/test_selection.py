@@ -97,7 +97,7 @@ def test_wrong_neurons_are_named(make, error: type[Exception], message: str):
 def test_wrong_uses_are_named_and_the_next_call_works():
     x, w = randn(1, 2, 24), weights()
     selection = Selection.from_runs([2, 7, 20, 5], LIMIT)
-    with pytest.raises(ValueError, match="selection: expected neither runs nor index beside it"):
+    with pytest.raises(ValueError, match="selection: expected neither runs nor index with it"):
         ops.gathered_ffn(x, *w, runs=[0, 4], selection=selection)
     with pytest.raises(ValueError, match="selection: expected one of 40 neurons as the weights have, got one of 41"):
         ops.gathered_ffn(x, *w, selection=Selection.from_runs([2, 7, 20, 5], 41))

@@ -12,7 +12,7 @@ import torch
 from support.models import small_model
 
 from flashu_ext import FlashUConfig, TaskPlan, accelerate
-from flashu_ext.batch.folder import MANIFEST, draw, missing, open_folder, settings_record
+from flashu_ext.batch.folder import MANIFEST, generate, missing, open_folder, settings_record
 from flashu_ext.batch.prompts import make_jobs
 from flashu_ext.batch.weights import weights_digest
 from flashu_ext.nano.model import load_plan
@@ -125,6 +125,6 @@ def test_ctrl_c_while_an_image_is_written_leaves_no_part_of_it(tmp_path: Path, m
     open_folder(tmp_path, {}, jobs)
     monkeypatch.setattr(pipe, "generate_batch", generate_batch)
     with pytest.raises(KeyboardInterrupt):
-        draw(pipe, jobs, [0], tmp_path, batch=2)
+        generate(pipe, jobs, [0], tmp_path, batch=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [jobs[0].name, MANIFEST]
     assert missing(tmp_path, jobs) == [1]

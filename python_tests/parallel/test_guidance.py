@@ -110,7 +110,7 @@ def test_a_rank_that_dies_costs_no_finished_image(tmp_path: Path) -> None:
     arguments = (*command, "--out", str(out), "--parallel", "guidance", "--patience", "3")
     (code, said), (killed, _) = run_ranks(DYING, *arguments, VICTIM="1", FATAL="1", AWAIT=str(out))
     assert (code, killed) == (1, -9) and said.startswith("Error: rank 1 is gone, it does not answer"), said
-    assert f"{out}: 1 of 2 images are missing (0001-a-blue-square.png); the same command draws them" in said
+    assert f"{out}: 1 of 2 images are missing (0001-a-blue-square.png); the same command generates them" in said
     assert CliRunner().invoke(cli, [*command, "--out", str(alone)]).exit_code == 0
     ours, one = (np.asarray(Image.open(folder / "0000-a-red-circle.png")).astype(int) for folder in (out, alone))
     assert np.abs(ours - one).max() <= 1, "at most one grey level, by rounding"

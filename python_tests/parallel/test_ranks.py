@@ -224,7 +224,7 @@ def test_torchrun_draws_what_one_process_does(alone: tuple[Path, Path], tmp_path
     prompts, expected = alone
     done = torchrun(["generate", "--prompts", str(prompts), "--out", str(tmp_path), *ARGUMENTS])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("5 images, 5 of them drawn now") == 1
+    assert done.stdout.count("5 images, 5 of them generated now") == 1
     assert images(tmp_path) == images(expected)
     assert (tmp_path / MANIFEST).read_bytes() == (expected / MANIFEST).read_bytes()
 
@@ -250,6 +250,6 @@ def test_a_rank_that_dies(alone: tuple[Path, Path], tmp_path: Path, victim: int,
     assert kept == {name: data for i, (name, data) in enumerate(images(expected).items()) if i not in lost}
     times = {name: (tmp_path / name).stat().st_mtime_ns for name in kept}
     rest = generate(prompts, tmp_path)
-    assert rest.exit_code == 0 and f"{len(lost)} of them drawn now" in rest.output, rest.output
+    assert rest.exit_code == 0 and f"{len(lost)} of them generated now" in rest.output, rest.output
     assert images(tmp_path) == images(expected)
     assert times == {name: (tmp_path / name).stat().st_mtime_ns for name in kept}

@@ -39,7 +39,7 @@ def test_a_small_report():
     result = pareto.run(2, 3, 1, chosen=chosen, progress=False)
     dense, exact, cached = result.points
     # Exact differs by rounding, which a pixel here and there shows.
-    assert dense.psnr == 100 and exact.psnr > 60 and exact.equal_answers.share == 1.0
+    assert dense.psnr == 100 and exact.psnr > 60 and exact.equal_answers.value == 1.0
     assert exact.ssim == pytest.approx(1.0, abs=1e-4)
     assert cached.psnr < exact.psnr and exact.flops < dense.flops and cached.flops < exact.flops
     assert [gate.setting for gate in result.gates] == ["exact", "exact"] and all(gate.passed for gate in result.gates)
