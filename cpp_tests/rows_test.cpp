@@ -66,7 +66,7 @@ TYPED_TEST(Rows, ModulationOfAnotherShapeIsRefusedByName) {
             "gate_add_: gate: expected size 2 in dimension 0, got 1 (shape [1, 2])");
 }
 
-TYPED_TEST(Rows, HeadsAreTurnedByAQuarterIntoTheirSlots) {
+TYPED_TEST(Rows, HeadsAreRotatedByAQuarterIntoTheirSlots) {
   // Rotated by 90 degrees (a, b) is (-b, a); in the norm of (3, 3) and a weight of 2 both are 2.
   Owned<TypeParam> query({1, 2, 1, 2}), cos({1, 2, 2}), sin({1, 2, 2}), weight({2});
   Owned<TypeParam> keys({1, 3, 1, 2}), values({1, 3, 1, 2}), out({1, 1, 2, 2});
