@@ -131,17 +131,17 @@ def measured_plan(layers=2, neurons=64, multiple=16, **arguments):
     """A plan as calibration makes it: three tasks, of which one answers; three times."""
     generator = torch.Generator().manual_seed(5)
 
-    def draw(*shape):
+    def random(*shape):
         return torch.rand(shape, generator=generator)
 
     tasks = ("generation", "understanding", "editing")
-    activations = {task: draw(50, layers, neurons).double() - 0.3 for task in tasks}
+    activations = {task: random(50, layers, neurons).double() - 0.3 for task in tasks}
     measured = Calibration(
         {task: NeuronSums(50, h.sum(0), h.square().sum(0)) for task, h in activations.items()},
-        DownNorms(draw(layers, neurons), draw(layers, neurons)),
+        DownNorms(random(layers, neurons), random(layers, neurons)),
         (0.1, 0.5, 0.9),
-        {task: draw(1 if task == "understanding" else 3, layers) for task in tasks},
-        {"understanding": draw(layers)},
+        {task: random(1 if task == "understanding" else 3, layers) for task in tasks},
+        {"understanding": random(layers)},
     )
     return TaskPlan.from_calibration(measured, multiple=multiple, **arguments)
 
@@ -256,8 +256,8 @@ def test_there_is_a_ratio_for_every_count(intermediate, multiple, data):
 )
 def test_adaptive_ratios_keep_the_total(layers, neurons, multiple, ratio, seed, spread):
     generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randn(neurons, generator=generator).exp() * spread for _ in range(2 * layers)]
-    plan = TaskPlan.from_scores(generation=draws[:layers], understanding=draws[layers:], ratio=0.1, multiple=multiple)
+    scores = [torch.randn(neurons, generator=generator).exp() * spread for _ in range(2 * layers)]
+    plan = TaskPlan.from_scores(generation=scores[:layers], understanding=scores[layers:], ratio=0.1, multiple=multiple)
     uniform, adaptive = plan.with_ratio(ratio), plan.with_adaptive_ratios(ratio)
     assert sum(adaptive.kept_counts) == sum(uniform.kept_counts)
     assert min(adaptive.kept_counts) >= 1 and adaptive.ratio == ratio

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import drawing_inputs, question_inputs, small_model
+from support.models import generation_inputs, question_inputs, small_model
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -35,7 +35,7 @@ class Case:
 
 def evaluations(seed: int) -> dict[str, Any]:
     """Arguments of `t2i_generate`, under guidance, both halves of the rows with the same latents."""
-    inputs = drawing_inputs(small_model(), seed)
+    inputs = generation_inputs(small_model(), seed)
     return {
         "image_latents": inputs["noise"].repeat(2, 1, 1, 1),
         "text_tokens": torch.cat([inputs["text_tokens"], inputs["text_tokens_null"]]),
@@ -74,11 +74,11 @@ def about_one_image(seed: int) -> dict[str, Any]:
 
 def samples(seed: int) -> dict[str, Any]:
     """Arguments of `calibrate`."""
-    drawn, asked = drawing_inputs(small_model(), seed), question_inputs(seed)
+    image, question = generation_inputs(small_model(), seed), question_inputs(seed)
     names = ("text_tokens", "text_tokens_null", "modality_positions", "modality_positions_null")
     return {
-        "generation": [fx.GenerationSample(drawn["noise"], *(drawn[name] for name in names))],
-        "understanding": [fx.UnderstandingSample(**asked, answer_length=2)],
+        "generation": [fx.GenerationSample(image["noise"], *(image[name] for name in names))],
+        "understanding": [fx.UnderstandingSample(**question, answer_length=2)],
     }
 
 
@@ -101,10 +101,11 @@ def planned(model: Any, **given: Any) -> list[Tensor]:
 
 CASES = {
     "sample": Case(
-        lambda seed: drawing_inputs(small_model(), seed), lambda m, **i: fx.showo2.sample(m, **i, return_velocity=True)
+        lambda seed: generation_inputs(small_model(), seed),
+        lambda m, **i: fx.showo2.sample(m, **i, return_velocity=True),
     ),
     "sample, dense, unguided": Case(
-        lambda seed: drawing_inputs(small_model(), seed) | {"guidance_scale": 0.0},
+        lambda seed: generation_inputs(small_model(), seed) | {"guidance_scale": 0.0},
         lambda m, **i: fx.showo2.sample(m, **i, steps=4, return_velocity=True),
         dense=True,
     ),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.conformance import public, relative
-from support.drawing import CASES, ENOUGH, LAYERS_TOO, TOKENS, sample, sample_as_upstream
+from support.generation import CASES, ENOUGH, LAYERS_TOO, TOKENS, sample, sample_as_upstream
 from support.oracle import Oracle, recorded_tokens
 
 import flashu_ext as fx
@@ -26,7 +26,7 @@ KERNELS = resolve(FlashUConfig.exact(), torch.device("cpu"), torch.float32)
 
 
 def run(config, **changes):
-    """(latents, summary, the image's record) of a drawing through `sample`."""
+    """(latents, summary, the image's record) of an image generated through `sample`."""
     fixture, model = public(), public().model()
     with fx.accelerate(model, config) as handle:
         return sample(model, fixture, **changes), handle.summary(), handle.runner.last_image
@@ -35,7 +35,7 @@ def run(config, **changes):
 # ---- where a knob does nothing, nothing changes
 
 IDLE = {
-    "no token is carried": {"token_skip": True, "token_skip_ratio": 0.0},
+    "no token is skipped": {"token_skip": True, "token_skip_ratio": 0.0},
     "a ratio below one token": {"token_skip": True, "token_skip_ratio": 0.02},
     "tokens measured in every step": {"token_skip": True, "token_skip_ratio": 0.5, "token_skip_interval": 1},
     "nothing to add a residual to": {"head_residual_reuse": True, "head_cache_interval": 1},
@@ -67,7 +67,7 @@ def chosen():
 
 
 def equals_oracle(config, chosen, way="sample", prepare=lambda model: model):
-    """Draw, compare with the oracle, and return the summary. `prepare` changes a fresh model."""
+    """Generate, compare with the oracle, and return the summary. `prepare` changes a fresh model."""
     fixture = public()
     model = prepare(fixture.model())
     chosen.clear()
@@ -75,7 +75,7 @@ def equals_oracle(config, chosen, way="sample", prepare=lambda model: model):
         latents = sample(model, fixture) if way == "sample" else sample_as_upstream(model, fixture, config.steps)
         summary, image = handle.summary(), handle.runner.last_image
     oracle = Oracle(prepare(fixture.model()), fixture.sample_inputs, config, chosen)
-    assert relative(latents, oracle.draw()) < LIMIT
+    assert relative(latents, oracle.generate()) < LIMIT
     assert oracle.kinds == image.kinds
     assert not {reason for reason in summary.fallbacks if "routing_kernels" not in reason}
     return summary
@@ -150,7 +150,7 @@ def test_neuron_pruning_goes_with_every_other_knob():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_drawn_again_bit_by_bit(dtype):
+def test_half_precision_is_repeated_bit_by_bit(dtype):
     fixture = public()
     model = fixture.model().to(dtype)
     for name in ("all of it", "all of it, adaptive"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.answers import ask, batch
 from support.conformance import public, relative
-from support.drawing import CASES, sample, sample_as_upstream
+from support.generation import CASES, sample, sample_as_upstream
 from support.tape import READ_METHODS, TapeCapture, no_reads
 
 import flashu_ext as fx
@@ -57,7 +57,7 @@ def prompts(fixture):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_replays_draw_what_eager_work_draws(name):
+def test_replays_give_the_images_of_eager_work(name):
     fixture, model = public(), public().model()
     with accelerate(model, fixture, name) as handle:
         expected = [fx.showo2.sample(model, **inputs) for inputs in prompts(fixture)]
@@ -141,7 +141,7 @@ def test_a_failed_capture_falls_back_and_says_why():
     assert len(calls) == 1, "it is not tried again"
 
 
-def test_drawing_by_turns_keeps_images_apart():
+def test_two_images_in_turn_keep_their_states_apart():
     """Two images of one prompt through upstream's interface, their states kept apart by their tensors."""
     fixture, model = public(), public().model()
     i = fixture.sample_inputs
@@ -227,10 +227,10 @@ def test_a_finished_image_holds_no_memory():
 def test_latents_given_to_a_callback_are_its_own():
     fixture, model, kept = public(), public().model(), []
     with fx.accelerate(model, FlashUConfig(steps=4)):
-        drawn = sample(model, fixture, callback=lambda step, latents: kept.append(latents))
-    assert torch.equal(kept[-1], drawn) and not torch.equal(kept[0], kept[1])
+        generated = sample(model, fixture, callback=lambda step, latents: kept.append(latents))
+    assert torch.equal(kept[-1], generated) and not torch.equal(kept[0], kept[1])
     kept[-1].zero_()
-    assert drawn.abs().sum() > 0
+    assert generated.abs().sum() > 0
 
 
 def test_work_runs_then_is_captured_then_replayed():
@@ -483,7 +483,7 @@ def test_what_is_not_a_number_stays_in_its_answer():
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_draws_advance_generators_alike():
+def test_samples_advance_generators_alike():
     model, asked = public().model(), batch([ask(1), ask(2), ask(3)])
     outcomes = []
     for captured in (False, True):
@@ -506,7 +506,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("name", ["exact", "paper", "tokens forecast", "all of it"])
-def test_graphs_on_a_gpu_draw_what_eager_work_draws_without_syncs(name):
+def test_graphs_on_a_gpu_give_the_images_of_eager_work_without_syncs(name):
     fixture = public()
     model = fixture.model().cuda()
     inputs = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in each.items()} for each in prompts(fixture)]
@@ -532,7 +532,7 @@ def test_graphs_on_a_gpu_draw_what_eager_work_draws_without_syncs(name):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_graphs_on_a_gpu_answer_what_eager_work_answers():
+def test_graphs_on_a_gpu_give_the_answers_of_eager_work():
     model, asked = public().model().cuda(), [ask(1), ask(2, before=3, after=9)]
     images, befores, afters = batch(asked)
     inputs = (images.cuda(), [b.cuda() for b in befores], [a.cuda() for a in afters])

@@ -173,7 +173,7 @@ def test_a_layer_that_is_not_there_is_refused():
 
 
 @pytest.mark.parametrize("skip", [0.13, 0.4, 0.5, 0.9])
-def test_answers_skip_the_layers_that_turned_the_question_least(skip):
+def test_answers_skip_the_layers_that_change_the_question_least(skip):
     model, asked = public().model(), [ask(1), ask(2, 5, 4), ask(3, 6, 5), ask(4, 7, 6)]
     results = [oracle(model, **a, max_new_tokens=NEW, ratio=0.4, skip=skip) for a in asked]
     if skip in (0.4, 0.5):
@@ -370,7 +370,7 @@ def test_an_error_on_the_way_leaves_the_next_answer_right(monkeypatch):
             assert answer_tokens(model, **asked[1], max_new_tokens=NEW).tolist() == expected[1]
 
 
-def test_drawing_between_answers_changes_neither():
+def test_an_image_between_answers_changes_neither():
     fixture, model = public(), public().model()
     config = fixture.flashu_config(token_prune_ratio=0.5, answer_layer_skip_ratio=0.25)
     asked = [ask(1), ask(2)]
@@ -389,7 +389,7 @@ def test_drawing_between_answers_changes_neither():
     assert relative(latents, fixture.flashu["latents"]) < LIMIT
 
 
-def test_a_model_moved_to_another_dtype_borrows_nothing():
+def test_a_model_moved_to_another_dtype_reuses_nothing():
     model, asked = public().model(), ask(1)
     with fx.accelerate(model, fx.FlashUConfig(token_prune_ratio=0.5)) as handle:
         answer_tokens(model, **asked, max_new_tokens=2)
@@ -402,7 +402,7 @@ def test_a_model_moved_to_another_dtype_borrows_nothing():
         assert handle.summary().tokens["reused"] == 0
 
 
-# ---- drawing tokens
+# ---- sampling tokens
 
 
 def test_a_sampler_keeps_what_top_k_and_top_p_allow():
@@ -419,12 +419,12 @@ def test_a_sampler_keeps_what_top_k_and_top_p_allow():
     assert TokenSampler()(logits, [0, 1]).tolist() == [[0], [1]]
 
 
-def test_tokens_are_drawn_with_the_models_probabilities():
+def test_tokens_are_sampled_with_the_models_probabilities():
     logits = torch.tensor([[1.0, 0.5, 0.0, -3.0]])
     expected = torch.softmax(torch.tensor([1.0, 0.5, 0.0]) / 0.7, 0)
     sampler = TokenSampler(0.7, top_k=3, generators=[torch.Generator().manual_seed(0)])
-    drawn = torch.cat([sampler(logits, [0])[0] for _ in range(4000)])
-    shares = torch.bincount(drawn, minlength=4) / 4000
+    sampled = torch.cat([sampler(logits, [0])[0] for _ in range(4000)])
+    shares = torch.bincount(sampled, minlength=4) / 4000
     assert shares[3] == 0 and float((shares[:3] - expected).abs().max()) < 4 * (0.25 / 4000) ** 0.5
 
 

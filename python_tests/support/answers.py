@@ -47,11 +47,11 @@ def oracle(
     score: str = "value_norm",
     skip: float = 0.0,
     hidden: slice | None = None,
-    turned: list[Tensor] | None = None,
+    importance: list[Tensor] | None = None,
 ) -> tuple[list[int], Tensor, list[int]]:
     """A dense model's greedy answer with tokens pruned and layers skipped: (tokens, logits [n, vocab], skipped layers).
 
-    hidden: positions of the prompt that only they themselves look at. turned: receives 1 - cosine(input, output) of every
+    hidden: positions of the prompt that only they themselves attend to. importance: receives 1 - cosine(input, output) of every
     layer, of the prompt's last token.
     """
     llm, config = model.showo.model, model.showo.config
@@ -99,8 +99,8 @@ def oracle(
             x = out
         if count == 0:
             skipped = sorted(torch.stack(angles).argsort()[: int(len(angles) * skip)].tolist())
-            if turned is not None:
-                turned += angles
+            if importance is not None:
+                importance += angles
         logits.append(model.showo.lm_head(llm.norm(x[-1])))
         tokens.append(int(logits[-1].argmax()))
         embeds = torch.cat([embeds, llm.embed_tokens(torch.tensor(tokens[-1:]))])

@@ -61,7 +61,7 @@ def _fill(model: Any, order: Sequence[int]) -> None:
             linear.weight.mul_(0.02 * 1.7**rank)
 
 
-def drawing_inputs(model: Any, seed: int = 1, images: int = 2) -> dict[str, Any]:
+def generation_inputs(model: Any, seed: int = 1, images: int = 2) -> dict[str, Any]:
     """Arguments of `sample`: prompts of other lengths than the empty one."""
     generator = torch.Generator().manual_seed(seed)
     span = GRID * GRID + model.config.add_time_embeds

@@ -21,16 +21,16 @@ import os, signal, time
 from flashu_ext.cli.main import main
 from flashu_ext.models.showo2 import Pipeline
 
-draw, drawn = Pipeline.generate_batch, 0
+generate, batches = Pipeline.generate_batch, 0
 
 def generate_batch(self, *arguments, **options):
-    global drawn
-    if os.environ["RANK"] == os.environ["VICTIM"] and drawn == int(os.environ["FATAL"]):
+    global batches
+    if os.environ["RANK"] == os.environ["VICTIM"] and batches == int(os.environ["FATAL"]):
         while not os.path.exists(os.environ["AWAIT"]):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    drawn += 1
-    return draw(self, *arguments, **options)
+    batches += 1
+    return generate(self, *arguments, **options)
 
 Pipeline.generate_batch = generate_batch
 main()

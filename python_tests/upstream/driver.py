@@ -177,9 +177,9 @@ def arguments_of(root: Path, out: Path) -> dict[str, list[str]]:
         f"dataset.preprocessing.num_mmu_image_tokens={patches}",
         "dataset.preprocessing.resolution=64",
     ]
-    drawing = ["batch_size=2", "guidance_scale=5.0", "num_inference_steps=8"]
-    drawing += [f"dataset.params.validation_prompts_file={prompts}"]
-    return {"t2i": [*common, *drawing], "mmu": [*common, f"mmu_image_path={images}", f"question={QUESTION}"]}
+    generation = ["batch_size=2", "guidance_scale=5.0", "num_inference_steps=8"]
+    generation += [f"dataset.params.validation_prompts_file={prompts}"]
+    return {"t2i": [*common, *generation], "mmu": [*common, f"mmu_image_path={images}", f"question={QUESTION}"]}
 
 
 def declare_operators() -> None:

@@ -63,7 +63,7 @@ def outputs(ran: dict[str, Any], task: str, run: str) -> list[torch.Tensor]:
 
 
 @upstream
-def test_drawings_stay_what_they_were(ran: dict[str, Any]) -> None:
+def test_images_stay_the_same(ran: dict[str, Any]) -> None:
     plain, fast = outputs(ran, "t2i", "plain"), outputs(ran, "t2i", "accelerated")
     assert [tuple(value.shape) for value in plain] == [(2, 16, 1, 8, 8), (1, 16, 1, 8, 8)]
     for before, after in zip(plain, fast, strict=True):
@@ -72,7 +72,7 @@ def test_drawings_stay_what_they_were(ran: dict[str, Any]) -> None:
 
 
 @upstream
-def test_answers_stay_what_they_were(ran: dict[str, Any]) -> None:
+def test_answers_stay_the_same(ran: dict[str, Any]) -> None:
     plain, fast = outputs(ran, "mmu", "plain"), outputs(ran, "mmu", "accelerated")
     assert len(plain) == 2 and plain[0].numel() > 1 and not torch.equal(plain[0], plain[1])
     assert all(torch.equal(before, after) for before, after in zip(plain, fast, strict=True))

@@ -1,4 +1,4 @@
-"""Ways to draw the fixture's images, and settings of every knob."""
+"""Generates the images of the fixture, and lists settings of every knob."""
 
 from __future__ import annotations
 
