@@ -1,4 +1,4 @@
-"""The GPU command tried on the CPU, and the SASS report on what cuobjdump prints."""
+"""The GPU command on the CPU, and the SASS report on cuobjdump's output."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def own_commands(group: click.Group, path: tuple[str, ...] = ()):
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from own_commands(command, (*path, name))
-        elif command.add_help_option:  # the others hand their arguments on
+        elif command.add_help_option:  # the others pass their arguments on
             yield (*path, name)
 
 
@@ -224,7 +224,7 @@ def test_calibrate_a_folder(tmp_path: Path) -> None:
         assert plan.notes["samples"] == {"generation": 2, "understanding": 1, "counting": 2}
         assert (plan.estimator, plan.multiple, plan.ratio) == (estimator, 16, 0.2) and plan.ratios is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "plan.safetensors"]
-    # The plan is one that the other commands take.
+    # The other commands accept the plan.
     generated = run("generate", "a red circle", "--preset", "paper", "--plan", str(out), "--steps", "4", "-v",
                 "-o", str(tmp_path / "out.png"))  # fmt: skip
     assert generated.exit_code == 0, generated.output

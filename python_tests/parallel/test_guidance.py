@@ -59,7 +59,7 @@ def test_two_ranks_are_as_accurate_as_one_process(ranks_outputs: Any, name: str,
         assert relative(ours, exact) <= max(2 * relative(one, exact), LIMIT)
     config = guided_cases.CONFIGS[name]
     if config is not None and config.approximates:
-        assert (truth[0] - true_image("dense")[0]).abs().max() > 1e-3, "the knob does something here"
+        assert (truth[0] - true_image("dense")[0]).abs().max() > 1e-3, "the setting changes the image"
 
 
 def test_steps_of_an_exact_model_are_the_callers(ranks_outputs: Any) -> None:
@@ -90,12 +90,12 @@ def test_refusals_are_the_same_on_both_ranks(ranks_outputs: Any) -> None:
         (fx.FlashUConfig.paper(), "FlashUConfig.layer_skip_ratio: expected 0 under guidance-parallel"),
     ],
 )
-def test_what_is_decided_by_both_branches_is_refused(config: fx.FlashUConfig, message: str) -> None:
+def test_settings_decided_by_both_branches_are_refused(config: fx.FlashUConfig, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         check_guidance_parallel(config, None, 28, 729)
 
 
-def test_what_rounds_down_to_nothing_is_not_refused() -> None:
+def test_settings_that_round_down_to_nothing_are_accepted() -> None:
     check_guidance_parallel(fx.FlashUConfig.paper(), None, 4, 36)
     check_guidance_parallel(fx.FlashUConfig.exact(), 7, 28, 729)
     check_guidance_parallel(fx.FlashUConfig(head_cache_interval=2), 50, 28, 729)

@@ -24,11 +24,11 @@ from flashu_ext.planning.safe_files import load_safetensors, save_safetensors
 TIMES = (0.25, 0.75)
 
 
-# ---- what is fed
+# ---- samples
 
 
 def generation_samples(count=2, seed=0):
-    """Samples of the small random model, with its fixture's prompts: one row each, padding behind the image."""
+    """Samples for the small random model with its fixture's prompts: one row each, padding after the image."""
     i = public().sample_inputs
     generator = torch.Generator().manual_seed(seed)
     for n in range(count):
@@ -71,7 +71,7 @@ def same(a, b):
 
 
 class Watched:
-    """What the model's parts really get while the block runs: FFN activations, and latents."""
+    """Records what the model's parts receive while the block runs: FFN activations and latents."""
 
     def __init__(self, model):
         self.model = model
@@ -100,7 +100,7 @@ def double_model():
 
 @torch.no_grad()
 def oracle(latents_seen):
-    """Activations [tokens, intermediate] fp64 per layer of both tasks, by the model's own methods, nothing of calibrate's.
+    """Activations [tokens, intermediate] fp64 per layer of both tasks, by the model's own methods, without code of calibrate.
 
     Also layer importance: generation [times, layers], understanding at the last prompt token and as a mean over tokens.
     """
@@ -162,7 +162,7 @@ def cosine_distances(states):
 
 @cache
 def calibrated():
-    """The small model's plan, and the latents that it was shown."""
+    """The small model's plan, and the latents it was calibrated with."""
     model = public().model()
     with Watched(model) as watched:
         plan = run(model, list(generation_samples()), list(questions()))
@@ -224,7 +224,7 @@ def test_layer_importance_equals_plain_torch():
 @given(st.integers(2, 40), st.floats(-1e3, 1e3), st.integers(0, 2**31))
 def test_variance_survives_a_large_mean(tokens, mean, seed):
     h = mean + torch.randn(tokens, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    h[:, 2] = mean  # a constant neuron has no variance, and never a negative one
+    h[:, 2] = mean  # a constant neuron has variance 0, never a negative one
     sums = NeuronSums(tokens, h.sum(0)[None], h.square().sum(0)[None])
     assert (sums.variance >= 0).all()
     torch.testing.assert_close(sums.variance[0], h.var(dim=0), rtol=1e-6, atol=1e-6)
@@ -263,13 +263,13 @@ def test_a_run_is_deterministic_and_leaves_the_model_alone():
 
 @cache
 def three_tasks():
-    """Two tasks and a third one by name, whose samples are images."""
+    """Two tasks and a third one by name, of images too."""
     model = public().model()
     return run(model, generation_samples(), questions(), tasks={"inpainting": generation_samples(3, seed=9)}, ratio=0.3)
 
 
 def zeroed_ffn(mlp, kept, x):
-    """The dense FFN with every other neuron silenced."""
+    """The dense FFN with all other neurons zeroed."""
     hidden = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
     silenced = torch.zeros_like(hidden)
     silenced[..., kept] = hidden[..., kept]
@@ -340,7 +340,7 @@ def test_samples_are_read_one_at_a_time():
     hook = model.image_embedder_gen.register_forward_pre_hook(lambda *_: seen.append(len(made)))
     streamed = run(model, stream())
     hook.remove()
-    assert seen == [1] * 2 + [2] * 2 + [3] * 2  # a sample is made when its turn comes
+    assert seen == [1] * 2 + [2] * 2 + [3] * 2  # samples are made one at a time
     assert same(streamed, run(model, list(generation_samples(3))))
     assert streamed.tasks == ("generation",) and streamed.notes == {"samples": {"generation": 3}, "seed": 0}
 
@@ -368,13 +368,13 @@ def test_an_interrupted_run_is_resumed_to_the_same_bits(tmp_path, generated, ask
     hook.remove()
     assert same(whole, resumed)
     done = (generated + asked) // interval * interval
-    assert len(passes) == 2 * (5 - min(done, 5)) + 5 - max(done - 5, 0), "what was seen is not run again"
-    assert list(tmp_path.iterdir()) == [], "a finished run leaves no checkpoint"
+    assert len(passes) == 2 * (5 - min(done, 5)) + 5 - max(done - 5, 0), "samples seen before are not run again"
+    assert list(tmp_path.iterdir()) == [], "a finished run deletes its checkpoint"
 
 
 @pytest.fixture
 def half_way(tmp_path):
-    """A model and the checkpoint of its interrupted run."""
+    """A model, and the checkpoint of its interrupted run."""
     model, file = public().model(), tmp_path / "state.safetensors"
     with pytest.raises(KeyboardInterrupt):
         run(model, interrupted(generation_samples(4), 3), questions(), checkpoint=file, checkpoint_interval=3)
@@ -410,7 +410,7 @@ def test_a_checkpoint_of_another_model_is_refused(half_way):
         run(model, generation_samples(4), questions(), checkpoint=file)
 
 
-def test_what_is_chosen_afterwards_may_change(half_way):
+def test_options_chosen_after_calibration_may_change(half_way):
     model, file = half_way
     resumed = run(model, generation_samples(4), questions(), checkpoint=file, estimator="flap", ratio=0.5, multiple=32)
     assert same(resumed.with_estimator("wanda"), run(model, generation_samples(4), questions()))
@@ -546,7 +546,7 @@ def test_an_accelerated_model_is_refused():
         run(model, generation_samples())
 
 
-# ---- other storage
+# ---- other dtypes
 
 
 def test_half_precision_finds_nearly_the_same_neurons():
@@ -597,8 +597,8 @@ def test_the_function_survives_an_import_of_its_module():
     subprocess.run([sys.executable, "-c", IMPORT_ORDER], check=True, timeout=120)
 
 
-def test_omni_mask_hides_what_is_not_computed():
-    """`calibrate` cuts the tail off: no counted token sees it."""
+def test_omni_mask_hides_tokens_that_are_not_computed():
+    """`calibrate` drops the tail: no counted token attends to it."""
     sample = next(iter(generation_samples()))
     end = int(sample.modality_positions[0, 0].sum())
     assert not omni_allowed(sample.modality_positions, sample.text_tokens.shape[1])[0, :end, end:].any()

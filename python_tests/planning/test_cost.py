@@ -1,4 +1,4 @@
-"""Operation counts by hand, and a cost model on a clock that the test turns."""
+"""Operation counts by hand, and a cost model on a simulated clock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shape() -> ModelShape:
 
 
 def test_dense_operations_of_the_language_model(shape: ModelShape):
-    """Two lengths differ by what is linear and quadratic in tokens, which can be counted by hand for the FFN and lm_head."""
+    """The FFN and lm_head are linear in tokens, so two lengths give counts that can be checked by hand."""
     one = dense_flops(shape, GEOMETRY, 1, guided=False)
     assert dense_flops(shape, GEOMETRY, 3, guided=True) == pytest.approx(6 * one)
     ffn = 6 * (2 * 3 * 128 * 384) * 64
@@ -50,7 +50,7 @@ def test_plans_order_as_their_work(shape: ModelShape):
     assert flops(head_cache_interval=5) < exact
     assert flops(ffn_prune_ratio=0.5) < flops(ffn_prune_ratio=0.2) < exact
     assert exact - flops(ffn_prune_ratio=0.5) == pytest.approx(
-        # FFN of the LLM at half the neurons, in every evaluation's span and once in the prompt, in both branches
+        # half the FFN neurons: in the span of every evaluation and once in the prompt, in both branches
         2 * 6 * (2 * 3 * 128 * 384) * 0.5 * (19 * 37 + 10)
     )
 
@@ -71,12 +71,12 @@ def test_the_cost_model_adds_up_measured_kinds(monkeypatch: pytest.MonkeyPatch):
     steps = StepPlan.build(cached, None, 6).steps
     assert model.seconds(cached) == pytest.approx(sum(3.0 if s.backbone else 0.5 for s in steps))
     runs = len(generated)
-    # The same kinds of work in other numbers need no further run.
+    # Other counts of the same kinds of work need no further run.
     assert model.seconds(cached.replace(steps=31)) > model.seconds(cached) and len(generated) == runs
 
 
 def test_one_branch_is_priced_as_one(shape: ModelShape):
-    """All but the encoder, which both branches share, is half: steps at unit guidance run the conditional branch alone."""
+    """Steps at unit guidance run only the conditional branch: half of everything but the shared encoder."""
     unit = FlashUConfig(steps=20, guidance=[(19, 1.0)], execution=Execution(skip_unit_guidance=True))
     both = unit.replace(skip_unit_guidance=False)
     encoder = shape.encoder
@@ -87,7 +87,7 @@ def test_one_branch_is_priced_as_one(shape: ModelShape):
 
     assert price(unit) - encoded == pytest.approx((price(both) - encoded) / 2)
     assert price(unit) == price(both, guided=False)
-    # Where the second branch comes back, the prompt is computed for both.
+    # When the second branch returns, the prompt is computed for both.
     late = unit.replace(guidance=[(9, 1.0)])
     halved = 9 / 19 * (price(both) - price(unit))
     one_prompt = 6 * llm_layer_flops(shape.layers[0], 10, 10) + sum(
@@ -98,7 +98,7 @@ def test_one_branch_is_priced_as_one(shape: ModelShape):
 
 
 def test_a_relative_scale_of_one_is_found_by_the_callers_scale():
-    """Plans of the cost model are those that generation follows, so both kinds of step are measured apart."""
+    """The cost model uses the plan that generation follows, so both kinds of step are measured separately."""
     config = FlashUConfig(steps=8, guidance=[(4, 0.4)], guidance_relative=True, skip_unit_guidance=True)
     plan = StepPlan.build(config, None, 6, 2.5, 36)
     assert [step.guided for step in plan.steps] == [False] * 4 + [True] * 3
@@ -138,7 +138,7 @@ def test_skipped_tokens_are_counted_without_the_time_token(shape: ModelShape, ti
 
 
 def test_kinds_differ_by_what_is_left_out():
-    """The same step with another share left out is another kind of work, and measured anew."""
+    """The same step with another pruned proportion is another kind of work, measured separately."""
     generated: list[FlashUConfig] = []
 
     def generate(config: FlashUConfig, callback: object) -> None:

@@ -128,7 +128,7 @@ def test_a_plan_file_with_wrong_scores_is_refused(tmp_path, tensor, message):
 
 
 def measured_plan(layers=2, neurons=64, multiple=16, **arguments):
-    """A plan as calibration makes it: three tasks, of which one answers; three times."""
+    """A plan as calibration makes it: three tasks, one of them understanding; three times."""
     generator = torch.Generator().manual_seed(5)
 
     def random(*shape):
@@ -270,9 +270,9 @@ def test_adaptive_ratios_keep_the_total(layers, neurons, multiple, ratio, seed, 
 
 def test_adaptive_ratios_give_more_to_layers_that_stand_out():
     even = torch.linspace(1, 2, 64)  # half its neurons are above the mean
-    peaked = torch.cat([torch.full((60,), 1.0), torch.full((4,), 50.0)])  # four matter, the rest are alike
+    peaked = torch.cat([torch.full((60,), 1.0), torch.full((4,), 50.0)])  # four matter, the rest are equal
     plan = TaskPlan.from_scores(generation=[even, peaked], ratio=0.5, multiple=4).with_adaptive_ratios()
-    # Standardized, the plain neurons of the peaked layer lie at -0.258, and 37 of the even layer's above that. The budget of 64
+    # Standardized, the plain neurons of the peaked layer score -0.258, and 37 of the even layer score more. The budget of 64
     # goes to these, to the 4 peaks, and to 23 of the plain ones: 37 and 27, in fours 36 and 28.
     even_layer = (even - even.mean()) / even.std(correction=0)
     assert int((even_layer > -((4 / 60) ** 0.5)).sum()) == 37

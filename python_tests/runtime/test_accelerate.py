@@ -1,4 +1,4 @@
-"""Tests of the accelerated model: conformance under exact and paper settings, state, restoring, refusals."""
+"""The accelerated model: conformance under exact and paper settings, state, removal, refusals."""
 
 import copy
 import gc
@@ -144,7 +144,7 @@ def test_two_images_alternate_through_upstreams_sampler():
     i = fixture.sample_inputs
 
     def evaluations(row):
-        """A generator over one image's evaluations, as an interleaving sampler would run them."""
+        """The evaluations of one image, one at a time, for a sampler that interleaves images."""
         tokens = torch.cat([i["text_tokens"][row : row + 1], i["text_tokens_null"][row : row + 1]])
         positions = torch.cat([i["modality_positions"][row : row + 1], i["modality_positions_null"][row : row + 1]])
         latents = i["noise"][row : row + 1].repeat(2, 1, 1, 1)
@@ -222,13 +222,13 @@ def test_head_forecast_changes_cached_steps_only():
         config = fixture.flashu_config(head_forecast_order=order, steps=16, full_network_steps=2)
         with fx.accelerate(model, config, fixture.flashu_plan()):
             runs[order] = generate(model, fixture, return_velocity=True)[1]
-    # the first kept state is that of step 3; differences need a second one, at step 6, and show from step 7 on
+    # the first update is at step 3; a difference needs the second one, at step 6, and changes outputs from step 7 on
     for order in (1, 2):
         assert relative(runs[order][:6], runs[0][:6]) < 1e-6
         assert relative(runs[order][6], runs[0][6]) > 1e-6
 
 
-# ---- in and out
+# ---- accelerating and removing
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -272,7 +272,7 @@ def test_an_accelerated_model_still_runs_forward_and_trains():
         assert model.showo.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
-def test_no_weight_is_kept_twice():
+def test_no_weight_is_stored_twice():
     fixture, model = public(), public().model()
     gc.collect()
 
@@ -342,7 +342,7 @@ def test_a_plan_of_another_model_is_refused():
     assert handle_of(model) is None
 
 
-def test_what_is_not_show_o2_is_refused():
+def test_other_models_are_refused():
     with pytest.raises(TypeError, match=r"model: expected a Show-o2 model.*got Linear without showo"):
         fx.accelerate(nn.Linear(2, 2))
     model = public().model()
@@ -354,7 +354,7 @@ def test_what_is_not_show_o2_is_refused():
         fx.accelerate(model)
 
 
-def test_a_failure_on_the_way_in_leaves_nothing_behind(monkeypatch):
+def test_a_failed_accelerate_changes_nothing(monkeypatch):
     fixture, model = public(), public().model()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modules = dict(model.named_modules())

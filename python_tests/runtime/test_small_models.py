@@ -1,5 +1,5 @@
-"""Small models of several shapes: images and answers beside the dense model, what is skipped and by which numbers, and the
-edges of an answer's memory."""
+"""Small models of several shapes: images and answers compared with the dense model, the choice of skipped layers, and the
+limits of an answer's memory."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_least_important_layers_are_skipped_wherever_they_are(ratio: float, 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The importance of the layers, as often as layers are chosen by it."""
+    """The importance of the layers at every choice."""
     seen: list[Tensor] = []
 
     def choose(scores: Sequence[float], count: int) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("more", [{}, {"token_skip": True, "token_skip_ratio": 0.5, "token_skip_interval": 4}])
 def test_measured_layer_importance_equals_plain_torch(measured: list[Tensor], more: dict[str, Any]) -> None:
-    """Over all positions of all rows, the padding behind the image too."""
+    """Mean over all positions of all rows, padding after the image included."""
     model = small_model()
     inputs = generation_inputs(model)
     config = fx.FlashUConfig(steps=9, layer_skip_ratio=0.3, layer_skip_interval=4, **more)
@@ -84,7 +84,7 @@ def test_measured_layer_importance_equals_plain_torch(measured: list[Tensor], mo
 
 
 def test_measured_layer_importance_of_a_question_equals_plain_torch(measured: list[Tensor]) -> None:
-    """Of the prompt's last token, in each row of a batch its own."""
+    """Importance of the prompt's last token, one per row of a batch."""
     model, questions = small_model(), [question_inputs(1), question_inputs(2)]
     with fx.accelerate(model, fx.FlashUConfig(answer_layer_skip_ratio=0.3)):
         fx.showo2.answer_tokens_batch(model, *batch(questions), max_new_tokens=1)
@@ -100,9 +100,9 @@ def test_measured_layer_importance_of_a_question_equals_plain_torch(measured: li
 def test_an_answer_that_fills_its_memory_and_one_that_needs_one_slot_more(
     slots: int, changes: dict[str, Any], captured: bool
 ) -> None:
-    """Captured memory is rounded up. The answer's last token is never written, so prompt and answer may be one longer."""
+    """Captured memory is rounded up. The answer's last token is never written: prompt and answer may be one token longer."""
     question = question_inputs()
-    prompt = 3 + 5 + GRID * GRID + 1  # what stands before, behind, and the span
+    prompt = 3 + 5 + GRID * GRID + 1  # tokens before and after the span, and the span
     new = slots - prompt + 1
     expected, _, _ = answer_oracle(
         small_model(), **question, max_new_tokens=8, ratio=changes.get("token_prune_ratio", 0.0), layer=3

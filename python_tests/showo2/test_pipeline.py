@@ -44,7 +44,7 @@ WORDS = [
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A small stand-in for Qwen2.5's tokenizer: its special tokens, one token a word."""
+    """A small stand-in for Qwen2.5's tokenizer: its special tokens, and one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ def test_special_tokens_and_layout(tmp_path: Path):
     words = ("<|vision_start|>", "<|vision_end|>", "what", "?", "<|im_start|>", "assistant")
     assert after[0].tolist() == [ids[w] for w in words]
     long = layout.generation(["red " * 50])
-    assert long.text_tokens.shape == (1, 16)  # the prompt is cut to what the sequence has room for
+    assert long.text_tokens.shape == (1, 16)  # the prompt is cut to fit the sequence
 
 
 def test_wan_codec_round_trips_its_own_latents():
@@ -202,7 +202,7 @@ def test_nano_answers_in_batches_and_samples_answers():
 
 
 @pytest.mark.parametrize("preset", ["dense", "exact"])
-def test_an_answer_comes_in_pieces(preset):
+def test_an_answer_is_streamed_in_parts(preset):
     pipe = fx.showo2.Pipeline.from_pretrained("nano")
     image = pipe.generate("a red circle above a blue square", seed=0, steps=12)
     config, _ = pipe.preset(preset)

@@ -1,4 +1,4 @@
-"""Answers in plain torch: the whole sequence again for every token, dropped tokens masked out as keys."""
+"""Answers in plain torch: the whole sequence is computed for every token, dropped tokens are masked as keys."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def oracle(
             )
             out, _, _ = _layer(block, x, cos, sin, seen & ~keys, heads)
             if index in skipped:
-                out = torch.cat([out[:prompt], x[prompt:]])  # the prompt ran through all layers, the answer skips
+                out = torch.cat([out[:prompt], x[prompt:]])  # the prompt runs through all layers, the answer skips some
             angles.append(1 - torch.cosine_similarity(x[-1], out[-1], dim=0))
             x = out
         if count == 0:

@@ -62,6 +62,6 @@ def sample(model: Any, fixture: Fixture, **changes: Any) -> Tensor:
 
 
 def sample_as_upstream(model: Any, fixture: Fixture, steps: int, **changes: Any) -> Tensor:
-    """Through `t2i_generate`, one call an evaluation, as upstream's sampler does, accelerated or not."""
+    """Through `t2i_generate`, one call per evaluation, as upstream's sampler does, accelerated or not."""
     inputs = SampleInputs.build(model, **{**fixture.sample_inputs, **changes, "steps": steps})
     return integrate(DenseStepper(model, inputs))

@@ -66,7 +66,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def main(out: Path) -> None:
-    """On each rank: every case, and what is refused before and between them."""
+    """On each rank: runs every case, and the refusals before and between them."""
     from flashu_ext.batch import Heartbeat, Ranks, guidance_group, sample_guided
 
     ranks = Ranks.from_environment()
