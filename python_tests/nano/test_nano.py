@@ -34,7 +34,7 @@ def test_the_split_is_disjoint_and_covers_both_kinds():
         assert not any(crowd.pair(i, j).key in held for i in range(3) for j in range(i + 1, 3))
 
 
-def test_a_perfect_drawing_is_always_judged_right_and_a_wrong_one_is_not():
+def test_a_perfect_image_is_always_judged_right_and_a_wrong_one_is_not():
     rng = random.Random(0)
     everything = scenes(False) + scenes(True)
     for scene in everything:

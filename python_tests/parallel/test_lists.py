@@ -1,4 +1,4 @@
-"""Lists of prompts on one process: files of prompts, the folder that is gone on with, other settings, interruptions."""
+"""Lists of prompts in one process: files of prompts, resuming a folder, other settings, interruptions."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
 # ---- the folder
 
 
-def test_a_list_is_gone_on_with(prompts: Path, tmp_path: Path) -> None:
+def test_an_interrupted_list_is_resumed(prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "images"
     first = run(prompts, out, "--batch", "2", "--seed", "4")
     assert first.exit_code == 0 and "3 images, 3 of them generated now" in first.output, first.output
@@ -139,7 +139,7 @@ def test_a_list_is_gone_on_with(prompts: Path, tmp_path: Path) -> None:
     gone.unlink()
     again = run(prompts, out, "--batch", "2", "--seed", "4")
     assert again.exit_code == 0 and "2 of them generated now" in again.output, again.output
-    # The batch of the broken image was drawn whole, so its bits are those of the first run; the whole one was not touched.
+    # The batch of the broken image was generated as a whole: same bits as in the first run. The intact file was not touched.
     assert contents(out) == drawn and kept.stat() == before
 
     for more, message in (
@@ -156,7 +156,7 @@ def test_a_list_is_gone_on_with(prompts: Path, tmp_path: Path) -> None:
     assert fewer.exit_code == 0 and list(contents(out)) == ["0000-a-yellow-circle.png", MANIFEST], fewer.output
 
 
-def test_what_others_left_is_not_touched(tmp_path: Path) -> None:
+def test_other_files_are_not_touched(tmp_path: Path) -> None:
     jobs = make_jobs(PROMPTS)
     (tmp_path / jobs[1].name).write_bytes(b"mine")
     with pytest.raises(ValueError, match=f"exists already, without a {MANIFEST}"):
@@ -229,7 +229,7 @@ def test_an_interruption_keeps_what_is_finished(
                 raise KeyboardInterrupt
             if end == "error":
                 raise RuntimeError("no memory")
-            os.kill(os.getpid(), signal.SIGTERM)  # the batch that it finds is finished
+            os.kill(os.getpid(), signal.SIGTERM)  # the batch in progress is finished
         return whole(self, *arguments, **options)
 
     before, out = signal.getsignal(signal.SIGTERM), tmp_path / "images"

@@ -20,11 +20,11 @@ from flashu_ext.studies import analysis
 @pytest.mark.parametrize(("total", "size"), [(12, 3), (40, 20), (9, 9), (5, 1)])
 def test_expected_jaccard_is_that_of_random_sets(total: int, size: int):
     rng = random.Random(0)
-    drawn = []
+    overlaps = []
     for _ in range(4000):
         a, b = (torch.tensor(rng.sample(range(total), size)) for _ in range(2))
-        drawn.append(analysis.jaccard(a, b))
-    assert analysis.expected_jaccard(total, size) == pytest.approx(sum(drawn) / len(drawn), abs=0.015)
+        overlaps.append(analysis.jaccard(a, b))
+    assert analysis.expected_jaccard(total, size) == pytest.approx(sum(overlaps) / len(overlaps), abs=0.015)
     with pytest.raises(ValueError, match="size: expected 1 to"):
         analysis.expected_jaccard(total, total + 1)
 

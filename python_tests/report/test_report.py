@@ -1,4 +1,4 @@
-"""The demo's page, picture, table and JSON, from results made up here."""
+"""The demo's page, picture, table and JSON, from invented results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def result() -> DemoResult:
 
 
 class Page(HTMLParser):
-    """Collects addresses, and checks that tags close in order."""
+    """Collects links, and checks that tags close in order."""
 
     VOID = frozenset(("meta", "img", "br", "link"))
 

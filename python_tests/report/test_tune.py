@@ -1,4 +1,4 @@
-"""The search: what it keeps holds on its split, it reports on another, and what it writes is what other commands take."""
+"""The search: its settings meet the fidelity on its split, it reports on another split, and other commands accept its files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_walk_keeps_what_holds(tmp_path: Path):
     for trial in result.trials:
         held = trial.adherence.value >= 0.99 * dense_drawn.value and trial.accuracy.value >= 0.99 * dense_answered.value
         assert trial.accepted == held
-    # Two grid points are one evaluation, which draws nothing.
+    # Two grid points are one evaluation, which gives no image.
     assert result.config.steps in (10, 7) and [p.name for p in result.points] == ["dense", "exact", "paper", "tuned"]
     result.save(tmp_path, plan)
     config = FlashUConfig.from_json((tmp_path / "config.json").read_text())
@@ -53,11 +53,11 @@ def test_the_walk_keeps_what_holds(tmp_path: Path):
 
 
 class Machine:
-    """Stands for the embedded model and a clock: a handle's n-th answer takes 100 / n seconds, with fewer visual tokens half
-    of that; drawings are their noise, and a step of one takes a second.
+    """Simulates the embedded model and a clock: a handle's n-th answer takes 100 / n seconds, with fewer visual tokens half
+    of that; images are their noise, and a step takes a second.
 
     Attributes:
-        asked: the numbers asked of each handle, in the order of the handles. drawn: scenes of the probe of every drawing.
+        asked: the questions asked of each handle, in the order of the handles. drawn: the probe of every call of `draw`.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch):
@@ -131,8 +131,8 @@ def test_the_walk_sees_training_scenes_and_the_report_others(monkeypatch: pytest
     assert machine.drawn and not any(scene in held_out for probe in machine.drawn for scene in probe.scenes)
 
 
-def test_what_is_saved_is_whole_and_the_plan_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where the disk fills up at the second file, the plan is the new one and the rest as it was."""
+def test_files_are_saved_whole_and_the_plan_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """If the disk fills up at the second file, the plan is new and the other files are unchanged."""
     model = load_model()
     plan, result = load_plan(model), Tuned(0.9, FlashUConfig.exact(), "", {}, [], (Proportion(1, 1), Proportion(1, 1)))
     names = ["config.json", "plan.safetensors", "tuning.json"]

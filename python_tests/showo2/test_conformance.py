@@ -1,4 +1,4 @@
-"""Tests of the dense model against the unmodified upstream programs' outputs."""
+"""The dense model compared with outputs of the unmodified upstream programs."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_answers_and_their_embeddings():
 
 
 def test_the_span_of_an_answer_starts_one_token_late():
-    """Moving the span to cover the time token changes upstream's answer: the detail is real."""
+    """A span that covers the time token changes the answer, so the offset is not an accident."""
     fixture, model = public(), public().model()
     inputs = fixture.answer_inputs
     _, allowed = prompt_embeds(

@@ -1,4 +1,4 @@
-"""The edges of a pipeline: long prompts, tall pictures, pixels between two values."""
+"""Edge cases of a pipeline: long prompts, tall pictures, pixels between two values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashu_ext.nano.pipeline import load_pipeline
 
 
 class Recorded:
-    """An image codec that keeps what it is given, and decodes every latent to one value."""
+    """An image codec that records its input and decodes every latent to one value."""
 
     def __init__(self, value: float = 0.0):
         self.value = value
