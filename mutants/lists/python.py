@@ -22,6 +22,7 @@ KNOBS = within("runtime/test_skipping_and_caching.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 HANDLE = within("runtime/test_accelerate.py")
+LIVING = within("runtime/test_living.py")
 CALIBRATE = within("planning/test_calibrate.py")
 PLAN = within("planning/test_plan.py")
 SETTINGS = within("planning/test_config.py")
@@ -101,6 +102,22 @@ MUTANTS = [
     Mutant("graphs: work is captured a run later", "flashu_ext/runtime/graphs.py", "self._uses[work] >= _uses_before(work)", "self._uses[work] > _uses_before(work)", RUNNER("work_runs_then")),
     Mutant("graphs: weights that moved are replayed", "flashu_ext/runtime/runner.py", "if self._stamp.moved():", "if False:", RUNNER("weights_that_moved")),
     Mutant("order: neurons are put back by the permutation", "flashu_ext/runtime/order.py", "if planned else self._layout.inverse", "if planned else self._layout.permutation", HANDLE("remove_gives")),
+    Mutant("order: what is loaded is not permuted", "flashu_ext/runtime/order.py", 'f"{prefix}weight": self.reordered(given, planned=True)}', 'f"{prefix}weight": given}', LIVING("loaded_weights")),
+    Mutant("order: what is saved stays in plan order", "flashu_ext/runtime/order.py", 'destination[f"{prefix}weight"] = self.reordered(self.linear.weight, planned=False)', "pass", LIVING("in_its_own_order"), quick=True),
+    Mutant("order: what is copied stays in plan order", "flashu_ext/runtime/order.py", "nn.Parameter(self.reordered(weight, planned=False), weight.requires_grad)", "nn.Parameter(weight.detach().clone(), weight.requires_grad)", LIVING("a_copy_is_dense")),
+    Mutant("order: weights are never edited", "flashu_ext/runtime/order.py", "return self.planned and self._pending is None and any(", "return not self.planned and any(", LIVING("edit_in_plan_order")),
+    Mutant("order: a load counts as an edit", "flashu_ext/runtime/order.py", "        if fits:\n            self.accept(self._planned)\n", "", LIVING("loaded_weights")),
+    Mutant("order: another parameter is no edit", "flashu_ext/runtime/order.py", "if weight is not self._parameter or _version(weight) != self._version:", "if weight is self._parameter and _version(weight) != self._version:", LIVING("replaced_parameter")),
+    Mutant("stamp: versions do not matter", "flashu_ext/models/stamp.py", "return self._read_weights() != (self._versions, self._addresses)", "return self.moved()", LIVING("follow_weights")),
+    Mutant("stamp: hooks do not matter", "flashu_ext/models/stamp.py", "self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]\n        self._empty = [each for each in (*contents, *hooks) if not each]", "self._filled: list[dict[Any, Any]] = [each for each in contents if each]\n        self._empty = [each for each in contents if not each]", LIVING("hooked_module")),
+    Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", LIVING("while_accelerated and subclass")),
+    Mutant("known: forward hooks are passed over", "flashu_ext/models/known.py", '    if module._forward_hooks:\n        return "has a forward hook"\n', "", LIVING("hooked_module")),
+    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'reason = reason or ("has a bias" if linear.bias is not None else None)', "reason = reason or None", LIVING("kernel_does_not_compute")),
+    Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", LIVING("refused_by_name")),
+    Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "                self.generation.pool.end_leases()\n                self.understanding.reset()\n", "                self.generation.pool.end_leases()\n", LIVING("follow_weights"), quick=True),
+    Mutant("runner: an image goes on with other weights", "flashu_ext/runtime/runner.py", "                self.generation.pool.end_leases()\n                self.understanding.reset()\n", "                self.understanding.reset()\n", LIVING("image_in_progress")),
+    Mutant("handle: an edit is not told of at the end", "flashu_ext/runtime/handle.py", "            try:\n                self.runner.tell_once()\n", "            try:\n                pass\n", LIVING("removing_tells")),
+    Mutant("handle: the plan's order is shown for editing", "flashu_ext/runtime/handle.py", "                runner.reset()\n                runner.restore()\n", "                runner.reset()\n", LIVING("editing_shows")),
     Mutant("handle: a plan of another multiple is taken", "flashu_ext/runtime/handle.py", '        ("prune_multiple", ffn.multiple, plan.multiple),\n', "", HANDLE("refused_model")),
     Mutant("calibration: importance of the answer's first token", "flashu_ext/calibration/calibrate.py", "embeds.shape[1] - 1 - answer)", "embeds.shape[1] - answer)", CALIBRATE("layer_importance")),
     Mutant("calibration: two tasks have one noise", "flashu_ext/calibration/calibrate.py", "{self.seed}/{task}/{index}/", "{self.seed}/{index}/", CALIBRATE("noise_depends")),
