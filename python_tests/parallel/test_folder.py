@@ -90,6 +90,16 @@ def test_another_plan_is_refused(tmp_path: Path) -> None:
         open_folder(tmp_path, settings_record(pipe, config, plan.with_ratio(0.5, plan.multiple)), jobs)
 
 
+def test_what_the_caller_asks_is_recorded() -> None:
+    """Before what the config says, and before the pipeline's own; a guidance of 0 is none."""
+    pipe = load_pipeline(None, "cpu")
+    record = settings_record(pipe, FlashUConfig(steps=9), steps=4, guidance_scale=0.0)
+    assert (record["steps"], record["guidance"]) == (4, 0.0)
+    own = settings_record(pipe, FlashUConfig(steps=9))
+    assert (own["steps"], own["guidance"]) == (9, pipe.guidance_scale) and pipe.guidance_scale > 0
+    assert settings_record(pipe, None)["steps"] == 50
+
+
 def test_images_are_deleted_before_their_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = make_jobs(["a", "b"])
     open_folder(tmp_path, {"batch": 1}, jobs)

@@ -100,6 +100,15 @@ def test_other_bytes_than_utf8(tmp_path: Path) -> None:
         make_jobs(["a circle", ""])
 
 
+def test_seeds_end_with_their_range(prompts: Path) -> None:
+    last = 2**63 - 1
+    assert [job.seed for job in read_prompts(prompts, last - 2)] == [last - 2, last - 1, last]
+    with pytest.raises(ValueError, match=rf"prompts.txt:6: seed: expected an integer in \[0, 2\^63\), got {last + 1}"):
+        read_prompts(prompts, last - 1)
+    with pytest.raises(ValueError, match=r"prompts\[1\]: seed: expected an integer in \[0, 2\^63\)"):
+        make_jobs(["a", "b"], last)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -154,6 +163,19 @@ def test_an_interrupted_list_is_resumed(prompts: Path, tmp_path: Path) -> None:
     prompts.write_text("a yellow circle\n")
     fewer = run(prompts, out, "--batch", "2", "--seed", "4", "--overwrite")
     assert fewer.exit_code == 0 and list(contents(out)) == ["0000-a-yellow-circle.png", MANIFEST], fewer.output
+
+
+def test_ranks_started_anew_do_not_overwrite_what_their_first_attempt_drew(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "images"
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for attempt, drawn in (("0", 3), ("1", 1), ("0", 3)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        result = run(prompts, out, "--overwrite")
+        assert result.exit_code == 0 and f"3 images, {drawn} of them generated now" in result.output, result.output
+        (out / "0001-a-blue-square.png").unlink()
 
 
 def test_other_files_are_not_touched(tmp_path: Path) -> None:

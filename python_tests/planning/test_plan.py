@@ -25,6 +25,7 @@ def test_kept_counts_follow_the_reference():
     assert kept_count(18944, 0.2, 64) == 15104
     assert kept_count(40, 0.2, 64) == 32
     assert kept_count(100, 0.9, 64) == 64
+    assert kept_count(10, 0.25, 1) == 8, "2.5 neurons to prune are 2"
 
 
 def test_the_best_are_kept_and_ties_keep_the_lower_index():
@@ -281,6 +282,14 @@ def test_adaptive_ratios_give_more_to_layers_that_stand_out():
     assert both.with_adaptive_ratios().kept_counts == (36, 28)
     opposed = TaskPlan.from_scores(generation=[even, peaked], understanding=[peaked, even], ratio=0.5, multiple=4)
     assert opposed.with_adaptive_ratios().kept_counts == (32, 32)
+
+
+def test_each_layer_keeps_its_best_by_a_ratio_of_its_own():
+    given = scores()
+    plan = TaskPlan.from_scores(generation=given, multiple=16).with_ratios([0.25, 0.5, 0.0])
+    for layer, count in enumerate((192, 128, 256)):
+        best = sorted(range(256), key=lambda neuron, layer=layer: -float(given[layer][neuron]))[:count]
+        assert plan.kept("generation", layer).tolist() == sorted(best)
 
 
 def test_bad_ratios_are_named():

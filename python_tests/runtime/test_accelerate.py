@@ -317,6 +317,11 @@ class Broken(nn.Module):
             r"made for ffn_prune_ratio 0.2, the config says 0.3; use plan.with_ratio\(0.3, 64\)",
         ),
         (
+            lambda f: {"config": f.flashu_config(prune_multiple=32), "plan": f.flashu_plan()},
+            ValueError,
+            r"made for prune_multiple 64, the config says 32; use plan.with_ratio\(0.2, 32\)",
+        ),
+        (
             lambda f: {"config": f.flashu_config(), "plan": fx.TaskPlan.from_scores(generation=[torch.rand(256)] * 7)},
             ValueError,
             "made for 7 layers of 256 neurons, the model has 8 of 256",
@@ -331,7 +336,7 @@ def test_a_refused_model_is_untouched(arguments, error, message):
     assert dict(model.named_modules()) == modules and handle_of(model) is None
 
 
-def test_a_plan_of_another_model_is_refused():
+def test_a_plan_of_another_model_is_refused(tmp_path):
     fixture, model = public(), public().model()
     other = fixture.model()
     with torch.no_grad():
@@ -340,6 +345,10 @@ def test_a_plan_of_another_model_is_refused():
     with pytest.raises(ValueError, match="plan: made for another model"):
         fx.accelerate(model, fixture.flashu_config(), plan)
     assert handle_of(model) is None
+    plan.save(tmp_path / "plan.safetensors")
+    assert fx.TaskPlan.load(tmp_path / "plan.safetensors", model=other).fingerprint == plan.fingerprint
+    with pytest.raises(ValueError, match="plan: made for another model"):
+        fx.TaskPlan.load(tmp_path / "plan.safetensors", model=model)
 
 
 def test_other_models_are_refused():

@@ -12,11 +12,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from support.models import generation_inputs, question_inputs, small_model
 from torch import Tensor
 
 import flashu_ext as fx
-
-from support.models import drawing_inputs, question_inputs, small_model
 
 ORDER = (1, 0, 3, 2)
 CONFIGS = {
@@ -110,7 +109,7 @@ class LivingModel(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 1))
     def draw(self, seed: int) -> None:
-        inputs = drawing_inputs(self.twin, seed, images=1)
+        inputs = generation_inputs(self.twin, seed, images=1)
         self.compared(lambda model: fx.showo2.sample(model, steps=5, **inputs))
 
     @rule(seed=st.integers(0, 1))

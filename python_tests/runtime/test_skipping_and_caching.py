@@ -396,3 +396,6 @@ def test_the_router_predicts_constant_or_linear_importance():
     assert active((3, 1), 4) == [[[0, 3]]], "a growing importance ranks higher"
     measure(5, [0.0, 0.9, 0.1, 0.2])
     assert active((5,), 6) == [[[0, 1]]], "the oldest measurement is dropped"
+    measure(7, [0.0, 0.8, 0.4, 0.2])
+    assert active((7, 5), 8) == [[[0, 1]]], "what grows is not ahead yet"
+    assert active((7, 5), 10) == [[[0, 2]]], "three steps on it is"

@@ -10,12 +10,13 @@ import pytest
 import torch
 from support.answers import batch
 from support.answers import oracle as answer_oracle
-from support.models import GRID, VOCABULARY, generation_inputs, question_inputs, small_model
+from support.models import GRID, LENGTH, VOCABULARY, generation_inputs, question_inputs, small_model
 from support.oracle import Oracle, recorded_tokens
 from support.tape import TapeCapture
 from torch import Tensor
 
 import flashu_ext as fx
+from flashu_ext.models.showo2.understanding import prompt_embeds
 from flashu_ext.planning.schedule import least_important
 from flashu_ext.runtime import generation, understanding
 from flashu_ext.runtime.answer_memory import CAPACITY_STEP, AnswerShape
@@ -53,6 +54,14 @@ def test_the_least_important_layers_are_skipped_wherever_they_are(ratio: float, 
     assert skipped and all(layers == tuple(sorted(order[:count])) for _, layers in skipped), skipped
 
 
+@torch.no_grad()
+def turning_norm(model: Any) -> Any:
+    """The model with a final norm that turns a vector, which one with weights of one does not."""
+    weight = model.showo.model.norm.weight
+    weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) * 4)
+    return model
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The importance of the layers at every choice."""
@@ -69,14 +78,14 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("more", [{}, {"token_skip": True, "token_skip_ratio": 0.5, "token_skip_interval": 4}])
 def test_measured_layer_importance_equals_plain_torch(measured: list[Tensor], more: dict[str, Any]) -> None:
-    """Mean over all positions of all rows, padding after the image included."""
-    model = small_model()
+    """Over all positions of all rows, the padding after the image too; the last layer's output after the final norm."""
+    model, dense = turning_norm(small_model()), turning_norm(small_model())
     inputs = generation_inputs(model)
     config = fx.FlashUConfig(steps=9, layer_skip_ratio=0.3, layer_skip_interval=4, **more)
     chosen: dict[int, Tensor] = {}
     with fx.accelerate(model, config), recorded_tokens(chosen):
         fx.showo2.sample(model, **inputs)
-    oracle = Oracle(small_model(), inputs, config, chosen)
+    oracle = Oracle(dense, inputs, config, chosen)
     oracle.generate()
     assert sorted(oracle.of_layers) == [1, 5] and len(measured) == 2
     for got, expected in zip(measured, oracle.of_layers.values(), strict=True):
@@ -92,6 +101,32 @@ def test_measured_layer_importance_of_a_question_equals_plain_torch(measured: li
         expected: list[Tensor] = []
         answer_oracle(small_model(), **question, max_new_tokens=1, importance=expected)
         torch.testing.assert_close(got, torch.stack(expected), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("time_token", "late"), [(True, 1), (False, 0)])
+def test_the_span_of_a_question_with_and_without_a_time_token(time_token: bool, late: int) -> None:
+    """It covers the image and the token behind it. In models with a time token, which stands before the image and looks at
+    no later token, it starts behind that."""
+    asked = question_inputs()
+    _, allowed = prompt_embeds(small_model(time_token=time_token), **asked)
+    first = asked["tokens_before_image"].shape[1] + 1 + late
+    last = first + GRID * GRID - 1 + late
+    expected = torch.ones_like(allowed).tril()
+    expected[first : last + 1, first : last + 1] = True
+    assert torch.equal(allowed, expected)
+
+
+def test_an_image_span_that_ends_with_its_row_is_drawn_and_one_token_more_is_refused() -> None:
+    model = small_model()
+    inputs = generation_inputs(model)
+    span = GRID * GRID + 1
+    inputs["modality_positions"] = torch.tensor([[[LENGTH - span, span]], [[2, span]]])
+    latents = fx.showo2.sample(model, **inputs, steps=4)
+    with fx.accelerate(model):
+        torch.testing.assert_close(fx.showo2.sample(model, **inputs, steps=4), latents, rtol=1e-3, atol=1e-3)
+        inputs["modality_positions"][0, 0, 0] += 1
+        with pytest.raises(IndexError, match=rf"modality_positions\[0\]: span \[10, {LENGTH + 1}\) is outside"):
+            fx.showo2.sample(model, **inputs, steps=4)
 
 
 @pytest.mark.parametrize("captured", [False, True])

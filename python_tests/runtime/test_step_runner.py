@@ -13,8 +13,10 @@ from support.tape import READ_METHODS, TapeCapture, no_reads
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
 from flashu_ext.models.showo2 import answer_tokens_batch
+from flashu_ext.runtime import upstream
 from flashu_ext.runtime.counting import DispatchCounter
 from flashu_ext.runtime.graphs import MAX_GRAPHS, RARE_USES, GraphCache
+from flashu_ext.runtime.readback import Readback
 from flashu_ext.runtime.work import PrefixWork, Variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -351,7 +353,33 @@ def test_conditioning_written_to_in_place_is_noticed():
         assert sum(handle.summary().steps.values()) == 1, "another image"
         assert relative(got, model.t2i_generate(t=times[2], **{**call, "text_tokens": tokens.clone()})) < LIMIT
         again = model.t2i_generate(t=times[0], **call)
-        assert sum(handle.summary().steps.values()) == 1 and again.isfinite().all(), "a new image"
+        assert sum(handle.summary().steps.values()) == 1 and again.isfinite().all(), "time went back"
+        assert torch.equal(model.t2i_generate(t=times[0], **call), again)
+        assert sum(handle.summary().steps.values()) == 1, "time stood still"
+
+
+def test_the_oldest_image_in_progress_makes_room(monkeypatch):
+    fixture, model = public(), public().model()
+    i = fixture.sample_inputs
+    monkeypatch.setattr(upstream, "MAX_IN_PROGRESS", 2)
+
+    def call(image, t):
+        tokens = torch.cat([i["text_tokens"], i["text_tokens_null"]])
+        tokens[:, 3] = image  # each image has a prompt of its own
+        return model.t2i_generate(
+            image_latents=i["noise"].repeat(2, 1, 1, 1), t=torch.full((4,), t), text_tokens=tokens,
+            modality_positions=torch.cat([i["modality_positions"], i["modality_positions_null"]]), guidance_scale=4.0,
+        )  # fmt: skip
+
+    with fx.accelerate(model, FlashUConfig(steps=6, head_cache_interval=2)) as handle:
+        for image in (1, 2, 3):
+            call(image, 0.1)
+        assert handle.summary().evicted == 1
+        call(2, 0.2)
+        assert sum(handle.summary().steps.values()) == 2, "the second one goes on"
+        with pytest.raises(RuntimeError, match=r"t: a call at 0.2 .* evicted for a newer one, as 2 were in progress"):
+            call(1, 0.2)
+        assert handle.summary().evicted == 1
 
 
 def test_the_counter_counts_reads_and_launches_not_views():
@@ -496,6 +524,16 @@ def test_samples_advance_generators_alike():
                 tokens = answer_tokens_batch(model, *asked, eos_token=172, **settings)
             outcomes.append([*tokens, *(torch.rand(1, generator=generator) for generator in generators)])
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_numbers_on_their_way_are_those_of_when_they_were_sent():
+    sent, readback = torch.tensor([0.5, 2.0]), Readback()
+    for values in ([0.5, 2.0], [3.0, 4.0]):
+        sent.copy_(torch.tensor(values))
+        readback.post(sent)
+        sent.zero_()
+        assert readback.wait() == values
+    assert readback.waits == 2
 
 
 # ---- on a GPU

@@ -172,7 +172,7 @@ def test_a_layer_that_is_not_there_is_refused():
 # ---- skipped layers
 
 
-@pytest.mark.parametrize("skip", [0.13, 0.4, 0.5, 0.9])
+@pytest.mark.parametrize("skip", [0.13, 0.2, 0.4, 0.5, 0.9])
 def test_answers_skip_the_layers_that_change_the_question_least(skip):
     model, asked = public().model(), [ask(1), ask(2, 5, 4), ask(3, 6, 5), ask(4, 7, 6)]
     results = [oracle(model, **a, max_new_tokens=NEW, ratio=0.4, skip=skip) for a in asked]
@@ -318,6 +318,18 @@ def test_questions_share_a_pruned_image(score):
         tokens, logits = logits_of(handle, [first, other])
         assert handle.summary().tokens["reused"] == (0 if score == "attention" else until)
         assert tokens[1] == expected and relative(logits[1], numbers) < LIMIT
+
+
+def test_an_image_is_shared_whole_or_not_at_all():
+    """The image's tokens look at the one behind them too, so another one there makes them others."""
+    model, first, other = public().model(), ask(1), ask(1)
+    other["tokens_after_boi"][0, 1] -= 1
+    expected, numbers, _ = oracle(model, **other, max_new_tokens=NEW)
+    with fx.accelerate(model) as handle:
+        answer_tokens(model, **first, max_new_tokens=3)
+        (tokens,), (logits,) = logits_of(handle, [other])
+        assert handle.summary().tokens["reused"] == 4 + 1 + 1  # the text before the image, boi and the time token
+    assert tokens == expected and relative(logits, numbers) < LIMIT
 
 
 def test_one_image_serves_a_batch_and_is_encoded_once(monkeypatch):

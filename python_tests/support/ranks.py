@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # that is out of memory, once the file AWAIT exists.
 DYING = """
 import os, signal, time
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does, before the next line imports torch
 from flashu_ext.cli.main import main
 from flashu_ext.models.showo2 import Pipeline
 
