@@ -26,7 +26,8 @@ from ..models.showo2 import validate
 from ..models.showo2.understanding import prompt_embeds
 from ..ops import reference
 from ..planning.estimators import DownNorms, check_estimator
-from ..planning.plan import TaskPlan, check_pruning, model_fingerprint
+from ..planning.fingerprint import model_fingerprint
+from ..planning.plan import TaskPlan, check_pruning
 from .state import TaskState, chained_digest, load_states, measured, save_states
 
 __all__ = ["GenerationSample", "Sample", "UnderstandingSample", "calibrate"]
