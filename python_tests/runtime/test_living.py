@@ -462,7 +462,7 @@ def test_images_of_one_batch_have_guidance_scales_of_their_own():
         for wrong in ([2.0], [0.0, 2.0], [float("nan"), 2.0], "high"):
             with pytest.raises(ValueError, match="guidance_scale: expected"):
                 fx.showo2.sample(model, **inputs | {"guidance_scale": wrong})
-    with fx.accelerate(model, fx.FlashUConfig(steps=5, full_steps=2, head_cache_interval=2)):
+    with fx.accelerate(model, fx.FlashUConfig(steps=5, head_cache_interval=2)):
         with pytest.raises(ValueError, match="steps: expected None or 5"):
             fx.showo2.sample(model, **inputs | {"guidance_scale": scales, "steps": 6})
         assert fx.showo2.sample(model, **inputs | {"guidance_scale": scales}).isfinite().all()
