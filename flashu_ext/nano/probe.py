@@ -122,7 +122,7 @@ class Probe:
 
     def perform(self, model: Any, advance: Advance = _nothing, steps: int | None = None) -> Outputs:
         """Draw and answer everything; `advance(n)` is called after every n drawings or answers."""
-        drawn = [torch.empty(0, *codec.LATENT_SHAPE)]
+        drawn = [torch.empty(0, *codec.LATENT_SHAPE, dtype=torch.float32, device="cpu")]
         for start in range(0, len(self.prompts), BATCH):
             chosen = range(start, min(start + BATCH, len(self.prompts)))
             drawn.append(self.draw(model, chosen, steps).cpu())

@@ -62,7 +62,7 @@ def model_fingerprint(model: Any) -> str:
         shapes += list(down.shape)
         query = layer.self_attn.q_proj.weight.detach().flatten()
         sample += [layer.post_attention_layernorm.weight, query[:: max(1, query.numel() // 256)]]
-    return content_digest([torch.tensor(shapes, dtype=torch.float32), *sample])
+    return content_digest([torch.tensor(shapes, dtype=torch.float32, device="cpu"), *sample])
 
 
 def _check_scores(task: str, scores: Sequence[Tensor]) -> Tensor:
@@ -273,7 +273,7 @@ class TaskPlan:
         if largest == 0:
             return uniform
         budget = sum(uniform.kept_counts)
-        wanted = torch.zeros(self.layers, dtype=torch.float64)
+        wanted = torch.zeros(self.layers, dtype=torch.float64, device="cpu")
         for scores in self.scores.values():
             best = torch.sort(standardized(scores).flatten(), descending=True, stable=True).indices[:budget]
             wanted += torch.bincount(best // self.intermediate, minlength=self.layers)

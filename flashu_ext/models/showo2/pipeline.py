@@ -147,7 +147,8 @@ class Pipeline:
         config = self.model.config
         patch = config.patch_size
         shape = (config.image_latent_dim, config.image_latent_height * patch, config.image_latent_width * patch)
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # not the process's defaults, which may be others
+        rows = [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), **on_cpu) for seed in seeds]
         return torch.stack(rows).to(self._device)
 
     @staticmethod
