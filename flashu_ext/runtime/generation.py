@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..models.embedding import embed_time
 from ..models.showo2.sampling import SampleInputs
-from ..models.velocity import guide, unpatchify
+from ..models.velocity import Scale, guide, guided, unpatchify
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, LayerSkip
 from ..planning.schedule import Step, StepPlan, least_important
@@ -62,7 +62,7 @@ class GenerationEngine:
         steps: int | None,
         text_tokens: Tensor,
         modality_positions: Tensor,
-        guidance_scale: float,
+        guidance_scale: Scale,
         latent_size: tuple[int, int],
     ) -> ImageState:
         """Set up an image (or a batch of them).
@@ -75,13 +75,15 @@ class GenerationEngine:
             latent_size: (H, W) of the latents.
         """
         parts, config = self.parts, self.config
-        guided = guidance_scale > 0
+        with_guidance = guided(guidance_scale)
         rows, length = text_tokens.shape
         patches = (latent_size[0] // parts.patch_size) * (latent_size[1] // parts.patch_size)
-        plan = StepPlan.build(config, steps, len(parts.layers), guidance_scale, patches)
+        plan = StepPlan.build(
+            config, steps, len(parts.layers), None if isinstance(guidance_scale, tuple) else guidance_scale, patches
+        )
         where = modality_positions[:, 0].tolist()
         geometry = RowGeometry(tuple(offset for offset, _ in where), int(where[0][1]))
-        images = rows // 2 if guided else rows
+        images = rows // 2 if with_guidance else rows
         lease = self._acquire(ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows)))
         try:
             lease.memory.load(parts, text_tokens, modality_positions, geometry)
@@ -90,7 +92,9 @@ class GenerationEngine:
             raise
         head = HeadHistory(self.caching.order, restarts=self.caching.adaptive)
         skipped = lease.memory.router.skipped
-        return ImageState(lease, ImageRecord(plan, guided, geometry, length, skipped, lease.memory.nbytes()), head)
+        return ImageState(
+            lease, ImageRecord(plan, with_guidance, geometry, length, skipped, lease.memory.nbytes()), head
+        )
 
     def _acquire(self, shape: ImageShape) -> Any:
         fixed = self.pool.fixed
@@ -288,7 +292,9 @@ class AcceleratedStepper:
     def _load(self) -> None:
         inputs, state = self.inputs, self.state
         at = self.engine.config.guidance_at
-        self._scales = [at(i + 1, inputs.guidance_scale) if inputs.guided else 0.0 for i in range(self.evaluations)]
+        asked = inputs.guidance_scale
+        assert not isinstance(asked, tuple), "Handle.stepper has another stepper for scales of each image"
+        self._scales = [at(i + 1, asked) if inputs.guided else 0.0 for i in range(self.evaluations)]
         times = inputs.times(state.plan.grid_points)
         scales = torch.tensor(self._scales, dtype=torch.float32, device=times.device)
         self.engine.load_times(state, times[:-1], scales, times[1:] - times[:-1])
@@ -311,7 +317,7 @@ class AcceleratedStepper:
             self.engine.end(self.state)
 
 
-def guided_velocity(rows: Tensor, scale: float, shape: torch.Size) -> Tensor:
+def guided_velocity(rows: Tensor, scale: Scale, shape: torch.Size) -> Tensor:
     """Velocity rows of one or both guidance branches -> guided velocity, a new tensor of `shape`.
 
     Args:

@@ -7,6 +7,7 @@ replaced, no class is patched, and there is no global state.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from types import TracebackType
@@ -17,12 +18,14 @@ from torch import nn
 from ..models.accelerated import HANDLE, handle_of, unwrapped
 from ..models.known import METHODS
 from ..models.parts import Showo2Parts
+from ..models.showo2.sampling import DEFAULT_STEPS, DenseStepper, SampleInputs
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
 from .forked import ForkedLock
 from .generation import TASK as GENERATION
+from .generation import AcceleratedStepper
 from .overrides import Overrides
 from .runner import Runner
 from .state import ImageRecord
@@ -119,6 +122,23 @@ class Handle:
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("handle: it belongs to one model and cannot be pickled; a pickled model is dense")
+
+    def stepper(self, inputs: SampleInputs) -> AcceleratedStepper | DenseStepper:
+        """The steps of `flashu_ext.showo2.sample`: each a call of the model's `t2i_generate` where somebody has wrapped that
+        since, or where images have guidance scales of their own.
+
+        Raises:
+            ValueError: such calls cannot have another number of steps than the config plans.
+        """
+        if not isinstance(inputs.guidance_scale, tuple) and self._overrides.intact("t2i_generate"):
+            return self.runner.stepper(inputs)
+        planned = self.config.steps or DEFAULT_STEPS
+        if self.config.approximates and inputs.steps not in (None, planned):
+            raise ValueError(
+                f"steps: expected None or {planned} (FlashUConfig.steps) with a scale for each image or a wrapped "
+                f"t2i_generate, got {inputs.steps}"
+            )
+        return DenseStepper(self.model, dataclasses.replace(inputs, steps=inputs.steps or planned))
 
     # ---- summary
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import drawing_inputs, question_inputs, small_model
+from support.models import generation_inputs, question_inputs, small_model
 from support.work import SETTINGS, accelerate, answer, draw, everything, plan, settings
 from torch import Tensor
 
@@ -73,9 +73,9 @@ def equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def moved_into(model: Any, context: str) -> dict[str, Tensor]:
     """`everything` in a context, except the making of its inputs, which are the caller's."""
-    made = {seed: (drawing_inputs(model, seed), question_inputs(seed)) for seed in (1, 2, 3)}
+    made = {seed: (generation_inputs(model, seed), question_inputs(seed)) for seed in (1, 2, 3)}
     with pytest.MonkeyPatch.context() as patch, CONTEXTS[context]():
-        patch.setattr("support.work.drawing_inputs", lambda _, seed: made[seed][0])
+        patch.setattr("support.work.generation_inputs", lambda _, seed: made[seed][0])
         patch.setattr("support.work.question_inputs", lambda seed: made[seed][1])
         return everything(model)
 
@@ -110,7 +110,7 @@ def test_a_model_is_accelerated_and_restored_in_a_context(context: str) -> None:
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_calibration_scores_the_same_neurons(context: str) -> None:
     model = small_model()
-    drawn, asked = drawing_inputs(model), question_inputs()
+    drawn, asked = generation_inputs(model), question_inputs()
     names = ("text_tokens", "text_tokens_null", "modality_positions", "modality_positions_null")
     samples = [GenerationSample(drawn["noise"], *(drawn[name] for name in names))]
     questions = [UnderstandingSample(*asked.values())]
@@ -176,8 +176,8 @@ def test_inference_tensors_as_inputs() -> None:
     with accelerate(model, "paper"):
         expected = everything(model)
         with torch.inference_mode():
-            made = {seed: (drawing_inputs(model, seed), question_inputs(seed)) for seed in (1, 2, 3)}
+            made = {seed: (generation_inputs(model, seed), question_inputs(seed)) for seed in (1, 2, 3)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("support.work.drawing_inputs", lambda _, seed: made[seed][0])
+            patch.setattr("support.work.generation_inputs", lambda _, seed: made[seed][0])
             patch.setattr("support.work.question_inputs", lambda seed: made[seed][1])
             equal(everything(model), expected)

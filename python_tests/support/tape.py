@@ -1,5 +1,5 @@
-"""A stand-in for CUDA graphs on the CPU, as strict as they are: a replay runs the recorded operators on
-the recorded memory and numbers, whatever the Python code that made them would do now."""
+"""A stand-in for CUDA graphs on the CPU, equally strict: a replay runs the recorded operators on
+the recorded memory and numbers, whatever the Python code would do now."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ READ_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__floa
 
 @contextlib.contextmanager
 def no_reads(methods: Sequence[str] = READ_METHODS) -> Iterator[None]:
-    """Values that the host asks for without an operator, as it can on a CPU."""
+    """Fails if the host reads a value without an operator, as it can on a CPU."""
     originals = {name: getattr(torch.Tensor, name) for name in methods}
 
     def refuse(name: str) -> Callable[..., Any]:
@@ -76,7 +76,7 @@ def no_reads(methods: Sequence[str] = READ_METHODS) -> Iterator[None]:
 
 
 class TapeCapture:
-    """Captures as CUDA graphs do: nothing has run afterwards, and memory made by the work holds nothing."""
+    """Captures like CUDA graphs: capturing runs nothing, and memory that the work allocates holds NaN."""
 
     def __call__(self, work: Callable[[], Any]) -> Callable[[], None]:
         with torch.no_grad(), no_reads(), _Recorder() as recorder:

@@ -13,8 +13,8 @@ from flashu_ext.models.masks import additive
 from flashu_ext.models.showo2.sampling import DenseStepper, SampleInputs, integrate
 from flashu_ext.models.showo2.understanding import prompt_embeds
 
-from .drawing import CASES
-from .models import drawing_inputs, question_inputs
+from .generation import CASES
+from .models import generation_inputs, question_inputs
 
 STEPS = 6
 PRUNED = {"ffn_prune_ratio": 0.25, "prune_multiple": 16}
@@ -49,12 +49,12 @@ def accelerate(model: Any, name: str) -> fx.Handle:
 
 
 def draw(model: Any, seed: int) -> Tensor:
-    return fx.showo2.sample(model, **drawing_inputs(model, seed), steps=STEPS)
+    return fx.showo2.sample(model, **generation_inputs(model, seed), steps=STEPS)
 
 
 def draw_as_upstream(model: Any, seed: int) -> Tensor:
     """Through `t2i_generate`, one call an evaluation."""
-    return integrate(DenseStepper(model, SampleInputs.build(model, **drawing_inputs(model, seed), steps=STEPS)))
+    return integrate(DenseStepper(model, SampleInputs.build(model, **generation_inputs(model, seed), steps=STEPS)))
 
 
 def answer(model: Any, seed: int, **more: Any) -> Tensor:

@@ -122,11 +122,13 @@ class Pipeline:
         prompts: Sequence[str],
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         *,
         sampler: Callable[..., Any] | None = None,
     ) -> list[Image]:
         """Generate images for several prompts as one batch; image i has the noise of seeds[i] (default: 0, 1, ...).
+
+        guidance_scale: one for all images, or one for each.
 
         sampler: called instead of `sample`, with its arguments (such as `flashu_ext.parallel.sample_guided`).
         """
