@@ -97,4 +97,4 @@ def _attention_digest(model: Any) -> str:
         shapes += list(layer.mlp.down_proj.weight.shape)
         query = layer.self_attn.q_proj.weight.detach().flatten()
         sample += [layer.post_attention_layernorm.weight, query[:: max(1, query.numel() // 256)]]
-    return content_digest([torch.tensor(shapes, dtype=torch.float32), *sample])
+    return content_digest([torch.tensor(shapes, dtype=torch.float32, device="cpu"), *sample])

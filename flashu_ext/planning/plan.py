@@ -259,7 +259,7 @@ class TaskPlan:
         if largest == 0:
             return uniform
         budget = sum(uniform.kept_counts)
-        wanted = torch.zeros(self.layers, dtype=torch.float64)
+        wanted = torch.zeros(self.layers, dtype=torch.float64, device="cpu")
         for scores in self.scores.values():
             best = torch.sort(standardized(scores).flatten(), descending=True, stable=True).indices[:budget]
             wanted += torch.bincount(best // self.intermediate, minlength=self.layers)

@@ -273,10 +273,12 @@ class _Runs:
 class AcceleratedStepper:
     """The steps of `showo2.sample` on an accelerated model: guidance and Euler step are part of an evaluation."""
 
-    def __init__(self, engine: GenerationEngine, inputs: SampleInputs, lock: AbstractContextManager[Any]):
-        """lock: held during each step, so that images by turns, from any threads, do not meet."""
+    def __init__(
+        self, engine: GenerationEngine, inputs: SampleInputs, working: Callable[[], AbstractContextManager[None]]
+    ):
+        """working: `Runner.working`, for each step: images by turns, from any threads, do not meet."""
         self.engine = engine
-        self._lock = lock
+        self._working = working
         self.inputs = inputs
         height, width = inputs.noise.shape[2:]
         self.state = engine.begin(inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, (height, width))
@@ -299,7 +301,7 @@ class AcceleratedStepper:
         state.memory.latents[: state.images].copy_(inputs.noise)
 
     def step(self, index: int) -> None:
-        with self._lock:
+        with self._working():
             self.engine.step(self.state)
 
     def velocity(self) -> Tensor:
@@ -311,7 +313,7 @@ class AcceleratedStepper:
         return self.state.memory.latents[: self.state.images].clone()
 
     def close(self) -> None:
-        with self._lock:
+        with self._working():
             self.engine.end(self.state)
 
 

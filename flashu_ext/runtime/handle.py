@@ -23,6 +23,7 @@ from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
+from .forked import ForkedLock
 from .generation import TASK as GENERATION
 from .generation import AcceleratedStepper
 from .overrides import Overrides
@@ -32,6 +33,9 @@ from .summary import Summary
 from .upstream import UpstreamMethods
 
 __all__ = ["Handle", "accelerate"]
+
+_INSTALLING = ForkedLock()
+"""Held while a model's methods are shadowed or given back: of two threads that accelerate one model, one is first."""
 
 
 class Handle:
@@ -55,9 +59,9 @@ class Handle:
             EditedWeightsError: weights were written to in plan order and no call has told so yet. The model is restored, but
                 those values are on other neurons than meant.
         """
-        if not self.active:
-            return
         with self.runner.lock:
+            if not self.active:
+                return
             try:
                 self.runner.tell_once()
             finally:
@@ -67,7 +71,8 @@ class Handle:
         self.runner.suspended = "remove() was interrupted; call it again"
         self.runner.reset()
         self.runner.restore()
-        self._overrides.remove()
+        with _INSTALLING:
+            self._overrides.remove()
         self.runner.active = False
 
     @contextlib.contextmanager
@@ -139,6 +144,10 @@ class Handle:
 
     def summary(self) -> Summary:
         """What the accelerated model is and did; see `Summary`."""
+        with self.runner.lock:  # between two steps of an image, and between two answers
+            return self._summary()
+
+    def _summary(self) -> Summary:
         runner, parts = self.runner, self.runner.parts
         image = runner.last_image
         done = image.ran if image else []
@@ -217,7 +226,11 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
         raise TypeError(f"config: expected a FlashUConfig, got {type(config).__name__}")
     if plan is not None and not isinstance(plan, TaskPlan):
         raise TypeError(f"plan: expected a TaskPlan, got {type(plan).__name__}")
-    model = unwrapped(model)
+    with _INSTALLING:
+        return _accelerate(unwrapped(model), config, plan)
+
+
+def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -> Handle:
     parts = Showo2Parts.from_model(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
@@ -232,13 +245,14 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
             raise TypeError(f"model.{name}: expected the class's method, got one that is set on this instance")
     runner = Runner(model, config, _layouts(model, config, plan))
     handle = Handle(runner, plan)
-    try:
-        handle._overrides.install()
-        runner.follow()
-        return handle
-    except BaseException:
-        handle._restore()
-        raise
+    with runner.lock:  # another thread that finds the handle waits until it works
+        try:
+            handle._overrides.install()
+            runner.follow()
+            return handle
+        except BaseException:
+            handle._restore()
+            raise
 
 
 def _launches(image: ImageRecord) -> dict[str, int]:

@@ -3,6 +3,7 @@ finds the image that a call belongs to."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,8 @@ class _Image:
     """Time of its first call."""
     conditioning: Conditioning | None = None
     """Of its last call."""
+    thread: int = 0
+    """That made its last call."""
     time: float = float("-inf")
     """Of its last call."""
     ended: str | None = None
@@ -93,6 +96,12 @@ class _Image:
             and _same(self.tokens, tokens)
             and _same(self.positions, positions)
         )
+
+
+def _mine(images: Sequence[_Image]) -> Sequence[_Image]:
+    """The images whose last calls came from this thread, or all where there are none: two threads that draw from the same
+    tensors draw two images, but a caller may also change threads between calls."""
+    return [image for image in images if image.thread == threading.get_ident()] or images
 
 
 def _plain(scale: Any) -> Any:
@@ -162,7 +171,8 @@ class UpstreamMethods:
             call = Conditioning.from_call(
                 image_latents, t, text_tokens, modality_positions, attention_mask, guidance_scale
             )
-            known = next((i for i in self._images if call is not None and i.conditioning == call), None)
+            identical = [i for i in self._images if call is not None and i.conditioning == call]
+            known = next(iter(_mine(identical)), None)
             if reason is None and known is None:
                 reason = _mask_problem(attention_mask, modality_positions, text_tokens)
             if reason is not None:
@@ -177,9 +187,10 @@ class UpstreamMethods:
                     self.runner.parts.model, image_latents, t, text_tokens, modality_positions, with_guidance
                 )
             time, shared = _read_time(image_latents, t, with_guidance)
-            image = self._image(known, text_tokens, modality_positions, scale, image_latents, time)
-            velocity = self._velocity(image, image_latents, t, scale, shared)
-            image.time, image.conditioning = time, call
+            with self.runner.working():
+                image = self._image(known, text_tokens, modality_positions, scale, image_latents, time)
+                velocity = self._velocity(image, image_latents, t, scale, shared)
+            image.time, image.conditioning, image.thread = time, call, threading.get_ident()
             if image.state.step >= len(image.state.plan):
                 self._end(image, f"its {len(image.state.plan)} planned steps are done")
             return torch.cat([velocity, velocity]) if with_guidance else velocity
@@ -214,16 +225,15 @@ class UpstreamMethods:
         # Identical tensors first, then equal ones, because a caller may rebuild them for every call. Interleaved images of one
         # prompt are told apart by tensor identity, then by time.
         with_guidance = guided(guidance_scale)
-        same = (
-            [known] if known else [i for i in self._images if i.matches(tokens, positions, with_guidance, size, scale)]
-        )
+        equal = [i for i in self._images if known is None and i.matches(tokens, positions, with_guidance, size, scale)]
+        same = [known] if known else _mine(equal)
         earlier = [image for image in same if image.time < time and image.ended is None]
         if earlier:
             # The latest time wins, then the newest image: an older one was abandoned.
             image = max(reversed(earlier), key=lambda image: image.time)
         else:
             self._check_begins(same, time)
-            if known is not None and known.ended is None:
+            if known is not None and known.ended is None and known.thread == threading.get_ident():
                 self._end(known, "another image began with its tensors")
             image = _Image(
                 tokens.clone(),
@@ -317,7 +327,8 @@ class UpstreamMethods:
             length = input_embeds.shape[1]
             validate.check_mmu_inputs(parts.model, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
             prompt = engine.prompt(input_embeds.to(parts.dtype), (attention_mask == 0).reshape(length, length))
-            return engine.decode([prompt], max_new_tokens, TokenSampler(temperature, top_k), eos_token)[0]
+            with runner.working():
+                return engine.decode([prompt], max_new_tokens, TokenSampler(temperature, top_k), eos_token)[0]
 
     def _original(self, method: str, reason: str, **arguments: Any) -> Any:
         """Call the model's own method and count the reason."""

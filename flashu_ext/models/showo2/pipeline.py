@@ -149,7 +149,9 @@ class Pipeline:
         config = self.model.config
         patch = config.patch_size
         shape = (config.image_latent_dim, config.image_latent_height * patch, config.image_latent_width * patch)
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        # Of the dtype and on the device that are promised, not the process's defaults.
+        rows = [torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
         return torch.stack(rows).to(self._device)
 
     @staticmethod

@@ -28,7 +28,7 @@ def time_grid(steps: int, shift: float | None) -> Tensor:
 
     Source: upstream transport/integrators.py.
     """
-    u = torch.linspace(0, 1, steps)
+    u = torch.linspace(0, 1, steps, dtype=torch.float32, device="cpu")
     return u / (u + shift - shift * u) if shift else u
 
 
