@@ -211,7 +211,8 @@ def test_a_replaced_parameter_is_an_edit_too() -> None:
     with pytest.raises(EditedWeightsError):
         CALLS["answer_tokens"](model)
     handle.remove()
-    assert not handle.active and same(state(small_model()), before)
+    after = state(model)
+    assert not handle.active and all(torch.equal(after[name], before[name]) for name in before if name != UP)
 
 
 @torch.no_grad()
