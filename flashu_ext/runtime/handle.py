@@ -94,14 +94,14 @@ class Handle:
             if runner.suspended is not None:
                 raise RuntimeError(f"model: {runner.suspended}")
             runner.tell_once()
-            runner.suspended = "inside handle.editing(); leave it first"
             try:
+                runner.suspended = "inside handle.editing(); leave it first"
                 runner.reset()
                 runner.restore()
                 yield self.model
             finally:
-                runner.suspended = None
                 if self.active:
+                    runner.suspended = None
                     runner.follow()
 
     @property

@@ -63,6 +63,7 @@ class Runner:
         self.fallbacks: Counter[str] = Counter()
         self.last_image: ImageRecord | None = None
         self._told = False
+        self._unfinished = True
         self._process = os.getpid()
 
     @property
@@ -85,7 +86,9 @@ class Runner:
             raise RuntimeError(f"model: {self.suspended}")
         if self.parts.device.type == "cuda" and os.getpid() != self._process:
             raise RuntimeError("model: it is on a GPU, which a forked process cannot use; start processes by spawn")
-        if self.lock.abandoned or self._stamp.structure_changed():
+        if self._unfinished:
+            self.follow()
+        elif self.lock.abandoned or self._stamp.structure_changed():
             self.check_edits()
             self.follow()
         elif self._stamp.weights_changed():
@@ -100,7 +103,9 @@ class Runner:
             self.understanding.forget()
 
     def follow(self) -> None:
-        """Build the network on the model as it is. All checks come before the first change."""
+        """Build the network on the model as it is. All checks come before the first change. Once interrupted, another call
+        completes it."""
+        self._unfinished = True
         parts = Showo2Parts.from_model(self.model)
         check_model(parts)
         kernels = resolve(self.config, parts.device, parts.dtype)
@@ -122,6 +127,7 @@ class Runner:
         else:
             network = plain
         self._build(network)
+        self._unfinished = False
 
     def _choose_orders(self, network: Network) -> tuple[list[FfnOrder | None], dict[str, str]]:
         """For each layer the order of its neurons, or None where they stay; and why, by the path in the model."""
@@ -229,6 +235,7 @@ class Runner:
 
     def reset(self) -> None:
         """Drop images in progress and cached prompts; calls under way raise at their next step."""
-        if hasattr(self, "network"):
+        if hasattr(self, "generation"):
             self.generation.pool.clear()
+        if hasattr(self, "understanding"):
             self.understanding.reset()

@@ -68,7 +68,7 @@ MUTANTS = [
     Mutant("drawing: features of fewer rows are used again", "flashu_ext/runtime/generation.py", " or state.semantic_rows < images", "", KNOBS("latents_of_their_own")),
     Mutant("drawing: a cached state may be a step older", "flashu_ext/runtime/generation.py", "step.index - steps[-1] >= interval", "step.index - steps[-1] > interval", KNOBS("defers_its_encoding")),
     Mutant("drawing: the signal's sum is not reset", "flashu_ext/runtime/generation.py", "        gate.computed()\n", "", KNOBS("a_knob and adaptive and sample")),
-    Mutant("drawing: the steps that the caller asks for are ignored", "flashu_ext/runtime/generation.py", "StepPlan.build(config, steps, len(parts.layers)", "StepPlan.build(config, None, len(parts.layers)", HANDLE("exact_equals_upstream")),
+    Mutant("drawing: the steps that the caller asks for are ignored", "flashu_ext/runtime/generation.py", "config, steps, len(parts.layers), None if", "config, None, len(parts.layers), None if", HANDLE("exact_equals_upstream")),
     Mutant("head: what is added is measured to the output", "flashu_ext/runtime/head.py", "before = x.clone() if work.residual else x", "before = x", KNOBS("a_knob and residual and sample")),
     Mutant("history: differences are a step apart", "flashu_ext/runtime/history.py", "interval = float(step - self.steps[-1]) if self.order and self.steps else 1.0", "interval = 1.0", KNOBS("a_knob and forecast and sample")),
     Mutant("history: a prediction of one order less", "flashu_ext/runtime/history.py", "min(len(self.steps), self.order + 1)", "min(len(self.steps), max(self.order, 1))", KNOBS("a_knob and forecast and sample")),
