@@ -11,11 +11,15 @@ Under torch.no_grad() and torch.inference_mode() nothing requires grad, as every
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
+from torch._C import _after_ADInplaceOrView_keyset as below_inplace
+from torch._C import _after_autograd_keyset as below_autograd
+from torch._C import _any_requires_grad as any_requires_grad
+from torch._C import _increment_version as increment_version
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
@@ -32,7 +36,7 @@ def register() -> None:
 
 def _register(op: OpOverload) -> None:
     if op._schema.is_mutable:
-        # Not Autograd, which inference tensors pass by: outside of inference mode ADInplaceOrView sees them too.
+        # Not Autograd: inference tensors pass it by, and outside of inference mode they may not be written.
         _library.impl(op.name(), _writing(op), "ADInplaceOrView", with_keyset=True)
     else:
         _library.impl(op.name(), _functional(op), "Autograd", with_keyset=True)
@@ -40,14 +44,14 @@ def _register(op: OpOverload) -> None:
 
 
 def _functional(op: OpOverload) -> Callable[..., Any]:
-    redispatch, below = op.redispatch, torch._C._after_autograd_keyset
+    redispatch = op._handle.redispatch_boxed
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args, {})
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return _NoBackward.apply(op, keyset & below, *args)
-        return redispatch(keyset & below, *args)
+        if is_grad_enabled() and any_requires_grad(*args):
+            return _NoBackward.apply(op, keyset & below_autograd, *args)
+        return redispatch(keyset & below_autograd, *args)
 
     return kernel
 
@@ -64,21 +68,23 @@ class _NoBackward(torch.autograd.Function):
 
 
 def _writing(op: OpOverload) -> Callable[..., Any]:
-    redispatch, below = op.redispatch, torch._C._after_ADInplaceOrView_keyset
+    redispatch = op._handle.redispatch_boxed
     places = [i for i, a in enumerate(op._schema.arguments) if a.is_write and not a.kwarg_only]
 
-    def kernel(keyset: Any, *args: Any, **outputs: Any) -> Any:  # our only keyword-only arguments are outputs
+    def kernel(keyset: Any, *args: Any, **outputs: Any) -> Any:  # no op has other keyword-only arguments
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args, outputs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **outputs):
+        if is_grad_enabled() and any_requires_grad(*args, **outputs):
             _refuse_gradients(op, args, outputs)
         # The dispatcher leaves out trailing arguments that have their defaults.
         written = [args[i] for i in places if i < len(args) and args[i] is not None]
         written += outputs.values()
-        if not torch.is_inference_mode_enabled() and any(map(torch.is_inference, written)):
-            _refuse_inference_tensors(op, args, outputs)
-        result = redispatch(keyset & below, *args, **outputs)
-        torch._C._increment_version(written)
+        if not is_inference_mode_enabled():
+            for tensor in written:
+                if tensor.is_inference():
+                    _refuse_inference_tensor(op, tensor, args, outputs)
+        result = redispatch(keyset & below_inplace, *args, **outputs)
+        increment_version(written)
         return result
 
     return kernel
@@ -95,18 +101,15 @@ def _transformed(op: OpOverload) -> Callable[..., Any]:
 
 
 def _refuse_gradients(op: OpOverload, args: tuple[Any, ...], outputs: dict[str, Any]) -> None:
-    for name, tensor in _named(op, args, outputs):
-        if tensor.requires_grad:
-            raise NotImplementedError(
-                f"{op.name()}: {name}: expected a tensor that does not require grad, as the op writes and has no backward,"
-                f" got {'a leaf' if tensor.is_leaf else 'a result'} that requires grad; call it under torch.no_grad()"
-            )
+    name, tensor = next((n, t) for n, t in _tensors(op, args, outputs) if t.requires_grad)
+    raise NotImplementedError(
+        f"{op.name()}: {name}: expected a tensor that does not require grad, as the op writes and has no backward, got"
+        f" {'a leaf' if tensor.is_leaf else 'a result'} that requires grad; call it under torch.no_grad()"
+    )
 
 
 def _refuse_tangents(op: OpOverload, args: tuple[Any, ...], outputs: dict[str, Any]) -> None:
-    if not torch._C._is_fwd_grad_enabled():
-        return
-    for name, tensor in _named(op, args, outputs):
+    for name, tensor in _tensors(op, args, outputs):
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 f"{op.name()}: {name}: expected a tensor without a tangent, as the op has no forward-mode derivative,"
@@ -114,16 +117,19 @@ def _refuse_tangents(op: OpOverload, args: tuple[Any, ...], outputs: dict[str, A
             )
 
 
-def _refuse_inference_tensors(op: OpOverload, args: tuple[Any, ...], outputs: dict[str, Any]) -> None:
-    for name, tensor in _named(op, args, outputs):
-        if name in {a.name for a in op._schema.arguments if a.is_write} and tensor.is_inference():
-            raise RuntimeError(
-                f"{op.name()}: {name}: expected an ordinary tensor to write into outside of torch.inference_mode(),"
-                " got an inference tensor"
-            )
+def _refuse_inference_tensor(
+    op: OpOverload, written: Tensor, args: tuple[Any, ...], outputs: dict[str, Any]
+) -> None:
+    name = next(n for n, t in _tensors(op, args, outputs) if t is written)
+    raise RuntimeError(
+        f"{op.name()}: {name}: expected an ordinary tensor to write into outside of torch.inference_mode(), got an"
+        " inference tensor"
+    )
 
 
-def _named(op: OpOverload, args: tuple[Any, ...], outputs: dict[str, Any]) -> list[tuple[str, Tensor]]:
+def _tensors(op: OpOverload, args: tuple[Any, ...], outputs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a call with the names of their arguments."""
-    names = [a.name for a in op._schema.arguments]
-    return [(n, v) for n, v in (*zip(names, args, strict=False), *outputs.items()) if isinstance(v, Tensor)]
+    names = [argument.name for argument in op._schema.arguments]
+    for name, value in (*zip(names, args, strict=False), *outputs.items()):
+        if isinstance(value, Tensor):
+            yield name, value
