@@ -43,9 +43,18 @@ def _register(op: OpOverload) -> None:
     _library.impl(op.name(), _transformed(op), "FuncTorchDynamicLayerFrontMode")
 
 
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps Dynamo from compiling what the dispatcher calls; costs nothing at a call, unlike torch.compiler.disable."""
+    dynamo = torch._C._dynamo.eval_frame
+    skip = dynamo._FrameAction.SKIP  # the frame and what it calls
+    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
+    return function
+
+
 def _functional(op: OpOverload) -> Callable[..., Any]:
     redispatch = op._handle.redispatch_boxed
 
+    @_untraced
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args, {})
@@ -58,19 +67,23 @@ def _functional(op: OpOverload) -> Callable[..., Any]:
 
 class _NoBackward(torch.autograd.Function):
     @staticmethod
+    @_untraced
     def forward(ctx: Any, op: OpOverload, keyset: Any, *args: Any) -> Any:
         ctx.op = op
         return op.redispatch(keyset, *args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"{ctx.op.name()} has no backward: it is for inference; call it under torch.no_grad()")
+        raise NotImplementedError(
+            f"{ctx.op.name()} has no backward: it is for inference; call it under torch.no_grad()"
+        )
 
 
 def _writing(op: OpOverload) -> Callable[..., Any]:
     redispatch = op._handle.redispatch_boxed
     places = [i for i, a in enumerate(op._schema.arguments) if a.is_write and not a.kwarg_only]
 
+    @_untraced
     def kernel(keyset: Any, *args: Any, **outputs: Any) -> Any:  # no op has other keyword-only arguments
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args, outputs)
@@ -91,6 +104,7 @@ def _writing(op: OpOverload) -> Callable[..., Any]:
 
 
 def _transformed(op: OpOverload) -> Callable[..., Any]:
+    @_untraced
     def kernel(*args: Any, **outputs: Any) -> Any:
         raise NotImplementedError(
             f"{op.name()}: expected a call outside of torch.func's transforms (grad, vjp, jvp, vmap and so on), got one"
@@ -117,9 +131,7 @@ def _refuse_tangents(op: OpOverload, args: tuple[Any, ...], outputs: dict[str, A
             )
 
 
-def _refuse_inference_tensor(
-    op: OpOverload, written: Tensor, args: tuple[Any, ...], outputs: dict[str, Any]
-) -> None:
+def _refuse_inference_tensor(op: OpOverload, written: Tensor, args: tuple[Any, ...], outputs: dict[str, Any]) -> None:
     name = next(n for n, t in _tensors(op, args, outputs) if t is written)
     raise RuntimeError(
         f"{op.name()}: {name}: expected an ordinary tensor to write into outside of torch.inference_mode(), got an"
