@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..planning.config import strict_json
+from ..planning.reading import strict_json
 from .prompts import Job, check_name
 
 if TYPE_CHECKING:

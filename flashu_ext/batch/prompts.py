@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..planning.config import strict_json
+from ..planning.reading import strict_json
 
 __all__ = ["Job", "check_name", "make_jobs", "read_prompts", "slug"]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..planning.config import strict_json
+from ..planning.reading import strict_json
 from .calibrate import GenerationSample, Sample, UnderstandingSample
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..planning.config import strict_json
 from ..planning.estimators import Calibration, DownNorms, NeuronSums
+from ..planning.reading import strict_json
 from ..planning.safe_files import load_safetensors, save_safetensors
 
 __all__ = ["TaskState", "chained_digest", "load_states", "save_states"]

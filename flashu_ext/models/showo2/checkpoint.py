@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...planning.config import strict_json
+from ...planning.reading import strict_json
 from ...planning.safe_files import atomic_path, load_safetensors, read_header, save_safetensors
 from .config import Showo2Config
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...planning.config import strict_json
+from ...planning.reading import strict_json
 
 __all__ = ["HeadConfig", "Showo2Config"]
 
