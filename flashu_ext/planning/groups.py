@@ -12,7 +12,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 from .reading import shown
 
@@ -38,7 +38,7 @@ Check = Callable[[str, Any], Any]
 """(name, value) -> the value as stored; raises a ValueError with the name, what was expected and what was given."""
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
