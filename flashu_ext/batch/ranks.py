@@ -11,11 +11,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+
+from ..planning.reading import printable
 
 __all__ = ["Heartbeat", "Ranks", "shard"]
 
@@ -26,6 +29,8 @@ JOIN_SECONDS = 120.0
 PATIENCE_SECONDS = 30.0
 """Silence after which a rank counts as gone. A beat needs the interpreter's lock only, which long torch calls let go of."""
 BEAT_SECONDS = 0.5
+LEAVE_SECONDS = 5.0
+"""How long the last beat may hang on a store that does not answer."""
 
 
 # ---- who is there
@@ -114,8 +119,18 @@ class Heartbeat:
     one does not take their work away.
     """
 
-    def __init__(self, ranks: Ranks, store: Any = None, patience: float = PATIENCE_SECONDS):
-        """store: shared by all ranks, kept by rank 0 or by the launcher; None for one process. patience: seconds."""
+    def __init__(
+        self,
+        ranks: Ranks,
+        store: Any = None,
+        patience: float = PATIENCE_SECONDS,
+        stop: Callable[[], bool] = lambda: False,
+    ):
+        """
+        Args:
+            store: shared by all ranks, kept by rank 0 or by the launcher; None for one process. patience: seconds.
+            stop: asked while another rank is waited for; True ends the waiting.
+        """
         if not isinstance(patience, (int, float)) or not patience > BEAT_SECONDS:
             raise ValueError(f"patience: expected more than {BEAT_SECONDS} seconds, got {patience!r}")
         if ranks.world > 1 and store is None:
@@ -123,6 +138,7 @@ class Heartbeat:
         self.ranks = ranks
         self.store = store
         self.patience = patience
+        self.stop = stop
         self.lost: dict[int, str] = {}
         self._ended = self._store_gone = False
         self._others = [rank for rank in range(ranks.world) if rank != ranks.rank]
@@ -135,27 +151,36 @@ class Heartbeat:
             self._thread.start()
 
     @classmethod
-    def join(cls, ranks: Ranks, patience: float = PATIENCE_SECONDS, timeout: float = JOIN_SECONDS) -> Heartbeat:
+    def join(
+        cls,
+        ranks: Ranks,
+        patience: float = PATIENCE_SECONDS,
+        timeout: float = JOIN_SECONDS,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Heartbeat:
         """Meet the other ranks at MASTER_ADDR:MASTER_PORT; the launcher's own store is used where there is one.
 
         Raises:
-            RuntimeError: not all of them came within `timeout` seconds.
+            RuntimeError: not all of them came within `timeout` seconds, or before `stop` said to end.
         """
         if ranks.world == 1:
-            return cls(ranks, None, patience)
+            return cls(ranks, None, patience, stop)
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
+        def meet() -> Any:
+            return next(rendezvous("env://", ranks.rank, ranks.world, timeout=datetime.timedelta(seconds=timeout)))
+
         try:
-            store, _, _ = next(
-                rendezvous("env://", ranks.rank, ranks.world, timeout=datetime.timedelta(seconds=timeout))
-            )
+            store, _, _ = wait_for(meet, timeout, stop)
+        except InterruptedError as error:
+            raise RuntimeError(f"rank {ranks.rank}: stopped before all {ranks.world} ranks met") from error
         except (RuntimeError, OSError) as error:
             raise RuntimeError(
                 f"rank {ranks.rank}: not all {ranks.world} ranks met within {timeout:g} s: {first_line(error)}"
             ) from error
         # A launcher's store outlives the ranks that it starts anew, with all that the dead ones wrote.
-        return cls(ranks, dist.PrefixStore(f"attempt {ranks.attempt}", store), patience)
+        return cls(ranks, dist.PrefixStore(f"attempt {ranks.attempt}", store), patience, stop)
 
     # ---- while working
 
@@ -163,7 +188,8 @@ class Heartbeat:
         """What rank 0's `make` returned, as JSON holds it, on every rank; the others do not call theirs.
 
         Raises:
-            Whatever `make` raised, on rank 0; ValueError with the same text on the others. RuntimeError: rank 0 is gone.
+            Whatever `make` raised, on rank 0; ValueError with the same text on the others. RuntimeError: rank 0 is gone, or
+            `stop` said to end.
         """
         if not self._others:
             return make()
@@ -179,6 +205,8 @@ class Heartbeat:
             why = self._why_gone(0)
             if why is not None:
                 raise RuntimeError(f"rank 0 {why}, before it said what to draw")
+            if self.stop():
+                raise RuntimeError(f"rank {self.ranks.rank}: stopped before rank 0 said what to draw")
             time.sleep(0.02)
         answer = json.loads(self.store.get(f"share/{name}"))
         if "error" in answer:
@@ -187,11 +215,11 @@ class Heartbeat:
 
     # ---- the end
 
-    def finish(self, failure: str = "", stop: Callable[[], bool] = lambda: False) -> dict[int, str]:
+    def finish(self, failure: str = "") -> dict[int, str]:
         """Say that this rank has ended and wait until every other one has, or is gone.
 
         Args:
-            failure: what went wrong here; empty: nothing. stop: True ends the waiting.
+            failure: what went wrong here; empty: nothing.
 
         Returns:
             rank -> what became of it, of the others that failed or are gone; also in `lost`.
@@ -201,7 +229,7 @@ class Heartbeat:
         self._set(f"end/{self.ranks.rank}", failure)
         self._ended = True
         waiting = set(self._others)
-        while waiting and not stop():
+        while waiting and not self.stop():
             for rank in sorted(waiting):
                 if self._has(f"end/{rank}"):
                     said = self._get(f"end/{rank}")
@@ -216,7 +244,7 @@ class Heartbeat:
             time.sleep(0.02 if waiting else 0)
         self._set(f"left/{self.ranks.rank}", "")
         if self.ranks.rank == 0:
-            self._host_until_others_left(stop)
+            self._host_until_others_left()
         self.leave()
         return self.lost
 
@@ -224,7 +252,7 @@ class Heartbeat:
         """Stop beating, without waiting for anyone."""
         self._quit.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(LEAVE_SECONDS)
 
     @property
     def reporter(self) -> bool:
@@ -263,11 +291,11 @@ class Heartbeat:
         silent = time.monotonic() - self._heard[rank][1]
         return f"is gone: not heard of for {silent:.0f} s" if silent > self.patience else None
 
-    def _host_until_others_left(self, stop: Callable[[], bool]) -> None:
+    def _host_until_others_left(self) -> None:
         """The store ends with the rank that keeps it, so that one goes last; what it waits for takes no time."""
         until = time.monotonic() + self.patience
         left = [rank for rank in self._others if self.lost.get(rank, "failed").startswith("failed")]
-        while left and time.monotonic() < until and not stop() and not self._store_gone:
+        while left and time.monotonic() < until and not self.stop() and not self._store_gone:
             left = [rank for rank in left if not self._has(f"left/{rank}")]
             time.sleep(0.02)
 
@@ -290,4 +318,30 @@ class Heartbeat:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
+    return printable((str(error).strip().splitlines() or [""])[0], 300)
+
+
+def wait_for(call: Callable[[], T], seconds: float, stop: Callable[[], bool] = lambda: False) -> T:
+    """What a call returns that waits for another rank in native code, where Python cannot handle a signal.
+
+    It runs in a thread, which is left alone where it is not waited for to its end.
+
+    Raises:
+        Whatever the call raised. TimeoutError: it took longer. InterruptedError: `stop` said to end. KeyboardInterrupt.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="wait", daemon=True).start()
+    until = time.monotonic() + seconds
+    while not wait([outcome], timeout=0.05).done:
+        if stop():
+            raise InterruptedError("stopped")
+        if time.monotonic() > until:
+            raise TimeoutError("they do not answer")
+    return outcome.result()

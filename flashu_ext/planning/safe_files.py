@@ -220,7 +220,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def try_lock(handle: int, kind: int) -> bool:
     """Lock an open file or folder (LOCK_EX: alone, LOCK_SH: with others); False where another one holds it. A process that ends
-    lets go of its locks, however it ends."""
+    lets go of its locks, however it ends. Raises OSError: the file system has none."""
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
