@@ -38,7 +38,7 @@ COMMANDS = within("cli/test_cli.py")
 MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "        temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
     Mutant("files: no fsync", "flashu_ext/planning/safe_files.py", "os.fsync(file.fileno())", "file.fileno()", FILES),
-    Mutant("files: Ctrl-C leaves the draft", "flashu_ext/planning/safe_files.py", "except BaseException:", "except Exception:", FILES),
+    Mutant("files: Ctrl-C leaves the draft", "flashu_ext/planning/safe_files.py", "        finally:\n            shutil.rmtree(folder, ignore_errors=True)\n", "        except Exception:\n            shutil.rmtree(folder, ignore_errors=True)\n            raise\n        finally:\n", FILES),
     Mutant("files: the umask stays 0", "flashu_ext/planning/safe_files.py", "        os.umask(umask)\n", "", FILES),
     Mutant("schedule: skipped layers are rounded to nearest", "flashu_ext/planning/groups.py", "return int(layers * self.ratio)", "return round(layers * self.ratio)", SMALL("least_important"), quick=True),
     Mutant("schedule: the most important are skipped", "flashu_ext/planning/schedule.py", "key=scores.__getitem__)", "key=scores.__getitem__, reverse=True)", SMALL("least_important")),
@@ -138,7 +138,7 @@ MUTANTS = [
     Mutant("plan: every layer keeps as many as the first", "flashu_ext/planning/plan.py", "order[: self.kept_counts[layer]]", "order[: self.kept_counts[0]]", PLAN("ratio_of_its_own")),
     Mutant("plan: scores of one layer are kept", "flashu_ext/planning/plan.py", "    return torch.stack([score.detach()", "    return scores[0][None] if len(scores) == 1 else torch.stack([score.detach()", CALLERS("from_scores")),
     Mutant("plan: ratios of the layers outlast another ratio", "flashu_ext/planning/plan.py", "multiple=self.multiple if multiple is None else multiple, ratios=None)", "multiple=self.multiple if multiple is None else multiple)", PLAN("adaptive_ratios or ratios")),
-    Mutant("plan: a file's model is not checked", "flashu_ext/planning/plan.py", "        if model is not None:\n            plan.check_model(model)\n        return plan\n\n\n# ---- file", "        return plan\n\n\n# ---- file", HANDLE("another_model")),
+    Mutant("plan: a file's model is not checked", "flashu_ext/planning/plan.py", "            if model is not None:\n                plan.check_model(model)\n        except", "        except", HANDLE("another_model")),
     Mutant("estimators: variance over all tokens", "flashu_ext/planning/estimators.py", "max(self.tokens - 1, 1)", "self.tokens", CALIBRATE("variance")),
     Mutant("estimators: a variance below zero", "flashu_ext/planning/estimators.py", ".clamp_min(0)\n        return", "\n        return", CALIBRATE("variance")),
     Mutant("neurons: a neuron may come twice", "flashu_ext/planning/neurons.py", "if int(mask.sum()) != index.numel():", "if int(mask.sum()) > index.numel():", Pytest("python_tests/planning/test_neurons.py")),
