@@ -203,9 +203,13 @@ def test_an_edit_in_plan_order_is_an_error_at_the_next_call(call: str) -> None:
 
 
 @torch.no_grad()
-def test_a_replaced_parameter_is_an_edit_too() -> None:
+@pytest.mark.parametrize("change", [1.0, 0.001])
+def test_a_replaced_parameter_is_an_edit_too(change: float) -> None:
+    """Also where it differs so little that its memory could merely have been moved to another dtype."""
     model, handle, before = accelerated()
-    model.showo.model.layers[2].mlp.up_proj.weight = nn.Parameter(before[UP] * 2)
+    noise = torch.randn(before[UP].shape, generator=torch.Generator().manual_seed(0))
+    linear = model.showo.model.layers[2].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight * (1 + change * noise))
     with pytest.raises(EditedWeightsError):
         CALLS["sample"](model)
     with pytest.raises(EditedWeightsError):
