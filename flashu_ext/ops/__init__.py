@@ -2,6 +2,9 @@
 
 Each function carries `is_supported(device, dtype, shape=None)`. The first one that is used loads the compiled library, and
 raises ImportError, with every cause, where it cannot be loaded.
+
+The ops are for inference and have no gradient. Where one would be lost, NotImplementedError comes (see `autograd`): in the
+backward of an op that returns a new tensor; before anything is written where an op writes in place or into an output.
 """
 
 from __future__ import annotations
