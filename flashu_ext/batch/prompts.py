@@ -1,7 +1,7 @@
-"""Reads a file of prompts and settles the seed and the file name of every image. Imports no torch.
+"""Reads a file of prompts and assigns a seed and a file name to every image. Imports no torch.
 
-A file is UTF-8 text with one prompt a line, blank lines and lines that begin with # left out; or, where its name ends in
-.jsonl, one object a line of which all but the prompt may be left out:
+A file is UTF-8 text with one prompt per line; blank lines and lines that begin with # are ignored. A .jsonl file has one
+object per line, in which all but the prompt is optional:
 
     {"prompt": "a red circle", "seed": 7, "name": "circle"}
 """
@@ -29,7 +29,7 @@ _KEYS = ("prompt", "seed", "name")
 
 @dataclass(frozen=True)
 class Job:
-    """One image to draw: what of, from which seed, and the name of its file (ends in .png)."""
+    """One image to generate: its prompt, its seed, and its file name (ends in .png)."""
 
     prompt: str
     seed: int
@@ -37,21 +37,21 @@ class Job:
 
 
 def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> list[Job]:
-    """The images that a file asks for, in its order.
+    """The images listed in a file, in its order.
 
     Args:
-        seed: of the first image; the i-th, from 0, has seed + i unless its line says otherwise.
+        seed: of the first image; image i, from 0, has seed + i unless its line gives another.
 
     Raises:
-        ValueError: the file is not UTF-8, asks for nothing, or a line is malformed; file and line are named.
-        OSError: it cannot be read.
+        ValueError: the file is not UTF-8, has no prompts, or a line is malformed; file and line are named.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error}") from error
-    # Not splitlines(), which takes form feeds and separators within a JSON string for ends of lines.
+    # Not splitlines(), which also splits at form feeds and Unicode separators within JSON strings.
     lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     if path.suffix == ".jsonl":
         records = [(where, _record(where, line)) for where, line in lines if line]
@@ -63,10 +63,11 @@ def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> list[Job]:
 
 
 def make_jobs(prompts: Sequence[str], seed: int = 0) -> list[Job]:
-    """The same from a list of prompts in memory.
+    """Jobs for a list of prompts, as `read_prompts`.
 
     Raises:
-        TypeError: not a list of strings. ValueError: it is empty, or a prompt is blank.
+        TypeError: not a list of strings.
+        ValueError: the list is empty, or a prompt is blank.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: expected a list of strings, got {type(prompts).__name__}")
@@ -78,7 +79,7 @@ def make_jobs(prompts: Sequence[str], seed: int = 0) -> list[Job]:
 def _record(where: str, line: str) -> dict[str, Any]:
     record = strict_json(line, where)
     if not isinstance(record, dict) or "prompt" not in record:
-        raise ValueError(f"{where}: expected an object with prompt and perhaps seed, name, got {line!r:.200}")
+        raise ValueError(f"{where}: expected an object with prompt and optionally seed, name, got {line!r:.200}")
     unknown = sorted(set(record) - set(_KEYS))
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r:.100}; known keys: {', '.join(_KEYS)}")
@@ -92,7 +93,7 @@ def _checked(where: str, record: dict[str, Any]) -> dict[str, Any]:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: prompt: expected text that UTF-8 can hold, got {prompt!r:.100}") from error
+        raise ValueError(f"{where}: prompt: expected text that UTF-8 can encode, got {prompt!r:.100}") from error
     if "seed" in record:
         _check_seed(f"{where}: seed", record["seed"])
     if "name" in record:
@@ -106,10 +107,10 @@ def _check_seed(where: str, seed: Any) -> None:
 
 
 def check_name(where: str, name: Any) -> None:
-    """A name of an image within its folder: no path, not hidden, no control characters, short enough for a file system.
+    """Check an image's file name: no path, not hidden, no control characters, short enough for file systems.
 
     Raises:
-        ValueError: another one; the message begins with `where`.
+        ValueError: the name is invalid; the message begins with `where`.
     """
     usable = isinstance(name, str) and name.strip() == name and not name.startswith(".")
     if usable:
@@ -135,10 +136,10 @@ def _jobs(records: Sequence[tuple[str, dict[str, Any]]] | Iterator[tuple[str, di
         name = record.get("name") or "-".join(filter(None, (f"{index:0{digits}}", slug(record["prompt"]))))
         if not name.endswith(".png"):
             name += ".png"
-        # Two names that differ in case only are one file on some file systems.
+        # On case-insensitive file systems names that differ only in case are one file.
         if name.casefold() in taken:
             raise ValueError(
-                f"{where}: name: expected one of its own, {name!r} is that of {taken[name.casefold()]} too"
+                f"{where}: name: expected a unique name, {name!r} is also that of {taken[name.casefold()]}"
             )
         taken[name.casefold()] = where
         jobs.append(Job(record["prompt"], own, name))
@@ -146,6 +147,6 @@ def _jobs(records: Sequence[tuple[str, dict[str, Any]]] | Iterator[tuple[str, di
 
 
 def slug(text: str) -> str:
-    """A short readable stand-in for a text in a file name: its letters and digits, joined by '-'; may be empty."""
+    """A text's letters and digits joined by '-', shortened for a file name; may be empty."""
     words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).casefold())
     return words.strip("-")[:SLUG_LENGTH].strip("-")
