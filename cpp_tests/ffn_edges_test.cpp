@@ -425,7 +425,7 @@ TYPED_TEST(FfnEdges, SumsAreStoredToNearestEven) {
 }
 
 TYPED_TEST(FfnEdges, NeuronNormsAreExact) {
-  // Pieces of 128 columns (csrc/cpu/neuron_norms.cpp).
+  // Chunks of 128 columns (csrc/cpu/neuron_norms.cpp).
   for (const int64_t width : {1, 7, 127, 128, 129, 255, 256, 300, 1000}) {
     for (const int64_t rows : {1, 2, 9}) {
       Guarded<TypeParam> h({rows, width}, 5);

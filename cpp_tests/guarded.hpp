@@ -102,7 +102,7 @@ class Guarded {
   std::vector<T> memory_;
 };
 
-// As long as it lives, `count` threads are pretended: the pieces run one after another, the last one first.
+// As long as it lives, `count` threads are pretended: the chunks run one after another, the last one first.
 class Threads {
  public:
   explicit Threads(int32_t count) {
@@ -116,9 +116,9 @@ class Threads {
  private:
   static void run(int64_t begin, int64_t end, int64_t grain, flashu_parallel_body body, void* context) {
     const int64_t count = end - begin;
-    const int64_t pieces = std::clamp<int64_t>(count / std::max<int64_t>(grain, 1), 1, pretended);
-    for (int64_t piece = pieces; piece-- > 0;)
-      body(begin + count * piece / pieces, begin + count * (piece + 1) / pieces, context);
+    const int64_t chunks = std::clamp<int64_t>(count / std::max<int64_t>(grain, 1), 1, pretended);
+    for (int64_t chunk = chunks; chunk-- > 0;)
+      body(begin + count * chunk / chunks, begin + count * (chunk + 1) / chunks, context);
   }
   static inline int32_t pretended = 1;
   static constexpr flashu_parallel_backend kBackend{run, [] { return pretended; }};

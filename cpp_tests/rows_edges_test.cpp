@@ -17,7 +17,7 @@ class RowsEdges : public ::testing::Test {};
 using Storage = ::testing::Types<float, bfloat16, float16>;
 TYPED_TEST_SUITE(RowsEdges, Storage);
 
-// Around the 8 lanes of a row's sum, and rows that share 16,384 elements to a piece
+// Around the 8 lanes of a row's sum, and rows that share 16,384 elements to a chunk
 // (csrc/cpu/op_support.hpp).
 const std::vector<std::pair<int64_t, int64_t>> kRowsOfWidth = {
     {1, 1}, {3, 7}, {2, 8}, {4, 9}, {5, 15}, {3, 16}, {2, 17}, {40, 1000}, {3, 20000}, {33, 513}};
@@ -378,7 +378,7 @@ TYPED_TEST(RowsEdges, AddRmsNorm) {
   }
 }
 
-// Turned by angles of 0, 90, 180 and 270 degrees everything is exact, so every head must be in its place.
+// Rotations by 0, 90, 180 and 270 degrees are exact, so every head must be in its place.
 TYPED_TEST(RowsEdges, RotaryCacheIsExactForQuarterTurns) {
   for (const int64_t half : {1, 3, 4, 8, 9, 32}) {
     for (const int64_t tables : {1, 3}) {
@@ -392,8 +392,8 @@ TYPED_TEST(RowsEdges, RotaryCacheIsExactForQuarterTurns) {
         cos.fill([&](int64_t r, int64_t c) { return quarter(r, c) % 2 == 0 ? 1 - quarter(r, c) : 0; });
         sin.fill([&](int64_t r, int64_t c) { return quarter(r, c) % 2 == 1 ? 2 - quarter(r, c) : 0; });
         start.fill([](int64_t, int64_t r) { return r == 0 ? -1 : r == 1 ? 1 : 4; });
-        const auto turned = [&](const Guarded<TypeParam>& x, int64_t row, int64_t token, int64_t at,
-                                int64_t c) {
+        const auto rotated = [&](const Guarded<TypeParam>& x, int64_t row, int64_t token, int64_t at,
+                                 int64_t c) {
           const int64_t angle = (tables == 1 ? 0 : row) * tokens + token;
           const float other = c < half ? -x.value(at, c + half) : x.value(at, c - half);
           return x.value(at, c) * cos.value(angle, c) + other * sin.value(angle, c);
@@ -413,7 +413,7 @@ TYPED_TEST(RowsEdges, RotaryCacheIsExactForQuarterTurns) {
               for (int64_t h = 0; h < heads; ++h) {
                 for (int64_t c = 0; c < d; ++c)
                   ASSERT_EQ(out.value((r * heads + h) * tokens + t, c),
-                            turned(query, r, t, (r * tokens + t) * heads + h, c));
+                            rotated(query, r, t, (r * tokens + t) * heads + h, c));
               }
             }
             for (int64_t slot = 0; slot < capacity; ++slot) {
@@ -422,7 +422,7 @@ TYPED_TEST(RowsEdges, RotaryCacheIsExactForQuarterTurns) {
                 const int64_t at = (r * tokens + t) * kv + h, to = (r * capacity + slot) * kv + h;
                 for (int64_t c = 0; c < d; ++c) {
                   const bool given = t >= 0 && t < tokens;
-                  ASSERT_EQ(keys.value(to, c), given ? turned(key, r, t, at, c) : 77.0f) << "slot " << slot;
+                  ASSERT_EQ(keys.value(to, c), given ? rotated(key, r, t, at, c) : 77.0f) << "slot " << slot;
                   ASSERT_EQ(values.value(to, c), given ? value.value(at, c) : 78.0f) << "slot " << slot;
                 }
               }

@@ -66,8 +66,8 @@ TYPED_TEST(Rows, ModulationOfAnotherShapeIsRefusedByName) {
             "gate_add_: gate: expected size 2 in dimension 0, got 1 (shape [1, 2])");
 }
 
-TYPED_TEST(Rows, HeadsAreTurnedByAQuarterIntoTheirSlots) {
-  // Turned by 90 degrees (a, b) is (-b, a); in the norm of (3, 3) and a weight of 2 both are 2.
+TYPED_TEST(Rows, HeadsAreRotatedByAQuarterIntoTheirSlots) {
+  // Rotated by 90 degrees (a, b) is (-b, a); in the norm of (3, 3) and a weight of 2 both are 2.
   Owned<TypeParam> query({1, 2, 1, 2}), cos({1, 2, 2}), sin({1, 2, 2}), weight({2});
   Owned<TypeParam> keys({1, 3, 1, 2}), values({1, 3, 1, 2}), out({1, 1, 2, 2});
   for (int i = 0; i < 4; ++i) {
@@ -91,11 +91,11 @@ TYPED_TEST(Rows, HeadsAreTurnedByAQuarterIntoTheirSlots) {
   args.key_norm = weight;
   args.out = out;
   rotary_cache(args);
-  const float turned[] = {-2, 2};
-  for (int i = 0; i < 4; ++i) EXPECT_EQ(to_float(out.data[i]), turned[i % 2]) << i;
+  const float rotated[] = {-2, 2};
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(to_float(out.data[i]), rotated[i % 2]) << i;
   // Token 0 has slot 2, token 1 has none.
   for (int i = 0; i < 6; ++i) {
-    EXPECT_EQ(to_float(keys.data[i]), i < 4 ? 7.0f : turned[i % 2]) << i;
+    EXPECT_EQ(to_float(keys.data[i]), i < 4 ? 7.0f : rotated[i % 2]) << i;
     EXPECT_EQ(to_float(values.data[i]), i < 4 ? 0.0f : 3.0f) << i;
   }
   args.key_norm = {};

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .planning.schedule import StepPlan as StepPlan
     from .runtime.handle import Handle as Handle
     from .runtime.handle import accelerate as accelerate
+    from .runtime.order import EditedWeightsError as EditedWeightsError
 
 _HOMES = {
     "GenerationSample": "calibration.calibrate",
@@ -55,6 +56,7 @@ _HOMES = {
     "StepPlan": "planning.schedule",
     "Handle": "runtime.handle",
     "accelerate": "runtime.handle",
+    "EditedWeightsError": "runtime.order",
     "handle_of": "models.accelerated",
 }
 _MODULES = ("bench", "nano", "ops")

@@ -1,4 +1,4 @@
-"""Makes the support modules of this folder importable, and lends tests of small models one thread."""
+"""Makes the support modules importable, and runs tests of small models on one thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For models that are too small for more, whose waiting for each other is all that they would add."""
+    """Small models are slower on several threads: the synchronisation costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

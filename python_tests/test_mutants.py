@@ -1,4 +1,4 @@
-"""The planted faults: each has its place, and the runner tells killed from survived and leaves nothing behind."""
+"""The mutants: each text is in its file once; the runner tells killed from survived and restores the files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_fault_is_killed_or_survives_and_is_taken_out_again(copy: Copy):
     assert (copy.source / "number.py").read_text() == SOURCE
 
 
-def test_tests_that_fail_or_do_not_run_are_no_evidence(copy: Copy):
+def test_tests_that_fail_or_do_not_run_prove_nothing(copy: Copy):
     trial = Trial(copy)
     (copy.source / "test_broken.py").write_text("def test_nothing():\n    assert False\n")
     assert "fail without it too" in trial.run("one", mutant("x + x", "x + 2", "test_broken.py"))

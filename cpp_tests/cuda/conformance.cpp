@@ -38,18 +38,19 @@ template <class T>
 void ffn(const std::string& type, int64_t rows, int64_t hidden, int64_t intermediate, int64_t width,
          bool listed) {
   std::mt19937 random(static_cast<uint32_t>(rows * 31 + hidden * 7 + intermediate));
-  const auto draw = [&](int low, int high) {
+  const auto sample = [&](int low, int high) {
     return from_float<T>(static_cast<float>(std::uniform_int_distribution<int>(low, high)(random)));
   };
   Guarded<T> x({rows, hidden});
   Guarded<T> gate({intermediate, hidden});
   Guarded<T> up({intermediate, hidden});
   Guarded<T> down({width, intermediate});
-  x.fill([&](int64_t) { return draw(2, 3); });
-  gate.fill([&](int64_t) { return draw(2, 3); });
-  up.fill(
-      [&](int64_t i) { return i % hidden == i / hidden * 13 % hidden ? draw(-1, 1) : from_float<T>(0.0f); });
-  down.fill([&](int64_t) { return draw(-3, 3); });
+  x.fill([&](int64_t) { return sample(2, 3); });
+  gate.fill([&](int64_t) { return sample(2, 3); });
+  up.fill([&](int64_t i) {
+    return i % hidden == i / hidden * 13 % hidden ? sample(-1, 1) : from_float<T>(0.0f);
+  });
+  down.fill([&](int64_t) { return sample(-3, 3); });
   auto residual = whole<T>({rows, width}, 9);
   Guarded<int32_t> index({intermediate * 3 / 4});
   index.fill([&](int64_t i) { return static_cast<int32_t>((i * 7 + 3) % intermediate); });
@@ -101,7 +102,7 @@ void all_of(const std::string& type) {
   Guarded<int64_t> start({2});
   start[0] = -1;
   start[1] = 3;
-  Guarded<T> turned({2, 3, 5, 64});
+  Guarded<T> rotated({2, 3, 5, 64});
   RotaryCacheArgs rotary{};
   rotary.query = query.upload();
   rotary.key = rotary.value = key.upload();
@@ -110,10 +111,10 @@ void all_of(const std::string& type) {
   rotary.keys = keys.upload();
   rotary.values = values.upload();
   rotary.start = start.upload();
-  rotary.out = turned.upload();
+  rotary.out = rotated.upload();
   rotary_cache(rotary);
   device_synchronize();
-  print("rotary_cache " + type, turned.download());
+  print("rotary_cache " + type, rotated.download());
   print("rotary_cache keys " + type, keys.download());
 
   Guarded<T> ones({4, 2048});

@@ -270,8 +270,8 @@ TYPED_TEST(DeviceFfn, StagesAndBoxesAreUsedAgain) {
   }
 }
 
-// Rows whose last piece of 16 bytes is not whole, listed: NaN lies behind them.
-TYPED_TEST(DeviceFfn, LastPiecesOfRows) {
+// Rows whose last chunk of 16 bytes is not whole, listed: NaN lies behind them.
+TYPED_TEST(DeviceFfn, LastChunksOfRows) {
   const Operands<TypeParam> o(40, 45, 301, 29, 3);
   for (const Chosen& chosen :
        {Chosen{"range", {{3, 290}}, {}}, Chosen{"runs of eights", {{8, 40, 64, 232}}, {}},
@@ -282,7 +282,7 @@ TYPED_TEST(DeviceFfn, LastPiecesOfRows) {
 
 TYPED_TEST(DeviceFfn, OperandsThatAreNotAligned) {
   for (const int64_t rows : {int64_t{5}, int64_t{33}}) {
-    // With padding 3 rows are aligned, but hold no whole pieces of 16 bytes.
+    // With padding 3 rows are aligned, but hold no whole chunks of 16 bytes.
     for (const auto& [padding, offset] : {std::array<int64_t, 2>{1, 0}, {0, 1}, {8, 0}, {4, 3}, {3, 0}}) {
       const Operands<TypeParam> o(rows, 45, 61, 29, padding, offset);
       whole_ffn(o, {"all", {}, {}}, true, 3);

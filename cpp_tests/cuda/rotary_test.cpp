@@ -78,7 +78,7 @@ void expect_as_on_cpu(const Problem& p) {
   expected.on_cpu();
   Tensors<T> got(p);
   got.on_device();
-  // A norm that rounds the other way moves what is turned by a spacing of the larger half.
+  // A norm that rounds the other way moves the rotated values by a spacing of the larger half.
   const double spacings = sizeof(T) == 4 ? 16 : 1;
   const double absolute = sizeof(T) == 4 ? 1e-5 : p.norms ? spacing<T>(16.0) : spacing<T>(0.125);
   expect_near(got.out.download(), expected.out, spacings, absolute);
@@ -87,7 +87,7 @@ void expect_as_on_cpu(const Problem& p) {
 }
 
 TYPED_TEST(DeviceRotary, EveryHeadDimension) {
-  // Scalar in a part of a warp and in a warp; 16-byte pieces on 4, 8, 16 and 32 threads, whole and with idle
+  // Scalar in a part of a warp and in a warp; 16-byte chunks on 4, 8, 16 and 32 threads, whole and with idle
   // ones; too wide for registers.
   for (const int64_t d : {2, 8, 16, 22, 32, 64, 72, 88, 96, 128, 130, 192, 256, 320, 512, 1040}) {
     for (const bool norms : {false, true}) {

@@ -120,13 +120,13 @@ struct Block {
 
 namespace {
 
-// When work of a kind is done: when it is asked for, at any time, or when nothing goes on without it.
+// When asynchronous work of a kind runs: at once, at any time, or only when every thread waits for it.
 enum class When { kAtOnce, kSometime, kLast };
 
 // How a launch does its asynchronous work.
 struct Manner {
   When of[4];   // by Kind
-  int percent;  // how likely a piece of what is done at some time is done when a thread gives way
+  int percent;  // chance that one piece of deferred work (kSometime) runs when a thread yields
 };
 
 // What goes wrong without a wait shows when one side is early and the other one late: data that comes late
@@ -158,13 +158,13 @@ struct Engine {
   unsigned live = 0;
   std::string error;
 
-  std::uint64_t draw() {
+  std::uint64_t next_random() {
     state ^= state << 13;
     state ^= state >> 7;
     state ^= state << 17;
     return state;
   }
-  bool chance(int percent) { return settings().random && static_cast<int>(draw() % 100) < percent; }
+  bool chance(int percent) { return settings().random && static_cast<int>(next_random() % 100) < percent; }
 };
 
 // One per OS thread: fibers never move between them, so emulations on several threads do not meet.
@@ -174,7 +174,7 @@ __attribute__((noinline)) Engine& engine() {
 }
 
 void run_one_of(std::vector<std::shared_ptr<Deferred>>& list) {
-  const std::size_t i = settings().random ? engine().draw() % list.size() : 0;
+  const std::size_t i = settings().random ? engine().next_random() % list.size() : 0;
   const std::shared_ptr<Deferred> chosen = std::move(list[i]);
   if (settings().random) {
     list[i] = std::move(list.back());
@@ -188,10 +188,10 @@ void run_one_of(std::vector<std::shared_ptr<Deferred>>& list) {
 // The place in `ready` of the thread that goes on.
 std::size_t next_ready(Engine& e) {
   if (!settings().random) return 0;
-  std::size_t best = e.draw() % e.ready.size();
+  std::size_t best = e.next_random() % e.ready.size();
   // The best of a few that chance offers: warps of low priority fall behind, but go on too.
   for (int i = 1; e.by_priority && i < 6; ++i) {
-    const std::size_t other = e.draw() % e.ready.size();
+    const std::size_t other = e.next_random() % e.ready.size();
     if (e.ready[other]->priority > e.ready[best]->priority) best = other;
   }
   return best;
@@ -306,7 +306,7 @@ void run_wave(const std::vector<std::uint64_t>& blocks, std::size_t shared_bytes
       auto thread = std::make_unique<Thread>();
       thread->block = block.get();
       thread->linear = t;
-      thread->priority = t % kLanes == 0 ? e.draw() : block->threads[t / kLanes * kLanes]->priority;
+      thread->priority = t % kLanes == 0 ? e.next_random() : block->threads[t / kLanes * kLanes]->priority;
       thread->index = {t % e.block.x, t / e.block.x % e.block.y, t / e.block.x / e.block.y};
       if (!e.spare.empty()) {
         thread->fiber = std::move(e.spare.back());
@@ -650,7 +650,7 @@ bool launch(Index grid, Index block, std::size_t shared_bytes, const std::functi
   if (e.current != nullptr) fail(Place::current(), "a kernel launches a kernel");
   const std::uint64_t number = settings().launches++;
   e.state = ((settings().seed + 1) * 0x9e3779b97f4a7c15ull ^ (number + 1) * 0xd1b54a32d192ed03ull) | 1;
-  for (int i = 0; i < 4; ++i) e.draw();  // numbers of neighbouring seeds look alike at first
+  for (int i = 0; i < 4; ++i) e.next_random();  // numbers of neighbouring seeds look alike at first
   e.switches = 0;
   e.error.clear();
   e.grid = grid;
@@ -659,11 +659,11 @@ bool launch(Index grid, Index block, std::size_t shared_bytes, const std::functi
   order_release(&e.body);
   // In turn, so that a few seeds or a few launches have all of them.
   e.manner = settings().random ? kManners[(settings().seed + number) % std::size(kManners)] : kLate;
-  e.by_priority = e.draw() % 2 != 0;
+  e.by_priority = e.next_random() % 2 != 0;
   std::vector<std::uint64_t> order(blocks);
   for (std::uint64_t i = 0; i < blocks; ++i) order[i] = i;
   if (settings().random) {
-    for (std::uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[e.draw() % i]);
+    for (std::uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[e.next_random() % i]);
   }
   const std::uint64_t resident = std::max(1u, settings().resident);
   for (std::uint64_t first = 0; first < blocks && e.error.empty(); first += resident) {

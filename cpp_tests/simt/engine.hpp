@@ -1,4 +1,4 @@
-// The SIMT emulator: runs a CUDA grid on the CPU, one fiber per CUDA thread, in an order drawn from a seed.
+// The SIMT emulator: runs a CUDA grid on the CPU, one fiber per CUDA thread, in an order that a seed decides.
 //
 // What is emulated is what a kernel may rely on, and nothing more: threads run in any order, barriers and
 // warp collectives are the only meetings, asynchronous copies and products happen late and in any order,
@@ -31,7 +31,7 @@ struct Index {
 // How the next launches of this OS thread run.
 struct Settings {
   std::uint64_t seed = 1;
-  std::uint64_t launches = 0;           // counted up by launch(): each one draws anew, also from one seed
+  std::uint64_t launches = 0;           // counted up by launch(): each one has its own random sequence
   bool random = true;                   // false: threads in order, asynchronous work as late as may be
   unsigned resident = 2;                // blocks that run at the same time
   int yield_percent = 25;               // how often a thread that could go on lets others go first
@@ -46,7 +46,7 @@ struct Thread;
 struct Warp;
 struct Block;
 
-// The kinds of asynchronous work. A launch draws for each whether it is done at once, at some time or as late
+// The kinds of asynchronous work. A launch picks for each whether it is done at once, at some time or as late
 // as a wait allows, so that every kind meets the others both early and late.
 enum class Kind { kLoad, kCopy, kProduct, kStore };  // TMA to shared memory, cp.async, wgmma, TMA from it
 

@@ -158,16 +158,16 @@ TEST(Simt, MatricesComeAsTheHardwareHasThem) {
     for (int i = lane; i < 256; i += 32) shared[i] = static_cast<uint16_t>(i);
     __syncthreads();
     uint32_t plain[4];
-    uint32_t turned[4];
+    uint32_t transposed[4];
     ldmatrix_x4(plain, shared + lane * 8);
-    ldmatrix_x4_transposed(turned, shared + lane * 8);
+    ldmatrix_x4_transposed(transposed, shared + lane * 8);
     for (int m = 0; m < 4; ++m) {
       const int first = m * 64 + lane / 4 * 8 + lane % 4 * 2;
       const int down = m * 64 + lane % 4 * 16 + lane / 4;
       if (plain[m] != static_cast<uint32_t>((first + 1) << 16 | first))
         simt::fail(simt::Place::current(), "plain");
-      if (turned[m] != static_cast<uint32_t>((down + 8) << 16 | down))
-        simt::fail(simt::Place::current(), "turned");
+      if (transposed[m] != static_cast<uint32_t>((down + 8) << 16 | down))
+        simt::fail(simt::Place::current(), "transposed");
     }
     __syncthreads();
     stmatrix_x4(shared + (31 - lane) / 8 * 64 + lane % 8 * 8, plain);

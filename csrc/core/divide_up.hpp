@@ -1,4 +1,4 @@
-// Division of counts into whole tiles, blocks and pieces.
+// Division of counts into whole tiles, blocks and chunks.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Host threads for the CPU kernels: one parallel_for over whatever backend is installed (OpenMP, torch's, the
-// embedder's). Kernels split work so that no result depends on how many pieces there are.
+// embedder's). Kernels split work so that no result depends on how many chunks there are.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ const flashu_parallel_backend& default_parallel_backend();
 
 inline int32_t num_threads() { return parallel_backend().num_threads(); }
 
-// Runs body(begin, end) over disjoint pieces of [begin, end) of at least `grain` each; serial when nested.
+// Runs body(begin, end) over disjoint chunks of [begin, end) of at least `grain` each; serial when nested.
 // The body must not throw.
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {

@@ -15,7 +15,7 @@ struct FfnPlan {
   Selection selected;
   core::GemmTiles up{}, down{};
   int64_t x_floats = 0, h_floats = 0, slot_floats = 0;
-  int64_t slots = 0;  // pieces that may run at once
+  int64_t slots = 0;  // tasks that may run at once
 
   int64_t bytes() const { return (x_floats + h_floats + slots * slot_floats) * 4; }
 };

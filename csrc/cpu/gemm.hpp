@@ -81,8 +81,8 @@ struct PanelRows {
 
 // For panels in [0, num_panels): multiplies the packed rows with each panel and calls
 //   finish(panel, c): c[r * panel_columns + j] for r < rows, in tiles of tile_rows rows one after another.
-// rows_of(panel, rows) names the panel's rows of weights. `slots` pieces run at once, each with its own
-// scratch of panel_scratch_floats(). Every panel belongs to one piece, so the split does not change results.
+// rows_of(panel, rows) names the panel's rows of weights. `slots` tasks run at once, each with its own
+// scratch of panel_scratch_floats(). Every panel belongs to one task, so the split does not change results.
 template <class RowsOf, class Finish>
 void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, const PackedRows& a,
                      int64_t num_panels, const Weights& weights, float* scratch, int64_t slots,

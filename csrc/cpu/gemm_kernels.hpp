@@ -1,4 +1,4 @@
-// The pieces of the packed GEMM: packing of rows and weight panels into float, and the register tile. One
+// Kernels of the packed GEMM: packing of rows and weight panels into float, and the register tile. One
 // table per CPU instruction set; the loops around them are in gemm.cpp.
 #pragma once
 

@@ -9,7 +9,7 @@
 namespace flashu::cpu {
 namespace {
 
-constexpr int64_t kColumns = 128;  // columns per piece: their sums stay in L1 while the rows stream by
+constexpr int64_t kColumns = 128;  // columns per chunk: their sums stay in L1 while the rows stream by
 
 template <class T, class Kernel>
 void run(const flashu_neuron_norms_args& args, const core::Rows& rows, Kernel kernel) {

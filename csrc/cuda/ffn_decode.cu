@@ -32,14 +32,14 @@ struct DecodeArguments {
 };
 
 template <class T>
-FLASHU_DEVICE uint4 weight_piece(const T* row, int64_t k, bool inside) {
+FLASHU_DEVICE uint4 weight_chunk(const T* row, int64_t k, bool inside) {
   return inside ? load16_streaming(row + k) : uint4{0, 0, 0, 0};
 }
 
 // Two products of 16 deep with what the lanes have loaded: `low` and `high` are rows g and g + 8 of the left
 // operand.
 template <class T>
-FLASHU_DEVICE void multiply_pieces(float (&sums)[4], const uint4& low, const uint4& high,
+FLASHU_DEVICE void multiply_chunks(float (&sums)[4], const uint4& low, const uint4& high,
                                    const uint4& right) {
   const uint32_t first[4] = {low.x, high.x, low.y, high.y};
   const uint32_t second[4] = {low.z, high.z, low.w, high.w};
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
     }
     constexpr int kAhead = 4;  // steps whose loads are under way together
     for (int64_t k0 = begin; k0 < end; k0 += kAhead * kStep) {
-      uint4 pieces[kAhead][2][2];
+      uint4 chunks[kAhead][2][2];
 #pragma unroll
       for (int s = 0; s < kAhead; ++s) {
         const int64_t k = k0 + s * kStep + t * 8;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
         for (int w = 0; w < 2; ++w) {
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            pieces[s][w][half] = weight_piece(rows[w][half], k, exists[half] && k < f.hidden && k < end);
+            chunks[s][w][half] = weight_chunk(rows[w][half], k, exists[half] && k < f.hidden && k < end);
         }
       }
 #pragma unroll
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
           const uint4 right = load16(x + (tile * 8 + g) * a.x_stride + k);
 #pragma unroll
           for (int w = 0; w < 2; ++w)
-            multiply_pieces<T>(sums[w][tile], pieces[s][w][0], pieces[s][w][1], right);
+            multiply_chunks<T>(sums[w][tile], chunks[s][w][0], chunks[s][w][1], right);
         }
       }
     }
@@ -163,12 +163,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
     }
     for (int64_t s = 0; s < down_steps; ++s) {
       const int64_t j = s * kStep + t * 8;
-      uint4 pieces[2];
+      uint4 chunks[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t values = exists[half] ? min(int64_t{8}, neurons - j) : 0;
         if (f.list == nullptr && values == 8) {
-          pieces[half] = load16_streaming(rows[half] + f.first + first_neuron + j);
+          chunks[half] = load16_streaming(rows[half] + f.first + first_neuron + j);
         } else {
           uint32_t words[4] = {};
 #pragma unroll
@@ -179,12 +179,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
             const uint32_t bits = rows[half][neuron].bits;
             words[i / 2] |= bits << (i % 2 * 16);
           }
-          pieces[half] = {words[0], words[1], words[2], words[3]};
+          chunks[half] = {words[0], words[1], words[2], words[3]};
         }
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
-        multiply_pieces<T>(sums[tile], pieces[0], pieces[1], load16(h + (tile * 8 + g) * a.h_stride + j));
+        multiply_chunks<T>(sums[tile], chunks[0], chunks[1], load16(h + (tile * 8 + g) * a.h_stride + j));
     }
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {

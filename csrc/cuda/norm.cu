@@ -39,7 +39,7 @@ struct NormArguments {
   float eps;
 };
 
-// kGroup threads work on a row, kVectors pieces each; blocks of 256 threads where kGroup is a part of a warp.
+// kGroup threads work on a row, kVectors chunks each; blocks of 256 threads where kGroup is a part of a warp.
 constexpr int block_threads(int group) { return group <= kWarp ? 256 : group; }
 
 template <class T, Norm kNorm, int kGroup, int kVectors>
@@ -52,25 +52,25 @@ __global__ void __launch_bounds__(block_threads(kGroup)) norm_vectors(const Norm
   const int64_t batch = row / a.tokens;
   const int64_t token = row % a.tokens;
   const int member = threadIdx.x % kGroup;
-  Vector<T> piece[kVectors];
+  Vector<T> chunk[kVectors];
   float squares = 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     const int at = (v * kGroup + member) * kPerVector<T>;
     if (!inside || at >= a.width) continue;
-    piece[v] = load_vector(a.x.row(batch, token) + at);
+    chunk[v] = load_vector(a.x.row(batch, token) + at);
     if constexpr (kNorm == Norm::kAdd) {
       T* const residual = a.residual.row(batch, token) + at;
       const Vector<T> old = load_vector(residual);
 #pragma unroll
-      for (int i = 0; i < kPerVector<T>; ++i) piece[v].value[i] += old.value[i];
+      for (int i = 0; i < kPerVector<T>; ++i) chunk[v].value[i] += old.value[i];
       // The norm is that of the stored sum.
-      const uint4 stored = narrow<T>(piece[v]);
+      const uint4 stored = narrow<T>(chunk[v]);
       store16(residual, stored);
-      piece[v] = widen<T>(stored);
+      chunk[v] = widen<T>(stored);
     }
 #pragma unroll
-    for (int i = 0; i < kPerVector<T>; ++i) squares += piece[v].value[i] * piece[v].value[i];
+    for (int i = 0; i < kPerVector<T>; ++i) squares += chunk[v].value[i] * chunk[v].value[i];
   }
   if constexpr (kGroup <= kWarp) {
     squares = sum_group<kGroup>(squares);
@@ -86,15 +86,15 @@ __global__ void __launch_bounds__(block_threads(kGroup)) norm_vectors(const Norm
     if (at >= a.width) continue;
     const Vector<T> weight = load_vector(a.weight + at);
 #pragma unroll
-    for (int i = 0; i < kPerVector<T>; ++i) piece[v].value[i] *= inverse * weight.value[i];
+    for (int i = 0; i < kPerVector<T>; ++i) chunk[v].value[i] *= inverse * weight.value[i];
     if constexpr (kNorm == Norm::kModulated) {
       const Vector<T> shift = load_vector(a.shift + batch * a.shift_stride + at);
       const Vector<T> scale = load_vector(a.scale + batch * a.scale_stride + at);
 #pragma unroll
       for (int i = 0; i < kPerVector<T>; ++i)
-        piece[v].value[i] = piece[v].value[i] * (1.0f + scale.value[i]) + shift.value[i];
+        chunk[v].value[i] = chunk[v].value[i] * (1.0f + scale.value[i]) + shift.value[i];
     }
-    store_vector(out + at, piece[v]);
+    store_vector(out + at, chunk[v]);
   }
 }
 
@@ -146,12 +146,12 @@ void launch_norm(const NormArguments<T>& a, bool vectors, Stream stream) {
     return launch<norm_values<T, kNorm>>("norm_values", config, a);
   }
   // The least number of threads whose registers hold the row.
-  const int pieces = static_cast<int>(divide_up(a.width, kPerVector<T>));
-  if (pieces <= 8) return launch_vectors<T, kNorm, 8, 1>(a, stream);
-  if (pieces <= 16) return launch_vectors<T, kNorm, 16, 1>(a, stream);
-  if (pieces <= 64) return launch_vectors<T, kNorm, 32, 2>(a, stream);
-  if (pieces <= 256) return launch_vectors<T, kNorm, 128, 2>(a, stream);
-  if (pieces <= 512) return launch_vectors<T, kNorm, 256, 2>(a, stream);
+  const int chunks = static_cast<int>(divide_up(a.width, kPerVector<T>));
+  if (chunks <= 8) return launch_vectors<T, kNorm, 8, 1>(a, stream);
+  if (chunks <= 16) return launch_vectors<T, kNorm, 16, 1>(a, stream);
+  if (chunks <= 64) return launch_vectors<T, kNorm, 32, 2>(a, stream);
+  if (chunks <= 256) return launch_vectors<T, kNorm, 128, 2>(a, stream);
+  if (chunks <= 512) return launch_vectors<T, kNorm, 256, 2>(a, stream);
   launch_vectors<T, kNorm, 256, 4>(a, stream);
 }
 
@@ -183,14 +183,14 @@ struct GateArguments {
   int32_t width;
 };
 
-// kValues values of a row to a thread: a 16-byte piece, or one.
+// kValues values of a row to a thread: a 16-byte chunk, or one.
 template <class T, int kValues>
 __global__ void __launch_bounds__(256) gate_add_rows(const GateArguments<T> a) {
-  const int32_t pieces = (a.width + kValues - 1) / kValues;
+  const int32_t chunks = (a.width + kValues - 1) / kValues;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  if (i >= a.rows * pieces) return;
-  const int64_t row = i / pieces;
-  const int32_t at = static_cast<int32_t>(i % pieces) * kValues;
+  if (i >= a.rows * chunks) return;
+  const int64_t row = i / chunks;
+  const int32_t at = static_cast<int32_t>(i % chunks) * kValues;
   const int64_t batch = row / a.tokens;
   const int64_t token = row % a.tokens;
   const bool gated = a.gate != nullptr;
@@ -286,8 +286,8 @@ void gate_add(const flashu_gate_add_args& args) {
     a.width = static_cast<int32_t>(args.residual.sizes[2]);
     const bool vectors = rows_take_vectors(a.residual) && rows_take_vectors(a.y) &&
                          takes_vectors(a.gate, {a.gate_stride, a.width});
-    const int64_t pieces = vectors ? a.width / kPerVector<T> : a.width;
-    const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(a.rows * pieces, 256))), dim3(256), 0,
+    const int64_t chunks = vectors ? a.width / kPerVector<T> : a.width;
+    const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(a.rows * chunks, 256))), dim3(256), 0,
                               static_cast<Stream>(args.stream)};
     if (vectors) return launch<gate_add_rows<T, kPerVector<T>>>("gate_add", config, a);
     launch<gate_add_rows<T, 1>>("gate_add", config, a);

@@ -2,7 +2,7 @@
 // cache, on CUDA devices: one launch, every element read once and written once.
 //
 // Floor: bytes / bandwidth, or one launch where the tokens are few. A head is the work of a part of a warp:
-// each thread has a piece of its lower half and the same piece of its upper half, which is what a rotation
+// each thread has a chunk of its lower half and the same chunk of its upper half, which is what a rotation
 // needs together. Heads of one token are neighbours, so its angles come from L1.
 #include "core/typed.hpp"
 #include "cuda/norm.hpp"
@@ -96,10 +96,10 @@ FLASHU_DEVICE Task<T> task_of(const RotaryArguments<T>& a) {
 }
 
 // fma by hand, so that a value does not depend on the path that it takes.
-FLASHU_DEVICE float turned_low(float low, float high, float cos, float sin) {
+FLASHU_DEVICE float rotated_low(float low, float high, float cos, float sin) {
   return fmaf(-high, sin, low * cos);
 }
-FLASHU_DEVICE float turned_high(float low, float high, float cos, float sin) {
+FLASHU_DEVICE float rotated_high(float low, float high, float cos, float sin) {
   return fmaf(low, sin, high * cos);
 }
 
@@ -109,23 +109,23 @@ FLASHU_DEVICE float rounded(float value) {
 }
 
 template <class T>
-FLASHU_DEVICE float sum_squares(const Vector<T>& piece) {
+FLASHU_DEVICE float sum_squares(const Vector<T>& chunk) {
   float squares = 0;
 #pragma unroll
-  for (int i = 0; i < kPerVector<T>; ++i) squares += piece.value[i] * piece.value[i];
+  for (int i = 0; i < kPerVector<T>; ++i) squares += chunk.value[i] * chunk.value[i];
   return squares;
 }
 
 template <class T>
-FLASHU_DEVICE void scale(Vector<T>& piece, float inverse, const T* norm) {
+FLASHU_DEVICE void scale(Vector<T>& chunk, float inverse, const T* norm) {
   const Vector<T> weight = load_vector(norm);
 #pragma unroll
   for (int i = 0; i < kPerVector<T>; ++i)
-    piece.value[i] = rounded<T>(piece.value[i] * (inverse * weight.value[i]));
+    chunk.value[i] = rounded<T>(chunk.value[i] * (inverse * weight.value[i]));
 }
 
-// Halves of at most kGroup pieces of 16 bytes. Squares are added in the order of norm.cu where a head is 2,
-// 4, 8, 16 or 32 pieces.
+// Halves of at most kGroup chunks of 16 bytes. Squares are added in the order of norm.cu where a head is 2,
+// 4, 8, 16 or 32 chunks.
 template <class T, int kGroup>
 __global__ void __launch_bounds__(kThreads) rotary_vectors(const __grid_constant__ RotaryArguments<T> a) {
   const Task<T> task = task_of<T, kGroup>(a);
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kThreads) rotary_vectors(const __grid_constant
     for (int i = 0; i < kPerVector<T>; ++i) {
       const float x = low.value[i];
       const float y = high.value[i];
-      low.value[i] = turned_low(x, y, low_cos.value[i], low_sin.value[i]);
-      high.value[i] = turned_high(x, y, high_cos.value[i], high_sin.value[i]);
+      low.value[i] = rotated_low(x, y, low_cos.value[i], low_sin.value[i]);
+      high.value[i] = rotated_high(x, y, high_cos.value[i], high_sin.value[i]);
     }
     low_bits = narrow<T>(low);
     high_bits = narrow<T>(high);
@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(kThreads) rotary_values(const __grid_constant_
       low = rounded<T>(low * (inverse * to_float(task.norm[j])));
       high = rounded<T>(high * (inverse * to_float(task.norm[half + j])));
     }
-    task.to[j] = from_float<T>(turned_low(low, high, to_float(task.cos[j]), to_float(task.sin[j])));
+    task.to[j] = from_float<T>(rotated_low(low, high, to_float(task.cos[j]), to_float(task.sin[j])));
     task.to[half + j] =
-        from_float<T>(turned_high(low, high, to_float(task.cos[half + j]), to_float(task.sin[half + j])));
+        from_float<T>(rotated_high(low, high, to_float(task.cos[half + j]), to_float(task.sin[half + j])));
   }
 }
 
@@ -281,10 +281,10 @@ void rotary_cache(const flashu_rotary_cache_args& args) {
       return launch_rotary<rotary_values<T, 32>>("rotary_values", 32, a, rows, stream);
     }
     // The least number of threads whose registers hold the head.
-    const int pieces = a.half / kPerVector<T>;
-    if (pieces <= 4) return launch_rotary<rotary_vectors<T, 4>>("rotary_vectors", 4, a, rows, stream);
-    if (pieces <= 8) return launch_rotary<rotary_vectors<T, 8>>("rotary_vectors", 8, a, rows, stream);
-    if (pieces <= 16) return launch_rotary<rotary_vectors<T, 16>>("rotary_vectors", 16, a, rows, stream);
+    const int chunks = a.half / kPerVector<T>;
+    if (chunks <= 4) return launch_rotary<rotary_vectors<T, 4>>("rotary_vectors", 4, a, rows, stream);
+    if (chunks <= 8) return launch_rotary<rotary_vectors<T, 8>>("rotary_vectors", 8, a, rows, stream);
+    if (chunks <= 16) return launch_rotary<rotary_vectors<T, 16>>("rotary_vectors", 16, a, rows, stream);
     launch_rotary<rotary_vectors<T, 32>>("rotary_vectors", 32, a, rows, stream);
   });
 }

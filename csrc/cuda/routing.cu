@@ -94,10 +94,10 @@ __global__ void __launch_bounds__(kThreads) value_norm_rows(const ValueArguments
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (i >= a.batches * a.tokens) return;
   const T* const token = a.v + i / a.tokens * a.batch_stride + i % a.tokens * a.token_stride;
-  const int32_t pieces = (a.width + kValues - 1) / kValues;
+  const int32_t chunks = (a.width + kValues - 1) / kValues;
   float squares = 0;
-  for (int64_t p = threadIdx.x % kWarp; p < a.heads * pieces; p += kWarp) {
-    const T* const at = token + p / pieces * a.head_stride + p % pieces * kValues;
+  for (int64_t p = threadIdx.x % kWarp; p < a.heads * chunks; p += kWarp) {
+    const T* const at = token + p / chunks * a.head_stride + p % chunks * kValues;
     if constexpr (kValues == 1) {
       const float x = to_float(*at);
       squares += x * x;
@@ -342,9 +342,9 @@ __global__ void __launch_bounds__(kThreads, 6) move_rows(const MoveArguments<T, 
           far[at] = from_float<T>(to_float(far[at]) + to_float(*more));
         } else {
           Vector<T> sum = load_vector(far + at);
-          const Vector<T> piece = load_vector(more);
+          const Vector<T> chunk = load_vector(more);
 #pragma unroll
-          for (int j = 0; j < kValues; ++j) sum.value[j] += piece.value[j];
+          for (int j = 0; j < kValues; ++j) sum.value[j] += chunk.value[j];
           store_vector(far + at, sum);
         }
       }

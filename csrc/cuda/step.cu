@@ -100,12 +100,12 @@ template <class T, int kValues>
 __global__ void __launch_bounds__(kDeltaThreads) delta_partial(const DeltaArguments<T> a) {
   FLASHU_SHARED(float, scratch, kDeltaThreads / kWarp);
   float sums[kDeltaSums] = {};
-  const int64_t pieces = a.width / kValues;
-  const int64_t count = a.rows * pieces;
+  const int64_t chunks = a.width / kValues;
+  const int64_t count = a.rows * chunks;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kDeltaThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kDeltaThreads + threadIdx.x; i < count; i += step) {
-    const int64_t row = i / pieces;
-    const int64_t at = i % pieces * kValues;
+    const int64_t row = i / chunks;
+    const int64_t at = i % chunks * kValues;
     const T* const x = a.a + row * a.a_stride + at;
     const T* const y = a.b + row * a.b_stride + at;
     if constexpr (kValues == 1) {
@@ -170,9 +170,9 @@ FLASHU_DEVICE void read_values(float (&out)[kValues], const T* from) {
   if constexpr (kValues == 1) {
     out[0] = to_float(*from);
   } else {
-    const Vector<T> piece = load_vector(from);
+    const Vector<T> chunk = load_vector(from);
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) out[j] = piece.value[j];
+    for (int j = 0; j < kValues; ++j) out[j] = chunk.value[j];
   }
 }
 template <class T, int kValues>
@@ -180,10 +180,10 @@ FLASHU_DEVICE void write_values(T* to, const float (&in)[kValues]) {
   if constexpr (kValues == 1) {
     *to = from_float<T>(in[0]);
   } else {
-    Vector<T> piece;
+    Vector<T> chunk;
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) piece.value[j] = in[j];
-    store_vector(to, piece);
+    for (int j = 0; j < kValues; ++j) chunk.value[j] = in[j];
+    store_vector(to, chunk);
   }
 }
 
@@ -223,13 +223,13 @@ __global__ void __launch_bounds__(256) extrapolate(const TaylorArguments<T> a) {
   write_values<T, kValues>(a.out + at, sum);
 }
 
-// Launches kVectors where every order and both ends allow 16-byte pieces, else kValues.
+// Launches kVectors where every order and both ends allow 16-byte chunks, else kValues.
 template <auto kVectors, auto kValues, class T>
-void launch_pieces(const char* name, const TaylorArguments<T>& a, const T* other, Stream stream) {
+void launch_chunks(const char* name, const TaylorArguments<T>& a, const T* other, Stream stream) {
   const bool whole =
       a.n % kPerVector<T> == 0 && takes_vectors<T>(a.state, {a.n}) && takes_vectors<T>(other, {});
-  const int64_t pieces = whole ? a.n / kPerVector<T> : a.n;
-  const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(pieces, 256))), dim3(256), 0, stream};
+  const int64_t chunks = whole ? a.n / kPerVector<T> : a.n;
+  const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(chunks, 256))), dim3(256), 0, stream};
   if (whole) return launch<kVectors>(name, config, a);
   launch<kValues>(name, config, a);
 }
@@ -303,7 +303,7 @@ void taylor_update(const flashu_taylor_update_args& args) {
                                order,
                                static_cast<int>(std::min<int64_t>(order, args.count)),
                                static_cast<float>(args.interval)};
-    launch_pieces<update_differences<T, kPerVector<T>>, update_differences<T, 1>>(
+    launch_chunks<update_differences<T, kPerVector<T>>, update_differences<T, 1>>(
         "update_differences", a, a.feature, static_cast<Stream>(args.stream));
   });
 }
@@ -317,7 +317,7 @@ void taylor_predict(const flashu_taylor_predict_args& args) {
         pointer<T>(args.state),        nullptr, pointer<T>(args.out),
         core::numel(args.out),         order,   static_cast<int>(std::min<int64_t>(order, args.count - 1)),
         static_cast<float>(args.ahead)};
-    launch_pieces<extrapolate<T, kPerVector<T>>, extrapolate<T, 1>>(
+    launch_chunks<extrapolate<T, kPerVector<T>>, extrapolate<T, 1>>(
         "extrapolate", a, static_cast<const T*>(a.out), static_cast<Stream>(args.stream));
   });
 }

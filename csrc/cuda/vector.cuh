@@ -1,4 +1,4 @@
-// What the memory-bound kernels share: rows in 16-byte pieces, sums over warps and blocks in one fixed order.
+// What the memory-bound kernels share: rows in 16-byte chunks, sums over warps and blocks in one fixed order.
 #pragma once
 
 #include "core/divide_up.hpp"
@@ -57,7 +57,7 @@ FLASHU_DEVICE void store_vector(T* to, const Vector<T>& value) {
   store16(to, narrow<T>(value));
 }
 
-// A place in memory whose address and every stride (in values) allow 16-byte pieces. Host.
+// A place in memory whose address and every stride (in values) allow 16-byte chunks. Host.
 template <class T>
 bool takes_vectors(const T* base, std::initializer_list<int64_t> strides) {
   bool aligned = reinterpret_cast<uintptr_t>(base) % 16 == 0;

@@ -1,4 +1,4 @@
-"""Lists of prompts generated into folders, by one process or by several ranks. `flashu_ext.parallel` is this package."""
+"""Generates lists of prompts into folders, on one rank or several. Public as `flashu_ext.parallel`."""
 
 from .guidance import check_guidance_parallel, guidance_group, sample_guided
 from .ranks import Heartbeat, Ranks, shard

@@ -1,7 +1,7 @@
-"""Draws many prompts into a folder that can be gone on with: its manifest, what it misses, the loop.
+"""Generates a list of prompts into a folder; interrupted runs can be resumed from its manifest.
 
-A list is cut into batches once, by its order alone, and a batch is always drawn whole, also where only one of its images
-is missing. So an image's bits depend neither on which process draws it, nor on what was there before.
+Batches are fixed by the list's order, and a batch is always generated whole, even if only one of its images is missing. So
+an image's bits depend neither on the process that generates it nor on the images already there.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from ..planning.config import FlashUConfig
     from ..planning.plan import TaskPlan
 
-__all__ = ["MANIFEST", "complete_png", "draw", "missing", "open_folder", "settings_record"]
+__all__ = ["MANIFEST", "complete_png", "generate", "missing", "open_folder", "settings_record"]
 
 MANIFEST = "manifest.json"
 VERSION = 2
-EARLIER_VERSION = 1  # its record of the weights leaves most tensors out
+EARLIER_VERSION = 1  # its digest of the weights omits most tensors
 SHOWN_DIFFERENCES = 6
 MAX_MANIFEST_BYTES = 2**29
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -49,15 +49,18 @@ def settings_record(
     batch: int = 1,
     branches_apart: bool = False,
 ) -> dict[str, Any]:
-    """Everything besides prompts and seeds that an image depends on, as JSON holds it.
+    """All settings that an image depends on, besides prompt and seed, as JSON values.
 
     Args:
-        pipe: whose model draws. config, plan: what it is accelerated with; None: dense.
-        preset: its name, for people. steps, guidance_scale: as for `Pipeline.generate_batch`.
-        batch: images drawn together. branches_apart: the two branches of guidance run on a rank each.
+        pipe: its model generates the images.
+        config, plan: of the acceleration; None: dense.
+        preset: its name, for readers.
+        steps, guidance_scale: as for `Pipeline.generate_batch`.
+        batch: images generated together.
+        branches_apart: each branch of guidance runs on its own rank.
     """
     from ..models.showo2.sampling import DEFAULT_STEPS
-    from .weights import weights_digest
+    from ..planning.fingerprint import weights_digest
 
     weight: Any = pipe.model.showo.model.embed_tokens.weight
     fields = None if config is None else json.loads(json.dumps(config.flat()))
@@ -78,7 +81,7 @@ def settings_record(
 
 
 def _plan_digest(config: FlashUConfig | None, plan: TaskPlan | None) -> str | None:
-    """Which neurons draw, where some are left out."""
+    """SHA-256 of the neurons kept for generation; None if none are pruned."""
     from ..runtime.generation import TASK
 
     if config is None or plan is None or not config.needs_plan or TASK not in plan.tasks:
@@ -97,20 +100,20 @@ def open_folder(
     overwrite: bool = False,
     lock: FolderLock | None = None,
 ) -> list[int]:
-    """Make a folder ready for a list of images, or go on with the one that an earlier run left.
+    """Prepare a folder for a list of images, new or left by an earlier run.
 
     Args:
-        out: the folder; made where it is missing. settings: of `settings_record`.
-        overwrite: discard the images of an earlier run first, whatever it drew.
+        out: the folder; created if missing.
+        settings: from `settings_record`.
+        overwrite: first delete the images of an earlier run, whatever its settings.
         lock: of `out`, held by the run; None: the folder is locked for this call.
 
     Returns:
-        Numbers of the images that it misses; a batch is drawn whole where one of its images is among them.
+        Indices of the missing images. A batch with a missing image is generated whole.
 
     Raises:
-        ValueError: another run is in the folder, it was drawn with other settings, its manifest is malformed or of an earlier
-            version, or an image's file is there and no manifest tells what it is, or it is no file. Nothing in the folder was
-            changed then.
+        ValueError: another run is in the folder, it has other settings, its manifest is malformed or of an earlier version,
+            an image file exists without a manifest, or something in an image's place is no file. The folder is unchanged then.
     """
     if lock is None:
         with FolderLock(out) as lock:
@@ -128,7 +131,7 @@ def open_folder(
             if (out / job.name).exists():
                 raise refusal(
                     out / job.name,
-                    f"there already, and no {MANIFEST} tells how it was drawn; choose another folder or overwrite",
+                    f"exists already, without a {MANIFEST} that says how it was generated; choose another folder or overwrite",
                 )
     if not path.exists():
         _write_manifest(path, record)
@@ -143,23 +146,23 @@ def _check_places(out: Path, jobs: Sequence[Job]) -> None:
 
 
 def missing(out: str | os.PathLike[str], jobs: Sequence[Job]) -> list[int]:
-    """Numbers of the images that are not in the folder as whole PNG files."""
+    """Indices of the images without a complete PNG file in the folder."""
     return [index for index, job in enumerate(jobs) if not complete_png(Path(out) / job.name)]
 
 
 def complete_png(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a PNG image from its signature to its end, every checksum right."""
+    """Whether a file is a complete PNG image: signature, checksums and end chunk."""
     from PIL import Image
 
     try:
         with open_regular(path) as file:
-            file.seek(-len(_PNG_END), os.SEEK_END)  # which PIL does not ask for
+            file.seek(-len(_PNG_END), os.SEEK_END)  # not checked by PIL
             if file.read() != _PNG_END:
                 return False
             file.seek(0)
             with Image.open(file, formats=("PNG",)) as image:
                 image.verify()
-    except Exception:  # of a file that is missing, cut off or no PNG, and PIL's of its own for one of too many pixels
+    except Exception:  # missing, truncated or other files; PIL has an error of its own for too many pixels
         return False
     return True
 
@@ -201,7 +204,7 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
     differences = _differences(old["settings"], new["settings"])
     before, now = old["images"], new["images"]
     if len(before) != len(now):
-        differences.append(f"images: {len(before)} were asked for, now {len(now)}")
+        differences.append(f"images: {len(before)} were requested, now {len(now)}")
     else:
         changed = [index for index, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1]]
         if changed:
@@ -210,7 +213,9 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
     if differences:
         more = len(differences) - SHOWN_DIFFERENCES
         listed = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-        raise refusal(path, f"this folder was drawn with other settings: {listed}; choose another folder or overwrite")
+        raise refusal(
+            path, f"this folder was generated with other settings: {listed}; choose another folder or overwrite"
+        )
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -219,13 +224,13 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             lines += _differences(before, now, f"{prefix}{key}.")
-        elif json.dumps(before) != json.dumps(now):  # as JSON, where a tuple is a list
+        elif json.dumps(before) != json.dumps(now):  # as JSON, which writes tuples as lists
             lines.append(f"{prefix}{key:.40}: was {shown(before, 80)}, now {shown(now, 80)}")
     return lines
 
 
 def _discard(out: Path, jobs: Sequence[Job]) -> None:
-    """Images first, manifest last: an interruption leaves no image under a manifest of other settings."""
+    """Delete images first, the manifest last: after an interruption no image lies under a manifest of other settings."""
     path = out / MANIFEST
     names = [job.name for job in jobs]
     with contextlib.suppress(ValueError, FileNotFoundError):
@@ -238,7 +243,7 @@ def _discard(out: Path, jobs: Sequence[Job]) -> None:
 # ---- the loop
 
 
-def draw(
+def generate(
     pipe: Pipeline,
     jobs: Sequence[Job],
     batches: Iterable[int],
@@ -252,20 +257,23 @@ def draw(
     stop: Callable[[], bool] = lambda: False,
     progress: bool | None = None,
 ) -> int:
-    """Draw batches of a list; every image is written when its batch is done, whole or not at all.
+    """Generate batches of a list; images are written atomically after their batch.
 
     Args:
-        jobs: the whole list. batches: numbers of those to draw, in this order; batch i holds the images from i * batch on.
-        out: an existing folder. batch: images of a batch. steps, guidance_scale, sampler: as for `Pipeline.generate_batch`.
-        write: False draws and keeps nothing: on the rank that only helps with the other branch.
-        stop: asked before each batch; True ends the loop.
-        progress: a bar on stderr; None: where that is a terminal.
+        jobs: the whole list.
+        batches: numbers of the batches to generate, in this order; batch i starts at image i * batch.
+        out: an existing folder.
+        batch: images per batch.
+        steps, guidance_scale, sampler: as for `Pipeline.generate_batch`.
+        write: False: generate without writing, on the rank that only computes the other branch.
+        stop: called before each batch; True ends the loop.
+        progress: show a progress bar on stderr; None: if that is a terminal.
 
     Returns:
-        How many images were written; one that was there as a whole PNG stays as it is.
+        The number of images written; complete PNG files that exist already are not replaced.
 
     Raises:
-        As `Pipeline.generate_batch`; OSError: a file cannot be written. What was written before stays.
+        As `Pipeline.generate_batch`; OSError: a file cannot be written. Earlier files stay.
     """
     from tqdm import tqdm
 

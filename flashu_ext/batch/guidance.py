@@ -1,5 +1,4 @@
-"""Guidance-parallel: the two branches of classifier-free guidance on two ranks, which exchange their velocities in every
-evaluation."""
+"""Guidance-parallel: two ranks run one branch of classifier-free guidance each and exchange velocities every evaluation."""
 
 from __future__ import annotations
 
@@ -24,15 +23,16 @@ from .ranks import Heartbeat, first_line, wait_for
 __all__ = ["check_guidance_parallel", "guidance_group", "sample_guided"]
 
 GROUP_SECONDS = 600.0
-"""How long one evaluation of the other branch may take."""
+"""Timeout for one evaluation of the other branch."""
 
 
 @contextlib.contextmanager
 def guidance_group(heartbeat: Heartbeat, device: torch.device, timeout: float = GROUP_SECONDS) -> Iterator[Any]:
-    """The process group that `sample_guided` exchanges through while the block runs: NCCL on GPUs, gloo on CPUs.
+    """A context with the process group for `sample_guided`: NCCL on GPUs, gloo on CPUs.
 
     Args:
-        heartbeat: of two ranks. timeout: seconds that an evaluation of the other branch may take.
+        heartbeat: of two ranks.
+        timeout: seconds for one evaluation of the other branch.
 
     Raises:
         ValueError: other than two ranks.
@@ -57,22 +57,24 @@ def guidance_group(heartbeat: Heartbeat, device: torch.device, timeout: float = 
     try:
         yield dist.group.WORLD
     finally:
-        # Also after an error: the closed connection is what tells the other rank at once.
+        # Also after an error: the closed connection tells the other rank at once.
         dist.destroy_process_group()
 
 
 def check_guidance_parallel(config: FlashUConfig, steps: int | None, layers: int, tokens: int) -> None:
-    """Whether two ranks with one branch each compute what one process with both does.
+    """Check that two ranks with one branch each compute the same as one process with both.
 
-    Layers are skipped by a measurement that averages over the rows of both branches, and a step whose scale is 1 has no
-    second branch to run. What depends on a row alone (neurons, tokens, head states) or on the latents that both ranks hold
-    (encoder features, the adaptive cache) is the same.
+    Layer skipping averages importance over the rows of both branches, and a step of scale 1 has no second branch; neither can
+    be split. Settings that depend on single rows (neurons, tokens, head states) or on the latents, which both ranks have
+    (encoder features, the adaptive cache), can.
 
     Args:
-        steps: grid points that are asked for; None: the config's. layers: of the language model. tokens: of the image.
+        steps: grid points of the call; None: the config's.
+        layers: of the language model.
+        tokens: of the image.
 
     Raises:
-        ValueError: they would not; the message names the field.
+        ValueError: a setting cannot be split; the message names the field.
     """
     if config.execution.skip_unit_guidance:
         raise ValueError(
@@ -109,22 +111,24 @@ def sample_guided(
     *,
     group: Any = None,
 ) -> Any:
-    """`flashu_ext.showo2.sample` on two ranks: rank 0 runs the conditional rows of every evaluation, rank 1 the
-    unconditional ones. Both call it with the same arguments and get the same result, bit for bit; beside one process's it
-    differs by rounding, as a matrix product of half the rows may add up in another order.
+    """`flashu_ext.showo2.sample` on two ranks: rank 0 runs the conditional rows, rank 1 the unconditional ones.
+
+    Both ranks pass the same arguments and get bit-equal results. They differ from one process's by rounding, because matrix
+    products of half the rows may sum in another order.
 
     Args:
-        model: dense or accelerated, the same on both ranks. Where its config approximates, `steps` is None or the config's.
-        noise: [B, channels, H, W]. The rest is as for `sample`.
+        model: dense or accelerated, the same on both ranks. If its config approximates, `steps` is None or the config's.
+        noise: [B, channels, H, W]. The remaining arguments are those of `sample`.
         guidance_scale: above 0.
-        group: process group of two ranks; None: the default one. NCCL where the model is on a GPU, gloo on a CPU.
+        group: process group of two ranks; None: the default one. NCCL for models on a GPU, gloo on a CPU.
 
     Returns:
         Latents fp32 [B, channels, H, W], or (latents, velocities [steps - 1, B, channels, H, W]).
 
     Raises:
-        TypeError, ValueError, IndexError: an argument is wrong, or differs between the ranks; or the model's config decides
-            by both branches together (`check_guidance_parallel`). RuntimeError: the other rank is gone.
+        TypeError, ValueError, IndexError: an argument is invalid or differs between the ranks, or the model's config cannot
+            be split (`check_guidance_parallel`).
+        RuntimeError: the other rank is gone.
     """
     inputs = SampleInputs.build(
         model,
@@ -137,6 +141,8 @@ def sample_guided(
         guidance_scale,
         time_shifting_factor,
     )
+    if isinstance(inputs.guidance_scale, tuple):
+        raise ValueError("guidance_scale: expected one number under guidance-parallel, got one for each image")
     if not inputs.guided:
         raise ValueError(
             "guidance_scale: expected a number above 0 under guidance-parallel, got 0, which has one branch"
@@ -157,15 +163,16 @@ def sample_guided(
 
 
 class _BranchStepper:
-    """Runs this rank's branch of guidance and exchanges its velocity for the other one's.
+    """Runs this rank's branch of guidance and exchanges velocities with the other rank.
 
-    A dense model is guided in its own dtype and stepped in fp32, as upstream's loop does; an accelerated one is guided and
-    stepped in fp32 by one launch, in place.
+    For a dense model guidance runs in the model's dtype and the Euler step in fp32, as upstream; for an accelerated one both
+    run in fp32 in one launch, in place.
     """
 
     def __init__(self, model: Any, inputs: SampleInputs, points: int, exchange: _Exchange, handle: Any):
         self.evaluations = points - 1
         self.model = model
+        assert not isinstance(inputs.guidance_scale, tuple)
         self.guidance_scale = inputs.guidance_scale
         self.exchange = exchange
         self.config = handle.config if handle is not None else None
@@ -217,7 +224,7 @@ class _BranchStepper:
 
 
 class _Exchange:
-    """Hands this rank's rows to the other one and takes its, by bytes: no backend need know the dtype, none may round."""
+    """All-gathers rows as bytes, so that backends need not support the dtype and cannot round."""
 
     def __init__(self, group: Any):
         import torch.distributed as dist
@@ -246,7 +253,7 @@ class _Exchange:
         return torch.cat(parts).view(rows.dtype)
 
     def check_equal(self, tensors: Sequence[Tensor | None], others: Any, device: torch.device) -> None:
-        """Raise on both ranks where they were called with different arguments; they would draw nonsense, or wait for ever."""
+        """Raise on both ranks if their arguments differ, which would give wrong images or a deadlock."""
         digest = hashlib.sha256(repr(others).encode())
         for tensor in tensors:
             assert tensor is not None, "checked by the caller"
@@ -257,5 +264,5 @@ class _Exchange:
         if not torch.equal(both[0], both[1]):
             raise ValueError(
                 "group: expected the same noise, tokens, spans, steps, guidance, time shift and config on both ranks, got "
-                "others on each"
+                "different ones"
             )

@@ -1,7 +1,7 @@
-"""Reads a file of prompts and settles the seed and the file name of every image. Imports no torch.
+"""Reads a file of prompts and assigns a seed and a file name to every image. Imports no torch.
 
-A file is UTF-8 text with one prompt a line, blank lines and lines that begin with # left out; or, where its name ends in
-.jsonl, one object a line of which all but the prompt may be left out:
+A file is UTF-8 text with one prompt per line; blank lines and lines that begin with # are ignored. A .jsonl file has one
+object per line, in which all but the prompt is optional:
 
     {"prompt": "a red circle", "seed": 7, "name": "circle"}
 """
@@ -31,7 +31,7 @@ _KEYS = ("prompt", "seed", "name")
 
 @dataclass(frozen=True)
 class Job:
-    """One image to draw: what of, from which seed, and the name of its file (ends in .png)."""
+    """One image to generate: its prompt, its seed, and its file name (ends in .png)."""
 
     prompt: str
     seed: int
@@ -39,18 +39,18 @@ class Job:
 
 
 def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> list[Job]:
-    """The images that a file asks for, in its order.
+    """The images listed in a file, in its order.
 
     Args:
-        seed: of the first image; the i-th, from 0, has seed + i unless its line says otherwise.
+        seed: of the first image; image i, from 0, has seed + i unless its line gives another.
 
     Raises:
-        ValueError: the file is not UTF-8, asks for nothing, or a line is malformed; file and line are named.
-        OSError: it cannot be read.
+        ValueError: the file is not UTF-8, has no prompts, or a line is malformed; file and line are named.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     text = read_text(path, MAX_LIST_BYTES, encoding="utf-8-sig")
-    # Not splitlines(), which takes form feeds and separators within a JSON string for ends of lines.
+    # Not splitlines(), which also splits at form feeds and Unicode separators within JSON strings.
     lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     if path.suffix == ".jsonl":
         records = [(where, _record(where, line)) for where, line in lines if line]
@@ -62,10 +62,11 @@ def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> list[Job]:
 
 
 def make_jobs(prompts: Sequence[str], seed: int = 0) -> list[Job]:
-    """The same from a list of prompts in memory.
+    """Jobs for a list of prompts, as `read_prompts`.
 
     Raises:
-        TypeError: not a list of strings. ValueError: it is empty, or a prompt is blank.
+        TypeError: not a list of strings.
+        ValueError: the list is empty, or a prompt is blank.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"prompts: expected a list of strings, got {type(prompts).__name__}")
@@ -77,7 +78,7 @@ def make_jobs(prompts: Sequence[str], seed: int = 0) -> list[Job]:
 def _record(where: str, line: str) -> dict[str, Any]:
     record = strict_json(line, where)
     if not isinstance(record, dict) or "prompt" not in record:
-        raise refusal(where, f"expected an object with prompt and perhaps seed, name, got {shown(line)}")
+        raise refusal(where, f"expected an object with prompt and optionally seed, name, got {shown(line)}")
     unknown = sorted(set(record) - set(_KEYS))
     if unknown:
         raise refusal(where, f"unknown key {shown(unknown[0])}; known keys: {', '.join(_KEYS)}")
@@ -93,7 +94,7 @@ def _checked(where: str, record: dict[str, Any]) -> dict[str, Any]:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise refusal(where, f"prompt: expected text that UTF-8 can hold, got {shown(prompt)}") from error
+        raise refusal(where, f"prompt: expected text that UTF-8 can encode, got {shown(prompt)}") from error
     if "seed" in record:
         _check_seed(f"{where}: seed", record["seed"])
     if "name" in record:
@@ -107,10 +108,10 @@ def _check_seed(where: str, seed: Any) -> None:
 
 
 def check_name(where: str, name: Any) -> None:
-    """A name of an image within its folder: no path, not hidden, no control characters, short enough for a file system.
+    """Check an image's file name: no path, not hidden, no control characters, short enough for file systems.
 
     Raises:
-        ValueError: another one; the message begins with `where`.
+        ValueError: the name is invalid; the message begins with `where`.
     """
     usable = isinstance(name, str) and name.strip() == name and not name.startswith(".")
     if usable:
@@ -134,10 +135,10 @@ def _jobs(records: Sequence[tuple[str, dict[str, Any]]] | Iterator[tuple[str, di
         name = record.get("name") or "-".join(filter(None, (f"{index:0{digits}}", slug(record["prompt"]))))
         if not name.endswith(".png"):
             name += ".png"
-        # Two names that differ in case only are one file on some file systems.
+        # On case-insensitive file systems names that differ only in case are one file.
         if name.casefold() in taken:
             raise refusal(
-                where, f"name: expected one of its own, {shown(name)} is that of {taken[name.casefold()]} too"
+                where, f"name: expected a unique name, {shown(name)} is also that of {taken[name.casefold()]}"
             )
         taken[name.casefold()] = where
         jobs.append(Job(record["prompt"], own, name))
@@ -145,6 +146,6 @@ def _jobs(records: Sequence[tuple[str, dict[str, Any]]] | Iterator[tuple[str, di
 
 
 def slug(text: str) -> str:
-    """A short readable stand-in for a text in a file name: its letters and digits, joined by '-'; may be empty."""
+    """A text's letters and digits joined by '-', shortened for a file name; may be empty."""
     words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).casefold())
     return words.strip("-")[:SLUG_LENGTH].strip("-")

@@ -1,6 +1,6 @@
-"""Processes that work together: who they are, what each of them generates, and which of them is gone.
+"""Ranks of a parallel run: their numbers, the items of each, and a heartbeat that detects dead ranks.
 
-Data parallel needs no collective: `shard` deals out a list, and a `Heartbeat` tells through a store which ranks have ended.
+Data parallelism needs no collective: `shard` distributes a list, and `Heartbeat` tracks through a store which ranks have ended.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ __all__ = ["Heartbeat", "Ranks", "shard"]
 T = TypeVar("T")
 
 JOIN_SECONDS = 120.0
-"""How long ranks wait for each other at the start."""
+"""Timeout for ranks to meet at the start."""
 PATIENCE_SECONDS = 30.0
-"""Silence after which a rank counts as gone. A beat needs the interpreter's lock only, which long torch calls let go of."""
+"""Silence after which a rank counts as gone. Heartbeats need only the GIL, which long torch calls release."""
 BEAT_SECONDS = 0.5
 LEAVE_SECONDS = 5.0
 """How long the last beat may hang on a store that does not answer."""
 
 
-# ---- who is there
+# ---- ranks
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the ones that work together.
+    """This process's rank among those of a run.
 
     Attributes:
-        rank: its number, from 0. world: how many there are. local_rank: its number on this machine.
-        attempt: how often the launcher started them anew.
+        rank: its number, from 0.
+        world: the number of ranks.
+        local_rank: its number on this machine.
+        attempt: how often the launcher has restarted the ranks.
     """
 
     rank: int = 0
@@ -60,12 +62,12 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Ranks:
-        """As torchrun, accelerate and the like say in RANK, WORLD_SIZE and LOCAL_RANK; one process where they say nothing.
+        """From RANK, WORLD_SIZE and LOCAL_RANK, as set by torchrun or accelerate; one process if they are not set.
 
-        Without LOCAL_RANK all ranks are taken to be on one machine.
+        Without LOCAL_RANK all ranks are assumed to be on one machine.
 
         Raises:
-            ValueError: a variable is missing beside the others, or is no number in its range; it is named.
+            ValueError: only some variables are set, or one is not a number in its range; the message names it.
         """
         environment = os.environ if environment is None else environment
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
@@ -86,7 +88,7 @@ class Ranks:
         return cls(rank, world, number("LOCAL_RANK", str(rank)), number("TORCHELASTIC_RESTART_COUNT", "0"))
 
     def device(self) -> torch.device:
-        """The GPU with this rank's local number, where torch sees GPUs; else the CPU.
+        """The GPU with this rank's local number; the CPU if torch sees no GPU.
 
         Raises:
             ValueError: there are fewer GPUs than ranks on this machine.
@@ -102,7 +104,7 @@ class Ranks:
 
 
 def shard(items: Sequence[T], rank: int, world: int) -> list[T]:
-    """The items of one rank: every world-th from its own on, so that all ranks together have each item once.
+    """The items of one rank: every world-th, starting at `rank`. Each item belongs to exactly one rank.
 
     Raises:
         ValueError: rank is not in [0, world).
@@ -112,11 +114,11 @@ def shard(items: Sequence[T], rank: int, world: int) -> list[T]:
 
 
 class Heartbeat:
-    """Who is still working and who is gone, through a store (torch.distributed's key-value server); no collective.
+    """Tracks which ranks are alive through a store (torch.distributed's key-value server), without collectives.
 
-    Every rank beats from a thread of its own. A rank that has not beaten for `patience` seconds is gone; one that fails says
-    so. Leaving the `with` block by an error waits for the others, so that a launcher that ends all ranks with the first
-    one does not take their work away.
+    A thread of every rank increments a counter in the store. A rank whose counter stands still for `patience` seconds counts
+    as gone; a failing rank reports its error. An exception in the `with` block waits for the other ranks before it leaves,
+    because launchers kill all ranks when the first one exits.
     """
 
     def __init__(
@@ -128,8 +130,9 @@ class Heartbeat:
     ):
         """
         Args:
-            store: shared by all ranks, kept by rank 0 or by the launcher; None for one process. patience: seconds.
-            stop: asked while another rank is waited for; True ends the waiting.
+            store: shared by all ranks, hosted by rank 0 or the launcher; None for one process.
+            patience: seconds of silence after which a rank counts as gone.
+            stop: called while waiting for another rank; True ends the waiting.
         """
         if not isinstance(patience, (int, float)) or not patience > BEAT_SECONDS:
             raise ValueError(f"patience: expected more than {BEAT_SECONDS} seconds, got {patience!r}")
@@ -158,10 +161,10 @@ class Heartbeat:
         timeout: float = JOIN_SECONDS,
         stop: Callable[[], bool] = lambda: False,
     ) -> Heartbeat:
-        """Meet the other ranks at MASTER_ADDR:MASTER_PORT; the launcher's own store is used where there is one.
+        """Meet the other ranks at MASTER_ADDR:MASTER_PORT; uses the launcher's store if it has one.
 
         Raises:
-            RuntimeError: not all of them came within `timeout` seconds, or before `stop` said to end.
+            RuntimeError: not all ranks met within `timeout` seconds, or before `stop` ended the waiting.
         """
         if ranks.world == 1:
             return cls(ranks, None, patience, stop)
@@ -179,17 +182,17 @@ class Heartbeat:
             raise RuntimeError(
                 f"rank {ranks.rank}: not all {ranks.world} ranks met within {timeout:g} s: {first_line(error)}"
             ) from error
-        # A launcher's store outlives the ranks that it starts anew, with all that the dead ones wrote.
+        # A launcher's store outlives restarts and still has the keys of the dead ranks.
         return cls(ranks, dist.PrefixStore(f"attempt {ranks.attempt}", store), patience, stop)
 
     # ---- while working
 
     def share(self, name: str, make: Callable[[], T]) -> T:
-        """What rank 0's `make` returned, as JSON holds it, on every rank; the others do not call theirs.
+        """Broadcast the result of rank 0's `make` as JSON to all ranks; only rank 0 calls it.
 
         Raises:
-            Whatever `make` raised, on rank 0; ValueError with the same text on the others. RuntimeError: rank 0 is gone, or
-            `stop` said to end.
+            On rank 0 any error of `make`; on the others ValueError with its text.
+            RuntimeError: rank 0 is gone, or `stop` ended the waiting.
         """
         if not self._others:
             return make()
@@ -204,9 +207,9 @@ class Heartbeat:
         while not self._has(f"share/{name}"):
             why = self._why_gone(0)
             if why is not None:
-                raise RuntimeError(f"rank 0 {why}, before it said what to draw")
+                raise RuntimeError(f"rank 0 {why}, before it said what to generate")
             if self.stop():
-                raise RuntimeError(f"rank {self.ranks.rank}: stopped before rank 0 said what to draw")
+                raise RuntimeError(f"rank {self.ranks.rank}: stopped before rank 0 said what to generate")
             time.sleep(0.02)
         answer = json.loads(self.store.get(f"share/{name}"))
         if "error" in answer:
@@ -216,13 +219,13 @@ class Heartbeat:
     # ---- the end
 
     def finish(self, failure: str = "") -> dict[int, str]:
-        """Say that this rank has ended and wait until every other one has, or is gone.
+        """Report that this rank has ended, then wait until every other one has ended or is gone.
 
         Args:
-            failure: what went wrong here; empty: nothing.
+            failure: this rank's error; empty: none.
 
         Returns:
-            rank -> what became of it, of the others that failed or are gone; also in `lost`.
+            rank -> reason, for the other ranks that failed or are gone; also in `lost`.
         """
         if not self._others or self._ended:
             return self.lost
@@ -249,14 +252,14 @@ class Heartbeat:
         return self.lost
 
     def leave(self) -> None:
-        """Stop beating, without waiting for anyone."""
+        """Stop the heartbeat without waiting for other ranks."""
         self._quit.set()
         if self._thread is not None:
             self._thread.join(LEAVE_SECONDS)
 
     @property
     def reporter(self) -> bool:
-        """Whether this is the rank that reports for all: the lowest of those that are not lost."""
+        """Whether this rank reports for all: the lowest that is not lost."""
         return all(rank in self.lost for rank in range(self.ranks.rank))
 
     def __enter__(self) -> Heartbeat:
@@ -269,11 +272,11 @@ class Heartbeat:
             self.finish(first_line(error) or type(error).__name__)
         self.leave()
 
-    # ---- the store, which may vanish with the rank that keeps it
+    # ---- the store, which disappears with the rank that hosts it
 
     def _beat(self) -> None:
         try:
-            # A connection of its own: a call that waits on the other one must not hold the beats up.
+            # A separate connection: calls that block on the other one must not delay the heartbeat.
             store = self.store.clone() if hasattr(self.store, "clone") else self.store
             while not self._quit.is_set():
                 store.add(f"beat/{self.ranks.rank}", 1)
@@ -292,7 +295,7 @@ class Heartbeat:
         return f"is gone: not heard of for {silent:.0f} s" if silent > self.patience else None
 
     def _host_until_others_left(self) -> None:
-        """The store ends with the rank that keeps it, so that one goes last; what it waits for takes no time."""
+        """The store ends with the rank that hosts it, so that rank leaves last."""
         until = time.monotonic() + self.patience
         left = [rank for rank in self._others if self.lost.get(rank, "failed").startswith("failed")]
         while left and time.monotonic() < until and not self.stop() and not self._store_gone:

@@ -47,14 +47,14 @@ def gpu(out: Path, parts: tuple[str, ...], device: str, seconds: float, build: P
 
 
 @main.command(epilog="Example: python -m flashu_ext.bench fidelity --prompts 8 --json fidelity.json")
-@click.option("--prompts", default=8, show_default=True, type=click.IntRange(1), help="Held-out prompts to draw.")
+@click.option("--prompts", default=8, show_default=True, type=click.IntRange(1), help="Held-out prompts to generate.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Seed of the prompts and the noise.")
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(2), help="Grid points.")
 @click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write the numbers here."
 )
 def fidelity(prompts: int, seed: int, steps: int, json_path: Path | None) -> None:
-    """Distance from the embedded model's exact drawings under skipped layers, routed tokens and caches."""
+    """Distance from the embedded model's exact images under skipped layers, routed tokens and caches."""
     from . import fidelity as module
 
     rows = module.measure(prompts, seed, steps)

@@ -48,12 +48,12 @@ class Settings:
 
 
 class Subject(Protocol):
-    """A model that draws and answers, by this library's loops or by upstream's."""
+    """A model that generates and answers, by this library's loops or by upstream's."""
 
     name: str
     model: Any
 
-    def draw(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor: ...
+    def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor: ...
 
     def answer(self, inputs: Inputs, tokens: int) -> Tensor: ...
 
@@ -66,7 +66,7 @@ class OwnSubject:
     def __init__(self, model: nn.Module):
         self.model: Any = model
 
-    def draw(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
+    def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
         from ..models.showo2 import sample
 
         return sample(
@@ -142,7 +142,7 @@ class Report:
 
     @property
     def agrees(self) -> bool:
-        """Every row that promises the baseline's outputs has them."""
+        """Whether every row that promises the baseline's outputs has them."""
         return not any(row.disagrees for row in self.rows)
 
     def disagreement(self) -> str:
@@ -235,7 +235,8 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
     """Measure everything that `settings` asks for.
 
     Args:
-        settings: model, rows, rounds. say: where progress goes; None prints to stderr through tqdm.
+        settings: model, rows, rounds.
+        say: called with progress messages; None: a tqdm bar on stderr.
 
     Raises:
         ValueError, ImportError: the upstream checkout cannot be used.
@@ -286,11 +287,13 @@ def _cases(settings: Settings, shape: Shape, own: OwnSubject, upstream: Subject 
     base: Subject = upstream or own
     cases: list[_Case] = []
 
-    def draw(subject: Subject, preset: str, steps: int, config: FlashUConfig | None, baseline: bool = False) -> None:
+    def generate(
+        subject: Subject, preset: str, steps: int, config: FlashUConfig | None, baseline: bool = False
+    ) -> None:
         row = Row("generation", subject.name, preset, steps, baseline, steps - 1, steps - 1, steps - 1)
 
         def action(short: int | None) -> Tensor:
-            return subject.draw(data, short or steps, GUIDANCE, SHIFT)
+            return subject.generate(data, short or steps, GUIDANCE, SHIFT)
 
         cases.append(_Case(row, subject, config, action))
 
@@ -302,12 +305,12 @@ def _cases(settings: Settings, shape: Shape, own: OwnSubject, upstream: Subject 
 
     subjects: list[Subject] = [own] if upstream is None else [own, upstream]
     if "generation" in settings.tasks:
-        draw(base, "dense", settings.steps, None, baseline=True)
+        generate(base, "dense", settings.steps, None, baseline=True)
         for subject in subjects:
-            draw(subject, "exact", settings.steps, exact)
+            generate(subject, "exact", settings.steps, exact)
         for steps in dict.fromkeys((settings.steps, settings.paper_steps)):
             for subject in subjects if steps == settings.paper_steps else [own]:
-                draw(subject, "paper", steps, paper(steps))
+                generate(subject, "paper", steps, paper(steps))
     if "understanding" in settings.tasks:
         for tokens in settings.tokens:
             answer(base, "dense", tokens, None, baseline=True)

@@ -315,15 +315,15 @@ def _upstream(directory: Path, shape: Shape, model: nn.Module, device: torch.dev
 
 
 class _BatchSubject:
-    """Draws a batch at once; answers a batch together where the model can, one by one as upstream does."""
+    """Generates images as one batch, and answers as one batch or, like upstream, one by one."""
 
     def __init__(self, subject: Subject):
         self.subject, self.model = subject, subject.model
 
-    def draw(self, data: Sequence[Inputs], steps: int) -> Tensor:
+    def generate(self, data: Sequence[Inputs], steps: int) -> Tensor:
         names = ("noise", "text_tokens", "text_tokens_null", "positions", "positions_null")
         together = {name: torch.cat([getattr(each, name) for each in data]) for name in names}
-        return self.subject.draw(dataclasses.replace(data[0], **together), steps, GUIDANCE, SHIFT)
+        return self.subject.generate(dataclasses.replace(data[0], **together), steps, GUIDANCE, SHIFT)
 
     def answer(self, data: Sequence[Inputs], tokens: int) -> Any:
         if not isinstance(self.subject, OwnSubject):
@@ -411,7 +411,7 @@ def _entering(
 
 def _action(subject: _BatchSubject, data: Sequence[Inputs], task: str) -> Callable[[int], Any]:
     if task == "generation":
-        return lambda steps: subject.draw(data, steps)
+        return lambda steps: subject.generate(data, steps)
     return lambda tokens: subject.answer(data, tokens)
 
 
@@ -467,7 +467,7 @@ def _visit(case: _Case, device: torch.device, first: bool, limit: float) -> None
 
 
 def _fits(case: _Case, short: int, seconds: float, device: torch.device, limit: float) -> bool:
-    """Whether the whole is run. A drawing of equal evaluations that is too long gets its extrapolated time here."""
+    """Whether the whole is run. An image of equal evaluations that is too long gets an extrapolated time."""
     row = case.row
     if short == row.size:
         return True

@@ -30,7 +30,8 @@ class Settings:
     """What is measured; see `flashu-ext bench ffn --help`.
 
     Attributes:
-        shape: a name of SHAPES, hidden and intermediate size. keep: share of the neurons. rows: numbers of tokens.
+        shape: a name of SHAPES, hidden and intermediate size. keep: fraction of the neurons.
+        rows: numbers of tokens.
         seconds: time to spend on each number of rows.
     """
 
@@ -88,7 +89,7 @@ def run(settings: Settings) -> Report:
         ValueError: a setting is out of range.
     """
     if not 0 < settings.keep <= 1:
-        raise ValueError(f"keep: expected a share in (0, 1], got {settings.keep}")
+        raise ValueError(f"keep: expected a fraction in (0, 1], got {settings.keep}")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     results = []
@@ -112,7 +113,7 @@ def _variants(settings: Settings, rows: int) -> dict[str, Callable[[], Tensor]]:
     down = randn(hidden, intermediate, scale=intermediate**-0.5)
     kept = int(intermediate * settings.keep)
     index = torch.randperm(intermediate, generator=generator)[:kept].sort().values
-    # Runs of eight neurons, as many as make up the share: what rounding an arbitrary set to small blocks gives.
+    # Runs of eight neurons, as many as make up the fraction: what rounding an arbitrary set to small blocks gives.
     blocks = torch.randperm(intermediate // 8, generator=generator)[: kept // 8].sort().values
     runs = [number for block in blocks.tolist() for number in (8 * block, 8)]
     pruned = gate[:kept].clone(), up[:kept].clone(), down[:, :kept].clone()

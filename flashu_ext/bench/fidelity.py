@@ -1,7 +1,7 @@
-"""How far skipping and caching move the embedded model's drawings, beside the operations they save.
+"""Measures how far skipping and caching change the embedded model's images, and the operations that they save.
 
 Fidelity is the relative L2 distance of the final latents from those of the exact model with the same noise. Operations are
-counted from what was run, for one conditional and one unconditional row; nothing here is a time.
+counted from what ran, for one conditional and one unconditional row; times are not measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Row", "llm_flops", "measure", "table", "to_json", "token_ratio_withi
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. `distance` is a mean over prompts, `worst` their maximum, `right` how many drawings show the prompt."""
+    """One setting. `distance` is a mean over prompts, `worst` the maximum, `right` the number of correct images."""
 
     name: str
     changes: Mapping[str, Any]
@@ -88,19 +88,21 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
 
 
 def token_ratio_within(tokens: int, budget: float, cost: Callable[[float], float]) -> float:
-    """The smallest share of `tokens` to carry for which `cost(share)`, falling with it, is at most `budget`."""
+    """The smallest fraction of `tokens` to skip with `cost(fraction)`, which falls with it, at most `budget`."""
 
-    def share(carried: int) -> float:
-        return (carried + 0.5) / tokens  # between two counts, so that rounding down gives this one
+    def fraction(skipped: int) -> float:
+        return (skipped + 0.5) / tokens  # between two counts, so that rounding down gives this one
 
-    carried = bisect.bisect_left(range(tokens), True, key=lambda n: cost(share(n)) <= budget)
-    if carried == tokens:
-        raise ValueError(f"budget: expected what carrying {tokens - 1} of {tokens} tokens reaches, got {budget:.3g}")
-    return share(carried)
+    skipped = bisect.bisect_left(range(tokens), True, key=lambda n: cost(fraction(n)) <= budget)
+    if skipped == tokens:
+        raise ValueError(
+            f"budget: expected at least the cost of skipping {tokens - 1} of {tokens} tokens, got {budget:.3g}"
+        )
+    return fraction(skipped)
 
 
-class _Drawings:
-    """Held-out prompts of the embedded model with their noise, drawn under one setting after the other."""
+class _Images:
+    """Held-out prompts of the embedded model with their noise, generated under each setting."""
 
     def __init__(self, prompts: int, seed: int, steps: int):
         from ..models.showo2 import Pipeline
@@ -156,12 +158,12 @@ class _Drawings:
 
 
 def measure(prompts: int = 8, seed: int = 0, steps: int = 50) -> list[Row]:
-    """Draw held-out prompts under every setting."""
-    drawings = _Drawings(prompts, seed, steps)
+    """Generate held-out prompts under every setting."""
+    drawings = _Images(prompts, seed, steps)
     return [drawings.row("exact"), *_skipping(drawings), *_caching(drawings)]
 
 
-def _skipping(drawings: _Drawings) -> Iterator[Row]:
+def _skipping(drawings: _Images) -> Iterator[Row]:
     """Whole layers, each followed by routed tokens that cost at most as much.
 
     The tail that a layer measurement runs over is left out of this comparison, which favours the layers: a measurement
@@ -179,11 +181,11 @@ def _skipping(drawings: _Drawings) -> Iterator[Row]:
             yield drawings.row(f"tokens: {said}", token_skip_ratio=ratio, **routed)
 
 
-def _cost_of_ratio(drawings: _Drawings, routed: dict[str, Any], ratio: float) -> float:
+def _cost_of_ratio(drawings: _Images, routed: dict[str, Any], ratio: float) -> float:
     return drawings.cost(token_skip_ratio=ratio, **routed)
 
 
-def _caching(drawings: _Drawings) -> Iterator[Row]:
+def _caching(drawings: _Images) -> Iterator[Row]:
     for interval in (2, 4):
         fixed = {"head_cache_interval": interval}
         yield drawings.row(f"head state, every {interval}", **fixed)

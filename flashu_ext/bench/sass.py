@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels: registers, stack, spills, and the instructions that count.
 
-Reads the built library with cuobjdump (of the CUDA toolkit, or the one that the triton package carries); no GPU is needed.
+Reads the built library with cuobjdump (of the CUDA toolkit, or the one in the triton package); no GPU is needed.
 Fails where a kernel spills or uses a stack, where a Hopper product has no HGMMA or no UTMALDG, or where an Ampere product
 has no HMMA or no LDGSTS.
 """

@@ -137,7 +137,7 @@ def fill(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def fill_on_device(model: nn.Module, seed: int) -> None:
-    """As `fill`, drawn where the weights are and in their dtype: billions of them, so the values depend on the device."""
+    """As `fill`, but sampled on the weights' device and in their dtype, for billions of weights; values depend on the device."""
     generator: torch.Generator | None = None
     for name, parameter in sorted(model.named_parameters()):  # tied weights come once
         if generator is None:

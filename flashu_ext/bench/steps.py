@@ -56,13 +56,13 @@ def launches(name: str) -> dict[str, Any]:
     paper = FlashUConfig.paper(prune_multiple=shape.prune_multiple)
     evaluation: dict[str, dict[str, int]] = {}
     with DispatchCounter() as two, torch.no_grad():
-        _draw(model, data, 3)
+        _generate(model, data, 3)
     with DispatchCounter() as one, torch.no_grad():
-        _draw(model, data, 2)
+        _generate(model, data, 2)
     evaluation["dense"] = {"full": two.counts.launched - one.counts.launched}
     for program, config in (("exact", FlashUConfig.exact(steps=4)), ("paper", paper)):
         with accelerate(model, config, plan if config.needs_plan else None) as handle:
-            _draw(model, data, None)
+            _generate(model, data, None)
             evaluation[program] = dict(handle.summary().launches)
     answer = {"dense": _answer_token(model, data)}
     with accelerate(model, FlashUConfig.exact()):
@@ -70,7 +70,7 @@ def launches(name: str) -> dict[str, Any]:
     return {"evaluation": evaluation, "answer token": answer}
 
 
-def _draw(model: Any, data: Inputs, steps: int | None) -> None:
+def _generate(model: Any, data: Inputs, steps: int | None) -> None:
     tensors = (data.noise, data.text_tokens, data.text_tokens_null, data.positions, data.positions_null)
     sample(model, *tensors, steps=steps, guidance_scale=5.0)
 
@@ -88,7 +88,7 @@ def _answer_token(model: Any, data: Inputs) -> int:
 
 
 def memory(name: str, images: int) -> dict[str, int]:
-    """Bytes by purpose: bf16 weights, and what the step runner keeps to draw `images` at once, guided, at 432 px with paper's
+    """Bytes by purpose: bf16 weights, and the step runner's memory to generate `images` at once, guided, at 432 px with paper's
     settings. Intermediate results of one layer come on top, and the image codec, which is not ours."""
     shape = SHAPES[name]
     config = shape.config

@@ -75,7 +75,7 @@ class Checkout:
 
 
 def build(directory: Path, config: Showo2Config) -> UpstreamSubject:
-    """Upstream's `Showo2Qwen2_5` of a shape, with the random weights that its constructors give it.
+    """Upstream's `Showo2Qwen2_5` of a shape, with its constructors' random weights.
 
     Its constructor reads a language model's config and a SigLIP checkpoint by name, so both are written to a
     temporary folder; it fixes the head's size, so this instance's head is built anew from upstream's classes.
@@ -146,7 +146,7 @@ def _set_head(modules: ModuleType, model: Any, config: Showo2Config) -> None:
 
 
 class UpstreamSubject:
-    """Draws and answers as upstream's own scripts do; its model may be accelerated."""
+    """Generates and answers as upstream's scripts do; its model may be accelerated."""
 
     name = "Show-o2 (upstream)"
 
@@ -154,7 +154,7 @@ class UpstreamSubject:
         self.model: Any = model
         self.checkout = checkout
 
-    def draw(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
+    def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
         """Final latents. Source: upstream inference_t2i.py and the transport settings of its configs."""
         tokens = torch.cat([inputs.text_tokens, inputs.text_tokens_null])
         positions = torch.cat([inputs.positions, inputs.positions_null])

@@ -1,1 +1,1 @@
-"""Which neurons and layers each task needs: scores from real drawings and questions."""
+"""Scores neurons and layers per task on real images and questions."""

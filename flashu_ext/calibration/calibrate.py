@@ -1,7 +1,7 @@
-"""Runs a model on what it really sees, per task, and scores its FFN neurons: the result is a TaskPlan.
+"""Runs a model on calibration samples of each task and scores its FFN neurons: the result is a TaskPlan.
 
-Generation sees latents noised to several times, with their prompts, under guidance; understanding sees images, questions
-and answers. Padding and the tokens behind an image are not counted: nothing that is drawn or answered depends on them.
+Generation runs on latents noised to several times, with their prompts, under guidance; understanding runs on images with
+questions and answers. Padding and tokens after an image are not counted, because no output depends on them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.accelerated import handle_of
+from ..models.autocast import without_autocast
 from ..models.embedding import embed_image, embed_time, with_time_token
 from ..models.masks import additive, omni_allowed
 from ..models.parts import Showo2Parts
@@ -26,7 +27,8 @@ from ..models.showo2 import validate
 from ..models.showo2.understanding import prompt_embeds
 from ..ops import reference
 from ..planning.estimators import DownNorms, check_estimator
-from ..planning.plan import TaskPlan, check_pruning, model_fingerprint
+from ..planning.fingerprint import model_fingerprint
+from ..planning.plan import TaskPlan, check_pruning
 from .state import TaskState, chained_digest, load_states, measured, save_states
 
 __all__ = ["GenerationSample", "Sample", "UnderstandingSample", "calibrate"]
@@ -39,7 +41,8 @@ class GenerationSample:
     """Images with their prompts.
 
     Attributes:
-        latents: clean latents [B, channels, H, W]. text_tokens, text_tokens_null: int64 [B, length].
+        latents: clean latents [B, channels, H, W].
+        text_tokens, text_tokens_null: int64 [B, length].
         modality_positions, modality_positions_null: int64 [B, 1, 2].
     """
 
@@ -55,10 +58,11 @@ class UnderstandingSample:
     """One image with a question and its answer.
 
     Attributes:
-        image_latents: [1, channels, H, W]. tokens_before_image: int64 [1, n].
-        tokens_after_boi: int64 [1, m]: boi, eoi, question, and the answer's tokens.
-        answer_length: how many of them are the answer's. Layer importance is that of the token before the answer, which is
-            the last one that a model has when it is asked.
+        image_latents: [1, channels, H, W].
+        tokens_before_image: int64 [1, n].
+        tokens_after_boi: int64 [1, m]: boi, eoi, question and answer.
+        answer_length: number of answer tokens among them. Layer importance is measured at the token before the answer, the
+            last one of a prompt.
     """
 
     image_latents: Tensor
@@ -88,29 +92,28 @@ def calibrate(
 ) -> TaskPlan:
     """Score the language model's FFN neurons and layers for each task, in one pass over its samples.
 
-    The plan holds every neuron's sums, so `TaskPlan.with_estimator`, `with_ratio` and `with_adaptive_ratios` choose anew
-    without another run.
+    The plan contains the sums of every neuron, so `TaskPlan.with_estimator`, `with_ratio` and `with_adaptive_ratios` need no
+    second run.
 
     Args:
         model: a Show-o2 model that is not accelerated.
-        generation, understanding: samples of each task, read once and one at a time; any iterable. A task that is left out
+        generation, understanding: samples of each task, any iterable, read once and one at a time. A task without samples
             gets no neuron set.
-        tasks: further tasks by name. Their samples are all of one kind; tasks of either kind may be many.
+        tasks: further tasks by name, any number. The samples of one task are all of one type.
         estimator: 'wanda' (the paper's), 'flap' or 'reconstruction', see `estimators.ESTIMATORS`.
         ratio, multiple: pruning of the resulting plan (`TaskPlan.with_ratio` changes them later).
-        times: times t in [0, 1] at which generation is seen; 0 is noise, 1 the image.
-        seed: of the noise, which depends on it, the task's name, the sample's number and the time alone. The result is
-            deterministic.
-        checkpoint: a file that the state is written to every `checkpoint_interval` samples. If it is there at the start, the
-            run goes on from it and ends bit-equal to one that was not interrupted; samples seen already are read again and
-            compared. It is deleted when the run is done.
+        times: times t in [0, 1] at which generation is measured; 0 is noise, 1 the image.
+        seed: of the noise, which depends only on seed, task name, sample number and time. The result is deterministic.
+        checkpoint: file for the state, written every `checkpoint_interval` samples and deleted at the end. If it exists, the
+            run resumes from it, with a result bit-equal to an uninterrupted run; earlier samples are read again and compared.
         progress: show a progress bar.
 
     Raises:
         ValueError: no samples, a time outside [0, 1], an unknown estimator, a sample of wrong shapes, an activation that is not
-            finite, or a checkpoint of other settings, another model or other samples. TypeError: a sample of another type.
+            finite, or a checkpoint of other settings, another model or other samples.
+        TypeError: a sample of another type.
         RuntimeError: the model is accelerated.
-    Source: paper section 3.2; its reference code has the same Wanda score, but sees one prompt with placeholder image
+    Source: paper section 3.2; its reference code computes the same Wanda score on one prompt with placeholder image
     embeddings.
     """
     parts = Showo2Parts.from_model(model)
@@ -130,10 +133,10 @@ def calibrate(
     )
     sizes = [len(samples) if isinstance(samples, Sized) else None for samples in given.values()]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    with torch.no_grad(), _bar(total, progress) as bar:
+    with torch.no_grad(), without_autocast(parts.device), _bar(total, progress) as bar:
         for task, samples in given.items():
             bar.set_postfix_str(task)
-            run.see(task, samples, bar)
+            run.accumulate(task, samples, bar)
     states = {task: run.states[task] for task in given}
     calibration = measured(states, run.observer.down, times)
     notes = {"samples": {task: state.samples for task, state in states.items()}, "seed": seed}
@@ -145,7 +148,7 @@ def calibrate(
 
 
 def _given(generation: Any, understanding: Any, tasks: Any) -> dict[str, Iterable[Sample]]:
-    """The tasks that may have samples, by name."""
+    """The given tasks by name, without empty ones."""
     given = {"generation": generation, "understanding": understanding}
     named = {task: s for task, s in given.items() if not (isinstance(s, Sized) and len(s) == 0)}
     for task, samples in (tasks or {}).items():
@@ -163,7 +166,7 @@ def _given(generation: Any, understanding: Any, tasks: Any) -> dict[str, Iterabl
 
 
 class _Run:
-    """One calibration: the states of its tasks, and when they are written."""
+    """One calibration run: the states of its tasks and their checkpoint."""
 
     def __init__(
         self,
@@ -178,7 +181,7 @@ class _Run:
         self.observer = _Observer(parts)
         self.states: dict[str, TaskState] = {}
         layers, intermediate = self.observer.down.absolute.shape
-        # What the sums depend on; ratio, multiple and estimator are chosen afterwards.
+        # All that the sums depend on. Ratio, multiple and estimator are applied afterwards.
         self.settings = {
             "tasks": tasks,
             "times": list(times),
@@ -195,8 +198,8 @@ class _Run:
                 self.states = load_states(checkpoint, self.settings, parts.device)
         self.unsaved = 0
 
-    def see(self, task: str, samples: Iterable[Sample], bar: Any) -> None:
-        """Read a task's samples, add up what was not seen before."""
+    def accumulate(self, task: str, samples: Iterable[Sample], bar: Any) -> None:
+        """Read a task's samples and accumulate those not in the checkpoint."""
         before = self.states.get(task)
         seen, digest, index = (before.samples if before else 0), "", -1
         for index, sample in enumerate(samples):
@@ -244,9 +247,9 @@ class _Run:
             with self.observer.watching(state):
                 if isinstance(sample, GenerationSample):
                     for row, t in enumerate(self.times):
-                        _see_generation(self.observer, sample, t, row, self._noise(task, index, t, sample.latents))
+                        _run_generation(self.observer, sample, t, row, self._noise(task, index, t, sample.latents))
                 else:
-                    _see_understanding(self.observer, sample)
+                    _run_understanding(self.observer, sample)
         except (TypeError, ValueError, IndexError) as error:
             kind_of_error = next(base for base in (TypeError, ValueError, IndexError) if isinstance(error, base))
             raise kind_of_error(f"{task}[{index}]: {error}") from error
@@ -257,14 +260,14 @@ class _Run:
             self.unsaved = 0
 
     def _noise(self, task: str, index: int, t: float, like: Tensor) -> Tensor:
-        """Noise of a sample at a time. No running generator: a run that goes on in the middle draws the same."""
+        """Noise of a sample at a time, from its own seed: a resumed run samples the same noise."""
         digest = hashlib.sha256(f"{self.seed}/{task}/{index}/{float(t)!r}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randn(like.shape, generator=generator).to(like)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
 
 
 class _Observer:
-    """Adds what runs through a model's layers to a task's state."""
+    """Accumulates activations of a model's layers in a task's state, by hooks."""
 
     def __init__(self, parts: Showo2Parts):
         self.parts = parts
@@ -281,20 +284,22 @@ class _Observer:
         """One pass of the language model.
 
         Args:
-            embeds: [rows, length, hidden]. allowed: bool [rows, length, length].
+            embeds: [rows, length, hidden].
+            allowed: bool [rows, length, length], the attention mask.
             counted: bool [rows, length], tokens that count; None: all.
-            row: of the state's importance. last: the position whose importance is kept; None: the mean over counted tokens.
+            row: of the state's importance.
+            last: position whose importance is recorded; None: the mean over counted tokens.
         """
-        assert self._state is not None, "a state is being watched for"
+        assert self._state is not None, "run is called inside `watching`"
         self._counted, self._row, self._last = counted, row, last
         self._state.tokens += int(counted.sum()) if counted is not None else embeds.shape[0] * embeds.shape[1]
         mask = additive(allowed, embeds.dtype)
-        # Without lm_head and diffusion head, which no neuron of the language model depends on.
+        # Without lm_head and diffusion head, which do not affect the language model's activations.
         self.parts.model.showo.model(inputs_embeds=embeds, attention_mask=mask[:, None], use_cache=False)
 
     @contextmanager
     def watching(self, state: TaskState) -> Iterator[None]:
-        """Add every `run` within the block to `state`."""
+        """A context in which every `run` is accumulated in `state`."""
         hooks = [self.parts.final_norm.register_forward_hook(self._after_norm)]
         self._state = state
         try:
@@ -312,7 +317,7 @@ class _Observer:
             assert self._state is not None
             hidden = inputs[0]
             rows = hidden[self._counted] if self._counted is not None else hidden.flatten(0, 1)
-            # The kernel sums squares; the plain sum, which only the variance needs, is torch's, over the same rows.
+            # The kernel sums squares; the plain sum, needed only for the variance, is torch's, over the same rows.
             self._norms(self._state.squares[index], rows)
             self._state.total[index] += rows.sum(0, dtype=torch.float64)
 
@@ -347,8 +352,8 @@ def _supported(kernel: Any, fallback: Any, parts: Showo2Parts) -> Any:
     return kernel if kernel.is_supported(parts.device, parts.dtype) else fallback
 
 
-def _see_generation(observer: _Observer, sample: GenerationSample, t: float, row: int, noise: Tensor) -> None:
-    """One evaluation of noised latents under guidance, both halves counted up to the end of their spans."""
+def _run_generation(observer: _Observer, sample: GenerationSample, t: float, row: int, noise: Tensor) -> None:
+    """One evaluation of noised latents under guidance; both branches count up to the end of their spans."""
     parts = observer.parts
     tokens = torch.cat([sample.text_tokens, sample.text_tokens_null])
     positions = torch.cat([sample.modality_positions, sample.modality_positions_null])
@@ -356,7 +361,7 @@ def _see_generation(observer: _Observer, sample: GenerationSample, t: float, row
     time = torch.full((tokens.shape[0],), t, dtype=torch.float32, device=tokens.device)
     validate.check_t2i_inputs(parts.model, latents.repeat(2, 1, 1, 1), time, tokens, positions, True)
     span = with_time_token(parts, embed_image(parts, latents).repeat(2, 1, 1), embed_time(parts, time)[1])
-    # Nothing looks at what is behind the longest row's span, so it is not computed.
+    # No counted token attends past the longest row's span, so the rest is not computed.
     end = positions[:, 0].sum(dim=-1)
     length = int(end.max())
     embeds = parts.embed_tokens(tokens[:, :length])
@@ -366,7 +371,7 @@ def _see_generation(observer: _Observer, sample: GenerationSample, t: float, row
     observer.run(embeds, omni_allowed(positions, length), counted, row, None)
 
 
-def _see_understanding(observer: _Observer, sample: UnderstandingSample) -> None:
+def _run_understanding(observer: _Observer, sample: UnderstandingSample) -> None:
     """One prefill of image, question and answer."""
     parts, after, answer = observer.parts, sample.tokens_after_boi, sample.answer_length
     validate.check_answer_inputs(parts.model, sample.image_latents, sample.tokens_before_image, after, 0)

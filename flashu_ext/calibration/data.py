@@ -1,11 +1,11 @@
-"""Reads a folder of images with prompts, questions and answers as samples for `calibrate`.
+"""Reads calibration samples from a folder of images with prompts, questions and answers.
 
-A folder holds one file of JSON lines per task, named after it: `generation.jsonl`, `understanding.jsonl`, any other name:
+A folder has one file of JSON lines per task, named after it: `generation.jsonl`, `understanding.jsonl`, any other name:
 
-    {"image": "cat.png", "prompt": "a cat on a chair"}                              a task that draws
-    {"image": "cat.png", "question": "What is on the chair?", "answer": "A cat."}   a task that answers
+    {"image": "cat.png", "prompt": "a cat on a chair"}                              a generation task
+    {"image": "cat.png", "question": "What is on the chair?", "answer": "A cat."}   an understanding task
 
-All lines are checked before anything runs; images are opened one at a time, when their turn comes.
+All lines are checked before anything runs; images are opened one at a time, when needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .calibrate import GenerationSample, Sample, UnderstandingSample
 if TYPE_CHECKING:
     from ..models.showo2.pipeline import Pipeline
 
-__all__ = ["Samples", "drawing_sample", "folder_samples", "question_sample", "read_folder"]
+__all__ = ["Samples", "image_sample", "folder_samples", "question_sample", "read_folder"]
 
 _DRAWING = frozenset({"image", "prompt"})
 _QUESTION = frozenset({"image", "question", "answer"})
@@ -34,7 +34,7 @@ _FIXED = {"generation": _DRAWING, "understanding": _QUESTION}
 
 @dataclass(frozen=True)
 class Samples:
-    """A task's samples, made when they are read; `len()` is known before."""
+    """A task's samples, made lazily, with `len()`."""
 
     records: tuple[Any, ...]
     make: Callable[[Any], Sample]
@@ -46,14 +46,14 @@ class Samples:
         return map(self.make, self.records)
 
 
-def drawing_sample(pipe: Pipeline, image: Any, prompt: str) -> GenerationSample:
+def image_sample(pipe: Pipeline, image: Any, prompt: str) -> GenerationSample:
     """A PIL image with its prompt, in the pipeline's layout."""
     rows = pipe.layout.generation([prompt], pipe.model.image_position_ids.device)
     return GenerationSample(latents=pipe.encode(image), **vars(rows))
 
 
 def question_sample(pipe: Pipeline, image: Any, question: str, answer: str) -> UnderstandingSample:
-    """A PIL image with a question and its answer. The token that ends an answer is never read by a model, so it is left out."""
+    """A PIL image with a question and its answer. The end token, which a model never reads, is omitted."""
     latents = pipe.encode(image)
     before, after = pipe.layout.question(question, latents.device)
     tokens = torch.tensor([pipe.layout.encode(answer)], dtype=torch.int64, device=latents.device)
@@ -64,7 +64,8 @@ def folder_samples(pipe: Pipeline, directory: str | os.PathLike[str], limit: int
     """task -> samples of a folder, for `calibrate(model, tasks=...)`; `generation` and `understanding` come first.
 
     Args:
-        pipe: whose prompt layout and image codec are used. limit: at most so many samples of each task, the first ones.
+        pipe: its prompt layout and image codec are used.
+        limit: maximum samples per task, the first ones.
 
     Raises:
         FileNotFoundError, ValueError: as `read_folder`.
@@ -76,7 +77,7 @@ def folder_samples(pipe: Pipeline, directory: str | os.PathLike[str], limit: int
         try:
             image = read_image(directory / record["image"])
             if "prompt" in record:
-                return drawing_sample(pipe, image, record["prompt"])
+                return image_sample(pipe, image, record["prompt"])
             return question_sample(pipe, image, record["question"], record["answer"])
         except (ValueError, OSError) as error:
             raise refusal(where, error) from error
@@ -90,7 +91,8 @@ def read_folder(
     """task -> checked lines of a folder's files, each with file and line in words, without opening an image.
 
     Raises:
-        FileNotFoundError: no folder, no `.jsonl` file, or an image is missing. ValueError: a line is malformed.
+        FileNotFoundError: no folder, no `.jsonl` file, or an image is missing.
+        ValueError: a line is malformed.
         Errors in a line name file and line.
     """
     directory = Path(directory)
@@ -117,7 +119,7 @@ def _read_file(directory: Path, path: Path, task: str, limit: int | None) -> lis
             raise refusal(where, f"expected an object with {shapes}, got {shown(line.strip())}")
         keys = frozenset(record)
         for name, value in record.items():
-            # An empty prompt is one that a model may be given; nothing else is of use when it is empty.
+            # An empty prompt is valid; other fields must not be empty.
             if not isinstance(value, str) or (not value.strip() and name != "prompt"):
                 raise refusal(where, f"{name}: expected a non-empty string, got {shown(value)}")
         image = PurePosixPath(record["image"])

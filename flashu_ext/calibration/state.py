@@ -1,7 +1,7 @@
-"""Each task's running sums and how far its data was read, in memory and in a checkpoint file.
+"""The running sums of each task and the samples read so far, in memory and in a checkpoint file.
 
-Sums are fp64 and written exactly, so a run that goes on from its checkpoint ends with the bits of one that was not
-interrupted. A file is refused by a run of other settings, another model or other data.
+Sums are fp64 and stored exactly, so a resumed run is bit-equal to an uninterrupted one. A checkpoint of other settings,
+another model or other data is rejected.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ class TaskState:
     """One task's sums so far.
 
     Attributes:
-        kind: of its samples: 'generation' draws, 'understanding' answers.
+        kind: of its samples, 'generation' or 'understanding'.
         total, squares: fp64 [layers, intermediate], see `NeuronSums`.
-        importance: fp64 [rows, layers], sums over samples. mean_importance: fp64 [layers], only filled by answers.
-        samples, tokens: seen so far. digest: chained over the samples, empty without a checkpoint.
+        importance: fp64 [rows, layers], sums over samples.
+        mean_importance: fp64 [layers], nonzero only for understanding.
+        samples, tokens: counts so far.
+        digest: chained over the samples, empty without a checkpoint.
     """
 
     kind: str
@@ -63,7 +65,7 @@ class TaskState:
 
 
 def measured(states: Mapping[str, TaskState], down: DownNorms, times: Sequence[float]) -> Calibration:
-    """What finished states add up to. Raises ValueError naming task, layer and neuron where the model gave NaN or infinity."""
+    """The calibration from finished states. Raises ValueError with task, layer and neuron of any NaN or infinity."""
     sums, importance, means = {}, {}, {}
     for task, state in states.items():
         try:
@@ -78,7 +80,7 @@ def measured(states: Mapping[str, TaskState], down: DownNorms, times: Sequence[f
 
 
 def chained_digest(previous: str, sample: Any) -> str:
-    """SHA-256 of everything in a sample (a dataclass of tensors and numbers) behind the digest of the samples before it."""
+    """SHA-256 of the earlier samples' digest and a sample (a dataclass of tensors and numbers)."""
     digest = hashlib.sha256(previous.encode())
     for field in dataclasses.fields(sample):
         value = getattr(sample, field.name)
@@ -94,7 +96,7 @@ def chained_digest(previous: str, sample: Any) -> str:
 
 
 def save_states(path: str | os.PathLike[str], settings: Mapping[str, Any], states: Mapping[str, TaskState]) -> None:
-    """Write a checkpoint atomically. `settings`: what the sums depend on, as JSON."""
+    """Write a checkpoint atomically. settings: all that the sums depend on, as JSON values."""
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -114,7 +116,7 @@ def load_states(
     """Read a checkpoint of a run with the same settings.
 
     Raises:
-        ValueError: not a checkpoint, damaged, or of a run with other settings or another model; the difference is named.
+        ValueError: not a checkpoint, damaged, or of other settings or another model; the message names the difference.
     """
     tensors, metadata = load_safetensors(path)
     if set(metadata) != {"calibration"}:

@@ -1,4 +1,4 @@
-"""`flashu-ext bench`: one op, or whole images and answers. Imports click only, until a command runs."""
+"""The commands `flashu-ext bench ffn` and `bench e2e`. Imports only click until one runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["bench"]
 
 @click.group(cls=Group)
 def bench() -> None:
-    """Measure: one op (ffn) or whole images and answers (e2e)."""
+    """Benchmark one op (ffn) or whole images and answers (e2e)."""
 
 
 @bench.command(
@@ -31,7 +31,7 @@ def bench() -> None:
     default="1.5b",
     show_default=True,
     type=click.Choice(("1.5b", "7b", "bench", "head")),
-    help="Whose FFN: Show-o2 1.5B or 7B, the bench model, the diffusion head.",
+    help="The FFN of Show-o2 1.5B or 7B, the bench model, the diffusion head.",
 )
 @click.option(
     "--dtype", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16")), help="Storage."
@@ -45,7 +45,11 @@ def bench() -> None:
     help="Tokens (may be repeated).",
 )
 @click.option(
-    "--keep", default=0.8, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="Share of neurons kept."
+    "--keep",
+    default=0.8,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Fraction of neurons kept.",
 )
 @click.option(
     "--seconds", default=4.0, show_default=True, type=click.FloatRange(0), help="Time spent on each number of tokens."
@@ -74,7 +78,7 @@ def ffn(
     explain: str | None,
     json_file: Path | None,
 ) -> None:
-    """Time the gathered FFN beside torch dense, a pruned copy, and gather-then-GEMM."""
+    """Compare the gathered FFN with torch dense, a pruned copy, and gather-then-GEMM."""
     from ..bench import ffn as module
 
     settings = module.Settings(shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads)

@@ -1,6 +1,4 @@
-"""`flashu-ext generate`: one image, or a list of them on one process or several. Imports click only,
-until it runs.
-"""
+"""The command `flashu-ext generate`: one image, or a list on one rank or several. Imports only click until it runs."""
 
 from __future__ import annotations
 
@@ -46,17 +44,17 @@ SHOWN_MISSING = 5
 @click.option(
     "--prompts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File with a prompt on each line (# begins a comment), or .jsonl with prompt and perhaps seed, name on each.",
+    help="File with one prompt per line (# begins a comment), or .jsonl with prompt and optionally seed, name.",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the images of --prompts.")
-@click.option("--batch", type=click.IntRange(1), help="Images drawn together, for --prompts.  [default: 1]")
-@click.option("--overwrite", is_flag=True, help="Discard what an earlier run left in --out, and draw all of it.")
+@click.option("--batch", type=click.IntRange(1), help="Images generated together, for --prompts.  [default: 1]")
+@click.option("--overwrite", is_flag=True, help="Delete what an earlier run left in --out and generate all images.")
 @click.option(
     "--parallel",
     default="data",
     show_default=True,
     type=click.Choice(("data", "guidance")),
-    help="What ranks of torchrun share: the list, or, being two, the two branches of guidance.",
+    help="How torchrun ranks split the work: the list, or (two ranks) the branches of guidance.",
 )
 @click.option(
     "--patience",
@@ -69,7 +67,7 @@ SHOWN_MISSING = 5
 @click.option(
     "--steps",
     type=click.IntRange(2),
-    help="Grid points of the sampler (default: the preset's; 50 where it names none).",
+    help="Grid points of the sampler (default: the preset's; 50 if it has none).",
 )
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale (default: the model's).")
 def generate(
@@ -83,11 +81,11 @@ def generate(
     patience: float,
     **settings: Any,
 ) -> None:
-    """Draw PROMPT, or the list in --prompts.
+    """Generate PROMPT, or the list in --prompts.
 
-    Image i of a list has the seed S + i. A list can be gone on with: the same command draws what its folder misses, and other
-    settings in the same folder are an error. Under torchrun the ranks share the list; a rank that dies costs the images that
-    it had not finished, which the same command then draws.
+    Image i of a list has the seed S + i. Interrupted runs can be resumed: the same command generates the missing images; other
+    settings in the same folder are an error. Under torchrun the ranks split the list. If a rank dies, its unfinished images are
+    missing, and the same command generates them.
     """
     if (prompt is None) == (prompts is None):
         raise click.UsageError("PROMPT, --prompts: expected one of them")
@@ -97,7 +95,7 @@ def generate(
                 raise click.UsageError(f"{name}: expected --prompts with it, got PROMPT (see -o)")
     elif output is not None or out is None:
         raise click.UsageError("--out: expected a folder with --prompts" + (", got -o" if output is not None else ""))
-    # What torch logs of a connection to a rank that died is a page of C++ frames; the rank is reported in one line below.
+    # When a rank dies, torch logs a page of C++ frames; the rank is reported in one line below instead.
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..batch import Ranks
@@ -116,33 +114,33 @@ def generate(
         )
     apart = parallel == "guidance"
     if prompt is not None:
-        _draw_one(prompt, output or Path("out.png"), ranks, apart, patience, **settings)
+        _generate_one(prompt, output or Path("out.png"), ranks, apart, patience, **settings)
     else:
         assert prompts is not None and out is not None, "checked above"
-        _draw_list(prompts, out, ranks, apart, patience, batch or 1, overwrite, **settings)
+        _generate_list(prompts, out, ranks, apart, patience, batch or 1, overwrite, **settings)
 
 
 @contextlib.contextmanager
 def _opened(
     heartbeat: Heartbeat, apart: bool, settings: dict[str, Any], device: Any
 ) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
-    """Pipeline, handle, and what `generate_batch` is told besides prompts and seeds."""
+    """Pipeline, handle, and the arguments of `generate_batch` besides prompts and seeds."""
     from ..batch import guidance_group, sample_guided
 
     steps = settings["steps"]
     names = ("model", "preset", "plan_file", "verbose", "tuned")
     with contextlib.ExitStack() as stack:
-        drawing: dict[str, Any] = {"steps": steps, "guidance_scale": settings["guidance"], "sampler": None}
+        sampling: dict[str, Any] = {"steps": steps, "guidance_scale": settings["guidance"], "sampler": None}
         if apart:
             group = stack.enter_context(guidance_group(heartbeat, device))
-            drawing["sampler"] = functools.partial(sample_guided, group=group)
+            sampling["sampler"] = functools.partial(sample_guided, group=group)
         pipe, handle = stack.enter_context(
             open_pipeline(**{name: settings[name] for name in names}, device=device, steps=steps if apart else None)
         )
-        yield pipe, handle, drawing
+        yield pipe, handle, sampling
 
 
-def _draw_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience: float, **settings: Any) -> None:
+def _generate_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience: float, **settings: Any) -> None:
     if not output.resolve().parent.is_dir():
         raise click.UsageError(f"--output: expected a file in an existing folder, got {str(output)!r}")
     from PIL import Image
@@ -155,10 +153,10 @@ def _draw_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience: fl
     device = ranks.device() if apart else "cpu"
     with (
         Heartbeat.join(ranks, patience) as heartbeat,
-        _opened(heartbeat, apart, settings, device) as (pipe, _, drawing),
+        _opened(heartbeat, apart, settings, device) as (pipe, _, sampling),
     ):
         start = time.perf_counter()
-        image = pipe.generate_batch([prompt], [settings["seed"]], **drawing)[0]
+        image = pipe.generate_batch([prompt], [settings["seed"]], **sampling)[0]
         seconds = time.perf_counter() - start
         if ranks.rank == 0:
             with atomic_path(output) as temporary:
@@ -167,7 +165,7 @@ def _draw_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience: fl
             click.echo(f"{output}: {image.width} x {image.height}, {seconds:.2f} s ({name})")
 
 
-def _draw_list(
+def _generate_list(
     prompts: Path, out: Path, ranks: Ranks, apart: bool, patience: float, batch: int, overwrite: bool, **settings: Any
 ) -> None:
     from ..batch import Heartbeat, shard
@@ -183,18 +181,18 @@ def _draw_list(
             FolderLock(out) as lock,
             Heartbeat.join(ranks, patience, stop=stop) as heartbeat,
         ):
-            with _opened(heartbeat, apart, settings, ranks.device()) as (pipe, handle, drawing):
+            with _opened(heartbeat, apart, settings, ranks.device()) as (pipe, handle, sampling):
                 record = folder.settings_record(
                     pipe,
                     handle and handle.config,
                     handle and handle.plan,
                     preset="tuned" if settings["tuned"] else settings["preset"],
-                    steps=drawing["steps"],
-                    guidance_scale=drawing["guidance_scale"],
+                    steps=sampling["steps"],
+                    guidance_scale=sampling["guidance_scale"],
                     batch=batch,
                     branches_apart=apart,
                 )
-                # A launcher that starts the ranks anew after a death goes on with what the first attempt drew.
+                # When a launcher restarts the ranks, they resume from the images of the first attempt.
                 discard = overwrite and ranks.attempt == 0
                 run, todo = heartbeat.share("todo", functools.partial(_begin, lock, out, record, jobs, discard))
                 lock.join(run)
@@ -203,7 +201,9 @@ def _draw_list(
                 keeps = not apart or ranks.rank == 0
                 bar = None if ranks.rank == 0 else False
                 try:
-                    folder.draw(pipe, jobs, mine, out, batch=batch, write=keeps, stop=stop, progress=bar, **drawing)
+                    folder.generate(
+                        pipe, jobs, mine, out, batch=batch, write=keeps, stop=stop, progress=bar, **sampling
+                    )
                 except EXPECTED_ERRORS as error:
                     absent = [jobs[index].name for index in folder.missing(out, jobs)]
                     raise RuntimeError(f"{error}; {out}: {_missing(absent, len(jobs))}") from error
@@ -211,7 +211,7 @@ def _draw_list(
     except KeyboardInterrupt:
         left = len(folder.missing(out, jobs))
         click.echo(
-            f"{out}: {len(jobs) - left} of {len(jobs)} images are there; the same command draws the rest", err=True
+            f"{out}: {len(jobs) - left} of {len(jobs)} images are there; the same command generates the rest", err=True
         )
         raise
     absent = [jobs[index].name for index in folder.missing(out, jobs)]
@@ -219,12 +219,12 @@ def _draw_list(
     if stop():
         reasons.insert(0, f"rank {ranks.rank} was stopped by SIGTERM")
     if (absent or reasons) and not heartbeat.reporter and not stop():
-        raise click.exceptions.Exit(1)  # another rank says why
+        raise click.exceptions.Exit(1)  # another rank reports the reason
     if absent or reasons:
         raise click.ClickException("; ".join([*reasons, f"{out}: {_missing(absent, len(jobs))}"]))
     if heartbeat.reporter:
         seconds, name = time.perf_counter() - start, settings["tuned"] or settings["preset"]
-        click.echo(f"{out}: {len(jobs)} images, {len(todo)} of them drawn now, {seconds:.2f} s ({name})")
+        click.echo(f"{out}: {len(jobs)} images, {len(todo)} of them generated now, {seconds:.2f} s ({name})")
 
 
 def _begin(
@@ -244,12 +244,12 @@ def _missing(names: list[str], total: int) -> str:
         return "no image is missing"
     shown, more = ", ".join(names[:SHOWN_MISSING]), len(names) - SHOWN_MISSING
     some = f"{shown} and {more} more" if more > 0 else shown
-    return f"{len(names)} of {total} images are missing ({some}); the same command draws them"
+    return f"{len(names)} of {total} images are missing ({some}); the same command generates them"
 
 
 @contextlib.contextmanager
 def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """SIGTERM, with which schedulers and torchrun end a rank, lets the batch in progress finish; a second one ends at once."""
+    """On SIGTERM, sent by schedulers and torchrun, finish the current batch; a second one exits at once."""
     asked = False
 
     def handler(number: int, _: Any) -> None:
@@ -259,7 +259,7 @@ def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
 
     try:
         before = signal.signal(signal.SIGTERM, handler)
-    except ValueError:  # not the main thread, which alone may set handlers
+    except ValueError:  # handlers can only be set in the main thread
         yield lambda: False
         return
     try:

@@ -1,4 +1,4 @@
-"""What this build has, what this machine has, and why anything is missing. Works with nothing built."""
+"""The command `flashu-ext info`: facts about build and machine, with reasons for what is missing. Works without a build."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OPTIONAL = {
 
 
 def collect() -> dict[str, Any]:
-    """Facts by section (package, ops, core, machine, optional); each missing thing has a sentence that says why."""
+    """Facts by section (package, ops, core, machine, optional); for missing ones the reason."""
     return {
         "package": {
             "version": _version("flashu_ext"),

@@ -1,7 +1,7 @@
-"""Parses arguments and prints; each command imports what does its work when it runs.
+"""The command group `flashu-ext`: parses arguments, calls the library, prints results.
 
-Importing this file needs click only, so `--help`, `schedule` and `info` work in a build without kernels.
-Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
+Commands import their code when they run. Importing this file needs only click, so `--help`, `schedule` and `info` work in a
+build without kernels. Exit codes: 0 done, 1 failed (one line on stderr says why), 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ ESTIMATORS = ("wanda", "flap", "reconstruction")
 @click.version_option(__version__, prog_name="flashu-ext")
 @click.option("--traceback", is_flag=True, help="On failure show the Python traceback instead of one line.")
 def cli(traceback: bool) -> None:
-    """Draw and answer with Show-o2, dense or accelerated, without training."""
+    """Generate images and answer questions with Show-o2, dense or accelerated, without training."""
 
 
-# ---- the main job
+# ---- generate, answer, calibrate
 
 
 @cli.command(epilog=example("flashu-ext demo --out flashu_demo"))
@@ -49,7 +49,7 @@ def cli(traceback: bool) -> None:
     default=48,
     show_default=True,
     type=click.IntRange(2),
-    help="Held-out prompts drawn per preset for the fidelity figures.",
+    help="Held-out prompts generated per preset for the fidelity figures.",
 )
 @click.option(
     "--questions",
@@ -66,7 +66,7 @@ def cli(traceback: bool) -> None:
     help="Timed single images and answers per preset.",
 )
 def demo(out: Path, seed: int, images: int, questions: int, repeats: int) -> None:
-    """Draw and answer with the embedded model: dense, exact and paper, compared in a report."""
+    """Generate and answer with the embedded model: dense, exact and paper, compared in a report."""
     from ..report import demo as report_demo
     from ..report.render import write_report
 
@@ -91,14 +91,16 @@ def demo(out: Path, seed: int, images: int, questions: int, repeats: int) -> Non
     default=0.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="0: the most likely token; above: one is drawn.",
+    help="0: the most likely token; above: sample one.",
 )
-@click.option("--top-k", type=click.IntRange(1), help="Draw among the k most likely tokens.")
+@click.option("--top-k", type=click.IntRange(1), help="Sample from the k most likely tokens.")
 @click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw among the likely tokens that make up this much."
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the likeliest tokens with this total probability.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the draws.")
-@click.option("--stream", is_flag=True, help="Print the answer as it comes.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the sampling.")
+@click.option("--stream", is_flag=True, help="Print the answer while it is generated.")
 def answer(
     image: Path,
     question: str,
@@ -139,7 +141,7 @@ def answer(
 @click.option(
     "--data",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with the samples; nano draws its own where none is given.",
+    help="Folder with the samples (default for nano: generated ones).",
 )
 @click.option(
     "--out",
@@ -153,16 +155,16 @@ def answer(
     default="wanda",
     show_default=True,
     type=click.Choice(ESTIMATORS),
-    help="How neurons are scored: the paper's score, variance of a neuron, or the error of leaving it out.",
+    help="Score of a neuron: the paper's, its variance, or the error when it is pruned.",
 )
 @click.option(
     "--ratio",
     default=0.2,
     show_default=True,
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of neurons to prune.",
+    help="Fraction of neurons to prune.",
 )
-@click.option("--adaptive", is_flag=True, help="Share the kept neurons out over the layers by their scores.")
+@click.option("--adaptive", is_flag=True, help="Distribute the kept neurons over the layers by their scores.")
 @click.option(
     "--multiple", type=click.IntRange(1), help="Kept neurons are a multiple of this (default: 64, for nano 16)."
 )
@@ -170,17 +172,15 @@ def answer(
     "--times",
     multiple=True,
     type=click.FloatRange(0, 1),
-    help="Time at which drawing is seen: 0 noise, 1 image (may be repeated; default: five from 0.05 to 0.95).",
+    help="Time at which generation is measured: 0 noise, 1 image (may be repeated; default: five from 0.05 to 0.95).",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the noise.")
 @click.option(
     "--checkpoint",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="File to go on from after an interruption; deleted when done.",
+    help="File to resume from after an interruption; deleted when done.",
 )
-@click.option(
-    "--limit", type=click.IntRange(1), help="At most so many samples of each task (default: all, for nano 40)."
-)
+@click.option("--limit", type=click.IntRange(1), help="At most this many samples per task (default: all, for nano 40).")
 def calibrate(
     model: str,
     data: Path | None,
@@ -194,7 +194,7 @@ def calibrate(
     checkpoint: Path | None,
     limit: int | None,
 ) -> None:
-    """Find out which neurons and layers of MODEL ('nano' or a checkpoint folder) each task needs.
+    """Score the neurons and layers of MODEL ('nano' or a checkpoint folder) for each task.
 
     DATA holds images and one file of JSON lines per task: generation.jsonl with {"image": "cat.png", "prompt": "a cat"},
     understanding.jsonl with {"image": "cat.png", "question": "what is it?", "answer": "a cat"}, and any other name with
@@ -204,7 +204,7 @@ def calibrate(
         if path is not None and not path.resolve().parent.is_dir():
             raise click.UsageError(f"{name}: expected a file in an existing folder, got {str(path)!r}")
     if data is None and model != "nano":
-        raise click.UsageError("--data: expected a folder with samples; only nano draws its own")
+        raise click.UsageError("--data: expected a folder with samples; only nano generates its own")
     from ..calibration.calibrate import DEFAULT_TIMES
     from ..calibration.calibrate import calibrate as run
     from ..calibration.data import folder_samples
@@ -233,7 +233,7 @@ def calibrate(
     click.echo(f"{out}\n{plan.describe()}")
 
 
-# ---- looking inside
+# ---- schedule, info
 
 
 @cli.command(epilog=example("flashu-ext schedule --preset paper --steps 35"))
@@ -250,9 +250,9 @@ def calibrate(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A FlashUConfig as JSON, instead of a preset.",
 )
-@click.option("--steps", type=click.IntRange(2), help="Grid points (default: the preset's; 50 where it names none).")
+@click.option("--steps", type=click.IntRange(2), help="Grid points (default: the preset's; 50 if it has none).")
 @click.option(
-    "--layers", type=click.IntRange(1), help="LLM layers, to know whether the skip ratio rounds down to none."
+    "--layers", type=click.IntRange(1), help="LLM layers; needed to see whether the skip ratio rounds down to none."
 )
 @click.option(
     "--guidance",
@@ -270,7 +270,7 @@ def schedule(
     guidance: float,
     as_json: bool,
 ) -> None:
-    """Print what every evaluation of an image computes, with dead work removed."""
+    """Print the work of every evaluation of an image, without dead work."""
     from ..planning.config import FlashUConfig
     from ..planning.schedule import StepPlan
 
@@ -309,7 +309,7 @@ def _schedule_record(step_plan: Any, guidance: float) -> dict[str, Any]:
 @cli.command(epilog=example("flashu-ext info", "flashu-ext info --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def info(as_json: bool) -> None:
-    """Tell what this build has, what this machine has, and why anything is missing."""
+    """Print what build and machine support, and why anything is missing."""
     from . import info as module
 
     facts = module.collect()
@@ -322,5 +322,5 @@ cli.aliases["plan"] = "schedule"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `flashu-ext`; leaves with an exit code."""
+    """Entry point of `flashu-ext`; exits with a code."""
     cli.main(args=list(arguments) if arguments is not None else sys.argv[1:], prog_name="flashu-ext")

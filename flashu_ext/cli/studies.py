@@ -1,4 +1,4 @@
-"""The long studies of the embedded model: analyze, report, tune. Imports click only, until one runs."""
+"""The commands analyze, report and tune: studies of the embedded model. Imports only click until one runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
 
 
 def _model(folder: Path | None) -> tuple[Any, Any, str]:
-    """The model, its plan and its name: shipped, or of a folder that `python -m flashu_ext.nano.train` wrote."""
+    """The model, its plan and its name: the shipped one, or from a folder written by `python -m flashu_ext.nano.train`."""
     from ..nano.model import DATA, load_model, load_plan
 
     model = load_model(folder or DATA)
@@ -34,7 +34,7 @@ def _model(folder: Path | None) -> tuple[Any, Any, str]:
     "--samples", default=80, show_default=True, type=click.IntRange(4), help="Calibration samples of each task."
 )
 @click.option(
-    "--drawings", default=60, show_default=True, type=click.IntRange(1), help="Held-out drawings per measurement."
+    "--drawings", default=60, show_default=True, type=click.IntRange(1), help="Held-out images per measurement."
 )
 @click.option(
     "--questions", default=150, show_default=True, type=click.IntRange(1), help="Held-out questions per measurement."
@@ -68,9 +68,7 @@ def analyze(
 
 @click.command(epilog=example("flashu-ext report --out flashu_report --drawings 200 --questions 300"))
 @click.option("--out", default="flashu_report", show_default=True, type=_FOLDER, help="Folder for the page and JSON.")
-@click.option(
-    "--drawings", default=100, show_default=True, type=click.IntRange(1), help="Held-out drawings per setting."
-)
+@click.option("--drawings", default=100, show_default=True, type=click.IntRange(1), help="Held-out images per setting.")
 @click.option(
     "--questions", default=150, show_default=True, type=click.IntRange(1), help="Held-out questions per setting."
 )
@@ -78,9 +76,9 @@ def analyze(
 @_SEED
 @_QUIET
 def report(out: Path, drawings: int, questions: int, repeats: int, seed: int, quiet: bool) -> None:
-    """Plot cost against fidelity for both tasks: dense at fewer steps, every knob, paper and fast.
+    """Plot cost against fidelity for both tasks: dense at fewer steps, every setting, paper and fast.
 
-    Exit code 1 where a preset's gate fails.
+    Exit code 1 if a preset fails its gate.
     """
     from ..report import pareto
     from ..report.render import render_fidelity, write
@@ -106,7 +104,7 @@ def report(out: Path, drawings: int, questions: int, repeats: int, seed: int, qu
     default=0.99,
     show_default=True,
     type=click.FloatRange(0, 1, min_open=True),
-    help="What must be left of dense's right drawings and answers.",
+    help="Minimum correct images and answers, as a fraction of dense's.",
 )
 @click.option(
     "--out",
@@ -119,7 +117,7 @@ def report(out: Path, drawings: int, questions: int, repeats: int, seed: int, qu
     "--model", "folder", type=_OLD_FOLDER, help="Another checkpoint of the embedded model (default: the shipped one)."
 )
 @click.option(
-    "--drawings", default=96, show_default=True, type=click.IntRange(1), help="Training scenes drawn per trial."
+    "--drawings", default=96, show_default=True, type=click.IntRange(1), help="Training scenes generated per trial."
 )
 @click.option("--questions", default=120, show_default=True, type=click.IntRange(1), help="Questions per trial.")
 @click.option(
@@ -128,7 +126,7 @@ def report(out: Path, drawings: int, questions: int, repeats: int, seed: int, qu
     default=200,
     show_default=True,
     type=click.IntRange(1),
-    help="Held-out drawings, and questions, of the report.",
+    help="Held-out images, and questions, of the report.",
 )
 @_SEED
 @_QUIET
@@ -142,7 +140,7 @@ def tune(
     seed: int,
     quiet: bool,
 ) -> None:
-    """Search the cheapest settings at a fidelity: tuned on training scenes, reported on held-out ones."""
+    """Search the cheapest settings at a fidelity, on training scenes; report on held-out ones."""
     from ..nano.evaluate import preset_config
     from ..studies.tuning import tune as search
 

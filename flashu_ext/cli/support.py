@@ -1,4 +1,4 @@
-"""What commands share: failures in one line, examples in their help, and the model they run."""
+"""Shared by the commands: errors in one line, examples in help, model options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..planning.reading import printable, read_text, refusal
 __all__ = ["EXPECTED_ERRORS", "PRESETS", "Group", "example", "model_options", "open_pipeline", "read_config"]
 
 
-# What a command may run into because of its input or the machine. The rest are bugs: their tracebacks stay.
+# Errors caused by input or machine. Others are bugs and keep their tracebacks.
 EXPECTED_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, MemoryError)
 
 
@@ -53,7 +53,7 @@ def example(*lines: str) -> str:
 
 
 def model_options(command: Any) -> Any:
-    """Which model runs, and accelerated how; what `open_pipeline` takes."""
+    """Options for model and acceleration, the arguments of `open_pipeline`."""
     for option in (
         click.option(
             "--model",
@@ -71,13 +71,13 @@ def model_options(command: Any) -> Any:
         click.option(
             "--tuned",
             type=click.Path(exists=True, file_okay=False, path_type=Path),
-            help="Folder that `flashu-ext tune` wrote: its config and plan, instead of a preset.",
+            help="Folder written by `flashu-ext tune`; its config and plan replace the preset.",
         ),
         click.option(
             "--plan",
             "plan_file",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="Task plan for a pruning preset (nano brings its own).",
+            help="Task plan for a pruning preset (nano has its own).",
         ),
         click.option("--verbose", "-v", is_flag=True, help="Print what the accelerated model did."),
     ):
@@ -107,16 +107,16 @@ def open_pipeline(
     device: Any = "cpu",
     steps: int | None = None,
 ) -> Iterator[tuple[Any, Any]]:
-    """A pipeline, accelerated as the preset or the tuned folder says while the block runs, and its handle (None: dense).
+    """A context with a pipeline, accelerated by preset or tuned folder, and its handle (None: dense).
 
-    steps: grid points that the config is made for, where the caller does not hand them to every image; None: its own.
+    steps: grid points of the config, if not passed for every image; None: the config's own.
     """
     from ..models.showo2 import Pipeline
     from ..planning.plan import TaskPlan
     from ..runtime.handle import accelerate
 
     if tuned is not None and plan_file is not None:
-        raise click.UsageError("--plan: expected none beside --tuned, which brings its own")
+        raise click.UsageError("--plan: expected none with --tuned, which has its own")
     pipe = Pipeline.from_pretrained(model, device=device)
     if tuned is not None:
         config: FlashUConfig | None = read_config(tuned / "config.json")

@@ -1,4 +1,4 @@
-"""Makes the shipped task plan: which FFN neurons of the embedded model matter for drawing and for answering."""
+"""Makes the shipped task plan: FFN neuron scores of the embedded model for generation and understanding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .world import Scene, captions, questions, render, scenes
 __all__ = ["SAMPLES", "samples"]
 
 SAMPLES = 40
-"""Drawings, and questions, that the shipped plan is made from."""
+"""Images, and questions, from which the shipped plan is made."""
 
 
 def _latents(scene: Scene, rng: random.Random) -> torch.Tensor:
@@ -25,7 +25,7 @@ def _latents(scene: Scene, rng: random.Random) -> torch.Tensor:
 
 
 def samples(count: int, seed: int) -> tuple[list[GenerationSample], list[UnderstandingSample]]:
-    """`count` drawings and `count` questions with answers, from training scenes.
+    """`count` images and `count` questions with answers, from training scenes.
 
     Raises:
         ValueError: more than there are training scenes.
@@ -61,14 +61,14 @@ def samples(count: int, seed: int) -> tuple[list[GenerationSample], list[Underst
     default=SAMPLES,
     show_default=True,
     type=click.IntRange(1, 200),
-    help="Drawings, and questions.",
+    help="Images, and questions.",
 )
 @click.option(
     "--ratio",
     default=0.2,
     show_default=True,
     type=click.FloatRange(0, 1, max_open=True),
-    help="Share of neurons to prune.",
+    help="Fraction of neurons to prune.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 def main(directory: Path, count: int, ratio: float, seed: int) -> None:

@@ -22,7 +22,7 @@ from .model import PRUNE_MULTIPLE
 from .tokenizer import layout
 from .world import Question, Scene, captions, questions, render, scenes
 
-__all__ = ["Share", "answer", "draw", "make_noise", "measure_answers", "measure_drawing", "preset_config"]
+__all__ = ["Proportion", "answer", "generate", "make_noise", "measure_answers", "measure_images", "preset_config"]
 
 GUIDANCE = 2.5
 SHIFT = 1.5
@@ -31,37 +31,37 @@ ANSWER_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Share:
-    """How many of n were right, with Wilson's 95 % interval."""
+class Proportion:
+    """Correct ones of n, with Wilson's 95 % interval."""
 
     right: int
     n: int
 
     @property
-    def share(self) -> float:
+    def value(self) -> float:
         return self.right / self.n if self.n else float("nan")
 
     @property
     def interval(self) -> tuple[float, float]:
         if self.n == 0:
             return (0.0, 1.0)
-        z, p = 1.96, self.share
+        z, p = 1.96, self.value
         center = (p + z * z / (2 * self.n)) / (1 + z * z / self.n)
         half = z / (1 + z * z / self.n) * math.sqrt(p * (1 - p) / self.n + z * z / (4 * self.n * self.n))
         return (max(0.0, center - half), min(1.0, center + half))
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{100 * self.share:.1f} % ({self.right}/{self.n}, 95 % {100 * low:.1f} to {100 * high:.1f})"
+        return f"{100 * self.value:.1f} % ({self.right}/{self.n}, 95 % {100 * low:.1f} to {100 * high:.1f})"
 
 
 def preset_config(name: str, steps: int | None = None) -> FlashUConfig | None:
     """FlashUConfig of a preset for the embedded model, or None for dense.
 
-    'paper' leaves layer skipping out: of six layers one is a sixth of the depth, and skipping it leaves 27 of 100 drawings
-    right (96 without; `flashu-ext report`). While answering, half of the visual tokens are dropped, those
-    with the *smallest* value norms: dropping the largest ones, which is the paper's rule, leaves 45 % of the answers right
-    here (`flashu-ext report`; 93 % without dropping). The rest is the paper's. 'fast' is tuned for a fidelity of 0.99.
+    'paper' has the paper's settings with two changes. It skips no layers: one of six is a sixth of the depth, and skipping it
+    leaves 27 of 100 images correct (96 without; `flashu-ext report`). In answers it drops the half of the visual tokens with
+    the *smallest* value norms: dropping the largest, as in the paper, leaves 45 % of the answers correct here (93 % without
+    dropping; `flashu-ext report`). 'fast' is tuned for a fidelity of 0.99.
     """
     overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
     if name in ("paper", "fast"):
@@ -72,21 +72,24 @@ def preset_config(name: str, steps: int | None = None) -> FlashUConfig | None:
 
 
 def make_noise(count: int, seed: int) -> Tensor:
-    """Noise of `count` drawings, fp32 [count, 16, 72, 2] on the CPU; the same on every device."""
-    return torch.randn(count, *codec.LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
+    """Noise of `count` images, fp32 [count, 16, 72, 2] on the CPU; the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(count, *codec.LATENT_SHAPE, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def draw(
+def generate(
     model: Any,
     prompts: Sequence[str],
     noise: Tensor,
     steps: int | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw one image for each prompt, in one batch: final latents [B, 16, 72, 2].
+    """Generate one image per prompt, in one batch: final latents [B, 16, 72, 2].
 
     Args:
-        noise: [B, 16, 72, 2]. steps: grid points where the config sets none. callback: as `showo2.sample` takes it.
+        noise: [B, 16, 72, 2].
+        steps: grid points if the config has none.
+        callback: as for `showo2.sample`.
     """
     from ..models.showo2.sampling import sample
 
@@ -105,19 +108,19 @@ def draw(
     return latents
 
 
-def measure_drawing(
+def measure_images(
     model: Any, among: Sequence[Scene], n: int, steps: int | None = None, seed: int = 0, batch: int = 20
-) -> Share:
-    """Draw `n` captions of scenes taken in turn from `among` and judge them."""
+) -> Proportion:
+    """Generate and judge images for `n` captions of scenes from `among`, in turn."""
     rng = random.Random(seed)
     order = [among[i % len(among)] for i in range(n)]
     right = 0
     for start in range(0, n, batch):
         chosen = order[start : start + batch]
         prompts = [rng.choice(captions(scene)) for scene in chosen]
-        images = codec.pictures(draw(model, prompts, make_noise(len(chosen), seed * 7919 + start), steps))
+        images = codec.pictures(generate(model, prompts, make_noise(len(chosen), seed * 7919 + start), steps))
         right += sum(judge(image, scene).right for image, scene in zip(images, chosen, strict=True))
-    return Share(right, n)
+    return Proportion(right, n)
 
 
 def answer(model: Any, latents: Tensor, question: Question) -> tuple[str, list[int]]:
@@ -131,8 +134,8 @@ def answer(model: Any, latents: Tensor, question: Question) -> tuple[str, list[i
     return words.answer(tokens), tokens.tolist()
 
 
-def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -> dict[str, Share]:
-    """Ask about freshly rendered scenes until `n` questions are asked; shares by kind, and 'all'."""
+def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -> dict[str, Proportion]:
+    """Ask about freshly rendered scenes until `n` questions are asked; proportions by kind, and 'all'."""
     rng = random.Random(seed)
     counts: dict[str, list[int]] = {}
     asked = index = 0
@@ -146,8 +149,8 @@ def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -
             counts[question.kind][0] += right
             counts[question.kind][1] += 1
             asked += 1
-    total = Share(sum(r for r, _ in counts.values()), sum(m for _, m in counts.values()))
-    return {**{kind: Share(*count) for kind, count in sorted(counts.items())}, "all": total}
+    total = Proportion(sum(r for r, _ in counts.values()), sum(m for _, m in counts.values()))
+    return {**{kind: Proportion(*count) for kind, count in sorted(counts.items())}, "all": total}
 
 
 @click.command(
@@ -156,7 +159,7 @@ def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -
 @click.option(
     "--preset", "presets", type=click.Choice(PRESETS), multiple=True, default=PRESETS, help="May be repeated."
 )
-@click.option("--n", default=200, show_default=True, help="Drawings of each kind, and questions.")
+@click.option("--n", default=200, show_default=True, help="Images of each kind, and questions.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--steps", type=int, default=None, help="Grid points; default 50, and the preset's own for paper.")
 @click.option(
@@ -194,8 +197,8 @@ def main(
         began = time.time()
         with accelerate(model, config, plan) if config is not None else nullcontext():
             rows = {
-                "one object": measure_drawing(model, scenes(held_out, 1), n, steps, seed),
-                "two objects": measure_drawing(model, scenes(held_out, 2), n, steps, seed),
+                "one object": measure_images(model, scenes(held_out, 1), n, steps, seed),
+                "two objects": measure_images(model, scenes(held_out, 2), n, steps, seed),
                 **{
                     f"answers: {kind}": share
                     for kind, share in measure_answers(model, scenes(held_out), n, seed).items()

@@ -1,4 +1,4 @@
-"""A deterministic judge of drawings: finds coloured regions, names their shapes and places, compares with a scene.
+"""Judges generated images: finds coloured regions, classifies shapes and places, compares with a scene. Deterministic.
 
 It shares no code with the model: pixels that differ from the ground are joined to regions, a region has the colour that most
 of its pixels are nearest to, and its shape follows from how much of its bounding box it fills.
@@ -20,7 +20,7 @@ COLOR_SHARE = 0.75
 SMALLEST_REGION = 16
 """Pixels; smaller regions are specks."""
 MOST_SPECKS = 40
-"""Pixels of specks that a good drawing may have."""
+"""Maximum pixels of specks in a correct image."""
 OBJECT_AREA = (100, 420)
 PLACE_TOLERANCE = 5.0
 """Pixels between a region's centre and its place."""

@@ -1,7 +1,6 @@
-"""One fixed task for the embedded model - prompts with noise, pictures with questions - and what comes of it.
+"""A fixed set of prompts with noise and pictures with questions for the embedded model, and its outputs.
 
-Every program that compares settings (the demo, the fidelity report, the search for settings) runs the same task under each,
-so that differences are the settings' own.
+Demo, fidelity report and tuning run the same set under each setting, so that only the settings differ.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import codec
-from .evaluate import Share, answer, draw, make_noise
+from .evaluate import Proportion, answer, generate, make_noise
 from .judge import judge
 from .world import Question, Scene, captions, questions, render, scenes
 
@@ -36,11 +35,13 @@ def _nothing(count: int) -> None:
 
 @dataclass
 class Outputs:
-    """What a model made of a probe.
+    """A model's outputs for a probe.
 
     Attributes:
-        latents: fp32 [drawings, 16, 72, 2]. images: uint8 [drawings, 48, 48, 3].
-        answers: text per question. tokens: token ids per question.
+        latents: fp32 [images, 16, 72, 2].
+        images: uint8 [images, 48, 48, 3].
+        answers: text per question.
+        tokens: token ids per question.
     """
 
     latents: Tensor
@@ -51,11 +52,12 @@ class Outputs:
 
 @dataclass
 class Probe:
-    """What is drawn and asked. Build it with `Probe.build`.
+    """Prompts and questions. Made by `Probe.build`.
 
     Attributes:
-        scenes, prompts, noise: one of each per drawing; noise is fp32 [drawings, 16, 72, 2].
-        pictures: uint8 [48, 48, 3] each. picture_latents: [1, 16, 72, 2] each. asked: (picture, question).
+        scenes, prompts, noise: one of each per image; noise is fp32 [images, 16, 72, 2].
+        pictures: uint8 [48, 48, 3] each. picture_latents: [1, 16, 72, 2] each.
+        asked: (picture, question).
     """
 
     scenes: list[Scene]
@@ -99,19 +101,20 @@ class Probe:
 
     # ---- one at a time
 
-    def draw(
+    def generate(
         self,
         model: Any,
         chosen: Sequence[int],
         steps: int | None = None,
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Final latents of the drawings with these numbers, in one batch.
+        """Final latents of the images with these numbers, in one batch.
 
         Args:
-            steps: grid points where the config sets none. callback: as `showo2.sample` takes it.
+            steps: grid points if the config has none.
+            callback: as for `showo2.sample`.
         """
-        return draw(model, [self.prompts[i] for i in chosen], self.noise[list(chosen)], steps, callback)
+        return generate(model, [self.prompts[i] for i in chosen], self.noise[list(chosen)], steps, callback)
 
     def ask(self, model: Any, number: int) -> tuple[str, list[int]]:
         """The answer to one question, as text and as tokens."""
@@ -121,11 +124,11 @@ class Probe:
     # ---- all of it
 
     def perform(self, model: Any, advance: Advance = _nothing, steps: int | None = None) -> Outputs:
-        """Draw and answer everything; `advance(n)` is called after every n drawings or answers."""
-        drawn = [torch.empty(0, *codec.LATENT_SHAPE)]
+        """Generate all images and answers; `advance(n)` is called after every n of them."""
+        drawn = [torch.empty(0, *codec.LATENT_SHAPE, dtype=torch.float32, device="cpu")]
         for start in range(0, len(self.prompts), BATCH):
             chosen = range(start, min(start + BATCH, len(self.prompts)))
-            drawn.append(self.draw(model, chosen, steps).cpu())
+            drawn.append(self.generate(model, chosen, steps).cpu())
             advance(len(chosen))
         answers, tokens = [], []
         for number in range(len(self.asked)):
@@ -137,13 +140,13 @@ class Probe:
         return Outputs(latents, codec.pictures(latents), answers, tokens)
 
     def verdicts(self, outputs: Outputs) -> list[bool]:
-        """Which drawings are right."""
+        """Whether each image is correct."""
         return [judge(image, scene).right for image, scene in zip(outputs.images, self.scenes, strict=True)]
 
-    def adherence(self, outputs: Outputs) -> Share:
+    def adherence(self, outputs: Outputs) -> Proportion:
         verdicts = self.verdicts(outputs)
-        return Share(sum(verdicts), len(verdicts))
+        return Proportion(sum(verdicts), len(verdicts))
 
-    def accuracy(self, outputs: Outputs) -> Share:
+    def accuracy(self, outputs: Outputs) -> Proportion:
         right = [text == question.answer for text, (_, question) in zip(outputs.answers, self.asked, strict=True)]
-        return Share(sum(right), len(right))
+        return Proportion(sum(right), len(right))

@@ -1,6 +1,7 @@
-"""Trains the embedded model: flow matching on drawings and next tokens on answers, seeded and resumable.
+"""Trains the embedded model: flow matching on images and next tokens on answers, seeded and resumable.
 
-Every step's data, noise and times come from a generator seeded by (seed, step), so a resumed run is the run.
+Every step's data, noise and times come from a generator seeded by (seed, step), so a resumed run equals an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ NULL_SHARE = 0.1
 VARIANTS = 24
 LOOSE_VARIANTS = 64
 CROWDED = 12_000
-"""Renderings of every training scene, for drawing and for answering; and scenes of three objects."""
+"""Renderings of every training scene, for generation and for answers; and scenes of three objects."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Phase:
     """A stretch of training with one mixture and one learning-rate cycle (warm-up, then a cosine down to 2 %).
 
     Attributes:
-        drawings, answers: samples per step. answer_weight: of the answers' loss beside the drawings'.
+        drawings, answers: samples per step.
+        answer_weight: weight of the answers' loss; that of the images is 1.
         averaging: decay of the averaged weights, which are the result.
-        described: share of questions that ask for all of the scene, where scenes are varied. focused: share of the others
-            that are of the kinds in `focus`, on top of their natural share.
-        varied: questions are asked about loosely rendered scenes and crowded ones (see `world`), not about those drawn.
+        described: fraction of questions about the whole scene, if scenes are varied.
+        focused: fraction of the others that are of the kinds in `focus`, in addition to their natural fraction.
+        varied: questions are asked about loosely rendered scenes and crowded ones (see `world`), not about the generated ones.
     """
 
     steps: int
@@ -63,7 +65,7 @@ PHASES = (
     Phase(600, 10, 112, 1.0, True, 0.99, described=0.1, focus=("relation", "yes/no"), focused=0.6),
     Phase(320, 10, 112, 1.0, True, 0.98, described=0.2, focus=("color", "yes/no"), focused=0.6),
 )
-"""Drawing is learned first, and what it teaches of the scenes is what answering starts from."""
+"""Generation is learned first; answering starts from its features."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ class Data:
         self.crowds = [crowded_scene(rng) for _ in range(CROWDED)]
         self.crowded = _rendered(self.crowds, rng, 1, loose=True)
 
-    def draw(self, rng: random.Random, count: int) -> tuple[list[Scene], Tensor]:
-        """`count` scenes to draw, two in five with one object, and their latents [count, ...]."""
+    def sample(self, rng: random.Random, count: int) -> tuple[list[Scene], Tensor]:
+        """`count` scenes to generate, two in five with one object, and their latents [count, ...]."""
         index = [rng.choice(self.groups[0 if rng.random() < 0.4 else 1]) for _ in range(count)]
         return [self.scenes[i] for i in index], self.latents[index, [rng.randrange(VARIANTS) for _ in index]]
 
@@ -192,14 +194,14 @@ class Trainer:
 
     # ---- batches
 
-    def _drawing_loss(self, count: int, rng: random.Random, generator: torch.Generator) -> Tensor:
-        chosen, target = self.data.draw(rng, count)
+    def _image_loss(self, count: int, rng: random.Random, generator: torch.Generator) -> Tensor:
+        chosen, target = self.data.sample(rng, count)
         prompts = [rng.choice(captions(scene)) for scene in chosen]
         inputs = self.layout.generation(prompts)
         null = torch.tensor([rng.random() < NULL_SHARE for _ in prompts])
         tokens = torch.where(null[:, None], inputs.text_tokens_null, inputs.text_tokens)
         spans = torch.where(null[:, None, None], inputs.modality_positions_null, inputs.modality_positions)
-        end = int(spans[:, 0].sum(-1).max())  # nothing behind the image is seen by it
+        end = int(spans[:, 0].sum(-1).max())  # tokens after the image do not affect it
         tokens, spans, target = tokens[:, :end].to(self.device), spans.to(self.device), target.to(self.device)
         noise = torch.randn(target.shape, generator=generator).to(self.device)
         t = torch.sigmoid(torch.randn(len(prompts), generator=generator) * 1.2 - 0.3).to(self.device)
@@ -211,7 +213,7 @@ class Trainer:
         return F.mse_loss(velocity, target - noise)
 
     def _answer_loss(self, phase: Phase, rng: random.Random) -> Tensor:
-        among = self.data.ask if phase.varied else self.data.draw
+        among = self.data.ask if phase.varied else self.data.sample
         chosen, latents = among(rng, phase.answers)
         model, plan = self.model, self.layout
         rows, starts, ends = [], [], []
@@ -249,7 +251,7 @@ class Trainer:
             for group in optimiser.param_groups:
                 group["lr"] = base * rate
             optimiser.zero_grad(set_to_none=True)
-        flow = self._drawing_loss(phase.drawings, rng, generator)
+        flow = self._image_loss(phase.drawings, rng, generator)
         flow.backward()
         answer = self._answer_loss(phase, rng)
         (phase.answer_weight * answer).backward()
@@ -316,10 +318,10 @@ class Trainer:
 @click.option("--save-every", default=250, show_default=True, help="Steps between saves of the run.")
 @click.option("--check-every", default=1000, show_default=True, help="Steps between measurements on training scenes.")
 def main(out: Path, save_every: int, check_every: int, **settings: Any) -> None:
-    """Train the embedded model and write a checkpoint directory (bf16) to OUT/model. A run that was stopped goes on."""
+    """Train the embedded model and write a checkpoint directory (bf16) to OUT/model. Resumes an interrupted run."""
     from tqdm import tqdm
 
-    from .evaluate import measure_answers, measure_drawing
+    from .evaluate import measure_answers, measure_images
     from .tokenizer import FILE
 
     if not FILE.is_file():
@@ -345,7 +347,7 @@ def main(out: Path, save_every: int, check_every: int, **settings: Any) -> None:
             trainer.save(run, index + 1)
         if (index + 1) % check_every == 0:
             model = trainer.averaged()
-            drawn = measure_drawing(model, scenes(held_out=False), 60, steps=25, seed=index)
+            drawn = measure_images(model, scenes(held_out=False), 60, steps=25, seed=index)
             answered = measure_answers(model, scenes(held_out=False), 100, seed=index)["all"]
             took = f"({time.time() - began:.0f} s)"
             tqdm.write(

@@ -1,7 +1,7 @@
-"""Every kernel of the library as a typed function; `reference` has the same functions in plain torch.
+"""The library's operators as typed functions; `reference` has the same functions in plain torch.
 
-Each function carries `is_supported(device, dtype, shape=None)`. The first one that is used loads the compiled library, and
-raises ImportError, with every cause, where it cannot be loaded.
+Each function has an attribute `is_supported(device, dtype, shape=None)`. First use loads the compiled library; if that fails,
+ImportError lists every cause.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 OPS = tuple(name for name in __all__ if name != "Selection")
-"""The operators: each carries `is_supported`."""
+"""The operators; each has `is_supported`."""
 
 
 def __getattr__(name: str) -> Any:

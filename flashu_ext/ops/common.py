@@ -1,4 +1,4 @@
-"""What every op family shares: calling with translated errors, capability, and a backward that refuses."""
+"""Shared by all op families: calls with translated errors, fake kernels, `is_supported`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import native
+from . import autograd, native
 
 native.load()
+autograd.register()
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
-# One library registers all ops for the devices that it was built for.
+# The library registers all ops for every device that it was built for.
 DEVICES = ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("flashu::rms_norm", "CUDA") else ("cpu",)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls a torch.ops.flashu overload; a failed C++ check arrives as ValueError, TypeError, IndexError or
-    NotImplementedError with the text of the check."""
+    """Call a torch.ops.flashu overload; failed C++ checks raise ValueError, TypeError, IndexError or NotImplementedError."""
     if torch.compiler.is_compiling():
         return op(*args, **kwargs)
     try:
@@ -37,9 +37,9 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def call_into(packet: Any, *args: Any, out: Tensor | None, **kwargs: Any) -> Tensor:
-    """Calls `packet.default`, or `packet.out` where `out` is given.
+    """Call `packet.default`, or `packet.out` if `out` is given.
 
-    torch.compile cannot trace a custom operator that returns its own argument, so there `out` is filled by a copy.
+    torch.compile cannot trace a custom operator that returns its own argument, so under it `out` is filled by a copy.
     """
     if out is None:
         return call(packet.default, *args, **kwargs)
@@ -49,10 +49,11 @@ def call_into(packet: Any, *args: Any, out: Tensor | None, **kwargs: Any) -> Ten
 
 
 def flatten(name: str, numbers: Iterable[Any], group: int) -> list[int]:
-    """Runs as the flat list that the ops take: given flat, or as tuples of `group` numbers.
+    """A flat list of integers from a flat sequence or from tuples of `group` integers.
 
     Raises:
-        ValueError: a tuple has another length. TypeError: an entry is neither an integer nor such a tuple.
+        ValueError: a tuple has another length.
+        TypeError: an entry is neither an integer nor a tuple.
     """
     flat: list[int] = []
     for entry in numbers.tolist() if hasattr(numbers, "tolist") else numbers:
@@ -68,8 +69,10 @@ def flatten(name: str, numbers: Iterable[Any], group: int) -> list[int]:
 
 
 def fake(name: str) -> Callable[[F], F]:
-    """Registers the fake kernel of `flashu::{name}`. Torch also runs it where one argument is a meta tensor and another
-    is not, so it refuses mixed devices; shapes and dtypes are the real kernel's to refuse."""
+    """Register the fake kernel of `flashu::{name}`; it checks that all tensors are on one device.
+
+    Torch also runs fake kernels when only some arguments are meta tensors. Shapes and dtypes are checked by the real kernel.
+    """
     op = name.split(".")[0]
 
     def decorate(function: F) -> F:
@@ -94,7 +97,7 @@ def fake(name: str) -> Callable[[F], F]:
 
 
 def fake_out(name: str, function: Callable[..., Any]) -> None:
-    """Registers the fake kernel of `flashu::{name}.out`, which returns the tensor it was given.
+    """Register the fake kernel of `flashu::{name}.out`, which returns `out`.
 
     Args:
         function: the fake kernel of the overload without `out`.
@@ -106,36 +109,12 @@ def fake_out(name: str, function: Callable[..., Any]) -> None:
         return out
 
 
-def refuse_backward(name: str) -> None:
-    """Gives the functional op `flashu::name` a backward that raises, so that no gradient is lost silently."""
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise _no_backward(name)
-
-    torch.library.register_autograd(f"flashu::{name}", backward)
-
-
-def refuse_backward_from(name: str, result: Tensor) -> Tensor:
-    """The same for what one call of an op gave that also writes in place, for which torch registers no backward."""
-
-    def backward(grad: Tensor) -> None:
-        raise _no_backward(name)
-
-    if result.requires_grad and not torch.compiler.is_compiling():
-        result.register_hook(backward)
-    return result
-
-
-def _no_backward(name: str) -> NotImplementedError:
-    return NotImplementedError(f"flashu::{name} has no backward: it is for inference; call it under torch.no_grad()")
-
-
 def capability(
     dtypes: tuple[torch.dtype, ...] = FLOATING,
     devices: tuple[str, ...] = DEVICES,
     shape: Callable[[Any], bool] | None = None,
 ) -> Callable[[F], F]:
-    """Adds `is_supported(device, dtype, shape=None) -> bool` to an op's function: which calls have a kernel."""
+    """Add `is_supported(device, dtype, shape=None) -> bool` to an op's function: whether a kernel exists."""
 
     def decorate(function: F) -> F:
         def is_supported(device: torch.device | str, dtype: torch.dtype, shape_: tuple[int, ...] | None = None) -> bool:

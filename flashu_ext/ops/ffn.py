@@ -1,13 +1,13 @@
 """Gathered SwiGLU feed-forward: only the selected neurons of an FFN are computed.
 
-The neurons S are given as `runs` ((start, length) pairs or the same numbers flat: ascending, disjoint), as `index`
-(int32 or int64, any order, each at most once), or as a `selection`, which was checked once for many calls; none of them
-means all. n is their number, and their order is the order of h's columns.
-Storage is fp32, bf16 or fp16; every sum is taken in fp32 in one fixed order, so a row's result does not depend on
-the other rows, on their number or on the number of threads.
+The neurons S are given as `runs` ((start, length) pairs, also flat; ascending, disjoint), as `index` (int32 or int64, any
+order, each at most once), or as a `selection`, checked once for many calls; None for all three means all neurons. n is their
+number, and the columns of h have their order.
+Storage is fp32, bf16 or fp16. Sums are fp32 in a fixed order, so a row's result does not depend on other rows or on the
+number of threads.
 
 Errors: ValueError for shapes, strides, aliasing and devices, TypeError for dtypes, IndexError for runs and indices.
-Source: FFN neuron pruning and the hybrid FFN of FlashU (arXiv 2603.15271); here nothing is copied or pruned.
+Source: FFN neuron pruning and the hybrid FFN of FlashU (arXiv 2603.15271); here weights are neither copied nor pruned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out, flatten, refuse_backward
+from .common import call, call_into, capability, fake, fake_out, flatten
 from .selection import Selection, check_index
 
 _ops = torch.ops.flashu
@@ -46,7 +46,7 @@ def gathered_swiglu(
     Returns:
         [..., n] in x's dtype.
     """
-    return call_into(_ops.gathered_swiglu, x, w_gate, w_up, **_chosen(w_gate, 0, runs, index, selection), out=out)
+    return call_into(_ops.gathered_swiglu, x, w_gate, w_up, **_neurons(w_gate, 0, runs, index, selection), out=out)
 
 
 @capability()
@@ -65,13 +65,13 @@ def gathered_down(
         h: [..., n], columns in the order of the selection.
         w_down: [hidden, intermediate], torch's Linear layout.
         runs, index, selection: the neurons, see the module.
-        residual: [..., hidden], added in fp32 before the one rounding.
+        residual: [..., hidden], added in fp32 before the single rounding.
         out: [..., hidden] to write into; shares no memory with the inputs.
 
     Returns:
         [..., hidden] in h's dtype.
     """
-    chosen = _chosen(w_down, 1, runs, index, selection)
+    chosen = _neurons(w_down, 1, runs, index, selection)
     return call_into(_ops.gathered_down, h, w_down, **chosen, residual=residual, out=out)
 
 
@@ -88,23 +88,23 @@ def gathered_ffn(
     out: Tensor | None = None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """The whole FFN over the selected neurons; the product in between never becomes a tensor.
+    """The whole FFN over the selected neurons, without a tensor for the intermediate activations.
 
-    It stays in fp32, or is rounded once to bf16 where bf16 weights meet a CPU that multiplies bf16 pairs.
+    They stay in fp32, or are rounded once to bf16 for bf16 weights on CPUs with bf16 dot products.
 
     Args:
         x: [..., hidden].
         w_gate, w_up: [intermediate, hidden].
         w_down: [hidden_out, intermediate].
         runs, index, selection: the neurons, see the module.
-        residual: [..., hidden_out], added in fp32 before the one rounding.
+        residual: [..., hidden_out], added in fp32 before the single rounding.
         norms: [n] fp32 or fp64, += the squares of each neuron's activation summed over all rows (calibration).
         out: [..., hidden_out] to write into; not together with norms.
 
     Returns:
         [..., hidden_out] in x's dtype.
     """
-    weights, chosen = (w_gate, w_up, w_down), _chosen(w_gate, 0, runs, index, selection)
+    weights, chosen = (w_gate, w_up, w_down), _neurons(w_gate, 0, runs, index, selection)
     if norms is None:
         return call_into(_ops.gathered_ffn, x, *weights, **chosen, residual=residual, out=out)
     if out is not None:
@@ -116,7 +116,7 @@ def gathered_ffn(
 def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
     """acc[j] += sum over all rows of h[..., j]^2; the running statistic of Wanda-style scores.
 
-    Summed in fp64 on the CPU; on CUDA devices in fp32 over 16 rows at a time, and these sums in fp64.
+    Sums are fp64 on the CPU; on CUDA devices fp32 over 16 rows at a time, and fp64 over these.
 
     Args:
         acc: [n] fp32 or fp64, updated in place.
@@ -129,16 +129,16 @@ def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
     return acc
 
 
-def _chosen(
+def _neurons(
     weight: Tensor, dim: int, runs: Sequence[Any] | None, index: Tensor | None, selection: Selection | None
 ) -> dict[str, Any]:
-    """The neurons as the operators take them; `dim` of a weight counts all of them."""
+    """The neurons as arguments of the operators; `dim` is the weight's neuron dimension."""
     if selection is None:
         if index is not None:
             check_index(index)
         return {"runs": None if runs is None else flatten("runs", runs, 2), "index": index}
     if runs is not None or index is not None:
-        raise ValueError("selection: expected neither runs nor index beside it")
+        raise ValueError("selection: expected neither runs nor index with it")
     if weight.shape[dim] != selection.limit:
         raise ValueError(
             f"selection: expected one of {weight.shape[dim]} neurons as the weights have, got one of {selection.limit}"
@@ -214,7 +214,7 @@ def _gathered_ffn_norms_fake(
 def _list_neurons_fake(
     numbers: Tensor, limit: int, runs: Sequence[int] | None = None, index: Tensor | None = None
 ) -> bool:
-    raise NotImplementedError("list_neurons: a selection is resolved before a function is traced, not in it")
+    raise NotImplementedError("list_neurons: make the selection before tracing, not in a traced function")
 
 
 @fake("neuron_norms_")
@@ -223,7 +223,7 @@ def _neuron_norms_fake(acc: Tensor, h: Tensor) -> None:
 
 
 def flops(rows: int, hidden: int, neurons: int, width: int | None = None) -> int:
-    """Multiplications and additions of one gathered FFN: rows x neurons x (2 x hidden + width), two each."""
+    """FLOPs of one gathered FFN: 2 x rows x neurons x (2 x hidden + width)."""
     return 2 * rows * neurons * (2 * hidden + (hidden if width is None else width))
 
 
@@ -235,5 +235,3 @@ def weight_bytes(hidden: int, neurons: int, dtype: torch.dtype) -> int:
 fake_out("gathered_swiglu", _gathered_swiglu_fake)
 fake_out("gathered_down", _gathered_down_fake)
 fake_out("gathered_ffn", _gathered_ffn_fake)
-for _name in ("gathered_swiglu", "gathered_down", "gathered_ffn"):
-    refuse_backward(_name)

@@ -1,7 +1,7 @@
-"""Which implementation serves every op of the runtime on a device and dtype, and why.
+"""Chooses the implementation of every op of the runtime by device and dtype.
 
-Two backends: this library's kernels, and plain torch (the reference functions). A family that is switched off, or whose
-kernel is not available, runs plain torch; the reason is kept and shown by `handle.summary()`.
+There are two: this library's kernels, and plain torch (the reference functions). Families that are switched off or have no
+kernel run plain torch; `handle.summary()` shows the reason.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class KernelSet:
-    """The functions a runtime calls, with the reason wherever one is not this library's kernel.
+    """The functions that a runtime calls, with a reason for each that is not this library's kernel.
 
     Attributes:
-        chosen: op -> 'flashu' or 'torch'. fallbacks: op -> why it runs plain torch.
+        chosen: op -> 'flashu' or 'torch'.
+        fallbacks: op -> reason for plain torch.
     """
 
     gathered_ffn: Callable[..., Any]
@@ -54,11 +55,11 @@ class KernelSet:
 
 
 def resolve(config: FlashUConfig, device: torch.device, dtype: torch.dtype) -> KernelSet:
-    """Pick a backend for every op.
+    """Choose an implementation for every op.
 
     Args:
         config: its `*_kernels` switches turn whole families off.
-        device, dtype: where and in what type the model's weights are.
+        device, dtype: of the model's weights.
     """
     functions: dict[str, Callable[..., Any]] = {}
     chosen: dict[str, str] = {}

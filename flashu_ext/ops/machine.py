@@ -1,4 +1,4 @@
-"""What a measurement ran on and what made it; printed beside every number."""
+"""Facts about machine, versions and command line, printed with every measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "transformers", "numpy")
 
 
 def facts() -> dict[str, str]:
-    """Processor, threads, memory, GPU, versions and commit, as name -> text, where they can be told."""
+    """Processor, threads, memory, GPU, versions and commit, as name -> text; unknown ones are omitted."""
     import torch
 
     found = {
@@ -40,7 +40,7 @@ def describe() -> str:
 
 
 def command_line() -> str:
-    """The command that is running, as a person would type it."""
+    """The command that is running, as typed in a shell."""
     path = Path(sys.argv[0] if sys.argv else "python")
     if path.parts[-2:] == ("cli", "__main__.py"):
         return shlex.join(["flashu-ext", *sys.argv[1:]])
@@ -76,7 +76,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Commit of a source folder, with a mark where tracked files differ from it; empty elsewhere."""
+    """Commit of a source folder, marked if tracked files differ from it; otherwise empty."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""

@@ -1,4 +1,4 @@
-"""Loads the compiled ops on first use. Imports nothing heavy; everything native goes through `load()`."""
+"""Loads the compiled ops on first use. Imports no torch; all native code is loaded by `load()`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OLDEST_TORCH = (2, 11)
 
 
 def missing() -> list[str]:
-    """Every reason why the compiled ops cannot be loaded here, as sentences; empty when nothing is in the way."""
+    """Every reason why the compiled ops cannot be loaded here, as sentences; empty if they can."""
     causes = []
     try:
         import torch
@@ -32,10 +32,10 @@ def missing() -> list[str]:
 
 @functools.cache
 def load() -> None:
-    """Registers torch.ops.flashu.* once per process.
+    """Register torch.ops.flashu.* once per process.
 
     Raises:
-        ImportError: one message that names every cause, when the library cannot be loaded.
+        ImportError: the library cannot be loaded; the message lists every cause.
     """
     causes = missing()
     if not causes:
@@ -45,7 +45,7 @@ def load() -> None:
             torch.ops.load_library(str(LIBRARY))
             return
         except OSError as error:
-            causes.append(f"{LIBRARY} was found, but the loader refused it: {error}.")
+            causes.append(f"{LIBRARY} was found, but loading it failed: {error}.")
     lines = "\n".join(f"  - {cause}" for cause in causes)
     raise ImportError(f"flashu_ext: the compiled ops are not available:\n{lines}\nSee `flashu-ext info`.")
 
@@ -68,9 +68,9 @@ _KINDS: dict[str, type[Exception]] = {
 
 
 def translate(error: RuntimeError) -> Exception:
-    """The Python exception for a failed op: the checks are in C++, and torch delivers them all as RuntimeError.
+    """The Python exception for a failed C++ check, which torch raises as RuntimeError.
 
-    Returns the error itself when it did not come from our checks.
+    Returns the error itself if it is not from our checks.
     """
     text = str(error)
     for prefix, kind in _KINDS.items():

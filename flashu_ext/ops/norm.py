@@ -1,9 +1,8 @@
-"""RMSNorm: plain, modulated by adaLN, and with the residual added; the gated residual; and rotary position embedding on
-the way into a key-value cache.
+"""RMSNorm (plain, adaLN-modulated, fused residual add), gated residual, and rotary embedding with key-value cache writes.
 
-Storage is fp32, bf16 or fp16, one dtype for all tensors of a call; results are rounded to it once. On the CPU statistics
-are summed in fp64 and products taken one step wider than the storage (fp64 for fp32, else fp32); on CUDA devices both
-are fp32. Last dimensions are contiguous, other strides are free. Every row is computed by itself in one fixed order.
+Storage is fp32, bf16 or fp16, one dtype per call; results are rounded once. On the CPU statistics are summed in fp64 and
+products computed one step wider than the storage (fp64 for fp32, else fp32); on CUDA devices both are fp32. Last dimensions
+are contiguous, other strides are free. Each row is computed independently in a fixed order.
 
 Errors: ValueError for shapes, strides, aliasing, devices and eps, TypeError for dtypes.
 Source: Qwen2's RMSNorm and rotary embedding; the adaLN modulation of Show-o2's diffusion head (`modulate`, `gate`).
@@ -14,15 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import (
-    call,
-    call_into,
-    capability,
-    fake,
-    fake_out,
-    refuse_backward,
-    refuse_backward_from,
-)
+from .common import call, call_into, capability, fake, fake_out
 
 _ops = torch.ops.flashu
 
@@ -40,7 +31,8 @@ def rms_norm(
     """weight * x / sqrt(mean(x^2) + eps) per row; with shift and scale that * (1 + scale[b]) + shift[b] in batch b.
 
     Args:
-        x: [..., width]; with shift and scale [batches, tokens, width]. weight: [width].
+        x: [..., width]; with shift and scale [batches, tokens, width].
+        weight: [width].
         shift, scale: [batches, width], both or neither.
         out: as x, shares no memory with the inputs.
 
@@ -55,7 +47,9 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Te
     """residual += x, then x = rms_norm(residual): both in place.
 
     Args:
-        x: [..., width], overwritten by the norm. residual: as x, overwritten by the sum. weight: [width].
+        x: [..., width], overwritten by the norm.
+        residual: as x, overwritten by the sum.
+        weight: [width].
 
     Returns:
         x.
@@ -69,7 +63,9 @@ def gate_add_(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor
     """residual += gate[b] * y in batch b, or residual += y without a gate: in place.
 
     Args:
-        residual: [batches, tokens, width]. y: as residual. gate: [batches, width].
+        residual: [batches, tokens, width].
+        y: as residual.
+        gate: [batches, width].
 
     Returns:
         residual.
@@ -94,18 +90,19 @@ def rotary_cache_(
     eps: float = 1e-6,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Turns queries and keys by their positions and puts keys and values into a cache, all in one launch.
+    """Apply rotary embedding to queries and keys and write keys and values to a cache, in one launch.
 
-    With norms every head is rms_norm(head, norm, eps), rounded, before it is turned; x is then
-    x * cos + (-x[d/2:], x[:d/2]) * sin, rounded once.
+    The embedding is x * cos + (-x[d/2:], x[:d/2]) * sin, rounded once. With norms every head x is first replaced by
+    rms_norm(x, norm, eps), rounded.
 
     Args:
-        query: [rows, n, heads, d], d even. key, value: [rows, n, kv_heads, d].
+        query: [rows, n, heads, d], d even.
+        key, value: [rows, n, kv_heads, d].
         cos, sin: [rows or 1, n, d].
-        keys, values: [rows, capacity, kv_heads, d], written; a transposed view will do. Neither may overlap, by extent,
-            the other or an input.
-        start: int64 [rows], [1] or []: token i of row r goes to slot start[r] + i, and nowhere where that is outside
-            [0, capacity). None: 0, and n <= capacity.
+        keys, values: [rows, capacity, kv_heads, d], written; may be transposed views. Their extents must not overlap each
+            other or an input.
+        start: int64 [rows], [1] or []: token i of row r is written to slot start[r] + i; slots outside [0, capacity)
+            are skipped. None: 0, with n <= capacity.
         query_norm, key_norm: [d], both or neither.
         out: [rows, heads, n, d], shares no memory with the others.
 
@@ -113,7 +110,7 @@ def rotary_cache_(
         The queries, [rows, heads, n, d], contiguous.
     """
     inputs = (query, key, value, cos, sin, keys, values, start, query_norm, key_norm, eps)
-    return refuse_backward_from("rotary_cache_", call_into(_ops.rotary_cache_, *inputs, out=out))
+    return call_into(_ops.rotary_cache_, *inputs, out=out)
 
 
 @fake("rms_norm")
@@ -152,4 +149,3 @@ def _rotary_cache_fake(
 
 fake_out("rms_norm", _rms_norm_fake)
 fake_out("rotary_cache_", _rotary_cache_fake)
-refuse_backward("rms_norm")

@@ -1,7 +1,7 @@
-"""Every op in plain torch: the oracle of the tests, and what runs where no kernel does.
+"""Every op in plain torch: the oracle of the tests, and the fallback where a kernel is missing.
 
-Same names, arguments and results as `flashu_ext.ops`. Arithmetic is fp32, or fp64 for fp64 inputs (which the ops do not
-take): call it on doubles for the truth, on a kernel's own dtype for what torch would give. No checks beyond torch's own.
+Same names, arguments and results as `flashu_ext.ops`. Arithmetic is fp32, or fp64 for fp64 inputs, which the ops do not
+support: fp64 gives the exact result, a kernel's dtype that of plain torch. No checks beyond torch's own.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def gathered_swiglu(
     out: Tensor | None = None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """See `flashu_ext.ops.gathered_swiglu`. GEMMs run in the storage dtype, as torch would."""
+    """See `flashu_ext.ops.gathered_swiglu`. GEMMs run in the storage dtype, as in torch."""
     s = _neurons(runs, index, selection, x.device)
     return _into(out, F.silu(F.linear(x, w_gate[s])) * F.linear(x, w_up[s]))
 
@@ -94,7 +94,7 @@ def gathered_down(
     out: Tensor | None = None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """See `flashu_ext.ops.gathered_down`. The GEMM runs in the storage dtype, as torch would."""
+    """See `flashu_ext.ops.gathered_down`. The GEMM runs in the storage dtype, as in torch."""
     y = F.linear(h, w_down[:, _neurons(runs, index, selection, h.device)])
     return _into(out, y if residual is None else y + residual)
 
@@ -156,7 +156,7 @@ def select_threshold(
     scores: Tensor, threshold: float, capacity: int, *, index: Tensor | None = None, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `flashu_ext.ops.select_threshold`."""
-    passed = scores.float() >= torch.tensor(threshold, dtype=torch.float32)
+    passed = scores.float() >= torch.tensor(threshold, dtype=torch.float32, device=scores.device)
     tokens = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
     first = torch.where(passed, tokens, scores.shape[-1]).sort(dim=-1).values
     chosen = F.pad(first, (0, max(0, capacity - scores.shape[-1])), value=scores.shape[-1])[..., :capacity]
@@ -174,7 +174,7 @@ def gather_rows(rows: Tensor, index: Tensor, *, out: Tensor | None = None) -> Te
 def scatter_rows_(rows: Tensor, index: Tensor, moved: Tensor) -> Tensor:
     """See `flashu_ext.ops.scatter_rows_`."""
     for target, at, source in _sequences(rows, index, moved):
-        # Entries of -1 go to one more row, which is dropped: nothing is read back to the host.
+        # Entries of -1 go to an extra row, which is dropped: this needs no read-back to the host.
         padded = torch.cat([target, target[:1] if target.shape[0] else target.new_zeros(1, target.shape[1])])
         padded.index_copy_(0, torch.where(at < 0, target.shape[0], at.long()), source)
         target.copy_(padded[:-1])
@@ -245,7 +245,7 @@ def rotary_cache_(
     eps: float = 1e-6,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `flashu_ext.ops.rotary_cache_`. With `start` the whole cache is written, for nothing may be read back."""
+    """See `flashu_ext.ops.rotary_cache_`. With `start` the whole cache is written, which needs no read-back."""
     if query_norm is not None and key_norm is not None:
         query, key = rms_norm(query, query_norm, eps), rms_norm(key, key_norm, eps)
     _into_slots(keys, _rotated(key, cos, sin), start)
@@ -255,19 +255,21 @@ def rotary_cache_(
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [rows, n, heads, d] turned by cos and sin [rows or 1, n, d], halves convention."""
+    """x [rows, n, heads, d] rotated by cos and sin [rows or 1, n, d], halves convention."""
     wide, half = _wide(x), x.shape[-1] // 2
     turned = torch.cat((-wide[..., half:], wide[..., :half]), dim=-1)
     return (wide * _wide(cos)[:, :, None] + turned * _wide(sin)[:, :, None]).to(x.dtype)
 
 
 def _into_slots(cache: Tensor, x: Tensor, start: Tensor | None) -> None:
-    """Token i of row r of x [rows, n, heads, d] goes to slot start[r] + i of the cache, if there is one."""
+    """Token i of row r of x [rows, n, heads, d] is written to slot start[r] + i of the cache, if it exists."""
     (rows, n), capacity = x.shape[:2], cache.shape[1]
     if start is None:
         cache[:, :n] = x
     elif n:
-        first = start.reshape(-1, 1).clamp(-n, capacity)  # as far outside as any; the difference cannot overflow
+        first = start.reshape(-1, 1).clamp(
+            -n, capacity
+        )  # out of range stays out of range, and the difference cannot overflow
         token = (torch.arange(capacity, device=x.device) - first).expand(rows, capacity)
         at = token.clamp(0, n - 1)[..., None, None].expand(rows, capacity, *x.shape[2:])
         cache.copy_(torch.where(((token >= 0) & (token < n))[..., None, None], x.gather(1, at), cache))

@@ -1,11 +1,11 @@
-"""Routing: scores of tokens and layers, selections that keep the order, and moving the selected rows.
+"""Routing: scores of tokens and layers, order-preserving selection, gather and scatter of rows.
 
-Scores are stored in fp32, and summed in fp64 on the CPU; on CUDA devices in fp32, their mean over tokens in fp64.
-Selections give int64 indices and int32 counts. In row moves an index of -1 is padding: it reads zeros and writes nothing.
+Scores are fp32, summed in fp64 on the CPU; on CUDA devices in fp32, with the mean over tokens in fp64. Selections return
+int64 indices and int32 counts. In gather and scatter an index of -1 is padding: it reads zeros and writes nothing.
 
 Errors: ValueError for shapes, strides, aliasing, devices, NaN scores and k, TypeError for dtypes, IndexError for
-indices out of range. What would have to be read back from a CUDA device is not checked there: NaN counts as smaller
-than every number and passes no threshold, an index out of range counts as padding.
+indices out of range. Values on CUDA devices are not checked, which would need a read-back: NaN is smaller than every number
+and passes no threshold, an index out of range is padding.
 Source: dynamic layer skipping and value-norm token pruning of FlashU (arXiv 2603.15271).
 """
 
@@ -14,21 +14,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out, refuse_backward
+from .common import call, call_into, capability, fake, fake_out
 
 _ops = torch.ops.flashu
 
 REDUCTIONS = ("none", "mean", "last")
-"""How cosine_importance joins tokens: not at all, by the mean over all of them, by each sequence's last one."""
+"""How cosine_importance reduces tokens: not at all, to the mean over all, or to the last one of each sequence."""
 
 
 @capability()
 def cosine_importance(x_in: Tensor, x_out: Tensor, reduce: str = "none", *, out: Tensor | None = None) -> Tensor:
-    """1 - cosine(x_in, x_out) per token, norms at least 1e-8: how much a layer turned its input.
+    """1 - cosine(x_in, x_out) per token, norms at least 1e-8: how much a layer rotated its input.
 
     Args:
         x_in, x_out: [..., tokens, width] before and after the layer.
-        reduce: 'none' gives [..., tokens], 'mean' one number over all tokens (NaN where there are none), 'last' [...].
+        reduce: 'none' gives [..., tokens], 'mean' one number over all tokens (NaN if there are none), 'last' [...].
         out: fp32, contiguous.
 
     Returns:
@@ -60,11 +60,12 @@ def select_topk(
     """The k best scores of each row; of equal scores the lower index wins.
 
     Args:
-        scores: [..., tokens] without NaN. k: 0 to tokens.
+        scores: [..., tokens] without NaN.
+        k: 0 to tokens.
         index, count: outputs to write into, both or neither.
 
     Returns:
-        index int64 [..., k] in ascending order, count int32 [...], which is k.
+        index int64 [..., k] in ascending order, count int32 [...], always k.
     """
     if index is None and count is None:
         return call(_ops.select_topk.default, scores, k)
@@ -75,14 +76,16 @@ def select_topk(
 def select_threshold(
     scores: Tensor, threshold: float, capacity: int, *, index: Tensor | None = None, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The scores >= threshold of each row, in order, as many as `capacity` holds.
+    """The first `capacity` scores >= threshold of each row, in order.
 
     Args:
-        scores: [..., tokens] without NaN. threshold: compared in fp32. capacity: length of the result.
+        scores: [..., tokens] without NaN.
+        threshold: compared in fp32.
+        capacity: length of the result.
         index, count: outputs to write into, both or neither.
 
     Returns:
-        index int64 [..., capacity], filled up with -1; count int32 [...]: how many passed, which may exceed capacity.
+        index int64 [..., capacity], padded with -1; count int32 [...]: scores that passed, may exceed capacity.
     """
     if index is None and count is None:
         return call(_ops.select_threshold.default, scores, threshold, capacity)
@@ -94,7 +97,8 @@ def gather_rows(rows: Tensor, index: Tensor, *, out: Tensor | None = None) -> Te
     """rows[index], zeros for an index of -1.
 
     Args:
-        rows: [tokens, width] or [batch, tokens, width]. index: int32 or int64 [n] or [batch, n], each in [-1, tokens).
+        rows: [tokens, width] or [batch, tokens, width].
+        index: int32 or int64 [n] or [batch, n], each in [-1, tokens).
         out: [n, width] or [batch, n, width], shares no memory with rows.
 
     Returns:
@@ -105,10 +109,11 @@ def gather_rows(rows: Tensor, index: Tensor, *, out: Tensor | None = None) -> Te
 
 @capability()
 def scatter_rows_(rows: Tensor, index: Tensor, moved: Tensor) -> Tensor:
-    """rows[index] = moved in place; of entries that name one row the last stays, entries of -1 are left out.
+    """rows[index] = moved in place; the last of repeated entries wins, entries of -1 are skipped.
 
     Args:
-        rows: [tokens, width] or [batch, tokens, width]. index: int32 or int64 [n] or [batch, n].
+        rows: [tokens, width] or [batch, tokens, width].
+        index: int32 or int64 [n] or [batch, n].
         moved: [n, width] or [batch, n, width].
 
     Returns:
@@ -120,7 +125,7 @@ def scatter_rows_(rows: Tensor, index: Tensor, moved: Tensor) -> Tensor:
 
 @capability()
 def scatter_add_rows_(rows: Tensor, index: Tensor, moved: Tensor) -> Tensor:
-    """rows[index] += moved in place, entry after entry, each sum rounded; entries of -1 are left out.
+    """rows[index] += moved in place, in order of the entries, each sum rounded; entries of -1 are skipped.
 
     Args and returns: as `scatter_rows_`.
     """
@@ -187,5 +192,3 @@ def _scatter_add_rows_fake(rows: Tensor, index: Tensor, moved: Tensor) -> None:
 fake_out("cosine_importance", _cosine_importance_fake)
 fake_out("value_norms", _value_norms_fake)
 fake_out("gather_rows", _gather_rows_fake)
-for _name in ("cosine_importance", "value_norms", "select_topk", "select_threshold", "gather_rows"):
-    refuse_backward(_name)

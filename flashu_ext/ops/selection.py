@@ -1,4 +1,4 @@
-"""Which neurons of an FFN take part, resolved once for many calls."""
+"""A validated selection of an FFN's neurons, made once for many calls."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Selection"]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Checked neurons of an FFN, in the form that the kernels read. A copy: what it was made from may change afterwards.
+    """Validated neurons of an FFN in the kernels' format; a copy, independent of its source.
 
     Attributes:
         limit: neurons of the FFN.
-        count: neurons selected, n; the order of h's columns is theirs.
-        runs: [start, count] where they are one range (empty: none are selected), else None.
+        count: neurons selected, n; the columns of h have their order.
+        runs: [start, count] if they are one range (empty: none selected), else None.
         list: int32 [n], on the device of the weights; None for a range.
-        blocks: the list names eight neighbours at a time.
+        blocks: the list consists of groups of eight consecutive neurons.
     """
 
     limit: int
@@ -38,11 +38,12 @@ class Selection:
         """From runs (start, length), also flat or as a tensor or array: ascending and disjoint, lengths at least 1.
 
         Args:
-            limit: neurons of the FFN. device: of its weights.
+            limit: neurons of the FFN.
+            device: of its weights.
 
         Raises:
-            IndexError: a run is empty, out of range, or begins before the end of the one before. ValueError, TypeError: no
-            pairs of integers.
+            IndexError: a run is empty, out of range, or begins before the previous one ends.
+            ValueError, TypeError: not pairs of integers.
         """
         flat = flatten("runs", runs, 2)
         return cls._resolved(sum(max(0, length) for length in flat[1::2]), limit, device, runs=flat)
@@ -54,24 +55,27 @@ class Selection:
         """From neuron numbers [n] in any order, each at most once.
 
         Args:
-            limit: neurons of the FFN. device: of its weights; None: the index tensor's.
+            limit: neurons of the FFN.
+            device: of its weights; None: the index tensor's.
 
         Raises:
-            IndexError: a number is out of range or repeated. TypeError: not int32 or int64. ValueError: not one dimension.
+            IndexError: a number is out of range or repeated.
+            TypeError: not int32 or int64.
+            ValueError: not one dimension.
         """
-        numbers = torch.as_tensor(index)
+        numbers = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
         check_index(numbers)
         device = numbers.device if device is None else device
         return cls._resolved(numbers.numel(), limit, device, index=numbers.detach().cpu())
 
     @classmethod
     def _resolved(cls, count: int, limit: int, device: torch.device | str, **neurons: Any) -> Selection:
-        numbers = torch.empty(min(count, max(limit, 0)), dtype=torch.int32)
+        numbers = torch.empty(min(count, max(limit, 0)), dtype=torch.int32, device="cpu")
         blocks = call(torch.ops.flashu.list_neurons.default, numbers, limit, **neurons)
         if count == 0:
             return cls(limit, 0, [], None, False)
         first = int(numbers[0])
-        if torch.equal(numbers, torch.arange(first, first + count, dtype=torch.int32)):
+        if torch.equal(numbers, torch.arange(first, first + count, dtype=torch.int32, device="cpu")):
             return cls(limit, count, [first, count], None, False)
         return cls(limit, count, None, numbers.to(device), blocks)
 
@@ -83,6 +87,6 @@ class Selection:
 
 
 def check_index(index: Tensor) -> None:
-    """Raises TypeError for what cannot be neuron numbers; a mask is named as such."""
+    """Raise TypeError unless the tensor can hold neuron numbers; the message mentions masks."""
     if index.dtype == torch.bool:
         raise TypeError("index: expected int32 or int64 numbers, got a bool mask (mask.nonzero().flatten() has them)")

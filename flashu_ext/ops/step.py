@@ -1,11 +1,11 @@
-"""The denoising step: guided Euler update, how far features moved, and extrapolating cached features.
+"""The denoising step: guided Euler update, relative change of features, and extrapolation of cached features.
 
-Storage is fp32, bf16 or fp16; arithmetic is fp32, rounded once on storing. feature_delta sums in fp64 on the CPU; on
-CUDA devices in fp32 within a block, and the blocks' sums in fp64.
+Storage is fp32, bf16 or fp16; arithmetic is fp32, rounded once when stored. feature_delta sums in fp64 on the CPU; on CUDA
+devices in fp32 within a block and in fp64 over blocks.
 
 Errors: ValueError for shapes, strides, aliasing and devices, TypeError for dtypes, IndexError for the step.
-Source: Show-o2's Euler sampler and unpatchify; the cached head of FlashU (arXiv 2603.15271), extrapolated as TaylorSeer
-does (arXiv 2503.06923).
+Source: Show-o2's Euler sampler and unpatchify; the cached head of FlashU (arXiv 2603.15271), extrapolated as in
+TaylorSeer (arXiv 2503.06923).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out, refuse_backward
+from .common import call, call_into, capability, fake, fake_out
 
 _ops = torch.ops.flashu
 
@@ -22,10 +22,10 @@ _ops = torch.ops.flashu
 def guided_euler_step_(
     latents: Tensor, v: Tensor, s: Tensor, dt: Tensor, step: Tensor | int, *, velocity: Tensor | None = None
 ) -> Tensor:
-    """latents += dt[step] * velocity, in place, from the rows that the head writes.
+    """latents += dt[step] * velocity, in place, from the rows that the head outputs.
 
-    With twice as many rows in v as in latents the second half is the unconditional one, and
-    velocity = vu + s[step] * (vc - vu); else velocity = v.
+    If v has twice as many rows as latents, its second half is unconditional and velocity = vu + s[step] * (vc - vu); otherwise
+    velocity = v.
 
     Args:
         latents: [images, channels, H, W], contiguous.
@@ -48,7 +48,8 @@ def feature_delta(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """How far a is from b: (sum|a - b| / sum|b|, |a - b|_2 / |b|_2, cosine(a, b)); 0 / 0 counts as 0.
 
     Args:
-        a, b: one shape and dtype, at least one dimension. out: fp32 [3].
+        a, b: same shape and dtype, at least one dimension.
+        out: fp32 [3].
 
     Returns:
         fp32 [3].
@@ -58,13 +59,15 @@ def feature_delta(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 @capability()
 def taylor_update_(state: Tensor, feature: Tensor, interval: float, count: int) -> Tensor:
-    """Take a new feature into a table of finite differences, in place.
+    """Add a new feature to a table of finite differences, in place.
 
     state[0] = feature; state[i] = (new state[i - 1] - old state[i - 1]) / interval for i <= min(order, count), else 0.
 
     Args:
-        state: [order + 1, ...], contiguous, order 0 to 2. feature: [...], contiguous.
-        interval: steps since the previous update, > 0. count: updates before this one.
+        state: [order + 1, ...], contiguous, order 0 to 2.
+        feature: [...], contiguous.
+        interval: steps since the previous update, > 0.
+        count: updates before this one.
 
     Returns:
         state.
@@ -78,7 +81,9 @@ def taylor_predict(state: Tensor, ahead: float, count: int, *, out: Tensor | Non
     """The feature `ahead` steps after the latest update: sum of state[i] * ahead^i / i! for i <= min(order, count - 1).
 
     Args:
-        state: [order + 1, ...] as `taylor_update_` leaves it. count: updates so far, at least 1. out: [...], contiguous.
+        state: [order + 1, ...] as written by `taylor_update_`.
+        count: updates so far, at least 1.
+        out: [...], contiguous.
 
     Returns:
         [...] in state's dtype.
@@ -110,5 +115,3 @@ def _taylor_predict_fake(state: Tensor, ahead: float, count: int) -> Tensor:
 
 fake_out("feature_delta", _feature_delta_fake)
 fake_out("taylor_predict", _taylor_predict_fake)
-for _name in ("feature_delta", "taylor_predict"):
-    refuse_backward(_name)

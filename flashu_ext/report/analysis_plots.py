@@ -48,7 +48,7 @@ def removal(result: Analysis) -> str:
             shares = [getattr(r, measure) for r in chosen]
             low, high = zip(*(share.interval for share in shares), strict=True)
             x = [100 * r.fraction for r in chosen]
-            axes.plot(x, [share.share for share in shares], "o-", ms=4, color=color, label=label)
+            axes.plot(x, [share.value for share in shares], "o-", ms=4, color=color, label=label)
             axes.fill_between(x, low, high, color=color, alpha=0.08, linewidth=0)
         axes.set(ylim=(0, 1.02), xlabel="removed, % of every layer's neurons")
         axes.set_title(title, loc="left", fontsize=10.5, color=INK)

@@ -1,4 +1,4 @@
-"""The demo's run: draws and answers held-out scenes under every preset, and times both."""
+"""Runs the demo: images and answers of held-out scenes under every preset, with times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..nano.probe import Outputs, Probe
 from ..ops import machine
 from ..planning.config import PRESETS, FlashUConfig
 from ..planning.schedule import StepPlan
-from ..studies.comparison import equal_share, running, time_round
+from ..studies.comparison import equal_proportion, running, time_round
 from ..studies.fidelity import psnr
 from .result import Answer, DemoResult, Drawing, PresetResult
 
@@ -32,8 +32,10 @@ def run(seed: int = 0, images: int = 48, questions: int = 96, repeats: int = 5) 
     """Run the demo on the embedded model.
 
     Args:
-        seed: of noise, wordings and the choice of scenes. images: prompts drawn per preset.
-        questions: asked per preset. repeats: timed rounds, one image and one answer each.
+        seed: of noise, wordings and the choice of scenes.
+        images: prompts per preset.
+        questions: asked per preset.
+        repeats: timed rounds, one image and one answer each.
 
     Raises:
         FileNotFoundError: the package was installed without the model's data.
@@ -79,7 +81,7 @@ def _judged(preset: str, probe: Probe, outputs: dict[str, Outputs], summary: str
         head=steps.head_evaluations,
         adherence=probe.adherence(own),
         accuracy=probe.accuracy(own),
-        equal_answers=equal_share(own, dense),
+        equal_answers=equal_proportion(own, dense),
         max_difference=float((own.latents - dense.latents).abs().max()) if exact else None,
         psnr=None if preset == PRESETS[0] else _psnr(own.images, dense.images),
         summary=summary,
@@ -113,7 +115,7 @@ def _drawings(probe: Probe, outputs: dict[str, Outputs]) -> list[Drawing]:
 
 
 def _answers(probe: Probe, outputs: dict[str, Outputs]) -> list[Answer]:
-    # Spread over all questions, so that every kind and many images are seen.
+    # Spread over all questions, so that every kind and many images are shown.
     count = min(SHOWN_ANSWERS, len(probe.asked))
     shown = [i * len(probe.asked) // count for i in range(count)]
     return [

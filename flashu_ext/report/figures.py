@@ -1,4 +1,4 @@
-"""What all figures share: colors, axes without clutter, and SVG that a page can hold."""
+"""Shared by all figures: colors, axis style, and embedding as SVG data URIs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SERIES = ("#3d6fd6", "#e0762f", "#2f9c72", "#8d5bd0", "#c4442b", "#9aa3b5")
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Bytes as an address that a page can hold."""
+    """Bytes as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 

@@ -1,4 +1,4 @@
-"""The fidelity report's run: what every knob saves and costs, for drawing and for answering, against dense."""
+"""Runs the fidelity report: time saved and fidelity lost by every setting, for images and answers, against dense."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..nano.evaluate import Share, preset_config
+from ..nano.evaluate import Proportion, preset_config
 from ..nano.model import PRUNE_MULTIPLE, load_model, load_plan
 from ..nano.probe import Probe
 from ..ops import machine
@@ -26,8 +26,8 @@ class Gate:
     setting: str
     task: str
     passed: bool
-    measured: Share
-    dense: Share
+    measured: Proportion
+    dense: Proportion
 
 
 @dataclass
@@ -59,8 +59,8 @@ class FidelityResult:
         for p in self.points:
             lines.append(
                 f"{p.name:<34} {1e3 * p.image_time:>9.1f} {base.image_time / p.image_time:>5.2f}x {p.flops / 1e9:>7.2f} "
-                f"{100 * p.adherence.share:>7.1f} % {p.psnr:>6.1f} {1e3 * p.answer_time:>10.2f} "
-                f"{base.answer_time / p.answer_time:>5.2f}x {100 * p.accuracy.share:>6.1f} %"
+                f"{100 * p.adherence.value:>7.1f} % {p.psnr:>6.1f} {1e3 * p.answer_time:>10.2f} "
+                f"{base.answer_time / p.answer_time:>5.2f}x {100 * p.accuracy.value:>6.1f} %"
             )
         lines += [
             f"gate {gate.setting}, {gate.task}: {'held' if gate.passed else 'FAILED'} ({gate.measured}, dense {gate.dense})"
@@ -123,8 +123,10 @@ def run(
     """Measure every setting on held-out scenes of the embedded model.
 
     Args:
-        drawings, questions: per setting. repeats: timed rounds of one image and one answer, all settings interleaved.
-        chosen: settings, dense first (default: `settings()`). progress: show a progress bar.
+        drawings, questions: per setting.
+        repeats: timed rounds of one image and one answer, all settings interleaved.
+        chosen: settings, dense first (default: `settings()`).
+        progress: show a progress bar.
     """
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Figures of the fidelity report: cost against fidelity, and the settings that no other one beats."""
+"""Figures of the fidelity report: cost against fidelity, with the Pareto front."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARKS = {
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of points (cost, fidelity) that no other one beats in both, by cost."""
+    """Indices of the Pareto-optimal points (cost, fidelity), sorted by cost."""
     order = sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1]))
     best = float("-inf")
     result = []
@@ -44,7 +44,8 @@ def pareto(
     """A scatter of cost and fidelity with the front as a line; SVG.
 
     Args:
-        labels: of the two axes. interval: bars around fidelity.
+        labels: of the two axes.
+        interval: error bars of fidelity.
     """
     drawn, axes = figure(5.4, 3.6)
     style(axes)

@@ -51,7 +51,7 @@ def render(result: DemoResult) -> str:
 
 
 def write(text: str, path: Path) -> Path:
-    """Write a page; it is complete or absent: written beside its place and moved there."""
+    """Write a page atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".html.part")
     draft.write_text(text, encoding="utf-8")
@@ -94,13 +94,13 @@ def render_fidelity(result: Any) -> str:
         drawing_plots=[
             drawing(
                 lambda p: 1e3 * p.image_time,
-                lambda p: p.adherence.share,
+                lambda p: p.adherence.value,
                 ("ms per image, measured", "right drawings"),
                 lambda p: p.adherence.interval,
             ),
             drawing(
                 lambda p: p.flops / 1e9,
-                lambda p: p.adherence.share,
+                lambda p: p.adherence.value,
                 ("GFLOP per image", "right drawings"),
                 lambda p: p.adherence.interval,
             ),
@@ -112,13 +112,13 @@ def render_fidelity(result: Any) -> str:
         answering_plots=[
             drawing(
                 lambda p: 1e3 * p.answer_time,
-                lambda p: p.accuracy.share,
+                lambda p: p.accuracy.value,
                 ("ms per answer, measured", "right answers"),
                 lambda p: p.accuracy.interval,
             ),
             drawing(
                 lambda p: 1e3 * p.answer_time,
-                lambda p: p.equal_answers.share,
+                lambda p: p.equal_answers.value,
                 ("ms per answer, measured", "answers equal to dense's"),
                 lambda p: p.equal_answers.interval,
             ),

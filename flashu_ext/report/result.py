@@ -1,4 +1,4 @@
-"""What a demo found, as plain records that plots, page, terminal and JSON are made from."""
+"""Results of the demo as records, the source of plots, page, terminal text and JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..nano.evaluate import Share
+from ..nano.evaluate import Proportion
 
 __all__ = ["Answer", "DemoResult", "Drawing", "PresetResult"]
 
@@ -20,12 +20,13 @@ class PresetResult:
     Attributes:
         grid_points, kinds, backbone, head: of one image; kinds names each evaluation's kind, in order.
         image_seconds, answer_seconds: wall-clock times of single images and answers, batch 1.
-        adherence: drawings that the judge found right. accuracy: answers that were right.
+        adherence: images judged correct.
+        accuracy: correct answers.
         max_difference: largest absolute difference of the latents to dense at the same seed, for presets that
             promise dense's outputs.
         equal_answers: answers that equal dense's, token for token.
         psnr: mean PSNR in dB of the images that differ from dense's at the same seed; None where none does.
-        summary: what the handle said; empty for dense.
+        summary: the handle's summary; empty for dense.
     """
 
     name: str
@@ -33,9 +34,9 @@ class PresetResult:
     kinds: list[str]
     backbone: int
     head: int
-    adherence: Share
-    accuracy: Share
-    equal_answers: Share
+    adherence: Proportion
+    accuracy: Proportion
+    equal_answers: Proportion
     image_seconds: list[float] = field(default_factory=list)
     answer_seconds: list[float] = field(default_factory=list)
     max_difference: float | None = None
@@ -62,7 +63,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Answer:
-    """A question about a held-out image (PNG), what is true, and what each preset said."""
+    """A question about a held-out image (PNG), the true answer, and that of each preset."""
 
     image: bytes
     question: str
@@ -72,7 +73,7 @@ class Answer:
 
 @dataclass
 class DemoResult:
-    """Everything that the report shows. `presets` starts with dense, which the others are compared with."""
+    """Everything that the report shows. `presets` starts with dense, the reference."""
 
     model: str
     command: str
@@ -111,8 +112,8 @@ class DemoResult:
                     f"{1e3 * preset.answer_time:.1f} ms",
                     f"{self.answer_speedup(preset):.2f}",
                     f"{preset.backbone} + {preset.head} head",
-                    f"{100 * preset.adherence.share:.0f} %",
-                    f"{100 * preset.accuracy.share:.0f} %",
+                    f"{100 * preset.adherence.value:.0f} %",
+                    f"{100 * preset.accuracy.value:.0f} %",
                     self.against_dense(preset),
                 )
             )
@@ -122,7 +123,7 @@ class DemoResult:
         return "\n".join(lines)
 
     def against_dense(self, preset: PresetResult) -> str:
-        """How far a preset's images are from dense's, in words."""
+        """How far a preset's images are from dense's, as text."""
         if preset is self.presets[0]:
             return "-"
         if preset.max_difference is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import ops
 from ..calibration.calibrate import GenerationSample, UnderstandingSample, calibrate
 from ..models.parts import Showo2Parts
-from ..nano.evaluate import GUIDANCE, SHIFT, Share
+from ..nano.evaluate import GUIDANCE, SHIFT, Proportion
 from ..nano.probe import Probe
 from ..ops import machine
 from ..planning.config import FlashUConfig
@@ -33,7 +33,7 @@ __all__ = ["Analysis", "Drift", "Overlap", "Removal", "expected_jaccard", "jacca
 
 TASKS = ("generation", "understanding")
 FRACTIONS = (0.05, 0.1, 0.2, 0.4)
-"""Sizes of critical sets, as shares of a layer's neurons."""
+"""Sizes of critical sets, as fractions of a layer's neurons."""
 REMOVED = (0.05, 0.1, 0.2)
 STEPS = 30
 
@@ -62,17 +62,17 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Removal:
-    """What is left of both tasks without a set of neurons. `of`: whose set; fraction: of each layer."""
+    """Both tasks without a set of neurons. of: the set's name; fraction: of each layer."""
 
     of: str
     fraction: float
-    adherence: Share
-    accuracy: Share
+    adherence: Proportion
+    accuracy: Proportion
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the head's output moves from one evaluation to the next: medians over drawings, an entry per evaluation."""
+    """How far the head's output moves from one evaluation to the next: medians over images, one per evaluation."""
 
     relative_l1: tuple[float, ...]
     relative_l2: tuple[float, ...]
@@ -111,7 +111,7 @@ class Analysis:
 
 
 def jaccard(a: Tensor, b: Tensor) -> float:
-    """Shared share of two index sets [n], [m]: intersection over union."""
+    """Intersection over union of two index sets [n], [m]."""
     first, second = set(a.tolist()), set(b.tolist())
     union = first | second
     return len(first & second) / len(union) if union else 1.0
@@ -168,10 +168,11 @@ def overlaps(plan: TaskPlan, halves: Sequence[TaskPlan], fractions: Sequence[flo
 def _without(plan: TaskPlan, of: str, fraction: float, seed: int) -> TaskPlan:
     """A plan under which both tasks run without the named neurons of every layer."""
     if of == "random":
-        scores = torch.rand(plan.layers, plan.intermediate, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        scores = torch.rand(plan.layers, plan.intermediate, generator=generator, dtype=torch.float32, device="cpu")
     else:
         task, end = of.split(":")
-        # The lowest scores are pruned, so turning the order round removes the critical ones.
+        # The lowest scores are pruned, so the reversed order removes the critical ones.
         scores = plan.scores[task] * (-1.0 if end == "most" else 1.0)
     return TaskPlan(dict.fromkeys(TASKS, scores), fraction, 1, plan.fingerprint)
 
@@ -195,7 +196,7 @@ REMOVED_SETS = (
 
 
 def _drift(model: Any, probe: Probe, count: int) -> Drift:
-    """Differences of the head's last block over the image span, from evaluation to evaluation, drawing by drawing."""
+    """Differences of the head's last block over the image span, from evaluation to evaluation, for each image."""
     parts = Showo2Parts.from_model(model)
     states: list[Tensor] = []
     from ..models.showo2.sampling import sample
@@ -239,9 +240,12 @@ def run(
     """Analyse the embedded model (or a checkpoint trained on its world).
 
     Args:
-        model: a model that is not accelerated. samples: (count, seed) -> calibration samples of both tasks.
+        model: a model that is not accelerated.
+        samples: (count, seed) -> calibration samples of both tasks.
         count: calibration samples of each task. drawings, questions: held-out ones per measurement.
-        removed: shares of every layer's neurons that are removed. seed: of everything random. progress: show a progress bar.
+        removed: fractions of every layer's neurons to remove.
+        seed: of everything random.
+        progress: show a progress bar.
     """
     began = time.perf_counter()
     generation, understanding = samples(count, seed)
@@ -282,7 +286,7 @@ def run(
 
 
 def verdicts(result: Analysis) -> list[str]:
-    """What the numbers say about the paper's findings, in sentences; also where they say that it does not hold here."""
+    """Conclusions about the paper's findings from the numbers, also negative ones."""
     sentences = []
     for overlap in result.overlaps:
         if overlap.fraction not in (0.1, 0.2):
@@ -305,8 +309,8 @@ def verdicts(result: Analysis) -> list[str]:
             ("understanding's critical neurons", found["understanding:most"], "accuracy", "adherence"),
         ]
         for name, removal, own, other in cross:
-            lost_own = getattr(result.intact, own).share - getattr(removal, own).share
-            lost_other = getattr(result.intact, other).share - getattr(removal, other).share
+            lost_own = getattr(result.intact, own).value - getattr(removal, own).value
+            lost_other = getattr(result.intact, other).value - getattr(removal, other).value
             sentences.append(
                 f"Without {name} ({100 * fraction:.0f} %): {own} falls by {100 * lost_own:.0f} points, {other} by "
                 f"{100 * lost_other:.0f}; {_compare(lost_own, lost_other)}."
@@ -329,8 +333,8 @@ def _compare(own: float, other: float) -> str:
     return "it hurts both tasks alike, which the paper does not say"
 
 
-def _below(share: Share, reference: Share) -> bool:
-    """Whether a share is lower beyond what both intervals allow."""
+def _below(share: Proportion, reference: Proportion) -> bool:
+    """Whether a share is lower than the reference, with disjoint intervals."""
     return share.interval[1] < reference.interval[0]
 
 

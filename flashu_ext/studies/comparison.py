@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..models.parts import Showo2Parts, model_shape
-from ..nano.evaluate import GUIDANCE, Share
+from ..nano.evaluate import GUIDANCE, Proportion
 from ..nano.probe import Outputs, Probe
 from ..nano.tokenizer import layout
 from ..planning.config import FlashUConfig
@@ -21,12 +21,12 @@ from ..planning.schedule import StepPlan
 from ..runtime.handle import accelerate
 from . import fidelity
 
-__all__ = ["Point", "Setting", "Timed", "compare", "equal_share", "running", "time_round"]
+__all__ = ["Point", "Setting", "Timed", "compare", "equal_proportion", "running", "time_round"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to run the model. config None: dense, with `steps` grid points. group: what it is plotted as."""
+    """A named config; None: dense with `steps` grid points. group: its series in plots."""
 
     name: str
     group: str
@@ -36,10 +36,11 @@ class Setting:
 
 @dataclass
 class Point:
-    """What a setting cost and gave.
+    """Measured cost and fidelity of a setting.
 
     Attributes:
-        image_seconds, answer_seconds: of single images and answers, a number per round. flops: per image, by shapes.
+        image_seconds, answer_seconds: of single images and answers, one per round.
+        flops: per image, from shapes.
         psnr (dB), ssim, lpips: means against dense at the same noise; lpips None where it cannot be computed.
         equal_answers: answers equal to dense's token for token.
     """
@@ -49,9 +50,9 @@ class Point:
     config: str
     grid_points: int
     flops: float
-    adherence: Share
-    accuracy: Share
-    equal_answers: Share
+    adherence: Proportion
+    accuracy: Proportion
+    equal_answers: Proportion
     psnr: float
     ssim: float
     lpips: float | None
@@ -69,7 +70,7 @@ class Point:
 
 @contextmanager
 def running(model: Any, config: FlashUConfig | None, plan: TaskPlan | None) -> Iterator[Any]:
-    """The model under a config, the plan pruned as it says: a fresh handle, or None for dense."""
+    """A context with the model under a config and its plan: a new handle, or None for dense."""
     if config is None:
         yield None
         return
@@ -79,10 +80,10 @@ def running(model: Any, config: FlashUConfig | None, plan: TaskPlan | None) -> I
         yield handle
 
 
-def equal_share(outputs: Outputs, dense: Outputs) -> Share:
-    """Answers that are dense's, token for token."""
+def equal_proportion(outputs: Outputs, dense: Outputs) -> Proportion:
+    """Answers equal to dense's, token for token."""
     equal = [a == b for a, b in zip(outputs.tokens, dense.tokens, strict=True)]
-    return Share(sum(equal), len(equal))
+    return Proportion(sum(equal), len(equal))
 
 
 def compare(
@@ -95,15 +96,15 @@ def compare(
     seed: int = 0,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> list[Point]:
-    """Run every setting on the probe, then time single images and answers, settings in another order each round.
+    """Run every setting on the probe, then time single images and answers, in a new order each round.
 
     Args:
-        settings: the first is dense at full steps, which the others are compared with.
+        settings: the first is dense at full steps, the reference.
         plan: neuron scores, for settings that prune.
         advance: called with a number of outputs; len(settings) * (drawings + questions + repeats) in all.
 
     Raises:
-        ValueError: the first setting is not dense, or the probe has no drawing or no question to time.
+        ValueError: the first setting is not dense, or the probe has no prompt or no question.
     """
     if not settings or settings[0].config is not None:
         raise ValueError("settings: expected dense first")
@@ -124,16 +125,16 @@ def compare(
 
 
 class Timed(Protocol):
-    """What keeps times of single images and answers."""
+    """Has lists for times of single images and answers."""
 
     image_seconds: list[float]
     answer_seconds: list[float]
 
 
 def time_round(model: Any, probe: Probe, turn: int, into: Timed, steps: int | None = None) -> None:
-    """Time one image and one answer, alone; round `turn` has the same prompt and question for everyone."""
+    """Time one image and one answer; in round `turn` all settings have the same prompt and question."""
     start = time.perf_counter()
-    probe.draw(model, [turn % len(probe.prompts)], steps)
+    probe.generate(model, [turn % len(probe.prompts)], steps)
     into.image_seconds.append(time.perf_counter() - start)
     start = time.perf_counter()
     probe.ask(model, turn % len(probe.asked))
@@ -161,7 +162,7 @@ def _point(model: Any, setting: Setting, probe: Probe, own: Outputs, dense: Outp
         flops=flops,
         adherence=probe.adherence(own),
         accuracy=probe.accuracy(own),
-        equal_answers=equal_share(own, dense),
+        equal_answers=equal_proportion(own, dense),
         psnr=fidelity.mean(fidelity.psnr(own.images, dense.images)),
         ssim=fidelity.mean(fidelity.ssim(own.images, dense.images)),
         lpips=None if perceptual is None else fidelity.mean(perceptual),

@@ -1,7 +1,7 @@
-"""Searches settings for the least measured cost at a wanted fidelity, on one split, and reports on another.
+"""Searches the cheapest settings that reach a fidelity on training scenes, and reports on held-out ones.
 
-A greedy walk: from exact settings, raise the knob that saves most by the machine's cost model, keep the step if the measured
-fidelity still holds, stop when no step does. Every measurement is kept, so that the walk can be read afterwards.
+Greedy: starting from exact settings, raise the knob that saves most by the machine's cost model, accept if the measured fidelity
+is still reached, stop when no knob is left. All trials are recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.parts import Showo2Parts
-from ..nano.evaluate import GUIDANCE, Share
+from ..nano.evaluate import GUIDANCE, Proportion
 from ..nano.probe import Probe
 from ..ops import machine
 from ..planning.config import FlashUConfig
@@ -25,11 +25,11 @@ from ..planning.plan import TaskPlan
 from ..planning.safe_files import atomic_path
 from .comparison import Point, Setting, compare, running
 
-__all__ = ["DRAWING_KNOBS", "KNOBS", "Trial", "Tuned", "tune"]
+__all__ = ["IMAGE_KNOBS", "KNOBS", "Trial", "Tuned", "tune"]
 
 Levels = Sequence[Mapping[str, Any]]
 
-DRAWING_KNOBS: Mapping[str, Levels] = {
+IMAGE_KNOBS: Mapping[str, Levels] = {
     "steps": [{"steps": n} for n in (50, 35, 25, 20, 16, 13, 11, 9)],
     "head cache": [
         {"head_cache_interval": 0},
@@ -43,7 +43,7 @@ DRAWING_KNOBS: Mapping[str, Levels] = {
         *({"encoder_cache": True, "encoder_cache_interval": n} for n in (2, 4)),
     ],
     "neurons": [{"ffn_prune_ratio": ratio} for ratio in (0.0, 0.1, 0.2, 0.3, 0.4)],
-    "carried tokens": [
+    "skipped tokens": [
         {"token_skip": False},
         *({"token_skip": True, "token_skip_ratio": ratio, "token_skip_interval": 5} for ratio in (0.2, 0.4)),
     ],
@@ -54,20 +54,21 @@ ANSWER_KNOBS: Mapping[str, Levels] = {
     ],
     "answer layers": [{"answer_layer_skip_ratio": ratio} for ratio in (0.0, 0.17, 0.34)],
 }
-KNOBS: Mapping[str, Levels] = {**DRAWING_KNOBS, **ANSWER_KNOBS}
-"""Knob -> its levels, mildest first; the first level of each is exact. The first group is priced by an image, the second by
-an answer."""
+KNOBS: Mapping[str, Levels] = {**IMAGE_KNOBS, **ANSWER_KNOBS}
+"""Knob -> its levels, mildest first; the first level of each is exact. IMAGE_KNOBS are priced per image, the others per
+answer."""
 
 LEAST_SAVING = 0.02
-"""A step that saves less of the predicted cost than this is not worth a measurement."""
+"""Steps that save a smaller fraction of the predicted cost are not measured."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured step of the walk.
+    """One measured step of the search.
 
     Attributes:
-        seconds: of one image (predicted) or, for a knob of answering, of one answer; before: without the step.
+        seconds: of one image (predicted) or, for answer knobs, of one answer.
+        before: the same without the step.
         accepted: it became the base of the next step.
     """
 
@@ -75,21 +76,21 @@ class Trial:
     level: int
     seconds: float
     before: float
-    adherence: Share
-    accuracy: Share
+    adherence: Proportion
+    accuracy: Proportion
     accepted: bool
 
 
 @dataclass
 class Tuned:
-    """The outcome. `points`: dense, exact, paper and the tuned settings, measured on the split that the walk never saw."""
+    """The outcome. `points`: dense, exact, paper and the tuned settings, measured on held-out scenes."""
 
     fidelity: float
     config: FlashUConfig
     command: str
     machine: Mapping[str, str]
     trials: list[Trial]
-    dense: tuple[Share, Share]
+    dense: tuple[Proportion, Proportion]
     points: list[Point] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -98,7 +99,7 @@ class Tuned:
         return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
     def save(self, folder: Path, plan: TaskPlan) -> None:
-        """Write config.json, plan.safetensors and tuning.json, each whole or not at all."""
+        """Write config.json, plan.safetensors and tuning.json, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         plan.with_pruning(self.config.ffn).save(folder / "plan.safetensors")
         for name, text in (("config.json", self.config.to_json() + "\n"), ("tuning.json", self.to_json())):
@@ -106,12 +107,12 @@ class Tuned:
                 draft.write_text(text, encoding="utf-8")
 
     def table(self) -> str:
-        """The walk and the report, for a terminal."""
+        """Search and report as text."""
         lines = [f"{'knob':<15} {'level':<66} {'cost':>14} {'right drawings':>15} {'right answers':>14}"]
         for trial in self.trials:
             level = ", ".join(f"{k} {v}" for k, v in KNOBS[trial.knob][trial.level].items())
             cost = 100 * (trial.seconds / trial.before - 1)
-            drawn, answered = 100 * trial.adherence.share, 100 * trial.accuracy.share
+            drawn, answered = 100 * trial.adherence.value, 100 * trial.accuracy.value
             verdict = "kept" if trial.accepted else "dropped"
             lines.append(
                 f"{trial.knob:<15} {level:<66} {cost:>+12.1f} % {drawn:>13.1f} % {answered:>12.1f} %  {verdict}"
@@ -146,12 +147,15 @@ def tune(
     """Search settings for the embedded model (or a checkpoint trained on its world).
 
     Args:
-        model: a model that is not accelerated. plan: its neuron scores for both tasks.
-        fidelity: what must be left of dense's right drawings and of its right answers, in (0, 1].
-        base: where the walk starts (default: exact). paper: a setting to report beside the result.
-        drawings, questions: of training scenes, on which settings are chosen. report_drawings, report_questions: of held-out
-            scenes, on which the result is measured once.
-        repeats: timed rounds of the report. knobs: knob -> levels, mildest first.
+        model: a model that is not accelerated.
+        plan: its neuron scores for both tasks.
+        fidelity: minimum correct images, and answers, as a fraction of dense's, in (0, 1].
+        base: start of the search (default: exact).
+        paper: a setting to report with the result.
+        drawings, questions: of training scenes, for the search.
+        report_drawings, report_questions: of held-out scenes, for the report.
+        repeats: timed rounds of the report.
+        knobs: knob -> levels, mildest first.
 
     Raises:
         ValueError: fidelity outside (0, 1].
@@ -168,17 +172,17 @@ def tune(
     dense = probe.perform(model, advance)
     reference = probe.adherence(dense), probe.accuracy(dense)
 
-    def draw(settings: FlashUConfig, callback: Callable[[int, Any], None]) -> None:
+    def generate(settings: FlashUConfig, callback: Callable[[int, Any], None]) -> None:
         with running(model, settings, plan):
-            probe.draw(model, [0], callback=callback)
+            probe.generate(model, [0], callback=callback)
 
     tokens = model.config.image_latent_height * model.config.image_latent_width
-    costs = CostModel(draw, len(Showo2Parts.from_model(model).layers), GUIDANCE, tokens)
+    costs = CostModel(generate, len(Showo2Parts.from_model(model).layers), GUIDANCE, tokens)
 
     answers: dict[FlashUConfig, float] = {}
 
     def price(knob: str, settings: FlashUConfig) -> float:
-        if knob in DRAWING_KNOBS:
+        if knob in IMAGE_KNOBS:
             return costs.seconds(settings)
         if settings not in answers:
             with running(model, settings, plan):
@@ -205,7 +209,7 @@ def tune(
         with running(model, changed, plan):
             outputs = probe.perform(model, advance)
         shares = probe.adherence(outputs), probe.accuracy(outputs)
-        kept = all(own.share >= fidelity * ref.share for own, ref in zip(shares, reference, strict=True))
+        kept = all(own.value >= fidelity * ref.value for own, ref in zip(shares, reference, strict=True))
         trials.append(Trial(knob, levels[knob] + 1, then, now, *shares, kept))
         if kept:
             config = changed

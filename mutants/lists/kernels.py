@@ -90,7 +90,7 @@ MUTANTS = [
            '      core::check_inner_contiguous("index", selection.index);\n', "", FFN),
     Mutant("selection: a range begins at zero", "csrc/cpu/selection.cpp",
            "list.empty() ? 0 : int64_t{list[0]}", "int64_t{0}", FFN),
-    Mutant("neuron norms: every piece reads the first columns", "csrc/cpu/neuron_norms.cpp",
+    Mutant("neuron norms: every chunk reads the first columns", "csrc/cpu/neuron_norms.cpp",
            "kernel(sums, h + column, rows.count,", "kernel(sums, h, rows.count,", FFN),
     Mutant("neuron norms: padded rows as dense ones", "csrc/cpu/neuron_norms.cpp",
            "rows.count, rows.stride, count);", "rows.count, rows.width, count);", FFN),

@@ -1,4 +1,4 @@
-"""`bench e2e --gpu` tried on the CPU with the tiny model, its trace reader on a written trace, and its records."""
+"""`bench e2e --gpu` on the CPU with the tiny model; its trace reader on a hand-written trace; its records."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with e2e_gpu.json and e2e_gpu.png of a run on the CPU, upstream's folder being none."""
+    """A folder with e2e_gpu.json and e2e_gpu.png of a run on the CPU, without an upstream checkout."""
     folder = tmp_path_factory.mktemp("e2e_gpu")
     options = ["--batch", "2", *FOUR, "--budget", "300", "--threads", "1", "--upstream", str(folder)]
     files = ["--json", str(folder / "e2e_gpu.json"), "--plot", str(folder / "e2e_gpu.png")]

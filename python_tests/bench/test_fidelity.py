@@ -13,7 +13,7 @@ from flashu_ext.models.showo2 import Pipeline, sample
 
 
 def flops(pipe: Pipeline, **changes) -> tuple[float, float]:
-    """(torch's count of everything, ours of the language model) for one image; plain torch runs, which torch can count."""
+    """(torch's count of all operations, our count of the language model) for one image, in plain torch."""
     kernels = dict.fromkeys(("ffn_kernels", "routing_kernels", "norm_kernels", "step_kernels"), False)
     inputs = vars(pipe.layout.generation(["a red circle"]))
     noise = torch.randn(1, 16, 72, 2, generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def flops(pipe: Pipeline, **changes) -> tuple[float, float]:
         {"token_skip": True, "token_skip_ratio": 0.9, "token_skip_interval": 2, "full_network_steps": 3},
     ],
 )
-def test_what_routing_saves_is_what_torch_counts(changes) -> None:
+def test_operations_saved_by_routing_equal_torchs_count(changes) -> None:
     pipe = Pipeline.from_pretrained("nano")
     dense, routed = flops(pipe), flops(pipe, **changes)
     assert routed[1] < dense[1]

@@ -1,4 +1,4 @@
-"""The GPU command tried on the CPU, and the SASS report on what cuobjdump prints."""
+"""The GPU command on the CPU, and the SASS report on cuobjdump's output."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ def test_tables_on_the_cpu(tmp_path: Path):
     assert record["ceilings"]["tflops"] > 0 and len(record["lines"]) == len(result.lines)
     with Image.open(tmp_path / "roofline.png") as image:
         assert image.size[0] > 400
-    drawn = CliRunner().invoke(main, ["roofline", str(tmp_path / "results.json"), "--out", str(tmp_path / "again.png")])
-    assert drawn.exit_code == 0 and (tmp_path / "again.png").stat().st_size > 1000
+    plotted = CliRunner().invoke(
+        main, ["roofline", str(tmp_path / "results.json"), "--out", str(tmp_path / "again.png")]
+    )
+    assert plotted.exit_code == 0 and (tmp_path / "again.png").stat().st_size > 1000
     page = (tmp_path / "results.md").read_text()
     assert "Gathered FFN" in page and "select_topk" in page and "Geometric mean" in page
 

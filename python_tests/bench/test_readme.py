@@ -43,7 +43,7 @@ def test_check_finds_a_number_typed_by_hand(tmp_path: Path):
     assert page.read_text() == text
 
 
-def test_every_result_says_how_it_was_made():
+def test_every_result_records_its_command():
     files = list(RESULTS.glob("*.json"))
     assert files
     for file in files:

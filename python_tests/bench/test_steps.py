@@ -1,4 +1,4 @@
-"""Operators counted per evaluation, and memory at the published shapes within what was promised."""
+"""Operators per evaluation, and memory at the published shapes within the stated limits."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def own_commands(group: click.Group, path: tuple[str, ...] = ()):
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
             yield from own_commands(command, (*path, name))
-        elif command.add_help_option:  # the others hand their arguments on
+        elif command.add_help_option:  # the others pass their arguments on
             yield (*path, name)
 
 
@@ -111,7 +111,7 @@ def test_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out.png").exists()
 
 
-def test_answers_are_drawn_as_asked(tmp_path: Path) -> None:
+def test_answers_are_sampled_as_asked(tmp_path: Path) -> None:
     image = tmp_path / "image.png"
     pytest.importorskip("PIL.Image").new("RGB", (48, 48), "red").save(image)
     ask = ("answer", str(image), "what color is the circle?", "--max-new-tokens", "2")
@@ -199,7 +199,7 @@ def write_folder(folder: Path, lines: dict[str, list[str]]) -> Path:
     return folder
 
 
-DRAWN = [json.dumps({"image": f"{n}.png", "prompt": "a red circle"}) for n in range(3)]
+IMAGES = [json.dumps({"image": f"{n}.png", "prompt": "a red circle"}) for n in range(3)]
 ASKED = [json.dumps({"image": f"{n}.png", "question": "what color is it?", "answer": "red"}) for n in range(3)]
 
 
@@ -209,7 +209,8 @@ def test_calibrate_a_folder(tmp_path: Path) -> None:
     from flashu_ext.planning.plan import TaskPlan
 
     data = write_folder(
-        tmp_path / "data", {"generation.jsonl": DRAWN, "counting.jsonl": [*ASKED, ""], "understanding.jsonl": ASKED[:1]}
+        tmp_path / "data",
+        {"generation.jsonl": IMAGES, "counting.jsonl": [*ASKED, ""], "understanding.jsonl": ASKED[:1]},
     )
     out = tmp_path / "plan.safetensors"
     arguments = ["calibrate", "nano", "--data", str(data), "--out", str(out), "--times", "0.2", "--times", "0.8"]
@@ -223,14 +224,14 @@ def test_calibrate_a_folder(tmp_path: Path) -> None:
         assert plan.notes["samples"] == {"generation": 2, "understanding": 1, "counting": 2}
         assert (plan.estimator, plan.multiple, plan.ratio) == (estimator, 16, 0.2) and plan.ratios is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "plan.safetensors"]
-    # The plan is one that the other commands take.
-    drawn = run("generate", "a red circle", "--preset", "paper", "--plan", str(out), "--steps", "4", "-v",
+    # The other commands accept the plan.
+    generated = run("generate", "a red circle", "--preset", "paper", "--plan", str(out), "--steps", "4", "-v",
                 "-o", str(tmp_path / "out.png"))  # fmt: skip
-    assert drawn.exit_code == 0, drawn.output
-    assert f"counting {plan.kept_neurons}" in drawn.output
+    assert generated.exit_code == 0, generated.output
+    assert f"counting {plan.kept_neurons}" in generated.output
 
 
-def test_calibrate_nano_draws_its_own_samples(tmp_path: Path) -> None:
+def test_calibrate_nano_makes_its_own_samples(tmp_path: Path) -> None:
     from flashu_ext.planning.plan import TaskPlan
 
     out = tmp_path / "plan.safetensors"
@@ -245,13 +246,13 @@ def test_calibrate_nano_draws_its_own_samples(tmp_path: Path) -> None:
     [
         ({}, "expected generation.jsonl, understanding.jsonl or other <task>.jsonl files"),
         ({"generation.jsonl": []}, "generation.jsonl: expected at least one line, got none"),
-        ({"generation.jsonl": [DRAWN[0], "{"]}, "generation.jsonl:2: not valid JSON"),
+        ({"generation.jsonl": [IMAGES[0], "{"]}, "generation.jsonl:2: not valid JSON"),
         (
-            {"generation.jsonl": [DRAWN[0], "", "3"]},
+            {"generation.jsonl": [IMAGES[0], "", "3"]},
             "generation.jsonl:3: expected an object with image, prompt, got '3'",
         ),
         ({"generation.jsonl": ASKED}, "generation.jsonl:1: expected an object with image, prompt, got"),
-        ({"x.jsonl": [ASKED[0], DRAWN[0]]}, "x.jsonl:2: expected an object with answer, image, question, got"),
+        ({"x.jsonl": [ASKED[0], IMAGES[0]]}, "x.jsonl:2: expected an object with answer, image, question, got"),
         (
             {"x.jsonl": ['{"image": "0.png"}']},
             "x.jsonl:1: expected an object with image, prompt or answer, image, question",
@@ -291,21 +292,21 @@ def test_plan_shows_the_columns_of_knobs_that_are_on(tmp_path: Path) -> None:
     assert record["adaptive"] == 5 and record["encoder"] == 4 and record["steps"][1]["tokens_from"] == [1]
 
 
-def test_tuned_settings_draw_and_answer(tmp_path: Path) -> None:
+def test_tuned_settings_generate_and_answer(tmp_path: Path) -> None:
     from flashu_ext.nano.model import PRUNE_MULTIPLE, load_model, load_plan
 
     config = FlashUConfig.fast(prune_multiple=PRUNE_MULTIPLE, steps=4, ffn_prune_ratio=0.1)
     (tmp_path / "config.json").write_text(config.to_json())
     load_plan(load_model()).with_ratio(0.1, PRUNE_MULTIPLE).save(tmp_path / "plan.safetensors")
     out = str(tmp_path / "out.png")
-    drawn = run("generate", "a red circle", "--tuned", str(tmp_path), "-o", out, "-v")
-    assert drawn.exit_code == 0 and "generation 336" in drawn.output, drawn.output
+    generated = run("generate", "a red circle", "--tuned", str(tmp_path), "-o", out, "-v")
+    assert generated.exit_code == 0 and "generation 336" in generated.output, generated.output
     assert run("answer", out, "how many objects are there ?", "--tuned", str(tmp_path)).exit_code == 0
     assert run("generate", "a red circle", "--preset", "fast", "-o", out).exit_code == 0
     both = run(
         "generate", "a circle", "--tuned", str(tmp_path), "--plan", str(tmp_path / "plan.safetensors"), "-o", out
     )
-    assert both.exit_code == 2 and "expected none beside --tuned" in both.output
+    assert both.exit_code == 2 and "expected none with --tuned" in both.output
     (tmp_path / "config.json").write_text("{")
     broken = run("generate", "a circle", "--tuned", str(tmp_path), "-o", out)
     assert broken.exit_code == 1 and "not valid JSON" in broken.output

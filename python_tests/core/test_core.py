@@ -50,7 +50,7 @@ def test_build_facts():
     assert facts["abi_version"] == 2 and facts["cpu_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
-def test_info_tells_what_is_there():
+def test_info_lists_what_is_built():
     text = info.describe(info.collect())
     for word in ("ops", "core", "torch", "on the CPU", "optional"):
         assert word in text

@@ -26,12 +26,12 @@ LEVEL = {folder: level for level, folders in enumerate(FLOORS) for folder in fol
 
 
 def modules() -> Iterator[Path]:
-    """Every module but the programs (`__main__`), which stand above all floors."""
+    """Every module except the programs (`__main__`), which may import anything."""
     return (path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__main__.py")
 
 
 def imported(path: Path) -> Iterator[tuple[str, int]]:
-    """The package's modules that a file imports, at any depth and for types too, as dotted names with the line."""
+    """The package's modules that a file imports, nested and type-only imports included: dotted name -> line."""
     package = ["flashu_ext", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -46,7 +46,7 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
 
 def test_every_folder_has_a_floor() -> None:
     folders = {path.relative_to(PACKAGE).parts[0] for path in modules() if path.parent != PACKAGE}
-    assert folders == set(LEVEL), "a new folder is written into FLOORS"
+    assert folders == set(LEVEL), "a new folder needs an entry in FLOORS"
 
 
 def test_imports_point_down() -> None:
@@ -60,8 +60,8 @@ def test_imports_point_down() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_modules_of_a_folder_form_no_circle() -> None:
-    """Also by imports inside functions, which hide one."""
+def test_modules_of_a_folder_have_no_import_cycle() -> None:
+    """Imports inside functions count too: they only hide a cycle."""
     names = {
         ".".join(["flashu_ext", *p.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): p
         for p in modules()
@@ -89,5 +89,5 @@ def _dotted(path: Path) -> str:
 
 
 def _module(name: str, names: dict[str, Path]) -> str | None:
-    """The module that an imported name is, or lies in."""
+    """The module that an imported name denotes or is defined in."""
     return name if name in names else name.rpartition(".")[0] if name.rpartition(".")[0] in names else None

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flashu_ext.nano import codec
-from flashu_ext.nano.evaluate import Share, measure_answers, preset_config
+from flashu_ext.nano.evaluate import Proportion, measure_answers, preset_config
 from flashu_ext.nano.judge import judge
 from flashu_ext.nano.model import DATA, load_model, load_plan, nano_config
 from flashu_ext.nano.tokenizer import FILE, MAX_TEXT, layout, vocabulary, write_tokenizer
@@ -34,7 +34,7 @@ def test_the_split_is_disjoint_and_covers_both_kinds():
         assert not any(crowd.pair(i, j).key in held for i in range(3) for j in range(i + 1, 3))
 
 
-def test_a_perfect_drawing_is_always_judged_right_and_a_wrong_one_is_not():
+def test_a_perfect_image_is_always_judged_right_and_a_wrong_one_is_not():
     rng = random.Random(0)
     everything = scenes(False) + scenes(True)
     for scene in everything:
@@ -98,7 +98,7 @@ def test_the_model_answers_questions_about_scenes_it_never_saw():
 
     model = load_model()
     with fx.accelerate(model):
-        assert measure_answers(model, scenes(True), 60)["all"].share > 0.75
+        assert measure_answers(model, scenes(True), 60)["all"].value > 0.75
 
 
 def test_a_training_step_is_seeded_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -125,8 +125,8 @@ def test_a_training_step_is_seeded_and_learns(tmp_path: Path, monkeypatch: pytes
 
 
 def test_share_and_presets():
-    assert Share(0, 0).interval == (0.0, 1.0)
-    low, high = Share(90, 100).interval
+    assert Proportion(0, 0).interval == (0.0, 1.0)
+    low, high = Proportion(90, 100).interval
     assert 0.82 < low < 0.9 < high < 0.95
     assert preset_config("dense") is None and preset_config("paper", 20).steps == 20
     with pytest.raises(ValueError, match="preset"):

@@ -1,4 +1,4 @@
-"""What holds for every op with every option: schema, compilation, errors, layouts, ownership, out=, threads, gradients."""
+"""The contract of every op with every option: schema, compilation, errors, layouts, ownership, out=, threads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def laid_out(case: OpCase, arguments: dict[str, Any], turn: int) -> dict[str, Gu
 
 
 def test_the_edges_are_those_of_the_sources():
-    """The sizes of support/inputs.py are the kernels': where one changes, the other has to."""
+    """The sizes in support/inputs.py must equal those in the kernel sources."""
     for file, words in SAID.items():
         text = (CSRC / file).read_text()
         assert not [word for word in words if word not in text], f"{file}: {words}"
@@ -82,7 +82,7 @@ def test_equals_plain_torch_in_that_dtype(case: OpCase, dtype: torch.dtype):
 @every_dtype
 @pytest.mark.parametrize("turn", [0, 1])
 def test_a_layout_of_its_own_for_every_argument(case: OpCase, dtype: torch.dtype, turn: int):
-    """The same bits from padded, shifted and strided tensors as from dense ones; nothing around them is read or written."""
+    """Padded, shifted and strided tensors give the bits of dense ones; the memory around them is neither read nor written."""
     expected = outcome(case, case.make(dtype))
     guards = laid_out(case, case.make(dtype), turn)
     before = {name: g.tensor.clone() for name, g in guards.items()}
@@ -96,22 +96,22 @@ def test_a_layout_of_its_own_for_every_argument(case: OpCase, dtype: torch.dtype
 
 @every_case
 @pytest.mark.parametrize("spread_out", [False, True], ids=["dense", "laid out"])
-def test_nothing_of_the_caller_is_kept(case: OpCase, spread_out: bool):
-    """What a call gave stays as it is when everything that it was given is changed, and shares no memory with it."""
+def test_results_do_not_depend_on_later_changes_of_arguments(case: OpCase, spread_out: bool):
+    """Overwriting the arguments after a call does not change its results: they share no memory."""
     arguments = case.make(torch.float32)
     if spread_out:
         arguments |= {name: g.tensor for name, g in laid_out(case, arguments, 1).items()}
     result = tensors(case.function(**arguments))
     written = [arguments[name] for name in case.inplace]
     fresh = [t for t in result if not any(t is w for w in written)]
-    assert fresh or any(t is w for t in result for w in written), "an op that writes returns what it wrote"
+    assert fresh or any(t is w for t in result for w in written), "an in-place op returns the tensor it wrote"
     kept = [t.clone() for t in fresh]
     for name, tensor in given(arguments).items():
         storage = tensor.untyped_storage().data_ptr()
         assert not any(t.untyped_storage().data_ptr() == storage for t in fresh if t.numel()), f"{name} is given back"
         tensor.fill_(3)
     assert same(fresh, kept)
-    assert same(outcome(case, case.make(torch.float32)), outcome(case, case.make(torch.float32))), "the next calls"
+    assert same(outcome(case, case.make(torch.float32)), outcome(case, case.make(torch.float32))), "next calls"
 
 
 @every_case
@@ -131,17 +131,17 @@ def test_results_do_not_depend_on_the_number_of_threads(case: OpCase):
 
 
 def _wrong(name: str, tensor: Tensor, case: OpCase) -> dict[str, Tensor]:
-    """Wrong versions of an argument."""
+    """Invalid variants of an argument."""
     wrong = {
         "dtype": tensor.to(torch.complex64),
         "integer": tensor.to(torch.int32) if tensor.is_floating_point() else tensor.to(torch.float32),
         "double": tensor.double() if name != "acc" else tensor.half(),
     }
-    if len(given(case.make(torch.float32))) > 1:  # a call on meta tensors alone is fine: it gives a meta tensor
+    if len(given(case.make(torch.float32))) > 1:  # a call with only meta tensors is valid and gives a meta tensor
         wrong["device"] = tensor.to("meta")
     if name != "step":  # one element in any shape
         wrong["rank"] = tensor.expand(1, 1, 1, 1, 1, *tensor.shape)
-        # One entry more, where a size is tied to another argument's.
+        # One entry more, where a size must match another argument's.
         free = {
             ("value_norms", "v"),
             ("select_topk", "scores"),
@@ -178,33 +178,16 @@ def test_a_wrong_tensor_is_named_and_nothing_is_written(case: OpCase, name: str)
         for n, tensor in given(arguments).items():
             if tensor.device.type != "meta":
                 assert torch.equal(tensor, before[n]), f"{kind}: {n} was written"
-        assert same(outcome(case, case.make(torch.float32)), expected), "the next good call"
+        assert same(outcome(case, case.make(torch.float32)), expected), "the next valid call is affected"
 
 
 def _copies(case: OpCase, arguments: dict[str, Any]) -> bool:
-    """Whether the op takes this layout after all (the torch adapters copy inputs that no row stride reaches)."""
+    """Whether the op accepts this layout: the torch adapters copy inputs that cannot be read by a row stride."""
     try:
         case.function(**arguments)
     except REFUSED:
         return False
     return True
-
-
-@every_op
-def test_backward_is_refused(case: OpCase):
-    arguments = case.make(torch.float32)
-    for name, tensor in given(arguments).items():
-        if tensor.is_floating_point() and name not in case.inplace and name not in case.fixed:
-            tensor.requires_grad_()
-    try:
-        result = tensors(case.function(**arguments))
-    except RuntimeError:  # an in-place op on a tensor that takes part in autograd is refused by torch itself
-        return
-    losses = [t.sum() for t in result if t.requires_grad]
-    for loss in losses:
-        with pytest.raises(NotImplementedError, match="no backward"):
-            loss.backward()
-    assert losses or case.inplace or not any(t.is_floating_point() for t in result)
 
 
 WITH_OUT = [case for case in CASES if not case.inplace and not case.name.startswith("select_")]
@@ -262,7 +245,7 @@ def test_selection_outputs(case: OpCase):
 
 
 @every_op
-def test_is_supported_tells_the_truth(case: OpCase):
+def test_is_supported_agrees_with_the_op(case: OpCase):
     for dtype in DTYPES:
         assert case.function.is_supported("cpu", dtype)
     assert not case.function.is_supported("cpu", torch.int8)

@@ -1,4 +1,4 @@
-"""FFN family: exact integers, accuracy by torch's own error, selections of every kind, row independence, adversaries."""
+"""The gathered FFN: exact integers, accuracy relative to torch's own error, selections of every kind, rows, bad values."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def selected(selection: dict, limit: int) -> Tensor:
 @every_dtype
 @pytest.mark.parametrize("rows", [0, 8, *ROWS])
 def test_down_is_exact_on_integers(rows: int, dtype: torch.dtype):
-    """Small integers make every partial sum exact, so any tile and any order must give the same bits."""
+    """Small integers make every partial sum exact, so every tile and every order of summing gives the same bits."""
     w = integers(2, 45, 71, dtype=dtype)
     for selection in SELECTIONS:
         at = selected(selection, 71)
@@ -94,7 +94,7 @@ def test_down_is_exact_at_every_edge_of_depth_and_width(rows: int, dtype: torch.
 @every_dtype
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_many_rows_are_calls_of_few(residual: bool, dtype: torch.dtype):
-    """Three chunks of rows in the kernel give the bits of calls that have one."""
+    """Rows in three chunks give the same bits as calls with one chunk."""
     rows = 2 * ROW_CHUNK + 60
     gate, up, down = weights(dtype, 48, 50, 20)
     x, added = randn(1, rows, 48, dtype=dtype), randn(5, rows, 20, dtype=dtype)
@@ -136,7 +136,7 @@ def test_an_index_may_skip_elements(dtype: torch.dtype):
 
 @every_dtype
 def test_rows_are_independent(dtype: torch.dtype):
-    """One row alone, the same row in any batch, with any number of threads: the same bits."""
+    """A row gives the same bits alone, in any batch, and with any number of threads."""
     gate, up, down = weights(dtype, 300, 200, 129)
     x = randn(1, 29, 300, dtype=dtype)
     threads = torch.get_num_threads()

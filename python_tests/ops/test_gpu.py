@@ -35,7 +35,7 @@ def outcome(case: OpCase, arguments: dict[str, Any]) -> list[Tensor]:
 
 
 def changed(case: OpCase, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Other numbers in tensors that may have any."""
+    """Other values in the tensors whose values are arbitrary."""
 
     def other(name: str, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point() and name not in case.fixed:
@@ -92,7 +92,7 @@ def test_does_not_synchronise(case: OpCase):
 
 @every_op
 def test_a_graph_is_replayed_with_changed_inputs(case: OpCase):
-    """Captured, everything else freed and garbage allocated, inputs changed, replayed."""
+    """Capture, free everything else, allocate garbage, change the inputs, replay."""
     static = on_gpu(case.make(torch.bfloat16))
     start = {name: value.clone() for name, value in static.items() if isinstance(value, Tensor)}
     outcome(case, on_gpu(case.make(torch.bfloat16)))
@@ -134,7 +134,7 @@ def test_second_device(case: OpCase):
 @pytest.mark.parametrize("rows", [1, 4, 16, 17, 200, 1460])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_ffn_at_the_shapes_of_the_model(rows: int, dtype: torch.dtype):
-    """Against fp64, by the yardstick of torch's own error in the same dtype."""
+    """Compared with fp64, relative to torch's own error in the same dtype."""
     from support.tolerance import assert_accurate
 
     generator = torch.Generator(device="cuda").manual_seed(0)

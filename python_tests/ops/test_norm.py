@@ -1,4 +1,4 @@
-"""Norm family: accuracy by torch's own error, exact integers, containment of inf and NaN, modulation and gates."""
+"""Norms: accuracy relative to torch's own error, exact integers, inf and NaN stay in their row, modulation and gates."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def batches(draw: st.DrawFn) -> tuple[int, int, int]:
 @settings(deadline=None, max_examples=60)
 @given(batches(), st.sampled_from(DTYPES), st.integers(0, 2))
 def test_modulation_of_every_shape(shape: tuple[int, int, int], dtype: torch.dtype, first: int):
-    """`x` is a slice of more tokens, so that its batches do not follow one another."""
+    """`x` is a slice of a longer sequence, so its batches are not contiguous."""
     count, tokens, width = shape
     x = randn(1, count, tokens + first, width, dtype=dtype)[:, first:]
     w, (shift, scale) = randn(2, width, dtype=dtype), randn(3, count, 2 * width, dtype=dtype).chunk(2, dim=1)
@@ -128,7 +128,7 @@ def test_a_bad_gate_is_named_and_nothing_is_written(shape: tuple[int, ...]):
     assert torch.equal(x, before)
 
 
-def test_modulation_wants_to_know_the_batches():
+def test_modulation_needs_the_number_of_batches():
     with pytest.raises(ValueError, match="x: expected 3 dimensions, got 2"):
         ops.rms_norm(torch.randn(14, 5), torch.ones(5), 1e-6, torch.zeros(2, 5), torch.zeros(2, 5))
 

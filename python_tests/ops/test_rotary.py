@@ -1,4 +1,4 @@
-"""Rotary embedding into a cache: accuracy by torch's own error, slots, strides, dtypes, and what is refused."""
+"""Rotary embedding into a cache: accuracy relative to torch's own error, slots, strides, dtypes, refusals."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def copied(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_right(arguments: dict[str, Any]) -> None:
-    """Queries and both caches by the truth; values, and slots that no token has, bit for bit."""
+    """Queries and keys within the tolerance; values, and slots without a token, bit for bit."""
     ours, theirs, truth = copied(arguments), copied(arguments), doubled(arguments)
     truth["keys"], truth["values"] = truth["keys"].clone(), truth["values"].clone()
     true_queries, torchs = reference.rotary_cache_(**truth), reference.rotary_cache_(**theirs)
@@ -76,7 +76,7 @@ def assert_right(arguments: dict[str, Any]) -> None:
     assert_accurate(got, true_queries, torchs)
     assert_accurate(ours["keys"], truth["keys"], theirs["keys"])
     assert torch.equal(ours["values"], theirs["values"])
-    kept = theirs["values"] == arguments["values"]  # slots where no value came
+    kept = theirs["values"] == arguments["values"]  # slots without a value
     kept = kept.all(-1, keepdim=True).expand_as(kept)
     assert torch.equal(ours["keys"][kept], arguments["keys"][kept])
     for name in ("query", "key", "value", "cos", "sin"):
@@ -120,8 +120,8 @@ def test_is_the_rotation_of_the_modules(dtype: torch.dtype):
 
 
 @every_dtype
-def test_norms_are_rounded_before_they_are_turned(dtype: torch.dtype):
-    """The very bits of `rms_norm`, then this op without norms."""
+def test_norms_are_rounded_before_the_rotation(dtype: torch.dtype):
+    """Equals `rms_norm` followed by this op without norms, bit for bit."""
     fused = arguments_of(dtype, d=72, norms=True)
     apart = copied(fused)
     norms = {"query": apart.pop("query_norm"), "key": apart.pop("key_norm")}
@@ -137,7 +137,7 @@ STARTS = st.one_of(st.integers(-9, 12), st.sampled_from([FAR, -FAR - 1, FAR - 1,
 @settings(deadline=None, max_examples=60)
 @given(st.lists(STARTS, min_size=1, max_size=4), st.booleans(), st.integers(0, 5), st.integers(0, 7))
 def test_slots_outside_the_cache_are_not_written(starts: list[int], every: bool, n: int, capacity: int):
-    """Beside a loop over tokens; the memory around the caches is guarded."""
+    """Compared with a loop over tokens; the memory around the caches is guarded."""
     rows = len(starts)
     arguments = arguments_of(torch.float32, rows=rows, n=n, d=8, capacity=capacity)
     starts = starts if every else starts[:1]

@@ -1,4 +1,4 @@
-"""Routing family: scores, order-preserving selection with ties, and row moves with padding and repeats."""
+"""Routing: scores, order-preserving selection with ties, and row moves with padding and repeats."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_cosine_importance_keeps_torchs_definition():
 
 @every_dtype
 @pytest.mark.parametrize("width", around(LANES, 2 * LANES))
-def test_rows_of_zeros_turn_nothing(width: int, dtype: torch.dtype):
-    """Neither norm is less than 1e-8, so 0 / 0 does not come up whichever of the two is zero."""
+def test_rows_of_zeros_have_importance_one(width: int, dtype: torch.dtype):
+    """Norms are clamped to 1e-8, so a zero row never gives 0 / 0."""
     zero, other = torch.zeros(2, width, dtype=dtype), randn(1, 2, width, dtype=dtype)
     for a, b in ((zero, other), (other, zero), (zero, zero)):
         assert (ops.cosine_importance(a, b) == 1).all()
@@ -62,7 +62,7 @@ def test_cosine_importance_empty_and_nan():
 @pytest.mark.parametrize("layout", ["heads first", "tokens first", "empty"])
 def test_value_norms(layout: str, dtype: torch.dtype):
     v = randn(1, 2, 3, 11, 64, dtype=dtype)
-    if layout == "tokens first":  # what a projection leaves: [batch, tokens, heads, head_dim] seen transposed
+    if layout == "tokens first":  # a projection's output [batch, tokens, heads, head_dim], transposed
         v = v.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "empty":
         v = v[:, :, :0]
@@ -98,11 +98,11 @@ def test_the_threshold_is_rounded_to_fp32_before_it_is_compared(select: Callable
     score = torch.tensor([0.1, 0.3])
     for threshold in (float(score[0]) + 1e-12, float(score[0]) - 1e-12):
         assert select(score, threshold, 2)[0].tolist() == [0, 1]
-    assert select(torch.zeros(2), 1e-46, 2)[0].tolist() == [0, 1]  # below the least fp32 number: nothing
+    assert select(torch.zeros(2), 1e-46, 2)[0].tolist() == [0, 1]  # below the smallest fp32 number: rounds to 0
 
 
 def test_selection_near_the_boundary_is_a_choice_among_equals():
-    """Scores that differ by rounding only may be ordered either way; the rest may not."""
+    """Scores that differ only by rounding may be ordered either way; others may not."""
     exact = randn(3, 200).double()
     k = 50
     least = exact.sort(descending=True).values[k - 1]

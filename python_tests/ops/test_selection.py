@@ -1,4 +1,4 @@
-"""Selections: what is refused, what they hold, and that a resolved one gives the bits of the unresolved."""
+"""Selections: refusals, contents, and a resolved selection gives the same bits as its runs or index."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_selection_keeps_the_order_of_an_index(order: list[int], count: int):
         ([*range(0, 16, 2)], False),
     ],
 )
-def test_blocks_of_eight_are_told(index: list[int], blocks: bool):
+def test_blocks_of_eight_are_detected(index: list[int], blocks: bool):
     assert Selection.from_index(index, LIMIT).blocks is blocks
 
 
@@ -97,7 +97,7 @@ def test_wrong_neurons_are_named(make, error: type[Exception], message: str):
 def test_wrong_uses_are_named_and_the_next_call_works():
     x, w = randn(1, 2, 24), weights()
     selection = Selection.from_runs([2, 7, 20, 5], LIMIT)
-    with pytest.raises(ValueError, match="selection: expected neither runs nor index beside it"):
+    with pytest.raises(ValueError, match="selection: expected neither runs nor index with it"):
         ops.gathered_ffn(x, *w, runs=[0, 4], selection=selection)
     with pytest.raises(ValueError, match="selection: expected one of 40 neurons as the weights have, got one of 41"):
         ops.gathered_ffn(x, *w, selection=Selection.from_runs([2, 7, 20, 5], 41))
@@ -107,8 +107,8 @@ def test_wrong_uses_are_named_and_the_next_call_works():
 
 
 @pytest.mark.parametrize("outside", [-1, LIMIT, 2**31 - 1])
-def test_a_list_that_was_not_checked_does_not_leave_the_weights(outside: int):
-    """Below the Python functions anyone can say that a list was checked."""
+def test_an_unchecked_list_reads_nothing_outside_the_weights(outside: int):
+    """Callers of the raw operator can claim that a list was checked."""
     listed = torch.tensor([3, outside], dtype=torch.int32)
     with pytest.raises(RuntimeError, match=r"values in \[0, 40\)"):
         torch.ops.flashu.gathered_ffn(randn(1, 2, 24), *weights(), index=listed, listed=True)
@@ -125,7 +125,7 @@ def test_a_selection_is_a_copy():
 
 
 def test_listing_neurons_is_an_operator():
-    assert ops.gathered_ffn is not None  # looking it up loads the library
+    assert ops.gathered_ffn is not None  # the lookup loads the library
     arguments = (torch.empty(12, dtype=torch.int32), LIMIT, [2, 7, 20, 5], None)
     opcheck(torch.ops.flashu.list_neurons.default, arguments, test_utils=("test_schema", "test_autograd_registration"))
 

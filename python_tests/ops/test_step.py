@@ -1,4 +1,4 @@
-"""Step family: the Euler step against upstream's unpatchify, feature distances, and extrapolation."""
+"""Step: the Euler step compared with upstream's unpatchify, feature distances, and extrapolation."""
 
 from __future__ import annotations
 

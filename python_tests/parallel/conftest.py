@@ -1,4 +1,4 @@
-"""One torch thread here as on the ranks: sums are added up in an order that depends on their number."""
+"""One torch thread, as on the ranks: the order of a sum depends on the number of threads."""
 
 from __future__ import annotations
 

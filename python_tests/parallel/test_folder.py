@@ -1,4 +1,4 @@
-"""The image folder: other weights or another plan are refused, the order in which it is emptied, and what an interruption
+"""The image folder: other weights or another plan are refused; the order of deletion; the files after an interruption.
 leaves."""
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from support.models import small_model
 
 from flashu_ext import FlashUConfig, TaskPlan, accelerate
-from flashu_ext.batch.folder import MANIFEST, draw, missing, open_folder, settings_record
+from flashu_ext.batch.folder import MANIFEST, generate, missing, open_folder, settings_record
 from flashu_ext.batch.prompts import make_jobs
-from flashu_ext.batch.weights import weights_digest
 from flashu_ext.nano.model import load_plan
 from flashu_ext.nano.pipeline import load_pipeline
+from flashu_ext.planning.fingerprint import weights_digest
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -34,7 +34,7 @@ def test_halving_any_tensor_is_noticed(tied: bool) -> None:
 
 @pytest.mark.parametrize("matrix", ["gate_proj", "up_proj", "down_proj"])
 def test_another_order_of_neurons_is_noticed_where_it_is_another_ffn(matrix: str) -> None:
-    """Neurons may lie in any order, but in all three matrices in the same one, and in their own layer."""
+    """The order of neurons is free, but must be the same in all three matrices of a layer."""
     model = small_model()
     digest = weights_digest(model)
     first, second = (getattr(model.showo.model.layers[layer].mlp, matrix).weight for layer in (0, 1))
@@ -54,7 +54,7 @@ def test_an_accelerated_model_has_the_digest_of_the_dense_one() -> None:
     plan = TaskPlan.from_scores(**scores, ratio=0.25, multiple=16)
     digest, dense = weights_digest(model), model.showo.model.layers[0].mlp.up_proj.weight.clone()
     with accelerate(model, FlashUConfig(ffn_prune_ratio=0.25, prune_multiple=16), plan):
-        assert not torch.equal(model.showo.model.layers[0].mlp.up_proj.weight, dense), "the plan is in force"
+        assert not torch.equal(model.showo.model.layers[0].mlp.up_proj.weight, dense), "the plan is active"
         assert weights_digest(model) == digest
 
 
@@ -69,7 +69,7 @@ def test_other_weights_are_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_the_earlier_version_is_refused_and_can_be_overwritten(tmp_path: Path) -> None:
-    """Its record of the weights left most tensors out, so nothing tells whether they are the same."""
+    """Its hash left most tensors out, so equal weights cannot be recognised."""
     jobs = make_jobs(["a"])
     record = {"version": 1, "settings": {"batch": 1}, "images": [vars(jobs[0]) | {"name": "old.png"}]}
     (tmp_path / MANIFEST).write_text(json.dumps(record))
@@ -90,7 +90,17 @@ def test_another_plan_is_refused(tmp_path: Path) -> None:
         open_folder(tmp_path, settings_record(pipe, config, plan.with_ratio(0.5, plan.multiple)), jobs)
 
 
-def test_images_go_before_their_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_caller_asks_is_recorded() -> None:
+    """Before what the config says, and before the pipeline's own; a guidance of 0 is none."""
+    pipe = load_pipeline(None, "cpu")
+    record = settings_record(pipe, FlashUConfig(steps=9), steps=4, guidance_scale=0.0)
+    assert (record["steps"], record["guidance"]) == (4, 0.0)
+    own = settings_record(pipe, FlashUConfig(steps=9))
+    assert (own["steps"], own["guidance"]) == (9, pipe.guidance_scale) and pipe.guidance_scale > 0
+    assert settings_record(pipe, None)["steps"] == 50
+
+
+def test_images_are_deleted_before_their_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = make_jobs(["a", "b"])
     open_folder(tmp_path, {"batch": 1}, jobs)
     for job in jobs:
@@ -108,7 +118,7 @@ def test_images_go_before_their_manifest(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class _Interrupted:
-    """Stands for a PIL image on whose file half is written when Ctrl-C comes."""
+    """A PIL image whose file is half written when Ctrl-C arrives."""
 
     def save(self, path: Path, format: str) -> None:
         path.write_bytes(b"half")
@@ -125,6 +135,6 @@ def test_ctrl_c_while_an_image_is_written_leaves_no_part_of_it(tmp_path: Path, m
     open_folder(tmp_path, {}, jobs)
     monkeypatch.setattr(pipe, "generate_batch", generate_batch)
     with pytest.raises(KeyboardInterrupt):
-        draw(pipe, jobs, [0], tmp_path, batch=2)
+        generate(pipe, jobs, [0], tmp_path, batch=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [jobs[0].name, MANIFEST]
     assert missing(tmp_path, jobs) == [1]

@@ -31,7 +31,7 @@ LIMIT = 1e-4
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Tensor], dict[str, str]]]:
+def ranks_outputs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Tensor], dict[str, str]]]:
     """Tensors and refusals of both ranks."""
     out = tmp_path_factory.mktemp("guided")
     for code, said in run_ranks(PROGRAM, guided_cases.__file__, str(out)):
@@ -40,38 +40,38 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Tens
 
 
 @functools.cache
-def true_drawing(name: str) -> tuple[Tensor, Tensor]:
-    """Latents and velocities in fp64 on one process; what approximates nothing draws what the dense model does."""
+def true_image(name: str) -> tuple[Tensor, Tensor]:
+    """Latents and velocities in fp64 on one process; exact settings give the image of the dense model."""
     config = guided_cases.CONFIGS[name]
     exact = config is None or not config.approximates
-    return guided_cases.draw(sample, "dense" if exact else name, torch.float64)
+    return guided_cases.generate(sample, "dense" if exact else name, torch.float64)
 
 
 @pytest.mark.parametrize(("name", "dtype"), guided_cases.CASES)
-def test_two_ranks_are_as_accurate_as_one_process(drawn: Any, name: str, dtype: str) -> None:
-    both = [[tensors[f"{name} {dtype} {what}"] for what in ("latents", "velocities")] for tensors, _ in drawn]
-    single = guided_cases.draw(sample, name, guided_cases.DTYPES[dtype])
-    truth = true_drawing(name)
+def test_two_ranks_are_as_accurate_as_one_process(ranks_outputs: Any, name: str, dtype: str) -> None:
+    both = [[tensors[f"{name} {dtype} {what}"] for what in ("latents", "velocities")] for tensors, _ in ranks_outputs]
+    single = guided_cases.generate(sample, name, guided_cases.DTYPES[dtype])
+    truth = true_image(name)
     for ours, others, one, exact in zip(*both, single, truth, strict=True):
         assert torch.equal(ours, others), "both ranks hold the same bits"
         assert ours.dtype == one.dtype
-        # Whole drawings: what rounding does to them grows from step to step, so this is not an operator's tolerance.
+        # Rounding grows from step to step of an image, so the tolerance of an operator does not apply.
         assert relative(ours, exact) <= max(2 * relative(one, exact), LIMIT)
     config = guided_cases.CONFIGS[name]
     if config is not None and config.approximates:
-        assert (truth[0] - true_drawing("dense")[0]).abs().max() > 1e-3, "the knob does something here"
+        assert (truth[0] - true_image("dense")[0]).abs().max() > 1e-3, "the setting changes the image"
 
 
-def test_steps_of_an_exact_model_are_the_callers(drawn: Any) -> None:
-    (ours, _), (others, _) = drawn
+def test_steps_of_an_exact_model_are_the_callers(ranks_outputs: Any) -> None:
+    (ours, _), (others, _) = ranks_outputs
     arguments = ("exact", torch.float32), ("exact", torch.float64)
-    one, truth = (guided_cases.draw(sample, *of, steps=3)[0] for of in arguments)
+    one, truth = (guided_cases.generate(sample, *of, steps=3)[0] for of in arguments)
     assert torch.equal(ours["exact, 3 steps"], others["exact, 3 steps"])
     assert relative(ours["exact, 3 steps"], truth) <= max(2 * relative(one, truth), LIMIT)
 
 
-def test_refusals_are_the_same_on_both_ranks(drawn: Any) -> None:
-    (_, first), (_, second) = drawn
+def test_refusals_are_the_same_on_both_ranks(ranks_outputs: Any) -> None:
+    (_, first), (_, second) = ranks_outputs
     assert first == second
     for what, message in (
         ("no group", "group: expected an initialised process group, got none"),
@@ -90,12 +90,12 @@ def test_refusals_are_the_same_on_both_ranks(drawn: Any) -> None:
         (fx.FlashUConfig.paper(), "FlashUConfig.layer_skip_ratio: expected 0 under guidance-parallel"),
     ],
 )
-def test_what_is_decided_by_both_branches_is_refused(config: fx.FlashUConfig, message: str) -> None:
+def test_settings_decided_by_both_branches_are_refused(config: fx.FlashUConfig, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         check_guidance_parallel(config, None, 28, 729)
 
 
-def test_what_rounds_down_to_nothing_is_not_refused() -> None:
+def test_settings_that_round_down_to_nothing_are_accepted() -> None:
     check_guidance_parallel(fx.FlashUConfig.paper(), None, 4, 36)
     check_guidance_parallel(fx.FlashUConfig.exact(), 7, 28, 729)
     check_guidance_parallel(fx.FlashUConfig(head_cache_interval=2), 50, 28, 729)
@@ -110,10 +110,10 @@ def test_a_rank_that_dies_costs_no_finished_image(tmp_path: Path) -> None:
     arguments = (*command, "--out", str(out), "--parallel", "guidance", "--patience", "3")
     (code, said), (killed, _) = run_ranks(DYING, *arguments, VICTIM="1", FATAL="1", AWAIT=str(out))
     assert (code, killed) == (1, -9) and said.startswith("Error: rank 1 is gone, it does not answer"), said
-    assert f"{out}: 1 of 2 images are missing (0001-a-blue-square.png); the same command draws them" in said
+    assert f"{out}: 1 of 2 images are missing (0001-a-blue-square.png); the same command generates them" in said
     assert CliRunner().invoke(cli, [*command, "--out", str(alone)]).exit_code == 0
     ours, one = (np.asarray(Image.open(folder / "0000-a-red-circle.png")).astype(int) for folder in (out, alone))
     assert np.abs(ours - one).max() <= 1, "at most one grey level, by rounding"
-    # One process is another way to draw these, so the folder's manifest holds.
+    # One process generates the same images, so the manifest of the folder still applies.
     other = CliRunner().invoke(cli, [*command, "--out", str(out)])
     assert other.exit_code == 1 and "branches: was 'apart', now 'together'" in other.output, other.output

@@ -1,4 +1,4 @@
-"""Lists of prompts on one process: files of prompts, the folder that is gone on with, other settings, interruptions."""
+"""Lists of prompts in one process: files of prompts, resuming a folder, other settings, interruptions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_text_and_jsonl(tmp_path: Path) -> None:
         ('{"prompt": "a", "prompt": "b"}', ":1: key 'prompt' appears twice"),
         ('{"prompt": " "}', ":1: prompt: expected a non-empty string, got ' '"),
         ('{"prompt": 3}', ":1: prompt: expected a non-empty string, got 3"),
-        ('{"prompt": "\\ud800"}', ":1: prompt: expected text that UTF-8 can hold"),
+        ('{"prompt": "\\ud800"}', ":1: prompt: expected text that UTF-8 can encode"),
         ('{"prompt": "a", "seed": -1}', ":1: seed: expected an integer in [0, 2^63), got -1"),
         ('{"prompt": "a", "seed": true}', ":1: seed: expected an integer in [0, 2^63), got True"),
         ('{"prompt": "a", "seed": NaN}', ":1: NaN is not allowed"),
@@ -78,8 +78,8 @@ def test_text_and_jsonl(tmp_path: Path) -> None:
         ('{"prompt": "a", "name": ".png"}', ":1: name: expected a file name without a path"),
         ('{"prompt": "a", "name": "a\\u0000"}', ":1: name: expected a file name without a path"),
         ('{"prompt": "a", "name": "' + 201 * "n" + '"}', ":1: name: expected a file name without a path, of at most 200"),
-        ('{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "X.png"}', ":2: name: expected one of its own, 'X.png'"),
-        ('{"prompt": "a"}\n{"prompt": "b", "name": "0000-a"}', ":2: name: expected one of its own"),
+        ('{"prompt": "a", "name": "x"}\n{"prompt": "b", "name": "X.png"}', ":2: name: expected a unique name, 'X.png'"),
+        ('{"prompt": "a"}\n{"prompt": "b", "name": "0000-a"}', ":2: name: expected a unique name"),
     ],
 )  # fmt: skip
 def test_malformed_files_are_named_with_their_line(tmp_path: Path, content: str, message: str) -> None:
@@ -98,6 +98,15 @@ def test_other_bytes_than_utf8(tmp_path: Path) -> None:
         make_jobs("a circle")
     with pytest.raises(ValueError, match=r"prompts\[1\]: prompt: expected a non-empty"):
         make_jobs(["a circle", ""])
+
+
+def test_seeds_end_with_their_range(prompts: Path) -> None:
+    last = 2**63 - 1
+    assert [job.seed for job in read_prompts(prompts, last - 2)] == [last - 2, last - 1, last]
+    with pytest.raises(ValueError, match=rf"prompts.txt:6: seed: expected an integer in \[0, 2\^63\), got {last + 1}"):
+        read_prompts(prompts, last - 1)
+    with pytest.raises(ValueError, match=r"prompts\[1\]: seed: expected an integer in \[0, 2\^63\)"):
+        make_jobs(["a", "b"], last)
 
 
 @pytest.mark.parametrize(
@@ -122,10 +131,10 @@ def test_wrong_usage(arguments: list[str], message: str) -> None:
 # ---- the folder
 
 
-def test_a_list_is_gone_on_with(prompts: Path, tmp_path: Path) -> None:
+def test_an_interrupted_list_is_resumed(prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "images"
     first = run(prompts, out, "--batch", "2", "--seed", "4")
-    assert first.exit_code == 0 and "3 images, 3 of them drawn now" in first.output, first.output
+    assert first.exit_code == 0 and "3 images, 3 of them generated now" in first.output, first.output
     drawn = contents(out)
     assert list(drawn) == [f"{i:04}-{slug(prompt)}.png" for i, prompt in enumerate(PROMPTS)] + [MANIFEST]
     record = json.loads(drawn[MANIFEST])
@@ -138,8 +147,8 @@ def test_a_list_is_gone_on_with(prompts: Path, tmp_path: Path) -> None:
     broken.write_bytes(drawn[broken.name][:-9])
     gone.unlink()
     again = run(prompts, out, "--batch", "2", "--seed", "4")
-    assert again.exit_code == 0 and "2 of them drawn now" in again.output, again.output
-    # The batch of the broken image was drawn whole, so its bits are those of the first run; the whole one was not touched.
+    assert again.exit_code == 0 and "2 of them generated now" in again.output, again.output
+    # The batch of the broken image was generated as a whole: same bits as in the first run. The intact file was not touched.
     assert contents(out) == drawn and kept.stat() == before
 
     for more, message in (
@@ -156,10 +165,23 @@ def test_a_list_is_gone_on_with(prompts: Path, tmp_path: Path) -> None:
     assert fewer.exit_code == 0 and list(contents(out)) == ["0000-a-yellow-circle.png", MANIFEST], fewer.output
 
 
-def test_what_others_left_is_not_touched(tmp_path: Path) -> None:
+def test_ranks_started_anew_do_not_overwrite_what_their_first_attempt_drew(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "images"
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for attempt, drawn in (("0", 3), ("1", 1), ("0", 3)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        result = run(prompts, out, "--overwrite")
+        assert result.exit_code == 0 and f"3 images, {drawn} of them generated now" in result.output, result.output
+        (out / "0001-a-blue-square.png").unlink()
+
+
+def test_other_files_are_not_touched(tmp_path: Path) -> None:
     jobs = make_jobs(PROMPTS)
     (tmp_path / jobs[1].name).write_bytes(b"mine")
-    with pytest.raises(ValueError, match=f"there already, and no {MANIFEST}"):
+    with pytest.raises(ValueError, match=f"exists already, without a {MANIFEST}"):
         open_folder(tmp_path, {"batch": 1}, jobs)
     assert contents(tmp_path) == {jobs[1].name: b"mine"}
     assert open_folder(tmp_path, {"batch": 1}, jobs, overwrite=True) == [0, 1, 2] == missing(tmp_path, jobs)
@@ -229,7 +251,7 @@ def test_an_interruption_keeps_what_is_finished(
                 raise KeyboardInterrupt
             if end == "error":
                 raise RuntimeError("no memory")
-            os.kill(os.getpid(), signal.SIGTERM)  # the batch that it finds is finished
+            os.kill(os.getpid(), signal.SIGTERM)  # the batch in progress is finished
         return whole(self, *arguments, **options)
 
     before, out = signal.getsignal(signal.SIGTERM), tmp_path / "images"
@@ -238,11 +260,11 @@ def test_an_interruption_keeps_what_is_finished(
         result = run(prompts, out)
     assert result.exit_code == 1 and signal.getsignal(signal.SIGTERM) == before
     says = {
-        "Ctrl-C": "1 of 3 images are there; the same command draws the rest",
+        "Ctrl-C": "1 of 3 images are there; the same command generates the rest",
         "SIGTERM": f"stopped by SIGTERM; {out}: 1 of 3 images are missing (0002-a-green-triangle-on-the-left.png)",
         "error": f"no memory; {out}: 2 of 3 images are missing (0001-a-blue-square.png, 0002-a-green",
     }
     assert says[end] in result.output, result.output
     assert len(list(out.iterdir())) == 1 + (2 if end == "SIGTERM" else 1)
     rest = run(prompts, out)
-    assert rest.exit_code == 0 and f"{3 - (2 if end == 'SIGTERM' else 1)} of them drawn now" in rest.output
+    assert rest.exit_code == 0 and f"{3 - (2 if end == 'SIGTERM' else 1)} of them generated now" in rest.output

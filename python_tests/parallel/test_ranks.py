@@ -1,4 +1,4 @@
-"""Several processes: who is who, the heartbeat call, and lists on two ranks beside one process, also when a rank dies."""
+"""Several processes: ranks from the environment, the heartbeat, lists on two ranks compared with one process, a killed rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = ("--batch", str(BATCH), "--steps", "4", "--preset", "paper", "--seed
 LIMIT = 20
 
 
-# ---- who is who
+# ---- ranks from the environment
 
 
 def test_ranks_from_the_environment() -> None:
@@ -58,7 +58,7 @@ def test_wrong_environments(environment: dict[str, str], message: str, monkeypat
     assert result.exit_code == 2, result.output
 
 
-def test_one_image_is_not_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_on_two_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     result = CliRunner().invoke(cli, ["generate", "a circle"])
@@ -85,7 +85,7 @@ def test_shards_have_every_item_once(count: int, world: int) -> None:
         shard([1], world, world)
 
 
-# ---- the heartbeat call, two ranks in one process
+# ---- the heartbeat: two ranks in one process
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def store() -> Iterator[Any]:
 
 
 def both(*calls: Any) -> list[Any]:
-    """Run the ranks' calls at once; what each returned or raised."""
+    """Runs the ranks' calls concurrently; returns what each returned or raised."""
     results: list[Any] = [None] * len(calls)
 
     def run(rank: int) -> None:
@@ -130,7 +130,7 @@ def test_errors_reach_the_other_rank(store: Any) -> None:
     assert isinstance(first, IndexError) and isinstance(second, ValueError) and str(first) == str(second)
 
 
-def test_a_failure_is_told_and_waits_for_the_others(store: Any) -> None:
+def test_a_failure_is_reported_after_the_others_finish(store: Any) -> None:
     order: list[int] = []
 
     def failing() -> None:
@@ -148,7 +148,7 @@ def test_a_failure_is_told_and_waits_for_the_others(store: Any) -> None:
 
 
 @pytest.mark.parametrize("dead", [0, 1])
-def test_silence_is_death(store: Any, dead: int) -> None:
+def test_a_silent_rank_counts_as_lost(store: Any, dead: int) -> None:
     rolls = [Heartbeat(Ranks(rank, 2), store, patience=1.0) for rank in range(2)]
     rolls[dead].leave()
     (lost,) = both(rolls[1 - dead].finish)
@@ -159,19 +159,19 @@ def test_silence_is_death(store: Any, dead: int) -> None:
         Heartbeat(Ranks(0, 2), None)
 
 
-def test_what_to_draw_is_not_waited_for_in_vain(store: Any) -> None:
+def test_waiting_for_a_lost_rank_ends_with_an_error(store: Any) -> None:
     with Heartbeat(Ranks(1, 2), store, patience=1.0) as heartbeat, pytest.raises(RuntimeError, match="rank 0 is gone"):
         heartbeat.share("todo", list)
 
 
 def slowly(value: int) -> int:
-    """The other rank asks before this is there; it must not find an older answer."""
+    """Slow enough that the other rank asks first: it must wait, not read an older value."""
     time.sleep(0.3)
     return value
 
 
 def test_an_attempt_does_not_read_what_the_last_one_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)  # a launcher's, which outlives its ranks
+    server = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)  # of the launcher: it outlives the ranks
     for name, value in (("ADDR", "127.0.0.1"), ("PORT", str(server.port))):
         monkeypatch.setenv(f"MASTER_{name}", value)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -186,7 +186,7 @@ def test_an_attempt_does_not_read_what_the_last_one_wrote(monkeypatch: pytest.Mo
         }
 
 
-def test_ranks_that_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_rank_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(RuntimeError, match="rank 0: not all 2 ranks met within 1 s"):
@@ -207,7 +207,7 @@ def images(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The file of prompts, and the folder that one process drew."""
+    """The file of prompts, and the folder that one process generated."""
     folder = tmp_path_factory.mktemp("alone")
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
@@ -220,11 +220,11 @@ def generate(prompts: Path, out: Path) -> Any:
     return CliRunner().invoke(cli, ["generate", "--prompts", str(prompts), "--out", str(out), *ARGUMENTS])
 
 
-def test_torchrun_draws_what_one_process_does(alone: tuple[Path, Path], tmp_path: Path) -> None:
+def test_torchrun_generates_the_images_of_one_process(alone: tuple[Path, Path], tmp_path: Path) -> None:
     prompts, expected = alone
     done = torchrun(["generate", "--prompts", str(prompts), "--out", str(tmp_path), *ARGUMENTS])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("5 images, 5 of them drawn now") == 1
+    assert done.stdout.count("5 images, 5 of them generated now") == 1
     assert images(tmp_path) == images(expected)
     assert (tmp_path / MANIFEST).read_bytes() == (expected / MANIFEST).read_bytes()
 
@@ -235,9 +235,7 @@ def test_torchrun_draws_what_one_process_does(alone: tuple[Path, Path], tmp_path
 def test_a_rank_that_dies(alone: tuple[Path, Path], tmp_path: Path, victim: int, fatal: int, lost: list[int]) -> None:
     prompts, expected = alone
     arguments = ("generate", "--prompts", str(prompts), "--out", str(tmp_path), *ARGUMENTS, "--patience", "3")
-    begun = (
-        tmp_path / list(images(expected))[BATCH * (1 - victim)]
-    )  # the other rank's first image: it knows what to draw
+    begun = tmp_path / list(images(expected))[BATCH * (1 - victim)]  # the other rank's first image: its work has begun
     codes = run_ranks(DYING, *arguments, VICTIM=str(victim), FATAL=str(fatal), AWAIT=str(begun))
     assert codes[victim][0] == -9
     code, said = codes[1 - victim]
@@ -245,11 +243,11 @@ def test_a_rank_that_dies(alone: tuple[Path, Path], tmp_path: Path, victim: int,
     assert code == 1 and said.startswith(f"Error: rank {victim} is gone"), said
     assert f"{len(lost)} of 5 images are missing ({', '.join(names[index] for index in lost)})" in said
     assert said.count("\n") == 1
-    # Everything that was finished is there and right, on both sides; the rest is drawn by one process, to the same bits.
+    # All finished images exist and are right, on both ranks; one process then generates the rest, bit for bit.
     kept = images(tmp_path)
     assert kept == {name: data for i, (name, data) in enumerate(images(expected).items()) if i not in lost}
     times = {name: (tmp_path / name).stat().st_mtime_ns for name in kept}
     rest = generate(prompts, tmp_path)
-    assert rest.exit_code == 0 and f"{len(lost)} of them drawn now" in rest.output, rest.output
+    assert rest.exit_code == 0 and f"{len(lost)} of them generated now" in rest.output, rest.output
     assert images(tmp_path) == images(expected)
     assert times == {name: (tmp_path / name).stat().st_mtime_ns for name in kept}

@@ -24,11 +24,11 @@ from flashu_ext.planning.safe_files import load_safetensors, save_safetensors
 TIMES = (0.25, 0.75)
 
 
-# ---- what is fed
+# ---- samples
 
 
-def drawings(count=2, seed=0):
-    """Samples of the small random model, with its fixture's prompts: one row each, padding behind the image."""
+def generation_samples(count=2, seed=0):
+    """Samples for the small random model with its fixture's prompts: one row each, padding after the image."""
     i = public().sample_inputs
     generator = torch.Generator().manual_seed(seed)
     for n in range(count):
@@ -71,7 +71,7 @@ def same(a, b):
 
 
 class Watched:
-    """What the model's parts really get while the block runs: FFN activations, and latents."""
+    """Records what the model's parts receive while the block runs: FFN activations and latents."""
 
     def __init__(self, model):
         self.model = model
@@ -100,7 +100,7 @@ def double_model():
 
 @torch.no_grad()
 def oracle(latents_seen):
-    """Activations [tokens, intermediate] fp64 per layer of both tasks, by the model's own methods, nothing of calibrate's.
+    """Activations [tokens, intermediate] fp64 per layer of both tasks, by the model's own methods, without code of calibrate.
 
     Also layer importance: generation [times, layers], understanding at the last prompt token and as a mean over tokens.
     """
@@ -111,7 +111,7 @@ def oracle(latents_seen):
     }
     importance = []
     latents = iter(latents_seen)
-    for sample in drawings():
+    for sample in generation_samples():
         tokens = torch.cat([sample.text_tokens, sample.text_tokens_null])
         positions = torch.cat([sample.modality_positions, sample.modality_positions_null])
         ends = positions[:, 0].sum(-1)
@@ -127,8 +127,10 @@ def oracle(latents_seen):
             states = model.showo.model(
                 inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True
             ).hidden_states
-            turned = turns(states)
-            importance.append(torch.stack([torch.cat([x[r, :e] for r, e in enumerate(ends)]).mean() for x in turned]))
+            distances = cosine_distances(states)
+            importance.append(
+                torch.stack([torch.cat([x[r, :e] for r, e in enumerate(ends)]).mean() for x in distances])
+            )
     last, mean = [], []
     for sample in questions():
         embeds, allowed = prompt_embeds(
@@ -141,9 +143,9 @@ def oracle(latents_seen):
             ).hidden_states
         for kept, (hidden,) in zip(seen["understanding"], watched.hidden, strict=True):
             kept.append(hidden[0])
-        turned = turns(states)
-        last.append(torch.stack([x[0, -4] for x in turned]))
-        mean.append(torch.stack([x.mean() for x in turned]))
+        distances = cosine_distances(states)
+        last.append(torch.stack([x[0, -4] for x in distances]))
+        mean.append(torch.stack([x.mean() for x in distances]))
     activations = {task: [torch.cat(kept) for kept in layers] for task, layers in seen.items()}
     by_time = torch.stack(importance).view(2, len(TIMES), -1).mean(0)
     return (
@@ -153,17 +155,17 @@ def oracle(latents_seen):
     )
 
 
-def turns(states):
+def cosine_distances(states):
     """1 - cosine between neighbouring hidden states; transformers gives the last one after the final norm."""
     return [1 - torch.cosine_similarity(a, b, dim=-1) for a, b in pairwise(states)]
 
 
 @cache
 def calibrated():
-    """The small model's plan, and the latents that it was shown."""
+    """The small model's plan, and the latents it was calibrated with."""
     model = public().model()
     with Watched(model) as watched:
-        plan = run(model, list(drawings()), list(questions()))
+        plan = run(model, list(generation_samples()), list(questions()))
     return plan, watched.latents[: 2 * len(TIMES)]
 
 
@@ -222,7 +224,7 @@ def test_layer_importance_equals_plain_torch():
 @given(st.integers(2, 40), st.floats(-1e3, 1e3), st.integers(0, 2**31))
 def test_variance_survives_a_large_mean(tokens, mean, seed):
     h = mean + torch.randn(tokens, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    h[:, 2] = mean  # a constant neuron has no variance, and never a negative one
+    h[:, 2] = mean  # a constant neuron has variance 0, never a negative one
     sums = NeuronSums(tokens, h.sum(0)[None], h.square().sum(0)[None])
     assert (sums.variance >= 0).all()
     torch.testing.assert_close(sums.variance[0], h.var(dim=0), rtol=1e-6, atol=1e-6)
@@ -232,7 +234,7 @@ def test_variance_survives_a_large_mean(tokens, mean, seed):
 
 def test_noise_depends_on_task_sample_and_time_only():
     model = public().model()
-    sample = next(iter(drawings()))
+    sample = next(iter(generation_samples()))
 
     def noise(seed, **tasks):
         with Watched(model) as watched:
@@ -250,7 +252,7 @@ def test_noise_depends_on_task_sample_and_time_only():
 def test_a_run_is_deterministic_and_leaves_the_model_alone():
     model = public().model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    again = run(model, list(drawings()), list(questions()))
+    again = run(model, list(generation_samples()), list(questions()))
     assert same(calibrated()[0], again)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -261,13 +263,13 @@ def test_a_run_is_deterministic_and_leaves_the_model_alone():
 
 @cache
 def three_tasks():
-    """Two tasks and a third one by name, whose samples draw."""
+    """Two tasks and a third one by name, of images too."""
     model = public().model()
-    return run(model, drawings(), questions(), tasks={"inpainting": drawings(3, seed=9)}, ratio=0.3)
+    return run(model, generation_samples(), questions(), tasks={"inpainting": generation_samples(3, seed=9)}, ratio=0.3)
 
 
 def zeroed_ffn(mlp, kept, x):
-    """The dense FFN with every other neuron silenced."""
+    """The dense FFN with all other neurons zeroed."""
     hidden = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
     silenced = torch.zeros_like(hidden)
     silenced[..., kept] = hidden[..., kept]
@@ -302,7 +304,7 @@ def test_three_tasks_through_an_accelerated_model(tmp_path, adaptive):
 
 
 @torch.no_grad()
-def test_layer_ratios_draw_and_answer_as_a_dense_model_with_those_neurons_zeroed():
+def test_layer_ratios_equal_a_dense_model_with_those_neurons_zeroed():
     ratios = [0.1, 0.5, 0.3, 0.25, 0.0, 0.6, 0.2, 0.4]
     plan = calibrated()[0].with_ratios(ratios)
     assert plan.kept_counts == (224, 128, 176, 192, 256, 96, 192, 144)
@@ -317,11 +319,11 @@ def test_layer_ratios_draw_and_answer_as_a_dense_model_with_those_neurons_zeroed
             layer.mlp.down_proj.weight[:, out] = 0
         return model
 
-    drawn = fx.showo2.sample(silenced("generation"), **inputs, steps=4)
+    generated = fx.showo2.sample(silenced("generation"), **inputs, steps=4)
     answered = fx.showo2.answer_tokens(silenced("understanding"), **asked)
     model = public().model()
     with fx.accelerate(model, fx.FlashUConfig(ffn_prune_ratio=plan.ratio, prune_multiple=16), plan):
-        torch.testing.assert_close(fx.showo2.sample(model, **inputs, steps=4), drawn, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fx.showo2.sample(model, **inputs, steps=4), generated, rtol=1e-3, atol=1e-4)
         assert torch.equal(fx.showo2.answer_tokens(model, **asked), answered)
 
 
@@ -329,7 +331,7 @@ def test_samples_are_read_one_at_a_time():
     made = []
 
     def stream():
-        for n, sample in enumerate(drawings(3)):
+        for n, sample in enumerate(generation_samples(3)):
             made.append(n)
             yield sample
 
@@ -338,8 +340,8 @@ def test_samples_are_read_one_at_a_time():
     hook = model.image_embedder_gen.register_forward_pre_hook(lambda *_: seen.append(len(made)))
     streamed = run(model, stream())
     hook.remove()
-    assert seen == [1] * 2 + [2] * 2 + [3] * 2  # a sample is made when its turn comes
-    assert same(streamed, run(model, list(drawings(3))))
+    assert seen == [1] * 2 + [2] * 2 + [3] * 2  # samples are made one at a time
+    assert same(streamed, run(model, list(generation_samples(3))))
     assert streamed.tasks == ("generation",) and streamed.notes == {"samples": {"generation": 3}, "seed": 0}
 
 
@@ -351,31 +353,31 @@ def interrupted(samples, after):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("drawn", "asked", "interval"), [(3, 0, 1), (3, 0, 2), (5, 2, 3), (5, 4, 4)])
-def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, drawn, asked, interval):
+@pytest.mark.parametrize(("generated", "asked", "interval"), [(3, 0, 1), (3, 0, 2), (5, 2, 3), (5, 4, 4)])
+def test_an_interrupted_run_is_resumed_to_the_same_bits(tmp_path, generated, asked, interval):
     model, file = public().model(), tmp_path / "state.safetensors"
-    whole = run(model, drawings(5), questions(5))
-    stop = {"generation": interrupted(drawings(5), drawn) if drawn < 5 else drawings(5)}
+    whole = run(model, generation_samples(5), questions(5))
+    stop = {"generation": interrupted(generation_samples(5), generated) if generated < 5 else generation_samples(5)}
     stop["understanding"] = interrupted(questions(5), asked)
     with pytest.raises(KeyboardInterrupt):
         run(model, **stop, checkpoint=file, checkpoint_interval=interval)
     assert file.exists()
     passes = []
     hook = model.image_embedder_gen.register_forward_pre_hook(lambda *_: passes.append(0))
-    resumed = run(model, drawings(5), questions(5), checkpoint=file, checkpoint_interval=interval)
+    resumed = run(model, generation_samples(5), questions(5), checkpoint=file, checkpoint_interval=interval)
     hook.remove()
     assert same(whole, resumed)
-    done = (drawn + asked) // interval * interval
-    assert len(passes) == 2 * (5 - min(done, 5)) + 5 - max(done - 5, 0), "what was seen is not run again"
-    assert list(tmp_path.iterdir()) == [], "a finished run leaves no checkpoint"
+    done = (generated + asked) // interval * interval
+    assert len(passes) == 2 * (5 - min(done, 5)) + 5 - max(done - 5, 0), "samples seen before are not run again"
+    assert list(tmp_path.iterdir()) == [], "a finished run deletes its checkpoint"
 
 
 @pytest.fixture
 def half_way(tmp_path):
-    """A model and the checkpoint of its interrupted run."""
+    """A model, and the checkpoint of its interrupted run."""
     model, file = public().model(), tmp_path / "state.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        run(model, interrupted(drawings(4), 3), questions(), checkpoint=file, checkpoint_interval=3)
+        run(model, interrupted(generation_samples(4), 3), questions(), checkpoint=file, checkpoint_interval=3)
     return model, file
 
 
@@ -385,15 +387,18 @@ def half_way(tmp_path):
         ({"times": (0.5,)}, r"times was \[0.25, 0.75\], is \[0.5\]; delete the file"),
         ({"seed": 3}, "seed was 0, is 3"),
         ({"understanding": ()}, r"tasks was \['generation', 'understanding'\], is \['generation'\]"),
-        ({"generation": drawings(4, seed=5)}, "checkpoint of other samples: the first 3 of generation differ"),
-        ({"generation": drawings(2)}, "checkpoint of 3 samples of generation, got 2"),
+        (
+            {"generation": generation_samples(4, seed=5)},
+            "checkpoint of other samples: the first 3 of generation differ",
+        ),
+        ({"generation": generation_samples(2)}, "checkpoint of 3 samples of generation, got 2"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_and_kept(half_way, change, message):
     model, file = half_way
     content = file.read_bytes()
     with pytest.raises(ValueError, match=message):
-        run(model, **{"generation": drawings(4), "understanding": questions(), "checkpoint": file, **change})
+        run(model, **{"generation": generation_samples(4), "understanding": questions(), "checkpoint": file, **change})
     assert file.read_bytes() == content
 
 
@@ -402,13 +407,13 @@ def test_a_checkpoint_of_another_model_is_refused(half_way):
     with torch.no_grad():
         model.showo.model.layers[2].self_attn.q_proj.weight.mul_(1.5)
     with pytest.raises(ValueError, match="checkpoint of another calibration: fingerprint was"):
-        run(model, drawings(4), questions(), checkpoint=file)
+        run(model, generation_samples(4), questions(), checkpoint=file)
 
 
-def test_what_is_chosen_afterwards_may_change(half_way):
+def test_options_chosen_after_calibration_may_change(half_way):
     model, file = half_way
-    resumed = run(model, drawings(4), questions(), checkpoint=file, estimator="flap", ratio=0.5, multiple=32)
-    assert same(resumed.with_estimator("wanda"), run(model, drawings(4), questions()))
+    resumed = run(model, generation_samples(4), questions(), checkpoint=file, estimator="flap", ratio=0.5, multiple=32)
+    assert same(resumed.with_estimator("wanda"), run(model, generation_samples(4), questions()))
     assert (resumed.estimator, resumed.kept_neurons) == ("flap", 128)
 
 
@@ -420,7 +425,7 @@ def test_a_damaged_checkpoint_is_refused(half_way):
 
     def refused(message):
         with pytest.raises(ValueError, match=message):
-            run(model, drawings(4), questions(), checkpoint=file)
+            run(model, generation_samples(4), questions(), checkpoint=file)
 
     file.write_bytes(content[:-3])
     refused("truncated or padded")
@@ -453,7 +458,7 @@ def changed(sample, **fields):
         (lambda: {}, ValueError, "expected samples of at least one task, got none"),
         (lambda: {"generation": iter(())}, ValueError, "generation: expected at least one sample, got none"),
         (
-            lambda: {"generation": drawings(1), "tasks": {"x": []}},
+            lambda: {"generation": generation_samples(1), "tasks": {"x": []}},
             ValueError,
             "x: expected at least one sample, got none",
         ),
@@ -464,7 +469,7 @@ def changed(sample, **fields):
             r"generation\[0\]: expected a GenerationSample, got Understand",
         ),
         (
-            lambda: {"tasks": {"both": [*drawings(1), *questions(1)]}},
+            lambda: {"tasks": {"both": [*generation_samples(1), *questions(1)]}},
             TypeError,
             r"both\[1\]: expected a GenerationSample, got UnderstandingSample",
         ),
@@ -475,34 +480,42 @@ def changed(sample, **fields):
         ),
         (lambda: {"tasks": {"": []}}, ValueError, "tasks: expected names, got ''"),
         (
-            lambda: {"generation": drawings(), "tasks": {"generation": drawings()}},
+            lambda: {"generation": generation_samples(), "tasks": {"generation": generation_samples()}},
             ValueError,
             "tasks: 'generation' is given twice",
         ),
-        (lambda: {"generation": drawings(), "times": (0.5, 1.5)}, ValueError, r"times: .* got \[0.5, 1.5\]"),
-        (lambda: {"generation": drawings(), "times": (True,)}, ValueError, r"times: .* got \[True\]"),
-        (lambda: {"generation": drawings(), "times": ()}, ValueError, "times: expected at least one"),
+        (lambda: {"generation": generation_samples(), "times": (0.5, 1.5)}, ValueError, r"times: .* got \[0.5, 1.5\]"),
+        (lambda: {"generation": generation_samples(), "times": (True,)}, ValueError, r"times: .* got \[True\]"),
+        (lambda: {"generation": generation_samples(), "times": ()}, ValueError, "times: expected at least one"),
         (
-            lambda: {"generation": drawings(), "estimator": "magic"},
+            lambda: {"generation": generation_samples(), "estimator": "magic"},
             ValueError,
             "estimator: expected one of wanda, flap",
         ),
-        (lambda: {"generation": drawings(), "ratio": 1.0}, ValueError, r"ratio: expected a number in \[0, 1\)"),
-        (lambda: {"generation": drawings(), "multiple": 0}, ValueError, "multiple: expected an integer >= 1"),
-        (lambda: {"generation": drawings(), "seed": -1}, ValueError, "seed: expected an integer >= 0"),
-        (lambda: {"generation": drawings(), "checkpoint_interval": 0}, ValueError, "checkpoint_interval: expected"),
         (
-            lambda: {"generation": drawings(), "checkpoint": "/no/such/x"},
+            lambda: {"generation": generation_samples(), "ratio": 1.0},
+            ValueError,
+            r"ratio: expected a number in \[0, 1\)",
+        ),
+        (lambda: {"generation": generation_samples(), "multiple": 0}, ValueError, "multiple: expected an integer >= 1"),
+        (lambda: {"generation": generation_samples(), "seed": -1}, ValueError, "seed: expected an integer >= 0"),
+        (
+            lambda: {"generation": generation_samples(), "checkpoint_interval": 0},
+            ValueError,
+            "checkpoint_interval: expected",
+        ),
+        (
+            lambda: {"generation": generation_samples(), "checkpoint": "/no/such/x"},
             FileNotFoundError,
             "checkpoint: expected a file",
         ),
         (
-            lambda: {"generation": changed(next(drawings()), latents=torch.zeros(1, 16, 5, 12))},
+            lambda: {"generation": changed(next(generation_samples()), latents=torch.zeros(1, 16, 5, 12))},
             ValueError,
             r"generation\[0\]: image_latents: expected",
         ),
         (
-            lambda: {"generation": changed(next(drawings()), text_tokens=[1])},
+            lambda: {"generation": changed(next(generation_samples()), text_tokens=[1])},
             TypeError,
             r"generation\[0\].text_tokens: expected a tensor, got list",
         ),
@@ -512,7 +525,9 @@ def changed(sample, **fields):
             r"understanding\[0\]: answer_length: expected an integer in \[0, ",
         ),
         (
-            lambda: {"generation": changed(next(drawings()), latents=torch.full((1, 16, 12, 12), float("nan")))},
+            lambda: {
+                "generation": changed(next(generation_samples()), latents=torch.full((1, 16, 12, 12), float("nan")))
+            },
             ValueError,
             r"generation: activations: total: expected finite numbers, got nan at \[0, 0\]",
         ),
@@ -528,15 +543,15 @@ def test_bad_arguments_are_named(arguments, error, message):
 def test_an_accelerated_model_is_refused():
     model = public().model()
     with fx.accelerate(model), pytest.raises(RuntimeError, match="expected a model that is not accelerated"):
-        run(model, drawings())
+        run(model, generation_samples())
 
 
-# ---- other storage
+# ---- other dtypes
 
 
 def test_half_precision_finds_nearly_the_same_neurons():
     model = public().model().bfloat16()
-    plan = run(model, drawings(), questions())
+    plan = run(model, generation_samples(), questions())
     for task in plan.tasks:
         for layer in range(plan.layers):
             shared = set(plan.kept(task, layer).tolist()) & set(calibrated()[0].kept(task, layer).tolist())
@@ -582,8 +597,8 @@ def test_the_function_survives_an_import_of_its_module():
     subprocess.run([sys.executable, "-c", IMPORT_ORDER], check=True, timeout=120)
 
 
-def test_omni_mask_hides_what_is_not_computed():
-    """`calibrate` cuts the tail off: no counted token sees it."""
-    sample = next(iter(drawings()))
+def test_omni_mask_hides_tokens_that_are_not_computed():
+    """`calibrate` drops the tail: no counted token attends to it."""
+    sample = next(iter(generation_samples()))
     end = int(sample.modality_positions[0, 0].sum())
     assert not omni_allowed(sample.modality_positions, sample.text_tokens.shape[1])[0, :end, end:].any()

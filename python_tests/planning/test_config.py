@@ -37,7 +37,7 @@ GROUPS = {
 
 NAMES = {"FlashUConfig": FlashUConfig} | {kind.__name__: kind for kind in GROUPS.values()}
 
-# Every flat keyword, what it is when nothing is said, and other values that it may have.
+# Every flat keyword, its default, and other valid values.
 ratios = st.sampled_from([0.0, 0.02, 0.2, 0.25, 0.5])
 FLAT = {
     "ffn_prune_ratio": (0.0, ratios),
@@ -77,7 +77,7 @@ DEFAULTS = {name: default for name, (default, _) in FLAT.items()}
 
 
 def accepted(flat):
-    """Relative to what, where there are no phases: the one combination of flat keywords that is refused."""
+    """Only one combination of flat keywords is refused: relative guidance without phases."""
     return flat.get("guidance") is not None or not flat.get("guidance_relative")
 
 
@@ -98,7 +98,7 @@ def test_exact_refuses_to_approximate():
     assert FlashUConfig.exact().approximates == ()
     for name in ("token_prune_ratio", "answer_layer_skip_ratio"):
         assert FlashUConfig(**{name: 0.5}).approximates == (name,)
-    # Layer and score say how tokens are pruned; the ratio says whether.
+    # Layer and score define how tokens are pruned; the ratio defines whether.
     assert FlashUConfig.exact(token_prune_layer=0, token_prune_score="random").approximates == ()
     with pytest.raises(ValueError, match="ffn_prune_ratio"):
         FlashUConfig.exact(ffn_prune_ratio=0.2)
@@ -221,7 +221,7 @@ def test_the_table_of_flat_keywords_names_every_field_of_every_group_once():
     assert top == {"steps", "full_network_steps", *GROUPS}
 
 
-def test_nothing_said_is_nothing_set():
+def test_defaults_set_nothing():
     config = FlashUConfig()
     assert config.flat() == DEFAULTS and {name: getattr(config, name) for name in FLAT} == DEFAULTS
     assert FlashUConfig(**DEFAULTS) == config
@@ -317,7 +317,7 @@ def test_a_record_of_defaults_is_none():
     assert FlashUConfig(encoder=EncoderSharing()).encoder_cache
 
 
-def test_switched_off_keeps_its_numbers():
+def test_a_disabled_group_keeps_its_values():
     config = FlashUConfig(tokens=TokenSkip(0.5, interval=3), encoder=EncoderSharing(4)).replace(
         token_skip=False, encoder_cache=False
     )
@@ -335,7 +335,7 @@ def test_flat_keywords_beside_a_group_set_one_field_of_it():
 
 
 def test_other_phases_of_relative_guidance_stay_relative():
-    """As a flat keyword `guidance` is the phases alone; a whole record, or None, is the whole group."""
+    """The flat keyword `guidance` takes the phases; a record, or None, replaces the whole group."""
     paper = FlashUConfig.paper()
     assert paper.replace(guidance=[(5, 0.5)]).guidance_at(1, 10.0) == 5.0
     assert paper.replace(guidance=Guidance([(5, 0.5)])).guidance_at(1, 10.0) == 0.5
@@ -378,7 +378,7 @@ def test_unknown_keywords_are_type_errors():
         FlashUConfig().ffn_prune_ratio = 0.2
 
 
-def test_what_is_not_set_is_not_shown():
+def test_unset_fields_are_not_shown():
     assert repr(FlashUConfig()) == "FlashUConfig()"
     assert (
         repr(FlashUConfig(steps=9, prune_multiple=16))
@@ -387,7 +387,7 @@ def test_what_is_not_set_is_not_shown():
 
 
 def test_a_flat_file_of_an_earlier_version_is_read():
-    """As `to_json` wrote it before there were groups; the newest keywords may be missing."""
+    """`to_json` wrote flat keywords before there were groups; the newest ones may be missing."""
     old = {name: value for name, value in FlashUConfig.fast().flat().items() if name != "step_graphs"}
     assert old["guidance"] is None and old["guidance_relative"] is False
     assert FlashUConfig.from_json(json.dumps(old)) == FlashUConfig.fast()

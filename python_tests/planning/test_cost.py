@@ -1,4 +1,4 @@
-"""Operation counts by hand, and a cost model on a clock that the test turns."""
+"""Operation counts by hand, and a cost model on a simulated clock."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def shape() -> ModelShape:
 
 
 def test_dense_operations_of_the_language_model(shape: ModelShape):
-    """Two lengths differ by what is linear and quadratic in tokens, which can be counted by hand for the FFN and lm_head."""
+    """The FFN and lm_head are linear in tokens, so two lengths give counts that can be checked by hand."""
     one = dense_flops(shape, GEOMETRY, 1, guided=False)
     assert dense_flops(shape, GEOMETRY, 3, guided=True) == pytest.approx(6 * one)
     ffn = 6 * (2 * 3 * 128 * 384) * 64
@@ -50,7 +50,7 @@ def test_plans_order_as_their_work(shape: ModelShape):
     assert flops(head_cache_interval=5) < exact
     assert flops(ffn_prune_ratio=0.5) < flops(ffn_prune_ratio=0.2) < exact
     assert exact - flops(ffn_prune_ratio=0.5) == pytest.approx(
-        # FFN of the LLM at half the neurons, in every evaluation's span and once in the prompt, in both branches
+        # half the FFN neurons: in the span of every evaluation and once in the prompt, in both branches
         2 * 6 * (2 * 3 * 128 * 384) * 0.5 * (19 * 37 + 10)
     )
 
@@ -58,25 +58,25 @@ def test_plans_order_as_their_work(shape: ModelShape):
 def test_the_cost_model_adds_up_measured_kinds(monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
     monkeypatch.setattr(cost, "_now", lambda: clock[0])
-    drawn: list[FlashUConfig] = []
+    generated: list[FlashUConfig] = []
 
-    def draw(config: FlashUConfig, callback: object) -> None:
-        drawn.append(config)
+    def generate(config: FlashUConfig, callback: object) -> None:
+        generated.append(config)
         for step in StepPlan.build(config, None, 6).steps:
             clock[0] += 3.0 if step.backbone else 0.5
             callback(step.index, None)  # type: ignore[operator]
 
-    model = CostModel(draw, layers=6, guidance_scale=2.5, image_tokens=36, rounds=2)
+    model = CostModel(generate, layers=6, guidance_scale=2.5, image_tokens=36, rounds=2)
     cached = FlashUConfig(head_cache_interval=4, steps=20)
     steps = StepPlan.build(cached, None, 6).steps
     assert model.seconds(cached) == pytest.approx(sum(3.0 if s.backbone else 0.5 for s in steps))
-    runs = len(drawn)
-    # The same kinds of work in other numbers need no further run.
-    assert model.seconds(cached.replace(steps=31)) > model.seconds(cached) and len(drawn) == runs
+    runs = len(generated)
+    # Other counts of the same kinds of work need no further run.
+    assert model.seconds(cached.replace(steps=31)) > model.seconds(cached) and len(generated) == runs
 
 
 def test_one_branch_is_priced_as_one(shape: ModelShape):
-    """All but the encoder, which both branches share, is half: steps at unit guidance run the conditional branch alone."""
+    """Steps at unit guidance run only the conditional branch: half of everything but the shared encoder."""
     unit = FlashUConfig(steps=20, guidance=[(19, 1.0)], execution=Execution(skip_unit_guidance=True))
     both = unit.replace(skip_unit_guidance=False)
     encoder = shape.encoder
@@ -87,7 +87,7 @@ def test_one_branch_is_priced_as_one(shape: ModelShape):
 
     assert price(unit) - encoded == pytest.approx((price(both) - encoded) / 2)
     assert price(unit) == price(both, guided=False)
-    # Where the second branch comes back, the prompt is computed for both.
+    # When the second branch returns, the prompt is computed for both.
     late = unit.replace(guidance=[(9, 1.0)])
     halved = 9 / 19 * (price(both) - price(unit))
     one_prompt = 6 * llm_layer_flops(shape.layers[0], 10, 10) + sum(
@@ -98,11 +98,11 @@ def test_one_branch_is_priced_as_one(shape: ModelShape):
 
 
 def test_a_relative_scale_of_one_is_found_by_the_callers_scale():
-    """Plans of the cost model are those that the drawing follows, so both kinds of step are measured apart."""
+    """The cost model uses the plan that generation follows, so both kinds of step are measured separately."""
     config = FlashUConfig(steps=8, guidance=[(4, 0.4)], guidance_relative=True, skip_unit_guidance=True)
-    drawn = StepPlan.build(config, None, 6, 2.5, 36)
-    assert [step.guided for step in drawn.steps] == [False] * 4 + [True] * 3
-    assert CostModel(lambda *_: None, 6, guidance_scale=2.5, image_tokens=36).plan(config) == drawn
+    plan = StepPlan.build(config, None, 6, 2.5, 36)
+    assert [step.guided for step in plan.steps] == [False] * 4 + [True] * 3
+    assert CostModel(lambda *_: None, 6, guidance_scale=2.5, image_tokens=36).plan(config) == plan
 
 
 def test_a_step_of_one_branch_has_a_time_of_its_own(monkeypatch: pytest.MonkeyPatch):
@@ -110,12 +110,12 @@ def test_a_step_of_one_branch_has_a_time_of_its_own(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cost, "_now", lambda: clock[0])
     config = FlashUConfig(steps=8, guidance=[(4, 1.0)], skip_unit_guidance=True)
 
-    def draw(config: FlashUConfig, callback: object) -> None:
+    def generate(config: FlashUConfig, callback: object) -> None:
         for step in StepPlan.build(config, None, 6, 2.5).steps:
             clock[0] += 2.0 if step.guided else 1.0
             callback(step.index, None)  # type: ignore[operator]
 
-    model = CostModel(draw, layers=6, guidance_scale=2.5, image_tokens=36)
+    model = CostModel(generate, layers=6, guidance_scale=2.5, image_tokens=36)
     assert model.seconds(config) == pytest.approx(4 * 1.0 + 3 * 2.0)
     assert model.seconds(config.replace(guidance=[(6, 1.0)])) == pytest.approx(6 * 1.0 + 1 * 2.0)
 
@@ -138,15 +138,15 @@ def test_skipped_tokens_are_counted_without_the_time_token(shape: ModelShape, ti
 
 
 def test_kinds_differ_by_what_is_left_out():
-    """The same step with another share left out is another kind of work, and measured anew."""
-    drawn: list[FlashUConfig] = []
+    """The same step with another pruned proportion is another kind of work, measured separately."""
+    generated: list[FlashUConfig] = []
 
-    def draw(config: FlashUConfig, callback: object) -> None:
-        drawn.append(config)
+    def generate(config: FlashUConfig, callback: object) -> None:
+        generated.append(config)
         for step in StepPlan.build(config, None, 6, 2.5, 36).steps:
             callback(step.index, None)  # type: ignore[operator]
 
-    model = CostModel(draw, layers=6, guidance_scale=2.5, image_tokens=36, rounds=1)
+    model = CostModel(generate, layers=6, guidance_scale=2.5, image_tokens=36, rounds=1)
     configs = [
         FlashUConfig(steps=8, **fields)
         for share in (0.2, 0.4)
@@ -159,20 +159,20 @@ def test_kinds_differ_by_what_is_left_out():
     ]
     for config in (*configs, *configs):
         model.seconds(config)
-    assert list(dict.fromkeys(drawn)) == configs and len(drawn) == 2 * len(configs)
+    assert list(dict.fromkeys(generated)) == configs and len(generated) == 2 * len(configs)
 
 
 def test_the_first_image_of_a_measurement_warms_up(monkeypatch: pytest.MonkeyPatch):
     clock, images = [0.0], [0]
     monkeypatch.setattr(cost, "_now", lambda: clock[0])
 
-    def draw(config: FlashUConfig, callback: object) -> None:
+    def generate(config: FlashUConfig, callback: object) -> None:
         images[0] += 1
         for step in StepPlan.build(config, None, 6).steps:
             clock[0] += 100.0 if images[0] == 1 else 1.0
             callback(step.index, None)  # type: ignore[operator]
 
-    model = CostModel(draw, layers=6, guidance_scale=2.5, image_tokens=36, rounds=1)
+    model = CostModel(generate, layers=6, guidance_scale=2.5, image_tokens=36, rounds=1)
     assert model.seconds(FlashUConfig(steps=8)) == pytest.approx(7.0) and images[0] == 2
 
 
@@ -180,12 +180,12 @@ def test_steps_that_wait_for_the_adaptive_caches_flag_have_a_time_of_their_own(m
     clock = [0.0]
     monkeypatch.setattr(cost, "_now", lambda: clock[0])
 
-    def draw(config: FlashUConfig, callback: object) -> None:
+    def generate(config: FlashUConfig, callback: object) -> None:
         for step in StepPlan.build(config, None, 6).steps:
             clock[0] += (3.0 - config.adaptive_cache_budget if step.adaptive else 2.0) if step.backbone else 0.5
             callback(step.index, None)  # type: ignore[operator]
 
-    model = CostModel(draw, layers=6, guidance_scale=2.5, image_tokens=36)
+    model = CostModel(generate, layers=6, guidance_scale=2.5, image_tokens=36)
     adaptive = FlashUConfig(steps=8, full_network_steps=2, head=HeadCaching(adaptive=True, budget=0.25))
     assert model.seconds(adaptive.replace(head=None)) == pytest.approx(7 * 2.0)
     flags = StepPlan.build(adaptive, None, 6).adaptive_evaluations

@@ -1,4 +1,4 @@
-"""Files: their mode, that they reach the disk, and that an interruption leaves nothing beside them."""
+"""Files: their mode, that they reach the disk, and that an interruption leaves no other file."""
 
 from __future__ import annotations
 

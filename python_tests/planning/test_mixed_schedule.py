@@ -31,10 +31,10 @@ def test_a_forecast_takes_two_measurements_where_there_are_two():
     assert [plan.at(i).tokens_from for i in (2, 5, 8)] == [(1,), (4, 1), (7, 4)]
 
 
-def test_a_measurement_that_no_one_uses_is_not_made():
+def test_unused_measurements_are_not_made():
     config = FlashUConfig(token_skip=True, token_skip_ratio=0.5, token_skip_interval=4, full_network_steps=2, steps=8)
     assert indices(StepPlan.build(config), "measure_tokens") == [1, 5]
-    # step 6 is a full one here, and no other would use what step 5 measures
+    # step 6 is full here, so no step uses a measurement of step 5
     assert indices(StepPlan.build(config.replace(full_network_steps=3)), "measure_tokens") == [1]
     assert not indices(StepPlan.build(config.replace(token_skip_interval=1)), "measure_tokens")
 
@@ -75,7 +75,7 @@ def test_residual_reuse_needs_the_backbone_and_what_it_depends_on():
     plan = StepPlan.build(plain.replace(head_residual_reuse=True))
     assert (plan.backbone_evaluations, plan.head_evaluations, plan.dead_evaluations) == (34, 18, 0)
     assert plan.counts() == {"measure": 1, "pruned": 7, "head residual": 14, "measure only": 2, "full": 10}
-    assert plan.at(21).kind == "measure only", "its choice is used now"
+    assert plan.at(21).kind == "measure only", "its choice is used by the next step"
     assert all(step.residual != step.head for step in plan.steps)
     assert "reuse residual 5" in plan.describe()
 
@@ -108,7 +108,7 @@ def test_the_encoder_runs_at_intervals_of_evaluations_that_run_the_backbone():
     assert indices(cached, "backbone") == [1, 2, 3, 4, 8, 10, 11]
     assert indices(cached, "encode") == [1, 3, 8, 10, 11] and cached.encoder_evaluations == 5
     assert "5 run the encoder" in cached.describe()
-    # steps that run no backbone use nothing up: step 8 is the second one since step 4
+    # steps without the backbone do not count: step 8 is the second one since step 4
     assert indices(StepPlan.build(config.replace(head_cache_interval=4)), "encode") == [1, 4, 10, 11]
 
 
@@ -127,13 +127,13 @@ def test_one_branch_where_the_scale_is_one():
     assert plan.describe().splitlines()[2].split()[-2:] == ["one", "1"]
 
 
-def test_a_state_kept_for_a_guided_step_is_kept_with_both_branches():
+def test_a_state_used_by_a_guided_step_is_computed_for_both_branches():
     config = FlashUConfig(
         skip_unit_guidance=True, guidance=[(6, 1.0), (8, 2.0)], head_cache_interval=2, head_forecast_order=0
     )
     one = {order: [s.index for s in StepPlan.build(config.replace(head_forecast_order=order), 11).steps if not s.guided]
            for order in (0, 1, 2)}  # fmt: skip
-    # step 7 carries step 6's state forward; a difference needs step 4's too, the second one step 2's
+    # step 7 extrapolates step 6's state; the first difference needs step 4's too, the second difference step 2's
     assert one == {0: [1, 2, 3, 4, 5], 1: [1, 2, 3, 5], 2: [1, 3, 5]}
 
 
@@ -182,8 +182,8 @@ knobs = st.fixed_dictionaries(
 
 @settings(max_examples=400, deadline=None)
 @given(knobs, st.sampled_from([1.0, 5.0]), st.randoms(use_true_random=False))
-def test_everything_that_a_step_uses_was_made_for_all_its_rows(values, scale, rng):
-    """Replay a plan with the rows of everything kept, adaptive steps cached at random."""
+def test_every_state_that_a_step_uses_covers_all_its_rows(values, scale, rng):
+    """Replays a plan and tracks the rows of every cached state; adaptive steps are cached at random."""
     config = FlashUConfig(**values)
     plan = StepPlan.build(config, guidance_scale=scale)
     plan.describe()
@@ -192,7 +192,7 @@ def test_everything_that_a_step_uses_was_made_for_all_its_rows(values, scale, rn
     for planned in plan.steps:
         step = planned
         if step.adaptive and rng.random() < 0.6:
-            assert kept, "there is something to carry forward"
+            assert kept, "a cached state exists"
             step = step.cached(kept[-1][0], config.head_residual_reuse)
             due |= planned.encode
         rows = 2 if step.guided else 1
@@ -216,11 +216,11 @@ def test_everything_that_a_step_uses_was_made_for_all_its_rows(values, scale, rn
             assert step.backbone
             if step.keep_head:
                 if config.adaptive_cache and kept and kept[-1][1] < rows:
-                    kept.clear()  # differences begin anew
+                    kept.clear()  # differences start again
                 kept.append((step.index, rows))
         else:
             assert step.head_from == kept[-1][0]
             assert all(has >= rows for _, has in kept[-1 - config.head_forecast_order :])
     if not config.adaptive_cache:
         made = {("layers", i) for i in layers} | {("tokens", i) for i in tokens}
-        assert made == used, "no measurement is made for nothing"
+        assert made == used, "every measurement is used"

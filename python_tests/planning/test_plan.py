@@ -25,6 +25,7 @@ def test_kept_counts_follow_the_reference():
     assert kept_count(18944, 0.2, 64) == 15104
     assert kept_count(40, 0.2, 64) == 32
     assert kept_count(100, 0.9, 64) == 64
+    assert kept_count(10, 0.25, 1) == 8, "2.5 neurons to prune are 2"
 
 
 def test_the_best_are_kept_and_ties_keep_the_lower_index():
@@ -128,20 +129,20 @@ def test_a_plan_file_with_wrong_scores_is_refused(tmp_path, tensor, message):
 
 
 def measured_plan(layers=2, neurons=64, multiple=16, **arguments):
-    """A plan as calibration makes it: three tasks, of which one answers; three times."""
+    """A plan as calibration makes it: three tasks, one of them understanding; three times."""
     generator = torch.Generator().manual_seed(5)
 
-    def draw(*shape):
+    def random(*shape):
         return torch.rand(shape, generator=generator)
 
     tasks = ("generation", "understanding", "editing")
-    activations = {task: draw(50, layers, neurons).double() - 0.3 for task in tasks}
+    activations = {task: random(50, layers, neurons).double() - 0.3 for task in tasks}
     measured = Calibration(
         {task: NeuronSums(50, h.sum(0), h.square().sum(0)) for task, h in activations.items()},
-        DownNorms(draw(layers, neurons), draw(layers, neurons)),
+        DownNorms(random(layers, neurons), random(layers, neurons)),
         (0.1, 0.5, 0.9),
-        {task: draw(1 if task == "understanding" else 3, layers) for task in tasks},
-        {"understanding": draw(layers)},
+        {task: random(1 if task == "understanding" else 3, layers) for task in tasks},
+        {"understanding": random(layers)},
     )
     return TaskPlan.from_calibration(measured, multiple=multiple, **arguments)
 
@@ -256,8 +257,8 @@ def test_there_is_a_ratio_for_every_count(intermediate, multiple, data):
 )
 def test_adaptive_ratios_keep_the_total(layers, neurons, multiple, ratio, seed, spread):
     generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randn(neurons, generator=generator).exp() * spread for _ in range(2 * layers)]
-    plan = TaskPlan.from_scores(generation=draws[:layers], understanding=draws[layers:], ratio=0.1, multiple=multiple)
+    scores = [torch.randn(neurons, generator=generator).exp() * spread for _ in range(2 * layers)]
+    plan = TaskPlan.from_scores(generation=scores[:layers], understanding=scores[layers:], ratio=0.1, multiple=multiple)
     uniform, adaptive = plan.with_ratio(ratio), plan.with_adaptive_ratios(ratio)
     assert sum(adaptive.kept_counts) == sum(uniform.kept_counts)
     assert min(adaptive.kept_counts) >= 1 and adaptive.ratio == ratio
@@ -270,9 +271,9 @@ def test_adaptive_ratios_keep_the_total(layers, neurons, multiple, ratio, seed, 
 
 def test_adaptive_ratios_give_more_to_layers_that_stand_out():
     even = torch.linspace(1, 2, 64)  # half its neurons are above the mean
-    peaked = torch.cat([torch.full((60,), 1.0), torch.full((4,), 50.0)])  # four matter, the rest are alike
+    peaked = torch.cat([torch.full((60,), 1.0), torch.full((4,), 50.0)])  # four matter, the rest are equal
     plan = TaskPlan.from_scores(generation=[even, peaked], ratio=0.5, multiple=4).with_adaptive_ratios()
-    # Standardized, the plain neurons of the peaked layer lie at -0.258, and 37 of the even layer's above that. The budget of 64
+    # Standardized, the plain neurons of the peaked layer score -0.258, and 37 of the even layer score more. The budget of 64
     # goes to these, to the 4 peaks, and to 23 of the plain ones: 37 and 27, in fours 36 and 28.
     even_layer = (even - even.mean()) / even.std(correction=0)
     assert int((even_layer > -((4 / 60) ** 0.5)).sum()) == 37
@@ -281,6 +282,14 @@ def test_adaptive_ratios_give_more_to_layers_that_stand_out():
     assert both.with_adaptive_ratios().kept_counts == (36, 28)
     opposed = TaskPlan.from_scores(generation=[even, peaked], understanding=[peaked, even], ratio=0.5, multiple=4)
     assert opposed.with_adaptive_ratios().kept_counts == (32, 32)
+
+
+def test_each_layer_keeps_its_best_by_a_ratio_of_its_own():
+    given = scores()
+    plan = TaskPlan.from_scores(generation=given, multiple=16).with_ratios([0.25, 0.5, 0.0])
+    for layer, count in enumerate((192, 128, 256)):
+        best = sorted(range(256), key=lambda neuron, layer=layer: -float(given[layer][neuron]))[:count]
+        assert plan.kept("generation", layer).tolist() == sorted(best)
 
 
 def test_bad_ratios_are_named():

@@ -60,7 +60,7 @@ configs = st.builds(
 @settings(max_examples=300, deadline=None)
 @given(configs)
 def test_what_reaches_the_latents_equals_the_reference_simulation(config):
-    """Replay the reference's state machine symbolically: a step's velocity is the provenance of its head state."""
+    """Replays the reference's state machine symbolically: a step's velocity is the origin of its head state."""
 
     def reference(live=None):
         cache, choice, out = None, None, []
@@ -72,7 +72,7 @@ def test_what_reaches_the_latents_equals_the_reference_simulation(config):
             skip = None if full or measure else choice
             interval = config.head_cache_interval
             use = interval > 0 and not full and step % interval != 0 and cache is not None
-            # An evaluation that is not live computes garbage: it must not show in any output.
+            # A dead evaluation computes garbage, which must not reach any output.
             backbone = (step, full, skip) if live is None or live(step).backbone else "garbage"
             if use:
                 state = cache
@@ -87,7 +87,7 @@ def test_what_reaches_the_latents_equals_the_reference_simulation(config):
 
     plan = StepPlan.build(config)
     assert reference(plan.at) == reference()
-    # ... and each remaining one is needed: turning any single one into garbage shows.
+    # Each remaining evaluation is needed: garbage in any one of them reaches the output.
     for step in plan.steps:
         if not step.backbone:
             continue

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flashu_ext.nano.calibrate import samples
-from flashu_ext.nano.evaluate import Share
+from flashu_ext.nano.evaluate import Proportion
 from flashu_ext.nano.model import load_model
 from flashu_ext.planning.plan import TaskPlan
 from flashu_ext.report.render import render_analysis
@@ -20,11 +20,11 @@ from flashu_ext.studies import analysis
 @pytest.mark.parametrize(("total", "size"), [(12, 3), (40, 20), (9, 9), (5, 1)])
 def test_expected_jaccard_is_that_of_random_sets(total: int, size: int):
     rng = random.Random(0)
-    drawn = []
+    overlaps = []
     for _ in range(4000):
         a, b = (torch.tensor(rng.sample(range(total), size)) for _ in range(2))
-        drawn.append(analysis.jaccard(a, b))
-    assert analysis.expected_jaccard(total, size) == pytest.approx(sum(drawn) / len(drawn), abs=0.015)
+        overlaps.append(analysis.jaccard(a, b))
+    assert analysis.expected_jaccard(total, size) == pytest.approx(sum(overlaps) / len(overlaps), abs=0.015)
     with pytest.raises(ValueError, match="size: expected 1 to"):
         analysis.expected_jaccard(total, total + 1)
 
@@ -55,7 +55,7 @@ def test_removing_a_set_takes_its_neurons_from_both_tasks():
 def test_a_small_run_becomes_a_page(tmp_path: Path):
     result = analysis.run(load_model(), samples, count=4, drawings=2, questions=3, removed=(0.2,), progress=False)
     assert [r.of for r in result.removals] == list(analysis.REMOVED_SETS)
-    assert isinstance(result.intact.adherence, Share) and result.intact.accuracy.n == 3
+    assert isinstance(result.intact.adherence, Proportion) and result.intact.accuracy.n == 3
     assert len(result.importance["generation"][0]) == result.layers == 6
     assert all(0 <= c for c in result.drift.relative_l2) and len(result.drift.cosine) == analysis.STEPS - 2
     assert json.loads(result.to_json())["verdicts"] == result.verdicts

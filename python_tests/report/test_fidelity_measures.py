@@ -1,4 +1,4 @@
-"""Measures of fidelity against their definitions."""
+"""Measures of fidelity compared with their definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's page, picture, table and JSON, from results made up here."""
+"""The demo's page, picture, table and JSON, from invented results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
-from flashu_ext.nano.evaluate import Share  # noqa: E402
+from flashu_ext.nano.evaluate import Proportion  # noqa: E402
 from flashu_ext.report.render import render, write_report  # noqa: E402
 from flashu_ext.report.result import Answer, DemoResult, Drawing, PresetResult  # noqa: E402
 
@@ -31,9 +31,9 @@ def preset(name: str, seconds: float, **fields) -> PresetResult:
         "kinds": ["full", "measure", "pruned", "head cached"],
         "backbone": 3,
         "head": 3,
-        "adherence": Share(9, 10),
-        "accuracy": Share(19, 20),
-        "equal_answers": Share(20, 20),
+        "adherence": Proportion(9, 10),
+        "accuracy": Proportion(19, 20),
+        "equal_answers": Proportion(20, 20),
         "image_seconds": [seconds, 3 * seconds, 2 * seconds],
         "answer_seconds": [seconds / 10] * 3,
     }
@@ -59,7 +59,7 @@ def result() -> DemoResult:
 
 
 class Page(HTMLParser):
-    """Collects addresses, and checks that tags close in order."""
+    """Collects links, and checks that tags close in order."""
 
     VOID = frozenset(("meta", "img", "br", "link"))
 

@@ -1,4 +1,4 @@
-"""The search: what it keeps holds on its split, it reports on another, and what it writes is what other commands take."""
+"""The search: its settings meet the fidelity on its split, it reports on another split, and other commands accept its files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flashu_ext.models.accelerated import handle_of
-from flashu_ext.nano.evaluate import Share, preset_config
+from flashu_ext.nano.evaluate import Proportion, preset_config
 from flashu_ext.nano.model import load_model, load_plan
 from flashu_ext.nano.probe import Probe
 from flashu_ext.nano.world import scenes
@@ -39,9 +39,9 @@ def test_the_walk_keeps_what_holds(tmp_path: Path):
     assert steps and all(trial.seconds < trial.before for trial in steps)
     dense_drawn, dense_answered = result.dense
     for trial in result.trials:
-        held = trial.adherence.share >= 0.99 * dense_drawn.share and trial.accuracy.share >= 0.99 * dense_answered.share
+        held = trial.adherence.value >= 0.99 * dense_drawn.value and trial.accuracy.value >= 0.99 * dense_answered.value
         assert trial.accepted == held
-    # Two grid points are one evaluation, which draws nothing.
+    # Two grid points are one evaluation, which gives no image.
     assert result.config.steps in (10, 7) and [p.name for p in result.points] == ["dense", "exact", "paper", "tuned"]
     result.save(tmp_path, plan)
     config = FlashUConfig.from_json((tmp_path / "config.json").read_text())
@@ -53,11 +53,11 @@ def test_the_walk_keeps_what_holds(tmp_path: Path):
 
 
 class Machine:
-    """Stands for the embedded model and a clock: a handle's n-th answer takes 100 / n seconds, with fewer visual tokens half
-    of that; drawings are their noise, and a step of one takes a second.
+    """Simulates the embedded model and a clock: a handle's n-th answer takes 100 / n seconds, with fewer visual tokens half
+    of that; images are their noise, and a step takes a second.
 
     Attributes:
-        asked: the numbers asked of each handle, in the order of the handles. drawn: scenes of the probe of every drawing.
+        asked: the questions asked of each handle, in the order of the handles. drawn: the probe of every call of `draw`.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch):
@@ -69,7 +69,7 @@ class Machine:
         patch.setattr(tuning, "time", SimpleNamespace(perf_counter=lambda: self.now))
         patch.setattr("flashu_ext.planning.cost._now", lambda: self.now)
         patch.setattr(Probe, "ask", self._ask())
-        patch.setattr(Probe, "draw", self._draw())
+        patch.setattr(Probe, "generate", self._draw())
         patch.setattr(tuning, "compare", self._compare)
 
     def _ask(self) -> Callable[..., Any]:
@@ -131,10 +131,10 @@ def test_the_walk_sees_training_scenes_and_the_report_others(monkeypatch: pytest
     assert machine.drawn and not any(scene in held_out for probe in machine.drawn for scene in probe.scenes)
 
 
-def test_what_is_saved_is_whole_and_the_plan_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Where the disk fills up at the second file, the plan is the new one and the rest as it was."""
+def test_files_are_saved_whole_and_the_plan_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """If the disk fills up at the second file, the plan is new and the other files are unchanged."""
     model = load_model()
-    plan, result = load_plan(model), Tuned(0.9, FlashUConfig.exact(), "", {}, [], (Share(1, 1), Share(1, 1)))
+    plan, result = load_plan(model), Tuned(0.9, FlashUConfig.exact(), "", {}, [], (Proportion(1, 1), Proportion(1, 1)))
     names = ["config.json", "plan.safetensors", "tuning.json"]
     for name in names:
         (tmp_path / name).write_text("old")

@@ -1,4 +1,4 @@
-"""Tests of the accelerated model: conformance under exact and paper settings, state, restoring, refusals."""
+"""The accelerated model: conformance under exact and paper settings, state, removal, refusals."""
 
 import copy
 import gc
@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from support.conformance import public, relative
-from support.drawing import sample_as_upstream
+from support.generation import sample_as_upstream
 from torch import nn
 
 import flashu_ext as fx
@@ -18,7 +18,7 @@ from flashu_ext.runtime.order import FfnOrder
 LIMIT = 1e-4
 
 
-def draw(model, fixture, rows=slice(None), **changes):
+def generate(model, fixture, rows=slice(None), **changes):
     inputs = fixture.sample_inputs
     chosen = {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     return fx.showo2.sample(model, **{**chosen, **changes})
@@ -33,7 +33,7 @@ def test_exact_equals_upstream(way):
     steps = fixture.spec["num_steps"]
     with fx.accelerate(model):
         if way == "sample":
-            latents, velocity = draw(model, fixture, steps=steps, return_velocity=True)
+            latents, velocity = generate(model, fixture, steps=steps, return_velocity=True)
             for got, expected in zip(velocity, fixture.t2i["velocity"], strict=True):
                 assert relative(got, expected) < LIMIT
         else:
@@ -46,7 +46,7 @@ def test_paper_equals_flashu(way):
     fixture, model = public(), public().model()
     with fx.accelerate(model, fixture.flashu_config(), fixture.flashu_plan()) as handle:
         if way == "sample":
-            latents, velocity = draw(model, fixture, return_velocity=True)
+            latents, velocity = generate(model, fixture, return_velocity=True)
             for got, expected in zip(velocity, fixture.flashu["velocity"], strict=True):
                 assert relative(got, expected[: got.shape[0]]) < LIMIT
         else:
@@ -65,7 +65,7 @@ def test_each_kernel_family_can_be_switched_off(family):
     fixture, model = public(), public().model()
     config = fixture.flashu_config(**{f"{family}_kernels": False})
     with fx.accelerate(model, config, fixture.flashu_plan()) as handle:
-        assert relative(draw(model, fixture), fixture.flashu["latents"]) < LIMIT
+        assert relative(generate(model, fixture), fixture.flashu["latents"]) < LIMIT
         summary = handle.summary()
     assert "torch" in summary.kernels.values()
     assert any(f"{family}_kernels is False" in reason for reason in summary.fallbacks)
@@ -93,7 +93,7 @@ def test_answers_equal_upstream_and_share_the_image():
     assert torch.equal(after_change, fx.showo2.answer_tokens(model, **changed))
 
 
-def test_mmu_generate_under_sampling_draws_the_same_tokens():
+def test_mmu_generate_samples_the_same_tokens():
     fixture, model = public(), public().model()
     embeds = fixture.mmu["input_embeds"]
     length = embeds.shape[1]
@@ -120,22 +120,22 @@ def test_images_and_answers_in_any_order():
     config, plan = fixture.flashu_config(), fixture.flashu_plan()
     inputs = fixture.answer_inputs
     with fx.accelerate(model, config, plan):
-        alone = [draw(model, fixture, slice(i, i + 1), steps=steps) for i, steps in ((0, 11), (1, 7))]
-        both = draw(model, fixture, steps=9)
+        alone = [generate(model, fixture, slice(i, i + 1), steps=steps) for i, steps in ((0, 11), (1, 7))]
+        both = generate(model, fixture, steps=9)
 
         def ask(step, latents):
             assert torch.equal(fx.showo2.answer_tokens(model, **inputs), fixture.mmu["output_tokens"])
 
-        again = [draw(model, fixture, slice(i, i + 1), steps=steps, callback=ask) for i, steps in ((1, 7), (0, 11))]
+        again = [generate(model, fixture, slice(i, i + 1), steps=steps, callback=ask) for i, steps in ((1, 7), (0, 11))]
         assert torch.equal(alone[0], again[1]) and torch.equal(alone[1], again[0])
-        assert torch.equal(draw(model, fixture, steps=9), both)
+        assert torch.equal(generate(model, fixture, steps=9), both)
         nested = {}
 
         def other_image(step, latents):
             if step == 4:
-                nested["latents"] = draw(model, fixture, slice(1, 2), steps=7)
+                nested["latents"] = generate(model, fixture, slice(1, 2), steps=7)
 
-        assert torch.equal(draw(model, fixture, slice(0, 1), steps=11, callback=other_image), alone[0])
+        assert torch.equal(generate(model, fixture, slice(0, 1), steps=11, callback=other_image), alone[0])
         assert torch.equal(nested["latents"], alone[1])
 
 
@@ -144,7 +144,7 @@ def test_two_images_alternate_through_upstreams_sampler():
     i = fixture.sample_inputs
 
     def evaluations(row):
-        """A generator over one image's evaluations, as an interleaving sampler would run them."""
+        """The evaluations of one image, one at a time, for a sampler that interleaves images."""
         tokens = torch.cat([i["text_tokens"][row : row + 1], i["text_tokens_null"][row : row + 1]])
         positions = torch.cat([i["modality_positions"][row : row + 1], i["modality_positions_null"][row : row + 1]])
         latents = i["noise"][row : row + 1].repeat(2, 1, 1, 1)
@@ -168,21 +168,21 @@ def test_two_accelerated_models_side_by_side():
     first, second = fixture.model(), fixture.model()
     with torch.no_grad():
         second.diffusion_head_b.linear.weight.mul_(1.5)
-    expected = [draw(model, fixture, steps=4) for model in (first, second)]
+    expected = [generate(model, fixture, steps=4) for model in (first, second)]
     with fx.accelerate(first), fx.accelerate(second):
         results = {}
 
         def inner(step, latents):
-            results["second"] = draw(second, fixture, steps=4)
+            results["second"] = generate(second, fixture, steps=4)
 
-        results["first"] = draw(first, fixture, steps=4, callback=inner)
+        results["first"] = generate(first, fixture, steps=4, callback=inner)
     assert relative(results["first"], expected[0]) < LIMIT
     assert relative(results["second"], expected[1]) < LIMIT
 
 
 def test_without_guidance_and_with_guided_rows_of_their_own():
     fixture, model = public(), public().model()
-    expected = draw(model, fixture, steps=4, guidance_scale=0.0)
+    expected = generate(model, fixture, steps=4, guidance_scale=0.0)
     i = fixture.sample_inputs
     call = {
         "image_latents": torch.randn(4, 16, 12, 12, generator=torch.Generator().manual_seed(0)),
@@ -193,7 +193,7 @@ def test_without_guidance_and_with_guided_rows_of_their_own():
     }
     velocity = model.t2i_generate(**call)
     with fx.accelerate(model) as handle:
-        assert relative(draw(model, fixture, steps=4, guidance_scale=0.0), expected) < LIMIT
+        assert relative(generate(model, fixture, steps=4, guidance_scale=0.0), expected) < LIMIT
         assert relative(model.t2i_generate(**call), velocity) < LIMIT
         assert not handle.summary().fallbacks
 
@@ -221,14 +221,14 @@ def test_head_forecast_changes_cached_steps_only():
     for order in (0, 1, 2):
         config = fixture.flashu_config(head_forecast_order=order, steps=16, full_network_steps=2)
         with fx.accelerate(model, config, fixture.flashu_plan()):
-            runs[order] = draw(model, fixture, return_velocity=True)[1]
-    # the first kept state is that of step 3; differences need a second one, at step 6, and show from step 7 on
+            runs[order] = generate(model, fixture, return_velocity=True)[1]
+    # the first update is at step 3; a difference needs the second one, at step 6, and changes outputs from step 7 on
     for order in (1, 2):
         assert relative(runs[order][:6], runs[0][:6]) < 1e-6
         assert relative(runs[order][6], runs[0][6]) > 1e-6
 
 
-# ---- in and out
+# ---- accelerating and removing
 
 
 @pytest.mark.parametrize("paper", [False, True])
@@ -241,7 +241,7 @@ def test_remove_gives_the_same_model_back(paper):
     handle = fx.accelerate(model, *arguments)
     assert dict(model.named_modules()) == modules and handle_of(model) is handle
     assert set(model.state_dict()) == set(state)
-    draw(model, fixture, steps=3)
+    generate(model, fixture, steps=3)
     handle.remove()
     handle.remove()
     assert dict(model.named_modules()) == modules and list(dict(model.named_modules())) == list(modules)
@@ -255,9 +255,9 @@ def test_a_model_accelerated_again_works_again():
     fixture, model = public(), public().model()
     for _ in range(2):
         with fx.accelerate(model, fixture.flashu_config(), fixture.flashu_plan()):
-            assert relative(draw(model, fixture), fixture.flashu["latents"]) < LIMIT
+            assert relative(generate(model, fixture), fixture.flashu["latents"]) < LIMIT
         with fx.accelerate(model):
-            assert relative(draw(model, fixture, steps=9), fixture.t2i["latents"]) < LIMIT
+            assert relative(generate(model, fixture, steps=9), fixture.t2i["latents"]) < LIMIT
 
 
 def test_an_accelerated_model_still_runs_forward_and_trains():
@@ -272,7 +272,7 @@ def test_an_accelerated_model_still_runs_forward_and_trains():
         assert model.showo.model.layers[0].mlp.up_proj.weight.grad is not None
 
 
-def test_no_weight_is_kept_twice():
+def test_no_weight_is_stored_twice():
     fixture, model = public(), public().model()
     gc.collect()
 
@@ -317,6 +317,11 @@ class Broken(nn.Module):
             r"made for ffn_prune_ratio 0.2, the config says 0.3; use plan.with_ratio\(0.3, 64\)",
         ),
         (
+            lambda f: {"config": f.flashu_config(prune_multiple=32), "plan": f.flashu_plan()},
+            ValueError,
+            r"made for prune_multiple 64, the config says 32; use plan.with_ratio\(0.2, 32\)",
+        ),
+        (
             lambda f: {"config": f.flashu_config(), "plan": fx.TaskPlan.from_scores(generation=[torch.rand(256)] * 7)},
             ValueError,
             "made for 7 layers of 256 neurons, the model has 8 of 256",
@@ -331,7 +336,7 @@ def test_a_refused_model_is_untouched(arguments, error, message):
     assert dict(model.named_modules()) == modules and handle_of(model) is None
 
 
-def test_a_plan_of_another_model_is_refused():
+def test_a_plan_of_another_model_is_refused(tmp_path):
     fixture, model = public(), public().model()
     other = fixture.model()
     with torch.no_grad():
@@ -340,9 +345,13 @@ def test_a_plan_of_another_model_is_refused():
     with pytest.raises(ValueError, match="plan: made for another model"):
         fx.accelerate(model, fixture.flashu_config(), plan)
     assert handle_of(model) is None
+    plan.save(tmp_path / "plan.safetensors")
+    assert fx.TaskPlan.load(tmp_path / "plan.safetensors", model=other).fingerprint == plan.fingerprint
+    with pytest.raises(ValueError, match="plan: made for another model"):
+        fx.TaskPlan.load(tmp_path / "plan.safetensors", model=model)
 
 
-def test_what_is_not_show_o2_is_refused():
+def test_other_models_are_refused():
     with pytest.raises(TypeError, match=r"model: expected a Show-o2 model.*got Linear without showo"):
         fx.accelerate(nn.Linear(2, 2))
     model = public().model()
@@ -354,7 +363,7 @@ def test_what_is_not_show_o2_is_refused():
         fx.accelerate(model)
 
 
-def test_a_failure_on_the_way_in_leaves_nothing_behind(monkeypatch):
+def test_a_failed_accelerate_changes_nothing(monkeypatch):
     fixture, model = public(), public().model()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modules = dict(model.named_modules())
@@ -377,11 +386,11 @@ def test_a_failure_on_the_way_in_leaves_nothing_behind(monkeypatch):
 def test_a_wrong_call_does_not_disturb_the_next():
     fixture, model = public(), public().model()
     with fx.accelerate(model, fixture.flashu_config(), fixture.flashu_plan()):
-        expected = draw(model, fixture)
+        expected = generate(model, fixture)
         bad = copy.copy(fixture.sample_inputs)
         bad["text_tokens"] = bad["text_tokens"] + 1000
         with pytest.raises(IndexError):
             fx.showo2.sample(model, **bad)
         with pytest.raises(RuntimeError, match="stop here"):
-            draw(model, fixture, callback=lambda step, latents: (_ for _ in ()).throw(RuntimeError("stop here")))
-        assert torch.equal(draw(model, fixture), expected)
+            generate(model, fixture, callback=lambda step, latents: (_ for _ in ()).throw(RuntimeError("stop here")))
+        assert torch.equal(generate(model, fixture), expected)

@@ -1,4 +1,4 @@
-"""No function keeps or changes a caller's tensor: what is given may be written to afterwards, and so may what is returned."""
+"""No function keeps or changes a caller's tensor: arguments and results may be overwritten after a call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.models import drawing_inputs, question_inputs, small_model
+from support.models import generation_inputs, question_inputs, small_model
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +25,7 @@ CONFIG = fx.FlashUConfig(steps=8, head_cache_interval=2, encoder_cache=True, ans
 
 @dataclass(frozen=True)
 class Case:
-    """A call. make: a seed -> its arguments, tensors and lists of them. run: the model and these -> tensors. dense: on a model
+    """A call. make: seed -> arguments, tensors and lists of them. run: (model, arguments) -> tensors. dense: on a model
     that is not accelerated."""
 
     make: Callable[[int], dict[str, Any]]
@@ -34,13 +34,13 @@ class Case:
 
 
 def evaluations(seed: int) -> dict[str, Any]:
-    """Arguments of `t2i_generate`, under guidance, both halves of the rows with the same latents."""
-    inputs = drawing_inputs(small_model(), seed)
+    """Arguments of `t2i_generate` under guidance: both halves of the rows have the same latents."""
+    inputs = generation_inputs(small_model(), seed)
     return {
         "image_latents": inputs["noise"].repeat(2, 1, 1, 1),
         "text_tokens": torch.cat([inputs["text_tokens"], inputs["text_tokens_null"]]),
         "modality_positions": torch.cat([inputs["modality_positions"], inputs["modality_positions_null"]]),
-        # Times go on from seed to seed, so nothing but the tensors says that another image began.
+        # Times continue from seed to seed, so only the tensors show that another image began.
         "times": 0.1 * seed + torch.tensor([0.0, 0.03, 0.06]),
     }
 
@@ -74,11 +74,11 @@ def about_one_image(seed: int) -> dict[str, Any]:
 
 def samples(seed: int) -> dict[str, Any]:
     """Arguments of `calibrate`."""
-    drawn, asked = drawing_inputs(small_model(), seed), question_inputs(seed)
+    image, question = generation_inputs(small_model(), seed), question_inputs(seed)
     names = ("text_tokens", "text_tokens_null", "modality_positions", "modality_positions_null")
     return {
-        "generation": [fx.GenerationSample(drawn["noise"], *(drawn[name] for name in names))],
-        "understanding": [fx.UnderstandingSample(**asked, answer_length=2)],
+        "generation": [fx.GenerationSample(image["noise"], *(image[name] for name in names))],
+        "understanding": [fx.UnderstandingSample(**question, answer_length=2)],
     }
 
 
@@ -101,10 +101,11 @@ def planned(model: Any, **given: Any) -> list[Tensor]:
 
 CASES = {
     "sample": Case(
-        lambda seed: drawing_inputs(small_model(), seed), lambda m, **i: fx.showo2.sample(m, **i, return_velocity=True)
+        lambda seed: generation_inputs(small_model(), seed),
+        lambda m, **i: fx.showo2.sample(m, **i, return_velocity=True),
     ),
     "sample, dense, unguided": Case(
-        lambda seed: drawing_inputs(small_model(), seed) | {"guidance_scale": 0.0},
+        lambda seed: generation_inputs(small_model(), seed) | {"guidance_scale": 0.0},
         lambda m, **i: fx.showo2.sample(m, **i, steps=4, return_velocity=True),
         dense=True,
     ),
@@ -122,7 +123,7 @@ CASES = {
 
 
 def leaves(value: Any) -> list[Any]:
-    """Everything in nested lists, dicts and samples."""
+    """The tensors in nested lists, dicts and samples."""
     flat = []
     for leaf in tree_leaves(value):
         flat += leaves(vars(leaf)) if hasattr(leaf, "__dataclass_fields__") else [leaf]
@@ -130,7 +131,7 @@ def leaves(value: Any) -> list[Any]:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Bit-equal, and of as many parts."""
+    """Equal bit for bit, with equally many tensors."""
     ours, theirs = leaves(a), leaves(b)
     return len(ours) == len(theirs) and all(
         torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(ours, theirs, strict=True)
@@ -138,7 +139,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def overwrite(value: Any, other: Any) -> None:
-    """Write another value's tensors into those of this one, in place."""
+    """Overwrites the tensors of one value with those of another, in place."""
     for mine, theirs in zip(leaves(value), leaves(other), strict=True):
         if isinstance(mine, Tensor):
             mine.copy_(theirs)
@@ -152,7 +153,7 @@ def ready(case: Case) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_given_and_what_is_returned_is_the_callers(name: str) -> None:
+def test_arguments_and_results_belong_to_the_caller(name: str) -> None:
     case = CASES[name]
     with ready(case) as model:
         fresh = case.run(model, **case.make(2))
@@ -161,15 +162,15 @@ def test_what_is_given_and_what_is_returned_is_the_callers(name: str) -> None:
         first = case.run(model, **inputs)
         assert equal(inputs, case.make(1)), "an argument was changed"
         kept = copy.deepcopy(first)
-        assert not equal(first, fresh), "seeds that give the same show nothing"
+        assert not equal(first, fresh), "two seeds must give different results"
         overwrite(inputs, case.make(2))
         assert equal(first, kept), "a result changed with an argument"
         again = case.run(model, **inputs)
-        assert equal(again, fresh), "not what a fresh handle gives"
+        assert equal(again, fresh), "differs from a fresh handle"
         assert equal(first, kept), "an earlier result was overwritten"
         for tensor in leaves(again):
             tensor.zero_()
-        assert equal(case.run(model, **inputs), fresh), "a result is used again"
+        assert equal(case.run(model, **inputs), fresh), "memory of a result was reused"
         assert equal(inputs, case.make(2)), "an argument changed with a result"
 
 

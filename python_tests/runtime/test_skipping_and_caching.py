@@ -1,4 +1,4 @@
-"""Tests of routed tokens, residual reuse, the adaptive and the encoder cache, and one branch at unit guidance."""
+"""Routed tokens, residual reuse, the adaptive and the encoder cache, and one branch at unit guidance."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.conformance import public, relative
-from support.drawing import CASES, ENOUGH, LAYERS_TOO, TOKENS, sample, sample_as_upstream
+from support.generation import CASES, ENOUGH, LAYERS_TOO, TOKENS, sample, sample_as_upstream
 from support.oracle import Oracle, recorded_tokens
 
 import flashu_ext as fx
@@ -26,16 +26,16 @@ KERNELS = resolve(FlashUConfig.exact(), torch.device("cpu"), torch.float32)
 
 
 def run(config, **changes):
-    """(latents, summary, the image's record) of a drawing through `sample`."""
+    """(latents, summary, the image's record) of an image generated through `sample`."""
     fixture, model = public(), public().model()
     with fx.accelerate(model, config) as handle:
         return sample(model, fixture, **changes), handle.summary(), handle.runner.last_image
 
 
-# ---- where a knob does nothing, nothing changes
+# ---- settings without effect
 
 IDLE = {
-    "no token is carried": {"token_skip": True, "token_skip_ratio": 0.0},
+    "no token is skipped": {"token_skip": True, "token_skip_ratio": 0.0},
     "a ratio below one token": {"token_skip": True, "token_skip_ratio": 0.02},
     "tokens measured in every step": {"token_skip": True, "token_skip_ratio": 0.5, "token_skip_interval": 1},
     "nothing to add a residual to": {"head_residual_reuse": True, "head_cache_interval": 1},
@@ -48,26 +48,26 @@ IDLE = {
 
 
 @pytest.mark.parametrize("name", IDLE)
-def test_an_idle_knob_leaves_every_bit(name):
+def test_an_idle_knob_changes_no_bit(name):
     exact, _, _ = run(FlashUConfig.exact(steps=7))
     latents, summary, _ = run(FlashUConfig(steps=7, **IDLE[name]))
     assert torch.equal(latents, exact)
     assert summary.backbone_evaluations == summary.head_evaluations == summary.encoder_evaluations == 6
 
 
-# ---- every knob against plain torch
+# ---- every setting compared with plain torch
 
 
 @pytest.fixture
 def chosen():
-    """step -> the tokens that the run under test computes there."""
+    """step -> the tokens that the run under test computes in it."""
     record = {}
     with recorded_tokens(record):
         yield record
 
 
 def equals_oracle(config, chosen, way="sample", prepare=lambda model: model):
-    """Draw, compare with the oracle, and return the summary. `prepare` changes a fresh model."""
+    """Generate, compare with the oracle, and return the summary. `prepare` changes a fresh model."""
     fixture = public()
     model = prepare(fixture.model())
     chosen.clear()
@@ -75,7 +75,7 @@ def equals_oracle(config, chosen, way="sample", prepare=lambda model: model):
         latents = sample(model, fixture) if way == "sample" else sample_as_upstream(model, fixture, config.steps)
         summary, image = handle.summary(), handle.runner.last_image
     oracle = Oracle(prepare(fixture.model()), fixture.sample_inputs, config, chosen)
-    assert relative(latents, oracle.draw()) < LIMIT
+    assert relative(latents, oracle.generate()) < LIMIT
     assert oracle.kinds == image.kinds
     assert not {reason for reason in summary.fallbacks if "routing_kernels" not in reason}
     return summary
@@ -88,13 +88,13 @@ def test_a_knob_equals_plain_torch(name, way, chosen):
     summary = equals_oracle(config, chosen, way)
     assert bool(chosen) == config.token_skip
     if config.adaptive_cache:
-        assert summary.decided["cached"] > 0, "a case in which nothing is cached shows nothing"
+        assert summary.decided["cached"] > 0, "the case must cache at least one step"
 
 
 def test_the_last_layers_tokens_are_judged_before_the_final_norm(chosen):
     @torch.no_grad()
     def prepare(model):
-        # the fixture's norm has weights of one, which do not turn a vector
+        # the fixture's norm has weights of one, which do not change a vector's direction
         weight = model.showo.model.norm.weight
         weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) * 4)
         return model
@@ -150,7 +150,7 @@ def test_neuron_pruning_goes_with_every_other_knob():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_drawn_again_bit_by_bit(dtype):
+def test_half_precision_is_repeated_bit_by_bit(dtype):
     fixture = public()
     model = fixture.model().to(dtype)
     for name in ("all of it", "all of it, adaptive"):
@@ -159,7 +159,7 @@ def test_half_precision_is_drawn_again_bit_by_bit(dtype):
             assert first.isfinite().all() and torch.equal(first, again) and not handle.summary().fallbacks
 
 
-# ---- what is counted, and what is not run
+# ---- counts
 
 
 def test_skipped_tokens_are_counted_and_not_computed():
@@ -193,7 +193,7 @@ def test_a_large_budget_computes_once_outside_the_full_steps():
 
 @pytest.mark.parametrize("interval", [0, 3])
 def test_every_wait_for_the_adaptive_caches_flag_is_counted(interval):
-    """One for each decision, but where the state is too old at once none; and one for each choice of layers."""
+    """One per decision, none if the state is too old anyway, and one per choice of layers."""
     knobs = {"adaptive_cache": True, "adaptive_cache_budget": ENOUGH, "head_cache_interval": interval, **LAYERS_TOO}
     _, summary, image = run(FlashUConfig(steps=12, full_network_steps=2, **knobs))
     open_ones = [step for step in image.ran if image.plan.at(step.index).adaptive]
@@ -210,7 +210,7 @@ def test_a_larger_budget_computes_less():
     assert cached == sorted(cached) and cached[0] == 0 and 0 < cached[1] < cached[2] < cached[3] == 10
 
 
-def test_the_encoder_runs_as_often_as_is_said():
+def test_the_encoder_runs_at_its_interval():
     calls = []
     fixture, model = public(), public().model()
     config = FlashUConfig(steps=12, full_network_steps=3, encoder_cache=True, encoder_cache_interval=3)
@@ -220,14 +220,14 @@ def test_the_encoder_runs_as_often_as_is_said():
         assert len(calls) == handle.summary().encoder_evaluations == 5
 
 
-def test_a_cached_step_leaves_its_turn_to_encode_to_the_next():
+def test_a_cached_step_defers_its_encoding_to_the_next():
     config = FlashUConfig(
         steps=9, adaptive_cache=True, adaptive_cache_budget=ENOUGH, head_cache_interval=3, encoder_cache=True,
         encoder_cache_interval=2,
     )  # fmt: skip
     _, _, image = run(config)
     assert [step.index for step in image.ran if step.head] == [1, 4, 7]
-    assert [step.index for step in image.ran if step.encode] == [1, 4, 7], "steps 3, 5 and 7 were to encode"
+    assert [step.index for step in image.ran if step.encode] == [1, 4, 7], "steps 3, 5 and 7 were due to encode"
 
 
 def test_one_branch_is_half_the_rows_and_the_same_image():
@@ -284,7 +284,7 @@ def test_guided_rows_with_latents_of_their_own_under_one_branch_and_an_encoder_c
 # ---- state
 
 
-def test_images_one_after_the_other_and_in_turn():
+def test_images_in_sequence_and_in_turn():
     fixture, model = public(), public().model()
     config = FlashUConfig(steps=12, full_network_steps=2, **CASES["all of it, adaptive"])
     first = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in fixture.sample_inputs.items()}
@@ -303,7 +303,7 @@ def test_images_one_after_the_other_and_in_turn():
         for _ in range(2):
             upstream = [sample_as_upstream(model, fixture, 12, **inputs) for inputs in (first, second)]
             assert relative(upstream[0], alone[0]) < LIMIT and relative(upstream[1], alone[1]) < LIMIT
-        assert handle.summary().cache_bytes == 0, "a finished image holds nothing"
+        assert handle.summary().cache_bytes == 0, "a finished image holds no state"
 
 
 def test_another_scale_is_another_image_where_the_plan_depends_on_it():
@@ -340,17 +340,17 @@ def test_the_gate_sums_relative_changes_on_the_device():
     where = gate.signal.data_ptr(), gate.drift.data_ptr()
     watch(x * 1.25)
     assert not gate.due() and float(gate.drift) == pytest.approx(0.25)
-    watch(x[:1])  # of the rows that both have, -0.25 of 1.25
+    watch(x[:1])  # over the rows of both, -0.25 of 1.25
     assert not gate.due() and float(gate.drift) == pytest.approx(0.45)
     watch(x[:1] * 1.06)
-    assert gate.due(), "0.51 in all"
+    assert gate.due(), "0.51 in total"
     gate.computed()
     assert not gate.due()
     watch(x * float("nan"))
-    assert gate.due(), "what is not a number is no reason to go on without computing"
+    assert gate.due(), "NaN must not lead to a cached step"
     seen.append(0)
     watch(x * 3)
-    assert not gate.due() and float(gate.drift) == 0, "another image begins"
+    assert not gate.due() and float(gate.drift) == 0, "a new image resets the sum"
     assert where == (gate.signal.data_ptr(), gate.drift.data_ptr())
 
 
@@ -373,7 +373,7 @@ def test_a_head_cache_grows_and_shrinks_with_the_branches(restarts):
         update(four, 3)
         assert torch.equal(predict(4, 2), (four if restarts else four + 2)[:2])
         update(four + 1, 4)
-        assert torch.equal(predict(6, 4), four + 3), "two states of all rows make their difference"
+        assert torch.equal(predict(6, 4), four + 3), "the difference needs two states of all rows"
         update(two, 5)
         assert history.rows == 2 and torch.equal(predict(6, 2), two - 3)
         with pytest.raises(AssertionError, match="as many rows"):
@@ -392,7 +392,10 @@ def test_the_router_predicts_constant_or_linear_importance():
     measure(1, [0.0, 0.4, 0.3, 0.1])
     assert active((1,), 2) == [[[0, 1]]]
     measure(3, [0.0, 0.2, 0.3, 0.3])
-    assert active((3,), 4) == [[[0, 2]]], "of equals the first"
-    assert active((3, 1), 4) == [[[0, 3]]], "what grows is ahead"
+    assert active((3,), 4) == [[[0, 2]]], "of equal tokens the first"
+    assert active((3, 1), 4) == [[[0, 3]]], "a growing importance ranks higher"
     measure(5, [0.0, 0.9, 0.1, 0.2])
-    assert active((5,), 6) == [[[0, 1]]], "the oldest made room"
+    assert active((5,), 6) == [[[0, 1]]], "the oldest measurement is dropped"
+    measure(7, [0.0, 0.8, 0.4, 0.2])
+    assert active((7, 5), 8) == [[[0, 1]]], "what grows is not ahead yet"
+    assert active((7, 5), 10) == [[[0, 2]]], "three steps on it is"

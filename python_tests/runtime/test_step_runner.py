@@ -1,4 +1,4 @@
-"""Tests of the step runner: work captured and replayed over images and prompts, no host syncs, launches, memory."""
+"""The step runner: work captured and replayed for several images and prompts, no host syncs, launches, memory."""
 
 import gc
 import weakref
@@ -7,14 +7,16 @@ import pytest
 import torch
 from support.answers import ask, batch
 from support.conformance import public, relative
-from support.drawing import CASES, sample, sample_as_upstream
+from support.generation import CASES, sample, sample_as_upstream
 from support.tape import READ_METHODS, TapeCapture, no_reads
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
 from flashu_ext.models.showo2 import answer_tokens_batch
+from flashu_ext.runtime import upstream
 from flashu_ext.runtime.counting import DispatchCounter
 from flashu_ext.runtime.graphs import MAX_GRAPHS, RARE_USES, GraphCache
+from flashu_ext.runtime.readback import Readback
 from flashu_ext.runtime.work import PrefixWork, Variant
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +30,7 @@ SOME = ("exact", "paper", "tokens in the layers left", "encoder and head cache",
 
 
 def capturing(handle, capture=TapeCapture):
-    """Have a handle on the CPU run as on a GPU."""
+    """Makes a handle on the CPU capture work as on a GPU."""
     handle.runner.capture.make = capture
     return handle
 
@@ -40,7 +42,7 @@ def accelerate(model, fixture, name):
 
 
 def prompts(fixture):
-    """Inputs of three images: the fixture's, another noise, and prompts of other lengths and words."""
+    """Inputs of three images: the fixture's, other noise, and prompts of other lengths and words."""
     base = fixture.sample_inputs
     other = {**base, "noise": base["noise"].flip(0)}
     shorter = dict(base)
@@ -57,7 +59,7 @@ def prompts(fixture):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_replays_draw_what_eager_work_draws(name):
+def test_replays_give_the_images_of_eager_work(name):
     fixture, model = public(), public().model()
     with accelerate(model, fixture, name) as handle:
         expected = [fx.showo2.sample(model, **inputs) for inputs in prompts(fixture)]
@@ -70,9 +72,9 @@ def test_replays_draw_what_eager_work_draws(name):
             graphs = handle.summary().graphs
             captured.append(graphs["captured"])
         assert graphs["captured"] and graphs["replays"] > graphs["run eagerly"]
-        # The fixture's images all choose the same layers, so their work is captured too in the end.
+        # The fixture's images all choose the same layers, so work with skipped layers is captured too.
         assert captured[-1] == captured[-2] and graphs["replays"] > captured[-1], (
-            "what was captured serves the next prompts"
+            "captured work is replayed for the next prompts"
         )
         assert not [reason for reason in handle.summary().fallbacks if "step graphs" in reason]
 
@@ -88,7 +90,7 @@ def test_replays_serve_calls_of_upstreams_sampler(name):
         for _ in range(3):
             assert relative(sample_as_upstream(model, fixture, steps), expected) < LIMIT
         assert handle.summary().graphs["replays"] > 0
-        assert relative(sample(model, fixture, steps=steps), expected) < LIMIT, "and whole images after them"
+        assert relative(sample(model, fixture, steps=steps), expected) < LIMIT, "and for whole images after them"
 
 
 def test_images_in_progress_have_memory_of_their_own():
@@ -105,10 +107,10 @@ def test_images_in_progress_have_memory_of_their_own():
         for _ in range(2):
             assert torch.equal(fx.showo2.sample(model, **first, callback=other), alone[0])
         assert all(torch.equal(latents, alone[1]) for latents in nested)
-        assert handle.summary().graphs["memories"] == 2, "memory is handed on, not made anew"
+        assert handle.summary().graphs["memories"] == 2, "memory is reused, not allocated again"
 
 
-def test_an_error_gives_the_memory_back():
+def test_an_error_releases_the_memory():
     fixture, model = public(), public().model()
     with capturing(fx.accelerate(model, FlashUConfig(steps=6))) as handle:
         expected = sample(model, fixture)
@@ -138,11 +140,11 @@ def test_a_failed_capture_falls_back_and_says_why():
         capturing(handle, Fails)
         assert relative(sample(model, fixture), expected) < LIMIT
         assert handle.summary().fallbacks == {"step graphs: capturing failed: CUDA error: operation not permitted": 1}
-    assert len(calls) == 1, "it is not tried again"
+    assert len(calls) == 1, "capture is not tried again"
 
 
-def test_drawing_by_turns_keeps_images_apart():
-    """Two images of one prompt through upstream's interface, their states kept apart by their tensors."""
+def test_two_images_in_turn_keep_their_states_apart():
+    """Two images of one prompt through upstream's interface: their tensors tell the states apart."""
     fixture, model = public(), public().model()
     i = fixture.sample_inputs
     times = [torch.full((4,), value) for value in (0.1, 0.3, 0.5, 0.7)]
@@ -171,7 +173,7 @@ def test_drawing_by_turns_keeps_images_apart():
                     got = model.t2i_generate(image_latents=noises[image], t=t, **given)
                     assert relative(got, alone[image][step]) < LIMIT
             handle.runner.reset()
-            for _ in range(2):  # an image left off, and conditioning made anew for every call
+            for _ in range(2):  # an abandoned image, and new conditioning tensors for every call
                 for t in times[:3]:
                     got = model.t2i_generate(image_latents=noises[0], t=t, **conditioning())
                 assert relative(got, alone[0][2]) < LIMIT
@@ -205,7 +207,7 @@ def test_graphs_are_bounded_whatever_is_skipped():
     assert graphs.captured == MAX_GRAPHS and x.item() == 6 * MAX_GRAPHS
     for _ in range(RARE_USES + 1):
         graphs.run(lambda x, work: ran.append(x.add_(1)), PrefixWork(0, Variant(None, skipped=(1,))))
-    assert graphs.replayed == 3 * MAX_GRAPHS + 1 and len(ran) == RARE_USES + 1, "captured at last"
+    assert graphs.replayed == 3 * MAX_GRAPHS + 1 and len(ran) == RARE_USES + 1, "captured in the end"
 
 
 def test_a_finished_image_holds_no_memory():
@@ -227,10 +229,10 @@ def test_a_finished_image_holds_no_memory():
 def test_latents_given_to_a_callback_are_its_own():
     fixture, model, kept = public(), public().model(), []
     with fx.accelerate(model, FlashUConfig(steps=4)):
-        drawn = sample(model, fixture, callback=lambda step, latents: kept.append(latents))
-    assert torch.equal(kept[-1], drawn) and not torch.equal(kept[0], kept[1])
+        generated = sample(model, fixture, callback=lambda step, latents: kept.append(latents))
+    assert torch.equal(kept[-1], generated) and not torch.equal(kept[0], kept[1])
     kept[-1].zero_()
-    assert drawn.abs().sum() > 0
+    assert generated.abs().sum() > 0
 
 
 def test_work_runs_then_is_captured_then_replayed():
@@ -248,7 +250,13 @@ def test_work_runs_then_is_captured_then_replayed():
     assert graphs.run(lambda memory, work: memory.sub_(memory), "other").launched == 1
 
 
-def test_weights_that_moved_are_captured_anew():
+def moved_alone(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+
+
+@pytest.mark.parametrize("move", [lambda model: model.bfloat16().float(), moved_alone], ids=["with buffers", "alone"])
+def test_weights_that_moved_are_captured_anew(move):
     fixture, model = public(), public().model()
     asked = batch([ask(1), ask(2)])
     with fx.accelerate(model, FlashUConfig(steps=6)) as handle:
@@ -256,7 +264,7 @@ def test_weights_that_moved_are_captured_anew():
         for _ in range(3):
             before = sample(model, fixture)
             answer_tokens_batch(model, *asked, max_new_tokens=6)
-        model.bfloat16().float()
+        move(model)
         latents, tokens = sample(model, fixture), answer_tokens_batch(model, *asked, max_new_tokens=6)
         assert relative(latents, before) > LIMIT
     with fx.accelerate(model, FlashUConfig(steps=6)):
@@ -266,7 +274,7 @@ def test_weights_that_moved_are_captured_anew():
 
 
 @pytest.mark.parametrize("name", ["exact", "all of it, adaptive"])
-def test_inference_mode_may_come_and_go(name):
+def test_calls_inside_and_outside_inference_mode(name):
     fixture, model = public(), public().model()
     asked = batch([ask(1), ask(2)])
     with capturing(accelerate(model, fixture, name)) as handle:
@@ -279,7 +287,7 @@ def test_inference_mode_may_come_and_go(name):
                 assert all(torch.equal(a, b) for a, b in zip(got, answers, strict=True))
 
 
-# ---- the host never waits in the loop
+# ---- no host syncs in the loop
 
 
 ASKED = [name for name in READ_METHODS if name != "numpy"]
@@ -287,7 +295,7 @@ ASKED = [name for name in READ_METHODS if name != "numpy"]
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_the_loop_brings_no_value_to_the_host(name, monkeypatch):
+def test_the_loop_reads_no_value_on_the_host(name, monkeypatch):
     fixture, model = public(), public().model()
     with accelerate(model, fixture, name) as handle:
         engine, seen = handle.runner.generation, []
@@ -306,7 +314,7 @@ def test_the_loop_brings_no_value_to_the_host(name, monkeypatch):
     choices = len(summary.layers_skipped)
     assert summary.host_waits >= choices
     if not handle.config.adaptive_cache:
-        assert summary.host_waits == choices, "the host waits for a choice of layers, and for nothing else"
+        assert summary.host_waits == choices, "the host waits only for a choice of layers"
     if name == "exact":
         assert summary.host_waits == 0
 
@@ -318,7 +326,7 @@ def test_a_call_of_upstreams_sampler_reads_once(monkeypatch):
         original = model.t2i_generate
 
         def call(**arguments):
-            # The first call looks at its conditioning.
+            # The first call reads its conditioning.
             with no_reads(ASKED if seen else ()), DispatchCounter() as counter:
                 result = original(**arguments)
             seen.append(counter.counts.synced)
@@ -352,6 +360,32 @@ def test_conditioning_written_to_in_place_is_noticed():
         assert relative(got, model.t2i_generate(t=times[2], **{**call, "text_tokens": tokens.clone()})) < LIMIT
         again = model.t2i_generate(t=times[0], **call)
         assert sum(handle.summary().steps.values()) == 1 and again.isfinite().all(), "time went back"
+        assert torch.equal(model.t2i_generate(t=times[0], **call), again)
+        assert sum(handle.summary().steps.values()) == 1, "time stood still"
+
+
+def test_the_oldest_image_in_progress_makes_room(monkeypatch):
+    fixture, model = public(), public().model()
+    i = fixture.sample_inputs
+    monkeypatch.setattr(upstream, "MAX_IN_PROGRESS", 2)
+
+    def call(image, t):
+        tokens = torch.cat([i["text_tokens"], i["text_tokens_null"]])
+        tokens[:, 3] = image  # each image has a prompt of its own
+        return model.t2i_generate(
+            image_latents=i["noise"].repeat(2, 1, 1, 1), t=torch.full((4,), t), text_tokens=tokens,
+            modality_positions=torch.cat([i["modality_positions"], i["modality_positions_null"]]), guidance_scale=4.0,
+        )  # fmt: skip
+
+    with fx.accelerate(model, FlashUConfig(steps=6, head_cache_interval=2)) as handle:
+        for image in (1, 2, 3):
+            call(image, 0.1)
+        assert handle.summary().evicted == 1
+        call(2, 0.2)
+        assert sum(handle.summary().steps.values()) == 2, "the second one goes on"
+        with pytest.raises(RuntimeError, match=r"t: a call at 0.2 .* evicted for a newer one, as 2 were in progress"):
+            call(1, 0.2)
+        assert handle.summary().evicted == 1
 
 
 def test_the_counter_counts_reads_and_launches_not_views():
@@ -383,12 +417,12 @@ def test_launches_of_an_evaluation_are_reported_by_kind():
 # ---- memory
 
 
-def test_memory_is_reported_by_purpose_and_returned():
+def test_memory_is_reported_by_purpose_and_released():
     fixture, model = public(), public().model()
     with fx.accelerate(model, FlashUConfig(steps=6, head_cache_interval=2, encoder_cache=True)) as handle:
         sample(model, fixture)
         summary = handle.summary()
-        assert summary.cache_bytes == 0 == sum(summary.memory.values()), "without captured work nothing is kept"
+        assert summary.cache_bytes == 0 == sum(summary.memory.values()), "without captured work no memory is kept"
         last = summary.last_image_memory
         assert {"keys and values", "time tables", "activations", "encoder cache", "head cache"} <= set(last)
         capturing(handle)
@@ -418,7 +452,7 @@ def test_replayed_answers_equal_eager_ones(changes):
             assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         graphs = handle.runner.understanding.pool.graphs()
         assert len(graphs) == 2 and all(each.captured for each in graphs)
-        assert handle.runner.understanding.decoder.waits == 0, "without an end token no token is read"
+        assert handle.runner.understanding.decoder.waits == 0, "without an end token the host reads no token"
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -442,7 +476,7 @@ def test_answers_stop_and_stream_row_by_row(captured):
         assert tokens.tolist() == full[: ends[0] + 1 if ends else None].tolist() == stream
 
 
-def test_a_question_from_a_callback_leaves_the_answer_alone():
+def test_a_question_from_a_callback_does_not_affect_the_answer():
     model, config = public().model(), FlashUConfig()
     first, second = batch([ask(1)]), batch([ask(2)])
     with capturing(fx.accelerate(model, config)):
@@ -468,22 +502,22 @@ def test_memory_for_answers_follows_the_prompts():
             got = answer_tokens_batch(model, *each, max_new_tokens=4)[0]
             assert each is long or torch.equal(got, expected)
             held.append(handle.summary().memory["answers' keys and values"])
-        assert held[2] > held[1] == held[-1], "one long prompt does not stay"
+        assert held[2] > held[1] == held[-1], "memory of one long prompt is not kept"
 
 
-def test_what_is_not_a_number_stays_in_its_answer():
+def test_nan_stays_in_its_answer():
     model, clean = public().model(), batch([ask(1), ask(2, before=3)])
     broken = (torch.full_like(clean[0], float("nan")), *batch([ask(3, before=9), ask(4, before=9)])[1:])
     with capturing(fx.accelerate(model)):
         expected = answer_tokens_batch(model, *clean, max_new_tokens=6)
         for _ in range(3):
-            for _ in range(2):  # two memories take turns
+            for _ in range(2):  # two memories alternate
                 answer_tokens_batch(model, *broken, max_new_tokens=6)
             got = answer_tokens_batch(model, *clean, max_new_tokens=6)
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_draws_advance_generators_alike():
+def test_samples_advance_generators_alike():
     model, asked = public().model(), batch([ask(1), ask(2), ask(3)])
     outcomes = []
     for captured in (False, True):
@@ -498,6 +532,16 @@ def test_draws_advance_generators_alike():
     assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
+def test_numbers_on_their_way_are_those_of_when_they_were_sent():
+    sent, readback = torch.tensor([0.5, 2.0]), Readback()
+    for values in ([0.5, 2.0], [3.0, 4.0]):
+        sent.copy_(torch.tensor(values))
+        readback.post(sent)
+        sent.zero_()
+        assert readback.wait() == values
+    assert readback.waits == 2
+
+
 # ---- on a GPU
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -506,7 +550,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("name", ["exact", "paper", "tokens forecast", "all of it"])
-def test_graphs_on_a_gpu_draw_what_eager_work_draws_without_syncs(name):
+def test_graphs_on_a_gpu_give_the_images_of_eager_work_without_syncs(name):
     fixture = public()
     model = fixture.model().cuda()
     inputs = [{k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in each.items()} for each in prompts(fixture)]
@@ -532,7 +576,7 @@ def test_graphs_on_a_gpu_draw_what_eager_work_draws_without_syncs(name):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_graphs_on_a_gpu_answer_what_eager_work_answers():
+def test_graphs_on_a_gpu_give_the_answers_of_eager_work():
     model, asked = public().model().cuda(), [ask(1), ask(2, before=3, after=9)]
     images, befores, afters = batch(asked)
     inputs = (images.cuda(), [b.cuda() for b in befores], [a.cuda() for a in afters])

@@ -1,4 +1,4 @@
-"""Tests of answers on an accelerated model: pruned tokens, skipped layers, batches, sharing, and what resets them."""
+"""Answers of an accelerated model: pruned tokens, skipped layers, batches, prefix reuse, and state."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ NEW = 5
 
 
 def logits_of(handle, asked, new=NEW):
-    """Greedy answers through the engine: (tokens per question, logits per question [new, vocab])."""
+    """Greedy answers through the runtime: (tokens per question, logits per question [new, vocab])."""
     engine = handle.runner.understanding
     with torch.no_grad():
         images = engine.image_embeds([a["image_latents"] for a in asked])
@@ -58,7 +58,7 @@ def test_pruning_equals_masking_the_dropped_tokens(score, layer, ratio):
         (got,), (logits,) = logits_of(handle, [asked])
         counts = handle.summary().tokens
     assert got == tokens and relative(logits, expected) < LIMIT
-    assert relative(logits[:1], dense) > 10 * LIMIT  # dropping does show
+    assert relative(logits[:1], dense) > 10 * LIMIT  # pruning changes the logits
     assert (counts["visual"], counts["visual kept"]) == (36, 36 - int(36 * ratio))
 
 
@@ -69,7 +69,7 @@ def test_the_scores_choose_different_tokens():
         with fx.accelerate(model, config) as handle:
             seen.append(logits_of(handle, [ask(1)], 1)[1][0])
             kept = handle.runner.understanding._cache.prompts[0].kept
-            # Only image tokens may go; order is kept.
+            # Only image tokens are dropped; the order stays.
             assert kept.tolist() == sorted(kept.tolist())
             assert set(range(6)) | set(range(42, 49)) <= set(kept.tolist()) and len(kept) == 49 - 18
     assert all(relative(a, b) > LIMIT for i, a in enumerate(seen) for b in seen[:i])
@@ -102,7 +102,7 @@ def test_pruned_caches_are_smaller():
             sizes.append(handle.runner.understanding._cache)
     full, pruned = (sum(buffer.numel() for buffer in cache.buffers) for cache in sizes)
     per_token = 2 * 2 * 16
-    assert full - pruned == 6 * 18 * per_token  # layers 2 to 7 hold 18 tokens less
+    assert full - pruned == 6 * 18 * per_token  # layers 2 to 7 hold 18 tokens fewer
 
 
 def test_mmu_generate_finds_the_image_in_the_mask():
@@ -114,12 +114,12 @@ def test_mmu_generate_finds_the_image_in_the_mask():
         got = model.mmu_generate(embeds, mask, max_new_tokens=NEW, top_k=1)
         assert [int(t) for t in got] == tokens and handle.summary().tokens["visual kept"] == 18
         model.mmu_generate(embeds, torch.zeros_like(mask), max_new_tokens=1, top_k=1)
-        assert handle.summary().tokens["visual"] == 0  # all see all: nothing says which are the image's
+        assert handle.summary().tokens["visual"] == 0  # full attention: no image in the mask
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_hidden_tokens_stay_hidden(score):
-    """The same embeddings under another mask are another prompt: nothing is lent across the difference."""
+    """The same embeddings under another mask are another prompt: no prefix is reused beyond the difference."""
     model, asked = public().model(), ask(1, before=30)
     embeds, allowed = fx.showo2.understanding.prompt_embeds(model, *asked.values())
     config = fx.FlashUConfig(token_prune_ratio=0.5, token_prune_score=score)
@@ -172,12 +172,12 @@ def test_a_layer_that_is_not_there_is_refused():
 # ---- skipped layers
 
 
-@pytest.mark.parametrize("skip", [0.13, 0.4, 0.5, 0.9])
-def test_answers_skip_the_layers_that_turned_the_question_least(skip):
+@pytest.mark.parametrize("skip", [0.13, 0.2, 0.4, 0.5, 0.9])
+def test_answers_skip_the_layers_that_change_the_question_least(skip):
     model, asked = public().model(), [ask(1), ask(2, 5, 4), ask(3, 6, 5), ask(4, 7, 6)]
     results = [oracle(model, **a, max_new_tokens=NEW, ratio=0.4, skip=skip) for a in asked]
     if skip in (0.4, 0.5):
-        assert len({tuple(skipped) for _, _, skipped in results}) > 1, "rows of one batch that skip different layers"
+        assert len({tuple(skipped) for _, _, skipped in results}) > 1, "rows of one batch must skip different layers"
     with fx.accelerate(model, fx.FlashUConfig(token_prune_ratio=0.4, answer_layer_skip_ratio=skip)) as handle:
         tokens, logits = logits_of(handle, asked)
         assert handle.summary().answer_layers_skipped == tuple(tuple(skipped) for _, _, skipped in results)
@@ -214,7 +214,7 @@ def test_a_batch_equals_its_questions_alone(name):
         for order in ([0, 1, 2, 3], [2, 0, 3]):
             got = answer_tokens_batch(model, *batch([asked[i] for i in order]), max_new_tokens=8)
             assert all(torch.equal(row, alone[i]) for row, i in zip(got, order, strict=True))
-        # A row ends with its own eos; the others go on.
+        # A row ends with its own eos; the others continue.
         for row, position in ((0, 0), (1, 3), (3, 7)):
             eos = int(alone[row][position])
             got = answer_tokens_batch(model, *batch(asked), max_new_tokens=8, eos_token=eos)
@@ -244,7 +244,7 @@ def test_batches_of_any_lengths_equal_the_oracle(lengths, ratio, layer, score):
     asked = [ask(seed, before, after) for before, after, seed in lengths]
     config = fx.FlashUConfig(token_prune_ratio=ratio, token_prune_layer=layer, token_prune_score=score)
     with fx.accelerate(model, config) as handle:
-        for _ in range(2):  # the second time from the cache
+        for _ in range(2):  # the second time with the cached prefix
             tokens, logits = logits_of(handle, asked, 2)
             for a, row, numbers in zip(asked, tokens, logits, strict=True):
                 expected, wanted, _ = oracle(model, **a, max_new_tokens=2, ratio=ratio, layer=layer, score=score)
@@ -291,7 +291,7 @@ def test_without_a_time_token_the_span_ends_with_the_image():
     assert tokens == expected and relative(logits, numbers) < LIMIT
 
 
-# ---- sharing
+# ---- prefix reuse
 
 
 @pytest.mark.parametrize("score", ["none", *SCORES])
@@ -303,7 +303,7 @@ def test_questions_share_a_pruned_image(score):
     config = fx.FlashUConfig(token_prune_ratio=ratio, **({} if score == "none" else {"token_prune_score": score}))
     expected, numbers, _ = oracle(model, **other, max_new_tokens=NEW, ratio=ratio, score=score)
     until_eoi = 4 + 1 + 1 + 36 + 1
-    # Attention is the question's: what it drops is its own, and only the text before the image is shared.
+    # Attention scores depend on the question, so each question drops its own tokens; only the text before the image is shared.
     until = 4 + 1 + 1 if score == "attention" else until_eoi
     with fx.accelerate(model, config) as handle:
         answer_tokens(model, **first, max_new_tokens=3)
@@ -311,13 +311,25 @@ def test_questions_share_a_pruned_image(score):
         counts = handle.summary().tokens
         assert counts["reused"] == until and counts["visual kept"] == 36 - int(36 * ratio)
         assert tokens == expected and relative(logits, numbers) < LIMIT
-        # and from a question that borrowed, in a longer answer than the cache had room for
+        # and from a question with a reused prefix, in an answer longer than the cache
         tokens, _ = logits_of(handle, [other], 12)
         assert tokens[0][:NEW] == expected
     with fx.accelerate(model, config) as handle:  # within one batch
         tokens, logits = logits_of(handle, [first, other])
         assert handle.summary().tokens["reused"] == (0 if score == "attention" else until)
         assert tokens[1] == expected and relative(logits[1], numbers) < LIMIT
+
+
+def test_an_image_is_shared_whole_or_not_at_all():
+    """The image's tokens look at the one behind them too, so another one there makes them others."""
+    model, first, other = public().model(), ask(1), ask(1)
+    other["tokens_after_boi"][0, 1] -= 1
+    expected, numbers, _ = oracle(model, **other, max_new_tokens=NEW)
+    with fx.accelerate(model) as handle:
+        answer_tokens(model, **first, max_new_tokens=3)
+        (tokens,), (logits,) = logits_of(handle, [other])
+        assert handle.summary().tokens["reused"] == 4 + 1 + 1  # the text before the image, boi and the time token
+    assert tokens == expected and relative(logits, numbers) < LIMIT
 
 
 def test_one_image_serves_a_batch_and_is_encoded_once(monkeypatch):
@@ -341,7 +353,7 @@ def test_one_image_serves_a_batch_and_is_encoded_once(monkeypatch):
 # ---- state
 
 
-def test_an_error_on_the_way_leaves_the_next_answer_right(monkeypatch):
+def test_an_error_does_not_affect_the_next_answer(monkeypatch):
     import flashu_ext.runtime.decoding as decoding
     import flashu_ext.runtime.understanding as room
 
@@ -370,7 +382,7 @@ def test_an_error_on_the_way_leaves_the_next_answer_right(monkeypatch):
             assert answer_tokens(model, **asked[1], max_new_tokens=NEW).tolist() == expected[1]
 
 
-def test_drawing_between_answers_changes_neither():
+def test_an_image_between_answers_changes_neither():
     fixture, model = public(), public().model()
     config = fixture.flashu_config(token_prune_ratio=0.5, answer_layer_skip_ratio=0.25)
     asked = [ask(1), ask(2)]
@@ -389,7 +401,7 @@ def test_drawing_between_answers_changes_neither():
     assert relative(latents, fixture.flashu["latents"]) < LIMIT
 
 
-def test_a_model_moved_to_another_dtype_borrows_nothing():
+def test_a_model_moved_to_another_dtype_reuses_nothing():
     model, asked = public().model(), ask(1)
     with fx.accelerate(model, fx.FlashUConfig(token_prune_ratio=0.5)) as handle:
         answer_tokens(model, **asked, max_new_tokens=2)
@@ -402,15 +414,15 @@ def test_a_model_moved_to_another_dtype_borrows_nothing():
         assert handle.summary().tokens["reused"] == 0
 
 
-# ---- drawing tokens
+# ---- sampling tokens
 
 
 def test_a_sampler_keeps_what_top_k_and_top_p_allow():
     logits = torch.tensor([[2.0, 1.0, 1.0, 0.0, -1.0], [0.0, 5.0, 0.0, 0.0, 0.0]])
     finite = lambda **s: torch.isfinite(TokenSampler(1.0, **s).filtered(logits)).tolist()  # noqa: E731
-    assert finite(top_k=2)[0] == [True, True, True, False, False]  # what equals the k-th stays, as upstream
+    assert finite(top_k=2)[0] == [True, True, True, False, False]  # values equal to the k-th stay, as upstream
     assert finite(top_k=99) == finite(top_p=1.0) == [[True] * 5] * 2
-    # probabilities .53 .195 .195 .07 .03: the one that crosses p stays
+    # probabilities .53 .195 .195 .07 .03: the token that crosses p stays
     assert finite(top_p=0.5) == [[True, False, False, False, False], [False, True, False, False, False]]
     assert finite(top_p=0.6)[0] == [True, True, False, False, False]
     assert finite(top_p=1e-6) == [[True, False, False, False, False], [False, True, False, False, False]]
@@ -419,12 +431,12 @@ def test_a_sampler_keeps_what_top_k_and_top_p_allow():
     assert TokenSampler()(logits, [0, 1]).tolist() == [[0], [1]]
 
 
-def test_tokens_are_drawn_with_the_models_probabilities():
+def test_tokens_are_sampled_with_the_models_probabilities():
     logits = torch.tensor([[1.0, 0.5, 0.0, -3.0]])
     expected = torch.softmax(torch.tensor([1.0, 0.5, 0.0]) / 0.7, 0)
     sampler = TokenSampler(0.7, top_k=3, generators=[torch.Generator().manual_seed(0)])
-    drawn = torch.cat([sampler(logits, [0])[0] for _ in range(4000)])
-    shares = torch.bincount(drawn, minlength=4) / 4000
+    sampled = torch.cat([sampler(logits, [0])[0] for _ in range(4000)])
+    shares = torch.bincount(sampled, minlength=4) / 4000
     assert shares[3] == 0 and float((shares[:3] - expected).abs().max()) < 4 * (0.25 / 4000) ** 0.5
 
 

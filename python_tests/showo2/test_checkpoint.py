@@ -1,4 +1,4 @@
-"""Checkpoint directories: what was saved loads, upstream's layouts load, and malformed ones are refused by name."""
+"""Checkpoint folders: saved ones load, upstream's layouts load, and malformed ones are refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def state(model: Any) -> dict[str, torch.Tensor]:
 
 
 def upstream_dir(folder: Path, **changes: Any) -> Path:
-    """A folder as upstream's save_pretrained leaves it, without weights."""
+    """A folder as upstream's save_pretrained writes it, without weights."""
     m = public().spec["model"]
     for name, fields in {
         "llm": {"num_attention_heads": m["heads"], "rope_theta": m["rope_theta"], "rms_norm_eps": m["rms_norm_eps"]}

@@ -1,10 +1,11 @@
-"""Tests of the dense model against the unmodified upstream programs' outputs."""
+"""The dense model compared with outputs of the unmodified upstream programs."""
 
 import pytest
 import torch
 from support.conformance import public, relative
 
 import flashu_ext as fx
+from flashu_ext.models.showo2.sampling import time_grid
 from flashu_ext.models.showo2.understanding import prompt_embeds
 
 LIMIT = 1e-4
@@ -23,8 +24,10 @@ def test_every_velocity_and_the_final_latents():
 
 def test_time_grid():
     fixture = public()
-    times = fx.showo2.sampling.time_grid(fixture.spec["num_steps"], fixture.spec["time_shifting_factor"])
+    times = time_grid(fixture.spec["num_steps"], fixture.spec["time_shifting_factor"])
     assert torch.allclose(times[:-1], fixture.t2i["timesteps"])
+    for no_shift in (None, 0, 0.0):
+        assert torch.equal(time_grid(5, no_shift), torch.linspace(0, 1, 5))
 
 
 def test_answers_and_their_embeddings():
@@ -41,7 +44,7 @@ def test_answers_and_their_embeddings():
 
 
 def test_the_span_of_an_answer_starts_one_token_late():
-    """Moving the span to cover the time token changes upstream's answer: the detail is real."""
+    """A span that covers the time token changes the answer, so the offset is not an accident."""
     fixture, model = public(), public().model()
     inputs = fixture.answer_inputs
     _, allowed = prompt_embeds(
@@ -84,6 +87,19 @@ def test_bad_inputs_are_named(name, change, error, message, accelerated):
     with pytest.raises(error, match=message):
         fx.showo2.sample(model, **{**inputs, name: change(inputs[name])}, steps=3)
     assert fx.showo2.sample(model, **inputs, steps=3).isfinite().all()
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_an_odd_number_of_guided_rows_is_named(accelerated):
+    fixture, model = public(), public().model()
+    if accelerated:
+        fx.accelerate(model)
+    inputs = fixture.sample_inputs
+    three = {name: inputs[name][[0, 1, 0]] for name in ("text_tokens", "modality_positions")}
+    call = {"image_latents": inputs["noise"][[0, 1, 0]], "t": torch.full((3,), 0.5), **three}
+    with pytest.raises(ValueError, match="image_latents: expected an even number of rows under guidance, got 3"):
+        model.t2i_generate(**call, guidance_scale=3.0)
+    assert model.t2i_generate(**call).isfinite().all()
 
 
 @pytest.mark.parametrize(

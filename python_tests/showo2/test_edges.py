@@ -1,4 +1,4 @@
-"""The edges of a pipeline: long prompts, tall pictures, pixels between two values."""
+"""Edge cases of a pipeline: long prompts, tall pictures, pixels between two values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flashu_ext.nano.pipeline import load_pipeline
 
 
 class Recorded:
-    """An image codec that keeps what it is given, and decodes every latent to one value."""
+    """An image codec that records its input and decodes every latent to one value."""
 
     def __init__(self, value: float = 0.0):
         self.value = value
@@ -47,6 +47,28 @@ def test_a_picture_is_cropped_in_the_middle(size: tuple[int, int], pipe: Any, mo
     monkeypatch.setattr(pipe, "codec", codec)
     pipe.encode(image)
     assert (codec.seen[0] == 1).all(), "the picture's middle is all white"
+
+
+def test_a_cropped_picture_is_as_wide_as_its_square(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the width's scale, as a float, leaves a little less than one pixel of it."""
+    side, codec = pipe.pixels, Recorded()
+    width = next(width for width in range(1, 1000) if int(width * (side / width)) < side)
+    monkeypatch.setattr(pipe, "codec", codec)
+    for size in ((width, 2 * width), (2 * width, width)):
+        pipe.encode(Image.new("RGB", size, (255, 255, 255)))
+        assert codec.seen[-1].shape[-2:] == (side, side) and (codec.seen[-1] == 1).all()
+
+
+@pytest.mark.parametrize(("asked", "guidance"), [(0.0, 0.0), (None, 2.5), (3.0, 3.0)])
+def test_guidance_is_the_callers_or_the_pipelines(asked: float | None, guidance: float, pipe: Any) -> None:
+    given: dict[str, Any] = {}
+
+    def sampler(model: Any, noise: torch.Tensor, **options: Any) -> torch.Tensor:
+        given.update(options)
+        return noise
+
+    pipe.generate_batch(["a"], guidance_scale=asked, sampler=sampler)
+    assert given["guidance_scale"] == guidance
 
 
 @pytest.mark.parametrize(("value", "pixel"), [(-1.0, 0), (10.6 / 127.5 - 1, 11), (10.4 / 127.5 - 1, 10), (1.2, 255)])

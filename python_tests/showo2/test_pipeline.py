@@ -44,7 +44,7 @@ WORDS = [
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A small stand-in for Qwen2.5's tokenizer: its special tokens, one token a word."""
+    """A small stand-in for Qwen2.5's tokenizer: its special tokens, and one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ def test_special_tokens_and_layout(tmp_path: Path):
     words = ("<|vision_start|>", "<|vision_end|>", "what", "?", "<|im_start|>", "assistant")
     assert after[0].tolist() == [ids[w] for w in words]
     long = layout.generation(["red " * 50])
-    assert long.text_tokens.shape == (1, 16)  # the prompt is cut to what the sequence has room for
+    assert long.text_tokens.shape == (1, 16)  # the prompt is cut to fit the sequence
 
 
 def test_wan_codec_round_trips_its_own_latents():
@@ -171,7 +171,7 @@ def test_missing_parts_are_named(folder: Path, tmp_path: Path, part: str):
         fx.showo2.Pipeline.from_pretrained(tmp_path / "nowhere")
 
 
-def test_nano_draws_and_answers():
+def test_nano_generates_and_answers():
     pipe = fx.showo2.Pipeline.from_pretrained("nano")
     image = pipe.generate("a red circle in the center", seed=0, steps=12)
     assert image.size == (48, 48)
@@ -182,36 +182,36 @@ def test_nano_draws_and_answers():
     assert np.abs(np.asarray(several[1]).astype(int) - np.asarray(alone).astype(int)).max() <= 1
 
 
-def test_nano_answers_in_batches_and_draws_answers():
+def test_nano_answers_in_batches_and_samples_answers():
     pipe = fx.showo2.Pipeline.from_pretrained("nano")
     images = pipe.generate_batch(["a red circle in the center", "a blue square"], seeds=[0, 1], steps=12)
     images.append(images[0])
     questions = ["what color is the circle?", "what color is the square?", "how many objects are there?"]
-    drawing = {"temperature": 10.0, "top_k": 40, "top_p": 0.99}
+    sampling = {"temperature": 10.0, "top_k": 40, "top_p": 0.99}
     alone = [pipe.answer(image, question) for image, question in zip(images, questions, strict=True)]
     assert alone[:2] == ["red", "blue"]
-    drawn = [pipe.answer(images[0], questions[0], 4, **drawing, seed=seed) for seed in range(8)]
-    assert len(set(drawn)) > 1
+    sampled = [pipe.answer(images[0], questions[0], 4, **sampling, seed=seed) for seed in range(8)]
+    assert len(set(sampled)) > 1
     for config in (None, fx.FlashUConfig.exact(), fx.FlashUConfig(token_prune_ratio=0.1)):
         handle = fx.accelerate(pipe.model, config) if config is not None else None
         assert pipe.answer_batch(images, questions) == alone
         if config is None or not config.approximates:
-            assert pipe.answer_batch(images[:1], questions[:1] * 8, 4, **drawing, seeds=range(8)) == drawn
+            assert pipe.answer_batch(images[:1], questions[:1] * 8, 4, **sampling, seeds=range(8)) == sampled
         if handle is not None:
             handle.remove()
 
 
 @pytest.mark.parametrize("preset", ["dense", "exact"])
-def test_an_answer_comes_in_pieces(preset):
+def test_an_answer_is_streamed_in_parts(preset):
     pipe = fx.showo2.Pipeline.from_pretrained("nano")
     image = pipe.generate("a red circle above a blue square", seed=0, steps=12)
     config, _ = pipe.preset(preset)
     if config is not None:
         fx.accelerate(pipe.model, config)
     pieces = []
-    drawing = {"max_new_tokens": 8, "temperature": 10.0, "seed": 1}
-    answer = pipe.answer(image, "describe the image", on_text=pieces.append, **drawing)
-    assert "".join(pieces) == answer == pipe.answer(image, "describe the image", **drawing) and len(pieces) > 2
+    sampling = {"max_new_tokens": 8, "temperature": 10.0, "seed": 1}
+    answer = pipe.answer(image, "describe the image", on_text=pieces.append, **sampling)
+    assert "".join(pieces) == answer == pipe.answer(image, "describe the image", **sampling) and len(pieces) > 2
 
 
 def test_incomplete_characters_are_held_back():

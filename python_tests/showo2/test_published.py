@@ -69,7 +69,7 @@ def test_parameters(size: tuple[str, int]):
 
 @pytest.mark.parametrize("size", [("1.5B", 432), ("7B", 432)], ids=str)
 def test_the_published_config_json_gives_that_size(size: tuple[str, int], tmp_path: Any):
-    """Fields as upstream's demo configs have them; what they leave out comes from the names and the weights' shapes."""
+    """The fields of upstream's demo configs; the missing ones follow from the names and the weights' shapes."""
     make, hidden, *_rest, vocab = SIZES[size]
     config = make(size[1])
     shapes = {name: tuple(t.shape) for name, t in meta_model(config).state_dict().items()}

@@ -1,1 +1,1 @@
-"""What the tests share: oracles, input generators, tolerances, stand-ins."""
+"""Shared by the tests: oracles, input generators, tolerances, stand-ins."""

@@ -1,4 +1,4 @@
-"""Answers in plain torch: the whole sequence again for every token, dropped tokens masked out as keys."""
+"""Answers in plain torch: the whole sequence is computed for every token, dropped tokens are masked as keys."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def oracle(
     score: str = "value_norm",
     skip: float = 0.0,
     hidden: slice | None = None,
-    turned: list[Tensor] | None = None,
+    importance: list[Tensor] | None = None,
 ) -> tuple[list[int], Tensor, list[int]]:
     """A dense model's greedy answer with tokens pruned and layers skipped: (tokens, logits [n, vocab], skipped layers).
 
-    hidden: positions of the prompt that only they themselves look at. turned: receives 1 - cosine(input, output) of every
+    hidden: positions of the prompt that only they themselves attend to. importance: receives 1 - cosine(input, output) of every
     layer, of the prompt's last token.
     """
     llm, config = model.showo.model, model.showo.config
@@ -94,13 +94,13 @@ def oracle(
             )
             out, _, _ = _layer(block, x, cos, sin, seen & ~keys, heads)
             if index in skipped:
-                out = torch.cat([out[:prompt], x[prompt:]])  # the prompt ran through all layers, the answer skips
+                out = torch.cat([out[:prompt], x[prompt:]])  # the prompt runs through all layers, the answer skips some
             angles.append(1 - torch.cosine_similarity(x[-1], out[-1], dim=0))
             x = out
         if count == 0:
             skipped = sorted(torch.stack(angles).argsort()[: int(len(angles) * skip)].tolist())
-            if turned is not None:
-                turned += angles
+            if importance is not None:
+                importance += angles
         logits.append(model.showo.lm_head(llm.norm(x[-1])))
         tokens.append(int(logits[-1].argmax()))
         embeds = torch.cat([embeds, llm.embed_tokens(torch.tensor(tokens[-1:]))])

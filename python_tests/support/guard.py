@@ -1,6 +1,6 @@
-"""Red zones for kernel tests: a tensor between guards, its rows padded, everything around it NaN.
+"""Red zones for kernel tests: a tensor between guards, with padded rows, surrounded by NaN.
 
-A read outside the tensor shows as NaN in the result, a write outside it is counted by `check`.
+A read outside the tensor gives NaN in the result; `check` counts writes outside it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Guarded:
     """A copy of `like` in guarded memory, as `tensor`.
 
     Args:
-        padding: elements between rows of the last dimension (0 keeps the tensor contiguous). gap: elements more between
+        padding: elements between rows of the last dimension (0 keeps the tensor contiguous). gap: extra elements between
             the entries of each dimension further out, so that leading dimensions do not fold into rows of one stride.
-        inner: stride of the last dimension. offset: elements by which it begins later, so that no vector is aligned.
-        odd_ones: dimensions of size 1, over which nothing ever steps, have strides that fit nothing.
+        inner: stride of the last dimension. offset: elements by which the tensor is shifted, so that no vector is aligned.
+        odd_ones: dimensions of size 1 get arbitrary strides, which must never be used.
     """
 
     def __init__(

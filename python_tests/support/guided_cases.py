@@ -1,4 +1,4 @@
-"""What guidance-parallel draws in its tests: on two ranks (this file as a program), or on one process."""
+"""The images of the tests of guidance-parallel: on two ranks (this file as a program), or on one process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def model_of(name: str, dtype: torch.dtype) -> Any:
         yield model
 
 
-def draw(sampler: Callable[..., Any], name: str, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor]:
+def generate(sampler: Callable[..., Any], name: str, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor]:
     """Latents and guided velocities of a case."""
     inputs = layout().generation(PROMPTS)
     arguments = {"steps": STEPS, "guidance_scale": SCALE, "return_velocity": True} | options
@@ -66,11 +66,11 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def main(out: Path) -> None:
-    """On each rank: every case, and what is refused before and between them."""
+    """On each rank: runs every case, and the refusals before and between them."""
     from flashu_ext.batch import Heartbeat, Ranks, guidance_group, sample_guided
 
     ranks = Ranks.from_environment()
-    errors = {"no group": refused(partial(draw, sample_guided, "dense", torch.float32))}
+    errors = {"no group": refused(partial(generate, sample_guided, "dense", torch.float32))}
     tensors: dict[str, Tensor] = {}
     with Heartbeat.join(ranks) as heartbeat, guidance_group(heartbeat, torch.device("cpu"), timeout=60) as group:
         sampler = partial(sample_guided, group=group)
@@ -79,15 +79,15 @@ def main(out: Path) -> None:
             ("one step", {"steps": 1}),
             ("other arguments", {"guidance_scale": 2.0 + ranks.rank}),
         ):
-            errors[what] = refused(partial(draw, sampler, "exact", torch.float32, **options))
-        errors["other steps"] = refused(partial(draw, sampler, "tokens", torch.float32, steps=STEPS + 1))
+            errors[what] = refused(partial(generate, sampler, "exact", torch.float32, **options))
+        errors["other steps"] = refused(partial(generate, sampler, "tokens", torch.float32, steps=STEPS + 1))
         for name, dtype in CASES:
             seen: list[int] = []
             watch = {"callback": lambda step, latents, seen=seen: seen.append(step)}
-            latents, velocities = draw(sampler, name, DTYPES[dtype], **watch)
+            latents, velocities = generate(sampler, name, DTYPES[dtype], **watch)
             assert seen == list(range(1, STEPS))
             tensors |= {f"{name} {dtype} latents": latents, f"{name} {dtype} velocities": velocities}
-        tensors["exact, 3 steps"] = draw(sampler, "exact", torch.float32, steps=3)[0]
+        tensors["exact, 3 steps"] = generate(sampler, "exact", torch.float32, steps=3)[0]
         heartbeat.finish()
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / f"{ranks.rank}.safetensors")
     (out / f"{ranks.rank}.json").write_text(json.dumps(errors))

@@ -1,4 +1,4 @@
-"""Inputs of the op tests: sizes around every edge of the CPU kernels' blocking, and layouts that no two arguments share."""
+"""Inputs of the op tests: sizes around every block size of the CPU kernels, and a different layout for every argument."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from support.guard import Guarded
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
-# Each number with the file that it comes from and the words that say it there; a test holds the two together.
+# Each number with its source file and the text that defines it there; a test compares the two.
 VECTORS = (4, 8, 16)  # floats of a vector, by instruction set
 PANELS = (8, 16, 32)  # columns of a packed panel: two vectors
 TILES = (6, 12)  # rows of a register tile
-SUM_BLOCK = 32  # slots of depth that are summed from zero; 64 numbers where bf16 is multiplied in pairs
-K_BLOCKS = (128, 384)  # slots of depth that are packed together: streaming, panels
+SUM_BLOCK = 32  # slots of K that are summed from zero; 64 numbers if bf16 is multiplied in pairs
+K_BLOCKS = (128, 384)  # slots of K that are packed together: streaming, panels
 ROW_BLOCKS = (96, 192)  # rows whose packed operand stays in L2
 ROW_CHUNK = 1020  # rows that share one packing of the FFN's weights
 NORM_COLUMNS = 128  # neurons whose squares one thread sums
 LANES = 8  # partial sums of a row
 DELTA_CHUNK = 4096  # elements of a row that feature_delta sums at a time
-GRAIN = 16384  # elements from which on another thread takes part
+GRAIN = 16384  # elements from which another thread is used
 
 SAID = {
     "cpu/simd.hpp": ("kWidth = 16;", "kWidth = 8;", "kWidth = 4;"),
@@ -61,11 +61,11 @@ def spread(
     folding: tuple[str, ...] = (),
     strided: tuple[str, ...] = (),
 ) -> dict[str, Guarded]:
-    """Every tensor of a call in guarded memory: same values, but each with a padding and an offset of its own, so that one
-    argument that is read with another's stride shows.
+    """Every tensor of a call in guarded memory: same values, but each with its own padding and offset, so that an
+    argument read with another's stride gives a wrong result.
 
     Args:
-        turn: which argument gets which padding; with 0 and 1 each is once wider and once narrower than its neighbour.
+        turn: rotates the paddings; with 0 and 1 each argument is once wider and once narrower than its neighbour.
         contiguous: those that may not be padded. folding: those whose leading dimensions must fold into rows of one
             stride. strided: those whose last dimension may have any stride.
     """
@@ -85,10 +85,10 @@ def spread(
 
 
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    """Normal numbers, the same for one seed."""
+    """Normal numbers, determined by the seed."""
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 def integers(seed: int, *shape: int, dtype: torch.dtype, limit: int = 3) -> Tensor:
-    """Small integers, exact in every dtype and in every order of summing."""
+    """Small integers: exact in every dtype and in every order of summing."""
     return torch.randint(-limit, limit + 1, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

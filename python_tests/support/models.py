@@ -1,4 +1,4 @@
-"""Small random Show-o2 models: tied or not, layers in any order of importance, several shapes of heads, and their inputs."""
+"""Small random Show-o2 models and their inputs: tied or not, layers in any order of importance, several shapes of heads."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def small_model(
     """A model with random weights everywhere.
 
     Args:
-        tied: logits are made with the token embeddings. order: the layers, the one that changes its input least first.
-        heads: queries' and keys' of the language model. hidden, head_hidden: widths; where they are equal no projection
-            stands between language model and head.
+        tied: logits use the token embeddings. order: the layers by importance, least important first.
+        heads: numbers of query and key heads of the language model. hidden, head_hidden: widths; if equal, no projection
+            lies between language model and head.
     """
     torch.manual_seed(seed)
     model: Any = fx.showo2.Showo2(
@@ -56,12 +56,12 @@ def _fill(model: Any, order: Sequence[int]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=1.0 if "embed_tokens" in name else parameter.shape[-1] ** -0.5)
-    for rank, layer in enumerate(order):  # of the residual stream's scale, so that what a layer adds decides
+    for rank, layer in enumerate(order):  # a layer that adds more to the residual stream is more important
         for linear in (model.showo.model.layers[layer].self_attn.o_proj, model.showo.model.layers[layer].mlp.down_proj):
             linear.weight.mul_(0.02 * 1.7**rank)
 
 
-def drawing_inputs(model: Any, seed: int = 1, images: int = 2) -> dict[str, Any]:
+def generation_inputs(model: Any, seed: int = 1, images: int = 2) -> dict[str, Any]:
     """Arguments of `sample`: prompts of other lengths than the empty one."""
     generator = torch.Generator().manual_seed(seed)
     span = GRID * GRID + model.config.add_time_embeds

@@ -1,4 +1,4 @@
-"""Valid calls of every op, one for every value of every option, for the tests that hold for all of them."""
+"""Valid calls of every op, one per value of every option, for the tests of the common contract."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class OpCase:
 
     @property
     def overload(self) -> Any:
-        assert self.function is not None  # looking it up loads the library and the fake kernels of its family
+        assert self.function is not None  # the lookup loads the library and the fake kernels
         return getattr(torch.ops.flashu, self.packet or self.name).default
 
     def __repr__(self) -> str:
@@ -351,10 +351,10 @@ NORM_SHAPES = {
 
 
 def _rotary(start: list[int] | int | None, norms: bool, tables: int = 2, kv_heads: int = 2) -> Make:
-    """With starts of -1 and 3 one row begins in front of the cache, the other one ends behind it."""
+    """With starts of -1 and 3 one row begins before the cache and the other ends after it."""
 
     def make(dtype: torch.dtype) -> dict[str, Any]:
-        angle = randn(4, tables, 3, 8, scale=2.0)  # the halves' angles differ: nothing says that they are the same
+        angle = randn(4, tables, 3, 8, scale=2.0)  # the halves have different angles: the op must not assume equal ones
         return {
             "query": randn(1, 2, 3, 6, 8, dtype=dtype),
             "key": randn(2, 2, 3, kv_heads, 8, dtype=dtype),

@@ -1,5 +1,5 @@
-"""What every knob of a step means, in plain torch on an unmodified model: whole sequences, all rows that
-count, no caches but the ones that the knob itself asks for."""
+"""The meaning of every setting of a step, in plain torch on an unmodified model: whole sequences, all rows that
+count, no caches except those that the setting asks for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BAND = 1e-5
 
 
 class Oracle:
-    """Draws as a config says, without neuron pruning.
+    """Generates images as a config says, without neuron pruning.
 
     Attributes:
         chosen: step -> int64 [layers, rows, active], the tokens that the run under test computed. They are checked against
@@ -49,7 +49,7 @@ class Oracle:
         self.moved = 0.0
 
     @torch.no_grad()
-    def draw(self) -> Tensor:
+    def generate(self) -> Tensor:
         plan = StepPlan.build(
             self.config, None, len(self.model.showo.model.layers), self.inputs["guidance_scale"], self.span - 1
         )
@@ -103,12 +103,12 @@ class Oracle:
         if step.head:
             state = self.head(hidden, time, mask, positions, offsets)
             if step.keep_head:
-                # Differences begin anew where rows come back, if steps are decided while running.
+                # Differences start again when rows return, if steps are decided at run time.
                 if self.config.adaptive_cache and self.kept and self.kept[-1][1].shape[0] < rows:
                     self.kept = []
                 self.kept.append((step.index, state - before if self.config.head_residual_reuse else state))
         else:
-            state = self.carried(step.index, rows)
+            state = self.predict(step.index, rows)
             if step.residual:
                 state = before + state
         return unpatchify(model.diffusion_head_b(state[:, 1:], time), torch.Size((rows, *latents.shape[1:])))
@@ -163,16 +163,16 @@ class Oracle:
             slope = (importance[: len(offsets)] - self.importance[older][layer][: len(offsets)]) / (newest - older)
             importance = importance[: len(offsets)] + slope * (step.index - newest)
         active = self.chosen[step.index][layer]
-        carried = int((self.span - 1) * self.config.token_skip_ratio)
-        assert active.shape == (len(offsets), self.span - carried)
+        skipped = int((self.span - 1) * self.config.token_skip_ratio)
+        assert active.shape == (len(offsets), self.span - skipped)
         out = out.clone()
         for row, offset in enumerate(offsets):
             inside = torch.zeros(self.span, dtype=torch.bool)
             inside[active[row]] = True
-            assert inside[0] and (active[row].diff() > 0).all(), "the time token is active, and order is kept"
-            if carried:
+            assert inside[0] and (active[row].diff() > 0).all(), "the time token is active, in order"
+            if skipped:
                 worst = importance[row][inside][1:].min() if inside.sum() > 1 else torch.tensor(float("inf"))
-                assert worst >= importance[row][~inside].max() - BAND, "the active tokens are the important ones"
+                assert worst >= importance[row][~inside].max() - BAND, "the active tokens are the most important ones"
             at = offset + torch.arange(self.span)[~inside]
             out[row, at] = x[row, at]
         return out
@@ -185,8 +185,8 @@ class Oracle:
             x = block(x, time, mask, position[None], inside)
         return self.spans(x, offsets)
 
-    def carried(self, index: int, rows: int) -> Tensor:
-        """The newest kept state, moved on by its finite differences."""
+    def predict(self, index: int, rows: int) -> Tensor:
+        """The newest state, extrapolated by its finite differences."""
         order = min(self.config.head_forecast_order, len(self.kept) - 1)
         table = []
         for at, state in self.kept[-1 - order :]:  # oldest first
@@ -203,7 +203,7 @@ class Oracle:
 
 @contextlib.contextmanager
 def recorded_tokens(chosen: dict[int, Tensor]) -> Iterator[None]:
-    """While the block runs, what an image routes is written into `chosen`: step -> the tokens that it computes there."""
+    """While the block runs, records an image's routing in `chosen`: step -> the tokens computed in it."""
     steps: list[int] = []
     routing, active = TokenHistory.routing, TokenRouter.active
 

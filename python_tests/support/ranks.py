@@ -1,4 +1,4 @@
-"""Starts ranks as real processes, never waits for one without a limit, and the programs they run."""
+"""Starts ranks as real processes, with a time limit on every wait; and the programs they run."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ LIMIT = 90
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The command line, on whose rank VICTIM the batch with number FATAL, from 0, begins with the end: SIGKILL, as by a kernel
-# that is out of memory, once the file AWAIT is there.
+# The command line; rank VICTIM is killed at the begin of batch FATAL (from 0) by SIGKILL, as by a kernel
+# that is out of memory, once the file AWAIT exists.
 DYING = """
 import os, signal, time
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the command line does, before the next line imports torch
 from flashu_ext.cli.main import main
 from flashu_ext.models.showo2 import Pipeline
 
-draw, drawn = Pipeline.generate_batch, 0
+generate, batches = Pipeline.generate_batch, 0
 
 def generate_batch(self, *arguments, **options):
-    global drawn
-    if os.environ["RANK"] == os.environ["VICTIM"] and drawn == int(os.environ["FATAL"]):
+    global batches
+    if os.environ["RANK"] == os.environ["VICTIM"] and batches == int(os.environ["FATAL"]):
         while not os.path.exists(os.environ["AWAIT"]):
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-    drawn += 1
-    return draw(self, *arguments, **options)
+    batches += 1
+    return generate(self, *arguments, **options)
 
 Pipeline.generate_batch = generate_batch
 main()
@@ -49,7 +50,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run_ranks(program: str, *arguments: str, world: int = 2, **more: str) -> list[tuple[int, str]]:
-    """Run a program on every rank, started without a launcher: (exit code, what it printed) of each."""
+    """Runs a program on every rank without a launcher: (exit code, output) of each."""
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(

@@ -1,5 +1,5 @@
-"""A stand-in for CUDA graphs on the CPU, as strict as they are: a replay runs the recorded operators on
-the recorded memory and numbers, whatever the Python code that made them would do now."""
+"""A stand-in for CUDA graphs on the CPU, equally strict: a replay runs the recorded operators on
+the recorded memory and numbers, whatever the Python code would do now."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flashu_ext.runtime.counting import SYNCS
 
@@ -39,7 +39,7 @@ class _Recorder(TorchDispatchMode):
             where = tensor.untyped_storage().data_ptr()
             if where not in known:
                 self.made[where] = tensor
-        self.tape.append((func, args, kwargs, outs))
+        self.tape.append((func, *tree_map(_where_it_is, (args, kwargs)), outs))
         return out
 
     def _about_to_write(self, argument: Any, value: Any) -> None:
@@ -52,12 +52,17 @@ class _Recorder(TorchDispatchMode):
                 self.before[where] = (whole, whole.clone())
 
 
+def _where_it_is(value: Any) -> Any:
+    """A weight as the memory that it lies in now: `weight.data = ...` moves the parameter, not what a graph reads."""
+    return value.detach() if isinstance(value, nn.Parameter) else value
+
+
 READ_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
 @contextlib.contextmanager
 def no_reads(methods: Sequence[str] = READ_METHODS) -> Iterator[None]:
-    """Values that the host asks for without an operator, as it can on a CPU."""
+    """Fails if the host reads a value without an operator, as it can on a CPU."""
     originals = {name: getattr(torch.Tensor, name) for name in methods}
 
     def refuse(name: str) -> Callable[..., Any]:
@@ -76,7 +81,7 @@ def no_reads(methods: Sequence[str] = READ_METHODS) -> Iterator[None]:
 
 
 class TapeCapture:
-    """Captures as CUDA graphs do: nothing has run afterwards, and memory made by the work holds nothing."""
+    """Captures like CUDA graphs: capturing runs nothing, and memory that the work allocates holds NaN."""
 
     def __call__(self, work: Callable[[], Any]) -> Callable[[], None]:
         with torch.no_grad(), no_reads(), _Recorder() as recorder:

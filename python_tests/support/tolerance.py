@@ -1,4 +1,4 @@
-"""The one tolerance of the project: a kernel may be about as wrong as torch is in the same dtype, and no more."""
+"""The one tolerance of the project: a kernel's error may be about as large as torch's in the same dtype."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ ENOUGH_FOR_RMS = 512
 
 
 def assert_accurate(ours: Tensor, truth: Tensor, torchs: Tensor) -> None:
-    """Compare with the truth by the yardstick of torch's own error.
+    """Compares a result with the truth, relative to torch's own error.
 
     max|y - r| <= 2 max|t - r| + 2 max|(r + 0.3) - 0.3 - r| and rms(y - r) <= 1.1 rms(t - r), the middle term being one
-    rounding in the dtype, so that a torch result which happens to be exact does not forbid a rounding.
+    rounding in the dtype: it allows a rounding where torch's result happens to be exact.
 
     Args:
         ours: y, the kernel's result. truth: r, fp64. torchs: t, torch's result in ours' dtype.
@@ -23,7 +23,7 @@ def assert_accurate(ours: Tensor, truth: Tensor, torchs: Tensor) -> None:
     if ours.numel() == 0:
         return
     finite = truth.isfinite()
-    assert torch.equal(ours.isfinite(), torchs.isfinite()), "finite where torch is not, or the other way round"
+    assert torch.equal(ours.isfinite(), torchs.isfinite()), "finite in other places than torch"
     finite &= ours.isfinite()
     if not finite.any():
         return

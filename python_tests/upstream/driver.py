@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python python_tests/upstream/driver.py CHECKOUT README OUT
 
-Runs in an environment with the versions that upstream pins. The scripts' text, classes, masks, sampler and image preparation are
+It needs an environment with the versions that upstream pins. The scripts' text, classes, masks, sampler and image preparation are
 the checkout's own. Stand-ins replace what needs a network, published weights or a video library: the tokenizer, the Wan VAE,
-`from_pretrained` (it hands out one small instance of the unmodified class), the safety checker, wandb and decord.
+`from_pretrained` (it returns one small instance of the unmodified class), the safety checker, wandb and decord.
 Writes OUT/{t2i,mmu}.safetensors (outputs of the three runs plain, accelerated, removed) and OUT/facts.json.
 """
 
@@ -63,7 +63,7 @@ def with_lines(source: str, context: str, lines: list[str]) -> str:
 
 
 class Tokenizer:
-    """Words to ids by a checksum; the calls that the scripts make. Keeps what it was asked to decode."""
+    """Maps words to ids by a checksum; has the calls that the scripts make. Records what it decodes."""
 
     vocabulary = CONFIG.llm_vocab_size
     pad_token_id, eos_token_id = vocabulary - 1, vocabulary - 2
@@ -92,7 +92,7 @@ class Tokenizer:
 
 
 class Vae:
-    """Latents from pooled pixels and back by a fixed matrix. Keeps the latents that it was asked to decode."""
+    """Maps pooled pixels to latents and back by a fixed matrix. Records the latents it decodes."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -118,7 +118,7 @@ def module(name: str, **attributes: Any) -> ModuleType:
 
 @contextlib.contextmanager
 def stand_ins(root: Path, model: Any, vae: Vae, tokenizer: Tokenizer) -> Iterator[None]:
-    """What the scripts import or load beyond the checkout's own models, masks and sampler."""
+    """Replaces what the scripts import or load besides the checkout's own models, masks and sampler."""
     anything = mock.MagicMock
     checker = mock.MagicMock()
     checker.from_pretrained.return_value = lambda images, clip_input: (images, [False] * len(images))
@@ -148,7 +148,7 @@ def stand_ins(root: Path, model: Any, vae: Vae, tokenizer: Tokenizer) -> Iterato
 
 
 def run_script(root: Path, name: str, source: str, arguments: list[str], model: Any) -> tuple[list[Tensor], Any]:
-    """(everything that the script handed to the VAE or to the tokenizer for decoding, its handle or None)."""
+    """(everything that the script decoded with the VAE or the tokenizer, its handle or None)."""
     vae, tokenizer = Vae(), Tokenizer()
     torch.manual_seed(3)
     with stand_ins(root, model, vae, tokenizer), mock.patch.object(sys, "argv", [name, *arguments]):
@@ -158,7 +158,7 @@ def run_script(root: Path, name: str, source: str, arguments: list[str], model: 
 
 
 def arguments_of(root: Path, out: Path) -> dict[str, list[str]]:
-    """Command lines of the two scripts: upstream's own 432 px config with the small model's sizes over it."""
+    """Command lines of the two scripts: upstream's own 432 px config, with the small model's sizes."""
     prompts, images = out / "prompts.txt", out / "images"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     images.mkdir()
@@ -177,13 +177,13 @@ def arguments_of(root: Path, out: Path) -> dict[str, list[str]]:
         f"dataset.preprocessing.num_mmu_image_tokens={patches}",
         "dataset.preprocessing.resolution=64",
     ]
-    drawing = ["batch_size=2", "guidance_scale=5.0", "num_inference_steps=8"]
-    drawing += [f"dataset.params.validation_prompts_file={prompts}"]
-    return {"t2i": [*common, *drawing], "mmu": [*common, f"mmu_image_path={images}", f"question={QUESTION}"]}
+    generation = ["batch_size=2", "guidance_scale=5.0", "num_inference_steps=8"]
+    generation += [f"dataset.params.validation_prompts_file={prompts}"]
+    return {"t2i": [*common, *generation], "mmu": [*common, f"mmu_image_path={images}", f"question={QUESTION}"]}
 
 
 def declare_operators() -> None:
-    """timm imports torchvision, whose PyPI wheel has no operators beside a CPU torch; its import wants two."""
+    """timm imports torchvision, whose PyPI wheel lacks its operators with a CPU torch; the import needs two of them."""
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
@@ -215,7 +215,7 @@ def main(root: Path, readme: Path, out: Path) -> None:
     subject = build(root, CONFIG)
     model = subject.model
     fill(model, 0)
-    with torch.no_grad():  # the end token is likelier than others: an answer ends before the scripts' 300 tokens
+    with torch.no_grad():  # a likely end token: answers end before the scripts' 300 tokens
         model.showo.lm_head.weight[Tokenizer.eos_token_id] *= 2
     parameters = {name: (value, value.detach().clone()) for name, value in model.named_parameters()}
     children = dict(model.named_modules())

@@ -1,4 +1,4 @@
-"""Upstream Show-o2's own inference scripts with the README's line in them: same outputs, and nothing left after remove().
+"""Upstream Show-o2's own inference scripts with the README's line: same outputs, and nothing remains after remove().
 
 `SHOWO2_UPSTREAM=DIR make test` runs this; DIR is a checkout's show-o2 folder. The scripts run in another interpreter, with the
 versions that upstream pins: SHOWO2_PYTHON, or `.venv-upstream`, which `make upstream-env` prepares.
@@ -63,16 +63,16 @@ def outputs(ran: dict[str, Any], task: str, run: str) -> list[torch.Tensor]:
 
 
 @upstream
-def test_drawings_stay_what_they_were(ran: dict[str, Any]) -> None:
+def test_images_stay_the_same(ran: dict[str, Any]) -> None:
     plain, fast = outputs(ran, "t2i", "plain"), outputs(ran, "t2i", "accelerated")
     assert [tuple(value.shape) for value in plain] == [(2, 16, 1, 8, 8), (1, 16, 1, 8, 8)]
     for before, after in zip(plain, fast, strict=True):
         assert float((after - before).norm() / before.norm()) <= LATENT_TOLERANCE
-        assert not torch.equal(before, after), "the accelerated run seems to have run upstream's own code"
+        assert not torch.equal(before, after), "equal bits: upstream's own code ran"
 
 
 @upstream
-def test_answers_stay_what_they_were(ran: dict[str, Any]) -> None:
+def test_answers_stay_the_same(ran: dict[str, Any]) -> None:
     plain, fast = outputs(ran, "mmu", "plain"), outputs(ran, "mmu", "accelerated")
     assert len(plain) == 2 and plain[0].numel() > 1 and not torch.equal(plain[0], plain[1])
     assert all(torch.equal(before, after) for before, after in zip(plain, fast, strict=True))
@@ -110,7 +110,7 @@ def test_bench_for_gpus_runs_upstream(ran: dict[str, Any]) -> None:
     assert len(rows) == 4 and all(note is None for *_, note in rows), rows
 
 
-def test_readme_shows_one_line_for_each_script() -> None:
+def test_readme_shows_one_line_per_script() -> None:
     sys.path.insert(0, str(DRIVER.parent))
     try:
         from driver import added_lines, with_lines

@@ -80,9 +80,9 @@ FLASHU_API const char* flashu_cpu_isa(void);
  * workspace fields) and the same number of threads. A larger one is fine, a smaller one is FLASHU_WORKSPACE.
  */
 
-/* Threads. A backend runs body(begin, end, context) over disjoint pieces that cover [begin, end), each at
- * least `grain` long (the last may be shorter), and returns when all are done. Inside a piece it may be
- * called again and must then not deadlock. num_threads() tells how many pieces may run at once. Results never
+/* Threads. A backend runs body(begin, end, context) over disjoint chunks that cover [begin, end), each at
+ * least `grain` long (the last may be shorter), and returns when all are done. Inside a chunk it may be
+ * called again and must then not deadlock. num_threads() tells how many chunks may run at once. Results never
  * depend on either. */
 typedef void (*flashu_parallel_body)(int64_t begin, int64_t end, void* context);
 typedef struct flashu_parallel_backend {

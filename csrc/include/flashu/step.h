@@ -1,4 +1,4 @@
-/* C API of the step family: one Euler step with guidance, how far features moved, and carrying them forward.
+/* C API of the step family: one Euler step with guidance, how far features moved, and extrapolating them.
  */
 #ifndef FLASHU_STEP_H
 #define FLASHU_STEP_H

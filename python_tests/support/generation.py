@@ -1,4 +1,4 @@
-"""Ways to draw the fixture's images, and settings of every knob."""
+"""Generates the images of the fixture, and lists settings of every knob."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ def sample(model: Any, fixture: Fixture, **changes: Any) -> Tensor:
 
 
 def sample_as_upstream(model: Any, fixture: Fixture, steps: int, **changes: Any) -> Tensor:
-    """Through `t2i_generate`, one call an evaluation, as upstream's sampler does, accelerated or not."""
+    """Through `t2i_generate`, one call per evaluation, as upstream's sampler does, accelerated or not."""
     inputs = SampleInputs.build(model, **{**fixture.sample_inputs, **changes, "steps": steps})
     return integrate(DenseStepper(model, inputs))
