@@ -139,7 +139,7 @@ def test_other_bytes(name: str, tmp_path: Path) -> None:
 
 
 def test_a_name_with_nul() -> None:
-    with pytest.raises(ValueError, match="plan.*null byte") as caught:
+    with pytest.raises(ValueError, match=r"plan.*null byte") as caught:
         TaskPlan.load("plan\0")
     assert str(caught.value).isprintable()
 
