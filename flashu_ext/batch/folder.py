@@ -112,8 +112,8 @@ def open_folder(
         Indices of the missing images. A batch with a missing image is generated whole.
 
     Raises:
-        ValueError: another run is in the folder, it has other settings, its manifest is malformed or of an earlier version,
-            an image file exists without a manifest, or something in an image's place is no file. The folder is unchanged then.
+        ValueError: another run uses the folder, the folder has other settings, its manifest is malformed or of an earlier
+            version, or an image file exists without a manifest or is no regular file. The folder is unchanged then.
     """
     if lock is None:
         with FolderLock(out) as lock:
@@ -162,7 +162,7 @@ def complete_png(path: str | os.PathLike[str]) -> bool:
             file.seek(0)
             with Image.open(file, formats=("PNG",)) as image:
                 image.verify()
-    except Exception:  # missing, truncated or other files; PIL has an error of its own for too many pixels
+    except Exception:  # as PIL raises them for missing, truncated, other or too large files
         return False
     return True
 

@@ -132,7 +132,7 @@ class Heartbeat:
         Args:
             store: shared by all ranks, hosted by rank 0 or the launcher; None for one process.
             patience: seconds of silence after which a rank counts as gone.
-            stop: called while waiting for another rank; True ends the waiting.
+            stop: True ends waiting for another rank.
         """
         if not isinstance(patience, (int, float)) or not patience > BEAT_SECONDS:
             raise ValueError(f"patience: expected more than {BEAT_SECONDS} seconds, got {patience!r}")
@@ -164,7 +164,7 @@ class Heartbeat:
         """Meet the other ranks at MASTER_ADDR:MASTER_PORT; uses the launcher's store if it has one.
 
         Raises:
-            RuntimeError: not all ranks met within `timeout` seconds, or before `stop` ended the waiting.
+            RuntimeError: not all ranks met within `timeout` seconds, or `stop` ended the waiting.
         """
         if ranks.world == 1:
             return cls(ranks, None, patience, stop)

@@ -56,7 +56,7 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
     if homes is None or not any(kind.__module__ == home or kind.__module__.endswith(f".{home}") for home in homes):
         return f"is a {kind.__module__}.{kind.__qualname__}"
     function = getattr(kind, method)
-    if getattr(function, "__module__", None) != kind.__module__ and not kind.__module__.startswith("torch."):
+    if getattr(function, "__module__", None) != kind.__module__:
         return f"its class's {method} is replaced"
     return None
 

@@ -108,6 +108,8 @@ class Runner:
         self._unfinished = True
         parts = Showo2Parts.from_model(self.model)
         check_model(parts)
+        if self.layouts is not None and len(self.layouts) != len(parts.layers):
+            raise RuntimeError(f"plan: made for {len(self.layouts)} layers, the model has {len(parts.layers)} now")
         kernels = resolve(self.config, parts.device, parts.dtype)
         plain = Network.build(parts, kernels)
         orders, in_place = self._choose_orders(plain)
@@ -119,13 +121,7 @@ class Runner:
         for order in kept:
             order.arrange(planned=True)
         self.orders, self.in_place = kept, in_place
-        if self.layouts is not None:
-            layouts = zip(self.layouts, orders, strict=True)
-            network = Network.build(
-                parts, kernels, [layout if order else layout.in_place() for layout, order in layouts]
-            )
-        else:
-            network = plain
+        network = plain if self.layouts is None else Network.build(parts, kernels, self._layouts(plain, orders))
         self._build(network)
         self._unfinished = False
 
@@ -133,21 +129,38 @@ class Runner:
         """For each layer the order of its neurons, or None where they stay; and why, by the path in the model."""
         if self.layouts is None:
             return [None] * len(network.layers), {}
-        known = {id(order.ffn): order for order in self.orders}
-        orders: list[FfnOrder | None] = []
-        for layer in network.layers:
-            order = known.get(id(layer.ffn.module))
-            fits = order is not None and layer.ffn.why_itself is None and order.holds(layer.ffn.module)
-            orders.append(order if fits else None)
-        new = [i for i, layer in enumerate(network.layers) if orders[i] is None and layer.ffn.why_itself is None]
-        reasons = why_not_moved([network.layers[i].ffn.module for i in new])
+        held = {id(order.ffn): order for order in self.orders}
+        uses = Counter(id(weight) for layer in network.layers for weight in layer.ffn.weights())
+        orders: list[FfnOrder | None] = [None] * len(network.layers)
+        new = []
         in_place = {}
-        for index, reason in zip(new, reasons, strict=True):
+        for index, (layer, layout) in enumerate(zip(network.layers, self.layouts, strict=True)):
+            ffn, order = layer.ffn, held.get(id(layer.ffn.module))
+            if ffn.why_itself is not None:
+                continue
+            if ffn.neurons != layout.intermediate:
+                in_place[index] = f"has {ffn.neurons} neurons, the plan {layout.intermediate}; all are used"
+            elif order is None or not order.holds(ffn.module):
+                new.append(index)
+            elif order.layout is layout and all(uses[id(weight)] == 1 for weight in ffn.weights()):
+                orders[index] = order
+            else:
+                in_place[index] = "its weights are shared within the model; neurons read where they are"
+        for index, reason in zip(new, why_not_moved([network.layers[i].ffn.module for i in new]), strict=True):
             if reason is None:
                 orders[index] = FfnOrder(network.layers[index].ffn.module, self.layouts[index])
             else:
-                in_place[f"showo.model.layers.{index}.mlp"] = f"{reason}; neurons read where they are"
-        return orders, in_place
+                in_place[index] = f"{reason}; neurons read where they are"
+        return orders, {f"showo.model.layers.{index}.mlp": reason for index, reason in in_place.items()}
+
+    def _layouts(self, network: Network, orders: Sequence[FfnOrder | None]) -> list[NeuronLayout | None]:
+        """For each layer the tasks' neurons where they lie; None where the plan's do not fit."""
+        assert self.layouts is not None
+        chosen: list[NeuronLayout | None] = []
+        for layer, layout, order in zip(network.layers, self.layouts, orders, strict=True):
+            fits = layer.ffn.why_itself is None and layer.ffn.neurons == layout.intermediate
+            chosen.append(None if not fits else layout if order is not None else layout.in_place())
+        return chosen
 
     def _build(self, network: Network) -> None:
         """Engines on a network, with empty caches."""
