@@ -224,7 +224,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
             lines += _differences(before, now, f"{prefix}{key}.")
-        elif json.dumps(before) != json.dumps(now):  # as JSON, where a tuple is a list
+        elif json.dumps(before) != json.dumps(now):  # as JSON, which writes tuples as lists
             lines.append(f"{prefix}{key:.40}: was {shown(before, 80)}, now {shown(now, 80)}")
     return lines
 

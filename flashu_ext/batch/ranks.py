@@ -295,7 +295,7 @@ class Heartbeat:
         return f"is gone: not heard of for {silent:.0f} s" if silent > self.patience else None
 
     def _host_until_others_left(self) -> None:
-        """The store ends with the rank that keeps it, so that one goes last; what it waits for takes no time."""
+        """The store ends with the rank that hosts it, so that rank leaves last."""
         until = time.monotonic() + self.patience
         left = [rank for rank in self._others if self.lost.get(rank, "failed").startswith("failed")]
         while left and time.monotonic() < until and not self.stop() and not self._store_gone:

@@ -30,6 +30,8 @@ TUNE = within("report/test_tune.py")
 FOLDER = within("parallel/test_folder.py")
 LISTS = within("parallel/test_lists.py")
 RANKS = within("parallel/test_ranks.py")
+LOCK = within("parallel/test_folder_lock.py")
+HOSTILE = within("planning/test_hostile_files.py")
 EDGES = within("showo2/test_edges.py")
 PIPELINE = within("showo2/test_pipeline.py")
 CONFORMANCE = within("showo2/test_conformance.py")
@@ -38,7 +40,21 @@ COMMANDS = within("cli/test_cli.py")
 MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "        temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
     Mutant("files: no fsync", "flashu_ext/planning/safe_files.py", "os.fsync(file.fileno())", "file.fileno()", FILES),
-    Mutant("files: Ctrl-C leaves the draft", "flashu_ext/planning/safe_files.py", "        finally:\n            shutil.rmtree(folder, ignore_errors=True)\n", "        except Exception:\n            shutil.rmtree(folder, ignore_errors=True)\n            raise\n        finally:\n", FILES),
+    Mutant("files: Ctrl-C leaves the draft", "flashu_ext/planning/safe_files.py", "            shutil.rmtree(folder, ignore_errors=True)\n            os.close(lock)\n", "            os.close(lock)\n", FILES),
+    Mutant("files: drafts of dead writers stay", "flashu_ext/planning/safe_files.py", "            _delete_dead(parent / folder)\n", "            pass\n", HOSTILE("killed_process")),
+    Mutant("files: drafts of living writers are deleted", "flashu_ext/planning/safe_files.py", "            if try_lock(handle, fcntl.LOCK_EX):\n", "            if True:\n", HOSTILE("killed_process")),
+    Mutant("files: a full disk has no name", "flashu_ext/planning/safe_files.py", "raise OSError(error.errno, error.strerror, str(path)) from error", "raise", HOSTILE("full_disk_leaves")),
+    Mutant("files: a FIFO is waited for", "flashu_ext/planning/reading.py", "    if not stat.S_ISREG(status.st_mode):\n", "    if stat.S_ISDIR(status.st_mode):\n", HOSTILE("only_regular and plan and FIFO")),
+    Mutant("files: any number of dimensions", "flashu_ext/planning/safe_files.py", "    if len(shape) > MAX_DIMENSIONS:\n", "    if len(shape) > MAX_JSON_BYTES:\n", HOSTILE("hostile_headers and tensors")),
+    Mutant("json: a float may be infinite", "flashu_ext/planning/reading.py", "    if not math.isfinite(value):\n", "    if value != value:\n", HOSTILE("hostile_json")),
+    Mutant("json: lists may be nested at will", "flashu_ext/planning/reading.py", "        _check_depth(data)\n", "", HOSTILE("hostile_json")),
+    Mutant("errors: control codes are passed on", "flashu_ext/planning/reading.py", "c if c.isprintable() else _escaped(c)", "c", HOSTILE("any_text")),
+    Mutant("checkpoint: layers may have gaps", "flashu_ext/models/showo2/checkpoint.py", "for number in found.keys() - layers:", "for number in list(found.keys() - layers)[:0]:", HOSTILE("far_off")),
+    Mutant("checkpoint: float8 is a floating dtype", "flashu_ext/models/showo2/checkpoint.py", "        if tensor.dtype not in _DTYPES:\n", "        if not tensor.is_floating_point():\n", HOSTILE("float8")),
+    Mutant("lock: a second run shares it", "flashu_ext/batch/lock.py", "        self._take(fcntl.LOCK_EX)\n", "        self._take(fcntl.LOCK_SH)\n", LOCK("one_run")),
+    Mutant("lock: ranks of another run join", "flashu_ext/batch/lock.py", 'if self._record().get("run") != run:', 'if not run:', LOCK("another_run_does_not")),
+    Mutant("lock: its file stays", "flashu_ext/batch/lock.py", "                os.unlink(self.out / LOCK)\n", "                pass\n", LOCK("one_run")),
+    Mutant("ranks: a signal does not end the waiting", "flashu_ext/batch/ranks.py", "        if stop():\n            raise InterruptedError", "        if stop() and seconds < 1:\n            raise InterruptedError", LOCK("as_long_as")),
     Mutant("files: the umask stays 0", "flashu_ext/planning/safe_files.py", "        os.umask(umask)\n", "", FILES),
     Mutant("schedule: skipped layers are rounded to nearest", "flashu_ext/planning/groups.py", "return int(layers * self.ratio)", "return round(layers * self.ratio)", SMALL("least_important"), quick=True),
     Mutant("schedule: the most important are skipped", "flashu_ext/planning/schedule.py", "key=scores.__getitem__)", "key=scores.__getitem__, reverse=True)", SMALL("least_important")),
@@ -130,7 +146,7 @@ MUTANTS = [
     Mutant("tuning: the first answers are timed", "flashu_ext/studies/tuning.py", "statistics.median(times[2:] or times)", "statistics.median(times)", TUNE("first_two_answers")),
     Mutant("tuning: answers about pictures seen before are timed", "flashu_ext/studies/tuning.py", "list(first.values())[: count + 2]", "range(len(probe.asked))[: count + 2]", TUNE("not_seen_before")),
     Mutant("tuning: drawings or answers must hold", "flashu_ext/studies/tuning.py", "kept = all(own.value", "kept = any(own.value", TUNE("walk_keeps")),
-    Mutant("tuning: files are written in place", "flashu_ext/studies/tuning.py", '            with atomic_path(folder / name) as draft:\n                draft.write_text(text, encoding="utf-8")\n', '            (folder / name).write_text(text, encoding="utf-8")\n', TUNE("saved_whole")),
+    Mutant("tuning: files are written in place", "flashu_ext/studies/tuning.py", '            write_text(folder / name, text)\n', '            (folder / name).write_text(text, encoding="utf-8")\n', TUNE("saved_whole")),
     Mutant("cost: the image that warms up counts", "flashu_ext/planning/cost.py", "if turn == 0:", "if turn < 0:", COST),
     Mutant("cost: a step that may be cached is priced as one that runs", "flashu_ext/planning/cost.py", "config.head.budget if config.head is not None and step.adaptive else None", "None", COST),
     Mutant("cost: the time token may be left out", "flashu_ext/planning/cost.py", "tokens.count(span - shape.time_token)", "tokens.count(span)", COST),

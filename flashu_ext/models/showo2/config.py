@@ -30,6 +30,7 @@ class HeadConfig:
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 512
 MAX_PATCHES = 2**24
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
 _SIZE = expect(f"an integer in [1, {MAX_SIZE}]", lambda v: is_int(v) and 1 <= v <= MAX_SIZE)
 _LAYERS = expect(f"an integer in [1, {MAX_LAYERS}]", lambda v: is_int(v) and 1 <= v <= MAX_LAYERS)
@@ -38,7 +39,7 @@ _EPSILON = expect("a finite number >= 0", lambda v: is_real(v) and v >= 0)
 _BASE = expect("a finite number > 0", lambda v: is_real(v) and v > 0)
 _FRACTION = expect("a number in [0, 1)", lambda v: is_real(v) and 0 <= v < 1)
 _SWITCH = expect("True or False", lambda v: isinstance(v, bool))
-_NAME = expect("a name", lambda v: isinstance(v, str))
+_ACTIVATION = expect(f"one of {', '.join(ACTIVATIONS)}", lambda v: isinstance(v, str) and v in ACTIVATIONS)
 
 _STACK: Mapping[str, Check] = {
     "hidden_size": _SIZE,
@@ -52,7 +53,7 @@ _LLM_OPTIONS: Mapping[str, Check] = {
     "max_position_embeddings": _SIZE,
     "rope_theta": _BASE,
     "rms_norm_eps": _EPSILON,
-    "hidden_act": _NAME,
+    "hidden_act": _ACTIVATION,
     "attention_dropout": _FRACTION,
     "initializer_range": _EPSILON,
     "tie_word_embeddings": _SWITCH,
@@ -61,7 +62,7 @@ _VISION_OPTIONS: Mapping[str, Check] = {
     "image_size": _SIZE,
     "patch_size": _SIZE,
     "layer_norm_eps": _EPSILON,
-    "hidden_act": _NAME,
+    "hidden_act": _ACTIVATION,
     "attention_dropout": _FRACTION,
 }
 _HEAD: Mapping[str, Check] = {
@@ -145,8 +146,8 @@ class Showo2Config:
             _SIZE(f"Showo2Config.{name}", getattr(self, name))
         if self.image_latent_height * self.image_latent_width > MAX_PATCHES:
             raise ValueError(
-                f"Showo2Config: expected at most {MAX_PATCHES} patches, got {self.image_latent_height} x "
-                f"{self.image_latent_width}"
+                f"Showo2Config.image_latent_height, image_latent_width: expected at most {MAX_PATCHES} patches, got "
+                f"{self.image_latent_height} x {self.image_latent_width}"
             )
         _SWITCH("Showo2Config.add_time_embeds", self.add_time_embeds)
         for name in ("llm", "vision", "head"):
