@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.autocast import without_autocast
-from ..models.known import check_model
+from ..models.known import check_model, untracked
 from ..models.parts import Showo2Parts
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..models.showo2.sampling import SampleInputs
@@ -98,7 +98,7 @@ class Runner:
             else:
                 self.generation.pool.end_leases()
                 self.understanding.reset()
-                self._stamp = self._new_stamp()
+                self._stamp = Stamp(self.model)
         elif self._untracked:
             self.understanding.forget()
 
@@ -151,22 +151,18 @@ class Runner:
 
     def _build(self, network: Network) -> None:
         """Engines on a network, with empty caches."""
-        themselves = network.run_as_themselves()
+        unknown = untracked(self.model)
         capture = getattr(self, "capture", None)
         if capture is None or capture.device != network.parts.device:
             self.capture = GraphCapture(network.parts.device, self.config.execution.step_graphs)
         self.reset()
         self.parts, self.network = network.parts, network
-        self.capture.disabled = "modules run as themselves" if themselves else None
+        self.capture.disabled = f"model.{unknown[0]} may depend on more than its weights" if unknown else None
         self.generation = GenerationEngine(network, self.config, self.capture)
         self.understanding = UnderstandingEngine(network, self.config, self.capture)
-        self._stamp = self._new_stamp()
+        self._stamp = Stamp(self.model)
         self.lock.abandoned = False
-        self._untracked = bool(themselves) or self._stamp.unversioned
-
-    def _new_stamp(self) -> Stamp:
-        layers = (*self.parts.layers, *self.parts.blocks)
-        return Stamp(self.model, [layer.self_attn for layer in layers])
+        self._untracked = bool(unknown) or self._stamp.unversioned
 
     def check_edits(self) -> None:
         """Raise EditedWeightsError where weights that lie in plan order were written to."""
