@@ -5,6 +5,7 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#include <pthread.h>
 #endif
 
 namespace flashu::core {
@@ -29,6 +30,11 @@ void run(int64_t begin, int64_t end, int64_t grain, flashu_parallel_body body, v
   }
 }
 int32_t threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
+// GNU OpenMP's threads do not survive a fork, and the next parallel region in the child would wait for them
+// for ever. So the thread that forks ends its own before; parent and child start new ones.
+[[maybe_unused]] const int at_fork =
+    pthread_atfork([] { omp_pause_resource_all(omp_pause_hard); }, nullptr, nullptr);
 #else
 void run(int64_t begin, int64_t end, int64_t, flashu_parallel_body body, void* context) {
   body(begin, end, context);

@@ -1,5 +1,7 @@
 // The default thread backend of the torch ops library: torch's own pool, so that torch.set_num_threads counts
 // and nested use inside a parallel region of torch stays serial.
+#include <dlfcn.h>
+#include <pthread.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "core/parallel.hpp"
@@ -12,6 +14,14 @@ void run(int64_t begin, int64_t end, int64_t grain, flashu_parallel_body body, v
                               [&](int64_t first, int64_t last) { body(first, last, context); });
 }
 int32_t threads() { return static_cast<int32_t>(torch::stable::get_num_threads()); }
+
+// As in core/parallel_openmp.cpp, for torch's own OpenMP; linking with one here could load another.
+void end_threads() {
+  constexpr int kHard = 2;  // omp_pause_hard
+  using Pause = int (*)(int);
+  if (const auto pause = reinterpret_cast<Pause>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"))) pause(kHard);
+}
+[[maybe_unused]] const int at_fork = pthread_atfork(end_threads, nullptr, nullptr);
 
 constexpr flashu_parallel_backend kBackend{run, threads};
 

@@ -57,7 +57,7 @@ def settings_record(
         branches_apart: each branch of guidance runs on its own rank.
     """
     from ..models.showo2.sampling import DEFAULT_STEPS
-    from .weights import weights_digest
+    from ..planning.fingerprint import weights_digest
 
     weight: Any = pipe.model.showo.model.embed_tokens.weight
     fields = None if config is None else json.loads(json.dumps(config.flat()))

@@ -135,6 +135,8 @@ def sample_guided(
         guidance_scale,
         time_shifting_factor,
     )
+    if isinstance(inputs.guidance_scale, tuple):
+        raise ValueError("guidance_scale: expected one number under guidance-parallel, got one for each image")
     if not inputs.guided:
         raise ValueError(
             "guidance_scale: expected a number above 0 under guidance-parallel, got 0, which has one branch"
@@ -164,6 +166,7 @@ class _BranchStepper:
     def __init__(self, model: Any, inputs: SampleInputs, points: int, exchange: _Exchange, handle: Any):
         self.evaluations = points - 1
         self.model = model
+        assert not isinstance(inputs.guidance_scale, tuple)
         self.guidance_scale = inputs.guidance_scale
         self.exchange = exchange
         self.config = handle.config if handle is not None else None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.accelerated import handle_of
+from ..models.autocast import without_autocast
 from ..models.embedding import embed_image, embed_time, with_time_token
 from ..models.masks import additive, omni_allowed
 from ..models.parts import Showo2Parts
@@ -26,7 +27,8 @@ from ..models.showo2 import validate
 from ..models.showo2.understanding import prompt_embeds
 from ..ops import reference
 from ..planning.estimators import DownNorms, check_estimator
-from ..planning.plan import TaskPlan, check_pruning, model_fingerprint
+from ..planning.fingerprint import model_fingerprint
+from ..planning.plan import TaskPlan, check_pruning
 from .state import TaskState, chained_digest, load_states, measured, save_states
 
 __all__ = ["GenerationSample", "Sample", "UnderstandingSample", "calibrate"]
@@ -131,7 +133,7 @@ def calibrate(
     )
     sizes = [len(samples) if isinstance(samples, Sized) else None for samples in given.values()]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    with torch.no_grad(), _bar(total, progress) as bar:
+    with torch.no_grad(), without_autocast(parts.device), _bar(total, progress) as bar:
         for task, samples in given.items():
             bar.set_postfix_str(task)
             run.accumulate(task, samples, bar)
@@ -260,8 +262,8 @@ class _Run:
     def _noise(self, task: str, index: int, t: float, like: Tensor) -> Tensor:
         """Noise of a sample at a time, from its own seed: a resumed run samples the same noise."""
         digest = hashlib.sha256(f"{self.seed}/{task}/{index}/{float(t)!r}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randn(like.shape, generator=generator).to(like)
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
 
 
 class _Observer:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["guide", "patchify", "unpatchify"]
+__all__ = ["Scale", "guide", "guided", "patchify", "unpatchify"]
+
+Scale = float | tuple[float, ...]
+"""A guidance scale: one for all images, or one for each."""
 
 
 def unpatchify(rows: Tensor, shape: torch.Size) -> Tensor:
@@ -27,7 +30,15 @@ def patchify(velocity: Tensor, patch: int) -> Tensor:
     return vectors.reshape(rows, height * width // patch**2, -1).contiguous()
 
 
-def guide(branches: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: [2 * B, ...], the conditional half first -> [B, ...]."""
+def guided(scale: Scale) -> bool:
+    """Whether a scale asks for guidance; 0 does not."""
+    return isinstance(scale, tuple) or scale > 0
+
+
+def guide(branches: Tensor, scale: Scale) -> Tensor:
+    """Classifier-free guidance: [2 * B, channels, H, W], the conditional half first -> [B, channels, H, W]."""
     conditional, unconditional = branches.chunk(2)
+    if isinstance(scale, tuple):
+        factors = torch.tensor(scale, dtype=branches.dtype, device=branches.device)[:, None, None, None]
+        return unconditional + factors * (conditional - unconditional)
     return unconditional + scale * (conditional - unconditional)

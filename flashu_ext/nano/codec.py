@@ -9,11 +9,14 @@ predicted patches out (`Showo2.unpatchify`), so a patch is read and written by t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.autocast import without_autocast
 from .world import SIZE
 
 __all__ = ["CHANNELS", "LATENT_SHAPE", "decode", "encode", "pictures", "to_unit"]
@@ -23,14 +26,19 @@ CHANNELS = 16
 GRID = SIZE // (2 * BLOCK)
 LATENT_SHAPE = (CHANNELS, 2 * GRID * GRID, 2)
 
+
+def _constant(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
 # Orthonormal brightness, red-blue and green axes.
-_AXES = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]])
+_AXES = _constant([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]])
 _AXES = _AXES / _AXES.norm(dim=1, keepdim=True)
 
 
 def _basis() -> Tensor:
     """Analysis matrix [CHANNELS, 3 * BLOCK * BLOCK] with orthonormal rows."""
-    n = torch.arange(BLOCK)
+    n = torch.arange(BLOCK, dtype=torch.float32, device="cpu")
     dct = torch.cos(math.pi * (2 * n[None] + 1) * n[:, None] / (2 * BLOCK))
     dct = dct / dct.norm(dim=1, keepdim=True)
     order = sorted(((u, v) for u in range(BLOCK) for v in range(BLOCK)), key=lambda uv: (uv[0] + uv[1], uv))
@@ -46,8 +54,8 @@ _BASIS = _basis()
 # Mean and scale of the channels over the training scenes (`python -m flashu_ext.nano.codec` prints them). The scale is half
 # the geometric mean of the channel's standard deviation and the strongest channel's: fine detail stays weaker than form, so
 # that form is learned first, and latents as a whole have about the spread of the noise.
-_MEAN = torch.tensor([4.646, 0, 0, 0, 0, 0, 0, 0, 0.198, 0, 0, 0, 0.112, 0, 0, 0])
-_SCALE = torch.tensor(
+_MEAN = _constant([4.646, 0, 0, 0, 0, 0, 0, 0, 0.198, 0, 0, 0, 0.112, 0, 0, 0])
+_SCALE = _constant(
     [1.171, 0.572, 0.57, 0.38, 0.366, 0.387, 0.266, 0.294, 0.932, 0.434, 0.432, 0.287, 0.672, 0.311, 0.309, 0.206]
 )
 
@@ -63,7 +71,8 @@ def encode(images: Tensor) -> Tensor:
     """Images [B, 3, 48, 48] in [-1, 1] -> latents fp32 [B, 16, 72, 2]."""
     if images.dim() != 4 or tuple(images.shape[1:]) != (3, SIZE, SIZE):
         raise ValueError(f"images: expected [B, 3, {SIZE}, {SIZE}], got {tuple(images.shape)}")
-    codes = (_analyse(images.float()) - _MEAN.to(images.device)) / _SCALE.to(images.device)
+    with without_autocast(images.device):
+        codes = (_analyse(images.float()) - _MEAN.to(images.device)) / _SCALE.to(images.device)
     return codes.permute(0, 5, 1, 2, 3, 4).reshape(images.shape[0], *LATENT_SHAPE)
 
 
@@ -74,7 +83,9 @@ def decode(latents: Tensor) -> Tensor:
     batch = latents.shape[0]
     codes = latents.float().reshape(batch, CHANNELS, GRID, GRID, 2, 2).permute(0, 2, 3, 4, 5, 1)
     codes = codes * _SCALE.to(latents.device) + _MEAN.to(latents.device)
-    blocks = (codes @ _BASIS.to(latents.device)).view(batch, GRID, GRID, 2, 2, 3, BLOCK, BLOCK)
+    with without_autocast(latents.device):
+        blocks = codes @ _BASIS.to(latents.device)
+    blocks = blocks.view(batch, GRID, GRID, 2, 2, 3, BLOCK, BLOCK)
     return blocks.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(batch, 3, SIZE, SIZE).clamp(-1, 1)
 
 

@@ -73,7 +73,8 @@ def preset_config(name: str, steps: int | None = None) -> FlashUConfig | None:
 
 def make_noise(count: int, seed: int) -> Tensor:
     """Noise of `count` images, fp32 [count, 16, 72, 2] on the CPU; the same on every device."""
-    return torch.randn(count, *codec.LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(count, *codec.LATENT_SHAPE, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def generate(

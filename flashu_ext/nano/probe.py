@@ -125,7 +125,7 @@ class Probe:
 
     def perform(self, model: Any, advance: Advance = _nothing, steps: int | None = None) -> Outputs:
         """Generate all images and answers; `advance(n)` is called after every n of them."""
-        drawn = [torch.empty(0, *codec.LATENT_SHAPE)]
+        drawn = [torch.empty(0, *codec.LATENT_SHAPE, dtype=torch.float32, device="cpu")]
         for start in range(0, len(self.prompts), BATCH):
             chosen = range(start, min(start + BATCH, len(self.prompts)))
             drawn.append(self.generate(model, chosen, steps).cpu())

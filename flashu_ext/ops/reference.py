@@ -156,7 +156,7 @@ def select_threshold(
     scores: Tensor, threshold: float, capacity: int, *, index: Tensor | None = None, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `flashu_ext.ops.select_threshold`."""
-    passed = scores.float() >= torch.tensor(threshold, dtype=torch.float32)
+    passed = scores.float() >= torch.tensor(threshold, dtype=torch.float32, device=scores.device)
     tokens = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
     first = torch.where(passed, tokens, scores.shape[-1]).sort(dim=-1).values
     chosen = F.pad(first, (0, max(0, capacity - scores.shape[-1])), value=scores.shape[-1])[..., :capacity]

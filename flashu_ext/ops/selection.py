@@ -63,19 +63,19 @@ class Selection:
             TypeError: not int32 or int64.
             ValueError: not one dimension.
         """
-        numbers = torch.as_tensor(index)
+        numbers = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
         check_index(numbers)
         device = numbers.device if device is None else device
         return cls._resolved(numbers.numel(), limit, device, index=numbers.detach().cpu())
 
     @classmethod
     def _resolved(cls, count: int, limit: int, device: torch.device | str, **neurons: Any) -> Selection:
-        numbers = torch.empty(min(count, max(limit, 0)), dtype=torch.int32)
+        numbers = torch.empty(min(count, max(limit, 0)), dtype=torch.int32, device="cpu")
         blocks = call(torch.ops.flashu.list_neurons.default, numbers, limit, **neurons)
         if count == 0:
             return cls(limit, 0, [], None, False)
         first = int(numbers[0])
-        if torch.equal(numbers, torch.arange(first, first + count, dtype=torch.int32)):
+        if torch.equal(numbers, torch.arange(first, first + count, dtype=torch.int32, device="cpu")):
             return cls(limit, count, [first, count], None, False)
         return cls(limit, count, None, numbers.to(device), blocks)
 

@@ -59,7 +59,7 @@ class NeuronLayout:
                 raise IndexError(
                     f"sets[{task!r}]: expected neuron indices in [0, {intermediate}), got {int(outside[0])}"
                 )
-            mask = torch.zeros(intermediate, dtype=torch.bool)
+            mask = torch.zeros(intermediate, dtype=torch.bool, device="cpu")
             mask[index] = True
             if int(mask.sum()) != index.numel():
                 raise ValueError(
@@ -67,7 +67,7 @@ class NeuronLayout:
                 )
             members[task] = mask
         tasks = list(members)
-        empty = torch.zeros(intermediate, dtype=torch.bool)
+        empty = torch.zeros(intermediate, dtype=torch.bool, device="cpu")
         first = members[tasks[0]] if tasks else empty
         second = members[tasks[1]] if len(tasks) > 1 else empty
         # Group 0 first only, 1 both, 2 second only, 3 neither: [0, 1] and [1, 2] are then adjacent groups.
@@ -87,14 +87,14 @@ class NeuronLayout:
 
     def in_place(self) -> NeuronLayout:
         """The same sets in the model's own order: for weights that may not be moved. They have more runs."""
-        order = torch.arange(self.intermediate, dtype=torch.int32)
+        order = torch.arange(self.intermediate, dtype=torch.int32, device="cpu")
         return NeuronLayout(self.intermediate, order, {task: runs_of(self.kept(task)) for task in self.runs})
 
     def kept(self, task: str) -> Tensor:
         """A task's neurons by their original indices, ascending, int64 [n]."""
-        positions = [torch.arange(start, start + length) for start, length in self.runs[task]]
+        positions = [torch.arange(start, start + length, device="cpu") for start, length in self.runs[task]]
         return (
             self.permutation[torch.cat(positions)].long().sort().values
             if positions
-            else torch.empty(0, dtype=torch.int64)
+            else torch.empty(0, dtype=torch.int64, device="cpu")
         )

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from .config import strict_json
 from .estimators import Calibration, DownNorms, NeuronSums, check_estimator, standardized
+from .fingerprint import check_fingerprint, model_fingerprint
 from .groups import FfnPruning
 from .neurons import NeuronLayout
-from .safe_files import content_digest, load_safetensors, save_safetensors
+from .safe_files import load_safetensors, save_safetensors
 
-__all__ = ["TaskPlan", "kept_count", "model_fingerprint"]
+__all__ = ["TaskPlan", "kept_count"]
 
 FORMAT = "flashu_ext.task_plan"
 VERSION = 2
@@ -48,21 +49,6 @@ def check_pruning(ratio: Any, multiple: Any, name: str = "ratio") -> None:
         raise ValueError(f"{name}: expected a number in [0, 1), got {ratio!r}")
     if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
         raise ValueError(f"multiple: expected an integer >= 1, got {multiple!r}")
-
-
-def model_fingerprint(model: Any) -> str:
-    """Digest that identifies a model's weights: the LLM's FFN shapes and a sample of its attention weights.
-
-    It does not depend on the order of FFN neurons or a cast to bf16, so an accelerated model and its checkpoint agree.
-    """
-    sample: list[Tensor] = []
-    shapes: list[int] = []
-    for layer in model.showo.model.layers:
-        down = layer.mlp.down_proj.weight
-        shapes += list(down.shape)
-        query = layer.self_attn.q_proj.weight.detach().flatten()
-        sample += [layer.post_attention_layernorm.weight, query[:: max(1, query.numel() // 256)]]
-    return content_digest([torch.tensor(shapes, dtype=torch.float32), *sample])
 
 
 def _check_scores(task: str, scores: Sequence[Tensor]) -> Tensor:
@@ -273,7 +259,7 @@ class TaskPlan:
         if largest == 0:
             return uniform
         budget = sum(uniform.kept_counts)
-        wanted = torch.zeros(self.layers, dtype=torch.float64)
+        wanted = torch.zeros(self.layers, dtype=torch.float64, device="cpu")
         for scores in self.scores.values():
             best = torch.sort(standardized(scores).flatten(), descending=True, stable=True).indices[:budget]
             wanted += torch.bincount(best // self.intermediate, minlength=self.layers)
@@ -301,8 +287,8 @@ class TaskPlan:
                 f"plan: made for {self.layers} layers of {self.intermediate} neurons, the model has {shape[0]} of {shape[1]}"
             )
         if self.fingerprint is not None:
-            actual = model_fingerprint(model)
-            if actual != self.fingerprint:
+            actual = check_fingerprint(model, self.fingerprint)
+            if actual is not None:
                 raise ValueError(
                     f"plan: made for another model (fingerprint {self.fingerprint[:12]}..., this model has {actual[:12]}...); "
                     "calibrate again with flashu_ext.calibrate"

@@ -268,8 +268,8 @@ class Decoder:
         for mask, allowed in zip(memory.masks, _visible(cache, 0), strict=True):
             unused = mask.shape[-1] - allowed.shape[-1]
             mask.copy_(additive(torch.nn.functional.pad(allowed, (0, unused)), mask.dtype))
-        memory.slots.copy_(torch.tensor(cache.ends))
-        memory.position.copy_(torch.tensor([[prompt.length] for prompt in cache.prompts]))
+        memory.slots.copy_(torch.tensor(cache.ends, device="cpu"))
+        memory.position.copy_(torch.tensor([[prompt.length] for prompt in cache.prompts], device="cpu"))
         return TokenWork(len(cache.prompts), tuple(None if isinstance(run, Tensor) else run for run in runs))
 
     def _fixed_token(self, memory: AnswerMemory, work: TokenWork) -> None:

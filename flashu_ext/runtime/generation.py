@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..models.embedding import embed_time
 from ..models.showo2.sampling import SampleInputs
-from ..models.velocity import guide, unpatchify
+from ..models.velocity import Scale, guide, guided, unpatchify
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, LayerSkip
 from ..planning.schedule import Step, StepPlan, least_important
@@ -62,7 +62,7 @@ class GenerationEngine:
         steps: int | None,
         text_tokens: Tensor,
         modality_positions: Tensor,
-        guidance_scale: float,
+        guidance_scale: Scale,
         latent_size: tuple[int, int],
     ) -> ImageState:
         """Set up an image (or a batch of them).
@@ -75,13 +75,15 @@ class GenerationEngine:
             latent_size: (H, W) of the latents.
         """
         parts, config = self.parts, self.config
-        guided = guidance_scale > 0
+        with_guidance = guided(guidance_scale)
         rows, length = text_tokens.shape
         patches = (latent_size[0] // parts.patch_size) * (latent_size[1] // parts.patch_size)
-        plan = StepPlan.build(config, steps, len(parts.layers), guidance_scale, patches)
+        plan = StepPlan.build(
+            config, steps, len(parts.layers), None if isinstance(guidance_scale, tuple) else guidance_scale, patches
+        )
         where = modality_positions[:, 0].tolist()
         geometry = RowGeometry(tuple(offset for offset, _ in where), int(where[0][1]))
-        images = rows // 2 if guided else rows
+        images = rows // 2 if with_guidance else rows
         lease = self._acquire(ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows)))
         try:
             lease.memory.load(parts, text_tokens, modality_positions, geometry)
@@ -90,7 +92,9 @@ class GenerationEngine:
             raise
         head = HeadHistory(self.caching.order, restarts=self.caching.adaptive)
         skipped = lease.memory.router.skipped
-        return ImageState(lease, ImageRecord(plan, guided, geometry, length, skipped, lease.memory.nbytes()), head)
+        return ImageState(
+            lease, ImageRecord(plan, with_guidance, geometry, length, skipped, lease.memory.nbytes()), head
+        )
 
     def _acquire(self, shape: ImageShape) -> Any:
         fixed = self.pool.fixed
@@ -269,10 +273,12 @@ class _Runs:
 class AcceleratedStepper:
     """The steps of `showo2.sample` on an accelerated model: guidance and Euler step are part of an evaluation."""
 
-    def __init__(self, engine: GenerationEngine, inputs: SampleInputs, lock: AbstractContextManager[Any]):
-        """lock: held during each step, so that images by turns, from any threads, do not meet."""
+    def __init__(
+        self, engine: GenerationEngine, inputs: SampleInputs, working: Callable[[], AbstractContextManager[None]]
+    ):
+        """working: `Runner.working`, for each step: images by turns, from any threads, do not meet."""
         self.engine = engine
-        self._lock = lock
+        self._working = working
         self.inputs = inputs
         height, width = inputs.noise.shape[2:]
         self.state = engine.begin(inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, (height, width))
@@ -286,14 +292,16 @@ class AcceleratedStepper:
     def _load(self) -> None:
         inputs, state = self.inputs, self.state
         at = self.engine.config.guidance_at
-        self._scales = [at(i + 1, inputs.guidance_scale) if inputs.guided else 0.0 for i in range(self.evaluations)]
+        asked = inputs.guidance_scale
+        assert not isinstance(asked, tuple), "Handle.stepper has another stepper for scales of each image"
+        self._scales = [at(i + 1, asked) if inputs.guided else 0.0 for i in range(self.evaluations)]
         times = inputs.times(state.plan.grid_points)
         scales = torch.tensor(self._scales, dtype=torch.float32, device=times.device)
         self.engine.load_times(state, times[:-1], scales, times[1:] - times[:-1])
         state.memory.latents[: state.images].copy_(inputs.noise)
 
     def step(self, index: int) -> None:
-        with self._lock:
+        with self._working():
             self.engine.step(self.state)
 
     def velocity(self) -> Tensor:
@@ -305,11 +313,11 @@ class AcceleratedStepper:
         return self.state.memory.latents[: self.state.images].clone()
 
     def close(self) -> None:
-        with self._lock:
+        with self._working():
             self.engine.end(self.state)
 
 
-def guided_velocity(rows: Tensor, scale: float, shape: torch.Size) -> Tensor:
+def guided_velocity(rows: Tensor, scale: Scale, shape: torch.Size) -> Tensor:
     """Velocity rows of one or both guidance branches -> guided velocity, a new tensor of `shape`.
 
     Args:

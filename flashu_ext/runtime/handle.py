@@ -7,6 +7,7 @@ replaced, no class is patched, and there is no global state.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from types import TracebackType
@@ -17,11 +18,14 @@ from torch import nn
 from ..models.accelerated import HANDLE, handle_of, unwrapped
 from ..models.known import METHODS
 from ..models.parts import Showo2Parts
+from ..models.showo2.sampling import DEFAULT_STEPS, DenseStepper, SampleInputs
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
+from .forked import ForkedLock
 from .generation import TASK as GENERATION
+from .generation import AcceleratedStepper
 from .overrides import Overrides
 from .runner import Runner
 from .state import ImageRecord
@@ -29,6 +33,9 @@ from .summary import Summary
 from .upstream import UpstreamMethods
 
 __all__ = ["Handle", "accelerate"]
+
+_INSTALLING = ForkedLock()
+"""Held while a model's methods are shadowed or given back: of two threads that accelerate one model, one is first."""
 
 
 class Handle:
@@ -52,9 +59,9 @@ class Handle:
             EditedWeightsError: weights were written to in plan order and no call has told so yet. The model is restored, but
                 those values are on other neurons than meant.
         """
-        if not self.active:
-            return
         with self.runner.lock:
+            if not self.active:
+                return
             try:
                 self.runner.tell_once()
             finally:
@@ -64,7 +71,8 @@ class Handle:
         self.runner.suspended = "remove() was interrupted; call it again"
         self.runner.reset()
         self.runner.restore()
-        self._overrides.remove()
+        with _INSTALLING:
+            self._overrides.remove()
         self.runner.active = False
 
     @contextlib.contextmanager
@@ -86,14 +94,14 @@ class Handle:
             if runner.suspended is not None:
                 raise RuntimeError(f"model: {runner.suspended}")
             runner.tell_once()
-            runner.suspended = "inside handle.editing(); leave it first"
             try:
+                runner.suspended = "inside handle.editing(); leave it first"
                 runner.reset()
                 runner.restore()
                 yield self.model
             finally:
-                runner.suspended = None
                 if self.active:
+                    runner.suspended = None
                     runner.follow()
 
     @property
@@ -115,10 +123,31 @@ class Handle:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("handle: it belongs to one model and cannot be pickled; a pickled model is dense")
 
+    def stepper(self, inputs: SampleInputs) -> AcceleratedStepper | DenseStepper:
+        """The steps of `flashu_ext.showo2.sample`: each a call of the model's `t2i_generate` where somebody has wrapped that
+        since, or where images have guidance scales of their own.
+
+        Raises:
+            ValueError: such calls cannot have another number of steps than the config plans.
+        """
+        if not isinstance(inputs.guidance_scale, tuple) and self._overrides.intact("t2i_generate"):
+            return self.runner.stepper(inputs)
+        planned = self.config.steps or DEFAULT_STEPS
+        if self.config.approximates and inputs.steps not in (None, planned):
+            raise ValueError(
+                f"steps: expected None or {planned} (FlashUConfig.steps) with a scale for each image or a wrapped "
+                f"t2i_generate, got {inputs.steps}"
+            )
+        return DenseStepper(self.model, dataclasses.replace(inputs, steps=inputs.steps or planned))
+
     # ---- summary
 
     def summary(self) -> Summary:
         """What the accelerated model is and did; see `Summary`."""
+        with self.runner.lock:  # between two steps of an image, and between two answers
+            return self._summary()
+
+    def _summary(self) -> Summary:
         runner, parts = self.runner, self.runner.parts
         image = runner.last_image
         done = image.ran if image else []
@@ -197,7 +226,11 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
         raise TypeError(f"config: expected a FlashUConfig, got {type(config).__name__}")
     if plan is not None and not isinstance(plan, TaskPlan):
         raise TypeError(f"plan: expected a TaskPlan, got {type(plan).__name__}")
-    model = unwrapped(model)
+    with _INSTALLING:
+        return _accelerate(unwrapped(model), config, plan)
+
+
+def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -> Handle:
     parts = Showo2Parts.from_model(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
@@ -212,13 +245,14 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
             raise TypeError(f"model.{name}: expected the class's method, got one that is set on this instance")
     runner = Runner(model, config, _layouts(model, config, plan))
     handle = Handle(runner, plan)
-    try:
-        handle._overrides.install()
-        runner.follow()
-        return handle
-    except BaseException:
-        handle._restore()
-        raise
+    with runner.lock:  # another thread that finds the handle waits until it works
+        try:
+            handle._overrides.install()
+            runner.follow()
+            return handle
+        except BaseException:
+            handle._restore()
+            raise
 
 
 def _launches(image: ImageRecord) -> dict[str, int]:

@@ -31,7 +31,7 @@ class Readback:
             return
         if self._values is None or self._values.shape != values.shape:
             with outside_inference_mode():
-                self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+                self._values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._event = torch.cuda.Event()
         self._values.copy_(values, non_blocking=True)
         self._event.record(torch.cuda.current_stream(values.device))

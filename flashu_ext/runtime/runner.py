@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ..models.autocast import without_autocast
 from ..models.known import check_model
 from ..models.parts import Showo2Parts
 from ..models.showo2.decoding import OnToken, TokenSampler
@@ -17,6 +19,7 @@ from ..models.stamp import Stamp
 from ..ops.kernel_sets import KernelSet, resolve
 from ..planning.config import FlashUConfig
 from ..planning.neurons import NeuronLayout
+from .forked import ForkedLock
 from .generation import AcceleratedStepper, GenerationEngine
 from .graphs import GraphCapture
 from .network import Network
@@ -39,7 +42,6 @@ class Runner:
         last_image: the record of the image begun last.
     """
 
-    parts: Showo2Parts
     network: Network
     capture: GraphCapture
     generation: GenerationEngine
@@ -50,9 +52,10 @@ class Runner:
     def __init__(self, model: nn.Module, config: FlashUConfig, layouts: Sequence[NeuronLayout] | None):
         """layouts: the plan's, one per layer; None: all tasks use all neurons. Changes nothing yet (`follow` does)."""
         self.model = model
+        self.parts = Showo2Parts.from_model(model)
         self.config = config
         self.layouts = layouts
-        self.lock = threading.RLock()
+        self.lock = ForkedLock()
         self.active = True
         self.suspended: str | None = None
         self.orders: list[FfnOrder] = []
@@ -60,6 +63,8 @@ class Runner:
         self.fallbacks: Counter[str] = Counter()
         self.last_image: ImageRecord | None = None
         self._told = False
+        self._unfinished = True
+        self._process = os.getpid()
 
     @property
     def kernels(self) -> KernelSet:
@@ -73,11 +78,17 @@ class Runner:
         Raises:
             EditedWeightsError: weights that lie in plan order were written to.
             TypeError: the model now has a module that the runtime would pass over.
-            RuntimeError: inside `editing()`, or `remove()` was interrupted.
+            RuntimeError: inside `editing()`, or `remove()` was interrupted or has come meanwhile from another thread.
         """
+        if not self.active:
+            raise RuntimeError("model: its handle was removed")
         if self.suspended is not None:
             raise RuntimeError(f"model: {self.suspended}")
-        if self._stamp.structure_changed():
+        if self.parts.device.type == "cuda" and os.getpid() != self._process:
+            raise RuntimeError("model: it is on a GPU, which a forked process cannot use; start processes by spawn")
+        if self._unfinished:
+            self.follow()
+        elif self.lock.abandoned or self._stamp.structure_changed():
             self.check_edits()
             self.follow()
         elif self._stamp.weights_changed():
@@ -92,7 +103,9 @@ class Runner:
             self.understanding.forget()
 
     def follow(self) -> None:
-        """Build the network on the model as it is. All checks come before the first change."""
+        """Build the network on the model as it is. All checks come before the first change. Once interrupted, another call
+        completes it."""
+        self._unfinished = True
         parts = Showo2Parts.from_model(self.model)
         check_model(parts)
         kernels = resolve(self.config, parts.device, parts.dtype)
@@ -114,6 +127,7 @@ class Runner:
         else:
             network = plain
         self._build(network)
+        self._unfinished = False
 
     def _choose_orders(self, network: Network) -> tuple[list[FfnOrder | None], dict[str, str]]:
         """For each layer the order of its neurons, or None where they stay; and why, by the path in the model."""
@@ -147,6 +161,7 @@ class Runner:
         self.generation = GenerationEngine(network, self.config, self.capture)
         self.understanding = UnderstandingEngine(network, self.config, self.capture)
         self._stamp = self._new_stamp()
+        self.lock.abandoned = False
         self._untracked = bool(themselves) or self._stamp.unversioned
 
     def _new_stamp(self) -> Stamp:
@@ -176,11 +191,19 @@ class Runner:
 
     # ---- work
 
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Whatever draws or answers, does so in here: one thread at a time, and in the weights' dtype."""
+        with self.lock, without_autocast(self.parts.device):
+            if self.lock.abandoned:
+                self.reset()
+            yield
+
     def stepper(self, inputs: SampleInputs) -> AcceleratedStepper:
         """The steps of `flashu_ext.showo2.sample`."""
-        with self.lock:
+        with self.working():
             self.ready()
-            stepper = AcceleratedStepper(self.generation, inputs, self.lock)
+            stepper = AcceleratedStepper(self.generation, inputs, self.working)
             self.last_image = stepper.state.record
             return stepper
 
@@ -196,7 +219,7 @@ class Runner:
         on_token: OnToken | None = None,
     ) -> list[Tensor]:
         """`flashu_ext.showo2.answer_tokens_batch` on an accelerated model; one image [1, channels, H, W] per question."""
-        with self.lock:
+        with self.working():
             self.ready()
             engine = self.understanding
             images = engine.image_embeds(image_latents)
@@ -212,6 +235,7 @@ class Runner:
 
     def reset(self) -> None:
         """Drop images in progress and cached prompts; calls under way raise at their next step."""
-        if hasattr(self, "network"):
+        if hasattr(self, "generation"):
             self.generation.pool.clear()
+        if hasattr(self, "understanding"):
             self.understanding.reset()

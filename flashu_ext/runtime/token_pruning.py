@@ -65,8 +65,8 @@ class TokenPruner:
         span = scores[:count]
         if self.score == "random":
             # Drawn per span, so that an image keeps the same tokens in every prompt and batch.
-            generator = torch.Generator().manual_seed(RANDOM_SEED)
-            span = torch.rand(count, generator=generator).to(scores.device)
+            generator = torch.Generator("cpu").manual_seed(RANDOM_SEED)
+            span = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu").to(scores.device)
         # NaN ranks lowest, so that a broken token cannot displace others.
         span = torch.nan_to_num(span, nan=float("-inf"))
         return self.kernels.select_topk(span, count - drop)[0]

@@ -313,7 +313,8 @@ class UnderstandingEngine:
         hidden = torch.empty(
             len(cache.prompts), self.parts.hidden, dtype=cache.buffers[0].dtype, device=self.parts.device
         )
-        importance = torch.zeros(len(cache.prompts), len(self.parts.layers), device=self.parts.device)
+        layers = len(self.parts.layers)
+        importance = torch.zeros(len(cache.prompts), layers, dtype=torch.float32, device=self.parts.device)
         self._fill(cache, first, hidden, importance)
         for row, other, shared in reused:
             cache.reuse(row, cache, other, shared)

@@ -3,6 +3,7 @@ finds the image that a call belongs to."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from ..models.masks import omni_allowed
 from ..models.showo2 import validate
 from ..models.showo2.decoding import TokenSampler
+from ..models.velocity import Scale, guided
 from .generation import guided_velocity
 from .readback import Readback
 from .runner import Runner
@@ -40,7 +42,7 @@ class Conditioning:
 
     @classmethod
     def from_call(
-        cls, latents: Any, t: Any, text_tokens: Any, modality_positions: Any, attention_mask: Any, guidance_scale: float
+        cls, latents: Any, t: Any, text_tokens: Any, modality_positions: Any, attention_mask: Any, guidance_scale: Any
     ) -> Conditioning | None:
         """None where a tensor is missing, or has no version (inference tensors)."""
         mask = attention_mask if isinstance(attention_mask, Tensor) else None
@@ -50,7 +52,7 @@ class Conditioning:
         if not all(isinstance(tensor, Tensor) for tensor in needed) or any(tensor.is_inference() for tensor in given):
             return None
         shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (latents, t)]
-        return cls(tensors, tuple(tensor._version for tensor in given), (*shapes, guidance_scale, mask is None))
+        return cls(tensors, tuple(tensor._version for tensor in given), (*shapes, _plain(guidance_scale), mask is None))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -69,20 +71,22 @@ class _Image:
     positions: Tensor
     guided: bool
     latent_size: tuple[int, int]
-    planned_scale: float | None
+    planned_scale: Scale | None
     """The caller's guidance scale, where the step plan depends on it."""
     state: ImageState
     first: float
     """Time of its first call."""
     conditioning: Conditioning | None = None
     """Of its last call."""
+    thread: int = 0
+    """That made its last call."""
     time: float = float("-inf")
     """Of its last call."""
     ended: str | None = None
     """Why it cannot go on, or None."""
 
     def matches(
-        self, tokens: Tensor, positions: Tensor, guided: bool, size: tuple[int, int], planned_scale: float | None
+        self, tokens: Tensor, positions: Tensor, guided: bool, size: tuple[int, int], planned_scale: Scale | None
     ) -> bool:
         """Whether a call with this conditioning belongs to this image."""
         return (
@@ -92,6 +96,17 @@ class _Image:
             and _same(self.tokens, tokens)
             and _same(self.positions, positions)
         )
+
+
+def _mine(images: Sequence[_Image]) -> Sequence[_Image]:
+    """The images whose last calls came from this thread, or all where there are none: two threads that draw from the same
+    tensors draw two images, but a caller may also change threads between calls."""
+    return [image for image in images if image.thread == threading.get_ident()] or images
+
+
+def _plain(scale: Any) -> Any:
+    """A guidance scale that compares by value."""
+    return tuple(scale.flatten().tolist()) if isinstance(scale, Tensor) else scale
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -124,7 +139,7 @@ class UpstreamMethods:
         first_frame_as_cond: bool = False,
         only_denoise_last_image: bool = False,
         max_seq_len: int | None = None,
-        guidance_scale: float = 0.0,
+        guidance_scale: Any = 0.0,
         **kwargs: Any,
     ) -> Tensor:
         """One evaluation, called by upstream's sampler; same arguments and result as the model's own method.
@@ -156,34 +171,38 @@ class UpstreamMethods:
             call = Conditioning.from_call(
                 image_latents, t, text_tokens, modality_positions, attention_mask, guidance_scale
             )
-            known = next((i for i in self._images if call is not None and i.conditioning == call), None)
+            identical = [i for i in self._images if call is not None and i.conditioning == call]
+            known = next(iter(_mine(identical)), None)
             if reason is None and known is None:
                 reason = _mask_problem(attention_mask, modality_positions, text_tokens)
             if reason is not None:
                 return self._original("t2i_generate", reason, **arguments)
             assert image_latents is not None and t is not None
             assert text_tokens is not None and modality_positions is not None
-            guided = guidance_scale > 0
+            scale = validate.guidance_scale_of(guidance_scale, image_latents.shape[0] // 2)
+            with_guidance = guided(scale)
             if known is None:
                 # Calls with the same, unmodified tensors are not checked again.
                 validate.check_t2i_inputs(
-                    self.runner.parts.model, image_latents, t, text_tokens, modality_positions, guided
+                    self.runner.parts.model, image_latents, t, text_tokens, modality_positions, with_guidance
                 )
-            time, shared = _read_time(image_latents, t, guided)
-            image = self._image(known, text_tokens, modality_positions, guidance_scale, image_latents, time)
-            velocity = self._velocity(image, image_latents, t, guidance_scale, shared)
-            image.time, image.conditioning = time, call
+            time, shared = _read_time(image_latents, t, with_guidance)
+            with self.runner.working():
+                image = self._image(known, text_tokens, modality_positions, scale, image_latents, time)
+                velocity = self._velocity(image, image_latents, t, scale, shared)
+            image.time, image.conditioning, image.thread = time, call, threading.get_ident()
             if image.state.step >= len(image.state.plan):
                 self._end(image, f"its {len(image.state.plan)} planned steps are done")
-            return torch.cat([velocity, velocity]) if guided else velocity
+            return torch.cat([velocity, velocity]) if with_guidance else velocity
 
-    def _velocity(self, image: _Image, latents: Tensor, t: Tensor, guidance_scale: float, shared: bool) -> Tensor:
+    def _velocity(self, image: _Image, latents: Tensor, t: Tensor, asked: Scale, shared: bool) -> Tensor:
         """Guided velocity [images, channels, H, W]. shared: both guidance branches have the same latents and time."""
         engine, state = self.runner.generation, image.state
         index = state.step + 1
         own, times = (latents.chunk(2)[0], t[: state.images]) if shared else (latents, t)
         rows = engine.velocity_at(state, own, times)
-        scale = engine.config.guidance_at(index, guidance_scale) if state.guided else 0.0
+        at = engine.config.guidance_at
+        scale: Scale = tuple(at(index, each) for each in asked) if isinstance(asked, tuple) else at(index, asked)
         return guided_velocity(rows, scale, torch.Size((state.images, *latents.shape[1:])))
 
     def _image(
@@ -191,7 +210,7 @@ class UpstreamMethods:
         known: _Image | None,
         tokens: Tensor,
         positions: Tensor,
-        guidance_scale: float,
+        guidance_scale: Scale,
         latents: Tensor,
         time: float,
     ) -> _Image:
@@ -205,20 +224,21 @@ class UpstreamMethods:
         scale = guidance_scale if self.runner.config.execution.skip_unit_guidance else None
         # Identical tensors first, then equal ones, because a caller may rebuild them for every call. Interleaved images of one
         # prompt are told apart by tensor identity, then by time.
-        guided = guidance_scale > 0
-        same = [known] if known else [i for i in self._images if i.matches(tokens, positions, guided, size, scale)]
+        with_guidance = guided(guidance_scale)
+        equal = [i for i in self._images if known is None and i.matches(tokens, positions, with_guidance, size, scale)]
+        same = [known] if known else _mine(equal)
         earlier = [image for image in same if image.time < time and image.ended is None]
         if earlier:
             # The latest time wins, then the newest image: an older one was abandoned.
             image = max(reversed(earlier), key=lambda image: image.time)
         else:
             self._check_begins(same, time)
-            if known is not None and known.ended is None:
+            if known is not None and known.ended is None and known.thread == threading.get_ident():
                 self._end(known, "another image began with its tensors")
             image = _Image(
                 tokens.clone(),
                 positions.clone(),
-                guided,
+                with_guidance,
                 size,
                 scale,
                 self._begin(tokens, positions, guidance_scale, size),
@@ -242,7 +262,7 @@ class UpstreamMethods:
                 "as many steps as planned, a first-order solver, or FlashUConfig.exact()"
             )
 
-    def _begin(self, tokens: Tensor, positions: Tensor, guidance_scale: float, size: tuple[int, int]) -> ImageState:
+    def _begin(self, tokens: Tensor, positions: Tensor, guidance_scale: Scale, size: tuple[int, int]) -> ImageState:
         """A new image's state. The oldest image in progress makes room where there are too many."""
         engine = self.runner.generation
         while len(running := [image for image in self._images if image.ended is None]) >= self._most_images(running):
@@ -307,7 +327,8 @@ class UpstreamMethods:
             length = input_embeds.shape[1]
             validate.check_mmu_inputs(parts.model, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
             prompt = engine.prompt(input_embeds.to(parts.dtype), (attention_mask == 0).reshape(length, length))
-            return engine.decode([prompt], max_new_tokens, TokenSampler(temperature, top_k), eos_token)[0]
+            with runner.working():
+                return engine.decode([prompt], max_new_tokens, TokenSampler(temperature, top_k), eos_token)[0]
 
     def _original(self, method: str, reason: str, **arguments: Any) -> Any:
         """Call the model's own method and count the reason."""

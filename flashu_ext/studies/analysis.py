@@ -168,7 +168,8 @@ def overlaps(plan: TaskPlan, halves: Sequence[TaskPlan], fractions: Sequence[flo
 def _without(plan: TaskPlan, of: str, fraction: float, seed: int) -> TaskPlan:
     """A plan under which both tasks run without the named neurons of every layer."""
     if of == "random":
-        scores = torch.rand(plan.layers, plan.intermediate, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        scores = torch.rand(plan.layers, plan.intermediate, generator=generator, dtype=torch.float32, device="cpu")
     else:
         task, end = of.split(":")
         # The lowest scores are pruned, so the reversed order removes the critical ones.

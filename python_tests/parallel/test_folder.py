@@ -14,9 +14,9 @@ from support.models import small_model
 from flashu_ext import FlashUConfig, TaskPlan, accelerate
 from flashu_ext.batch.folder import MANIFEST, generate, missing, open_folder, settings_record
 from flashu_ext.batch.prompts import make_jobs
-from flashu_ext.batch.weights import weights_digest
 from flashu_ext.nano.model import load_plan
 from flashu_ext.nano.pipeline import load_pipeline
+from flashu_ext.planning.fingerprint import weights_digest
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -448,3 +448,21 @@ def test_what_comes_while_accelerated_is_refused_at_the_next_call(case: str, cal
             CALLS[call](model)
     handle.remove()
     assert same(state(model), before) and handle_of(model) is None
+
+
+def test_images_of_one_batch_have_guidance_scales_of_their_own():
+    model = small_model()
+    inputs = generation_inputs(model, images=2) | {"steps": 5}
+    scales = (2.0, 5.0)
+    alone = [fx.showo2.sample(model, **inputs | {"guidance_scale": scale})[i] for i, scale in enumerate(scales)]
+    assert torch.equal(fx.showo2.sample(model, **inputs | {"guidance_scale": scales}), torch.stack(alone))
+    with fx.accelerate(model):
+        together = fx.showo2.sample(model, **inputs | {"guidance_scale": torch.tensor(scales)})
+        assert relative(together, torch.stack(alone)) < 1e-5
+        for wrong in ([2.0], [0.0, 2.0], [float("nan"), 2.0], "high"):
+            with pytest.raises(ValueError, match="guidance_scale: expected"):
+                fx.showo2.sample(model, **inputs | {"guidance_scale": wrong})
+    with fx.accelerate(model, fx.FlashUConfig(steps=5, head_cache_interval=2)):
+        with pytest.raises(ValueError, match="steps: expected None or 5"):
+            fx.showo2.sample(model, **inputs | {"guidance_scale": scales, "steps": 6})
+        assert fx.showo2.sample(model, **inputs | {"guidance_scale": scales}).isfinite().all()

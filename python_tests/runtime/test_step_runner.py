@@ -250,7 +250,13 @@ def test_work_runs_then_is_captured_then_replayed():
     assert graphs.run(lambda memory, work: memory.sub_(memory), "other").launched == 1
 
 
-def test_weights_that_moved_are_captured_anew():
+def moved_alone(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+
+
+@pytest.mark.parametrize("move", [lambda model: model.bfloat16().float(), moved_alone], ids=["with buffers", "alone"])
+def test_weights_that_moved_are_captured_anew(move):
     fixture, model = public(), public().model()
     asked = batch([ask(1), ask(2)])
     with fx.accelerate(model, FlashUConfig(steps=6)) as handle:
@@ -258,7 +264,7 @@ def test_weights_that_moved_are_captured_anew():
         for _ in range(3):
             before = sample(model, fixture)
             answer_tokens_batch(model, *asked, max_new_tokens=6)
-        model.bfloat16().float()
+        move(model)
         latents, tokens = sample(model, fixture), answer_tokens_batch(model, *asked, max_new_tokens=6)
         assert relative(latents, before) > LIMIT
     with fx.accelerate(model, FlashUConfig(steps=6)):

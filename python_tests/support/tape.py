@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flashu_ext.runtime.counting import SYNCS
 
@@ -39,7 +39,7 @@ class _Recorder(TorchDispatchMode):
             where = tensor.untyped_storage().data_ptr()
             if where not in known:
                 self.made[where] = tensor
-        self.tape.append((func, args, kwargs, outs))
+        self.tape.append((func, *tree_map(_where_it_is, (args, kwargs)), outs))
         return out
 
     def _about_to_write(self, argument: Any, value: Any) -> None:
@@ -50,6 +50,11 @@ class _Recorder(TorchDispatchMode):
             if where not in self.made and where not in self.before:
                 whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
                 self.before[where] = (whole, whole.clone())
+
+
+def _where_it_is(value: Any) -> Any:
+    """A weight as the memory that it lies in now: `weight.data = ...` moves the parameter, not what a graph reads."""
+    return value.detach() if isinstance(value, nn.Parameter) else value
 
 
 READ_METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")

@@ -422,7 +422,8 @@ def _restore_buffers(model: Any, build: Callable[[Showo2Config], Any]) -> None:
         if not buffer.is_meta:
             continue
         if twin is None:
-            twin = dict(build(_shallow(model.config)).named_buffers())
+            with torch.device("cpu"):
+                twin = dict(build(_shallow(model.config)).named_buffers())
         owner, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(owner)
         value = twin[re.sub(r"diffusion_head_a\.\d+\.", "diffusion_head_a.0.", name)]

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
+
 __all__ = ["ImageCodec", "WanCodec"]
 
 
@@ -38,8 +40,8 @@ class WanCodec:
             value = getattr(config, name, None)
             if value is None or len(value) != config.z_dim:
                 raise ValueError(f"vae.config.{name}: expected {config.z_dim} numbers, got {value!r:.80}")
-        self.mean = torch.tensor(config.latents_mean, dtype=torch.float32).view(1, -1, 1, 1)
-        self.std = torch.tensor(config.latents_std, dtype=torch.float32).view(1, -1, 1, 1)
+        self.mean = torch.tensor(config.latents_mean, dtype=torch.float32, device="cpu").view(1, -1, 1, 1)
+        self.std = torch.tensor(config.latents_std, dtype=torch.float32, device="cpu").view(1, -1, 1, 1)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> WanCodec:
@@ -79,7 +81,8 @@ class WanCodec:
         """Images [B, 3, H, W] in [-1, 1] -> latents fp32 [B, channels, H / 8, W / 8]."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images: expected [B, 3, H, W], got {list(images.shape)}")
-        posterior = self.vae.encode(images.to(self._like)[:, :, None]).latent_dist
+        with without_autocast(images.device):
+            posterior = self.vae.encode(images.to(self._like)[:, :, None]).latent_dist
         latents = posterior.mode()[:, :, 0].float()
         return (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
 
@@ -89,5 +92,6 @@ class WanCodec:
         if latents.dim() != 4 or latents.shape[1] != self.mean.shape[1]:
             raise ValueError(f"latents: expected [B, {self.mean.shape[1]}, h, w], got {list(latents.shape)}")
         latents = latents.float() * self.std.to(latents.device) + self.mean.to(latents.device)
-        images = self.vae.decode(latents.to(self._like)[:, :, None]).sample
+        with without_autocast(latents.device):
+            images = self.vae.decode(latents.to(self._like)[:, :, None]).sample
         return images[:, :, 0].float().clamp(-1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..embedding import embed_image, embed_time, with_time_token
 from ..masks import additive, omni_allowed
 from ..parts import Showo2Parts
-from ..velocity import guide, unpatchify
+from ..velocity import guide, guided, unpatchify
 from . import checkpoint, validate
 from .config import HeadConfig, Showo2Config
 from .decoding import TokenSampler, decode_dense
@@ -200,18 +201,18 @@ class Showo2(nn.Module):
         attention_mask: Tensor | None = None,
         modality_positions: Tensor | None = None,
         max_seq_len: int | None = None,
-        guidance_scale: float = 0.0,
+        guidance_scale: float | Sequence[float] | Tensor = 0.0,
         **_: Any,
     ) -> Tensor:
         """One ODE evaluation as upstream's: velocity [rows, channels, H, W]; under guidance both halves are equal."""
-        guided = guidance_scale > 0
+        scale = validate.guidance_scale_of(guidance_scale, image_latents.shape[0] // 2)
         if modality_positions is None:
             raise ValueError("modality_positions: expected a tensor, got None")
-        validate.check_t2i_inputs(self, image_latents, t, text_tokens, modality_positions, guided)
+        validate.check_t2i_inputs(self, image_latents, t, text_tokens, modality_positions, guided(scale))
         _, velocity = self(text_tokens, image_latents, t, attention_mask, modality_positions)
-        if not guided:
+        if not guided(scale):
             return velocity
-        velocity = guide(velocity, guidance_scale)
+        velocity = guide(velocity, scale)
         return torch.cat([velocity, velocity])
 
     @torch.no_grad()

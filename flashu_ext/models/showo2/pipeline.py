@@ -122,11 +122,13 @@ class Pipeline:
         prompts: Sequence[str],
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         *,
         sampler: Callable[..., Any] | None = None,
     ) -> list[Image]:
         """Generate images for several prompts as one batch; image i has the noise of seeds[i] (default: 0, 1, ...).
+
+        guidance_scale: one for all images, or one for each.
 
         sampler: called instead of `sample`, with its arguments (such as `flashu_ext.parallel.sample_guided`).
         """
@@ -147,7 +149,9 @@ class Pipeline:
         config = self.model.config
         patch = config.patch_size
         shape = (config.image_latent_dim, config.image_latent_height * patch, config.image_latent_width * patch)
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        # Of the dtype and on the device that are promised, not the process's defaults.
+        rows = [torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
         return torch.stack(rows).to(self._device)
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..accelerated import handle_of
 from ..masks import additive, omni_allowed
+from ..velocity import Scale, guided
 from . import validate
 
 __all__ = ["DEFAULT_STEPS", "DenseStepper", "SampleInputs", "Stepper", "integrate", "sample", "time_grid"]
@@ -27,7 +28,7 @@ def time_grid(steps: int, shift: float | None) -> Tensor:
 
     Source: upstream transport/integrators.py.
     """
-    u = torch.linspace(0, 1, steps)
+    u = torch.linspace(0, 1, steps, dtype=torch.float32, device="cpu")
     return u / (u + shift - shift * u) if shift else u
 
 
@@ -43,7 +44,7 @@ class SampleInputs:
     """int64 [rows, 1, 2], (offset, length) of every row's image span."""
     steps: int | None
     """Grid points; None: the accelerated config's, else `DEFAULT_STEPS`."""
-    guidance_scale: float
+    guidance_scale: Scale
     """The caller's; 0 runs the prompts alone."""
     time_shift: float | None
     """See `time_grid`."""
@@ -58,23 +59,23 @@ class SampleInputs:
         modality_positions: Tensor,
         modality_positions_null: Tensor | None,
         steps: int | None,
-        guidance_scale: float,
+        guidance_scale: Any,
         time_shifting_factor: float | None,
     ) -> SampleInputs:
         """Check the arguments of `sample`. Raises TypeError, ValueError or IndexError naming the wrong one."""
         text, null = (text_tokens, modality_positions), (text_tokens_null, modality_positions_null)
-        validate.check_sample_inputs(
+        scale = validate.check_sample_inputs(
             model, noise, text[0], null[0], text[1], null[1], guidance_scale, time_shifting_factor
         )
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 2):
             raise ValueError(f"steps: expected an integer >= 2 (grid points), got {steps!r}")
-        if guidance_scale > 0:
+        if guided(scale):
             text = tuple(torch.cat(pair) for pair in zip(text, null, strict=True))  # type: ignore[arg-type, assignment]
-        return cls(noise, *text, steps, guidance_scale, time_shifting_factor)
+        return cls(noise, *text, steps, scale, time_shifting_factor)
 
     @property
     def guided(self) -> bool:
-        return self.guidance_scale > 0
+        return guided(self.guidance_scale)
 
     def times(self, steps: int) -> Tensor:
         """The time grid of `steps` points, fp32, on the noise's device."""
@@ -128,7 +129,7 @@ def sample(
     modality_positions: Tensor,
     modality_positions_null: Tensor | None,
     steps: int | None = None,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | Sequence[float] | Tensor = 5.0,
     time_shifting_factor: float | None = 3.0,
     callback: Callback | None = None,
     return_velocity: bool = False,
@@ -141,7 +142,8 @@ def sample(
         text_tokens, text_tokens_null: int64 [B, length], prompt and empty prompt in Show-o2's layout (`prompts`).
         modality_positions, modality_positions_null: int64 [B, 1, 2], (offset, length) of the image span in each.
         steps: grid points; steps - 1 evaluations. None: the accelerated config's, else 50.
-        guidance_scale: s of v_null + s (v - v_null); 0 runs the prompt alone. An accelerated config may vary it over time.
+        guidance_scale: s of v_null + s (v - v_null), one for all images or one for each; 0 runs the prompts alone. An
+            accelerated config may vary it over time.
         time_shifting_factor: see `time_grid`.
         callback: called after each step with its number (from 1) and the latents, which must not be modified.
         return_velocity: also return the guided velocities.
@@ -164,7 +166,7 @@ def sample(
         time_shifting_factor,
     )
     handle = handle_of(model)
-    stepper = handle.runner.stepper(inputs) if handle is not None else DenseStepper(model, inputs)
+    stepper = handle.stepper(inputs) if handle is not None else DenseStepper(model, inputs)
     return integrate(stepper, callback, return_velocity)
 
 

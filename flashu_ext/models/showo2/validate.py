@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..velocity import Scale, guided
+
 __all__ = [
     "check_answer_inputs",
     "check_generator",
@@ -89,6 +91,26 @@ def check_t2i_inputs(
     _spans("modality_positions", modality_positions, rows, text_tokens.shape[1], span, device)
 
 
+def guidance_scale_of(guidance_scale: Any, images: int) -> Scale:
+    """A caller's guidance scale: a number, or one above 0 for each image in a sequence or tensor.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(guidance_scale, Tensor):
+        guidance_scale = guidance_scale.flatten().tolist() if guidance_scale.dim() else guidance_scale.item()
+    if not isinstance(guidance_scale, (list, tuple)):
+        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale: expected a finite number >= 0, got {guidance_scale!r:.80}")
+        return guidance_scale
+    numbers = [each for each in guidance_scale if isinstance(each, (int, float)) and 0 < each < float("inf")]
+    if len(guidance_scale) != images or len(numbers) != images:
+        raise ValueError(
+            f"guidance_scale: expected {images} finite numbers above 0, one for each image, got {guidance_scale!r:.80}"
+        )
+    return tuple(float(each) for each in numbers)
+
+
 def check_sample_inputs(
     model: Any,
     noise: Tensor,
@@ -96,22 +118,22 @@ def check_sample_inputs(
     text_tokens_null: Tensor | None,
     modality_positions: Tensor,
     modality_positions_null: Tensor | None,
-    guidance_scale: float,
+    guidance_scale: Any,
     time_shifting_factor: float | None,
-) -> None:
-    """Inputs of a whole image (`sample`). Raises TypeError, ValueError or IndexError naming the argument."""
+) -> Scale:
+    """Inputs of a whole image (`sample`); returns the guidance scale. Raises TypeError, ValueError or IndexError naming the
+    argument."""
     device = model.showo.model.embed_tokens.weight.device
     rows, patches = _latents("noise", noise, model, device)
     span = patches + (1 if model.config.add_time_embeds else 0)
-    if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
-        raise ValueError(f"guidance_scale: expected a finite number >= 0, got {guidance_scale!r}")
+    scale = guidance_scale_of(guidance_scale, rows)
     if time_shifting_factor is not None and (
         not isinstance(time_shifting_factor, (int, float)) or not 0 <= time_shifting_factor < float("inf")
     ):
         raise ValueError(f"time_shifting_factor: expected None or a finite number >= 0, got {time_shifting_factor!r}")
     _tokens("text_tokens", text_tokens, rows, model, device)
     _spans("modality_positions", modality_positions, rows, text_tokens.shape[1], span, device)
-    if guidance_scale > 0:
+    if guided(scale):
         if text_tokens_null is None or modality_positions_null is None:
             raise ValueError("text_tokens_null, modality_positions_null: expected tensors under guidance, got None")
         _tokens("text_tokens_null", text_tokens_null, rows, model, device)
@@ -120,6 +142,7 @@ def check_sample_inputs(
                 f"text_tokens_null: expected shape {tuple(text_tokens.shape)} as text_tokens, got {tuple(text_tokens_null.shape)}"
             )
         _spans("modality_positions_null", modality_positions_null, rows, text_tokens.shape[1], span, device)
+    return scale
 
 
 def check_answer_inputs(
