@@ -331,11 +331,11 @@ def test_an_image_is_shared_whole_or_not_at_all():
 
 
 def test_one_image_serves_a_batch_and_is_encoded_once(monkeypatch):
-    import flashu_ext.runtime.understanding as room
+    import flashu_ext.runtime.understanding as engine
 
     model, encoded = public().model(), []
-    real = room.embed_image
-    monkeypatch.setattr(room, "embed_image", lambda *a: encoded.append(a[1].shape[0]) or real(*a))
+    real = engine.embed_image
+    monkeypatch.setattr(engine, "embed_image", lambda *a: encoded.append(a[1].shape[0]) or real(*a))
     asked = [ask(1), ask(1, after=9), ask(2), ask(1, after=3)]
     expected = [answer_tokens(model, **a, max_new_tokens=3) for a in asked]
     with fx.accelerate(model):
@@ -353,12 +353,12 @@ def test_one_image_serves_a_batch_and_is_encoded_once(monkeypatch):
 
 def test_an_error_does_not_affect_the_next_answer(monkeypatch):
     import flashu_ext.runtime.decoding as decoding
-    import flashu_ext.runtime.understanding as room
+    import flashu_ext.runtime.understanding as engine
 
     model, asked = public().model(), [ask(1), ask(1, after=9), ask(2)]
     config = fx.FlashUConfig(token_prune_ratio=0.5)
     expected = [oracle(model, **a, max_new_tokens=NEW, ratio=0.5)[0] for a in asked]
-    real = room.decoder_layer
+    real = engine.decoder_layer
     with fx.accelerate(model, config) as handle:
         answer_tokens(model, **asked[0], max_new_tokens=2)
         for fail_at in (0, 1, 5, 7, 12, 20):
@@ -370,11 +370,11 @@ def test_an_error_does_not_affect_the_next_answer(monkeypatch):
                     raise MemoryError("no room")
                 return real(*arguments)
 
-            for place in (room, decoding):
+            for place in (engine, decoding):
                 monkeypatch.setattr(place, "decoder_layer", failing)
             with pytest.raises(MemoryError, match="no room"):
                 answer_tokens_batch(model, *batch(asked[1:]), max_new_tokens=9)
-            for place in (room, decoding):
+            for place in (engine, decoding):
                 monkeypatch.setattr(place, "decoder_layer", real)
             assert logits_of(handle, asked)[0] == expected
             assert answer_tokens(model, **asked[1], max_new_tokens=NEW).tolist() == expected[1]
