@@ -11,11 +11,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..planning.config import strict_json
+from ..planning.reading import open_regular, read_json, refusal, shown
+from .lock import FolderLock
 from .prompts import Job, check_name
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ MANIFEST = "manifest.json"
 VERSION = 2
 EARLIER_VERSION = 1  # its digest of the weights omits most tensors
 SHOWN_DIFFERENCES = 6
+MAX_MANIFEST_BYTES = 2**29
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -90,7 +93,12 @@ def _plan_digest(config: FlashUConfig | None, plan: TaskPlan | None) -> str | No
 
 
 def open_folder(
-    out: str | os.PathLike[str], settings: Mapping[str, Any], jobs: Sequence[Job], *, overwrite: bool = False
+    out: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    jobs: Sequence[Job],
+    *,
+    overwrite: bool = False,
+    lock: FolderLock | None = None,
 ) -> list[int]:
     """Prepare a folder for a list of images, new or left by an earlier run.
 
@@ -98,15 +106,21 @@ def open_folder(
         out: the folder; created if missing.
         settings: from `settings_record`.
         overwrite: first delete the images of an earlier run, whatever its settings.
+        lock: of `out`, held by the run; None: the folder is locked for this call.
 
     Returns:
         Indices of the missing images. A batch with a missing image is generated whole.
 
     Raises:
-        ValueError: the folder has other settings, its manifest is malformed or of an earlier version, or an image file
-            exists without a manifest. The folder is unchanged then.
+        ValueError: another run uses the folder, the folder has other settings, its manifest is malformed or of an earlier
+            version, or an image file exists without a manifest or is no regular file. The folder is unchanged then.
     """
+    if lock is None:
+        with FolderLock(out) as lock:
+            lock.begin()
+            return open_folder(out, settings, jobs, overwrite=overwrite, lock=lock)
     out, path = Path(out), Path(out) / MANIFEST
+    _check_places(out, jobs)
     record = {"version": VERSION, "settings": dict(settings), "images": [dataclasses.asdict(job) for job in jobs]}
     if overwrite:
         _discard(out, jobs)
@@ -115,14 +129,20 @@ def open_folder(
     else:
         for job in jobs:
             if (out / job.name).exists():
-                raise ValueError(
-                    f"{out / job.name}: exists already, without a {MANIFEST} that says how it was generated; "
-                    "choose another folder or overwrite"
+                raise refusal(
+                    out / job.name,
+                    f"exists already, without a {MANIFEST} that says how it was generated; choose another folder or overwrite",
                 )
-    out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         _write_manifest(path, record)
     return missing(out, jobs)
+
+
+def _check_places(out: Path, jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG((out / job.name).stat().st_mode):
+                raise refusal(out / job.name, "expected a regular file or none, where an image is to be written")
 
 
 def missing(out: str | os.PathLike[str], jobs: Sequence[Job]) -> list[int]:
@@ -135,51 +155,51 @@ def complete_png(path: str | os.PathLike[str]) -> bool:
     from PIL import Image
 
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(-len(_PNG_END), os.SEEK_END)  # not checked by PIL
             if file.read() != _PNG_END:
                 return False
-        with Image.open(path, formats=("PNG",)) as image:
-            image.verify()
-    except (OSError, SyntaxError, ValueError):  # as PIL raises them for missing, truncated or other files
+            file.seek(0)
+            with Image.open(file, formats=("PNG",)) as image:
+                image.verify()
+    except Exception:  # as PIL raises them for missing, truncated, other or too large files
         return False
     return True
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from error
-    record = strict_json(text, str(path))
+    record = read_json(path, MAX_MANIFEST_BYTES)
     if not isinstance(record, dict) or set(record) != {"version", "settings", "images"}:
-        raise ValueError(f"{path}: expected an object with version, settings, images, got {text!r:.100}")
+        raise refusal(path, f"expected an object with version, settings, images, got {shown(record)}")
     if record["version"] not in (EARLIER_VERSION, VERSION):
-        raise ValueError(f"{path}: expected version {VERSION}, got {record['version']!r:.40}")
+        raise refusal(path, f"expected version {VERSION}, got {shown(record['version'])}")
     if not isinstance(record["settings"], dict):
-        raise ValueError(f"{path}: settings: expected an object, got {record['settings']!r:.100}")
+        raise refusal(path, f"settings: expected an object, got {shown(record['settings'])}")
     if not isinstance(record["images"], list):
-        raise ValueError(f"{path}: images: expected a list, got {record['images']!r:.100}")
+        raise refusal(path, f"images: expected a list, got {shown(record['images'])}")
     fields = {field.name for field in dataclasses.fields(Job)}
     for index, image in enumerate(record["images"]):
         if not isinstance(image, dict) or set(image) != fields:
-            raise ValueError(f"{path}: images[{index}]: expected prompt, seed, name, got {image!r:.100}")
+            raise refusal(path, f"images[{index}]: expected prompt, seed, name, got {shown(image)}")
         check_name(f"{path}: images[{index}]: name", image["name"])
     return record
 
 
 def _write_manifest(path: Path, record: Mapping[str, Any]) -> None:
-    from ..planning.safe_files import atomic_path
+    from ..planning.safe_files import write_text
 
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if len(text.encode()) > MAX_MANIFEST_BYTES:
+        raise refusal(path, f"expected at most {MAX_MANIFEST_BYTES} bytes, got {len(text.encode())}; draw fewer images")
+    write_text(path, text)
 
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     if old["version"] != VERSION:
-        raise ValueError(
-            f"{path}: written by an earlier version of this program, which did not record all weights; "
-            "choose another folder or overwrite"
+        raise refusal(
+            path,
+            "written by an earlier version of this program, which did not record all weights; "
+            "choose another folder or overwrite",
         )
     differences = _differences(old["settings"], new["settings"])
     before, now = old["images"], new["images"]
@@ -189,12 +209,12 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
         changed = [index for index, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1]]
         if changed:
             index = changed[0]
-            differences.append(f"images[{index}]: was {before[index]!r:.160}, now {now[index]!r:.160}")
+            differences.append(f"images[{index}]: was {shown(before[index], 160)}, now {shown(now[index], 160)}")
     if differences:
         more = len(differences) - SHOWN_DIFFERENCES
-        shown = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
-        raise ValueError(
-            f"{path}: this folder was generated with other settings: {shown}; choose another folder or overwrite"
+        listed = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        raise refusal(
+            path, f"this folder was generated with other settings: {listed}; choose another folder or overwrite"
         )
 
 
@@ -205,7 +225,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         if isinstance(before, dict) and isinstance(now, dict):
             lines += _differences(before, now, f"{prefix}{key}.")
         elif json.dumps(before) != json.dumps(now):  # as JSON, which writes tuples as lists
-            lines.append(f"{prefix}{key}: was {before!r:.80}, now {now!r:.80}")
+            lines.append(f"{prefix}{key:.40}: was {shown(before, 80)}, now {shown(now, 80)}")
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from ..models.showo2.sampling import DEFAULT_STEPS, SampleInputs, integrate
 from ..models.velocity import guide, patchify
 from ..planning.config import FlashUConfig
 from ..planning.schedule import StepPlan
-from .ranks import Heartbeat, first_line
+from .ranks import Heartbeat, first_line, wait_for
 
 __all__ = ["check_guidance_parallel", "guidance_group", "sample_guided"]
 
@@ -41,13 +42,18 @@ def guidance_group(heartbeat: Heartbeat, device: torch.device, timeout: float = 
     ranks = heartbeat.ranks
     if ranks.world != 2:
         raise ValueError(f"guidance-parallel: expected 2 ranks, one for each branch, got {ranks.world}")
-    dist.init_process_group(
+    meet = functools.partial(
+        dist.init_process_group,
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("guidance", heartbeat.store),
         rank=ranks.rank,
         world_size=ranks.world,
         timeout=datetime.timedelta(seconds=timeout),
     )
+    try:
+        wait_for(meet, timeout, heartbeat.stop)
+    except (InterruptedError, TimeoutError) as error:
+        raise RuntimeError(f"rank {1 - ranks.rank} did not come to guidance-parallel: {error}") from error
     try:
         yield dist.group.WORLD
     finally:

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..planning.config import strict_json
+from ..planning.reading import MAX_LIST_BYTES, read_text, refusal, shown, strict_json
 
 __all__ = ["Job", "check_name", "make_jobs", "read_prompts", "slug"]
 
+PROMPT_LENGTH = 100_000
+"""Characters of a prompt, of which a model reads some hundred tokens."""
 SLUG_LENGTH = 48
 INDEX_DIGITS = 4
 # File systems allow 255 bytes; the temporary file beside an image has a longer name than the image.
@@ -47,18 +49,15 @@ def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> list[Job]:
         OSError: the file cannot be read.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from error
+    text = read_text(path, MAX_LIST_BYTES, encoding="utf-8-sig")
     # Not splitlines(), which also splits at form feeds and Unicode separators within JSON strings.
     lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     if path.suffix == ".jsonl":
         records = [(where, _record(where, line)) for where, line in lines if line]
     else:
-        records = [(where, {"prompt": line}) for where, line in lines if line and not line.startswith("#")]
+        records = [(where, _checked(where, {"prompt": line})) for where, line in lines if line and line[0] != "#"]
     if not records:
-        raise ValueError(f"{path}: expected at least one prompt, got none")
+        raise refusal(path, "expected at least one prompt, got none")
     return _jobs(records, seed)
 
 
@@ -79,21 +78,23 @@ def make_jobs(prompts: Sequence[str], seed: int = 0) -> list[Job]:
 def _record(where: str, line: str) -> dict[str, Any]:
     record = strict_json(line, where)
     if not isinstance(record, dict) or "prompt" not in record:
-        raise ValueError(f"{where}: expected an object with prompt and optionally seed, name, got {line!r:.200}")
+        raise refusal(where, f"expected an object with prompt and optionally seed, name, got {shown(line)}")
     unknown = sorted(set(record) - set(_KEYS))
     if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r:.100}; known keys: {', '.join(_KEYS)}")
+        raise refusal(where, f"unknown key {shown(unknown[0])}; known keys: {', '.join(_KEYS)}")
     return _checked(where, record)
 
 
 def _checked(where: str, record: dict[str, Any]) -> dict[str, Any]:
     prompt = record["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: prompt: expected a non-empty string, got {prompt!r:.100}")
+        raise refusal(where, f"prompt: expected a non-empty string, got {shown(prompt)}")
+    if len(prompt) > PROMPT_LENGTH:
+        raise refusal(where, f"prompt: expected at most {PROMPT_LENGTH} characters, got {len(prompt)}")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: prompt: expected text that UTF-8 can encode, got {prompt!r:.100}") from error
+        raise refusal(where, f"prompt: expected text that UTF-8 can encode, got {shown(prompt)}") from error
     if "seed" in record:
         _check_seed(f"{where}: seed", record["seed"])
     if "name" in record:
@@ -103,7 +104,7 @@ def _checked(where: str, record: dict[str, Any]) -> dict[str, Any]:
 
 def _check_seed(where: str, seed: Any) -> None:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"{where}: expected an integer in [0, 2^63), got {seed!r:.100}")
+        raise refusal(where, f"expected an integer in [0, 2^63), got {shown(seed)}")
 
 
 def check_name(where: str, name: Any) -> None:
@@ -119,9 +120,7 @@ def check_name(where: str, name: Any) -> None:
             ".png",
         )
     if not usable or len(name.encode("utf-8")) > _NAME_BYTES:
-        raise ValueError(
-            f"{where}: expected a file name without a path, of at most {_NAME_BYTES} bytes, got {name!r:.100}"
-        )
+        raise refusal(where, f"expected a file name without a path, of at most {_NAME_BYTES} bytes, got {shown(name)}")
 
 
 def _jobs(records: Sequence[tuple[str, dict[str, Any]]] | Iterator[tuple[str, dict[str, Any]]], seed: int) -> list[Job]:
@@ -138,8 +137,8 @@ def _jobs(records: Sequence[tuple[str, dict[str, Any]]] | Iterator[tuple[str, di
             name += ".png"
         # On case-insensitive file systems names that differ only in case are one file.
         if name.casefold() in taken:
-            raise ValueError(
-                f"{where}: name: expected a unique name, {name!r} is also that of {taken[name.casefold()]}"
+            raise refusal(
+                where, f"name: expected a unique name, {shown(name)} is also that of {taken[name.casefold()]}"
             )
         taken[name.casefold()] = where
         jobs.append(Job(record["prompt"], own, name))

@@ -11,11 +11,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+
+from ..planning.reading import printable
 
 __all__ = ["Heartbeat", "Ranks", "shard"]
 
@@ -26,6 +29,8 @@ JOIN_SECONDS = 120.0
 PATIENCE_SECONDS = 30.0
 """Silence after which a rank counts as gone. Heartbeats need only the GIL, which long torch calls release."""
 BEAT_SECONDS = 0.5
+LEAVE_SECONDS = 5.0
+"""How long the last beat may hang on a store that does not answer."""
 
 
 # ---- ranks
@@ -116,11 +121,18 @@ class Heartbeat:
     because launchers kill all ranks when the first one exits.
     """
 
-    def __init__(self, ranks: Ranks, store: Any = None, patience: float = PATIENCE_SECONDS):
+    def __init__(
+        self,
+        ranks: Ranks,
+        store: Any = None,
+        patience: float = PATIENCE_SECONDS,
+        stop: Callable[[], bool] = lambda: False,
+    ):
         """
         Args:
             store: shared by all ranks, hosted by rank 0 or the launcher; None for one process.
             patience: seconds of silence after which a rank counts as gone.
+            stop: True ends waiting for another rank.
         """
         if not isinstance(patience, (int, float)) or not patience > BEAT_SECONDS:
             raise ValueError(f"patience: expected more than {BEAT_SECONDS} seconds, got {patience!r}")
@@ -129,6 +141,7 @@ class Heartbeat:
         self.ranks = ranks
         self.store = store
         self.patience = patience
+        self.stop = stop
         self.lost: dict[int, str] = {}
         self._ended = self._store_gone = False
         self._others = [rank for rank in range(ranks.world) if rank != ranks.rank]
@@ -141,27 +154,36 @@ class Heartbeat:
             self._thread.start()
 
     @classmethod
-    def join(cls, ranks: Ranks, patience: float = PATIENCE_SECONDS, timeout: float = JOIN_SECONDS) -> Heartbeat:
+    def join(
+        cls,
+        ranks: Ranks,
+        patience: float = PATIENCE_SECONDS,
+        timeout: float = JOIN_SECONDS,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Heartbeat:
         """Meet the other ranks at MASTER_ADDR:MASTER_PORT; uses the launcher's store if it has one.
 
         Raises:
-            RuntimeError: not all ranks met within `timeout` seconds.
+            RuntimeError: not all ranks met within `timeout` seconds, or `stop` ended the waiting.
         """
         if ranks.world == 1:
-            return cls(ranks, None, patience)
+            return cls(ranks, None, patience, stop)
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
+        def meet() -> Any:
+            return next(rendezvous("env://", ranks.rank, ranks.world, timeout=datetime.timedelta(seconds=timeout)))
+
         try:
-            store, _, _ = next(
-                rendezvous("env://", ranks.rank, ranks.world, timeout=datetime.timedelta(seconds=timeout))
-            )
+            store, _, _ = wait_for(meet, timeout, stop)
+        except InterruptedError as error:
+            raise RuntimeError(f"rank {ranks.rank}: stopped before all {ranks.world} ranks met") from error
         except (RuntimeError, OSError) as error:
             raise RuntimeError(
                 f"rank {ranks.rank}: not all {ranks.world} ranks met within {timeout:g} s: {first_line(error)}"
             ) from error
         # A launcher's store outlives restarts and still has the keys of the dead ranks.
-        return cls(ranks, dist.PrefixStore(f"attempt {ranks.attempt}", store), patience)
+        return cls(ranks, dist.PrefixStore(f"attempt {ranks.attempt}", store), patience, stop)
 
     # ---- while working
 
@@ -170,7 +192,7 @@ class Heartbeat:
 
         Raises:
             On rank 0 any error of `make`; on the others ValueError with its text.
-            RuntimeError: rank 0 is gone.
+            RuntimeError: rank 0 is gone, or `stop` ended the waiting.
         """
         if not self._others:
             return make()
@@ -186,6 +208,8 @@ class Heartbeat:
             why = self._why_gone(0)
             if why is not None:
                 raise RuntimeError(f"rank 0 {why}, before it said what to generate")
+            if self.stop():
+                raise RuntimeError(f"rank {self.ranks.rank}: stopped before rank 0 said what to generate")
             time.sleep(0.02)
         answer = json.loads(self.store.get(f"share/{name}"))
         if "error" in answer:
@@ -194,12 +218,11 @@ class Heartbeat:
 
     # ---- the end
 
-    def finish(self, failure: str = "", stop: Callable[[], bool] = lambda: False) -> dict[int, str]:
+    def finish(self, failure: str = "") -> dict[int, str]:
         """Report that this rank has ended, then wait until every other one has ended or is gone.
 
         Args:
             failure: this rank's error; empty: none.
-            stop: True ends the waiting.
 
         Returns:
             rank -> reason, for the other ranks that failed or are gone; also in `lost`.
@@ -209,7 +232,7 @@ class Heartbeat:
         self._set(f"end/{self.ranks.rank}", failure)
         self._ended = True
         waiting = set(self._others)
-        while waiting and not stop():
+        while waiting and not self.stop():
             for rank in sorted(waiting):
                 if self._has(f"end/{rank}"):
                     said = self._get(f"end/{rank}")
@@ -224,7 +247,7 @@ class Heartbeat:
             time.sleep(0.02 if waiting else 0)
         self._set(f"left/{self.ranks.rank}", "")
         if self.ranks.rank == 0:
-            self._host_until_others_left(stop)
+            self._host_until_others_left()
         self.leave()
         return self.lost
 
@@ -232,7 +255,7 @@ class Heartbeat:
         """Stop the heartbeat without waiting for other ranks."""
         self._quit.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(LEAVE_SECONDS)
 
     @property
     def reporter(self) -> bool:
@@ -271,11 +294,11 @@ class Heartbeat:
         silent = time.monotonic() - self._heard[rank][1]
         return f"is gone: not heard of for {silent:.0f} s" if silent > self.patience else None
 
-    def _host_until_others_left(self, stop: Callable[[], bool]) -> None:
+    def _host_until_others_left(self) -> None:
         """The store ends with the rank that hosts it, so that rank leaves last."""
         until = time.monotonic() + self.patience
         left = [rank for rank in self._others if self.lost.get(rank, "failed").startswith("failed")]
-        while left and time.monotonic() < until and not stop() and not self._store_gone:
+        while left and time.monotonic() < until and not self.stop() and not self._store_gone:
             left = [rank for rank in left if not self._has(f"left/{rank}")]
             time.sleep(0.02)
 
@@ -298,4 +321,30 @@ class Heartbeat:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:300]
+    return printable((str(error).strip().splitlines() or [""])[0], 300)
+
+
+def wait_for(call: Callable[[], T], seconds: float, stop: Callable[[], bool] = lambda: False) -> T:
+    """What a call returns that waits for another rank in native code, where Python cannot handle a signal.
+
+    It runs in a thread, which is left alone where it is not waited for to its end.
+
+    Raises:
+        Whatever the call raised. TimeoutError: it took longer. InterruptedError: `stop` said to end. KeyboardInterrupt.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="wait", daemon=True).start()
+    until = time.monotonic() + seconds
+    while not wait([outcome], timeout=0.05).done:
+        if stop():
+            raise InterruptedError("stopped")
+        if time.monotonic() > until:
+            raise TimeoutError("they do not answer")
+    return outcome.result()

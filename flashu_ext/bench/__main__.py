@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..cli.main import bench
+from ..planning.safe_files import write_text
 from .calls import main as calls
 from .readme import main as readme
 from .roofline import main as roofline
@@ -60,7 +61,7 @@ def fidelity(prompts: int, seed: int, steps: int, json_path: Path | None) -> Non
     rows = module.measure(prompts, seed, steps)
     click.echo(module.table(rows))
     if json_path is not None:
-        json_path.write_text(module.to_json(rows), encoding="utf-8")
+        write_text(json_path, module.to_json(rows))
 
 
 main.add_command(calls, "calls")

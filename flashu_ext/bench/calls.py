@@ -9,7 +9,7 @@ import click
 import torch
 
 from .. import ops
-from ..planning.safe_files import atomic_path
+from ..planning.safe_files import write_text
 from .timing import Variant, measure
 
 NEURONS, RUNS, LENGTH = 8960, 1120, 6
@@ -72,5 +72,4 @@ def main(seconds: float, threads: int | None, json_path: Path | None) -> None:
         f"gathered_ffn, fp32, 1 token, {NEURONS} neurons, {RUNS * LENGTH} kept; us a call, median\n\n{table(rows)}"
     )
     if json_path is not None:
-        with atomic_path(json_path) as draft:
-            draft.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_text(json_path, json.dumps(rows, indent=2) + "\n")

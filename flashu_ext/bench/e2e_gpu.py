@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.plan import TaskPlan
-from ..planning.safe_files import atomic_path
+from ..planning.safe_files import write_text
 from ..runtime.handle import accelerate
 from .e2e import GUIDANCE, SHIFT, OwnSubject, Subject
 from .launches import BUCKETS, observe
@@ -128,8 +128,7 @@ class Report:
     def save(self, path: Path) -> None:
         """Write the record as JSON: the file is the old one or the whole new one."""
         text = json.dumps(check(self.record()), indent=1, allow_nan=False) + "\n"
-        with atomic_path(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
     def table(self) -> str:
         header, rows = table_rows(self.record())

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from ..planning.safe_files import atomic_path
+
 __all__ = ["plot"]
 
 
@@ -49,7 +51,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axes.set_title(f"Gathered FFN on {record['machine'].get('gpu', record['machine'].get('cpu', ''))}", loc="left")
     axes.grid(alpha=0.25)
     axes.legend()
-    figure.savefig(path, dpi=130)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
 
 
 @click.command(epilog="Example: python -m flashu_ext.bench roofline out/results.json --out roofline.png")

@@ -21,7 +21,7 @@ from ..models.parts import Showo2Parts
 from ..models.showo2 import Showo2, Showo2Config, answer_tokens, sample
 from ..ops import machine
 from ..planning.config import FlashUConfig
-from ..planning.safe_files import atomic_path
+from ..planning.safe_files import write_text
 from ..runtime.counting import DispatchCounter
 from ..runtime.handle import accelerate
 from ..runtime.image_memory import ImageMemory, ImageShape
@@ -137,5 +137,4 @@ def main(path: Path | None) -> None:
     }
     click.echo(tables(record))
     if path is not None:
-        with atomic_path(path) as draft:
-            draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(record, indent=1) + "\n")

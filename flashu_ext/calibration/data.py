@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..planning.config import strict_json
+from ..planning.reading import MAX_LIST_BYTES, open_regular, read_image, read_text, refusal, shown, strict_json
 from .calibrate import GenerationSample, Sample, UnderstandingSample
 
 if TYPE_CHECKING:
@@ -72,17 +72,23 @@ def folder_samples(pipe: Pipeline, directory: str | os.PathLike[str], limit: int
     """
     directory = Path(directory)
 
-    def make(record: Mapping[str, str]) -> Sample:
-        image = _open(directory / record["image"])
-        if "prompt" in record:
-            return image_sample(pipe, image, record["prompt"])
-        return question_sample(pipe, image, record["question"], record["answer"])
+    def make(line: tuple[str, Mapping[str, str]]) -> Sample:
+        where, record = line
+        try:
+            image = read_image(directory / record["image"])
+            if "prompt" in record:
+                return image_sample(pipe, image, record["prompt"])
+            return question_sample(pipe, image, record["question"], record["answer"])
+        except (ValueError, OSError) as error:
+            raise refusal(where, error) from error
 
-    return {task: Samples(tuple(records), make) for task, records in read_folder(directory, limit).items()}
+    return {task: Samples(tuple(lines), make) for task, lines in read_folder(directory, limit).items()}
 
 
-def read_folder(directory: str | os.PathLike[str], limit: int | None = None) -> dict[str, list[dict[str, str]]]:
-    """task -> checked lines of a folder's files, without opening an image.
+def read_folder(
+    directory: str | os.PathLike[str], limit: int | None = None
+) -> dict[str, list[tuple[str, dict[str, str]]]]:
+    """task -> checked lines of a folder's files, each with file and line in words, without opening an image.
 
     Raises:
         FileNotFoundError: no folder, no `.jsonl` file, or an image is missing.
@@ -99,42 +105,37 @@ def read_folder(directory: str | os.PathLike[str], limit: int | None = None) -> 
     return {task: _read_file(directory, files[task], task, limit) for task in order}
 
 
-def _read_file(directory: Path, path: Path, task: str, limit: int | None) -> list[dict[str, str]]:
-    records: list[dict[str, str]] = []
+def _read_file(directory: Path, path: Path, task: str, limit: int | None) -> list[tuple[str, dict[str, str]]]:
+    records: list[tuple[str, dict[str, str]]] = []
     keys = _FIXED.get(task)
-    with path.open(encoding="utf-8") as file:
-        try:
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8: {error}") from error
+    text = read_text(path, MAX_LIST_BYTES)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, line in itertools.islice(lines, limit):
         where = f"{path}:{number}"
         record = strict_json(line, where)
         allowed = (keys,) if keys else (_DRAWING, _QUESTION)
         if not isinstance(record, dict) or set(record) not in allowed:
             shapes = " or ".join(", ".join(sorted(shape)) for shape in allowed)
-            raise ValueError(f"{where}: expected an object with {shapes}, got {line.strip()!r:.200}")
+            raise refusal(where, f"expected an object with {shapes}, got {shown(line.strip())}")
         keys = frozenset(record)
         for name, value in record.items():
             # An empty prompt is valid; other fields must not be empty.
             if not isinstance(value, str) or (not value.strip() and name != "prompt"):
-                raise ValueError(f"{where}: {name}: expected a non-empty string, got {value!r:.100}")
+                raise refusal(where, f"{name}: expected a non-empty string, got {shown(value)}")
         image = PurePosixPath(record["image"])
         if image.is_absolute() or ".." in image.parts:
-            raise ValueError(f"{where}: image: expected a path within the folder, got {record['image']!r:.200}")
-        if not (directory / image).is_file():
-            raise FileNotFoundError(f"{where}: image: no such file: {directory / image}")
-        records.append(record)
+            raise refusal(where, f"image: expected a path within the folder, got {shown(record['image'])}")
+        _check_file(where, directory / image)
+        records.append((where, record))
     if not records:
-        raise ValueError(f"{path}: expected at least one line, got none")
+        raise refusal(path, "expected at least one line, got none")
     return records
 
 
-def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
+def _check_file(where: str, path: Path) -> None:
     try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path}: not an image") from error
+        open_regular(path).close()
+    except FileNotFoundError as error:
+        raise refusal(where, f"image: no such file: {path}", FileNotFoundError) from error
+    except (ValueError, OSError) as error:
+        raise refusal(where, f"image: {error}") from error

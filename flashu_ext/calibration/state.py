@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..planning.config import strict_json
 from ..planning.estimators import Calibration, DownNorms, NeuronSums
+from ..planning.groups import is_int
+from ..planning.reading import refusal, shown, strict_json
 from ..planning.safe_files import load_safetensors, save_safetensors
 
 __all__ = ["TaskState", "chained_digest", "load_states", "save_states"]
@@ -119,12 +120,12 @@ def load_states(
     """
     tensors, metadata = load_safetensors(path)
     if set(metadata) != {"calibration"}:
-        raise ValueError(f"{path}: expected a calibration checkpoint, got metadata {sorted(metadata)}")
-    header = strict_json(metadata["calibration"], f"{path}: calibration")
+        raise refusal(path, f"expected a calibration checkpoint, got metadata {shown(sorted(metadata))}")
+    header = strict_json(metadata["calibration"], f"{os.fspath(path)}: calibration")
     try:
         return _read(header, tensors, settings, device)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise refusal(path, error) from error
 
 
 def _read(
@@ -136,28 +137,28 @@ def _read(
         raise ValueError(f"expected format {FORMAT!r} and version {VERSION}")
     made = header["settings"]
     if not isinstance(made, dict) or set(made) != set(settings):
-        raise ValueError(f"settings: expected {sorted(settings)}, got {made!r:.200}")
+        raise ValueError(f"settings: expected {sorted(settings)}, got {shown(made)}")
     for name, value in settings.items():
         if made[name] != value:
             raise ValueError(
-                f"checkpoint of another calibration: {name} was {made[name]!r:.200}, is {value!r:.200}; "
+                f"checkpoint of another calibration: {name} was {shown(made[name])}, is {shown(value)}; "
                 "delete the file to start over"
             )
     tasks = header["tasks"]
     if not isinstance(tasks, dict) or set(tasks) - set(settings["tasks"]):
-        raise ValueError(f"tasks: expected some of {settings['tasks']}, got {tasks!r:.200}")
+        raise ValueError(f"tasks: expected some of {settings['tasks']}, got {shown(tasks)}")
     states = {}
     for task in (task for task in settings["tasks"] if task in tasks):
         record = tasks[task]
         if not isinstance(record, dict) or set(record) != {"kind", "samples", "tokens", "digest"}:
-            raise ValueError(f"tasks[{task!r}]: expected kind, samples, tokens and digest, got {record!r:.200}")
+            raise ValueError(f"tasks[{task!r}]: expected kind, samples, tokens and digest, got {shown(record)}")
         counts = (record["samples"], record["tokens"])
         if (
             record["kind"] not in KINDS
-            or not all(type(count) is int and count >= 0 for count in counts)
+            or not all(is_int(count) and 1 <= count < 2**63 for count in counts)
             or not isinstance(record["digest"], str)
         ):
-            raise ValueError(f"tasks[{task!r}]: not valid: {record!r:.200}")
+            raise ValueError(f"tasks[{task!r}]: not valid: {shown(record)}")
         times = len(settings["times"])
         state = TaskState.build(record["kind"], settings["layers"], settings["intermediate"], times, device)
         state.samples, state.tokens, state.digest = *counts, record["digest"]
@@ -169,5 +170,5 @@ def _read(
             value.copy_(got)
         states[task] = state
     if len(tensors) != sum(len(state.tensors()) for state in states.values()):
-        raise ValueError(f"expected the tensors of {list(states)}, got {sorted(tensors)}")
+        raise ValueError(f"expected the tensors of {list(states)}, got {shown(sorted(tensors))}")
     return states

@@ -80,6 +80,7 @@ def ffn(
 ) -> None:
     """Compare the gathered FFN with torch dense, a pruned copy, and gather-then-GEMM."""
     from ..bench import ffn as module
+    from ..planning.safe_files import write_text
 
     settings = module.Settings(shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads)
     if explain is not None:
@@ -88,7 +89,7 @@ def ffn(
     report = module.run(settings)
     click.echo(report.table())
     if json_file is not None:
-        json_file.write_text(report.to_json(), encoding="utf-8")
+        write_text(json_file, report.to_json())
 
 
 @bench.command(
@@ -189,6 +190,7 @@ def e2e(
     if len(models) > 1 or models[:1] in (("1.5b",), ("7b",)):
         raise click.UsageError("--model: expected bench or tiny without --gpu, and one of them")
     from ..bench import e2e as module
+    from ..planning.safe_files import write_text
 
     settings = module.Settings(
         model=models[0] if models else "bench",
@@ -204,7 +206,7 @@ def e2e(
     report = module.run(settings)
     click.echo(report.table())
     if json_file is not None:
-        json_file.write_text(report.to_json(), encoding="utf-8")
+        write_text(json_file, report.to_json())
     if not report.agrees:
         raise RuntimeError(report.disagreement())
 

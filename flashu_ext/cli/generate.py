@@ -17,6 +17,8 @@ from .support import EXPECTED_ERRORS, example, model_options, open_pipeline
 
 if TYPE_CHECKING:
     from ..batch import Heartbeat, Ranks
+    from ..batch.lock import FolderLock
+    from ..batch.prompts import Job
 
 __all__ = ["generate"]
 
@@ -141,8 +143,13 @@ def _opened(
 def _generate_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience: float, **settings: Any) -> None:
     if not output.resolve().parent.is_dir():
         raise click.UsageError(f"--output: expected a file in an existing folder, got {str(output)!r}")
-    from ..batch import Heartbeat
+    from PIL import Image
 
+    from ..batch import Heartbeat
+    from ..planning.safe_files import atomic_path
+
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise click.UsageError(f"--output: expected a name that ends as images' do, as in .png, got {str(output)!r}")
     device = ranks.device() if apart else "cpu"
     with (
         Heartbeat.join(ranks, patience) as heartbeat,
@@ -152,7 +159,8 @@ def _generate_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience
         image = pipe.generate_batch([prompt], [settings["seed"]], **sampling)[0]
         seconds = time.perf_counter() - start
         if ranks.rank == 0:
-            image.save(output)
+            with atomic_path(output) as temporary:
+                image.save(temporary)
             name = settings["tuned"] or settings["preset"]
             click.echo(f"{output}: {image.width} x {image.height}, {seconds:.2f} s ({name})")
 
@@ -162,12 +170,17 @@ def _generate_list(
 ) -> None:
     from ..batch import Heartbeat, shard
     from ..batch import folder as folder
+    from ..batch.lock import FolderLock
     from ..batch.prompts import read_prompts
 
     jobs = read_prompts(prompts, settings["seed"])
     start = time.perf_counter()
     try:
-        with _stop_on_sigterm() as stop, Heartbeat.join(ranks, patience) as heartbeat:
+        with (
+            _stop_on_sigterm() as stop,
+            FolderLock(out) as lock,
+            Heartbeat.join(ranks, patience, stop=stop) as heartbeat,
+        ):
             with _opened(heartbeat, apart, settings, ranks.device()) as (pipe, handle, sampling):
                 record = folder.settings_record(
                     pipe,
@@ -181,7 +194,8 @@ def _generate_list(
                 )
                 # When a launcher restarts the ranks, they resume from the images of the first attempt.
                 discard = overwrite and ranks.attempt == 0
-                todo = heartbeat.share("todo", lambda: folder.open_folder(out, record, jobs, overwrite=discard))
+                run, todo = heartbeat.share("todo", functools.partial(_begin, lock, out, record, jobs, discard))
+                lock.join(run)
                 batches = sorted({index // batch for index in todo})
                 mine = batches if apart else shard(batches, ranks.rank, ranks.world)
                 keeps = not apart or ranks.rank == 0
@@ -193,7 +207,7 @@ def _generate_list(
                 except EXPECTED_ERRORS as error:
                     absent = [jobs[index].name for index in folder.missing(out, jobs)]
                     raise RuntimeError(f"{error}; {out}: {_missing(absent, len(jobs))}") from error
-            lost = heartbeat.finish("stopped by SIGTERM" if stop() else "", stop)
+            lost = heartbeat.finish("stopped by SIGTERM" if stop() else "")
     except KeyboardInterrupt:
         left = len(folder.missing(out, jobs))
         click.echo(
@@ -211,6 +225,18 @@ def _generate_list(
     if heartbeat.reporter:
         seconds, name = time.perf_counter() - start, settings["tuned"] or settings["preset"]
         click.echo(f"{out}: {len(jobs)} images, {len(todo)} of them generated now, {seconds:.2f} s ({name})")
+
+
+def _begin(
+    lock: FolderLock, out: Path, record: dict[str, Any], jobs: list[Job], overwrite: bool
+) -> tuple[str, list[int]]:
+    """The run's name and the images that the folder misses, on the one rank that makes the folder ready."""
+    from ..batch.folder import open_folder
+
+    run = lock.begin()
+    todo = open_folder(out, record, jobs, overwrite=overwrite, lock=lock)
+    lock.share()
+    return run, todo
 
 
 def _missing(names: list[str], total: int) -> str:

@@ -18,7 +18,7 @@ from .. import __version__
 from .bench import bench
 from .generate import generate
 from .studies import COMMANDS
-from .support import PRESETS, Group, example, model_options, open_pipeline
+from .support import PRESETS, Group, example, model_options, open_pipeline, read_config
 
 __all__ = ["cli", "main"]
 
@@ -117,10 +117,9 @@ def answer(
     stream: bool,
 ) -> None:
     """Answer QUESTION about IMAGE."""
-    from PIL import Image
+    from ..planning.reading import read_image
 
-    with Image.open(image) as file:
-        picture = file.convert("RGB")
+    picture = read_image(image)
     with open_pipeline(model, preset, plan_file, verbose, tuned) as (pipe, _):
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         if stream:
@@ -276,7 +275,7 @@ def schedule(
     from ..planning.schedule import StepPlan
 
     if config_file is not None:
-        config = FlashUConfig.from_json(config_file.read_text(encoding="utf-8"))
+        config = read_config(config_file)
     else:
         overrides = {"steps": steps} if steps is not None else {}
         config = getattr(FlashUConfig, preset)(**overrides)

@@ -46,6 +46,7 @@ def analyze(
 ) -> None:
     """Measure whether the model is specialised per task: critical neurons, redundant layers, drift of the head."""
     from ..nano.calibrate import samples as nano_samples
+    from ..planning.safe_files import write_text
     from ..report.render import render_analysis, write
     from ..studies import analysis
 
@@ -61,7 +62,7 @@ def analyze(
         progress=not quiet,
     )
     path = write(render_analysis(result), out / "analysis.html")
-    (out / "analysis.json").write_text(result.to_json(), encoding="utf-8")
+    write_text(out / "analysis.json", result.to_json())
     click.echo("\n".join(result.verdicts))
     click.echo(f"wrote {path} and {out / 'analysis.json'} ({result.seconds:.0f} s)")
 
@@ -80,12 +81,13 @@ def report(out: Path, drawings: int, questions: int, repeats: int, seed: int, qu
 
     Exit code 1 if a preset fails its gate.
     """
+    from ..planning.safe_files import write_text
     from ..report import pareto
     from ..report.render import render_fidelity, write
 
     result = pareto.run(drawings, questions, repeats, seed, progress=not quiet)
     path = write(render_fidelity(result), out / "fidelity.html")
-    (out / "fidelity.json").write_text(result.to_json(), encoding="utf-8")
+    write_text(out / "fidelity.json", result.to_json())
     click.echo(result.table())
     click.echo(f"wrote {path} and {out / 'fidelity.json'} ({result.seconds:.0f} s)")
     failed = [gate for gate in result.gates if not gate.passed]

@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from ..planning.config import PRESETS, FlashUConfig
+from ..planning.reading import printable, read_text, refusal
 
-__all__ = ["EXPECTED_ERRORS", "PRESETS", "Group", "example", "model_options", "open_pipeline"]
+__all__ = ["EXPECTED_ERRORS", "PRESETS", "Group", "example", "model_options", "open_pipeline", "read_config"]
 
 
 # Errors caused by input or machine. Others are bugs and keep their tracebacks.
@@ -42,7 +43,7 @@ class Group(click.Group):
         except EXPECTED_ERRORS as error:
             if ctx.find_root().params.get("traceback"):
                 raise
-            text = " ".join(str(error).split()) or type(error).__name__
+            text = printable(" ".join(str(error).split())) or type(error).__name__
             raise click.ClickException(text) from error
 
 
@@ -84,6 +85,18 @@ def model_options(command: Any) -> Any:
     return command
 
 
+def read_config(path: Path) -> FlashUConfig:
+    """A config's JSON file.
+
+    Raises:
+        ValueError: another file; it is named. OSError: it cannot be read.
+    """
+    try:
+        return FlashUConfig.from_json(read_text(path))
+    except ValueError as error:
+        raise refusal(path, error) from error
+
+
 @contextlib.contextmanager
 def open_pipeline(
     model: str,
@@ -106,7 +119,7 @@ def open_pipeline(
         raise click.UsageError("--plan: expected none with --tuned, which has its own")
     pipe = Pipeline.from_pretrained(model, device=device)
     if tuned is not None:
-        config: FlashUConfig | None = FlashUConfig.from_json((tuned / "config.json").read_text(encoding="utf-8"))
+        config: FlashUConfig | None = read_config(tuned / "config.json")
         plan: TaskPlan | None = TaskPlan.load(tuned / "plan.safetensors", model=pipe.model)
     else:
         plan = TaskPlan.load(plan_file, model=pipe.model) if plan_file is not None else None

@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from .parts import AttentionShape, Showo2Parts
 
-__all__ = ["METHODS", "check_model", "why_not_ffn", "why_not_norm"]
+__all__ = ["METHODS", "check_model", "untracked", "why_not_ffn", "why_not_norm"]
 
 _HEAD = ("flashu_ext.models.showo2.head", "models.modules")
 _QWEN2 = ("transformers.models.qwen2.modeling_qwen2", "models.qwen2")
@@ -38,6 +38,10 @@ _SILU = {
 }
 """Class name -> modules that define it; upstream's are matched by the end of their path."""
 
+_TRACKED = ("torch.nn.modules.", "transformers.", "flashu_ext.models.")
+_TRACKED_UPSTREAM = ("models.qwen2", "models.modules", "models.modeling_siglip", "models.modeling_showo2_qwen2_5")
+"""Where classes are defined whose results depend on nothing but weights, flags and inputs."""
+
 Known = Mapping[str, tuple[str, ...]]
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -52,7 +56,7 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
     if homes is None or not any(kind.__module__ == home or kind.__module__.endswith(f".{home}") for home in homes):
         return f"is a {kind.__module__}.{kind.__qualname__}"
     function = getattr(kind, method)
-    if getattr(function, "__module__", None) != kind.__module__ and not kind.__module__.startswith("torch."):
+    if getattr(function, "__module__", None) != kind.__module__:
         return f"its class's {method} is replaced"
     return None
 
@@ -135,6 +139,21 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
         if type(linear) is nn.Linear and tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
             return f"{name}'s weight is {list(linear.weight.shape)} {linear.weight.dtype}, packed by a quantizer"
     return None
+
+
+def untracked(model: nn.Module) -> list[str]:
+    """Paths of modules that may depend on more than weights and flags (a hook, an adapter, a replaced method): what was
+    computed by them must not be used again in another call, and not be captured in a graph."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in vars(module)
+        or (
+            not type(module).__module__.startswith(_TRACKED) and not type(module).__module__.endswith(_TRACKED_UPSTREAM)
+        )
+    ]
 
 
 def check_model(parts: Showo2Parts) -> None:

@@ -6,7 +6,6 @@ tensors, which have no version.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any
@@ -16,8 +15,8 @@ from torch.nn.modules import module as torch_module
 
 __all__ = ["Stamp"]
 
-_SCALARS = ("scaling", "attention_dropout", "sliding_window")
-"""Plain attributes of an attention that its result depends on."""
+_SCALARS = ("scaling", "attention_dropout", "sliding_window", "variance_epsilon", "eps", "p")
+"""Plain attributes of modules that their results depend on."""
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -29,7 +28,7 @@ class Stamp:
         unversioned: some weights are inference tensors, whose changes cannot be noticed.
     """
 
-    def __init__(self, model: nn.Module, attentions: Iterable[Any] = ()):
+    def __init__(self, model: nn.Module):
         self._modules = list(model.modules())
         self._attributes = list(map(vars, self._modules))
         contents: list[Any] = [
@@ -42,7 +41,7 @@ class Stamp:
         self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]
         self._empty = [each for each in (*contents, *hooks) if not each]
         self._classes: list[Any] = list(set(map(type, self._modules)))
-        self._attentions = list(attentions)
+        self._scalars = [(own, name) for own in self._attributes for name in _SCALARS if name in own]
         self._objects = self._contents()
         self._flags = self._read_flags()
         distinct = {id(each): each for each in self._objects if isinstance(each, Tensor)}.values()
@@ -73,7 +72,7 @@ class Stamp:
             list(map(_TRAINING, self._attributes)),
             list(map(type, self._modules)),
             [kind.forward for kind in self._classes],
-            [getattr(attention, name, None) for attention in self._attentions for name in _SCALARS],
+            [own.get(name) for own, name in self._scalars],
         )
 
     def _read_weights(self) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""Shared by all op families: calls with translated errors, fake kernels, `is_supported`, and a backward that raises."""
+"""Shared by all op families: calls with translated errors, fake kernels, `is_supported`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import native
+from . import autograd, native
 
 native.load()
+autograd.register()
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -106,30 +107,6 @@ def fake_out(name: str, function: Callable[..., Any]) -> None:
     @functools.wraps(function)
     def into(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
         return out
-
-
-def refuse_backward(name: str) -> None:
-    """Give the functional op `flashu::name` a backward that raises, so that no gradient is lost silently."""
-
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise _no_backward(name)
-
-    torch.library.register_autograd(f"flashu::{name}", backward)
-
-
-def refuse_backward_from(name: str, result: Tensor) -> Tensor:
-    """The same for one result of an op that also writes in place; torch cannot register a backward for it."""
-
-    def backward(grad: Tensor) -> None:
-        raise _no_backward(name)
-
-    if result.requires_grad and not torch.compiler.is_compiling():
-        result.register_hook(backward)
-    return result
-
-
-def _no_backward(name: str) -> NotImplementedError:
-    return NotImplementedError(f"flashu::{name} has no backward: it is for inference; call it under torch.no_grad()")
 
 
 def capability(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out, flatten, refuse_backward
+from .common import call, call_into, capability, fake, fake_out, flatten
 from .selection import Selection, check_index
 
 _ops = torch.ops.flashu
@@ -235,5 +235,3 @@ def weight_bytes(hidden: int, neurons: int, dtype: torch.dtype) -> int:
 fake_out("gathered_swiglu", _gathered_swiglu_fake)
 fake_out("gathered_down", _gathered_down_fake)
 fake_out("gathered_ffn", _gathered_ffn_fake)
-for _name in ("gathered_swiglu", "gathered_down", "gathered_ffn"):
-    refuse_backward(_name)

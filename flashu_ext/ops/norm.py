@@ -13,15 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import (
-    call,
-    call_into,
-    capability,
-    fake,
-    fake_out,
-    refuse_backward,
-    refuse_backward_from,
-)
+from .common import call, call_into, capability, fake, fake_out
 
 _ops = torch.ops.flashu
 
@@ -118,7 +110,7 @@ def rotary_cache_(
         The queries, [rows, heads, n, d], contiguous.
     """
     inputs = (query, key, value, cos, sin, keys, values, start, query_norm, key_norm, eps)
-    return refuse_backward_from("rotary_cache_", call_into(_ops.rotary_cache_, *inputs, out=out))
+    return call_into(_ops.rotary_cache_, *inputs, out=out)
 
 
 @fake("rms_norm")
@@ -157,4 +149,3 @@ def _rotary_cache_fake(
 
 fake_out("rms_norm", _rms_norm_fake)
 fake_out("rotary_cache_", _rotary_cache_fake)
-refuse_backward("rms_norm")

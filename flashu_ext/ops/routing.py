@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out, refuse_backward
+from .common import call, call_into, capability, fake, fake_out
 
 _ops = torch.ops.flashu
 
@@ -192,5 +192,3 @@ def _scatter_add_rows_fake(rows: Tensor, index: Tensor, moved: Tensor) -> None:
 fake_out("cosine_importance", _cosine_importance_fake)
 fake_out("value_norms", _value_norms_fake)
 fake_out("gather_rows", _gather_rows_fake)
-for _name in ("cosine_importance", "value_norms", "select_topk", "select_threshold", "gather_rows"):
-    refuse_backward(_name)

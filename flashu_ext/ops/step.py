@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out, refuse_backward
+from .common import call, call_into, capability, fake, fake_out
 
 _ops = torch.ops.flashu
 
@@ -115,5 +115,3 @@ def _taylor_predict_fake(state: Tensor, ahead: float, count: int) -> Tensor:
 
 fake_out("feature_delta", _feature_delta_fake)
 fake_out("taylor_predict", _taylor_predict_fake)
-for _name in ("feature_delta", "taylor_predict"):
-    refuse_backward(_name)

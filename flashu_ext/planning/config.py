@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Self, TypeVar, overload
@@ -29,18 +29,26 @@ from .groups import (
     is_int,
     is_real,
 )
+from .reading import read_json, refusal, shown, strict_json
 
 __all__ = ["FLAT_KEYWORDS", "PRESETS", "FlashUConfig", "preset"]
 
 PRESETS = ("dense", "exact", "paper", "fast")
 """Names of the presets; dense is the unmodified model."""
 
+MAX_STEPS = 100_000
+"""A plan of more evaluations takes seconds to make; a file may ask for any number."""
+
 T = TypeVar("T")
 
 _OWN_KERNELS = Execution()
 
 Steps = Annotated[
-    int | None, expect("None or an integer >= 2 (grid points)", lambda v: v is None or (is_int(v) and v >= 2))
+    int | None,
+    expect(
+        f"None or an integer >= 2 (grid points), at most {MAX_STEPS}",
+        lambda v: v is None or (is_int(v) and 2 <= v <= MAX_STEPS),
+    ),
 ]
 FullSteps = Annotated[
     int | float,
@@ -322,7 +330,7 @@ def _record(name: str, group: Any, flat: Mapping[str, Any]) -> Any:
     """A group with its flat keywords applied; None where the result is what None stands for."""
     kind = _GROUPS[name]
     if group is not None and not isinstance(group, kind):
-        raise ValueError(f"FlashUConfig.{name}: expected None or {kind.__name__}, got {group!r}")
+        raise ValueError(f"FlashUConfig.{name}: expected None or {kind.__name__}, got {shown(group)}")
     changes = {
         field: checks(kind)[field](f"FlashUConfig.{keyword}", flat[keyword])
         for keyword, (owner, field) in FLAT_KEYWORDS.items()
@@ -362,7 +370,7 @@ def _from_json(name: str, value: Any) -> Any:
 
 def _check_keys(name: str, data: Mapping[str, Any], known: set[str]) -> None:
     for key in sorted(set(data) - known):
-        raise ValueError(f"{name}: unknown field {key!r}; known fields: {', '.join(sorted(known))}")
+        raise refusal(name, f"unknown field {shown(key)}; known fields: {', '.join(sorted(known))}")
 
 
 def preset(name: str, **overrides: Any) -> FlashUConfig | None:
@@ -379,26 +387,5 @@ def preset(name: str, **overrides: Any) -> FlashUConfig | None:
 
 @functools.cache
 def _tuned() -> list[dict[str, Any]]:
-    text = (Path(__file__).parent / "tuned.json").read_text(encoding="utf-8")
-    entries: list[dict[str, Any]] = strict_json(text, "tuned.json")["settings"]
+    entries: list[dict[str, Any]] = read_json(Path(__file__).parent / "tuned.json")["settings"]
     return entries
-
-
-def strict_json(text: str, name: str) -> Any:
-    """`json.loads` that refuses repeated keys, NaN and Infinity; errors begin with `name`."""
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in items:
-            if key in result:
-                raise ValueError(f"{name}: key {key!r} appears twice")
-            result[key] = value
-        return result
-
-    def constant(token: str) -> Callable[[], Any]:
-        raise ValueError(f"{name}: {token} is not allowed")
-
-    try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{name}: not valid JSON: {error}") from error

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .groups import is_int
+from .reading import shown
+
 __all__ = ["ESTIMATORS", "Calibration", "DownNorms", "NeuronSums", "check_estimator"]
 
 
@@ -31,8 +34,10 @@ class NeuronSums:
     squares: Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
-            raise ValueError(f"tokens: expected an integer >= 1, got {self.tokens!r:.80}")
+        if not is_int(self.tokens) or self.tokens < 1:
+            raise ValueError(f"tokens: expected an integer >= 1, got {shown(self.tokens)}")
+        if self.tokens >= 2**63:
+            raise ValueError(f"tokens: expected an integer below 2^63, got {shown(self.tokens)}")
         for name, value in (("total", self.total), ("squares", self.squares)):
             _check_matrix(name, value, torch.float64, tuple(self.total.shape))
         if (self.squares < 0).any():
@@ -106,7 +111,7 @@ ESTIMATORS: Mapping[str, Callable[[NeuronSums, DownNorms], Tensor]] = {
 def check_estimator(name: object) -> str:
     """Raise ValueError if `name` is not an estimator."""
     if not isinstance(name, str) or name not in ESTIMATORS:
-        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {name!r:.80}")
+        raise ValueError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {shown(name)}")
     return name
 
 
@@ -133,7 +138,7 @@ class Calibration:
     def __post_init__(self) -> None:
         times = self.times
         if not all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t <= 1 for t in times):
-            raise ValueError(f"times: expected numbers in [0, 1], got {list(times)!r:.200}")
+            raise ValueError(f"times: expected numbers in [0, 1], got {shown(list(times))}")
         if not self.sums or set(self.sums) != set(self.layer_importance):
             raise ValueError(
                 f"layer_importance: expected the tasks {sorted(self.sums)}, got {sorted(self.layer_importance)}"
@@ -151,9 +156,16 @@ class Calibration:
             _check_matrix(f"mean_layer_importance[{task!r}]", mean[None], torch.float32, (1, shape[0]))
 
     def scores(self, estimator: str) -> dict[str, Tensor]:
-        """task -> scores fp32 [layers, intermediate] by `estimator`."""
+        """task -> scores fp32 [layers, intermediate] by `estimator`.
+
+        Raises:
+            ValueError: no such estimator, or a score beyond fp32.
+        """
         function = ESTIMATORS[check_estimator(estimator)]
-        return {task: function(sums, self.down).float() for task, sums in self.sums.items()}
+        scores = {task: function(sums, self.down).float() for task, sums in self.sums.items()}
+        for task, score in scores.items():
+            _check_matrix(f"scores[{task!r}] by {estimator}", score, torch.float32, tuple(self.down.absolute.shape))
+        return scores
 
 
 def _check_matrix(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
+
+from .reading import shown
 
 __all__ = [
     "TOKEN_SCORES",
@@ -36,18 +38,19 @@ Check = Callable[[str, Any], Any]
 """(name, value) -> the value as stored; raises a ValueError with the name, what was expected and what was given."""
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_real(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Also of whole numbers that no float can hold, for which `math.isfinite` raises."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def expect(expected: str, holds: Callable[[Any], bool]) -> Check:
     def check(name: str, value: Any) -> Any:
         if not holds(value):
-            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+            raise ValueError(f"{name}: expected {expected}, got {shown(value)}")
         return value
 
     return check

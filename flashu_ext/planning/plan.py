@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import strict_json
 from .estimators import Calibration, DownNorms, NeuronSums, check_estimator, standardized
 from .fingerprint import check_fingerprint, model_fingerprint
-from .groups import FfnPruning
+from .groups import FfnPruning, is_int, is_real
 from .neurons import NeuronLayout
+from .reading import refusal, shown, strict_json
 from .safe_files import load_safetensors, save_safetensors
 
 __all__ = ["TaskPlan", "kept_count"]
@@ -45,10 +45,10 @@ def kept_count(intermediate: int, ratio: float, multiple: int) -> int:
 
 def check_pruning(ratio: Any, multiple: Any, name: str = "ratio") -> None:
     """Raise ValueError if `ratio` or `multiple` is out of range."""
-    if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not math.isfinite(ratio) or not 0 <= ratio < 1:
-        raise ValueError(f"{name}: expected a number in [0, 1), got {ratio!r}")
-    if not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1:
-        raise ValueError(f"multiple: expected an integer >= 1, got {multiple!r}")
+    if not is_real(ratio) or not 0 <= ratio < 1:
+        raise ValueError(f"{name}: expected a number in [0, 1), got {shown(ratio)}")
+    if not is_int(multiple) or multiple < 1:
+        raise ValueError(f"multiple: expected an integer >= 1, got {shown(multiple)}")
 
 
 def _check_scores(task: str, scores: Sequence[Tensor]) -> Tensor:
@@ -297,7 +297,11 @@ class TaskPlan:
     # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as safetensors with JSON metadata, atomically."""
+        """Write the plan as safetensors with JSON metadata, atomically.
+
+        Raises:
+            ValueError: the notes are no JSON that `load` takes. OSError: the file cannot be written.
+        """
         measured = self.calibration
         header = {
             "format": FORMAT,
@@ -319,7 +323,9 @@ class TaskPlan:
                 "tokens": {task: sums.tokens for task, sums in measured.sums.items()},
             }
             tensors = _measured_tensors(measured)
-        save_safetensors(path, tensors, {"plan": json.dumps(header, allow_nan=False)})
+        text = json.dumps(header, allow_nan=False)
+        strict_json(text, "plan")  # `load` would refuse it too, then too late; notes are the caller's
+        save_safetensors(path, tensors, {"plan": text})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any | None = None) -> TaskPlan:
@@ -330,14 +336,14 @@ class TaskPlan:
         """
         tensors, metadata = load_safetensors(path)
         if set(metadata) != {"plan"}:
-            raise ValueError(f"{path}: expected a task plan (metadata 'plan'), got metadata {sorted(metadata)}")
-        header = strict_json(metadata["plan"], f"{path}: plan")
+            raise refusal(path, f"expected a task plan (metadata 'plan'), got metadata {shown(sorted(metadata))}")
+        header = strict_json(metadata["plan"], f"{os.fspath(path)}: plan")
         try:
             plan = _read(header, tensors)
+            if model is not None:
+                plan.check_model(model)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        if model is not None:
-            plan.check_model(model)
+            raise refusal(path, error) from error
         return plan
 
 
@@ -359,25 +365,25 @@ def _read(header: Any, tensors: Mapping[str, Tensor]) -> TaskPlan:
         raise ValueError(f"expected format {FORMAT!r}")
     version = header.get("version")
     if type(version) is not int or version not in _FIELDS:
-        raise ValueError(f"expected version 1 or 2, got {version!r:.80}")
+        raise ValueError(f"expected version 1 or 2, got {shown(version)}")
     if set(header) != _FIELDS[version]:
-        raise ValueError(f"expected fields {sorted(_FIELDS[version])}, got {sorted(header)}")
+        raise ValueError(f"expected fields {sorted(_FIELDS[version])}, got {shown(sorted(header))}")
     tasks = header["tasks"]
     if not isinstance(tasks, list) or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) != len(tasks):
-        raise ValueError(f"tasks: expected distinct names, got {tasks!r:.200}")
+        raise ValueError(f"tasks: expected distinct names, got {shown(tasks)}")
     if not isinstance(header["notes"], dict):
         raise ValueError(f"notes: expected an object, got {type(header['notes']).__name__}")
     if not (header["fingerprint"] is None or isinstance(header["fingerprint"], str)):
-        raise ValueError(f"fingerprint: expected a string or null, got {header['fingerprint']!r:.80}")
+        raise ValueError(f"fingerprint: expected a string or null, got {shown(header['fingerprint'])}")
     ratios, record = header.get("ratios"), header.get("calibration")
     if not (ratios is None or isinstance(ratios, list)):
-        raise ValueError(f"ratios: expected a list or null, got {ratios!r:.80}")
+        raise ValueError(f"ratios: expected a list or null, got {shown(ratios)}")
     calibration, estimator = None, None
     if record is None:
         scores = _read_scores(tasks, tensors)
     else:
         if not isinstance(record, dict) or set(record) != {"estimator", "times", "tokens"}:
-            raise ValueError(f"calibration: expected estimator, times and tokens, got {record!r:.200}")
+            raise ValueError(f"calibration: expected estimator, times and tokens, got {shown(record)}")
         estimator = check_estimator(record["estimator"])
         calibration = _read_calibration(tasks, record["times"], record["tokens"], tensors)
         scores = calibration.scores(estimator)
@@ -395,7 +401,7 @@ def _read(header: Any, tensors: Mapping[str, Tensor]) -> TaskPlan:
 
 def _read_scores(tasks: list[str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if set(tensors) != {f"score.{task}" for task in tasks}:
-        raise ValueError(f"expected scores of {tasks}, got tensors {sorted(tensors)}")
+        raise ValueError(f"expected scores of {shown(tasks)}, got tensors {shown(sorted(tensors))}")
     for name, tensor in tensors.items():
         if tensor.dim() != 2 or tensor.dtype != torch.float32 or tensor.numel() == 0:
             raise ValueError(f"{name}: expected fp32 [layers, neurons], got {tuple(tensor.shape)} {tensor.dtype}")
@@ -406,14 +412,14 @@ def _read_scores(tasks: list[str], tensors: Mapping[str, Tensor]) -> dict[str, T
 
 def _read_calibration(tasks: list[str], times: Any, tokens: Any, tensors: Mapping[str, Tensor]) -> Calibration:
     if not isinstance(times, list):
-        raise ValueError(f"calibration.times: expected a list, got {times!r:.80}")
+        raise ValueError(f"calibration.times: expected a list, got {shown(times)}")
     if not isinstance(tokens, dict) or set(tokens) != set(tasks):
-        raise ValueError(f"calibration.tokens: expected a count for each of {tasks}, got {tokens!r:.200}")
+        raise ValueError(f"calibration.tokens: expected a count for each of {shown(tasks)}, got {shown(tokens)}")
     answering = [task for task in tasks if f"mean_importance.{task}" in tensors]
     expected = {f"{kind}.{task}" for task in tasks for kind in ("total", "squares", "importance")}
     expected |= {"down.absolute", "down.squares", *(f"mean_importance.{task}" for task in answering)}
     if set(tensors) != expected:
-        raise ValueError(f"expected tensors {sorted(expected)}, got {sorted(tensors)}")
+        raise ValueError(f"expected tensors {shown(sorted(expected), 200)}, got {shown(sorted(tensors), 200)}")
     return Calibration(
         {task: NeuronSums(tokens[task], tensors[f"total.{task}"], tensors[f"squares.{task}"]) for task in tasks},
         DownNorms(tensors["down.absolute"], tensors["down.squares"]),

@@ -7,6 +7,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
+from ..planning.safe_files import atomic_path
 from .figures import GRID, INK, MUTED, figure, style, svg
 from .result import DemoResult
 
@@ -85,7 +86,8 @@ def gallery(result: DemoResult, path: Path, columns: int = 6) -> None:
         if row:
             label += f", {result.image_speedup(preset):.1f}x"
         grid[row][0].set_ylabel(label, fontsize=9, color=INK)
-    figure.savefig(path, dpi=110)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def _wrapped(text: str, width: int = 20) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from ..planning.safe_files import write_text
 from . import analysis_plots, figures, pareto_plots, plots
 from .result import DemoResult
 
@@ -53,9 +53,7 @@ def render(result: DemoResult) -> str:
 def write(text: str, path: Path) -> Path:
     """Write a page atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".html.part")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, text)
     return path
 
 
@@ -64,7 +62,7 @@ def write_report(result: DemoResult, folder: Path) -> Path:
     text = render(result)
     folder.mkdir(parents=True, exist_ok=True)
     plots.gallery(result, folder / "gallery.png")
-    (folder / "results.json").write_text(result.to_json(), encoding="utf-8")
+    write_text(folder / "results.json", result.to_json())
     return write(text, folder / "report.html")
 
 

@@ -226,11 +226,19 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
         raise TypeError(f"config: expected a FlashUConfig, got {type(config).__name__}")
     if plan is not None and not isinstance(plan, TaskPlan):
         raise TypeError(f"plan: expected a TaskPlan, got {type(plan).__name__}")
-    with _INSTALLING:
-        return _accelerate(unwrapped(model), config, plan)
+    begun: list[Handle] = []
+    try:
+        with _INSTALLING:
+            return _accelerate(unwrapped(model), config, plan, begun)
+    except BaseException:
+        for handle in begun:
+            with handle.runner.lock:
+                handle._restore()
+        raise
 
 
-def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -> Handle:
+def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None, begun: list[Handle]) -> Handle:
+    """begun: receives the handle before it changes the model."""
     parts = Showo2Parts.from_model(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
@@ -245,14 +253,11 @@ def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None) -
             raise TypeError(f"model.{name}: expected the class's method, got one that is set on this instance")
     runner = Runner(model, config, _layouts(model, config, plan))
     handle = Handle(runner, plan)
+    begun.append(handle)
     with runner.lock:  # another thread that finds the handle waits until it works
-        try:
-            handle._overrides.install()
-            runner.follow()
-            return handle
-        except BaseException:
-            handle._restore()
-            raise
+        handle._overrides.install()
+        runner.follow()
+        return handle
 
 
 def _launches(image: ImageRecord) -> dict[str, int]:

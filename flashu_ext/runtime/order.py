@@ -93,11 +93,13 @@ class FfnOrder:
     """The order of one FFN's neurons in memory.
 
     Attributes:
+        layout: the plan's.
         planned: the neurons lie in plan order.
     """
 
     def __init__(self, ffn: Any, layout: NeuronLayout):
         self.ffn = ffn
+        self.layout = layout
         self.planned = False
         self._weights = tuple(
             _Weight(linear, dim, layout) for linear, dim in ((ffn.gate_proj, 0), (ffn.up_proj, 0), (ffn.down_proj, 1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.autocast import without_autocast
-from ..models.known import check_model
+from ..models.known import check_model, untracked
 from ..models.parts import Showo2Parts
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..models.showo2.sampling import SampleInputs
@@ -98,7 +98,7 @@ class Runner:
             else:
                 self.generation.pool.end_leases()
                 self.understanding.reset()
-                self._stamp = self._new_stamp()
+                self._stamp = Stamp(self.model)
         elif self._untracked:
             self.understanding.forget()
 
@@ -108,6 +108,8 @@ class Runner:
         self._unfinished = True
         parts = Showo2Parts.from_model(self.model)
         check_model(parts)
+        if self.layouts is not None and len(self.layouts) != len(parts.layers):
+            raise RuntimeError(f"plan: made for {len(self.layouts)} layers, the model has {len(parts.layers)} now")
         kernels = resolve(self.config, parts.device, parts.dtype)
         plain = Network.build(parts, kernels)
         orders, in_place = self._choose_orders(plain)
@@ -119,13 +121,7 @@ class Runner:
         for order in kept:
             order.arrange(planned=True)
         self.orders, self.in_place = kept, in_place
-        if self.layouts is not None:
-            layouts = zip(self.layouts, orders, strict=True)
-            network = Network.build(
-                parts, kernels, [layout if order else layout.in_place() for layout, order in layouts]
-            )
-        else:
-            network = plain
+        network = plain if self.layouts is None else Network.build(parts, kernels, self._layouts(plain, orders))
         self._build(network)
         self._unfinished = False
 
@@ -133,40 +129,53 @@ class Runner:
         """For each layer the order of its neurons, or None where they stay; and why, by the path in the model."""
         if self.layouts is None:
             return [None] * len(network.layers), {}
-        known = {id(order.ffn): order for order in self.orders}
-        orders: list[FfnOrder | None] = []
-        for layer in network.layers:
-            order = known.get(id(layer.ffn.module))
-            fits = order is not None and layer.ffn.why_itself is None and order.holds(layer.ffn.module)
-            orders.append(order if fits else None)
-        new = [i for i, layer in enumerate(network.layers) if orders[i] is None and layer.ffn.why_itself is None]
-        reasons = why_not_moved([network.layers[i].ffn.module for i in new])
+        held = {id(order.ffn): order for order in self.orders}
+        uses = Counter(id(weight) for layer in network.layers for weight in layer.ffn.weights())
+        orders: list[FfnOrder | None] = [None] * len(network.layers)
+        new = []
         in_place = {}
-        for index, reason in zip(new, reasons, strict=True):
+        for index, (layer, layout) in enumerate(zip(network.layers, self.layouts, strict=True)):
+            ffn, order = layer.ffn, held.get(id(layer.ffn.module))
+            if ffn.why_itself is not None:
+                continue
+            if ffn.neurons != layout.intermediate:
+                in_place[index] = f"has {ffn.neurons} neurons, the plan {layout.intermediate}; all are used"
+            elif order is None or not order.holds(ffn.module):
+                new.append(index)
+            elif order.layout is layout and all(uses[id(weight)] == 1 for weight in ffn.weights()):
+                orders[index] = order
+            else:
+                in_place[index] = "its weights are shared within the model; neurons read where they are"
+        for index, reason in zip(new, why_not_moved([network.layers[i].ffn.module for i in new]), strict=True):
             if reason is None:
                 orders[index] = FfnOrder(network.layers[index].ffn.module, self.layouts[index])
             else:
-                in_place[f"showo.model.layers.{index}.mlp"] = f"{reason}; neurons read where they are"
-        return orders, in_place
+                in_place[index] = f"{reason}; neurons read where they are"
+        return orders, {f"showo.model.layers.{index}.mlp": reason for index, reason in in_place.items()}
+
+    def _layouts(self, network: Network, orders: Sequence[FfnOrder | None]) -> list[NeuronLayout | None]:
+        """For each layer the tasks' neurons where they lie; None where the plan's do not fit."""
+        assert self.layouts is not None
+        chosen: list[NeuronLayout | None] = []
+        for layer, layout, order in zip(network.layers, self.layouts, orders, strict=True):
+            fits = layer.ffn.why_itself is None and layer.ffn.neurons == layout.intermediate
+            chosen.append(None if not fits else layout if order is not None else layout.in_place())
+        return chosen
 
     def _build(self, network: Network) -> None:
         """Engines on a network, with empty caches."""
-        themselves = network.run_as_themselves()
+        unknown = untracked(self.model)
         capture = getattr(self, "capture", None)
         if capture is None or capture.device != network.parts.device:
             self.capture = GraphCapture(network.parts.device, self.config.execution.step_graphs)
         self.reset()
         self.parts, self.network = network.parts, network
-        self.capture.disabled = "modules run as themselves" if themselves else None
+        self.capture.disabled = f"model.{unknown[0]} may depend on more than its weights" if unknown else None
         self.generation = GenerationEngine(network, self.config, self.capture)
         self.understanding = UnderstandingEngine(network, self.config, self.capture)
-        self._stamp = self._new_stamp()
+        self._stamp = Stamp(self.model)
         self.lock.abandoned = False
-        self._untracked = bool(themselves) or self._stamp.unversioned
-
-    def _new_stamp(self) -> Stamp:
-        layers = (*self.parts.layers, *self.parts.blocks)
-        return Stamp(self.model, [layer.self_attn for layer in layers])
+        self._untracked = bool(unknown) or self._stamp.unversioned
 
     def check_edits(self) -> None:
         """Raise EditedWeightsError where weights that lie in plan order were written to."""

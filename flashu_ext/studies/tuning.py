@@ -22,7 +22,7 @@ from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.cost import CostModel
 from ..planning.plan import TaskPlan
-from ..planning.safe_files import atomic_path
+from ..planning.safe_files import write_text
 from .comparison import Point, Setting, compare, running
 
 __all__ = ["IMAGE_KNOBS", "KNOBS", "Trial", "Tuned", "tune"]
@@ -103,8 +103,7 @@ class Tuned:
         folder.mkdir(parents=True, exist_ok=True)
         plan.with_pruning(self.config.ffn).save(folder / "plan.safetensors")
         for name, text in (("config.json", self.config.to_json() + "\n"), ("tuning.json", self.to_json())):
-            with atomic_path(folder / name) as draft:
-                draft.write_text(text, encoding="utf-8")
+            write_text(folder / name, text)
 
     def table(self) -> str:
         """Search and report as text."""

@@ -10,6 +10,11 @@ def contract(op: str) -> Pytest:
     return Pytest("python_tests/ops/test_contract.py", "-k", op)
 
 
+def gradients(chosen: str) -> Pytest:
+    """What autograd meets."""
+    return Pytest("python_tests/ops/test_autograd.py", "-k", chosen)
+
+
 MUTANTS = [
     # ---- fake kernels: what torch.compile believes
     Mutant("fake: the last token's importance has a shape of all", "flashu_ext/ops/routing.py", "(1, x_in.dim(), 2)[reduce]", "(1, x_in.dim(), 1)[reduce]", contract("cosine"), quick=True),
@@ -26,9 +31,19 @@ MUTANTS = [
     Mutant("ops: norms and out at once", "flashu_ext/ops/ffn.py", "    if out is not None:\n        raise", "    if False:\n        raise", Pytest("python_tests/ops/test_ffn.py", "-k", "norms")),
     Mutant("ops: norms without the residual", "flashu_ext/ops/ffn.py", "norms, **chosen, residual=residual)", "norms, **chosen, residual=None)", contract("gathered_ffn")),
     Mutant("ops: one output of a selection is enough", "flashu_ext/ops/routing.py", "if index is None or count is None:", "if index is None and count is None:", contract("selection_outputs")),
-    Mutant("ops: gathering has a silent backward", "flashu_ext/ops/routing.py", '"select_threshold", "gather_rows"):', '"select_threshold"):', contract("gather_rows")),
-    Mutant("ops: queries have a silent backward", "flashu_ext/ops/norm.py", 'return refuse_backward_from("rotary_cache_", call_into', 'return (lambda name, result: result)("rotary_cache_", call_into', contract("rotary")),
     Mutant("ops: every dtype is supported", "flashu_ext/ops/common.py", "return torch.device(device).type in devices and dtype in dtypes and fits", "return torch.device(device).type in devices and fits", contract("supported")),
+    # ---- what autograd meets
+    Mutant("autograd: a gradient is lost silently", "flashu_ext/ops/autograd.py", "if is_grad_enabled() and any_requires_grad(*args):", "if False:", gradients("never_lost"), quick=True),
+    Mutant("autograd: a leaf is written", "flashu_ext/ops/autograd.py", "if is_grad_enabled() and any_requires_grad(*args, **outputs):", "if False:", gradients("never_lost")),
+    Mutant("autograd: out may require grad", "flashu_ext/ops/autograd.py", "any_requires_grad(*args, **outputs)", "any_requires_grad(*args)", gradients("never_lost and rms_norm")),
+    Mutant("autograd: gradients are refused under no_grad", "flashu_ext/ops/autograd.py", "is_grad_enabled() and any_requires_grad(*args, **outputs)", "any_requires_grad(*args, **outputs)", gradients("everything_goes and gate_add")),
+    Mutant("autograd: versions do not count", "flashu_ext/ops/autograd.py", "        increment_version(written)\n", "", gradients("versions or saved")),
+    Mutant("autograd: an output's version does not count", "flashu_ext/ops/autograd.py", "written += outputs.values()", "written += ()", gradients("versions or saved")),
+    Mutant("autograd: what was refused counts as written", "flashu_ext/ops/autograd.py", "        result = redispatch(keyset & below_inplace", "        increment_version(written)\n        result = redispatch(keyset & below_inplace", gradients("cannot_be_written or versions")),
+    Mutant("autograd: a tangent is lost", "flashu_ext/ops/autograd.py", "if forward_ad.unpack_dual(tensor).tangent is not None:", "if False:", gradients("tangent and taylor")),
+    Mutant("autograd: inference tensors are written anywhere", "flashu_ext/ops/autograd.py", "if tensor.is_inference():", "if False:", gradients("inference_tensor and taylor")),
+    Mutant("autograd: transforms are let through", "flashu_ext/ops/autograd.py", '    _library.impl(op.name(), _transformed(op), "FuncTorchDynamicLayerFrontMode")\n', "", gradients("transform and rms")),
+    Mutant("autograd: dynamo compiles what the dispatcher calls", "flashu_ext/ops/autograd.py", "    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))\n", "", gradients("dynamo")),
     # ---- the adapters
     Mutant("torch: rows of several strides are taken as they are", "csrc/torch/common.cpp", "return torch::stable::contiguous(tensor);", "return tensor;", contract("gathered_down")),
     Mutant("torch: a residual of several strides is refused", "csrc/torch/ffn.cpp", "const OptionalTensor added = foldable(t.residual);", "const OptionalTensor added = t.residual;", contract("gathered_ffn")),

@@ -23,6 +23,8 @@ RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 HANDLE = within("runtime/test_accelerate.py")
 LIVING = within("runtime/test_living.py")
+CONTEXTS = within("runtime/test_contexts.py")
+SHARED = within("runtime/test_threads.py")
 CALIBRATE = within("planning/test_calibrate.py")
 PLAN = within("planning/test_plan.py")
 SETTINGS = within("planning/test_config.py")
@@ -30,6 +32,8 @@ TUNE = within("report/test_tune.py")
 FOLDER = within("parallel/test_folder.py")
 LISTS = within("parallel/test_lists.py")
 RANKS = within("parallel/test_ranks.py")
+LOCK = within("parallel/test_folder_lock.py")
+HOSTILE = within("planning/test_hostile_files.py")
 EDGES = within("showo2/test_edges.py")
 PIPELINE = within("showo2/test_pipeline.py")
 CONFORMANCE = within("showo2/test_conformance.py")
@@ -38,7 +42,21 @@ COMMANDS = within("cli/test_cli.py")
 MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "        temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
     Mutant("files: no fsync", "flashu_ext/planning/safe_files.py", "os.fsync(file.fileno())", "file.fileno()", FILES),
-    Mutant("files: Ctrl-C leaves the draft", "flashu_ext/planning/safe_files.py", "except BaseException:", "except Exception:", FILES),
+    Mutant("files: Ctrl-C leaves the draft", "flashu_ext/planning/safe_files.py", "            shutil.rmtree(folder, ignore_errors=True)\n            os.close(lock)\n", "            os.close(lock)\n", FILES),
+    Mutant("files: drafts of dead writers stay", "flashu_ext/planning/safe_files.py", "            _delete_dead(parent / folder)\n", "            pass\n", HOSTILE("killed_process")),
+    Mutant("files: drafts of living writers are deleted", "flashu_ext/planning/safe_files.py", "            if try_lock(handle, fcntl.LOCK_EX):\n", "            if True:\n", HOSTILE("killed_process")),
+    Mutant("files: a full disk has no name", "flashu_ext/planning/safe_files.py", "raise OSError(error.errno, error.strerror, str(path)) from error", "raise", HOSTILE("full_disk_leaves")),
+    Mutant("files: a FIFO is waited for", "flashu_ext/planning/reading.py", "    if not stat.S_ISREG(status.st_mode):\n", "    if stat.S_ISDIR(status.st_mode):\n", HOSTILE("only_regular and plan and FIFO")),
+    Mutant("files: any number of dimensions", "flashu_ext/planning/safe_files.py", "    if len(shape) > MAX_DIMENSIONS:\n", "    if len(shape) > MAX_JSON_BYTES:\n", HOSTILE("hostile_headers and tensors")),
+    Mutant("json: a float may be infinite", "flashu_ext/planning/reading.py", "    if not math.isfinite(value):\n", "    if value != value:\n", HOSTILE("hostile_json")),
+    Mutant("json: lists may be nested at will", "flashu_ext/planning/reading.py", "        _check_depth(data)\n", "", HOSTILE("hostile_json")),
+    Mutant("errors: control codes are passed on", "flashu_ext/planning/reading.py", "c if c.isprintable() else _escaped(c)", "c", HOSTILE("any_text")),
+    Mutant("checkpoint: layers may have gaps", "flashu_ext/models/showo2/checkpoint.py", "for number in found.keys() - layers:", "for number in list(found.keys() - layers)[:0]:", HOSTILE("far_off")),
+    Mutant("checkpoint: float8 is a floating dtype", "flashu_ext/models/showo2/checkpoint.py", "        if tensor.dtype not in _DTYPES:\n", "        if not tensor.is_floating_point():\n", HOSTILE("float8")),
+    Mutant("lock: a second run shares it", "flashu_ext/batch/lock.py", "        self._take(fcntl.LOCK_EX)\n", "        self._take(fcntl.LOCK_SH)\n", LOCK("one_run")),
+    Mutant("lock: ranks of another run join", "flashu_ext/batch/lock.py", 'if self._record().get("run") != run:', 'if not run:', LOCK("another_run_does_not")),
+    Mutant("lock: its file stays", "flashu_ext/batch/lock.py", "                os.unlink(self.out / LOCK)\n", "                pass\n", LOCK("one_run")),
+    Mutant("ranks: a signal does not end the waiting", "flashu_ext/batch/ranks.py", "        if stop():\n            raise InterruptedError", "        if stop() and seconds < 1:\n            raise InterruptedError", LOCK("as_long_as")),
     Mutant("files: the umask stays 0", "flashu_ext/planning/safe_files.py", "        os.umask(umask)\n", "", FILES),
     Mutant("schedule: skipped layers are rounded to nearest", "flashu_ext/planning/groups.py", "return int(layers * self.ratio)", "return round(layers * self.ratio)", SMALL("least_important"), quick=True),
     Mutant("schedule: the most important are skipped", "flashu_ext/planning/schedule.py", "key=scores.__getitem__)", "key=scores.__getitem__, reverse=True)", SMALL("least_important")),
@@ -68,7 +86,7 @@ MUTANTS = [
     Mutant("generation: features of fewer rows are used again", "flashu_ext/runtime/generation.py", " or state.semantic_rows < images", "", KNOBS("latents_of_their_own")),
     Mutant("generation: a cached state may be a step older", "flashu_ext/runtime/generation.py", "step.index - steps[-1] >= interval", "step.index - steps[-1] > interval", KNOBS("defers_its_encoding")),
     Mutant("generation: the signal's sum is not reset", "flashu_ext/runtime/generation.py", "        gate.computed()\n", "", KNOBS("a_knob and adaptive and sample")),
-    Mutant("generation: the steps that the caller asks for are ignored", "flashu_ext/runtime/generation.py", "            config, steps, len(parts.layers), None if", "            config, None, len(parts.layers), None if", HANDLE("exact_equals_upstream")),
+    Mutant("generation: the steps that the caller asks for are ignored", "flashu_ext/runtime/generation.py", "config, steps, len(parts.layers), None if", "config, None, len(parts.layers), None if", HANDLE("exact_equals_upstream")),
     Mutant("head: the residual is measured up to the output", "flashu_ext/runtime/head.py", "before = x.clone() if work.residual else x", "before = x", KNOBS("a_knob and residual and sample")),
     Mutant("history: differences are a step apart", "flashu_ext/runtime/history.py", "interval = float(step - self.steps[-1]) if self.order and self.steps else 1.0", "interval = 1.0", KNOBS("a_knob and forecast and sample")),
     Mutant("history: a prediction of one order less", "flashu_ext/runtime/history.py", "min(len(self.steps), self.order + 1)", "min(len(self.steps), max(self.order, 1))", KNOBS("a_knob and forecast and sample")),
@@ -116,6 +134,11 @@ MUTANTS = [
     Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", LIVING("refused_by_name")),
     Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "                self.generation.pool.end_leases()\n                self.understanding.reset()\n", "                self.generation.pool.end_leases()\n", LIVING("follow_weights"), quick=True),
     Mutant("runner: an image goes on with other weights", "flashu_ext/runtime/runner.py", "                self.generation.pool.end_leases()\n                self.understanding.reset()\n", "                self.understanding.reset()\n", LIVING("image_in_progress")),
+    Mutant("runner: autocast reaches the kernels", "flashu_ext/runtime/runner.py", "with self.lock, without_autocast(self.parts.device):", "with self.lock:", CONTEXTS("changes_no_bit and autocast")),
+    Mutant("runner: threads step at the same time", "flashu_ext/runtime/runner.py", "with self.lock, without_autocast(self.parts.device):", "with without_autocast(self.parts.device):", SHARED("bits_of_a_serial_run")),
+    Mutant("runner: an image goes on in a forked process", "flashu_ext/runtime/runner.py", "            if self.lock.abandoned:\n                self.reset()\n", "", SHARED("another_thread_held")),
+    Mutant("upstream: threads with one prompt share an image", "flashu_ext/runtime/upstream.py", "[image for image in images if image.thread == threading.get_ident()] or images", "images", SHARED("share_their_prompt")),
+    Mutant("answers: importance in the default dtype", "flashu_ext/runtime/understanding.py", "layers, dtype=torch.float32, device", "layers, device", CONTEXTS("changes_no_bit and bf16-paper")),
     Mutant("handle: an edit is not told of at the end", "flashu_ext/runtime/handle.py", "            try:\n                self.runner.tell_once()\n", "            try:\n                pass\n", LIVING("removing_tells")),
     Mutant("handle: the plan's order is shown for editing", "flashu_ext/runtime/handle.py", "                runner.reset()\n                runner.restore()\n", "                runner.reset()\n", LIVING("editing_shows")),
     Mutant("handle: a plan of another multiple is taken", "flashu_ext/runtime/handle.py", '        ("prune_multiple", ffn.multiple, plan.multiple),\n', "", HANDLE("refused_model")),
@@ -130,7 +153,7 @@ MUTANTS = [
     Mutant("tuning: the first answers are timed", "flashu_ext/studies/tuning.py", "statistics.median(times[2:] or times)", "statistics.median(times)", TUNE("first_two_answers")),
     Mutant("tuning: answers about pictures seen before are timed", "flashu_ext/studies/tuning.py", "list(first.values())[: count + 2]", "range(len(probe.asked))[: count + 2]", TUNE("not_seen_before")),
     Mutant("tuning: images or answers must hold", "flashu_ext/studies/tuning.py", "kept = all(own.value", "kept = any(own.value", TUNE("walk_keeps")),
-    Mutant("tuning: files are written in place", "flashu_ext/studies/tuning.py", '            with atomic_path(folder / name) as draft:\n                draft.write_text(text, encoding="utf-8")\n', '            (folder / name).write_text(text, encoding="utf-8")\n', TUNE("saved_whole")),
+    Mutant("tuning: files are written in place", "flashu_ext/studies/tuning.py", '            write_text(folder / name, text)\n', '            (folder / name).write_text(text, encoding="utf-8")\n', TUNE("saved_whole")),
     Mutant("cost: the image that warms up counts", "flashu_ext/planning/cost.py", "if turn == 0:", "if turn < 0:", COST),
     Mutant("cost: a step that may be cached is priced as one that runs", "flashu_ext/planning/cost.py", "config.head.budget if config.head is not None and step.adaptive else None", "None", COST),
     Mutant("cost: the time token may be left out", "flashu_ext/planning/cost.py", "tokens.count(span - shape.time_token)", "tokens.count(span)", COST),
@@ -138,7 +161,7 @@ MUTANTS = [
     Mutant("plan: every layer keeps as many as the first", "flashu_ext/planning/plan.py", "order[: self.kept_counts[layer]]", "order[: self.kept_counts[0]]", PLAN("ratio_of_its_own")),
     Mutant("plan: scores of one layer are kept", "flashu_ext/planning/plan.py", "    return torch.stack([score.detach()", "    return scores[0][None] if len(scores) == 1 else torch.stack([score.detach()", CALLERS("from_scores")),
     Mutant("plan: ratios of the layers outlast another ratio", "flashu_ext/planning/plan.py", "multiple=self.multiple if multiple is None else multiple, ratios=None)", "multiple=self.multiple if multiple is None else multiple)", PLAN("adaptive_ratios or ratios")),
-    Mutant("plan: a file's model is not checked", "flashu_ext/planning/plan.py", "        if model is not None:\n            plan.check_model(model)\n        return plan\n\n\n# ---- file", "        return plan\n\n\n# ---- file", HANDLE("another_model")),
+    Mutant("plan: a file's model is not checked", "flashu_ext/planning/plan.py", "            if model is not None:\n                plan.check_model(model)\n        except", "        except", HANDLE("another_model")),
     Mutant("estimators: variance over all tokens", "flashu_ext/planning/estimators.py", "max(self.tokens - 1, 1)", "self.tokens", CALIBRATE("variance")),
     Mutant("estimators: a variance below zero", "flashu_ext/planning/estimators.py", ".clamp_min(0)\n        return", "\n        return", CALIBRATE("variance")),
     Mutant("neurons: a neuron may come twice", "flashu_ext/planning/neurons.py", "if int(mask.sum()) != index.numel():", "if int(mask.sum()) > index.numel():", Pytest("python_tests/planning/test_neurons.py")),

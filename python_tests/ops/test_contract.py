@@ -1,4 +1,4 @@
-"""The contract of every op with every option: schema, compilation, errors, layouts, ownership, out=, threads, gradients."""
+"""The contract of every op with every option: schema, compilation, errors, layouts, ownership, out=, threads."""
 
 from __future__ import annotations
 
@@ -188,23 +188,6 @@ def _copies(case: OpCase, arguments: dict[str, Any]) -> bool:
     except REFUSED:
         return False
     return True
-
-
-@every_op
-def test_backward_is_refused(case: OpCase):
-    arguments = case.make(torch.float32)
-    for name, tensor in given(arguments).items():
-        if tensor.is_floating_point() and name not in case.inplace and name not in case.fixed:
-            tensor.requires_grad_()
-    try:
-        result = tensors(case.function(**arguments))
-    except RuntimeError:  # an in-place op on a tensor that takes part in autograd is refused by torch itself
-        return
-    losses = [t.sum() for t in result if t.requires_grad]
-    for loss in losses:
-        with pytest.raises(NotImplementedError, match="no backward"):
-            loss.backward()
-    assert losses or case.inplace or not any(t.is_floating_point() for t in result)
 
 
 WITH_OUT = [case for case in CASES if not case.inplace and not case.name.startswith("select_")]

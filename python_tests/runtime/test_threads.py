@@ -311,6 +311,7 @@ def test_a_forked_process_works_while_other_threads_of_its_parent_did() -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
+@torch.no_grad()
 def test_a_lock_that_another_thread_held_is_free_in_a_forked_process() -> None:
     """The answer in progress ends; an image of the thread that forks ends with a named error."""
     model = small_model()

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...planning.config import strict_json
+from ...planning.groups import Check, expect, is_int, is_real
+from ...planning.reading import refusal, shown, strict_json
 
 __all__ = ["HeadConfig", "Showo2Config"]
 
@@ -25,9 +26,79 @@ class HeadConfig:
     num_layers: int = 10
 
 
-def _positive(where: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"Showo2Config.{where}: expected an integer >= 1, got {value!r}")
+# A file may name any sizes: these limits keep what is built from one small until the weights confirm it.
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 512
+MAX_PATCHES = 2**24
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu")
+
+_SIZE = expect(f"an integer in [1, {MAX_SIZE}]", lambda v: is_int(v) and 1 <= v <= MAX_SIZE)
+_LAYERS = expect(f"an integer in [1, {MAX_LAYERS}]", lambda v: is_int(v) and 1 <= v <= MAX_LAYERS)
+_EVEN = expect("an even integer >= 2", lambda v: is_int(v) and v >= 2 and v % 2 == 0)
+_EPSILON = expect("a finite number >= 0", lambda v: is_real(v) and v >= 0)
+_BASE = expect("a finite number > 0", lambda v: is_real(v) and v > 0)
+_FRACTION = expect("a number in [0, 1)", lambda v: is_real(v) and 0 <= v < 1)
+_SWITCH = expect("True or False", lambda v: isinstance(v, bool))
+_ACTIVATION = expect(f"one of {', '.join(ACTIVATIONS)}", lambda v: isinstance(v, str) and v in ACTIVATIONS)
+
+_STACK: Mapping[str, Check] = {
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": _SIZE,
+}
+_LLM_OPTIONS: Mapping[str, Check] = {
+    "num_key_value_heads": _SIZE,
+    "head_dim": _EVEN,
+    "max_position_embeddings": _SIZE,
+    "rope_theta": _BASE,
+    "rms_norm_eps": _EPSILON,
+    "hidden_act": _ACTIVATION,
+    "attention_dropout": _FRACTION,
+    "initializer_range": _EPSILON,
+    "tie_word_embeddings": _SWITCH,
+}
+_VISION_OPTIONS: Mapping[str, Check] = {
+    "image_size": _SIZE,
+    "patch_size": _SIZE,
+    "layer_norm_eps": _EPSILON,
+    "hidden_act": _ACTIVATION,
+    "attention_dropout": _FRACTION,
+}
+_HEAD: Mapping[str, Check] = {
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_attention_heads": _SIZE,
+    "num_key_value_heads": _SIZE,
+    "head_dim": _EVEN,
+    "num_layers": _LAYERS,
+}
+
+
+def _check_fields(
+    where: str, given: Mapping[str, Any], required: Mapping[str, Check], optional: Mapping[str, Check]
+) -> None:
+    """Every field known and in its range, none of the required ones missing; an optional one may be None."""
+    for name in given:
+        if name not in required and name not in optional:
+            raise refusal(where, f"unknown field {shown(name)}")
+    for name, check in required.items():
+        if name not in given:
+            raise ValueError(f"{where}: missing field {name!r}")
+        check(f"{where}[{name!r}]", given[name])
+    for name, check in optional.items():
+        if given.get(name) is not None:
+            check(f"{where}[{name!r}]", given[name])
+
+
+def _check_heads(where: str, group: Mapping[str, Any]) -> None:
+    heads, kv = group["num_attention_heads"], group.get("num_key_value_heads") or group["num_attention_heads"]
+    if heads % kv:
+        raise ValueError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}")
+    if group.get("head_dim") is None and group["hidden_size"] % heads:
+        raise ValueError(
+            f"{where}: hidden_size {group['hidden_size']} is not a multiple of num_attention_heads {heads}"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,10 +106,10 @@ class Showo2Config:
     """A Show-o2 model's shape.
 
     Attributes:
-        llm: fields of transformers' Qwen2Config (`hidden_size`, `intermediate_size`, `num_hidden_layers`, ...).
-        vision: fields of transformers' SiglipVisionConfig. `num_hidden_layers` counts the layers in use (upstream drops the
-            last layer of the published encoder). The position table has (image_size // patch_size)^2 rows where both are
-            given, else one per image patch.
+        llm: fields of transformers' Qwen2Config: `vocab_size`, those of `_STACK` and of `_LLM_OPTIONS`.
+        vision: fields of transformers' SiglipVisionConfig, of `_STACK` and `_VISION_OPTIONS`. `num_hidden_layers` counts the
+            layers in use (upstream drops the last layer of the published encoder). The position table has
+            (image_size // patch_size)^2 rows where both are given, else one per image patch.
         head: fields of HeadConfig.
         image_latent_dim: latent channels.
         image_latent_height, image_latent_width: the image grid, in patches.
@@ -66,31 +137,21 @@ class Showo2Config:
             if not isinstance(value, Mapping):
                 raise ValueError(f"Showo2Config.{name}: expected a dict, got {type(value).__name__}")
             object.__setattr__(self, name, dict(value))
-        unknown = sorted(set(self.head) - {f.name for f in dataclasses.fields(HeadConfig)})
-        if unknown:
-            raise ValueError(f"Showo2Config.head: unknown field {unknown[0]!r}")
+        _check_fields("Showo2Config.llm", self.llm, {**_STACK, "vocab_size": _SIZE}, _LLM_OPTIONS)
+        _check_fields("Showo2Config.vision", self.vision, _STACK, _VISION_OPTIONS)
+        _check_fields("Showo2Config.head", self.head, {}, _HEAD)
         object.__setattr__(self, "head", dataclasses.asdict(HeadConfig(**self.head)))
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-            if name not in self.llm:
-                raise ValueError(f"Showo2Config.llm: missing field {name!r}")
-            _positive(f"llm[{name!r}]", self.llm[name])
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if name not in self.vision:
-                raise ValueError(f"Showo2Config.vision: missing field {name!r}")
-            _positive(f"vision[{name!r}]", self.vision[name])
-        for name, value in self.head.items():
-            _positive(f"head[{name!r}]", value)
+        _check_fields("Showo2Config.head", self.head, _HEAD, {})
         for name in ("image_latent_dim", "image_latent_height", "image_latent_width", "patch_size"):
-            _positive(name, getattr(self, name))
-        if not isinstance(self.add_time_embeds, bool):
-            raise ValueError(f"Showo2Config.add_time_embeds: expected True or False, got {self.add_time_embeds!r}")
-        for where, group in (("llm", self.llm), ("head", self.head)):
-            kv = group.get("num_key_value_heads") or group["num_attention_heads"]
-            if group["num_attention_heads"] % kv:
-                raise ValueError(
-                    f"Showo2Config.{where}: num_attention_heads {group['num_attention_heads']} is not a multiple of "
-                    f"num_key_value_heads {kv}"
-                )
+            _SIZE(f"Showo2Config.{name}", getattr(self, name))
+        if self.image_latent_height * self.image_latent_width > MAX_PATCHES:
+            raise ValueError(
+                f"Showo2Config.image_latent_height, image_latent_width: expected at most {MAX_PATCHES} patches, got "
+                f"{self.image_latent_height} x {self.image_latent_width}"
+            )
+        _SWITCH("Showo2Config.add_time_embeds", self.add_time_embeds)
+        for name in ("llm", "vision", "head"):
+            _check_heads(f"Showo2Config.{name}", getattr(self, name))
 
     # Upstream's names, which its own code and the runtime read from `model.config`.
 
@@ -142,16 +203,21 @@ class Showo2Config:
     @classmethod
     def from_json(cls, text: str, name: str = "Showo2Config") -> Showo2Config:
         """Read what `to_json` wrote; unknown or repeated fields, NaN and Infinity are refused with a ValueError."""
-        data = strict_json(text, name)
-        if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
-            raise ValueError(f"{name}: expected a JSON object with format {_FORMAT!r}")
-        unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
+        return cls.from_fields(strict_json(text, name), name)
+
+    @classmethod
+    def from_fields(cls, data: Any, name: str = "Showo2Config") -> Showo2Config:
+        """The same from parsed JSON."""
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise refusal(name, f"expected a JSON object with format {_FORMAT!r}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known - {"format"})
         if unknown:
-            raise ValueError(f"{name}: unknown field {unknown[0]!r}")
+            raise refusal(name, f"unknown field {shown(unknown[0])}")
         for required in ("llm", "vision"):
             if required not in data:
-                raise ValueError(f"{name}: missing field {required!r}")
-        return cls(**data)
+                raise refusal(name, f"missing field {required!r}")
+        return cls(**{key: value for key, value in data.items() if key in known})
 
 
 _FORMAT = "flashu_ext.showo2"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
 from ...planning.groups import FfnPruning
+from ...planning.reading import MAX_PIXELS
 from .codec import ImageCodec, WanCodec
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
@@ -308,6 +309,8 @@ def _from_pil(image: Image, side: int) -> Tensor:
     if (width, height) != (side, side):
         scale = side / min(width, height)
         width, height = max(side, int(width * scale)), max(side, int(height * scale))
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"image: expected sides of a like length, got {image.size[0]} x {image.size[1]}")
         image = image.resize((width, height), images.Resampling.BICUBIC)
         left, top = round((width - side) / 2), round((height - side) / 2)
         image = image.crop((left, top, left + side, top + side))

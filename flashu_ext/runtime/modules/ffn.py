@@ -33,6 +33,14 @@ class FFN:
                 task: Selection.from_runs(runs, layout.intermediate, device) for task, runs in layout.runs.items()
             }
 
+    @property
+    def neurons(self) -> int:
+        return int(self.module.gate_proj.out_features)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        module = self.module
+        return module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
+
     def __call__(self, x: Tensor, task: str | None = None, residual: Tensor | None = None) -> Tensor:
         """x [..., hidden] -> [..., hidden], plus `residual` of that shape where given.
 
@@ -42,12 +50,5 @@ class FFN:
         if self.why_itself is not None:
             out = self.module(x)
             return out if residual is None else out + residual
-        module = self.module
-        return self._kernels.gathered_ffn(
-            x,
-            module.gate_proj.weight,
-            module.up_proj.weight,
-            module.down_proj.weight,
-            residual=residual,
-            selection=self._selections.get(task) if task else None,
-        )
+        selection = self._selections.get(task) if task else None
+        return self._kernels.gathered_ffn(x, *self.weights(), residual=residual, selection=selection)

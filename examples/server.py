@@ -1,0 +1,147 @@
+"""An HTTP server that generates images and answers questions about them, from one accelerated model (standard library only).
+
+asyncio reads and writes; a pool of threads generates and answers. The model's lock lets them take turns, an evaluation or an
+answer at a time, so every client gets what it would get alone. More threads do not make more of them; they keep a long answer
+or image from blocking the connections.
+
+    POST /generate  {"prompt": "...", "seed": 0}                 -> a PNG
+    POST /answer    {"image": "<base64>", "question": "..."}     -> {"answer": "..."}
+
+A wrong request is answered by 400 and {"error": "..."}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from PIL import Image
+
+import flashu_ext as fx
+
+EXAMPLE = """example:
+  python examples/server.py --port 8000 &
+  curl -s localhost:8000/generate -d '{"prompt": "a red circle above a blue square", "seed": 1}' -o out.png
+  echo "{\\"question\\": \\"what color is the circle ?\\", \\"image\\": \\"$(base64 -w0 out.png)\\"}" > ask.json
+  curl -s localhost:8000/answer -d @ask.json
+"""
+
+MAX_BODY = 8 << 20
+"""Bytes of a request."""
+MAX_PIXELS = 1 << 24
+"""Of an image that is sent; a small PNG may hold a huge one."""
+PATIENCE = 30.0
+"""Seconds for a client to send its request."""
+
+Reply = tuple[int, str, bytes]
+"""Status, content type, body."""
+
+
+class Service:
+    """What the server does, in threads of the pool."""
+
+    def __init__(self, pipe: fx.showo2.Pipeline):
+        self.pipe = pipe
+        self.routes: dict[str, Callable[[dict[str, Any]], Reply]] = {"/generate": self.generate, "/answer": self.answer}
+
+    def reply(self, path: str, body: bytes) -> Reply:
+        if path not in self.routes:
+            return _json(404, error=f"expected POST to one of {', '.join(self.routes)}, got {path[:100]!r}")
+        try:
+            fields = json.loads(body)
+            if not isinstance(fields, dict):
+                raise TypeError(f"body: expected a JSON object, got {type(fields).__name__}")
+            return self.routes[path](fields)
+        except KeyError as error:
+            return _json(400, error=f"body: {error} is missing")
+        except (ValueError, TypeError, OSError, RecursionError, Image.DecompressionBombError) as error:
+            return _json(400, error=str(error)[:500])
+        except RuntimeError as error:
+            return _json(500, error=str(error)[:500])
+
+    def generate(self, fields: dict[str, Any]) -> Reply:
+        image = self.pipe.generate(fields["prompt"], seed=fields.get("seed", 0))
+        png = io.BytesIO()
+        image.save(png, "PNG")
+        return 200, "image/png", png.getvalue()
+
+    def answer(self, fields: dict[str, Any]) -> Reply:
+        image = Image.open(io.BytesIO(base64.b64decode(fields["image"], validate=True)))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"image: expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}")
+        return _json(200, answer=self.pipe.answer(image, fields["question"]))
+
+
+def _json(status: int, **fields: str) -> Reply:
+    return status, "application/json", json.dumps(fields).encode()
+
+
+async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
+    """Path and body. Raises ValueError where it is no request of ours."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    method, _, rest = head[0].partition(" ")
+    if method != "POST":
+        raise ValueError(f"expected POST, got {method[:20]!r}")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
+    length = headers.get("content-length", "")
+    if not length.isascii() or not length.isdigit() or len(length) > 12 or int(length) > MAX_BODY:
+        raise ValueError(f"Content-Length: expected a number up to {MAX_BODY}, got {length[:20]!r}")
+    if headers.get("expect", "").lower() == "100-continue":
+        raise ValueError("Expect: not supported; curl sends it with bodies over 1 MiB, turn it off by -H 'Expect:'")
+    return rest.split(" ")[0], await reader.readexactly(int(length))
+
+
+async def serve(pipe: fx.showo2.Pipeline, host: str, port: int, threads: int) -> asyncio.Server:
+    """Start serving on an accelerated (or dense) pipeline; the caller closes the server."""
+    service, pool = Service(pipe), ThreadPoolExecutor(threads)
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            try:
+                path, body = await asyncio.wait_for(read_request(reader), PATIENCE)
+            except (ValueError, asyncio.LimitOverrunError) as error:
+                reply = _json(400, error=str(error))
+            else:
+                reply = await asyncio.get_running_loop().run_in_executor(pool, service.reply, path, body)
+            status, kind, content = reply
+            head = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+            writer.write(head.encode() + content)
+            await writer.drain()
+        except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client has left
+        finally:
+            writer.close()
+
+    return await asyncio.start_server(connected, host, port)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="nano", help="'nano', or a folder with a Show-o2 checkpoint")
+    parser.add_argument("--preset", default="exact", choices=("exact", "paper", "fast"))
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one")
+    parser.add_argument("--threads", type=int, default=4)
+    options = parser.parse_args()
+    pipe = fx.showo2.Pipeline.from_pretrained(options.model)
+    with pipe.accelerate(*pipe.preset(options.preset)):
+        server = await serve(pipe, options.host, options.port, options.threads)
+        host, port = server.sockets[0].getsockname()[:2]
+        print(f"http://{host}:{port}", flush=True)
+        async with server:
+            await server.serve_forever()
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main())
+    except KeyboardInterrupt:
+        pass
