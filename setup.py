@@ -1,7 +1,7 @@
-"""Builds the native part of flashu_ext by driving CMake: the torch ops library and the module `_core`.
+"""Builds the native part of flashu_ext with CMake: the library of torch ops and the module `_core`.
 
-Environment: FLASHU_CUDA=0|1|auto, FLASHU_CUDA_ARCHS, FLASHU_BUILD_DIR (kept between builds), FLASHU_TESTS=1 (C++
-tests too), MAX_JOBS. torch is located, never imported, and nothing is downloaded.
+Environment: FLASHU_CUDA=0|1|auto, FLASHU_CUDA_ARCHS, FLASHU_BUILD_DIR (kept between builds), FLASHU_TESTS=1 (builds
+the C++ tests too), MAX_JOBS. torch is located, never imported, and nothing is downloaded.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-# What one compile job may need at its peak; more jobs than memory allows would swap.
+# Peak memory of a compile job; more jobs than fit into memory would swap.
 GIB_PER_JOB = 1.5
 
 
@@ -54,7 +54,7 @@ def cuda_switch() -> str:
 
 
 class CMakeBuild(build_ext):
-    """One CMake build gives every extension; each is then copied where setuptools wants it."""
+    """One CMake build makes all extensions; each is then copied to the place that setuptools expects."""
 
     def run(self) -> None:
         for tool in ("cmake", "ninja"):
@@ -82,13 +82,13 @@ class CMakeBuild(build_ext):
             if self.inplace:
                 target = ROOT / self.get_ext_filename(extension.name)
             target.parent.mkdir(parents=True, exist_ok=True)
-            # Replace, never overwrite: a running process may have the old file mapped.
+            # Replaced, not overwritten: a running process may have the old file mapped.
             temporary = target.with_suffix(".tmp")
             shutil.copy2(built[extension.name.split(".")[-1]], temporary)
             temporary.replace(target)
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname.endswith("libflashu_torch"):  # no CPython symbol inside, so no Python tag either
+        if fullname.endswith("libflashu_torch"):  # it uses no CPython symbol, so it needs no Python tag
             return str(Path(*fullname.split(".")).with_suffix(".so"))
         return super().get_ext_filename(fullname)
 

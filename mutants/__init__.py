@@ -1,1 +1,1 @@
-"""Faults that are planted one at a time, and the tests that must notice each of them: `python -m mutants --help`."""
+"""Mutants: faults planted one at a time, each with the tests that must fail: `python -m mutants --help`."""

@@ -1,12 +1,11 @@
 """Plants faults in a copy of the sources, one at a time, and checks that the tests named for each notice it.
-A suite that no longer kills its mutants is broken.
 
     python -m mutants                     all of them (more than an hour)
     python -m mutants --quick             the small part that CI plants (two minutes)
-    python -m mutants --only sm90         those with this in their list's name, their own name or their file's
+    python -m mutants --only sm90         those with this text in the name of their list, mutant or file
     python -m mutants --only cpu/ffn --only cpu/gemm --list
 
-Exit code 1: a mutant survived, its tests fail without it too, or its text is no longer in its file exactly once.
+Exit code 1: a mutant survived, its tests fail without it, or its text is not in its file exactly once.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ from .mutant import Mutant, Tests
 
 
 class Trial:
-    """Tries mutants one after the other in a copy; `failures` says what went wrong with those that were not killed."""
+    """Tries mutants one after the other in a copy; `failures` lists those that were not killed, with the reason."""
 
     def __init__(self, copy: Copy):
         self.copy = copy
         self.failures: list[str] = []
-        self._unchanged: dict[Tests, str] = {}  # why tests cannot judge, "" where they pass on the unchanged sources
+        self._unchanged: dict[Tests, str] = {}  # why tests are unusable, "" if they pass on the unchanged sources
 
     def run(self, name: str, mutant: Mutant) -> str:
-        """One mutant; the outcome in words."""
+        """Tries one mutant; returns the outcome as text."""
         try:
             outcome = self._judge(mutant.tests) or self._plant(mutant)
         except NotRun as error:
@@ -56,7 +55,7 @@ class Trial:
 
 
 def misplaced(mutants: dict[str, Mutant], root: Path) -> list[str]:
-    """What is wrong with mutants whose text is not in their file exactly once, or which change nothing."""
+    """Messages about mutants whose text is not in their file exactly once, or which change nothing."""
     wrong = []
     for name, mutant in mutants.items():
         try:
@@ -69,7 +68,7 @@ def misplaced(mutants: dict[str, Mutant], root: Path) -> list[str]:
 
 
 def choose(quick: bool, only: list[str]) -> dict[str, Mutant]:
-    """Mutants by list and name."""
+    """The mutants to try, by list and name."""
     everything = [(f"{of}: {mutant.name}", mutant) for of, mutants in load().items() for mutant in mutants]
     return {
         name: mutant
@@ -85,7 +84,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="part of a list, a name or a file")
     parser.add_argument("--quick", action="store_true", help="only the part that CI plants")
     parser.add_argument("--list", action="store_true", help="print the mutants and plant nothing")
-    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutants", help="where the copy and builds are")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutants", help="for the copy and its builds")
     arguments = parser.parse_args()
     chosen = choose(arguments.quick, arguments.only)
     if arguments.list:

@@ -1,4 +1,4 @@
-"""A copy of the sources in a folder of its own, where faults are planted. What is built there serves the next run too."""
+"""A copy of the sources in a separate folder, where faults are planted. Its builds are reused by the next run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-NATIVE = ("csrc/", "cpp_tests/", "CMakeLists.txt")  # what the C++ build is made of
-LIMIT_S = 600  # a run that takes longer hangs
+NATIVE = ("csrc/", "cpp_tests/", "CMakeLists.txt")  # sources of the C++ build
+LIMIT_S = 600  # longer runs count as hanging
 
 
 class NotRun(Exception):
@@ -23,22 +23,22 @@ class NotRun(Exception):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One run of some tests: whether they noticed a fault, and under which conditions they ran."""
+    """One run of tests. noticed: they failed. how: the instruction set, sanitizer or runner."""
 
     noticed: bool
     how: str
 
 
 class Copy:
-    """The files of the repository as they are in the work tree, in `folder`/source; builds are beside it."""
+    """A copy of the work tree in `folder`/source; builds are in other folders of `folder`."""
 
     def __init__(self, folder: Path, root: Path = ROOT):
         self.folder, self.root, self.source = folder, root, folder / "source"
-        self._native = False  # whether a fault is planted that only compiling brings to life
+        self._native = False  # whether the planted fault needs a C++ build
 
     def refresh(self) -> None:
-        """Brings the files up to date. What is the same is not touched, and what changes is new to the build by its time,
-        which a time that came along would not be after a run that planted something later."""
+        """Updates the copy. Equal files are not touched; changed files get the current time, not the original's, so that
+        the build sees them as newer than a fault planted before."""
         command = ["git", "-C", str(self.root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
         wanted = {self.source / name: self.root / name for name in names if name and (self.root / name).is_file()}
@@ -51,7 +51,7 @@ class Copy:
 
     @contextlib.contextmanager
     def changed(self, file: str, text: str) -> Iterator[None]:
-        """The copy with another text in one file, for as long as the context lasts."""
+        """Replaces the text of one file while the context lasts."""
         path = self.source / file
         original = path.read_text()
         path.write_text(text)
@@ -63,7 +63,7 @@ class Copy:
             self._native = False
 
     def gtest(self, target: str, tests: str, sanitizer: str, environment: dict[str, str]) -> Attempt:
-        """Runs a GoogleTest program by a filter."""
+        """Runs the tests of a GoogleTest program that match a filter."""
         program = self._build(sanitizer or "plain", [f"-DFLASHU_SANITIZE={sanitizer}"], [target]) / "cpp_tests" / target
         command = [str(program), f"--gtest_filter={tests}", "--gtest_fail_fast", "--gtest_brief=1"]
         sanitizers = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
@@ -74,15 +74,15 @@ class Copy:
         """Runs pytest in the copy."""
         self._provide_libraries()
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--tb=no", "--hypothesis-seed=0"]
-        # Without bytecode: a fault of equal length, written in the same second, would not be seen beside it.
+        # Without bytecode files: they would hide a fault of equal length written in the same second.
         code = self._run([*command, *arguments], {"PYTHONPATH": str(self.source), "PYTHONDONTWRITEBYTECODE": "1"})
         if code in (2, 3, 4, 5):
             raise NotRun(f"pytest {' '.join(arguments)} ran no tests (exit code {code})")
         return Attempt(code != 0, "pytest")
 
     def _provide_libraries(self) -> None:
-        """Puts the compiled libraries beside the Python files: the checkout's own, or where a fault is in the C++ sources
-        those that are built from them."""
+        """Copies the compiled libraries to the Python files: the checkout's, or for a fault in the C++ sources those
+        built from the copy."""
         if self._native:
             pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
             torch = importlib.util.find_spec("torch")
@@ -94,11 +94,11 @@ class Copy:
             built = list((self.root / "flashu_ext").glob("*.so"))
         for library in built:
             target = self.source / "flashu_ext" / library.name
-            target.unlink(missing_ok=True)  # another file, so that a process which has the old one mapped keeps it
+            target.unlink(missing_ok=True)  # a new file: a process may have the old one mapped
             shutil.copyfile(library, target)
 
     def _build(self, name: str, options: list[str], targets: list[str]) -> Path:
-        """Configures the folder `name` once, then builds the targets."""
+        """Configures the build folder `name` once, then builds the targets."""
         binary = self.folder / name.replace(",", "-")
         if not (binary / "build.ninja").is_file():
             configure = ["cmake", "-G", "Ninja", "-S", str(self.source), "-B", str(binary)]
@@ -112,7 +112,7 @@ class Copy:
         return binary
 
     def _run(self, command: list[str], environment: dict[str, str]) -> int:
-        """The exit code of a command in the copy; 124 for one that hangs."""
+        """Runs a command in the copy; returns its exit code, 124 if it hangs."""
         try:
             variables = {**os.environ, **environment}
             done = subprocess.run(command, cwd=self.source, env=variables, capture_output=True, timeout=LIMIT_S)

@@ -1,4 +1,4 @@
-"""A planted fault, and the kinds of tests that can be named to notice it."""
+"""A planted fault, and the kinds of tests that must notice it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Protocol
 from .copy import Attempt, Copy
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
-SEEDS = 6  # schedules of the emulator's threads
+SEEDS = 6  # random schedules of the emulator's threads
 
 
 class Tests(Protocol):
-    """Names tests. Two that are equal are held against the unchanged sources once."""
+    """A selection of tests. Equal selections run on the unchanged sources only once."""
 
     def attempts(self, copy: Copy) -> Iterator[Attempt]:
-        """Builds what they need and runs them, one attempt at a time: the next is asked for while all pass."""
+        """Builds and runs the tests, one attempt at a time; the caller stops at the first that fails."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Mutant:
     """`old`, which is in `file` exactly once, is replaced by `new`; `tests` must then fail.
 
     Attributes:
-        file: relative to the repository. quick: it belongs to the small part that CI plants.
+        file: relative to the repository.
+        quick: CI plants it.
     """
 
     name: str
@@ -35,7 +36,7 @@ class Mutant:
     quick: bool = False
 
     def planted(self, text: str) -> str:
-        """The file's text with the fault in it.
+        """The file's text with the fault.
 
         Raises:
             LookupError: `old` is not there exactly once.
@@ -47,7 +48,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Pytest:
-    """Python tests: what pytest is given, for example `Pytest("python_tests/ops/test_ffn.py", "-k", "chunk")`."""
+    """Python tests, by pytest's arguments: `Pytest("python_tests/ops/test_ffn.py", "-k", "chunk")`."""
 
     arguments: tuple[str, ...]
 
@@ -60,7 +61,7 @@ class Pytest:
 
 @dataclass(frozen=True)
 class Cpp:
-    """Tests of the C++ library on the CPU by a GoogleTest filter, under every instruction set that the machine has."""
+    """Tests of the C++ library on the CPU by a GoogleTest filter, with every instruction set of the machine."""
 
     filter: str
 
@@ -71,7 +72,7 @@ class Cpp:
 
 @dataclass(frozen=True)
 class Emulated:
-    """Tests of the CUDA kernels on the emulator by a GoogleTest filter, built with one sanitizer after the other."""
+    """Tests of the CUDA kernels on the emulator by a GoogleTest filter, with one sanitizer after the other."""
 
     filter: str
     sanitizers: tuple[str, ...] = ("", "address,undefined")

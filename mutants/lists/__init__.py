@@ -1,4 +1,4 @@
-"""The lists of faults. Each module has its own in MUTANTS; its name is the list's."""
+"""The lists of mutants: MUTANTS of each module, under the module's name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from ..mutant import Mutant
 
 
 def load() -> dict[str, list[Mutant]]:
-    """Every list by its name."""
+    """All lists by name."""
     names = sorted(module.name for module in iter_modules(__path__))
     return {name: import_module(f".{name}", __name__).MUTANTS for name in names}

@@ -1,4 +1,4 @@
-"""Faults in the CUDA kernels and in the emulator's primitives: a barrier gone, a wait for one too few, a wrong phase."""
+"""Faults in the CUDA kernels and in the emulator's primitives: a missing barrier, a wait for one stage too few, a wrong phase."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ ROUTING = Emulated("DeviceRouting*:DeviceMoves*")
 STEP = Emulated("DeviceStep*")
 FFN = Emulated("DeviceFfn*")
 
-# Accesses of one warp that only the hardware could reorder: no schedule of whole threads shows them.
+# Accesses within a warp that only hardware could reorder: no order of whole threads shows the fault, ThreadSanitizer does.
 RACE = Emulated("DeviceRouting/1.*", sanitizers=("thread",))
 
 MUTANTS = [
-    # ---- what all kernels share
+    # ---- common code
     Mutant("vector: no barrier before the warps' sums are read", "csrc/cuda/vector.cuh",
            "scratch[threadIdx.x / kWarp] = value;\n    __syncthreads();", "scratch[threadIdx.x / kWarp] = value;", NORM),
     Mutant("vector: one warp too few is summed", "csrc/cuda/vector.cuh",
@@ -47,7 +47,7 @@ MUTANTS = [
     Mutant("rotary: keys are normed as queries are", "csrc/cuda/rotary.cu", "task.norm = a.key_norm;", "task.norm = a.query_norm;", ROTARY),
     Mutant("rotary: sums over half a group", "csrc/cuda/rotary.cu", "sum_group<kGroup>(sum_squares", "sum_group<kGroup / 2>(sum_squares", ROTARY),
     # ---- step
-    Mutant("step: sums are added before they are there", "csrc/cuda/step.cu",
+    Mutant("step: sums are added before they are written", "csrc/cuda/step.cu",
            "total[k] = sum;\n  __syncthreads();", "total[k] = sum;", STEP),
     Mutant("step: no barrier between the two halves of a tile", "csrc/cuda/step.cu",
            "  __syncthreads();\n  const float dt", "  const float dt", STEP),
@@ -100,10 +100,10 @@ MUTANTS = [
            "        if (lane == 0) {", FFN),
     Mutant("sm90: expects too few bytes", "csrc/cuda/ffn_sm90.cu", "mbarrier_expect(full, C::kStageBytes);", "mbarrier_expect(full, C::kStageBytes - 1024);", FFN),
     Mutant("sm90: one warp empties a stage", "csrc/cuda/ffn_sm90.cu", "mbarrier_init(&barriers->empty[s], kConsumers * 4);", "mbarrier_init(&barriers->empty[s], 1);", FFN),
-    Mutant("sm90: a stage is given back while it is read", "csrc/cuda/ffn_sm90.cu",
+    Mutant("sm90: a stage is released while it is read", "csrc/cuda/ffn_sm90.cu",
            "      wgmma_wait<1>();\n", "", FFN),
-    Mutant("sm90: a stage is given back a step too early", "csrc/cuda/ffn_sm90.cu", "wgmma_wait<1>();", "wgmma_wait<2>();", FFN),
-    Mutant("sm90: a tile's last stage is not given back", "csrc/cuda/ffn_sm90.cu",
+    Mutant("sm90: a stage is released a step too early", "csrc/cuda/ffn_sm90.cu", "wgmma_wait<1>();", "wgmma_wait<2>();", FFN),
+    Mutant("sm90: a tile's last stage is not released", "csrc/cuda/ffn_sm90.cu",
            "    wgmma_wait<0>();\n    if (lane == 0) mbarrier_arrive(&barriers->empty[previous]);", "    wgmma_wait<0>();", FFN),
     Mutant("sm90: phase of an empty stage", "csrc/cuda/ffn_sm90.cu",
            "        mbarrier_wait(&barriers->empty[ring.stage], ring.phase ^ 1);\n        if (thread == 0) {",
@@ -115,17 +115,17 @@ MUTANTS = [
     Mutant("sm90: initialised barriers are not fenced", "csrc/cuda/ffn_sm90.cu", "    mbarrier_init_fence();\n", "", FFN),
     Mutant("sm90: no barrier after the barriers are initialised", "csrc/cuda/ffn_sm90.cu",
            "  __syncthreads();\n  griddepcontrol_wait();", "  griddepcontrol_wait();", FFN),
-    Mutant("sm90: boxes come before their bytes are expected", "csrc/cuda/ffn_sm90.cu",
+    Mutant("sm90: boxes are loaded before their bytes are expected", "csrc/cuda/ffn_sm90.cu",
            "          __syncwarp();  // no box before its bytes are expected\n", "", FFN),
     Mutant("sm90: does not wait for the kernel before", "csrc/cuda/ffn_sm90.cu",
            "  __syncthreads();\n  griddepcontrol_wait();", "  __syncthreads();", FFN),
-    Mutant("sm90: sums are read while products are under way", "csrc/cuda/ffn_sm90.cu",
+    Mutant("sm90: sums are read before the products are complete", "csrc/cuda/ffn_sm90.cu",
            "    wgmma_wait<0>();\n    if (lane == 0)", "    if (lane == 0)", FFN),
     Mutant("sm90: results are not fenced", "csrc/cuda/ffn_sm90.cu",
            "      fence_proxy_async();  // stmatrix wrote what TMA reads\n", "", FFN),
     Mutant("sm90: copies are not fenced", "csrc/cuda/ffn_sm90.cu",
            "      fence_proxy_async();  // what cp.async wrote is read by wgmma\n", "", FFN),
-    Mutant("sm90: copies are fenced before they have come", "csrc/cuda/ffn_sm90.cu",
+    Mutant("sm90: copies are fenced before they are complete", "csrc/cuda/ffn_sm90.cu",
            "          cp_async_wait<kCopiesAhead>();\n          hand_over();\n",
            "          fence_proxy_async();\n          cp_async_wait<kCopiesAhead>();\n"
            "          mbarrier_arrive(&barriers->full[arrived.stage]);\n          arrived.advance();\n          --pending;\n", FFN),
@@ -141,11 +141,11 @@ MUTANTS = [
     Mutant("sm90: both result boxes are one", "csrc/cuda/ffn_sm90.cu", "      out_slot ^= 1;\n", "", FFN),
     Mutant("sm90: no barrier before a result is stored", "csrc/cuda/ffn_sm90.cu",
            "      named_barrier(2 + group, 128);\n      if (thread == 0 && first_n", "      if (thread == 0 && first_n", FFN),
-    Mutant("sm90: copies are handed over before they have come", "csrc/cuda/ffn_sm90.cu",
+    Mutant("sm90: copies are handed over before they are complete", "csrc/cuda/ffn_sm90.cu",
            "cp_async_wait<kCopiesAhead>();", "cp_async_wait<kCopiesAhead + 1>();", FFN),
-    Mutant("sm90: the last copies are handed over before they have come", "csrc/cuda/ffn_sm90.cu",
+    Mutant("sm90: the last copies are handed over before they are complete", "csrc/cuda/ffn_sm90.cu",
            "    cp_async_wait<0>();\n    while (pending > 0) hand_over();", "    while (pending > 0) hand_over();\n    cp_async_wait<0>();", FFN),
-    Mutant("sm90: the list of a tile is read before it is there", "csrc/cuda/ffn_sm90.cu",
+    Mutant("sm90: the list of a tile is read before it is written", "csrc/cuda/ffn_sm90.cu",
            "      named_barrier(1, 128);\n      for (int step", "      for (int step", FFN),
     Mutant("sm90: a warp of copies is not waited for", "csrc/cuda/ffn_sm90.cu", "? 1 + 128 : 1);", "? 1 + 96 : 1);", FFN),
     Mutant("sm90: a box reaches into the next tile", "csrc/cuda/ffn_sm90.cu",
@@ -169,16 +169,16 @@ MUTANTS = [
     Mutant("choice: no tensor map of no columns", "csrc/core/ffn_choice.cpp", "q.hidden > 0 && q.neurons > 0", "q.neurons > 0", FFN),
     Mutant("ffn: decodes a width of nothing", "csrc/cuda/ffn.cu", "p.width > 0 && ffn_decodes(q)", "ffn_decodes(q)", FFN),
     # ---- FFN, few rows
-    Mutant("decode: x is read before it is there", "csrc/cuda/ffn_decode.cu",
+    Mutant("decode: x is read before it is loaded", "csrc/cuda/ffn_decode.cu",
            "h[i] = T{};\n  __syncthreads();", "h[i] = T{};", FFN),
-    Mutant("decode: shares are added before they are there", "csrc/cuda/ffn_decode.cu",
+    Mutant("decode: partial sums are added before they are written", "csrc/cuda/ffn_decode.cu",
            "= sum;\n  __syncthreads();", "= sum;", FFN),
     Mutant("decode: the sum does not wait for the blocks", "csrc/cuda/ffn_decode.cu", "  griddepcontrol_wait();\n", "", FFN),
     Mutant("decode: a row too many", "csrc/cuda/ffn_decode.cu", "const bool inside = row < f.rows &&", "const bool inside = row <= f.rows &&", FFN),
-    Mutant("decode: h is read before all of it is there", "csrc/cuda/ffn_decode.cu",
+    Mutant("decode: h is read before all of it is written", "csrc/cuda/ffn_decode.cu",
            "      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);\n    }\n    __syncthreads();",
            "      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);\n    }", FFN),
-    Mutant("decode: parts are added before they are there", "csrc/cuda/ffn_decode.cu",
+    Mutant("decode: parts are added before they are written", "csrc/cuda/ffn_decode.cu",
            "    __syncthreads();\n    for (int i = thread; i < kGroups", "    for (int i = thread; i < kGroups", FFN),
     Mutant("decode: a part of K twice", "csrc/cuda/ffn_decode.cu",
            "const int64_t begin = steps * split / kSplits * kStep;", "const int64_t begin = steps * split / kSplits * kStep - (split > 1 ? kStep : 0);", FFN),
@@ -189,7 +189,7 @@ MUTANTS = [
     # ---- selection and statistics
     Mutant("ffn: runs are listed one off", "csrc/cuda/ffn.cu", "list[run.position + i] = run.start + i;", "list[run.position + i] = run.start + i + 1;", FFN),
     Mutant("ffn: an index past the end is used", "csrc/cuda/ffn.cu", "value >= limit) {", "value > limit) {", FFN),
-    Mutant("ffn: shares of the norms are added before they are there", "csrc/cuda/ffn.cu",
+    Mutant("ffn: partial norms are added before they are written", "csrc/cuda/ffn.cu",
            "= sum;\n  __syncthreads();", "= sum;", Emulated("DeviceFfn*Norms*")),
-    Mutant("ffn: a share of the rows is left out", "csrc/cuda/ffn.cu", "for (int s = 0; s < kNormShares; ++s) total", "for (int s = 1; s < kNormShares; ++s) total", FFN),
+    Mutant("ffn: a part of the rows is left out", "csrc/cuda/ffn.cu", "for (int s = 0; s < kNormShares; ++s) total", "for (int s = 1; s < kNormShares; ++s) total", FFN),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Faults in the CPU kernels and in what lies around them: csrc/core, csrc/cpu and csrc/api."""
+"""Faults in the CPU kernels and the code around them: csrc/core, csrc/cpu and csrc/api."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ MUTANTS = [
     Mutant("threshold: an equal score does not pass", "csrc/cpu/routing.cpp", "< threshold) continue;", "<= threshold) continue;", ROWS),
     Mutant("threshold: the last place is not filled up", "csrc/cpu/routing.cpp",
            "for (int64_t i = passed; i < capacity; ++i) out[i] = -1;", "for (int64_t i = passed; i < capacity - 1; ++i) out[i] = -1;", ROWS),
-    Mutant("threshold: as many are counted as there is room for", "csrc/cpu/routing.cpp",
+    Mutant("threshold: only as many are counted as fit", "csrc/cpu/routing.cpp",
            "pointer<int32_t>(args.count)[r] = passed;", "pointer<int32_t>(args.count)[r] = static_cast<int32_t>(std::min<int64_t>(passed, capacity));", ROWS),
     Mutant("moves: the stride of an index is ignored", "csrc/cpu/routing.cpp", "+ i * args.index.strides[lead];", "+ i;", ROWS),
     Mutant("moves: the short side is read with the long side's stride", "csrc/cpu/routing.cpp",

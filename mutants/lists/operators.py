@@ -6,7 +6,7 @@ from ..mutant import Mutant, Pytest
 
 
 def contract(op: str) -> Pytest:
-    """What holds for every op, of one of them."""
+    """The contract tests of one op."""
     return Pytest("python_tests/ops/test_contract.py", "-k", op)
 
 
@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant("torch: both head norms are the query's", "csrc/torch/norm.cpp", 'view(op, "key_norm", key_norm);', 'view(op, "key_norm", key_norm.has_value() ? query_norm : key_norm);', contract("rotary")),
     Mutant("schema: the velocity is said to be read only", "csrc/torch/ops.cpp", '"Tensor(b!)? velocity=None) -> ()");', '"Tensor? velocity=None) -> ()");', contract("guided_euler")),
     Mutant("schema: norms are said to be read only", "csrc/torch/ops.cpp", "Tensor(a!) norms, ", "Tensor norms, ", contract("gathered_ffn")),
-    # ---- plain torch, where no kernel runs
+    # ---- plain torch, used without a kernel
     Mutant("reference: padding reads the first row", "flashu_ext/ops/reference.py", "rows.gather(-2, at).masked_fill((index < 0)[..., None], 0)", "rows.gather(-2, at)", contract("gather_rows")),
     Mutant("reference: the threshold is compared in fp64", "flashu_ext/ops/reference.py", "scores.float() >= torch.tensor(threshold, dtype=torch.float32, device=scores.device)", "scores.double() >= threshold", Pytest("python_tests/ops/test_routing.py", "-k", "threshold")),
     Mutant("reference: of equal scores any", "flashu_ext/ops/reference.py", "scores.argsort(dim=-1, descending=True, stable=True)", "scores.flip(-1).argsort(dim=-1, descending=True, stable=True).neg() + scores.shape[-1] - 1", Pytest("python_tests/ops/test_routing.py", "-k", "topk")),

@@ -1,4 +1,4 @@
-"""The forms of one neuron list that `bench calls` times against each other."""
+"""The forms of a neuron list that `bench calls` compares."""
 
 from __future__ import annotations
 

@@ -113,10 +113,13 @@ def both(*calls: Any) -> list[Any]:
 
 
 def test_all_ranks_end(store: Any) -> None:
-    rolls = [Heartbeat(Ranks(rank, 2), store) for rank in range(2)]
-    assert both(lambda: rolls[0].share("a", lambda: [1]), lambda: rolls[1].share("a", lambda: [2])) == [[1], [1]]
-    assert both(rolls[0].finish, rolls[1].finish) == [{}, {}]
-    assert rolls[0].reporter and not rolls[1].reporter
+    heartbeats = [Heartbeat(Ranks(rank, 2), store) for rank in range(2)]
+    assert both(lambda: heartbeats[0].share("a", lambda: [1]), lambda: heartbeats[1].share("a", lambda: [2])) == [
+        [1],
+        [1],
+    ]
+    assert both(heartbeats[0].finish, heartbeats[1].finish) == [{}, {}]
+    assert heartbeats[0].reporter and not heartbeats[1].reporter
     alone = Heartbeat(Ranks(), None)
     assert alone.share("a", lambda: (1,)) == (1,) and alone.finish() == {} and alone.reporter
 
@@ -149,10 +152,10 @@ def test_a_failure_is_reported_after_the_others_finish(store: Any) -> None:
 
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_silent_rank_counts_as_lost(store: Any, dead: int) -> None:
-    rolls = [Heartbeat(Ranks(rank, 2), store, patience=1.0) for rank in range(2)]
-    rolls[dead].leave()
-    (lost,) = both(rolls[1 - dead].finish)
-    assert list(lost) == [dead] and lost[dead].startswith("is gone: not heard of for") and rolls[1 - dead].reporter
+    heartbeats = [Heartbeat(Ranks(rank, 2), store, patience=1.0) for rank in range(2)]
+    heartbeats[dead].leave()
+    (lost,) = both(heartbeats[1 - dead].finish)
+    assert list(lost) == [dead] and lost[dead].startswith("is gone: not heard of for") and heartbeats[1 - dead].reporter
     with pytest.raises(ValueError, match="patience: expected more than"):
         Heartbeat(Ranks(), None, patience=0.1)
     with pytest.raises(ValueError, match="store: expected one for 2 ranks"):
@@ -177,11 +180,11 @@ def test_an_attempt_does_not_read_what_the_last_one_wrote(monkeypatch: pytest.Mo
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for attempt in range(2):
         ranks = [Ranks(rank, 2, rank, attempt) for rank in range(2)]
-        rolls = both(*(functools.partial(Heartbeat.join, own) for own in ranks))
+        heartbeats = both(*(functools.partial(Heartbeat.join, own) for own in ranks))
         number = functools.partial(slowly, attempt)
-        shared = both(*(functools.partial(heartbeat.share, "todo", number) for heartbeat in reversed(rolls)))
+        shared = both(*(functools.partial(heartbeat.share, "todo", number) for heartbeat in reversed(heartbeats)))
         assert shared == [attempt, attempt]
-        assert both(*(functools.partial(heartbeat.finish, "out of luck") for heartbeat in rolls))[0] == {
+        assert both(*(functools.partial(heartbeat.finish, "out of luck") for heartbeat in heartbeats))[0] == {
             1: "failed: out of luck"
         }
 

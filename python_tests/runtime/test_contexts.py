@@ -1,4 +1,4 @@
-"""What surrounds a call changes no bit of its result: autocast, default dtype and device, determinism, inference mode, grad."""
+"""The context of a call changes no bit of its result: autocast, default dtype and device, determinism, inference mode, grad."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import generation_inputs, question_inputs, small_model
-from support.work import SETTINGS, accelerate, answer, draw, everything, plan, settings
+from support.work import SETTINGS, accelerate, answer, everything, generate, plan, settings
 from torch import Tensor
 
 import flashu_ext as fx
@@ -72,7 +72,7 @@ def equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def moved_into(model: Any, context: str) -> dict[str, Tensor]:
-    """`everything` in a context, except the making of its inputs, which are the caller's."""
+    """`everything` in a context; the caller makes its inputs outside."""
     made = {seed: (generation_inputs(model, seed), question_inputs(seed)) for seed in (1, 2, 3)}
     with pytest.MonkeyPatch.context() as patch, CONTEXTS[context]():
         patch.setattr("support.work.generation_inputs", lambda _, seed: made[seed][0])
@@ -110,10 +110,10 @@ def test_a_model_is_accelerated_and_restored_in_a_context(context: str) -> None:
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_calibration_scores_the_same_neurons(context: str) -> None:
     model = small_model()
-    drawn, asked = generation_inputs(model), question_inputs()
+    image, question = generation_inputs(model), question_inputs()
     names = ("text_tokens", "text_tokens_null", "modality_positions", "modality_positions_null")
-    samples = [GenerationSample(drawn["noise"], *(drawn[name] for name in names))]
-    questions = [UnderstandingSample(*asked.values())]
+    samples = [GenerationSample(image["noise"], *(image[name] for name in names))]
+    questions = [UnderstandingSample(*question.values())]
     expected = fx.calibrate(model, samples, questions, multiple=16, progress=False)
     with CONTEXTS[context]():
         got = fx.calibrate(model, samples, questions, multiple=16, progress=False)
@@ -123,7 +123,7 @@ def test_calibration_scores_the_same_neurons(context: str) -> None:
 
 
 def test_the_embedded_model_loads_and_works_in_each_context() -> None:
-    """In processes of their own, because some constants are made when a module is imported."""
+    """In separate processes, because some constants are made at import."""
     program = """
 import contextlib, hashlib, sys, torch
 torch.set_num_threads(1)
@@ -161,13 +161,13 @@ def test_times_and_noise_are_fp32() -> None:
 
 
 def test_calls_may_change_between_modes() -> None:
-    """What one call keeps for the next may be an inference tensor, or made under autocast."""
+    """State kept for the next call may be an inference tensor, or made under autocast."""
     model = small_model()
     with accelerate(model, "all of it"):
-        expected = draw(model, 1), answer(model, 1), answer(model, 2)
+        expected = generate(model, 1), answer(model, 1), answer(model, 2)
         for context in ("inference mode", "grad", "autocast bf16", "inference mode", "deterministic, memory filled"):
             with CONTEXTS[context]():
-                got = draw(model, 1), answer(model, 1), answer(model, 2)
+                got = generate(model, 1), answer(model, 1), answer(model, 2)
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), context
 
 

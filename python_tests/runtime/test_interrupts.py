@@ -1,4 +1,4 @@
-"""An interrupt at any line of `accelerate` leaves the model as it was; after one at any line of `remove` or `editing`, a second
+"""An interrupt at any line of `accelerate` leaves the model unchanged; after one at any line of `remove` or `editing`, a second
 call completes the work."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 def traced(run: Callable[[], Any], at_line: Callable[[Line], None]) -> None:
-    """Run something and call at_line before each of its lines in `FILES`."""
+    """Runs a function and calls at_line before each of its lines in `FILES`."""
 
     def local(frame: Any, event: str, _argument: Any) -> Any:
         if event == "line":
@@ -58,7 +58,7 @@ def traced(run: Callable[[], Any], at_line: Callable[[Line], None]) -> None:
 
 
 def lines_of(run: Callable[[], Any]) -> list[tuple[Line, int]]:
-    """Each line that runs, with the turns to interrupt it at: its first, and its last where weights are moved layer by layer."""
+    """Each line that runs, with the passes to interrupt: the first, and the last where weights are moved layer by layer."""
     counts: Counter[Line] = Counter()
     traced(run, lambda line: counts.update([line]))
     assert len(counts) > 20
@@ -67,7 +67,7 @@ def lines_of(run: Callable[[], Any]) -> list[tuple[Line, int]]:
 
 
 def interrupted(run: Callable[[], Any], line: Line, turn: int) -> bool:
-    """Whether it came that far."""
+    """Whether the run reached the line."""
     left = [turn]
 
     def at_line(each: Line) -> None:
@@ -83,7 +83,7 @@ def interrupted(run: Callable[[], Any], line: Line, turn: int) -> bool:
 
 
 class Watched:
-    """A model and what it must be once it is no longer accelerated."""
+    """A model, and its expected state after acceleration ends."""
 
     def __init__(self) -> None:
         self.model = small_model(order=ORDER)

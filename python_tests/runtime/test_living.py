@@ -1,4 +1,4 @@
-"""An accelerated model that is saved, loaded, copied, edited and hooked: what comes is right, or a named error."""
+"""An accelerated model that is saved, loaded, copied, edited or hooked gives right results or a named error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def plan() -> fx.TaskPlan:
 
 
 def state(model: Any) -> State:
-    """Copies, so that no other tensor lies in the memory of the weights."""
+    """Copies, so that no other tensor shares the weights' memory."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
@@ -50,7 +50,7 @@ def outputs(model: Any) -> tuple[Tensor, Tensor]:
 
 
 def pruned_outputs(weights: State) -> tuple[Tensor, Tensor]:
-    """Of a model that has these weights before it is accelerated."""
+    """Outputs of a model that got these weights before it was accelerated."""
     model = small_model()
     model.load_state_dict(weights)
     with fx.accelerate(model, PRUNED, plan()):
@@ -62,11 +62,11 @@ def equal(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
 
 
 def accelerated(seed: int = 0) -> tuple[Any, fx.Handle, State]:
-    """A model whose neurons lie in plan order, its handle, and its weights in the model's own order."""
+    """A model with neurons in plan order, its handle, and its weights in the original order."""
     model = small_model(seed)
     before = state(model)
     handle = fx.accelerate(model, PRUNED, plan())
-    assert not torch.equal(model.get_parameter(UP), before[UP]), "the plan is in force"
+    assert not torch.equal(model.get_parameter(UP), before[UP]), "the plan is active"
     return model, handle, before
 
 
@@ -100,9 +100,9 @@ OUT: dict[str, Callable[[Any], State]] = {
 @pytest.mark.parametrize("way", OUT)
 def test_what_leaves_the_model_is_in_its_own_order(way: str) -> None:
     model, handle, before = accelerated()
-    drawn = outputs(model)
+    generated = outputs(model)
     assert same(OUT[way](model), before)
-    assert equal(outputs(model), drawn)
+    assert equal(outputs(model), generated)
     handle.remove()
     assert same(state(model), before)
 
@@ -116,15 +116,15 @@ def test_files_of_an_accelerated_model_are_those_of_the_dense_one(tmp_path: Any)
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_dense_and_on_its_own(copied: Callable[[Any], Any]) -> None:
     model, _, before = accelerated()
-    drawn = outputs(model)
+    generated = outputs(model)
     clone = copied(model)
     assert handle_of(clone) is None and "t2i_generate" not in vars(clone)
     assert equal(outputs(clone), outputs(small_model()))
     with fx.accelerate(clone, PRUNED, plan()):
-        assert equal(outputs(clone), drawn)
+        assert equal(outputs(clone), generated)
     with torch.no_grad():
         clone.get_parameter(UP).zero_()
-    assert equal(outputs(model), drawn) and same(state(model), before)
+    assert equal(outputs(model), generated) and same(state(model), before)
 
 
 # ---- in: loaded
@@ -157,10 +157,10 @@ def test_loaded_weights_of_one_ffn_leave_the_others(assign: bool) -> None:
 
 def test_a_file_that_does_not_fit_is_an_error_and_changes_no_answer() -> None:
     model, handle, before = accelerated()
-    drawn = outputs(model)
+    generated = outputs(model)
     with pytest.raises(RuntimeError, match=f"size mismatch for {UP}"):
         model.load_state_dict({**before, UP: torch.zeros(3, 3)})
-    assert equal(outputs(model), drawn)
+    assert equal(outputs(model), generated)
     handle.remove()
     assert same(state(model), before)
 
@@ -259,7 +259,7 @@ def replaced(model: Any, name: str) -> None:
 @pytest.mark.parametrize("change", [halved, loaded, replaced])
 @pytest.mark.parametrize("name", ["showo.model.layers.7.self_attn.v_proj.weight", UP, "fusion_proj.0.weight"])
 def test_images_and_answers_follow_weights(name: str, change: Callable[[Any, str], None]) -> None:
-    """A question that was asked before is prefilled anew: its keys and values are of the weights before."""
+    """A question asked before is prefilled again: the stored keys and values belong to the old weights."""
     model, dense = small_model(), small_model()
     halved(dense, name)
     expected = [outputs(small_model()), outputs(dense)]
@@ -271,9 +271,9 @@ def test_images_and_answers_follow_weights(name: str, change: Callable[[Any, str
         assert handle.summary().tokens["reused"] == reused == 0
         again = outputs(model)
         assert handle.summary().tokens["reused"] > 0
-    for (latents, tokens), (drawn, answered) in zip((first, second, again), (*expected, expected[1]), strict=True):
-        assert relative(latents, drawn) < LIMIT and torch.equal(tokens, answered)
-    assert relative(expected[1][0], expected[0][0]) > 10 * LIMIT, "an edit that changes nothing shows nothing"
+    for (latents, tokens), (generated, answered) in zip((first, second, again), (*expected, expected[1]), strict=True):
+        assert relative(latents, generated) < LIMIT and torch.equal(tokens, answered)
+    assert relative(expected[1][0], expected[0][0]) > 10 * LIMIT, "the edit must change the outputs"
 
 
 @torch.no_grad()
@@ -332,7 +332,7 @@ def test_a_hooked_module_runs_as_itself_and_is_named(path: str, when: str) -> No
         got = outputs(model)
         assert relative(got[0], plain[0]) < LIMIT and torch.equal(got[1], plain[1])
         assert not handle.summary().fallbacks
-    assert relative(expected[0], plain[0]) > 10 * LIMIT, "a hook that changes nothing shows nothing"
+    assert relative(expected[0], plain[0]) > 10 * LIMIT, "the hook must change the outputs"
 
 
 def test_a_hooked_ffn_of_a_plan_gets_its_own_order_back_and_uses_all_neurons() -> None:
@@ -391,7 +391,7 @@ def test_an_ffn_that_the_kernel_does_not_compute_runs_as_itself(prepare: Callabl
 
 
 class Other(fx.showo2.Showo2):
-    """A subclass that draws in another way."""
+    """A subclass that generates images in another way."""
 
     def t2i_generate(self, *arguments: Any, **options: Any) -> Tensor:
         return super().t2i_generate(*arguments, **options) * 0

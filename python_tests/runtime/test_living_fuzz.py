@@ -1,5 +1,5 @@
-"""Any sequence of changes to a model while it is accelerated: beside a dense twin that has the same changes, results are the
-same bits as those of a copy accelerated just now, or a named error comes, and `remove()` gives the twin back."""
+"""Any sequence of changes to an accelerated model, compared with a dense twin that gets the same changes: results are the
+bits of a newly accelerated copy, or a named error is raised; after `remove()` the model equals the twin."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class LivingModel(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(WEIGHTS), factor=st.sampled_from((0.5, -2.0)))
     def write(self, name: str, factor: float) -> None:
-        """In place, by a factor, which no order of neurons changes."""
+        """Writes in place, by one factor: the result is the same in every order of neurons."""
         for model in self.both():
             with torch.no_grad():
                 model.get_parameter(name).mul_(factor)
@@ -136,7 +136,7 @@ class LivingModel(RuleBasedStateMachine):
     @precondition(lambda self: self.handle is not None and not self.edited)
     @rule(name=st.sampled_from(WEIGHTS))
     def write_inside_editing(self, name: str) -> None:
-        """Every row by a factor of its own, as a merged adapter would."""
+        """Scales every row by its own factor, like a merged adapter."""
         refused = any(path == "showo.model.layers.1" for path in self.hooks)
         try:
             with self.handle.editing():
@@ -165,7 +165,7 @@ class LivingModel(RuleBasedStateMachine):
     @precondition(lambda self: not self.edited and not self.hooks)
     @rule(layer=st.integers(0, 3))
     def replace(self, layer: int) -> None:
-        """Another FFN object, with weights of its own."""
+        """Replaces an FFN by another object with other weights."""
         donor = small_model(5, order=ORDER).to(self.twin.showo.model.embed_tokens.weight.dtype)
         for model in self.both():
             model.showo.model.layers[layer].mlp = copy.deepcopy(donor.showo.model.layers[layer].mlp)

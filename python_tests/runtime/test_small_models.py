@@ -71,8 +71,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.append(torch.tensor(scores))
         return least_important(scores, count)
 
-    for room in (generation, understanding):
-        monkeypatch.setattr(room, "least_important", choose)
+    for module in (generation, understanding):
+        monkeypatch.setattr(module, "least_important", choose)
     return seen
 
 

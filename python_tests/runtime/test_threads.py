@@ -1,4 +1,4 @@
-"""One accelerated model in many threads: the bits of a serial run, or a named error; and in processes that fork."""
+"""One accelerated model in many threads and forked processes: the bits of a serial run, or a named error."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from support.work import (
     accelerate,
     answer,
     answer_as_upstream,
-    draw,
-    draw_as_upstream,
     everything,
+    generate,
+    generate_as_upstream,
     plan,
     settings,
 )
@@ -35,15 +35,15 @@ WAIT = 120.0
 
 
 def streamed(model: Any, seed: int) -> Tensor:
-    """An answer as it came, token by token."""
+    """An answer as streamed, token by token."""
     tokens: list[int] = []
     answer(model, seed, on_token=lambda _, token: tokens.append(token))
     return torch.tensor(tokens)
 
 
 KINDS: dict[str, Callable[[Any, int], Tensor]] = {
-    "draw": draw,
-    "draw as upstream": draw_as_upstream,
+    "generate": generate,
+    "generate as upstream": generate_as_upstream,
     "answer": answer,
     "answer as upstream": answer_as_upstream,
     "stream": streamed,
@@ -70,8 +70,8 @@ def test_threads_get_the_bits_of_a_serial_run(setting: str) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_threads_that_share_their_prompt_draw_images_of_their_own() -> None:
-    """By upstream's loop, which passes the same tensors in every call."""
+def test_threads_with_one_prompt_generate_their_own_images() -> None:
+    """With upstream's loop, which passes the same tensors in every call."""
     model = small_model()
     inputs = generation_inputs(model)
     noises = [
@@ -105,7 +105,9 @@ def test_threads_that_share_their_prompt_draw_images_of_their_own() -> None:
 def test_a_summary_may_be_asked_for_during_work() -> None:
     model = small_model()
     with accelerate(model, "adaptive") as handle, ThreadPoolExecutor(3) as pool:
-        work = [pool.submit(run, model, job) for job in [("draw", 1), ("stream", 1), ("draw as upstream", 2)] * 4]
+        work = [
+            pool.submit(run, model, job) for job in [("generate", 1), ("stream", 1), ("generate as upstream", 2)] * 4
+        ]
         while not all(each.done() for each in work):
             assert sum(handle.summary().steps.values()) <= STEPS - 1
         for each in work:
@@ -132,7 +134,7 @@ def test_remove_during_an_image_is_named_and_the_model_restored() -> None:
             work.result(WAIT)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert torch.equal(draw(model, 1), draw(dense, 1))
+    assert torch.equal(generate(model, 1), generate(dense, 1))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -196,14 +198,14 @@ def test_a_model_that_is_accelerated_meanwhile_is_ready() -> None:
     """A thread that finds the handle before `accelerate` has returned waits for it."""
     model = small_model()
     with accelerate(model, "exact"):
-        expected = draw(model, 1)
+        expected = generate(model, 1)
     stop = threading.Event()
 
     def work() -> None:
         while not stop.is_set():
             if fx.handle_of(model) is not None:
                 try:
-                    torch.testing.assert_close(draw(model, 1), expected)
+                    torch.testing.assert_close(generate(model, 1), expected)
                 except RuntimeError as error:
                     assert "its handle was removed" in str(error)
 
@@ -211,7 +213,7 @@ def test_a_model_that_is_accelerated_meanwhile_is_ready() -> None:
         workers = [pool.submit(work) for _ in range(2)]
         for _ in range(15):
             with accelerate(model, "exact"):
-                assert torch.equal(draw(model, 1), expected)
+                assert torch.equal(generate(model, 1), expected)
         stop.set()
         for worker in workers:
             worker.result(WAIT)
@@ -222,7 +224,7 @@ def test_a_model_that_is_accelerated_meanwhile_is_ready() -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    """Parallel regions, whose threads a forked process does not have."""
+    """Starts threads for parallel regions: a forked process does not inherit them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -230,7 +232,7 @@ def two_threads() -> Iterator[None]:
 
 
 def forked(target: Callable[[], None]) -> int | None:
-    """Exit code of a forked process, None where it hangs."""
+    """Exit code of a forked process, None if it hangs."""
     process = multiprocessing.get_context("fork").Process(target=target)
     process.start()
     process.join(WAIT)
@@ -242,7 +244,7 @@ def forked(target: Callable[[], None]) -> int | None:
 
 
 def use_threads() -> tuple[Tensor, Tensor]:
-    """A kernel of this library and torch's matrix product, both of a size that threads share."""
+    """Runs a kernel of this library and torch's matrix product, both large enough for several threads."""
     x = torch.linspace(-1, 1, 1 << 20, dtype=torch.float32).view(1024, 1024)
     return fx.ops.rms_norm(x, x[0].contiguous(), 1e-6), x @ x
 
@@ -268,7 +270,7 @@ def test_kernels_work_in_a_forked_process() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("setting", ["exact", "paper"])
-def test_a_forked_process_draws_and_answers(setting: str) -> None:
+def test_a_forked_process_generates_and_answers(setting: str) -> None:
     model = small_model()
     with accelerate(model, setting) as handle:
         expected = everything(model)
@@ -281,7 +283,7 @@ def test_a_forked_process_draws_and_answers(setting: str) -> None:
             assert fx.handle_of(model) is None
 
         assert forked(child) == 0
-        assert handle.active and torch.equal(draw(model, 1), expected["drawn"])
+        assert handle.active and torch.equal(generate(model, 1), expected["generated"])
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -311,10 +313,10 @@ def test_a_forked_process_works_while_other_threads_of_its_parent_did() -> None:
 @pytest.mark.usefixtures("one_thread")
 @torch.no_grad()
 def test_a_lock_that_another_thread_held_is_free_in_a_forked_process() -> None:
-    """The answer under way ends there; an image of the thread that forks ends with a named error."""
+    """The answer in progress ends; an image of the thread that forks ends with a named error."""
     model = small_model()
     with accelerate(model, "paper") as handle, ThreadPoolExecutor(1) as pool:
-        expected = draw(model, 1), answer(model, 1)
+        expected = generate(model, 1), answer(model, 1)
         inside, over = threading.Event(), threading.Event()
 
         def on_token(_: int, token: int) -> None:
@@ -323,7 +325,7 @@ def test_a_lock_that_another_thread_held_is_free_in_a_forked_process() -> None:
 
         def child() -> None:
             assert handle.summary().steps
-            assert torch.equal(draw(model, 1), expected[0]) and torch.equal(answer(model, 1), expected[1])
+            assert torch.equal(generate(model, 1), expected[0]) and torch.equal(answer(model, 1), expected[1])
 
         def goes_on() -> None:
             with pytest.raises(RuntimeError, match="its handle was removed or reset"):
