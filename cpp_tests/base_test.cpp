@@ -1,5 +1,7 @@
 // The base of the C API: statuses, error texts, argument structs and nested threads.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <string>
@@ -108,6 +110,27 @@ TEST(Base, ParallelForCoversOnceAndNests) {
     }
   });
   for (const auto& count : seen) EXPECT_EQ(count.load(), 1);
+}
+
+// The threads of the first loop do not exist in the forked process, whose own loop must not wait for them.
+TEST(Base, ParallelForWorksInAForkedProcess) {
+  const auto sum = [] {
+    std::atomic<int64_t> total{0};
+    flashu::core::parallel_for(0, 1000, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) total += i;
+    });
+    return total.load();
+  };
+  ASSERT_EQ(sum(), 499500);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(30);
+    _exit(sum() == 499500 ? 0 : 1);
+  }
+  int status = -1;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
+  EXPECT_EQ(sum(), 499500);
 }
 
 }  // namespace

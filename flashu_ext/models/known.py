@@ -158,8 +158,11 @@ def untracked(model: nn.Module) -> list[str]:
 
 def check_model(parts: Showo2Parts) -> None:
     """Raise TypeError, with its name and the reason, for a module that the accelerated loop would pass over."""
-    for hooks in GLOBAL_HOOKS:
-        if getattr(torch_module, hooks, None):
+    for name in GLOBAL_HOOKS:
+        # Torch's own hooks, of its counters of modules and operations, change nothing.
+        if any(
+            not getattr(hook, "__module__", "").startswith("torch.") for hook in getattr(torch_module, name).values()
+        ):
             raise TypeError(
                 "model: a hook is registered on all modules (register_module_forward_hook); remove it first"
             )

@@ -2,6 +2,9 @@
 
 Each function has an attribute `is_supported(device, dtype, shape=None)`. First use loads the compiled library; if that fails,
 ImportError lists every cause.
+
+The ops are for inference and have no gradient. Where one would be lost, NotImplementedError is raised (see `autograd`): in
+the backward of an op that returns a new tensor, before anything is written by an op that writes in place or into an output.
 """
 
 from __future__ import annotations

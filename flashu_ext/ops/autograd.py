@@ -81,7 +81,7 @@ class _NoBackward(torch.autograd.Function):
 
 def _writing(op: OpOverload) -> Callable[..., Any]:
     redispatch = op._handle.redispatch_boxed
-    places = [i for i, a in enumerate(op._schema.arguments) if a.is_write and not a.kwarg_only]
+    places = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and not a.kwarg_only]
 
     @_untraced
     def kernel(keyset: Any, *args: Any, **outputs: Any) -> Any:  # no op has other keyword-only arguments

@@ -23,6 +23,8 @@ RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 HANDLE = within("runtime/test_accelerate.py")
 LIVING = within("runtime/test_living.py")
+CONTEXTS = within("runtime/test_contexts.py")
+SHARED = within("runtime/test_threads.py")
 CALIBRATE = within("planning/test_calibrate.py")
 PLAN = within("planning/test_plan.py")
 SETTINGS = within("planning/test_config.py")
@@ -132,6 +134,11 @@ MUTANTS = [
     Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", LIVING("refused_by_name")),
     Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "                self.generation.pool.end_leases()\n                self.understanding.reset()\n", "                self.generation.pool.end_leases()\n", LIVING("follow_weights"), quick=True),
     Mutant("runner: an image goes on with other weights", "flashu_ext/runtime/runner.py", "                self.generation.pool.end_leases()\n                self.understanding.reset()\n", "                self.understanding.reset()\n", LIVING("image_in_progress")),
+    Mutant("runner: autocast reaches the kernels", "flashu_ext/runtime/runner.py", "with self.lock, without_autocast(self.parts.device):", "with self.lock:", CONTEXTS("changes_no_bit and autocast")),
+    Mutant("runner: threads step at the same time", "flashu_ext/runtime/runner.py", "with self.lock, without_autocast(self.parts.device):", "with without_autocast(self.parts.device):", SHARED("bits_of_a_serial_run")),
+    Mutant("runner: an image goes on in a forked process", "flashu_ext/runtime/runner.py", "            if self.lock.abandoned:\n                self.reset()\n", "", SHARED("another_thread_held")),
+    Mutant("upstream: threads with one prompt share an image", "flashu_ext/runtime/upstream.py", "[image for image in images if image.thread == threading.get_ident()] or images", "images", SHARED("share_their_prompt")),
+    Mutant("answers: importance in the default dtype", "flashu_ext/runtime/understanding.py", "layers, dtype=torch.float32, device", "layers, device", CONTEXTS("changes_no_bit and bf16-paper")),
     Mutant("handle: an edit is not told of at the end", "flashu_ext/runtime/handle.py", "            try:\n                self.runner.tell_once()\n", "            try:\n                pass\n", LIVING("removing_tells")),
     Mutant("handle: the plan's order is shown for editing", "flashu_ext/runtime/handle.py", "                runner.reset()\n                runner.restore()\n", "                runner.reset()\n", LIVING("editing_shows")),
     Mutant("handle: a plan of another multiple is taken", "flashu_ext/runtime/handle.py", '        ("prune_multiple", ffn.multiple, plan.multiple),\n', "", HANDLE("refused_model")),

@@ -297,9 +297,9 @@ def test_three_tasks_through_an_accelerated_model(tmp_path, adaptive):
     config = fx.FlashUConfig(ffn_prune_ratio=plan.ratio, prune_multiple=16)
     with fx.accelerate(model, config, plan) as handle:
         for (task, n), value in expected.items():
-            torch.testing.assert_close(layers[n].mlp(x, task=task), value, rtol=1e-4, atol=1e-5)
-            count = sum(length for _, length in layers[n].mlp.runs(task))
-            assert count == plan.kept_counts[n]
+            ffn = handle.runner.network.layers[n].ffn
+            torch.testing.assert_close(ffn(x, task), value, rtol=1e-4, atol=1e-5)
+            assert sum(length for _, length in layouts[n].runs[task]) == plan.kept_counts[n]
         assert handle.summary().neurons == dict.fromkeys(plan.tasks, plan.kept_neurons)
 
 
