@@ -13,27 +13,23 @@ class ForkedLock:
     """A re-entrant lock that is free in a forked process, unless the thread that forked holds it.
 
     Attributes:
+        held: for a `with` statement. It is the interpreter's own lock, because an interrupt cannot come between its being
+            acquired and the block's begin, as it can in a method written in Python; the lock would stay locked.
         abandoned: another thread held the lock when this process was forked, so what it was about may be half done. Whoever
             has put that in order sets this to False.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.held = threading.RLock()
         self.abandoned = False
         _locks.add(self)
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
     def renew(self) -> None:
         """To be called in a forked process, which has one thread."""
-        if self._lock.acquire(blocking=False):
-            self._lock.release()
+        if self.held.acquire(blocking=False):
+            self.held.release()
         else:
-            self._lock, self.abandoned = threading.RLock(), True
+            self.held, self.abandoned = threading.RLock(), True
 
 
 _locks: weakref.WeakSet[ForkedLock] = weakref.WeakSet()

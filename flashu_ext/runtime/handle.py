@@ -59,7 +59,7 @@ class Handle:
             EditedWeightsError: weights were written to in plan order and no call has told so yet. The model is restored, but
                 those values are on other neurons than meant.
         """
-        with self.runner.lock:
+        with self.runner.lock.held:
             if not self.active:
                 return
             try:
@@ -71,7 +71,7 @@ class Handle:
         self.runner.suspended = "remove() was interrupted; call it again"
         self.runner.reset()
         self.runner.restore()
-        with _INSTALLING:
+        with _INSTALLING.held:
             self._overrides.remove()
         self.runner.active = False
 
@@ -88,7 +88,7 @@ class Handle:
             RuntimeError: the handle was removed, or this is inside `editing()` already.
         """
         runner = self.runner
-        with runner.lock:
+        with runner.lock.held:
             if not self.active:
                 raise RuntimeError("handle: its model is no longer accelerated")
             if runner.suspended is not None:
@@ -144,7 +144,7 @@ class Handle:
 
     def summary(self) -> Summary:
         """What the accelerated model is and did; see `Summary`."""
-        with self.runner.lock:  # between two steps of an image, and between two answers
+        with self.runner.lock.held:  # between two steps of an image, and between two answers
             return self._summary()
 
     def _summary(self) -> Summary:
@@ -228,11 +228,11 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
         raise TypeError(f"plan: expected a TaskPlan, got {type(plan).__name__}")
     begun: list[Handle] = []
     try:
-        with _INSTALLING:
+        with _INSTALLING.held:
             return _accelerate(unwrapped(model), config, plan, begun)
     except BaseException:
         for handle in begun:
-            with handle.runner.lock:
+            with handle.runner.lock.held:
                 handle._restore()
         raise
 
@@ -254,7 +254,7 @@ def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None, b
     runner = Runner(model, config, _layouts(model, config, plan))
     handle = Handle(runner, plan)
     begun.append(handle)
-    with runner.lock:  # another thread that finds the handle waits until it works
+    with runner.lock.held:  # another thread that finds the handle waits until it works
         handle._overrides.install()
         runner.follow()
         return handle

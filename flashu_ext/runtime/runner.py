@@ -203,7 +203,7 @@ class Runner:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Whatever draws or answers, does so in here: one thread at a time, and in the weights' dtype."""
-        with self.lock, without_autocast(self.parts.device):
+        with self.lock.held, without_autocast(self.parts.device):
             if self.lock.abandoned:
                 self.reset()
             yield

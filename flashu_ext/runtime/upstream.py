@@ -163,7 +163,7 @@ class UpstreamMethods:
             "guidance_scale": guidance_scale,
             **kwargs,
         }
-        with self.runner.lock:
+        with self.runner.lock.held:
             if not self.runner.active:
                 return self.originals["t2i_generate"](**arguments)
             self.runner.ready()
@@ -317,7 +317,7 @@ class UpstreamMethods:
             )
         assert input_embeds is not None and attention_mask is not None
         runner = self.runner
-        with runner.lock:
+        with runner.lock.held:
             if not runner.active:
                 return self.originals["mmu_generate"](
                     input_embeds, attention_mask, max_new_tokens, temperature, top_k, eos_token
