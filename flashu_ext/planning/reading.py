@@ -19,8 +19,8 @@ __all__ = ["open_regular", "printable", "read_image", "read_json", "read_text", 
 MESSAGE_CHARACTERS = 500
 """Longest text of an error about a file."""
 
-MAX_JSON_BYTES = 4 * 2**20
-"""A model's configuration, index or header: forty thousand tensors, and parsed within a second whatever it holds."""
+MAX_JSON_BYTES = 2 * 2**20
+"""A model's configuration, index or header: twenty thousand tensors, and parsed within a second whatever it holds."""
 MAX_LIST_BYTES = 64 * 2**20
 """A list of prompts or samples."""
 MAX_DEPTH = 64

@@ -40,7 +40,7 @@ CONFORMANCE = within("showo2/test_conformance.py")
 COMMANDS = within("cli/test_cli.py")
 
 MUTANTS = [
-    Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "        temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
+    Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "            temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
     Mutant("files: no fsync", "flashu_ext/planning/safe_files.py", "os.fsync(file.fileno())", "file.fileno()", FILES),
     Mutant("files: Ctrl-C leaves the draft", "flashu_ext/planning/safe_files.py", "            shutil.rmtree(folder, ignore_errors=True)\n            os.close(lock)\n", "            os.close(lock)\n", FILES),
     Mutant("files: drafts of dead writers stay", "flashu_ext/planning/safe_files.py", "            _delete_dead(parent / folder)\n", "            pass\n", HOSTILE("killed_process")),
@@ -57,7 +57,7 @@ MUTANTS = [
     Mutant("lock: ranks of another run join", "flashu_ext/batch/lock.py", 'if self._record().get("run") != run:', 'if not run:', LOCK("another_run_does_not")),
     Mutant("lock: its file stays", "flashu_ext/batch/lock.py", "                os.unlink(self.out / LOCK)\n", "                pass\n", LOCK("one_run")),
     Mutant("ranks: a signal does not end the waiting", "flashu_ext/batch/ranks.py", "        if stop():\n            raise InterruptedError", "        if stop() and seconds < 1:\n            raise InterruptedError", LOCK("as_long_as")),
-    Mutant("files: the umask stays 0", "flashu_ext/planning/safe_files.py", "        os.umask(umask)\n", "", FILES),
+    Mutant("files: the umask stays 0", "flashu_ext/planning/safe_files.py", "            os.umask(umask)\n", "", FILES),
     Mutant("schedule: skipped layers are rounded to nearest", "flashu_ext/planning/groups.py", "return int(layers * self.ratio)", "return round(layers * self.ratio)", SMALL("least_important"), quick=True),
     Mutant("schedule: the most important are skipped", "flashu_ext/planning/schedule.py", "key=scores.__getitem__)", "key=scores.__getitem__, reverse=True)", SMALL("least_important")),
     Mutant("schedule: the first layers are skipped", "flashu_ext/planning/schedule.py", "sorted(range(len(scores)), key=scores.__getitem__)", "list(range(len(scores)))", SMALL("least_important")),

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from flashu_ext.planning.safe_files import atomic_path
+from flashu_ext.planning.safe_files import atomic_path, save_safetensors
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])
@@ -16,10 +17,12 @@ def test_a_file_has_the_mode_of_any_other(umask: int, tmp_path: Path) -> None:
     try:
         with atomic_path(tmp_path / "a") as path:
             path.write_text("a")
+        save_safetensors(tmp_path / "b", {"x": torch.zeros(1)})  # whose library writes files of mode 0600
         assert os.umask(umask) == umask, "the umask was changed"
     finally:
         os.umask(before)
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o666 & ~umask
+    for name in ("a", "b"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

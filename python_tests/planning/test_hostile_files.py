@@ -181,7 +181,7 @@ def test_hostile_headers_of_json(name: str, content: str, tmp_path: Path) -> Non
     refused(read, path, message)
 
 
-@pytest.mark.parametrize("length", [4 * 2**20 + 1, 99 * 2**20])
+@pytest.mark.parametrize("length", [2 * 2**20 + 1, 99 * 2**20])
 def test_long_json_is_refused_by_its_length(length: int, tmp_path: Path) -> None:
     for name in ("plan", "settings", "model's configuration"):
         folder = tmp_path / name
@@ -189,7 +189,7 @@ def test_long_json_is_refused_by_its_length(length: int, tmp_path: Path) -> None
         read, path = prepare(name, folder)
         body = b"[" + b"[]," * (length // 3) + b"]"
         header(path, body) if name == "plan" else path.write_bytes(body)
-        refused(read, path, "at most 4194304 bytes")
+        refused(read, path, "at most 2097152 bytes")
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def tensor(**changes: Any) -> dict[str, Any]:
 
 
 HOSTILE_HEADERS: dict[str, tuple[Any, str]] = {
-    "2^62 a hundred thousand times": (tensor(shape=[2**62] * 100_000, data_offsets=[0, 0]), "at most 64 dimensions"),
+    "2^62 fifty thousand times": (tensor(shape=[2**62] * 50_000, data_offsets=[0, 0]), "at most 64 dimensions"),
     "2^62 sixty-four times": (tensor(shape=[2**62] * 64, data_offsets=[0, 0]), "needs"),
     "a hundred thousand dimensions": (tensor(shape=[1] * 100_000), "at most 64 dimensions"),
     "2^63": (tensor(shape=[2**63]), "integers in [0, 2^63)"),
