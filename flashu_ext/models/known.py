@@ -6,6 +6,8 @@ only for classes known here, in instances without hooks, replaced methods or unu
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -55,10 +57,29 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
     homes = known.get(kind.__name__)
     if homes is None or not any(kind.__module__ == home or kind.__module__.endswith(f".{home}") for home in homes):
         return f"is a {kind.__module__}.{kind.__qualname__}"
-    function = getattr(kind, method)
-    if getattr(function, "__module__", None) != kind.__module__:
-        return f"its class's {method} is replaced"
-    return None
+    return f"its class's {method} is replaced" if _replaced_in_class(kind, method) else None
+
+
+def _replaced_in_class(kind: type, method: str) -> bool:
+    """Whether a method's code is neither in its class's own file nor a decorator of torch or transformers around that."""
+    function, home = getattr(kind, method), getattr(sys.modules[kind.__module__], "__file__", None)
+    while (code := getattr(function, "__code__", None)) is not None and code.co_filename != home:
+        if not any(f"/{library}/" in code.co_filename for library in ("torch", "transformers")):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return code is None
+
+
+def _methods(kind: type) -> list[str]:
+    """The methods that a model's class defines, those that the runtime takes over first."""
+    own = [name for name, value in vars(kind).items() if inspect.isfunction(value)]
+    return [*METHODS, *(name for name in own if name not in METHODS)]
+
+
+def _replaced_methods(module: Any) -> list[str]:
+    """Methods of the class that an attribute of the instance hides."""
+    kind = type(module)
+    return [name for name in vars(module) if not name.startswith("_") and callable(getattr(kind, name, None))]
 
 
 def why_replaced(module: Any, known: Known) -> str | None:
@@ -66,8 +87,8 @@ def why_replaced(module: Any, known: Known) -> str | None:
     reason = why_unknown(module, known)
     if reason is not None:
         return reason
-    if "forward" in vars(module):
-        return "its forward is replaced"
+    for name in _replaced_methods(module):
+        return f"its {name} is replaced"
     if module._forward_hooks:
         return "has a forward hook"
     if module._forward_pre_hooks:
@@ -185,7 +206,8 @@ def _refused(parts: Showo2Parts) -> Iterator[tuple[str, str]]:
     layers = [(f".showo.model.layers.{i}", layer, parts.llm_attention) for i, layer in enumerate(parts.layers)]
     layers += [(f".diffusion_head_a.{i}", block, parts.head_attention) for i, block in enumerate(parts.blocks)]
     around += [(name, layer, _LAYERS) for name, layer, _ in layers]
-    found = [("", reason) for method in METHODS if (reason := why_unknown(model, _MODELS, method))]
+    found = [("", reason) for method in _methods(type(model)) if (reason := why_unknown(model, _MODELS, method))]
+    found += [("", f"its {name} is replaced") for name in _replaced_methods(model) if name not in METHODS]
     found += [(name, reason) for name, module, known in around if (reason := why_replaced(module, known))]
     for name, layer, shape in layers:
         if (reason := why_not_attention(layer.self_attn, shape, like)) is not None:

@@ -72,6 +72,7 @@ class Stamp:
             list(map(_TRAINING, self._attributes)),
             list(map(type, self._modules)),
             [kind.forward for kind in self._classes],
+            list(vars(type(self._modules[0])).values()),
             [own.get(name) for own, name in self._scalars],
         )
 

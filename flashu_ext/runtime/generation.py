@@ -274,11 +274,20 @@ class AcceleratedStepper:
     """The steps of `showo2.sample` on an accelerated model: guidance and Euler step are part of an evaluation."""
 
     def __init__(
-        self, engine: GenerationEngine, inputs: SampleInputs, working: Callable[[], AbstractContextManager[None]]
+        self,
+        engine: GenerationEngine,
+        inputs: SampleInputs,
+        working: Callable[[], AbstractContextManager[None]],
+        unchanged: Callable[[], None],
     ):
-        """working: `Runner.working`, for each step: images by turns, from any threads, do not meet."""
+        """Args:
+        working: `Runner.working`, for each step: images by turns, from any threads, do not meet.
+        unchanged: `Runner.check_unchanged`, for each step after a callback, which may have changed the model.
+        """
         self.engine = engine
         self._working = working
+        self._unchanged = unchanged
+        self._seen = False
         self.inputs = inputs
         height, width = inputs.noise.shape[2:]
         self.state = engine.begin(inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, (height, width))
@@ -302,6 +311,9 @@ class AcceleratedStepper:
 
     def step(self, index: int) -> None:
         with self._working():
+            if self._seen:
+                self._unchanged()
+                self._seen = False
             self.engine.step(self.state)
 
     def velocity(self) -> Tensor:
@@ -310,6 +322,7 @@ class AcceleratedStepper:
         return guided_velocity(rows, self._scales[state.step - 1], self.inputs.noise.shape)
 
     def latents(self) -> Tensor:
+        self._seen = True
         return self.state.memory.latents[: self.state.images].clone()
 
     def close(self) -> None:

@@ -86,6 +86,8 @@ class _Weight:
         if self._planned:
             weight = self.linear.weight
             own = nn.Parameter(self.reordered(weight, planned=False), weight.requires_grad)
+            if weight.grad is not None:
+                own.grad = self.reordered(weight.grad, planned=False)
             state["_parameters"] = {**state["_parameters"], "weight": own}
 
 

@@ -47,7 +47,10 @@ class Overrides:
         return bool(vars(self._module).get(name, _MISSING) == self._ours[name])
 
     def _state(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self._module).items() if self._ours.get(name, _MISSING) != value}
+        state = dict(vars(self._module))
+        for name, ours in self._ours.items():
+            if state.get(name, _MISSING) == ours:
+                del state[name]
         state.update(self._shadowed)
         self._original(state)
         return state

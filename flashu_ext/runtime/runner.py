@@ -102,6 +102,15 @@ class Runner:
         elif self._untracked:
             self.understanding.forget()
 
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError where the model has changed since `ready`: an image under way cannot go on."""
+        if (
+            self.active
+            and self.suspended is None
+            and (self._stamp.structure_changed() or self._stamp.weights_changed())
+        ):
+            raise RuntimeError("model: it was changed while this image was being generated; change it between images")
+
     def follow(self) -> None:
         """Build the network on the model as it is. All checks come before the first change. Once interrupted, another call
         completes it."""
@@ -212,7 +221,7 @@ class Runner:
         """The steps of `flashu_ext.showo2.sample`."""
         with self.working():
             self.ready()
-            stepper = AcceleratedStepper(self.generation, inputs, self.working)
+            stepper = AcceleratedStepper(self.generation, inputs, self.working, self.check_unchanged)
             self.last_image = stepper.state.record
             return stepper
 

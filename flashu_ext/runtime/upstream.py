@@ -25,6 +25,9 @@ __all__ = ["UpstreamMethods"]
 MIN_IN_PROGRESS, MAX_IN_PROGRESS = 2, 64
 """Images in progress, as many as there is room for; the oldest is evicted to begin another."""
 
+HIDDEN = -1e4
+"""Added to a score, this leaves nothing of its weight in any dtype."""
+
 MAX_ENDED = 64
 """Images that have ended and are remembered, to tell a call that would continue one from a new image's first."""
 
@@ -95,6 +98,15 @@ class _Image:
             and self.planned_scale == planned_scale
             and _same(self.tokens, tokens)
             and _same(self.positions, positions)
+        )
+
+    def shares_prompts(self, tokens: Tensor, positions: Tensor, size: tuple[int, int]) -> bool:
+        """Whether the first rows are those of a call, which may have other guidance or fewer rows."""
+        rows = min(tokens.shape[0], self.tokens.shape[0])
+        return (
+            self.latent_size == size
+            and _same(self.tokens[:rows], tokens[:rows])
+            and _same(self.positions[:rows], positions[:rows])
         )
 
 
@@ -232,7 +244,7 @@ class UpstreamMethods:
             # The latest time wins, then the newest image: an older one was abandoned.
             image = max(reversed(earlier), key=lambda image: image.time)
         else:
-            self._check_begins(same, time)
+            self._check_begins(tokens, positions, size, time)
             if known is not None and known.ended is None and known.thread == threading.get_ident():
                 self._end(known, "another image began with its tensors")
             image = _Image(
@@ -248,19 +260,21 @@ class UpstreamMethods:
         self.runner.last_image = image.state.record
         return image
 
-    def _check_begins(self, same: Sequence[_Image], time: float) -> None:
-        """Raise RuntimeError where a call that no image in progress expects does not begin an image either."""
+    def _check_begins(self, tokens: Tensor, positions: Tensor, size: tuple[int, int], time: float) -> None:
+        """Raise RuntimeError where a call that no image in progress expects does not begin an image either: one with the same
+        prompts, or some of them, has begun at another time."""
         if not self.runner.config.approximates:
             return  # Every step is the same: nothing can go astray.
-        later = [image for image in same if time > image.first]
-        if later:
-            image = later[-1]
-            why = image.ended or f"its last call was at t = {image.time:.6g}"
-            raise RuntimeError(
-                f"t: a call at {time:.6g} cannot continue its image: {why}; the config plans what each of "
-                f"{len(image.state.plan)} steps computes (FlashUConfig.steps), for times that grow from call to call; use "
-                "as many steps as planned, a first-order solver, or FlashUConfig.exact()"
-            )
+        for image in reversed(_mine([each for each in self._images if each.shares_prompts(tokens, positions, size)])):
+            if time > image.first or (time < image.first and image.ended is None):
+                why = image.ended or f"its last call was at t = {image.time:.6g}"
+                if image.ended is None and time < image.first:
+                    self._end(image, "a later call went back in time")
+                raise RuntimeError(
+                    f"t: a call at {time:.6g} cannot continue its image: {why}; the config plans what each of "
+                    f"{len(image.state.plan)} steps computes (FlashUConfig.steps), for the same rows and guidance and times "
+                    "that grow from call to call; use as many steps as planned, a first-order solver, or FlashUConfig.exact()"
+                )
 
     def _begin(self, tokens: Tensor, positions: Tensor, guidance_scale: Scale, size: tuple[int, int]) -> ImageState:
         """A new image's state. The oldest image in progress makes room where there are too many."""
@@ -304,10 +318,10 @@ class UpstreamMethods:
     ) -> list[Tensor]:
         """Continue a prompt of embeddings; same arguments and result as the model's own method (one prompt at a time)."""
         usable = isinstance(input_embeds, Tensor) and input_embeds.dim() == 3 and isinstance(attention_mask, Tensor)
-        if not usable or input_embeds.shape[0] != 1:  # type: ignore[union-attr]
+        if not usable or input_embeds.shape[0] != 1 or not _hides(attention_mask, attention_mask != 0):  # type: ignore
             return self._original(
                 "mmu_generate",
-                "not one prompt with its mask",
+                "not one prompt with a mask of 0 and minus infinity",
                 input_embeds=input_embeds,
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
@@ -373,8 +387,12 @@ def _mask_problem(mask: Any, positions: Tensor | None, tokens: Tensor | None) ->
     expected = omni_allowed(positions, tokens.shape[1])
     if mask.dim() != 4 or mask.shape[0] not in (1, expected.shape[0]) or mask.shape[2:] != expected.shape[1:]:
         return f"attention mask of shape {tuple(mask.shape)}"
-    same = torch.equal((mask[:, 0] == 0).expand_as(expected), expected)
-    return None if same else "an attention mask of another pattern"
+    return None if _hides(mask[:, 0].expand_as(expected), ~expected) else "an attention mask of another pattern"
+
+
+def _hides(mask: Tensor, hidden: Tensor) -> bool:
+    """Whether an additive mask is 0 where tokens are seen, and as good as minus infinity where they are hidden."""
+    return mask.is_floating_point() and bool(((mask == 0) & ~hidden | (mask <= HIDDEN) & hidden).all())
 
 
 def _read_time(latents: Tensor, t: Tensor, guided: bool) -> tuple[float, bool]:

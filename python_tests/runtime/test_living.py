@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.conformance import relative
@@ -537,3 +538,114 @@ def test_layers_taken_away_are_noticed():
             outputs(model)
         model.showo.model.layers = layers
         outputs(model)
+
+
+@pytest.mark.parametrize("name", ["velocity", "backbone", "embed_sequence", "forward"])
+@pytest.mark.parametrize("where", ["instance", "class"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_method_of_the_model_that_is_replaced_is_refused(name, where, late, monkeypatch):
+    model = small_model()
+    owner = model if where == "instance" else type(model)
+    original = getattr(owner, name)
+
+    def louder(*arguments: Any, **keywords: Any) -> Any:
+        return original(*arguments, **keywords)
+
+    if late:
+        with fx.accelerate(model):
+            outputs(model)
+            monkeypatch.setattr(owner, name, louder)
+            with pytest.raises(TypeError, match=f"{name} is replaced"):
+                outputs(model)
+    else:
+        monkeypatch.setattr(owner, name, louder)
+        with pytest.raises(TypeError, match=f"{name} is replaced"):
+            fx.accelerate(model)
+    assert handle_of(model) is None
+
+
+def test_attention_that_another_library_replaces_is_called(monkeypatch):
+    model = small_model()
+    real = nn.functional.scaled_dot_product_attention
+    with fx.accelerate(model):
+        before = outputs(model)[0]
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", lambda *a, **k: real(*a, **k) * 0.5)
+        assert relative(outputs(model)[0], before) > LIMIT
+
+
+def test_any_attribute_may_be_on_a_copied_model():
+    model = small_model()
+    model.numbers = model.showo.model.layers[0].mlp.gate_proj.numbers = np.arange(3)
+    with fx.accelerate(model, PRUNED, plan()):
+        copied = copy.deepcopy(model)
+    assert copied.numbers.tolist() == copied.showo.model.layers[0].mlp.gate_proj.numbers.tolist() == [0, 1, 2]
+
+
+def test_a_model_that_a_callback_changes_ends_its_image():
+    model = small_model()
+
+    def change(step: int, _latents: Tensor) -> None:
+        if step == 2:
+            with torch.no_grad():
+                model.showo.model.norm.weight.mul_(2)
+
+    with fx.accelerate(model):
+        with pytest.raises(RuntimeError, match="changed while this image"):
+            fx.showo2.sample(model, **generation_inputs(model), steps=5, callback=change)
+        assert outputs(model)[0].isfinite().all()
+
+
+def calls(model: Any, changes: Callable[[int], dict[str, Any]], times: list[float]) -> None:
+    """Upstream's loop over times, with other arguments at some calls."""
+    i = generation_inputs(model, images=1)
+    given = {
+        "image_latents": i["noise"].repeat(2, 1, 1, 1),
+        "text_tokens": torch.cat([i["text_tokens"], i["text_tokens_null"]]),
+        "modality_positions": torch.cat([i["modality_positions"], i["modality_positions_null"]]),
+        "guidance_scale": 3.0,
+    }
+    for index, time in enumerate(times):
+        call = given | changes(index)
+        model.t2i_generate(t=torch.full((call["image_latents"].shape[0],), time), **call)
+
+
+@pytest.mark.parametrize(
+    ("times", "changes"),
+    [
+        ([1.0, 0.7, 0.4], lambda index: {}),
+        ([0.0, 0.3, 0.6], lambda index: {"guidance_scale": 0.0} if index == 2 else {}),
+        (
+            [0.0, 0.3, 0.6],
+            lambda index: (
+                {name: value[:1] for name, value in rows().items()} | {"guidance_scale": 0.0} if index == 2 else {}
+            ),
+        ),
+    ],
+    ids=["time goes back", "guidance ends", "rows end"],
+)
+def test_a_schedule_that_would_begin_anew_in_the_middle_is_refused(times, changes):
+    model = small_model()
+    with fx.accelerate(model, fx.FlashUConfig(steps=5, head_cache_interval=2)):
+        with pytest.raises(RuntimeError, match="cannot continue its image"):
+            calls(model, changes, times)
+        calls(model, lambda index: {}, [0.0, 0.3])
+
+
+def rows() -> dict[str, Tensor]:
+    i = generation_inputs(small_model(), images=1)
+    return {
+        "image_latents": i["noise"],
+        "text_tokens": i["text_tokens"],
+        "modality_positions": i["modality_positions"],
+    }
+
+
+def test_a_soft_mask_runs_the_models_own_method():
+    model, dense = small_model(), small_model()
+    i = generation_inputs(model, images=1)
+    mask = model.omni_mask(i["modality_positions"], i["text_tokens"].shape[1])
+    call = {"image_latents": i["noise"], "t": torch.zeros(1), "text_tokens": i["text_tokens"],
+            "modality_positions": i["modality_positions"], "attention_mask": mask.clamp_min(-1.0)}  # fmt: skip
+    with fx.accelerate(model) as handle:
+        assert relative(model.t2i_generate(**call), dense.t2i_generate(**call)) < LIMIT
+        assert any("mask" in reason for reason in handle.summary().fallbacks)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from ...models.masks import additive, causal, slot_mask
 from ...models.parts import AttentionShape, norm_eps
@@ -140,7 +140,8 @@ def attend_folded(query: Tensor, key: Tensor, value: Tensor, n: int, mask: Tenso
     """
     rows, kv_heads, folded, d = query.shape
     group = folded // n if n else 1
-    out = sdpa(query, key, value, attn_mask=mask)
+    # Looked up at each call: other libraries replace it in torch, for dense models too.
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return out.view(rows, kv_heads, group, n, d).permute(0, 3, 1, 2, 4).reshape(rows, n, kv_heads * group * d)
 
 
