@@ -109,8 +109,10 @@ class Showo2Parts:
             if len(stack) == 0:
                 raise TypeError(f"model.{name}: expected at least one layer, got none")
         llm_config = model.showo.config
-        first = llm.layers[0].self_attn
-        head_dim = getattr(llm_config, "head_dim", None) or first.q_proj.out_features // llm_config.num_attention_heads
+        hidden = llm.embed_tokens.weight.shape[1]
+        heads = llm_config.num_attention_heads
+        kv_heads = getattr(llm_config, "num_key_value_heads", None) or heads
+        head_dim = getattr(llm_config, "head_dim", None) or hidden // heads
         head_first = blocks[0].self_attn
         patch_gen: Any = model.image_embedder_gen
         return cls(
@@ -120,7 +122,7 @@ class Showo2Parts:
             final_norm=llm.norm,
             llm_rope=llm.rotary_emb,
             lm_head=model.showo.lm_head,
-            llm_attention=_attention_shape(first, head_dim),
+            llm_attention=AttentionShape(heads, kv_heads, head_dim),
             patch_und=model.image_embedder_und,
             patch_gen=patch_gen,
             position_embedding=model.position_embedding,
@@ -152,7 +154,17 @@ class Showo2Parts:
 
 def _attention_shape(attention: Any, head_dim: int) -> AttentionShape:
     return AttentionShape(
-        attention.q_proj.weight.shape[0] // head_dim, attention.k_proj.weight.shape[0] // head_dim, head_dim
+        _out_features(attention.q_proj) // head_dim, _out_features(attention.k_proj) // head_dim, head_dim
+    )
+
+
+def _out_features(projection: Any) -> int:
+    """Of a linear layer, or of one that wraps it."""
+    for owner in (projection, *projection.children()):
+        if (width := getattr(owner, "out_features", None)) is not None:
+            return int(width)
+    raise TypeError(
+        f"model: expected a projection with out_features in the diffusion head, got {type(projection).__name__}"
     )
 
 

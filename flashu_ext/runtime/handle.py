@@ -148,7 +148,7 @@ class Handle:
             return self._summary()
 
     def _summary(self) -> Summary:
-        runner, parts = self.runner, self.runner.parts
+        runner, model = self.runner, self.runner.parts.model
         image = runner.last_image
         done = image.ran if image else []
         answers = runner.understanding
@@ -176,7 +176,7 @@ class Handle:
             layers_skipped=tuple(image.choices) if image else (),
             answer_layers_skipped=answers.skipped,
             neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and runner.layouts else {},
-            intermediate=int(parts.layers[0].mlp.gate_proj.weight.shape[0]),
+            intermediate=int(model.showo.config.intermediate_size),
             tokens=tokens,
             weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
             extra_weight_bytes=sum(layout.permutation.nbytes for layout in runner.layouts or ()),

@@ -139,7 +139,8 @@ class Runner:
         if self.layouts is None:
             return [None] * len(network.layers), {}
         held = {id(order.ffn): order for order in self.orders}
-        uses = Counter(id(weight) for layer in network.layers for weight in layer.ffn.weights())
+        kernels = [layer.ffn for layer in network.layers if layer.ffn.why_itself is None]
+        uses = Counter(id(weight) for ffn in kernels for weight in ffn.weights())
         orders: list[FfnOrder | None] = [None] * len(network.layers)
         new = []
         in_place = {}

@@ -75,6 +75,25 @@ class Adapter(nn.Linear):
         return super().forward(x) + 0.1 * x.mean(-1, keepdim=True)
 
 
+class Wrapper(nn.Module):
+    """A projection inside another module, which has neither its weight nor its sizes."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + 0.1 * x.mean(-1, keepdim=True)
+
+
+def layers_and_blocks(model: Any) -> list[Any]:
+    return [*model.showo.model.layers, *model.diffusion_head_a]
+
+
+def wrap(module: Any, name: str) -> None:
+    setattr(module, name, Wrapper(getattr(module, name)))
+
+
 def adapt(module: Any, name: str) -> None:
     getattr(module, name).__class__ = Adapter
 
@@ -151,6 +170,12 @@ CASES = [
     Case("another activation in the FFN", lambda m: setattr(layer(m).mlp, "act_fn", nn.GELU())),
     Case("an adapter on the FFN's gate", lambda m: adapt(layer(m).mlp, "gate_proj")),
     Case("an adapter on the FFN's gate", lambda m: adapt(layer(m).mlp, "gate_proj"), late=True, planned=True),
+    Case("a wrapper around the FFN's gate", lambda m: wrap(layer(m).mlp, "gate_proj")),
+    Case("a wrapper around the FFN's gate", lambda m: wrap(layer(m).mlp, "gate_proj"), late=True, planned=True),
+    Case(
+        "wrappers around query projections",
+        lambda m: [wrap(each.self_attn, "q_proj") for each in layers_and_blocks(m)],
+    ),
     Case("an adapter on a query projection", lambda m: adapt(layer(m).self_attn, "q_proj")),
     Case("an adapter in the diffusion head's FFN", lambda m: adapt(m.diffusion_head_a[0].mlp, "down_proj")),
     Case("a forward hook on the FFN", hook("showo.model.layers.0.mlp"), planned=True),
@@ -255,8 +280,12 @@ NOTES = [
     "",
     "## What cannot be noticed",
     "",
-    "- Values written through `weight.data`, or through another tensor in the same memory that was made while the model was",
-    "  accelerated: neither changes the weight's version. Write to the weight itself, or inside `handle.editing()`.",
+    "- Values written through `weight.data`, a numpy array or another tensor in the same memory that was made while the model",
+    "  was accelerated: none changes the weight's version. Write to the weight itself, or inside `handle.editing()`. The same holds",
+    "  for prompts of `t2i_generate` that are refilled in this way between two calls.",
+    "- FFN weights in plan order that are read from `parameters()` (an average of weights, a copy by hand): `state_dict()` gives",
+    "  the model's own order, as copies, also with `keep_vars=True`.",
+    "- Memory shared with tensors that `gc.freeze()` hides, or with numpy arrays: accelerate such a model without a plan.",
     "- An optimizer's moments of FFN weights that lie in plan order. Train a model before it is accelerated or after `remove()`.",
     "- An adapter or hook changes its own module's result only from the next image or answer on.",
     "",
