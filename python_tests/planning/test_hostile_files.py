@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -511,13 +512,16 @@ def test_a_long_path_leaves_room_for_the_reason() -> None:
 # ---- writing
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may become larger than 10 kB: what is written beyond fails, as on a full disk, with another number."""
+    """No file may become larger than 10 kB: what is written beyond fails, as on a full disk, with another number. Not a fixture:
+    the tests' own report may go to a larger file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
@@ -528,19 +532,17 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_leaves_the_old_file(writer: str, tmp_path: Path, full_disk: None) -> None:
+def test_a_full_disk_leaves_the_old_file(writer: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(OSError, match="File too large") as caught:
+    with full_disk(), pytest.raises(OSError, match="File too large") as caught:
         WRITERS[writer](path)
     assert caught.value.filename == str(path)
     assert [file.name for file in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
 @pytest.mark.parametrize("whole_list", [False, True])
-def test_an_image_on_a_full_disk(
-    whole_list: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: None
-) -> None:
+def test_an_image_on_a_full_disk(whole_list: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
     monkeypatch.setattr(Pipeline, "generate_batch", lambda *a, **k: [Image.effect_noise((300, 300), 100)])
@@ -549,7 +551,8 @@ def test_an_image_on_a_full_disk(
     arguments = (
         ["--prompts", prompts, "--out", out] if whole_list else ["a red circle", "-o", tmp_path / "0000-one.png"]
     )
-    result = CliRunner().invoke(cli, ["generate", *map(str, arguments)])
+    with full_disk():
+        result = CliRunner().invoke(cli, ["generate", *map(str, arguments)])
     assert result.exit_code == 1 and "File too large" in result.output and "0000-" in result.output, result.output
     left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
     assert sorted(left) == ([MANIFEST, "prompts.txt"] if whole_list else ["prompts.txt"])
