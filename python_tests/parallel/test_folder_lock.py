@@ -184,6 +184,8 @@ def test_an_images_place_that_is_taken_by_no_file(make: Callable[[Path], Any], t
 # ---- waiting for ranks
 
 WAITING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
 from flashu_ext.batch import ranks
 real = ranks.wait_for
 
