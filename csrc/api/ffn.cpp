@@ -48,8 +48,7 @@ void check_all(std::initializer_list<std::pair<const char*, const flashu_tensor*
   core::check_device(tensors);
 }
 
-// x or h: the operand whose dtype and leading dimensions the others follow. `shared` is what all args have
-// alike.
+// x or h: the operand whose dtype and leading dimensions the others follow.
 template <class Args>
 FfnProblem begin(const char* name, const flashu_tensor& tensor, const Args& a) {
   core::check_floating(name, tensor);

@@ -30,7 +30,7 @@ struct FfnCandidate {
   FfnTile tile;
   int64_t tiles;
   double waves;  // tiles / multiprocessors, and how full the last wave is
-  double us;     // predicted, from the rates below
+  double us;     // predicted, from the rates in ffn_choice.cpp
 };
 
 // All tiles that can serve the up (or the down) half, best predicted first.

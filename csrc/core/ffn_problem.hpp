@@ -25,7 +25,7 @@ struct FfnProblem {
   int64_t width;   // width of the down half's output
   int64_t intermediate;
   int64_t neurons;  // selected ones
-  // Which they are: an index tensor, whose values nobody has looked at yet, a list, or these runs.
+  // How neurons are given: `runs`; `index`, unchecked; or `index` as a checked list.
   int32_t selected_by;  // flashu_selection_kind
   flashu_tensor index;  // or the list
   bool blocks_of_8;     // runs or list: eight neighbours at a time

@@ -21,7 +21,7 @@ struct FfnPlan {
   int64_t bytes() const { return list_bytes + h_bytes + partial_bytes; }
 };
 
-// Depends on shapes and the device only.
+// Depends on shapes, the kind and alignment of the selection, and the device.
 FfnPlan plan_ffn(const core::FfnProblem& problem);
 
 // workspace: of at least plan.bytes().

@@ -1,7 +1,7 @@
 """Which modules the kernels compute exactly, and why another one must run as itself or cannot be accelerated.
 
-The accelerated loop calls around some modules: it reads their weights and computes what their class computes. That is right
-only for classes known here, in instances without hooks, replaced methods or unusual weights.
+The accelerated loop never calls some modules; it reimplements them from their weights. That is right only for classes known
+here, in instances without hooks, replaced methods or unusual weights.
 """
 
 from __future__ import annotations

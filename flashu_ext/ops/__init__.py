@@ -3,8 +3,8 @@
 Each function has an attribute `is_supported(device, dtype, shape=None)`. First use loads the compiled library; if that fails,
 ImportError lists every cause.
 
-The ops are for inference and have no gradient. Where one would be lost, NotImplementedError is raised (see `autograd`): in
-the backward of an op that returns a new tensor, before anything is written by an op that writes in place or into an output.
+The ops are for inference and have no gradient (see `autograd`). Functional ops raise NotImplementedError in their backward;
+ops that write in place or into an output raise it at the call if an argument requires grad, before they write.
 """
 
 from __future__ import annotations

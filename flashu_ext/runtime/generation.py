@@ -281,7 +281,7 @@ class AcceleratedStepper:
         unchanged: Callable[[], None],
     ):
         """Args:
-        working: `Runner.working`, for each step: images by turns, from any threads, do not meet.
+        working: `Runner.working`, entered for each step, so that steps of different threads never overlap.
         unchanged: `Runner.check_unchanged`, for each step after a callback, which may have changed the model.
         """
         self.engine = engine

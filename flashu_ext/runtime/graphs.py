@@ -1,7 +1,7 @@
 """Runs recurring device work: captured in CUDA graphs where possible, else operator by operator.
 
-The first run is eager and counts launches; the second is captured, and all later ones are replays. The eager run also
-makes sure that lazily allocated memory exists before the capture.
+The first run is eager and counts launches; the second (of rare work the fourth) is captured, and all later ones are replays.
+The eager run also makes sure that lazily allocated memory exists before the capture.
 """
 
 from __future__ import annotations

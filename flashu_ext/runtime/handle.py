@@ -56,8 +56,8 @@ class Handle:
         A second call does nothing, except after an interrupted one, which it completes.
 
         Raises:
-            EditedWeightsError: weights were written to in plan order and no call has told so yet. The model is restored, but
-                those values are on other neurons than meant.
+            EditedWeightsError: weights were edited outside `editing()`, and this error was not raised yet. The model is
+                restored, but those values are on other neurons than meant.
         """
         with self.runner.lock.held:
             if not self.active:
@@ -83,7 +83,7 @@ class Handle:
         is used again.
 
         Raises:
-            EditedWeightsError: weights were already written to outside, and no call has told so yet. Another attempt then
+            EditedWeightsError: weights were already edited outside, and this error was not raised yet. Another attempt
                 enters, with these values where they are.
             RuntimeError: the handle was removed, or this is inside `editing()` already.
         """

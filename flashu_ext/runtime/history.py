@@ -19,8 +19,8 @@ class HeadHistory:
     order: int
     """Of the extrapolation."""
     restarts: bool
-    """Start new differences when rows are added. The new rows' differences are valid only after `order` more updates: a fixed
-    step plan waits that long, an adaptive one might not."""
+    """Forget the history when a step has more rows than the last: the new rows lack the earlier features that extrapolation
+    needs. A fixed step plan waits until they have them, an adaptive one might not."""
     steps: list[int] = field(default_factory=list)
     """Newest last."""
     rows: int = 0

@@ -99,7 +99,7 @@ class MemoryPool(Generic[M]):
         self.end_leases()
 
     def end_leases(self) -> None:
-        """End all leases, and keep idle memory with its graphs, which read the weights' values anew."""
+        """End all leases. Idle memory and its graphs stay valid: a replay reads the weights' current values."""
         self._leased.clear()
 
     def nbytes(self) -> Counter[str]:

@@ -23,7 +23,7 @@ class Overrides:
         attributes: Mapping[str, Any],
         original: Callable[[dict[str, Any]], None] = lambda state: None,
     ):
-        """original: changes a shallow copy of the module's attributes to what copies and pickles shall have."""
+        """original: edits the attributes that copies and pickles receive, a shallow copy of the module's."""
         self._module = module
         self._original = original
         self._ours = {**attributes, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}

@@ -1,4 +1,4 @@
-"""Runs one accelerated model: an engine for each task, on the network as the model has it when an image or answer begins."""
+"""Runs one accelerated model: one engine for images, one for answers; both are rebuilt when the model has changed."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ class Runner:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Whatever draws or answers, does so in here: one thread at a time, and in the weights' dtype."""
+        """A context for all generation and answering: holds the lock and switches autocast off."""
         with self.lock.held, without_autocast(self.parts.device):
             if self.lock.abandoned:
                 self.reset()

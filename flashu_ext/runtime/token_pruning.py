@@ -22,9 +22,9 @@ RANDOM_SEED = 0
 def visual_spans(allowed: Tensor, has_time_token: bool) -> tuple[Span, ...]:
     """The image spans of a prompt, found from its mask bool [n, n].
 
-    In a bidirectional span every token but the last looks past itself. With a time token the span starts one position late
-    (see `showo2.understanding.prompt_embeds`), so its last token is eoi; without, it is the last image token. A span at
-    either end of the prompt is no image in Show-o2's layout, nor is a prompt that is bidirectional throughout.
+    A span is a stretch of tokens that attend to later ones, and the token after them. With a time token, upstream's mask begins
+    one token late (see `showo2.understanding.prompt_embeds`), so the span ends at eoi; without, at the last image token.
+    A span at either end of the prompt is no image in Show-o2's layout, nor is a prompt that is bidirectional throughout.
     """
     past = (reach(allowed) > torch.arange(allowed.shape[0], device=allowed.device)).tolist()
     spans: list[Span] = []
