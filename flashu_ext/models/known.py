@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .parts import AttentionShape, Showo2Parts
+from .parts import AttentionShape, Showo2Parts, norm_eps
 
 __all__ = ["METHODS", "check_model", "untracked", "why_not_ffn", "why_not_norm"]
 
@@ -32,6 +33,7 @@ _ATTENTIONS = {
     **dict.fromkeys(("Attention", "SdpaAttention"), _HEAD),
 }
 _FINAL = {"FinalLayer": _HEAD}
+_ROPES = {"RotaryEmbedding": _HEAD}
 _EMBEDDING = {"Embedding": ("torch.nn.modules.sparse",)}
 _LINEAR = {"Linear": ("torch.nn.modules.linear",)}
 _SILU = {
@@ -45,6 +47,9 @@ _TRACKED_UPSTREAM = ("models.qwen2", "models.modules", "models.modeling_siglip",
 """Where classes are defined whose results depend on nothing but weights, flags and inputs."""
 
 Known = Mapping[str, tuple[str, ...]]
+
+_ATTENTION_FUNCTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Transformers' own, which compute the same."""
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 METHODS = ("t2i_generate", "mmu_generate")
@@ -62,12 +67,17 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
 
 def _replaced_in_class(kind: type, method: str) -> bool:
     """Whether a method's code is neither in its class's own file nor a decorator of torch or transformers around that."""
-    function, home = getattr(kind, method), getattr(sys.modules[kind.__module__], "__file__", None)
+    function, home = getattr(kind, method), getattr(sys.modules.get(kind.__module__), "__file__", None)
+    libraries = [f"{Path(file).parent}/" for name in ("torch", "transformers") if (file := _file_of(name)) is not None]
     while (code := getattr(function, "__code__", None)) is not None and code.co_filename != home:
-        if not any(f"/{library}/" in code.co_filename for library in ("torch", "transformers")):
+        if not code.co_filename.startswith(tuple(libraries)):
             return True
         function = getattr(function, "__wrapped__", None)
     return code is None
+
+
+def _file_of(module: str) -> str | None:
+    return getattr(sys.modules.get(module), "__file__", None)
 
 
 def _methods(kind: type) -> list[str]:
@@ -106,8 +116,8 @@ def why_not_weight(weight: Any, shape: tuple[int, ...], like: Tensor) -> str | N
         return f"its weight is {weight.dtype}, the model's {like.dtype}"
     if weight.device != like.device:
         return f"its weight is on {weight.device}, the model's on {like.device}"
-    if weight.layout != torch.strided:
-        return f"its weight is {weight.layout}"
+    if weight.layout != torch.strided or not weight.is_contiguous():
+        return "its weight is not contiguous"
     return None
 
 
@@ -146,15 +156,20 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
     scaling = getattr(attention, "scaling", None)
     if scaling is not None and abs(scaling * shape.head_dim**0.5 - 1) > 1e-9:
         return f"its scaling is {scaling}, expected 1 / sqrt({shape.head_dim})"
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation not in _ATTENTION_FUNCTIONS:
+        return f"its attention function is {implementation!r}"
     if getattr(attention, "sliding_window", None) is not None:
         return "has a sliding window"
     dropout = getattr(attention, "attention_dropout", 0.0)
     if attention.training and dropout:
         return f"is in train mode with attention dropout {dropout}; call model.eval()"
-    for name in ("q_norm", "k_norm"):
-        norm = getattr(attention, name, None)
-        if norm is not None and (reason := why_not_norm(norm, like)):
+    norms = {name: norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None}
+    for name, norm in norms.items():
+        if reason := why_not_norm(norm, like):
             return f"{name} {reason}"
+    if len({norm_eps(norm) for norm in norms.values()}) > 1:
+        return "its norms of queries and keys have different epsilons"
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         linear = getattr(attention, name)
         if type(linear) is nn.Linear and tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
@@ -209,6 +224,12 @@ def _refused(parts: Showo2Parts) -> Iterator[tuple[str, str]]:
     found = [("", reason) for method in _methods(type(model)) if (reason := why_unknown(model, _MODELS, method))]
     found += [("", f"its {name} is replaced") for name in _replaced_methods(model) if name not in METHODS]
     found += [(name, reason) for name, module, known in around if (reason := why_replaced(module, known))]
+    rope = parts.blocks[0].self_attn.rotary_emb
+    for index, block in enumerate(parts.blocks):
+        each = block.self_attn.rotary_emb
+        if (reason := why_replaced(each, _ROPES)) is not None or not torch.equal(each.inv_freq, rope.inv_freq):
+            reason = reason or "its frequencies are not those of the first block"
+            found.append((f".diffusion_head_a.{index}.self_attn.rotary_emb", reason))
     for name, layer, shape in layers:
         if (reason := why_not_attention(layer.self_attn, shape, like)) is not None:
             found.append((f"{name}.self_attn", reason))

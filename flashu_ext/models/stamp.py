@@ -7,7 +7,7 @@ tensors, which have no version.
 from __future__ import annotations
 
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 
 __all__ = ["Stamp"]
 
-_SCALARS = ("scaling", "attention_dropout", "sliding_window", "variance_epsilon", "eps", "p")
+_SCALARS = ("scaling", "attention_dropout", "sliding_window", "attention_scaling", "variance_epsilon", "eps", "p")
 """Plain attributes of modules that their results depend on."""
 
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
@@ -41,6 +41,7 @@ class Stamp:
         self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]
         self._empty = [each for each in (*contents, *hooks) if not each]
         self._classes: list[Any] = list(set(map(type, self._modules)))
+        self._configs = list({id(own["config"]): own["config"] for own in self._attributes if "config" in own}.values())
         self._scalars = [(own, name) for own in self._attributes for name in _SCALARS if name in own]
         self._objects = self._contents()
         self._flags = self._read_flags()
@@ -69,18 +70,19 @@ class Stamp:
         return (
             # A new attribute may be a method that replaces the class's own.
             list(map(len, self._attributes)),
-            list(map(_TRAINING, self._attributes)),
+            [own.get("training") for own in self._attributes],
             list(map(type, self._modules)),
             [kind.forward for kind in self._classes],
             list(vars(type(self._modules[0])).values()),
             [own.get(name) for own, name in self._scalars],
+            [getattr(config, "_attn_implementation", None) for config in self._configs],
         )
 
     def _read_weights(self) -> tuple[list[int], list[int]]:
         return list(map(_VERSION, self._versioned)), list(map(Tensor.data_ptr, self._addressed))
 
 
-_TRAINING, _VERSION = itemgetter("training"), attrgetter("_version")
+_VERSION = attrgetter("_version")
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

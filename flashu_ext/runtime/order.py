@@ -32,6 +32,7 @@ class _Weight:
         self.linear = linear
         self.dim = dim
         self._layout = layout
+        self.parameter: Tensor = linear.weight
         self._planned = False
         self.overrides = Overrides(
             linear,
@@ -42,22 +43,23 @@ class _Weight:
 
     def accept(self, planned: bool) -> None:
         """Take the weight's values, in the order named, as the ones to hold."""
-        weight = self.linear.weight
+        weight = self.parameter
         self._planned = planned
-        self._parameter, self._version, self._address = weight, _version(weight), weight.data_ptr()
-        self._probe = _probe(weight)
+        self._version, self._address, self._probe = _version(weight), weight.data_ptr(), _probe(weight)
 
-    def edited(self) -> bool:
+    def edited(self, thorough: bool) -> bool:
         """Whether somebody else has replaced the values since `accept`. A move, as by `model.to(...)`, is no edit."""
         weight = self.linear.weight
-        if weight is not self._parameter or _version(weight) != self._version:
+        if weight is not self.parameter or _version(weight) != self._version:
             return True
         if weight.data_ptr() == self._address:
-            return False
+            return thorough and not torch.allclose(_probe(weight), self._probe, rtol=0, atol=0, equal_nan=True)
         probe = _probe(weight)
-        same = probe.shape == self._probe.shape and torch.allclose(probe, self._probe, rtol=2**-7, atol=1e-6)
+        same = probe.shape == self._probe.shape and torch.allclose(
+            probe, self._probe, rtol=2**-7, atol=1e-6, equal_nan=True
+        )
         if same:
-            self._address = weight.data_ptr()
+            self._address, self._probe = weight.data_ptr(), probe
         return not same
 
     def reordered(self, values: Tensor, planned: bool) -> Tensor:
@@ -70,7 +72,8 @@ class _Weight:
     def _save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         type(self.linear)._save_to_state_dict(self.linear, destination, prefix, keep_vars)
         if self._planned:
-            destination[f"{prefix}weight"] = self.reordered(self.linear.weight, planned=False)
+            for name in self._names():
+                destination[f"{prefix}{name}"] = self.reordered(self.parameter, planned=False)
 
     def _load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         given = state_dict.get(f"{prefix}weight")
@@ -80,15 +83,20 @@ class _Weight:
             state_dict = {**state_dict, f"{prefix}weight": self.reordered(given, planned=True)}
         type(self.linear)._load_from_state_dict(self.linear, state_dict, prefix, *rest)
         if fits:
+            self.parameter = self.linear.weight
             self.accept(self._planned)
 
     def _copied(self, state: dict[str, Any]) -> None:
         if self._planned:
-            weight = self.linear.weight
+            weight = self.parameter
             own = nn.Parameter(self.reordered(weight, planned=False), weight.requires_grad)
             if weight.grad is not None:
                 own.grad = self.reordered(weight.grad, planned=False)
-            state["_parameters"] = {**state["_parameters"], "weight": own}
+            state["_parameters"] = {**state["_parameters"], **dict.fromkeys(self._names(), own)}
+
+    def _names(self) -> list[str]:
+        """The parameter's names in its projection: others than 'weight' where a mask or norm was put before it."""
+        return [name for name, parameter in self.linear._parameters.items() if parameter is self.parameter]
 
 
 class FfnOrder:
@@ -115,9 +123,9 @@ class FfnOrder:
             weight.linear is linear for weight, linear in zip(self._weights, now, strict=True)
         )
 
-    def edited(self) -> bool:
-        """Whether somebody else wrote to weights that lie in plan order."""
-        return self.planned and self._pending is None and any(weight.edited() for weight in self._weights)
+    def edited(self, thorough: bool = False) -> bool:
+        """Whether somebody else wrote to weights that lie in plan order. thorough: see `Runner.check_edits`."""
+        return self.planned and self._pending is None and any(weight.edited(thorough) for weight in self._weights)
 
     def arrange(self, planned: bool) -> None:
         """Bring the weights, and their gradients, into plan order or into the model's own. Once interrupted, at whatever line,
@@ -127,6 +135,9 @@ class FfnOrder:
             if planned:
                 for weight in self._weights:
                     weight.overrides.install()
+            if planned and not self.planned:
+                for weight in self._weights:
+                    weight.parameter = weight.linear.weight
             if planned != self.planned:
                 self._pending = ([pair for weight in self._weights for pair in _moves(weight, planned)], planned)
                 self._complete()
@@ -148,7 +159,7 @@ class FfnOrder:
 
 def _moves(weight: _Weight, planned: bool) -> list[tuple[Tensor, Tensor]]:
     """(tensor, its values in the order asked for) of a weight and its gradient."""
-    held = weight.linear.weight
+    held = weight.parameter
     tensors = [held] if held.grad is None else [held, held.grad]
     return [(tensor, weight.reordered(tensor, planned)) for tensor in tensors]
 

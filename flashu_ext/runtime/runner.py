@@ -87,15 +87,17 @@ class Runner:
         if self.parts.device.type == "cuda" and os.getpid() != self._process:
             raise RuntimeError("model: it is on a GPU, which a forked process cannot use; start processes by spawn")
         if self._unfinished:
+            self.check_edits()
             self.follow()
         elif self.lock.abandoned or self._stamp.structure_changed():
-            self.check_edits()
+            self.check_edits(thorough=True)
             self.follow()
         elif self._stamp.weights_changed():
             self.check_edits()
             if self._stamp.moved():
                 self.follow()
             else:
+                check_model(self.parts)  # a buffer, such as rotary frequencies, may have been written to
                 self.generation.pool.end_leases()
                 self.understanding.reset()
                 self._stamp = Stamp(self.model)
@@ -187,9 +189,10 @@ class Runner:
         self.lock.abandoned = False
         self._untracked = bool(unknown) or self._stamp.unversioned
 
-    def check_edits(self) -> None:
-        """Raise EditedWeightsError where weights that lie in plan order were written to."""
-        edited = [index for index, order in enumerate(self.orders) if order.edited()]
+    def check_edits(self, thorough: bool = False) -> None:
+        """Raise EditedWeightsError where weights that lie in plan order were written to. thorough: also compares a sample of
+        their values, which shows most writes through `.data`."""
+        edited = [index for index, order in enumerate(self.orders) if order.edited(thorough)]
         if edited:
             self._told = True
             raise EditedWeightsError(
@@ -206,7 +209,7 @@ class Runner:
     def tell_once(self) -> None:
         """`check_edits`, unless the caller has had the error before."""
         if not self._told:
-            self.check_edits()
+            self.check_edits(thorough=True)
 
     # ---- work
 

@@ -28,7 +28,7 @@ MIN_IN_PROGRESS, MAX_IN_PROGRESS = 2, 64
 HIDDEN = -1e4
 """Added to a score, this leaves nothing of its weight in any dtype."""
 
-MAX_ENDED = 64
+MAX_ENDED = 1024
 """Images that have ended and are remembered, to tell a call that would continue one from a new image's first."""
 
 Original = Callable[..., Any]

@@ -14,6 +14,7 @@ import torch
 from support.conformance import relative
 from support.models import generation_inputs, question_inputs, small_model
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import flashu_ext as fx
 from flashu_ext.models.accelerated import handle_of
@@ -649,3 +650,70 @@ def test_a_soft_mask_runs_the_models_own_method():
     with fx.accelerate(model) as handle:
         assert relative(model.t2i_generate(**call), dense.t2i_generate(**call)) < LIMIT
         assert any("mask" in reason for reason in handle.summary().fallbacks)
+
+
+def test_an_edit_is_told_even_after_a_refused_call():
+    model = small_model()
+    with pytest.raises(EditedWeightsError), fx.accelerate(model, PRUNED, plan()) as handle:
+        hook = model.showo.model.layers[0].register_forward_hook(lambda _m, _i, output: output)
+        with pytest.raises(TypeError, match="forward hook"):
+            outputs(model)
+        with torch.no_grad():
+            model.get_parameter(UP).mul_(2)
+        hook.remove()
+        try:
+            outputs(model)
+        finally:
+            handle.remove()
+
+
+def test_a_pruned_projection_is_restored_and_saved_in_its_own_order():
+    model = small_model()
+    weights = state(model)
+    handle = fx.accelerate(model, PRUNED, plan())
+    linear = model.showo.model.layers[2].mlp.up_proj
+    prune.custom_from_mask(linear, "weight", torch.ones_like(linear.weight))
+    assert torch.equal(model.state_dict()[UP + "_orig"], weights[UP])
+    with pytest.raises(EditedWeightsError):
+        outputs(model)
+    handle.remove()
+    prune.remove(linear, "weight")
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_what_one_pass_cannot_compute_is_refused():
+    def other_epsilon(model: Any) -> None:
+        model.diffusion_head_a[0].self_attn.k_norm.variance_epsilon = 0.5
+
+    def other_frequencies(model: Any) -> None:
+        model.diffusion_head_a[1].self_attn.rotary_emb.inv_freq.mul_(2)
+
+    def other_attention(model: Any) -> None:
+        model.showo.config._attn_implementation = "paged|somebody's"
+
+    for change, message in (
+        (other_epsilon, "different epsilons"),
+        (other_frequencies, "frequencies are not those"),
+        (other_attention, "its attention function is"),
+    ):
+        model = small_model()
+        change(model)
+        with pytest.raises(TypeError, match=message):
+            fx.accelerate(model)
+        model = small_model()
+        with fx.accelerate(model):
+            outputs(model)
+            change(model)
+            with pytest.raises(TypeError, match=message):
+                outputs(model)
+
+
+def test_weights_that_are_not_contiguous_and_compiled_parts_run_as_themselves():
+    model, dense = small_model(), small_model()
+    for each in (model, dense):
+        up = each.showo.model.layers[2].mlp.up_proj
+        up.weight = nn.Parameter(up.weight.detach().t().contiguous().t())
+        each.und_trans = torch.compile(each.und_trans, backend="eager")
+    with fx.accelerate(model) as handle:
+        assert relative(outputs(model)[0], outputs(dense)[0]) < LIMIT
+        assert any("not contiguous" in reason for reason in handle.summary().fallbacks)
