@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .parts import AttentionShape, Showo2Parts, norm_eps
+from .stamp import GLOBAL_HOOKS
 
 __all__ = ["METHODS", "check_model", "untracked", "why_not_ffn", "why_not_norm"]
 
@@ -51,7 +52,6 @@ Known = Mapping[str, tuple[str, ...]]
 _ATTENTION_FUNCTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Transformers' own, which compute the same."""
 
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 METHODS = ("t2i_generate", "mmu_generate")
 """The model's methods that the runtime takes over."""
 
@@ -81,9 +81,8 @@ def _file_of(module: str) -> str | None:
 
 
 def _methods(kind: type) -> list[str]:
-    """The methods that a model's class defines, those that the runtime takes over first."""
-    own = [name for name, value in vars(kind).items() if inspect.isfunction(value)]
-    return [*METHODS, *(name for name in own if name not in METHODS)]
+    """The methods that a model's class defines itself."""
+    return [name for name, value in vars(kind).items() if inspect.isfunction(value)]
 
 
 def _replaced_methods(module: Any) -> list[str]:
@@ -97,8 +96,8 @@ def why_replaced(module: Any, known: Known) -> str | None:
     reason = why_unknown(module, known)
     if reason is not None:
         return reason
-    for name in _replaced_methods(module):
-        return f"its {name} is replaced"
+    if names := _replaced_methods(module):
+        return f"its {names[0]} is replaced"
     if module._forward_hooks:
         return "has a forward hook"
     if module._forward_pre_hooks:
@@ -202,37 +201,46 @@ def check_model(parts: Showo2Parts) -> None:
             raise TypeError(
                 "model: a hook is registered on all modules (register_module_forward_hook); remove it first"
             )
-    for name, reason in _refused(parts):
+    for path, reason in _refused(parts):
         raise TypeError(
-            f"model{name}: {reason}; the accelerated loop does not call it, so its result would be lost; undo that, or "
+            f"model{path}: {reason}; the accelerated loop does not call it, so its result would be lost; undo that, or "
             "do not accelerate this model"
         )
 
 
 def _refused(parts: Showo2Parts) -> Iterator[tuple[str, str]]:
-    """(path in the model, reason) of every module that the loop calls around, but whose class it does not know."""
+    """(path in the model, reason) of every module that the loop does not call, but whose class it does not know."""
     model, like = parts.model, parts.embed_tokens.weight
-    around: list[tuple[str, Any, Known]] = [
+    layers = [(f".showo.model.layers.{i}", layer, parts.llm_attention) for i, layer in enumerate(parts.layers)]
+    layers += [(f".diffusion_head_a.{i}", block, parts.head_attention) for i, block in enumerate(parts.blocks)]
+    known: list[tuple[str, Any, Known]] = [
         (".showo", model.showo, _LANGUAGE_MODELS),
         (".showo.model", model.showo.model, _LANGUAGE_MODELS),
         (".position_embedding", parts.position_embedding, _EMBEDDING),
         (".diffusion_head_b", parts.final_layer, _FINAL),
+        *((path, layer, _LAYERS) for path, layer, _ in layers),
+        *((f".diffusion_head_a.{i}.self_attn.rotary_emb", rope, _ROPES) for i, rope in enumerate(_ropes(parts))),
     ]
-    layers = [(f".showo.model.layers.{i}", layer, parts.llm_attention) for i, layer in enumerate(parts.layers)]
-    layers += [(f".diffusion_head_a.{i}", block, parts.head_attention) for i, block in enumerate(parts.blocks)]
-    around += [(name, layer, _LAYERS) for name, layer, _ in layers]
-    found = [("", reason) for method in _methods(type(model)) if (reason := why_unknown(model, _MODELS, method))]
-    found += [("", f"its {name} is replaced") for name in _replaced_methods(model) if name not in METHODS]
-    found += [(name, reason) for name, module, known in around if (reason := why_replaced(module, known))]
-    rope = parts.blocks[0].self_attn.rotary_emb
-    for index, block in enumerate(parts.blocks):
-        each = block.self_attn.rotary_emb
-        if (reason := why_replaced(each, _ROPES)) is not None or not torch.equal(each.inv_freq, rope.inv_freq):
-            reason = reason or "its frequencies are not those of the first block"
-            found.append((f".diffusion_head_a.{index}.self_attn.rotary_emb", reason))
-    for name, layer, shape in layers:
-        if (reason := why_not_attention(layer.self_attn, shape, like)) is not None:
-            found.append((f"{name}.self_attn", reason))
+    for method in (*METHODS, *_methods(type(model))):
+        if reason := why_unknown(model, _MODELS, method):
+            yield "", reason
+    for name in _replaced_methods(model):
+        if name not in METHODS:
+            yield "", f"its {name} is replaced"
+    for path, module, classes in known:
+        if reason := why_replaced(module, classes):
+            yield path, reason
+    for path, layer, shape in layers:
+        if reason := why_not_attention(layer.self_attn, shape, like):
+            yield f"{path}.self_attn", reason
         if getattr(layer, "attention_type", "full_attention") != "full_attention":
-            found.append((name, f"its attention is {layer.attention_type}"))
-    return iter(found)
+            yield path, f"its attention is {layer.attention_type}"
+    first, *others = _ropes(parts)
+    for index, rope in enumerate(others, 1):
+        # One rotary table serves all blocks.
+        if not torch.equal(rope.inv_freq, first.inv_freq):
+            yield f".diffusion_head_a.{index}.self_attn.rotary_emb", "its frequencies are not those of the first block"
+
+
+def _ropes(parts: Showo2Parts) -> list[Any]:
+    return [block.self_attn.rotary_emb for block in parts.blocks]

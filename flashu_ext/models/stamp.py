@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["Stamp"]
+__all__ = ["GLOBAL_HOOKS", "Stamp"]
 
 _SCALARS = ("scaling", "attention_dropout", "sliding_window", "attention_scaling", "variance_epsilon", "eps", "p")
 """Plain attributes of modules that their results depend on."""
 
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 class Stamp:
@@ -37,7 +37,7 @@ class Stamp:
         hooks: list[Any] = [
             each for module in self._modules for each in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        hooks += [getattr(torch_module, name) for name in _GLOBAL_HOOKS]
+        hooks += [getattr(torch_module, name) for name in GLOBAL_HOOKS]
         self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]
         self._empty = [each for each in (*contents, *hooks) if not each]
         self._classes: list[Any] = list(set(map(type, self._modules)))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .neurons import ffn_weights
 from .safe_files import content_digest
 
 __all__ = ["check_fingerprint", "model_fingerprint", "weights_digest"]
@@ -47,20 +48,16 @@ def check_fingerprint(model: Any, expected: str) -> str | None:
 @torch.no_grad()
 def _digest(model: Any, bits: Bits, with_dtype: bool) -> str:
     ffns = [layer.mlp for layer in model.showo.model.layers]
-    own = {id(weight): weight for ffn in ffns for weight in _matrices(ffn)}
+    own = {id(weight): weight for ffn in ffns for weight in ffn_weights(ffn)}
     named = dict(model.named_parameters(remove_duplicate=False))
     spread = [_spread(value, bits) for value in named.values() if id(value) not in own and _readable(value)]
-    neurons = [_neurons(ffn, bits) for ffn in ffns if all(map(_readable, _matrices(ffn)))]
+    neurons = [_neurons(ffn, bits) for ffn in ffns if all(map(_readable, ffn_weights(ffn)))]
     sampled = torch.cat([each.cpu() for each in (*spread, *neurons)])
     digest = hashlib.sha256()
     for name, value in named.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype if with_dtype else ''};".encode())
     digest.update(sampled.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _matrices(ffn: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
 
 
 def _readable(value: Any) -> bool:
@@ -81,7 +78,7 @@ def _spread(value: Tensor, bits: Bits) -> Tensor:
 
 def _neurons(ffn: Any, bits: Bits) -> Tensor:
     """A hash int64 [1] of an FFN's neurons, the same for any order."""
-    gate, up, down = (weight.detach() for weight in _matrices(ffn))
+    gate, up, down = (weight.detach() for weight in ffn_weights(ffn))
     middle = gate.shape[1] // 2
     mixed = torch.zeros((), dtype=torch.int64, device=gate.device)
     for column in (gate[:, middle], up[:, middle], down[middle]):

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["NeuronLayout", "Runs", "runs_of"]
+__all__ = ["NeuronLayout", "Runs", "ffn_weights", "runs_of"]
 
 Runs = tuple[tuple[int, int], ...]
 """Runs of neurons as (start, length), ascending and disjoint."""
+
+
+def ffn_weights(ffn: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of gate, up and down projection, [I, hidden], [I, hidden] and [hidden, I]."""
+    return ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
 
 
 def runs_of(sorted_index: Tensor) -> Runs:

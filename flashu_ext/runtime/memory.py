@@ -96,10 +96,6 @@ class MemoryPool(Generic[M]):
     def clear(self) -> None:
         """Free idle memory and end all leases; `check` raises at their users' next step."""
         self._idle.clear()
-        self.end_leases()
-
-    def end_leases(self) -> None:
-        """End all leases. Idle memory and its graphs stay valid: a replay reads the weights' current values."""
         self._leased.clear()
 
     def nbytes(self) -> Counter[str]:

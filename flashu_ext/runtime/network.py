@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..models.known import why_not_ffn, why_not_norm
@@ -29,28 +29,34 @@ class Network:
     head_norm: Norm
 
     @classmethod
-    def build(
-        cls, parts: Showo2Parts, kernels: KernelSet, layouts: Sequence[NeuronLayout | None] | None = None
-    ) -> Network:
-        """layouts: for each layer the tasks' neurons in the order in which its weights lie; None: all neurons."""
+    def build(cls, parts: Showo2Parts, kernels: KernelSet) -> Network:
+        """The model's layers; every task uses all neurons."""
         like = parts.embed_tokens.weight
 
         def norm(module: Any) -> Norm:
             return Norm(module, kernels, why_not_norm(module, like))
 
-        def layer(module: Any, layout: NeuronLayout | None) -> Layer:
-            ffn = FFN(module.mlp, kernels, why_not_ffn(module.mlp, like), layout)
+        def layer(module: Any) -> Layer:
+            ffn = FFN(module.mlp, kernels, why_not_ffn(module.mlp, like))
             return Layer(module.self_attn, norm(module.input_layernorm), norm(module.post_attention_layernorm), ffn)
 
-        chosen = layouts or [None] * len(parts.layers)
         return cls(
             parts,
             kernels,
-            tuple(layer(module, layout) for module, layout in zip(parts.layers, chosen, strict=True)),
+            tuple(map(layer, parts.layers)),
             norm(parts.final_norm),
-            tuple(layer(module, None) for module in parts.blocks),
+            tuple(map(layer, parts.blocks)),
             norm(parts.final_layer.norm_final),
         )
+
+    def over(self, layouts: Sequence[NeuronLayout | None]) -> Network:
+        """The same network over the tasks' neurons.
+
+        Args:
+            layouts: for each layer, in the order in which its weights lie; None: all neurons.
+        """
+        layers = [replace(layer, ffn=layer.ffn.over(own)) for layer, own in zip(self.layers, layouts, strict=True)]
+        return replace(self, layers=tuple(layers))
 
     def run_as_themselves(self) -> dict[str, str]:
         """Path in the model -> why the module is not on a kernel."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import gc
 import itertools
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..planning.neurons import NeuronLayout
+from ..planning.neurons import NeuronLayout, ffn_weights
+from .forked import ForkedLock
 from .memory import outside_inference_mode
 from .overrides import Overrides
 
-__all__ = ["EditedWeightsError", "FfnOrder", "why_not_moved"]
+__all__ = ["EditedWeightsError", "FfnOrder", "check_not_planned", "why_not_moved"]
 
 PROBES = 64
 """Values of a weight that tell whether its memory was moved or its values were replaced."""
@@ -28,10 +30,12 @@ class EditedWeightsError(RuntimeError):
 class _Weight:
     """The weight of one projection: dimension `dim` is the neurons'."""
 
-    def __init__(self, linear: nn.Linear, dim: int, layout: NeuronLayout):
+    def __init__(self, linear: nn.Linear, dim: int, layout: NeuronLayout, lock: ForkedLock):
+        """lock: held while neurons are moved, so that no other thread saves, loads or copies them half-way."""
         self.linear = linear
         self.dim = dim
         self._layout = layout
+        self._lock = lock
         self.parameter: Tensor = linear.weight
         self._planned = False
         self.overrides = Overrides(
@@ -70,29 +74,43 @@ class _Weight:
     # ---- methods of the projection, while it is accelerated
 
     def _save(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        type(self.linear)._save_to_state_dict(self.linear, destination, prefix, keep_vars)
-        if self._planned:
-            for name in self._names():
-                destination[f"{prefix}{name}"] = self.reordered(self.parameter, planned=False)
+        with self._lock.held:
+            type(self.linear)._save_to_state_dict(self.linear, destination, prefix, keep_vars)
+            if self._planned:
+                for name in self._names():
+                    destination[f"{prefix}{name}"] = self.reordered(self.parameter, planned=False)
 
     def _load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        given = state_dict.get(f"{prefix}weight")
-        fits = isinstance(given, Tensor) and given.shape == self.linear.weight.shape
-        if self._planned and fits:
-            assert isinstance(given, Tensor)
-            state_dict = {**state_dict, f"{prefix}weight": self.reordered(given, planned=True)}
-        type(self.linear)._load_from_state_dict(self.linear, state_dict, prefix, *rest)
-        if fits:
-            self.parameter = self.linear.weight
-            self.accept(self._planned)
+        with self._lock.held:
+            given = state_dict.get(f"{prefix}weight")
+            fits = isinstance(given, Tensor) and given.shape == self.linear.weight.shape
+            if self._planned and fits:
+                assert isinstance(given, Tensor)
+                state_dict = {**state_dict, f"{prefix}weight": self.reordered(given, planned=True)}
+            type(self.linear)._load_from_state_dict(self.linear, state_dict, prefix, *rest)
+            if fits:
+                self.parameter = self.linear.weight
+                self.accept(self._planned)
 
-    def _copied(self, state: dict[str, Any]) -> None:
-        if self._planned:
-            weight = self.parameter
-            own = nn.Parameter(self.reordered(weight, planned=False), weight.requires_grad)
-            if weight.grad is not None:
-                own.grad = self.reordered(weight.grad, planned=False)
-            state["_parameters"] = {**state["_parameters"], **dict.fromkeys(self._names(), own)}
+    def _copied(self, state: dict[str, Any], memo: dict[int, Any]) -> None:
+        with self._lock.held:
+            if self._planned:
+                own = self._own_copy(memo)
+                state["_parameters"] = {**state["_parameters"], **dict.fromkeys(self._names(), own)}
+
+    def _own_copy(self, memo: dict[int, Any]) -> nn.Parameter:
+        """The parameter's copy in the model's own order, entered in deepcopy's memo: what else holds the parameter, such as an
+        optimizer, gets the same one."""
+        weight = self.parameter
+        values = self.reordered(weight, planned=False)
+        own = memo.get(id(weight))
+        if own is None:
+            own = nn.Parameter(values, weight.requires_grad)
+        own.data = values
+        if weight.grad is not None:
+            own.grad = self.reordered(weight.grad, planned=False)
+        memo[id(weight)] = memo[id(own)] = own
+        return own
 
     def _names(self) -> list[str]:
         """The parameter's names in its projection: others than 'weight' where a mask or norm was put before it."""
@@ -107,12 +125,13 @@ class FfnOrder:
         planned: the neurons lie in plan order.
     """
 
-    def __init__(self, ffn: Any, layout: NeuronLayout):
+    def __init__(self, ffn: Any, layout: NeuronLayout, lock: ForkedLock):
         self.ffn = ffn
         self.layout = layout
         self.planned = False
         self._weights = tuple(
-            _Weight(linear, dim, layout) for linear, dim in ((ffn.gate_proj, 0), (ffn.up_proj, 0), (ffn.down_proj, 1))
+            _Weight(linear, dim, layout, lock)
+            for linear, dim in ((ffn.gate_proj, 0), (ffn.up_proj, 0), (ffn.down_proj, 1))
         )
         self._pending: tuple[list[tuple[Tensor, Tensor]], bool] | None = None
 
@@ -154,7 +173,15 @@ class FfnOrder:
             for weight in self._weights:
                 weight.accept(planned)
             self.planned = planned
+            (_planned.add if planned else _planned.discard)(self)
             self._pending = None
+
+    def spans(self) -> list[tuple[int, int]]:
+        return [_span(weight.parameter) for weight in self._weights]
+
+
+_planned: weakref.WeakSet[FfnOrder] = weakref.WeakSet()
+"""Of all models: what lies in plan order now. Another model in the same memory would take it for its own."""
 
 
 def _moves(weight: _Weight, planned: bool) -> list[tuple[Tensor, Tensor]]:
@@ -179,12 +206,8 @@ def _probe(weight: Tensor) -> Tensor:
 
 def why_not_moved(ffns: Sequence[Any]) -> list[str | None]:
     """For each FFN why its neurons must stay where they are, or None. Nothing is changed."""
-    shared = _shared([_weights(ffn) for ffn in ffns])
-    return [_why_not(_weights(ffn)) or reason for ffn, reason in zip(ffns, shared, strict=True)]
-
-
-def _weights(ffn: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight
+    shared = _shared([ffn_weights(ffn) for ffn in ffns])
+    return [_why_not(ffn_weights(ffn)) or reason for ffn, reason in zip(ffns, shared, strict=True)]
 
 
 def _why_not(weights: Iterable[Tensor]) -> str | None:
@@ -200,24 +223,39 @@ def _why_not(weights: Iterable[Tensor]) -> str | None:
     return None
 
 
+def check_not_planned(ffns: Sequence[Any], own: Sequence[FfnOrder]) -> None:
+    """Raise RuntimeError where another accelerated model keeps the memory of these FFNs in its plan's order.
+
+    Args:
+        own: orders of the model that asks.
+    """
+    taken = [span for order in list(_planned) if order not in own for span in order.spans()]
+    for ffn in ffns:
+        for start, end in map(_span, ffn_weights(ffn)):
+            if any(low < end and start < high for low, high in taken):
+                raise RuntimeError(
+                    "model: its FFN weights lie in the memory of another model that is accelerated with a plan, in that plan's "
+                    "order; remove that handle first, or load weights of its own"
+                )
+
+
 def _shared(groups: Sequence[tuple[Tensor, ...]]) -> list[str | None]:
     """For each group of weights whether another live tensor (of this model, another one, or a kept state_dict) lies in the same
     memory and would see its neurons move."""
-    spans = sorted((*_span(weight), id(weight), group) for group, weights in enumerate(groups) for weight in weights)
+    spans = sorted((*_span(weight), group) for group, weights in enumerate(groups) for weight in weights)
     found: list[str | None] = [None] * len(groups)
-    own = {identity for _, _, identity, _ in spans}
-    seen = [(start, end, identity, group) for start, end, identity, group in spans]
-    for (_, end, _, group), (start, _, _, other) in itertools.pairwise(seen):
+    for (_, end, group), (start, _, other) in itertools.pairwise(spans):
         if start < end:
             found[group] = found[other] = "its weights are shared within the model"
     if not spans:
         return found
-    first, last = spans[0][0], max(end for _, end, _, _ in spans)
+    own = {id(weight) for weights in groups for weight in weights}
+    first, last = spans[0][0], max(end for _, end, _ in spans)
     for each in gc.get_objects():
         if issubclass(type(each), Tensor) and id(each) not in own:
             start, end = _span(each)
             if start < last and first < end:
-                for low, high, _, group in spans:
+                for low, high, group in spans:
                     if start < high and low < end:
                         found[group] = "its weights share memory with another tensor"
     return found

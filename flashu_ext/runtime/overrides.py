@@ -21,9 +21,10 @@ class Overrides:
         self,
         module: nn.Module,
         attributes: Mapping[str, Any],
-        original: Callable[[dict[str, Any]], None] = lambda state: None,
+        original: Callable[[dict[str, Any], dict[int, Any]], None] = lambda state, memo: None,
     ):
-        """original: edits the attributes that copies and pickles receive, a shallow copy of the module's."""
+        """original: edits the attributes that copies and pickles receive, a shallow copy of the module's; with deepcopy's memo,
+        which is empty for pickles."""
         self._module = module
         self._original = original
         self._ours = {**attributes, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}
@@ -46,20 +47,20 @@ class Overrides:
         """Whether an attribute is still ours."""
         return bool(vars(self._module).get(name, _MISSING) == self._ours[name])
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, memo: dict[int, Any]) -> dict[str, Any]:
         state = dict(vars(self._module))
         for name, ours in self._ours.items():
             if state.get(name, _MISSING) == ours:
                 del state[name]
         state.update(self._shadowed)
-        self._original(state)
+        self._original(state, memo)
         return state
 
     def _deepcopy(self, memo: dict[int, Any]) -> nn.Module:
         clone: nn.Module = type(self._module).__new__(type(self._module))
         memo[id(self._module)] = clone
-        vars(clone).update(copy.deepcopy(self._state(), memo))
+        vars(clone).update(copy.deepcopy(self._state(memo), memo))
         return clone
 
     def _reduce(self, protocol: int) -> tuple[Any, ...]:
-        return copyreg.__newobj__, (type(self._module),), self._state()  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self._module),), self._state({})  # type: ignore[attr-defined]

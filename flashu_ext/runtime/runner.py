@@ -18,16 +18,18 @@ from ..models.showo2.sampling import SampleInputs
 from ..models.stamp import Stamp
 from ..ops.kernel_sets import KernelSet, resolve
 from ..planning.config import FlashUConfig
-from ..planning.neurons import NeuronLayout
+from ..planning.neurons import NeuronLayout, ffn_weights
 from .forked import ForkedLock
 from .generation import AcceleratedStepper, GenerationEngine
 from .graphs import GraphCapture
 from .network import Network
-from .order import EditedWeightsError, FfnOrder, why_not_moved
+from .order import EditedWeightsError, FfnOrder, check_not_planned, why_not_moved
 from .state import ImageRecord
 from .understanding import UnderstandingEngine
 
 __all__ = ["Runner"]
+
+SHARED = "its weights are shared within the model; neurons read where they are"
 
 
 class Runner:
@@ -98,11 +100,11 @@ class Runner:
                 self.follow()
             else:
                 check_model(self.parts)  # a buffer, such as rotary frequencies, may have been written to
-                self.generation.pool.end_leases()
-                self.understanding.reset()
+                self.reset()
                 self._stamp = Stamp(self.model)
         elif self._untracked:
             self.understanding.forget()
+        self._told = False
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError where the model has changed since `ready`: an image under way cannot go on."""
@@ -122,8 +124,8 @@ class Runner:
         if self.layouts is not None and len(self.layouts) != len(parts.layers):
             raise RuntimeError(f"plan: made for {len(self.layouts)} layers, the model has {len(parts.layers)} now")
         kernels = resolve(self.config, parts.device, parts.dtype)
-        plain = Network.build(parts, kernels)
-        orders, in_place = self._choose_orders(plain)
+        network = Network.build(parts, kernels)
+        orders, layouts, in_place = self._placed(network)
         kept = [order for order in orders if order is not None]
         left = [order for order in self.orders if order not in kept]
         self.orders = kept + left
@@ -132,47 +134,44 @@ class Runner:
         for order in kept:
             order.arrange(planned=True)
         self.orders, self.in_place = kept, in_place
-        network = plain if self.layouts is None else Network.build(parts, kernels, self._layouts(plain, orders))
-        self._build(network)
+        self._build(network.over(layouts))
         self._unfinished = False
 
-    def _choose_orders(self, network: Network) -> tuple[list[FfnOrder | None], dict[str, str]]:
-        """For each layer the order of its neurons, or None where they stay; and why, by the path in the model."""
-        if self.layouts is None:
-            return [None] * len(network.layers), {}
-        held = {id(order.ffn): order for order in self.orders}
-        kernels = [layer.ffn for layer in network.layers if layer.ffn.why_itself is None]
-        uses = Counter(id(weight) for ffn in kernels for weight in ffn.weights())
+    def _placed(self, network: Network) -> tuple[list[FfnOrder | None], list[NeuronLayout | None], dict[str, str]]:
+        """For each layer its order in memory, None where neurons stay in the model's own; the tasks' neurons there, None where
+        all are used; and why a layer is not in plan order, by its path in the model."""
         orders: list[FfnOrder | None] = [None] * len(network.layers)
+        layouts: list[NeuronLayout | None] = [None] * len(network.layers)
+        reasons: dict[int, str] = {}
+        if self.layouts is None:
+            return orders, layouts, {}
+        held = {id(order.ffn): order for order in self.orders}
+        ffns = {index: layer.ffn.module for index, layer in enumerate(network.layers) if layer.ffn.why_itself is None}
+        uses = Counter(id(weight) for ffn in ffns.values() for weight in ffn_weights(ffn))
         new = []
-        in_place = {}
-        for index, (layer, layout) in enumerate(zip(network.layers, self.layouts, strict=True)):
-            ffn, order = layer.ffn, held.get(id(layer.ffn.module))
-            if ffn.why_itself is not None:
+        for index, ffn in ffns.items():
+            layout, order = self.layouts[index], held.get(id(ffn))
+            if ffn.gate_proj.out_features != layout.intermediate:
+                reasons[index] = (
+                    f"has {ffn.gate_proj.out_features} neurons, the plan {layout.intermediate}; all are used"
+                )
                 continue
-            if ffn.neurons != layout.intermediate:
-                in_place[index] = f"has {ffn.neurons} neurons, the plan {layout.intermediate}; all are used"
-            elif order is None or not order.holds(ffn.module):
+            layouts[index] = layout
+            if order is None or not order.holds(ffn):
                 new.append(index)
-            elif order.layout is layout and all(uses[id(weight)] == 1 for weight in ffn.weights()):
+            elif order.layout is layout and all(uses[id(weight)] == 1 for weight in ffn_weights(ffn)):
                 orders[index] = order
             else:
-                in_place[index] = "its weights are shared within the model; neurons read where they are"
-        for index, reason in zip(new, why_not_moved([network.layers[i].ffn.module for i in new]), strict=True):
+                reasons[index] = SHARED
+        check_not_planned([ffns[index] for index in new], self.orders)
+        for index, reason in zip(new, why_not_moved([ffns[index] for index in new]), strict=True):
             if reason is None:
-                orders[index] = FfnOrder(network.layers[index].ffn.module, self.layouts[index])
+                orders[index] = FfnOrder(ffns[index], self.layouts[index], self.lock)
             else:
-                in_place[index] = f"{reason}; neurons read where they are"
-        return orders, {f"showo.model.layers.{index}.mlp": reason for index, reason in in_place.items()}
-
-    def _layouts(self, network: Network, orders: Sequence[FfnOrder | None]) -> list[NeuronLayout | None]:
-        """For each layer the tasks' neurons where they lie; None where the plan's do not fit."""
-        assert self.layouts is not None
-        chosen: list[NeuronLayout | None] = []
-        for layer, layout, order in zip(network.layers, self.layouts, orders, strict=True):
-            fits = layer.ffn.why_itself is None and layer.ffn.neurons == layout.intermediate
-            chosen.append(None if not fits else layout if order is not None else layout.in_place())
-        return chosen
+                reasons[index] = f"{reason}; neurons read where they are"
+        for index in reasons:
+            layouts[index] = layouts[index] and self.layouts[index].in_place()
+        return orders, layouts, {f"showo.model.layers.{index}.mlp": reason for index, reason in reasons.items()}
 
     def _build(self, network: Network) -> None:
         """Engines on a network, with empty caches."""

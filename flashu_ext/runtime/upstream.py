@@ -66,48 +66,44 @@ class Conditioning:
         )
 
 
+Rows = tuple[bytes, ...]
+"""For each row its prompt and image span, as bytes: compared on the host, for any number of images."""
+
+
+def _rows(tokens: Tensor, positions: Tensor) -> Rows:
+    """Reads both tensors from the device once."""
+    both = torch.cat([tokens.flatten(1), positions.flatten(1).to(tokens)], dim=1).cpu()
+    return tuple(row.numpy().tobytes() for row in both)
+
+
 @dataclass(eq=False)
 class _Image:
     """An image that calls belong to, and what identifies its next call."""
 
-    tokens: Tensor
-    positions: Tensor
+    rows: Rows
     guided: bool
     latent_size: tuple[int, int]
     planned_scale: Scale | None
     """The caller's guidance scale, where the step plan depends on it."""
-    state: ImageState
+    steps: int
+    """That are planned."""
     first: float
     """Time of its first call."""
+    state: ImageState | None
+    """None once it has ended, so that its memory is free."""
     conditioning: Conditioning | None = None
     """Of its last call."""
     thread: int = 0
     """That made its last call."""
     time: float = float("-inf")
     """Of its last call."""
-    ended: str | None = None
-    """Why it cannot go on, or None."""
+    ended: str = ""
+    """Why it cannot go on."""
 
-    def matches(
-        self, tokens: Tensor, positions: Tensor, guided: bool, size: tuple[int, int], planned_scale: Scale | None
-    ) -> bool:
-        """Whether a call with this conditioning belongs to this image."""
-        return (
-            self.guided == guided
-            and self.latent_size == size
-            and self.planned_scale == planned_scale
-            and _same(self.tokens, tokens)
-            and _same(self.positions, positions)
-        )
-
-    def shares_prompts(self, tokens: Tensor, positions: Tensor, size: tuple[int, int]) -> bool:
+    def shares_prompts(self, rows: Rows, size: tuple[int, int]) -> bool:
         """Whether the first rows are those of a call, which may have other guidance or fewer rows."""
-        rows = min(tokens.shape[0], self.tokens.shape[0])
-        return (
-            self.latent_size == size
-            and _same(self.tokens[:rows], tokens[:rows])
-            and _same(self.positions[:rows], positions[:rows])
-        )
+        common = min(len(rows), len(self.rows))
+        return self.latent_size == size and self.rows[:common] == rows[:common]
 
 
 def _mine(images: Sequence[_Image]) -> Sequence[_Image]:
@@ -119,10 +115,6 @@ def _mine(images: Sequence[_Image]) -> Sequence[_Image]:
 def _plain(scale: Any) -> Any:
     """A guidance scale that compares by value."""
     return tuple(scale.flatten().tolist()) if isinstance(scale, Tensor) else scale
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
 
 
 class UpstreamMethods:
@@ -201,15 +193,17 @@ class UpstreamMethods:
             time, shared = _read_time(image_latents, t, with_guidance)
             with self.runner.working():
                 image = self._image(known, text_tokens, modality_positions, scale, image_latents, time)
-                velocity = self._velocity(image, image_latents, t, scale, shared)
+                assert image.state is not None
+                velocity = self._velocity(image.state, image_latents, t, scale, shared)
+                done = image.state.step >= image.steps
             image.time, image.conditioning, image.thread = time, call, threading.get_ident()
-            if image.state.step >= len(image.state.plan):
-                self._end(image, f"its {len(image.state.plan)} planned steps are done")
+            if done:
+                self._end(image, f"its {image.steps} planned steps are done")
             return torch.cat([velocity, velocity]) if with_guidance else velocity
 
-    def _velocity(self, image: _Image, latents: Tensor, t: Tensor, asked: Scale, shared: bool) -> Tensor:
+    def _velocity(self, state: ImageState, latents: Tensor, t: Tensor, asked: Scale, shared: bool) -> Tensor:
         """Guided velocity [images, channels, H, W]. shared: both guidance branches have the same latents and time."""
-        engine, state = self.runner.generation, image.state
+        engine = self.runner.generation
         index = state.step + 1
         own, times = (latents.chunk(2)[0], t[: state.images]) if shared else (latents, t)
         rows = engine.velocity_at(state, own, times)
@@ -232,77 +226,75 @@ class UpstreamMethods:
             RuntimeError: the call continues an image that cannot go on, or goes back in time: with a schedule of steps, another
                 order of calls would run other steps than planned.
         """
-        size = (latents.shape[2], latents.shape[3])
-        scale = guidance_scale if self.runner.config.execution.skip_unit_guidance else None
+        size, with_guidance = (latents.shape[2], latents.shape[3]), guided(guidance_scale)
+        planned_scale = guidance_scale if self.runner.config.execution.skip_unit_guidance else None
+        identity = (size, with_guidance, planned_scale)
         # Identical tensors first, then equal ones, because a caller may rebuild them for every call. Interleaved images of one
         # prompt are told apart by tensor identity, then by time.
-        with_guidance = guided(guidance_scale)
-        equal = [i for i in self._images if known is None and i.matches(tokens, positions, with_guidance, size, scale)]
-        same = [known] if known else _mine(equal)
-        earlier = [image for image in same if image.time < time and image.ended is None]
+        rows = known.rows if known is not None else _rows(tokens, positions)
+        equal = [i for i in self._images if i.rows == rows and (i.latent_size, i.guided, i.planned_scale) == identity]
+        same = [known] if known is not None else _mine(equal)
+        earlier = [image for image in same if image.time < time and not image.ended]
         if earlier:
             # The latest time wins, then the newest image: an older one was abandoned.
             image = max(reversed(earlier), key=lambda image: image.time)
         else:
-            self._check_begins(tokens, positions, size, time)
-            if known is not None and known.ended is None and known.thread == threading.get_ident():
+            self._check_begins(rows, size, time)
+            if known is not None and not known.ended and known.thread == threading.get_ident():
                 self._end(known, "another image began with its tensors")
-            image = _Image(
-                tokens.clone(),
-                positions.clone(),
-                with_guidance,
-                size,
-                scale,
-                self._begin(tokens, positions, guidance_scale, size),
-                time,
-            )
-            self._images = [each for each in self._images if each not in same or each.ended is None] + [image]
+            state = self._begin(tokens, positions, guidance_scale, size)
+            image = _Image(rows, with_guidance, size, planned_scale, len(state.plan), time, state)
+            self._images = [each for each in self._images if each not in same or not each.ended] + [image]
+        assert image.state is not None
         self.runner.last_image = image.state.record
         return image
 
-    def _check_begins(self, tokens: Tensor, positions: Tensor, size: tuple[int, int], time: float) -> None:
+    def _check_begins(self, rows: Rows, size: tuple[int, int], time: float) -> None:
         """Raise RuntimeError where a call that no image in progress expects does not begin an image either: one with the same
         prompts, or some of them, has begun at another time."""
         if not self.runner.config.approximates:
             return  # Every step is the same: nothing can go astray.
-        for image in reversed(_mine([each for each in self._images if each.shares_prompts(tokens, positions, size)])):
-            if time > image.first or (time < image.first and image.ended is None):
+        for image in reversed(_mine([each for each in self._images if each.shares_prompts(rows, size)])):
+            back = time < image.first and not image.ended
+            if time > image.first or back:
                 why = image.ended or f"its last call was at t = {image.time:.6g}"
-                if image.ended is None and time < image.first:
+                if back:
                     self._end(image, "a later call went back in time")
                 raise RuntimeError(
-                    f"t: a call at {time:.6g} cannot continue its image: {why}; the config plans what each of "
-                    f"{len(image.state.plan)} steps computes (FlashUConfig.steps), for the same rows and guidance and times "
-                    "that grow from call to call; use as many steps as planned, a first-order solver, or FlashUConfig.exact()"
+                    f"t: a call at {time:.6g} cannot continue its image: {why}; the config plans what each of {image.steps} "
+                    "steps computes (FlashUConfig.steps), for the same rows and guidance and times that grow from call to call; "
+                    "use as many steps as planned, a first-order solver, or FlashUConfig.exact()"
                 )
 
     def _begin(self, tokens: Tensor, positions: Tensor, guidance_scale: Scale, size: tuple[int, int]) -> ImageState:
         """A new image's state. The oldest image in progress makes room where there are too many."""
         engine = self.runner.generation
-        while len(running := [image for image in self._images if image.ended is None]) >= self._most_images(running):
+        while len(running := self._running()) >= self._most_images(running):
             self.evicted += 1
             self._end(running[0], f"it was evicted for a newer one, as {len(running)} were in progress")
         return engine.begin(None, tokens, positions, guidance_scale, size)
 
+    def _running(self) -> list[_Image]:
+        return [image for image in self._images if not image.ended]
+
     def _most_images(self, running: Sequence[_Image]) -> int:
-        if not running:
-            return MAX_IN_PROGRESS
-        largest = max(sum(image.state.nbytes().values()) for image in running)
-        return max(MIN_IN_PROGRESS, min(MAX_IN_PROGRESS, _room(self.runner.parts.device) // max(largest, 1)))
+        largest = max((sum(image.state.nbytes().values()) for image in running if image.state is not None), default=1)
+        return max(MIN_IN_PROGRESS, min(MAX_IN_PROGRESS, _room(self.runner.parts.device) // largest))
 
     def _drop_ended(self) -> None:
-        """Mark images whose memory was taken away, and forget the oldest of those that have ended."""
+        """End images whose memory was taken away, and forget the oldest of those that have ended."""
         pool = self.runner.generation.pool
-        for image in self._images:
-            if image.ended is None and not pool.leased(image.state.lease):
-                image.ended = "the model changed, or its handle was reset, while it was in progress"
-        ended = [image for image in self._images if image.ended is not None]
+        for image in self._running():
+            if image.state is not None and not pool.leased(image.state.lease):
+                image.state, image.ended = None, "the model changed, or its handle was reset, while it was in progress"
+        ended = [image for image in self._images if image.ended]
         for image in ended[:-MAX_ENDED]:
             self._images.remove(image)
 
     def _end(self, image: _Image, why: str) -> None:
-        image.ended = why
+        assert image.state is not None
         self.runner.generation.end(image.state)
+        image.state, image.conditioning, image.ended = None, None, why
 
     # ---- understanding
 

@@ -23,6 +23,8 @@ RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 HANDLE = within("runtime/test_accelerate.py")
 LIVING = within("runtime/test_living.py")
+MODULES = within("runtime/test_living_modules.py")
+SCHEDULES = within("runtime/test_images_by_turns.py")
 CONTEXTS = within("runtime/test_contexts.py")
 SHARED = within("runtime/test_threads.py")
 CALIBRATE = within("planning/test_calibrate.py")
@@ -122,18 +124,21 @@ MUTANTS = [
     Mutant("order: neurons are put back by the permutation", "flashu_ext/runtime/order.py", "if planned else self._layout.inverse", "if planned else self._layout.permutation", HANDLE("remove_gives")),
     Mutant("order: what is loaded is not permuted", "flashu_ext/runtime/order.py", 'f"{prefix}weight": self.reordered(given, planned=True)}', 'f"{prefix}weight": given}', LIVING("loaded_weights")),
     Mutant("order: what is saved stays in plan order", "flashu_ext/runtime/order.py", 'destination[f"{prefix}{name}"] = self.reordered(self.parameter, planned=False)', "pass", LIVING("in_its_own_order"), quick=True),
-    Mutant("order: what is copied stays in plan order", "flashu_ext/runtime/order.py", "nn.Parameter(self.reordered(weight, planned=False), weight.requires_grad)", "nn.Parameter(weight.detach().clone(), weight.requires_grad)", LIVING("a_copy_is_dense")),
+    Mutant("order: what is copied stays in plan order", "flashu_ext/runtime/order.py", "        values = self.reordered(weight, planned=False)\n", "        values = weight.detach().clone()\n", LIVING("a_copy_is_dense")),
     Mutant("order: weights are never edited", "flashu_ext/runtime/order.py", "return self.planned and self._pending is None and any(", "return not self.planned and any(", LIVING("edit_in_plan_order")),
-    Mutant("order: a load counts as an edit", "flashu_ext/runtime/order.py", "            self.parameter = self.linear.weight\n            self.accept(self._planned)\n", "            pass\n", LIVING("loaded_weights")),
+    Mutant("order: a load counts as an edit", "flashu_ext/runtime/order.py", "                self.parameter = self.linear.weight\n                self.accept(self._planned)\n", "                pass\n", LIVING("loaded_weights")),
     Mutant("order: another parameter is no edit", "flashu_ext/runtime/order.py", "if weight is not self.parameter or _version(weight) != self._version:", "if weight is self.parameter and _version(weight) != self._version:", LIVING("replaced_parameter")),
     Mutant("stamp: versions do not matter", "flashu_ext/models/stamp.py", "return self._read_weights() != (self._versions, self._addresses)", "return self.moved()", LIVING("follow_weights")),
-    Mutant("stamp: hooks do not matter", "flashu_ext/models/stamp.py", "self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]\n        self._empty = [each for each in (*contents, *hooks) if not each]", "self._filled: list[dict[Any, Any]] = [each for each in contents if each]\n        self._empty = [each for each in contents if not each]", LIVING("hooked_module")),
-    Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", LIVING("while_accelerated and subclass")),
-    Mutant("known: forward hooks are passed over", "flashu_ext/models/known.py", '    if module._forward_hooks:\n        return "has a forward hook"\n', "", LIVING("hooked_module")),
-    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'reason = reason or ("has a bias" if linear.bias is not None else None)', "reason = reason or None", LIVING("kernel_does_not_compute")),
-    Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", LIVING("refused_by_name")),
-    Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "                self.generation.pool.end_leases()\n                self.understanding.reset()\n", "                self.generation.pool.end_leases()\n", LIVING("follow_weights"), quick=True),
-    Mutant("runner: an image goes on with other weights", "flashu_ext/runtime/runner.py", "                self.generation.pool.end_leases()\n                self.understanding.reset()\n", "                self.understanding.reset()\n", LIVING("image_in_progress")),
+    Mutant("stamp: hooks do not matter", "flashu_ext/models/stamp.py", "self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]\n        self._empty = [each for each in (*contents, *hooks) if not each]", "self._filled: list[dict[Any, Any]] = [each for each in contents if each]\n        self._empty = [each for each in contents if not each]", MODULES("hooked_module")),
+    Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", MODULES("while_accelerated and subclass")),
+    Mutant("known: forward hooks are passed over", "flashu_ext/models/known.py", '    if module._forward_hooks:\n        return "has a forward hook"\n', "", MODULES("hooked_module")),
+    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'reason = reason or ("has a bias" if linear.bias is not None else None)', "reason = reason or None", MODULES("kernel_does_not_compute")),
+    Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", MODULES("refused_by_name")),
+    Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "                self.reset()\n                self._stamp", "                self.generation.pool.clear()\n                self._stamp", LIVING("follow_weights"), quick=True),
+    Mutant("runner: an image goes on with other weights", "flashu_ext/runtime/runner.py", "                self.reset()\n                self._stamp", "                self.understanding.reset()\n                self._stamp", SCHEDULES("image_in_progress")),
+    Mutant("runner: an edit is told once for all", "flashu_ext/runtime/runner.py", "        self._told = False\n\n    def check_unchanged", "\n    def check_unchanged", LIVING("told_each_time")),
+    Mutant("order: memory in another plan's order is taken", "flashu_ext/runtime/order.py", "            if any(low < end and start < high for low, high in taken):\n", "            if not taken and taken:\n", LIVING("another_plans_order")),
+    Mutant("upstream: ended images keep their memory", "flashu_ext/runtime/upstream.py", "        image.state, image.conditioning, image.ended = None, None, why\n", "        image.ended = why\n", SCHEDULES("free_their_memory")),
     Mutant("runner: autocast reaches the kernels", "flashu_ext/runtime/runner.py", "with self.lock.held, without_autocast(self.parts.device):", "with self.lock.held:", CONTEXTS("changes_no_bit and autocast")),
     Mutant("runner: threads step at the same time", "flashu_ext/runtime/runner.py", "with self.lock.held, without_autocast(self.parts.device):", "with without_autocast(self.parts.device):", SHARED("bits_of_a_serial_run")),
     Mutant("runner: an image goes on in a forked process", "flashu_ext/runtime/runner.py", "            if self.lock.abandoned:\n                self.reset()\n", "", SHARED("another_thread_held")),

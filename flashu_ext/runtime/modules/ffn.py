@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...ops.kernel_sets import KernelSet
 from ...ops.selection import Selection
-from ...planning.neurons import NeuronLayout
+from ...planning.neurons import NeuronLayout, ffn_weights
 
 __all__ = ["FFN"]
 
@@ -37,9 +37,9 @@ class FFN:
     def neurons(self) -> int:
         return int(self.module.gate_proj.out_features)
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        module = self.module
-        return module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
+    def over(self, layout: NeuronLayout | None) -> FFN:
+        """The same FFN over the tasks' neurons of a layout."""
+        return FFN(self.module, self._kernels, self.why_itself, layout)
 
     def __call__(self, x: Tensor, task: str | None = None, residual: Tensor | None = None) -> Tensor:
         """x [..., hidden] -> [..., hidden], plus `residual` of that shape where given.
@@ -51,4 +51,4 @@ class FFN:
             out = self.module(x)
             return out if residual is None else out + residual
         selection = self._selections.get(task) if task else None
-        return self._kernels.gathered_ffn(x, *self.weights(), residual=residual, selection=selection)
+        return self._kernels.gathered_ffn(x, *ffn_weights(self.module), residual=residual, selection=selection)
