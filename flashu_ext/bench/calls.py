@@ -9,7 +9,10 @@ import click
 import torch
 
 from .. import ops
+from ..models.showo2 import Showo2
+from ..models.stamp import Stamp
 from ..planning.safe_files import write_text
+from .shapes import SHAPES
 from .timing import Variant, measure
 
 NEURONS, RUNS, LENGTH = 8960, 1120, 6
@@ -45,6 +48,15 @@ def measured(seconds: float) -> dict[str, dict[str, float]]:
     }
 
 
+def stamp_microseconds(seconds: float) -> float:
+    """What an image or an answer spends on noticing that the 1.5B model has not changed (on meta: no weight is read)."""
+    with torch.device("meta"):
+        model = Showo2(SHAPES["1.5b"].config)
+    stamp = Stamp(model)
+    unchanged = {"unchanged": lambda: not stamp.structure_changed() and not stamp.weights_changed()}
+    return measure(unchanged, torch.device("cpu"), seconds, 400).microseconds["unchanged"]
+
+
 def table(rows: dict[str, dict[str, float]]) -> str:
     """One Markdown row for each hidden size."""
     forms = list(next(iter(rows.values())))
@@ -71,5 +83,6 @@ def main(seconds: float, threads: int | None, json_path: Path | None) -> None:
     click.echo(
         f"gathered_ffn, fp32, 1 token, {NEURONS} neurons, {RUNS * LENGTH} kept; us a call, median\n\n{table(rows)}"
     )
+    click.echo(f"\nnoticing that a 1.5B model has not changed: {stamp_microseconds(seconds):.0f} us")
     if json_path is not None:
         write_text(json_path, json.dumps(rows, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The README's tables, made from the committed results, so that no number there is typed by hand.
+"""The tables of README and docs/measured.md, made from the committed results, so that no number there is typed by hand.
 
 Between `<!-- results: NAME -->` and `<!-- end -->` stands what this command wrote there. The results are JSON files of
 `flashu-ext bench`, `python -m flashu_ext.nano.evaluate` and `python -m flashu_ext.bench gpu`, in bench/results.
@@ -18,7 +18,8 @@ import click
 __all__ = ["RESULTS", "filled"]
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 _SECTION = re.compile(r"(<!-- results: ([a-z0-9_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -188,17 +189,23 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
 
 @click.command(epilog="Example: python -m flashu_ext.bench readme --check")
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 where the README differs from the results.")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 where a page differs from the results.")
 @click.option(
-    "--readme", default=README, show_default=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+    "--page",
+    "pages",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A page (may be repeated); default: README.md and docs/measured.md.",
 )
-def main(check: bool, readme: Path) -> None:
-    """Write the README's tables from the committed results."""
-    text = readme.read_text(encoding="utf-8")
-    try:
-        new = filled(text)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
-    if check:
-        sys.exit("the README's tables differ from the results: python -m flashu_ext.bench readme" if new != text else 0)
-    readme.write_text(new, encoding="utf-8")
+def main(check: bool, pages: tuple[Path, ...]) -> None:
+    """Write the pages' tables from the committed results."""
+    for page in pages or PAGES:
+        text = page.read_text(encoding="utf-8")
+        try:
+            new = filled(text)
+        except ValueError as error:
+            raise click.ClickException(f"{page}: {error}") from None
+        if check and new != text:
+            sys.exit(f"{page}: its tables differ from the results: python -m flashu_ext.bench readme")
+        if not check:
+            page.write_text(new, encoding="utf-8")

@@ -7,7 +7,7 @@ tensors, which have no version.
 from __future__ import annotations
 
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Stamp:
     def __init__(self, model: nn.Module):
         self._modules = list(model.modules())
         self._attributes = list(map(vars, self._modules))
+        self._with_mode = [own for own in self._attributes if "training" in own]  # torch.compile's wrapper has none
         contents: list[Any] = [
             each for module in self._modules for each in (module._modules, module._parameters, module._buffers)
         ]
@@ -70,7 +71,7 @@ class Stamp:
         return (
             # A new attribute may be a method that replaces the class's own.
             list(map(len, self._attributes)),
-            [own.get("training") for own in self._attributes],
+            list(map(_TRAINING, self._with_mode)),
             list(map(type, self._modules)),
             [kind.forward for kind in self._classes],
             list(vars(type(self._modules[0])).values()),
@@ -82,7 +83,7 @@ class Stamp:
         return list(map(_VERSION, self._versioned)), list(map(Tensor.data_ptr, self._addressed))
 
 
-_VERSION = attrgetter("_version")
+_TRAINING, _VERSION = itemgetter("training"), attrgetter("_version")
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

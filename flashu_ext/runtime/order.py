@@ -146,15 +146,18 @@ class FfnOrder:
         """Whether somebody else wrote to weights that lie in plan order. thorough: see `Runner.check_edits`."""
         return self.planned and self._pending is None and any(weight.edited(thorough) for weight in self._weights)
 
+    def guard(self) -> None:
+        """From here on another thread that saves, loads or copies a projection waits for the lock, and finds it whole."""
+        for weight in self._weights:
+            weight.overrides.install()
+
     def arrange(self, planned: bool) -> None:
         """Bring the weights, and their gradients, into plan order or into the model's own. Once interrupted, at whatever line,
         another call completes it. All copies are made before the first write, so running out of memory changes nothing."""
         with outside_inference_mode():
             self._complete()
-            if planned:
-                for weight in self._weights:
-                    weight.overrides.install()
             if planned and not self.planned:
+                self.guard()
                 for weight in self._weights:
                     weight.parameter = weight.linear.weight
             if planned != self.planned:

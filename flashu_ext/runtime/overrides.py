@@ -28,10 +28,14 @@ class Overrides:
         self._module = module
         self._original = original
         self._ours = {**attributes, "__deepcopy__": self._deepcopy, "__reduce_ex__": self._reduce}
-        self._shadowed = {name: vars(module)[name] for name in self._ours if name in vars(module)}
+        self._shadowed: dict[str, Any] = {}
 
     def install(self) -> None:
-        vars(self._module).update(self._ours)
+        """A second call does nothing."""
+        attributes = vars(self._module)
+        found = {name: attributes[name] for name, ours in self._ours.items() if attributes.get(name, ours) != ours}
+        self._shadowed.update(found)
+        attributes.update(self._ours)
 
     def remove(self) -> None:
         """What somebody else has set meanwhile stays. A second call does nothing."""

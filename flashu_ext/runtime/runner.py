@@ -18,18 +18,17 @@ from ..models.showo2.sampling import SampleInputs
 from ..models.stamp import Stamp
 from ..ops.kernel_sets import KernelSet, resolve
 from ..planning.config import FlashUConfig
-from ..planning.neurons import NeuronLayout, ffn_weights
+from ..planning.neurons import NeuronLayout
 from .forked import ForkedLock
 from .generation import AcceleratedStepper, GenerationEngine
 from .graphs import GraphCapture
 from .network import Network
-from .order import EditedWeightsError, FfnOrder, check_not_planned, why_not_moved
+from .order import EditedWeightsError, FfnOrder
+from .placement import Placement
 from .state import ImageRecord
 from .understanding import UnderstandingEngine
 
 __all__ = ["Runner"]
-
-SHARED = "its weights are shared within the model; neurons read where they are"
 
 
 class Runner:
@@ -125,53 +124,11 @@ class Runner:
             raise RuntimeError(f"plan: made for {len(self.layouts)} layers, the model has {len(parts.layers)} now")
         kernels = resolve(self.config, parts.device, parts.dtype)
         network = Network.build(parts, kernels)
-        orders, layouts, in_place = self._placed(network)
-        kept = [order for order in orders if order is not None]
-        left = [order for order in self.orders if order not in kept]
-        self.orders = kept + left
-        for order in left:
-            order.arrange(planned=False)
-        for order in kept:
-            order.arrange(planned=True)
-        self.orders, self.in_place = kept, in_place
-        self._build(network.over(layouts))
+        placement = Placement.choose(network, self.layouts or (), self.orders, self.lock)
+        self.orders = placement.move(self.orders)
+        self.in_place = placement.reasons
+        self._build(network.over(placement.layouts))
         self._unfinished = False
-
-    def _placed(self, network: Network) -> tuple[list[FfnOrder | None], list[NeuronLayout | None], dict[str, str]]:
-        """For each layer its order in memory, None where neurons stay in the model's own; the tasks' neurons there, None where
-        all are used; and why a layer is not in plan order, by its path in the model."""
-        orders: list[FfnOrder | None] = [None] * len(network.layers)
-        layouts: list[NeuronLayout | None] = [None] * len(network.layers)
-        reasons: dict[int, str] = {}
-        if self.layouts is None:
-            return orders, layouts, {}
-        held = {id(order.ffn): order for order in self.orders}
-        ffns = {index: layer.ffn.module for index, layer in enumerate(network.layers) if layer.ffn.why_itself is None}
-        uses = Counter(id(weight) for ffn in ffns.values() for weight in ffn_weights(ffn))
-        new = []
-        for index, ffn in ffns.items():
-            layout, order = self.layouts[index], held.get(id(ffn))
-            if ffn.gate_proj.out_features != layout.intermediate:
-                reasons[index] = (
-                    f"has {ffn.gate_proj.out_features} neurons, the plan {layout.intermediate}; all are used"
-                )
-                continue
-            layouts[index] = layout
-            if order is None or not order.holds(ffn):
-                new.append(index)
-            elif order.layout is layout and all(uses[id(weight)] == 1 for weight in ffn_weights(ffn)):
-                orders[index] = order
-            else:
-                reasons[index] = SHARED
-        check_not_planned([ffns[index] for index in new], self.orders)
-        for index, reason in zip(new, why_not_moved([ffns[index] for index in new]), strict=True):
-            if reason is None:
-                orders[index] = FfnOrder(ffns[index], self.layouts[index], self.lock)
-            else:
-                reasons[index] = f"{reason}; neurons read where they are"
-        for index in reasons:
-            layouts[index] = layouts[index] and self.layouts[index].in_place()
-        return orders, layouts, {f"showo.model.layers.{index}.mlp": reason for index, reason in reasons.items()}
 
     def _build(self, network: Network) -> None:
         """Engines on a network, with empty caches."""

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from flashu_ext.bench import ffn
-from flashu_ext.bench.readme import README, RESULTS, filled
+from flashu_ext.bench.readme import PAGES, RESULTS, filled
 from flashu_ext.bench.readme import main as readme_command
 
 
@@ -32,14 +32,16 @@ def test_sections_without_a_result_are_refused(tmp_path: Path, name: str, said: 
         filled(section(name), tmp_path)
 
 
-def test_check_finds_a_number_typed_by_hand(tmp_path: Path):
-    text = README.read_text()
-    page = tmp_path / "README.md"
+@pytest.mark.parametrize("source", PAGES, ids=lambda page: page.name)
+def test_check_finds_a_number_typed_by_hand(source: Path, tmp_path: Path):
+    text = source.read_text()
+    page = tmp_path / source.name
     page.write_text(text)
-    assert CliRunner().invoke(readme_command, ["--check", "--readme", str(page)]).exit_code == 0
+    assert "<!-- results:" in text
+    assert CliRunner().invoke(readme_command, ["--check", "--page", str(page)]).exit_code == 0
     page.write_text(text.replace("<!-- end -->", "typed\n<!-- end -->", 1))
-    assert CliRunner().invoke(readme_command, ["--check", "--readme", str(page)]).exit_code == 1
-    assert CliRunner().invoke(readme_command, ["--readme", str(page)]).exit_code == 0
+    assert CliRunner().invoke(readme_command, ["--check", "--page", str(page)]).exit_code == 1
+    assert CliRunner().invoke(readme_command, ["--page", str(page)]).exit_code == 0
     assert page.read_text() == text
 
 

@@ -14,10 +14,10 @@ import torch
 from support.models import generation_inputs, small_model
 
 import flashu_ext as fx
-from flashu_ext.runtime import runner
+from flashu_ext.runtime import placement
 
 RUNTIME = Path(fx.__file__).parent / "runtime"
-FILES = {str(RUNTIME / name) for name in ("handle.py", "runner.py", "order.py", "overrides.py")}
+FILES = {str(RUNTIME / name) for name in ("handle.py", "runner.py", "placement.py", "order.py", "overrides.py")}
 """The files that change a model."""
 
 CONFIG = fx.FlashUConfig(ffn_prune_ratio=0.25, prune_multiple=8)
@@ -34,7 +34,7 @@ Line = tuple[str, int]
 @pytest.fixture(autouse=True)
 def no_search_for_shared_memory(monkeypatch):
     """The search changes nothing, and takes most of the time of accelerating a small model."""
-    monkeypatch.setattr(runner, "why_not_moved", lambda ffns: [None] * len(ffns))
+    monkeypatch.setattr(placement, "why_not_moved", lambda ffns: [None] * len(ffns))
 
 
 class Interrupt(KeyboardInterrupt):

@@ -346,3 +346,15 @@ def test_an_optimizer_copied_with_its_model_trains_the_copy():
         own = {id(parameter) for parameter in copied.parameters()}
         assert {id(p) for group in held.param_groups for p in group["params"]} == own
         assert same(state(copied), before)
+
+
+def test_a_state_dict_taken_while_editing_stays_as_it_is():
+    model, handle, before = accelerated()
+    with handle.editing():
+        kept = model.state_dict()
+    assert same(dict(kept), before)
+    assert any("share memory" in reason for reason in handle.summary().fallbacks)
+    del kept
+    with handle.editing():
+        pass
+    assert not any("share memory" in reason for reason in handle.summary().fallbacks)

@@ -272,6 +272,12 @@ def page() -> str:
 
 
 NOTES = [
+    "## What it costs",
+    "",
+    "A hook, an adapter, a wrapper or any other class that the library does not know may depend on more than its weights. In",
+    "such a model nothing is used again in another call (an image's embedding, a question's prefix), and steps are not captured",
+    "in CUDA graphs; `summary().step_runner` names the module.",
+    "",
     "## Files and copies",
     "",
     "While neurons lie in plan order, `state_dict`, `save_pretrained`, `torch.save`, `copy.deepcopy` and pickle give the model's",
