@@ -276,7 +276,7 @@ NOTES = [
     "",
     "A hook, an adapter, a wrapper or any other class that the library does not know may depend on more than its weights. In",
     "such a model nothing is used again in another call (an image's embedding, a question's prefix), and steps are not captured",
-    "in CUDA graphs; `summary().step_runner` names the module.",
+    "in CUDA graphs.",
     "",
     "## Files and copies",
     "",
