@@ -23,6 +23,7 @@ RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 HANDLE = within("runtime/test_accelerate.py")
 LIVING = within("runtime/test_living.py")
+PAGE = within("runtime/test_living_page.py")
 MODULES = within("runtime/test_living_modules.py")
 SCHEDULES = within("runtime/test_images_by_turns.py")
 CONTEXTS = within("runtime/test_contexts.py")
@@ -130,7 +131,7 @@ MUTANTS = [
     Mutant("order: another parameter is no edit", "flashu_ext/runtime/order.py", "if weight is not self.parameter or _version(weight) != self._version:", "if weight is self.parameter and _version(weight) != self._version:", LIVING("replaced_parameter")),
     Mutant("stamp: versions do not matter", "flashu_ext/models/stamp.py", "return self._read_weights() != (self._versions, self._addresses)", "return self.moved()", LIVING("follow_weights")),
     Mutant("stamp: hooks do not matter", "flashu_ext/models/stamp.py", "self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]\n        self._empty = [each for each in (*contents, *hooks) if not each]", "self._filled: list[dict[Any, Any]] = [each for each in contents if each]\n        self._empty = [each for each in contents if not each]", MODULES("hooked_module")),
-    Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", MODULES("while_accelerated and subclass")),
+    Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", PAGE("what_happens")),
     Mutant("known: forward hooks are passed over", "flashu_ext/models/known.py", '    if module._forward_hooks:\n        return "has a forward hook"\n', "", MODULES("hooked_module")),
     Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'reason = reason or ("has a bias" if linear.bias is not None else None)', "reason = reason or None", MODULES("kernel_does_not_compute")),
     Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", MODULES("refused_by_name")),
