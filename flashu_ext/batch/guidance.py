@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ __all__ = ["check_guidance_parallel", "guidance_group", "sample_guided"]
 
 GROUP_SECONDS = 600.0
 """Timeout for one evaluation of the other branch."""
+STOP_SECONDS = 3.0
+"""How long the other branch may take once the caller wants to stop."""
 
 
 @contextlib.contextmanager
@@ -110,6 +113,7 @@ def sample_guided(
     return_velocity: bool = False,
     *,
     group: Any = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Any:
     """`flashu_ext.showo2.sample` on two ranks: rank 0 runs the conditional rows, rank 1 the unconditional ones.
 
@@ -121,6 +125,7 @@ def sample_guided(
         noise: [B, channels, H, W]. The remaining arguments are those of `sample`.
         guidance_scale: above 0.
         group: process group of two ranks; None: the default one. NCCL for models on a GPU, gloo on a CPU.
+        stop: True ends waiting for the other rank on a CPU, after it has not answered for a few seconds.
 
     Returns:
         Latents fp32 [B, channels, H, W], or (latents, velocities [steps - 1, B, channels, H, W]).
@@ -128,7 +133,7 @@ def sample_guided(
     Raises:
         TypeError, ValueError, IndexError: an argument is invalid or differs between the ranks, or the model's config cannot
             be split (`check_guidance_parallel`).
-        RuntimeError: the other rank is gone.
+        RuntimeError: the other rank is gone, or `stop` ended the waiting.
     """
     inputs = SampleInputs.build(
         model,
@@ -147,7 +152,7 @@ def sample_guided(
         raise ValueError(
             "guidance_scale: expected a number above 0 under guidance-parallel, got 0, which has one branch"
         )
-    exchange = _Exchange(group)
+    exchange = _Exchange(group, stop)
     handle = handle_of(model)
     config = handle.config if handle is not None else None
     if config is not None:
@@ -226,7 +231,7 @@ class _BranchStepper:
 class _Exchange:
     """All-gathers rows as bytes, so that backends need not support the dtype and cannot round."""
 
-    def __init__(self, group: Any):
+    def __init__(self, group: Any, stop: Callable[[], bool]):
         import torch.distributed as dist
 
         if not dist.is_available() or not dist.is_initialized():
@@ -236,6 +241,7 @@ class _Exchange:
         if dist.get_world_size(group) != 2 or dist.get_rank(group) < 0:
             raise ValueError(f"group: expected 2 ranks, one for each branch, got {dist.get_world_size(group)}")
         self.group = group
+        self.stop = stop
         self.rank = dist.get_rank(group)
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -245,12 +251,22 @@ class _Exchange:
         mine = rows.contiguous().view(torch.uint8)
         parts = [torch.empty_like(mine), torch.empty_like(mine)]
         try:
-            dist.all_gather(parts, mine, group=self.group)
+            self._wait(dist.all_gather(parts, mine, group=self.group, async_op=True), mine.device)
         except RuntimeError as error:
             raise RuntimeError(
                 f"rank {1 - self.rank} is gone, it does not answer in guidance-parallel: {first_line(error)}"
             ) from error
         return torch.cat(parts).view(rows.dtype)
+
+    def _wait(self, work: Any, device: torch.device) -> None:
+        """On a CPU by polling, because Python handles no signal while native code waits for a rank that hangs."""
+        began = time.monotonic()
+        while device.type == "cpu" and not work.is_completed():
+            waited = time.monotonic() - began
+            if waited > STOP_SECONDS and self.stop():
+                raise RuntimeError("stopped while waiting for it")
+            time.sleep(min(waited / 16, 0.01))
+        work.wait()
 
     def check_equal(self, tensors: Sequence[Tensor | None], others: Any, device: torch.device) -> None:
         """Raise on both ranks if their arguments differ, which would give wrong images or a deadlock."""

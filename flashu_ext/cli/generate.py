@@ -133,7 +133,7 @@ def _opened(
         sampling: dict[str, Any] = {"steps": steps, "guidance_scale": settings["guidance"], "sampler": None}
         if apart:
             group = stack.enter_context(guidance_group(heartbeat, device))
-            sampling["sampler"] = functools.partial(sample_guided, group=group)
+            sampling["sampler"] = functools.partial(sample_guided, group=group, stop=heartbeat.stop)
         pipe, handle = stack.enter_context(
             open_pipeline(**{name: settings[name] for name in names}, device=device, steps=steps if apart else None)
         )

@@ -1,15 +1,18 @@
 """Notices that a model changed: its modules, hooks and weights, in one pass of a fraction of a millisecond.
 
-What it cannot notice: values written through `.data` or through another view of a weight's memory, and values of inference
-tensors, which have no version.
+Values written through `.data`, or through another view of a weight's memory, change no version. A few values of a few weights,
+other ones in every call, show such a write where it reached the whole model, as a synchronised or averaged model's does. What
+is not noticed: such writes to single weights, and values of inference tensors.
 """
 
 from __future__ import annotations
 
-from itertools import chain
+import re
+from itertools import chain, zip_longest
 from operator import attrgetter, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -17,6 +20,9 @@ __all__ = ["GLOBAL_HOOKS", "Stamp"]
 
 _SCALARS = ("scaling", "attention_dropout", "sliding_window", "attention_scaling", "variance_epsilon", "eps", "p")
 """Plain attributes of modules that their results depend on."""
+
+_SAMPLED = 6
+"""Weights of which a call compares values."""
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -51,6 +57,9 @@ class Stamp:
         self._addressed = [tensor for tensor in distinct if _has_address(tensor)]
         self.unversioned = len(self._versioned) < len(distinct)
         self._versions, self._addresses = self._read_weights()
+        self._matrices = _by_kind(model)
+        self._samples = [_sample(matrix) for matrix in self._matrices]
+        self._turn = 0
 
     def structure_changed(self) -> bool:
         """Whether a module, a parameter object, a hook, a class, a flag or a method is another one."""
@@ -59,6 +68,13 @@ class Stamp:
     def weights_changed(self) -> bool:
         """Whether a weight was written to, or lies elsewhere."""
         return self._read_weights() != (self._versions, self._addresses)
+
+    def values_changed(self) -> bool:
+        """Whether a sample, another one in every call, shows that weights have other values. They must not have moved."""
+        count = len(self._matrices)
+        turns = [(self._turn + each) % count for each in range(min(_SAMPLED, count))]
+        self._turn = (self._turn + _SAMPLED) % max(1, count)
+        return any(not torch.equal(_sample(self._matrices[turn]), self._samples[turn]) for turn in turns)
 
     def moved(self) -> bool:
         """Whether a weight lies elsewhere, as after `model.to(...)`."""
@@ -84,6 +100,23 @@ class Stamp:
 
 
 _TRAINING, _VERSION = itemgetter("training"), attrgetter("_version")
+
+
+def _by_kind(model: nn.Module) -> list[Tensor]:
+    """A model's weight matrices, one of each kind (gate projections, embeddings, ...), then the next of each."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and type(weight) is nn.Parameter and weight.is_contiguous() and weight.device.type != "meta":
+            kinds.setdefault(re.sub(r"[0-9]+", "", name), []).append(weight)
+    return [weight for turn in zip_longest(*kinds.values()) for weight in turn if weight is not None]
+
+
+@torch.no_grad()
+def _sample(matrix: Tensor) -> Tensor:
+    """The bits of eight values, on the CPU."""
+    step = max(1, matrix.numel() // 8)
+    values = matrix.detach().as_strided((min(8, matrix.numel()),), (step,), matrix.storage_offset())
+    return values.clone().cpu().view(torch.uint8)
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

@@ -64,6 +64,7 @@ class Runner:
         self.fallbacks: Counter[str] = Counter()
         self.last_image: ImageRecord | None = None
         self._told = False
+        self._turn = 0
         self._unfinished = True
         self._process = os.getpid()
 
@@ -87,6 +88,8 @@ class Runner:
             raise RuntimeError(f"model: {self.suspended}")
         if self.parts.device.type == "cuda" and os.getpid() != self._process:
             raise RuntimeError("model: it is on a GPU, which a forked process cannot use; start processes by spawn")
+        if self._told:
+            self.check_edits(thorough=True)
         if self._unfinished:
             self.check_edits()
             self.follow()
@@ -98,12 +101,24 @@ class Runner:
             if self._stamp.moved():
                 self.follow()
             else:
-                check_model(self.parts)  # a buffer, such as rotary frequencies, may have been written to
-                self.reset()
-                self._stamp = Stamp(self.model)
+                self._forget()
+        elif self._stamp.values_changed() or self._order_edited():
+            self.check_edits(thorough=True)
+            self._forget()
         elif self._untracked:
             self.understanding.forget()
         self._told = False
+
+    def _forget(self) -> None:
+        """What was computed from earlier values of the weights."""
+        check_model(self.parts)  # a buffer, such as rotary frequencies, may have been written to
+        self.reset()
+        self._stamp = Stamp(self.model)
+
+    def _order_edited(self) -> bool:
+        """Whether a sample of one layer's weights in plan order, another layer's in every call, shows a write through `.data`."""
+        self._turn += 1
+        return bool(self.orders) and self.orders[self._turn % len(self.orders)].edited(thorough=True)
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError where the model has changed since `ready`: an image under way cannot go on."""
