@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .parts import AttentionShape, Showo2Parts, norm_eps
-from .stamp import GLOBAL_HOOKS
+from .stamp import GLOBAL_HOOKS, called_functions
 
 __all__ = ["METHODS", "check_model", "untracked", "why_not_ffn", "why_not_norm"]
 
@@ -66,14 +66,22 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
 
 
 def _replaced_in_class(kind: type, method: str) -> bool:
-    """Whether a method's code is neither in its class's own file nor a decorator of torch or transformers around that."""
-    function, home = getattr(kind, method), getattr(sys.modules.get(kind.__module__), "__file__", None)
-    libraries = [f"{Path(file).parent}/" for name in ("torch", "transformers") if (file := _file_of(name)) is not None]
+    """Whether a method's code, or that of a function which it calls by its name in the module, such as the one that rotates
+    queries and keys, comes from elsewhere than the class's own package or a decorator of torch or transformers around that."""
+    function, home = getattr(kind, method), _file_of(kind.__module__)
+    libraries = tuple(
+        f"{Path(file).parent}/" for name in ("torch", "transformers") if (file := _file_of(name)) is not None
+    )
     while (code := getattr(function, "__code__", None)) is not None and code.co_filename != home:
-        if not code.co_filename.startswith(tuple(libraries)):
+        if not code.co_filename.startswith(libraries):
             return True
         function = getattr(function, "__wrapped__", None)
-    return code is None
+    if code is None or home is None:
+        return True
+    package = _file_of(kind.__module__.partition(".")[0])
+    homes = (*libraries, f"{Path(package or home).parent}/")
+    called = [namespace[name] for namespace, name in called_functions(function)]
+    return any(not each.__code__.co_filename.startswith(homes) for each in called)
 
 
 def _file_of(module: str) -> str | None:

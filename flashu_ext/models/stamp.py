@@ -7,16 +7,18 @@ is not noticed: such writes to single weights, and values of inference tensors.
 
 from __future__ import annotations
 
+import inspect
 import re
 from itertools import chain, zip_longest
 from operator import attrgetter, itemgetter
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["GLOBAL_HOOKS", "Stamp"]
+__all__ = ["GLOBAL_HOOKS", "Stamp", "called_functions"]
 
 _SCALARS = ("scaling", "attention_dropout", "sliding_window", "attention_scaling", "variance_epsilon", "eps", "p")
 """Plain attributes of modules that their results depend on."""
@@ -48,6 +50,7 @@ class Stamp:
         self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]
         self._empty = [each for each in (*contents, *hooks) if not each]
         self._classes: list[Any] = list(set(map(type, self._modules)))
+        self._called = [each for kind in self._classes for each in called_functions(kind.forward)]
         self._configs = list({id(own["config"]): own["config"] for own in self._attributes if "config" in own}.values())
         self._scalars = [(own, name) for own in self._attributes for name in _SCALARS if name in own]
         self._objects = self._contents()
@@ -90,6 +93,7 @@ class Stamp:
             list(map(_TRAINING, self._with_mode)),
             list(map(type, self._modules)),
             [kind.forward for kind in self._classes],
+            [namespace.get(name) for namespace, name in self._called],
             list(vars(type(self._modules[0])).values()),
             [own.get(name) for own, name in self._scalars],
             [getattr(config, "_attn_implementation", None) for config in self._configs],
@@ -102,11 +106,24 @@ class Stamp:
 _TRAINING, _VERSION = itemgetter("training"), attrgetter("_version")
 
 
+def called_functions(method: Any) -> list[tuple[dict[str, Any], str]]:
+    """(module's namespace, name) of the functions of its module that a method, under its decorators, names."""
+    method = inspect.unwrap(method)
+    code, namespace = getattr(method, "__code__", None), getattr(method, "__globals__", {})
+    names = code.co_names if code is not None else ()
+    return [(namespace, name) for name in names if isinstance(namespace.get(name), FunctionType)]
+
+
 def _by_kind(model: nn.Module) -> list[Tensor]:
     """A model's weight matrices, one of each kind (gate projections, embeddings, ...), then the next of each."""
     kinds: dict[str, list[Tensor]] = {}
     for name, weight in model.named_parameters():
-        if weight.dim() > 1 and type(weight) is nn.Parameter and weight.is_contiguous() and weight.device.type != "meta":
+        if (
+            weight.dim() > 1
+            and type(weight) is nn.Parameter
+            and weight.is_contiguous()
+            and weight.device.type != "meta"
+        ):
             kinds.setdefault(re.sub(r"[0-9]+", "", name), []).append(weight)
     return [weight for turn in zip_longest(*kinds.values()) for weight in turn if weight is not None]
 

@@ -291,7 +291,8 @@ class TaskPlan:
             if actual is not None:
                 raise ValueError(
                     f"plan: made for another model (fingerprint {self.fingerprint[:12]}..., this model has {actual[:12]}...); "
-                    "calibrate again with flashu_ext.calibrate"
+                    "calibrate this one with flashu_ext.calibrate, or, where an adapter (LoRA) was added since, accelerate "
+                    "before it is added or merge it and calibrate"
                 )
 
     # ---- files

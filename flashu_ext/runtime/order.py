@@ -38,6 +38,7 @@ class _Weight:
         self._lock = lock
         self.parameter: Tensor = linear.weight
         self._planned = False
+        self._copies: list[tuple[weakref.ref[Tensor], Tensor]] = []
         self.overrides = Overrides(
             linear,
             {"_save_to_state_dict": self._save, "_load_from_state_dict": self._load},
@@ -49,12 +50,13 @@ class _Weight:
         """Take the weight's values, in the order named, as the ones to hold."""
         weight = self.parameter
         self._planned = planned
+        self._copies = []
         self._version, self._address, self._probe = _version(weight), weight.data_ptr(), _probe(weight)
 
     def edited(self, thorough: bool) -> bool:
         """Whether somebody else has replaced the values since `accept`. A move, as by `model.to(...)`, is no edit."""
         weight = self.linear.weight
-        if weight is not self.parameter or _version(weight) != self._version:
+        if weight is not self.parameter or _version(weight) != self._version or self.copies_written():
             return True
         if weight.data_ptr() == self._address:
             return thorough and not torch.allclose(_probe(weight), self._probe, rtol=0, atol=0, equal_nan=True)
@@ -65,6 +67,18 @@ class _Weight:
         if same:
             self._address, self._probe = weight.data_ptr(), probe
         return not same
+
+    def copies_written(self) -> bool:
+        """Whether somebody wrote to a copy that `state_dict()` gave, which would be a write to the weight in a dense model."""
+        return any(watched._version for _, watched in self._copies)
+
+    def _watch(self, copied: Tensor) -> None:
+        if copied.is_inference():
+            return
+        watched = copied.detach()
+        watched.data = copied.new_empty(0)  # it has the copy's version still, but not its memory
+        alive = [pair for pair in self._copies if pair[0]() is not None or pair[1]._version]
+        self._copies = [*alive, (weakref.ref(copied), watched)]
 
     def reordered(self, values: Tensor, planned: bool) -> Tensor:
         """A copy of values of the weight's shape, from the other order."""
@@ -78,7 +92,8 @@ class _Weight:
             type(self.linear)._save_to_state_dict(self.linear, destination, prefix, keep_vars)
             if self._planned:
                 for name in self._names():
-                    destination[f"{prefix}{name}"] = self.reordered(self.parameter, planned=False)
+                    destination[f"{prefix}{name}"] = copied = self.reordered(self.parameter, planned=False)
+                    self._watch(copied)
 
     def _load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         with self._lock.held:
@@ -145,6 +160,10 @@ class FfnOrder:
     def edited(self, thorough: bool = False) -> bool:
         """Whether somebody else wrote to weights that lie in plan order. thorough: see `Runner.check_edits`."""
         return self.planned and self._pending is None and any(weight.edited(thorough) for weight in self._weights)
+
+    def copies_written(self) -> bool:
+        """See `_Weight.copies_written`."""
+        return any(weight.copies_written() for weight in self._weights)
 
     def guard(self) -> None:
         """From here on another thread that saves, loads or copies a projection waits for the lock, and finds it whole."""

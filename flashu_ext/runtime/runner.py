@@ -116,9 +116,13 @@ class Runner:
         self._stamp = Stamp(self.model)
 
     def _order_edited(self) -> bool:
-        """Whether a sample of one layer's weights in plan order, another layer's in every call, shows a write through `.data`."""
+        """Whether weights in plan order were written to through `.data`, which a sample of one layer's shows, another one's in
+        every call, or through a copy that `state_dict()` gave."""
         self._turn += 1
-        return bool(self.orders) and self.orders[self._turn % len(self.orders)].edited(thorough=True)
+        return bool(self.orders) and (
+            self.orders[self._turn % len(self.orders)].edited(thorough=True)
+            or any(order.copies_written() for order in self.orders)
+        )
 
     def check_unchanged(self) -> None:
         """Raise RuntimeError where the model has changed since `ready`: an image under way cannot go on."""
@@ -167,9 +171,9 @@ class Runner:
         if edited:
             self._told = True
             raise EditedWeightsError(
-                f"model: FFN weights of {len(edited)} layers were written to while their neurons lie in plan order, so the "
-                "new values are on other neurons; write to them inside `with handle.editing():`, or load them with "
-                "load_state_dict"
+                f"model: FFN weights of {len(edited)} layers were written to while their neurons lie in plan order, or copies "
+                "of them that state_dict() gave, so the new values are on other neurons or lost; write to them inside "
+                "`with handle.editing():`, or load them with load_state_dict"
             )
 
     def restore(self) -> None:

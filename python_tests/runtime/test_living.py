@@ -358,3 +358,69 @@ def test_a_state_dict_taken_while_editing_stays_as_it_is():
     with handle.editing():
         pass
     assert not any("share memory" in reason for reason in handle.summary().fallbacks)
+
+
+def test_a_model_synchronised_through_data_uses_nothing_from_before():
+    model, other = small_model(), small_model(1)
+    fx.accelerate(model)
+    outputs(model)
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.data.copy_(theirs.data)
+    fx.accelerate(other)
+    assert equal(outputs(model), outputs(other))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_ffns_merged_through_data_are_an_error_at_every_call(call: str) -> None:
+    model, handle, _ = accelerated()
+    CALLS[call](model)
+    for layer in model.showo.model.layers:
+        layer.mlp.down_proj.weight.data += 0.01
+    for _ in range(3):
+        with pytest.raises(EditedWeightsError, match=r"editing\(\)"):
+            CALLS[call](model)
+    handle.remove()
+
+
+def write_items(model: Any) -> None:
+    for value in model.state_dict().values():
+        value.mul_(0.5)
+
+
+def write_kept(model: Any) -> None:
+    kept = model.state_dict()
+    kept[UP].view(-1)[:3].zero_()
+    kept[UP] = kept[UP].clone()  # the one that was written to is gone
+
+
+@pytest.mark.parametrize("write", [write_items, write_kept])
+def test_writes_to_what_state_dict_gave_are_not_lost_silently(write: Callable[[Any], None]) -> None:
+    model, handle, before = accelerated()
+    outputs(model)
+    write(model)
+    for _ in range(2):
+        with pytest.raises(EditedWeightsError, match="state_dict"):
+            outputs(model)
+    model.load_state_dict(before)
+    assert equal(outputs(model), pruned_outputs(before))
+    handle.remove()
+
+
+def test_a_state_dict_edited_and_loaded_is_right():
+    model, handle, _ = accelerated()
+    edited = model.state_dict()
+    edited[UP] += 0.01
+    model.load_state_dict(edited)
+    assert equal(outputs(model), pruned_outputs(state(model)))
+    handle.remove()
+
+
+def test_one_ffn_edited_through_data_is_told_of_once_each_layer_had_its_turn():
+    model, handle, _ = accelerated()
+    answer = CALLS["answer_tokens"]
+    answer(model)
+    model.showo.model.layers[7].mlp.down_proj.weight.data += 0.01
+    with pytest.raises(EditedWeightsError):
+        for _ in model.showo.model.layers:
+            answer(model)
+    handle.remove()

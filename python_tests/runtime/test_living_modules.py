@@ -273,3 +273,23 @@ def test_weights_that_are_not_contiguous_and_compiled_parts_run_as_themselves():
     with fx.accelerate(model) as handle:
         assert relative(outputs(model)[0], outputs(dense)[0]) < LIMIT
         assert any("not contiguous" in reason for reason in handle.summary().fallbacks)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_replaced_function_that_attention_calls_is_refused(monkeypatch, late):
+    from transformers.models.qwen2 import modeling_qwen2
+
+    def unrotated(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return q, k
+
+    model = small_model()
+    if not late:
+        monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", unrotated)
+        with pytest.raises(TypeError, match="self_attn: its class's forward"):
+            fx.accelerate(model)
+        return
+    with fx.accelerate(model):
+        outputs(model)
+        monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", unrotated)
+        with pytest.raises(TypeError, match="self_attn: its class's forward"):
+            outputs(model)
