@@ -52,6 +52,9 @@ Known = Mapping[str, tuple[str, ...]]
 _ATTENTION_FUNCTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Transformers' own, which compute the same."""
 
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Of rotary embeddings whose frequencies do not depend on the sequence's length; upstream's length is not the runtime's."""
+
 METHODS = ("t2i_generate", "mmu_generate")
 """The model's methods that the runtime takes over."""
 
@@ -62,7 +65,10 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
     homes = known.get(kind.__name__)
     if homes is None or not any(kind.__module__ == home or kind.__module__.endswith(f".{home}") for home in homes):
         return f"is a {kind.__module__}.{kind.__qualname__}"
-    return f"its class's {method} is replaced" if _replaced_in_class(kind, method) else None
+    for name in (method, "__call__"):
+        if _replaced_in_class(kind, name):
+            return f"its class's {name} is replaced"
+    return None
 
 
 def _replaced_in_class(kind: type, method: str) -> bool:
@@ -75,7 +81,9 @@ def _replaced_in_class(kind: type, method: str) -> bool:
     while (code := getattr(function, "__code__", None)) is not None and code.co_filename != home:
         if not code.co_filename.startswith(libraries):
             return True
-        function = getattr(function, "__wrapped__", None)
+        if not hasattr(function, "__wrapped__"):
+            break
+        function = function.__wrapped__
     if code is None or home is None:
         return True
     package = _file_of(kind.__module__.partition(".")[0])
@@ -106,11 +114,14 @@ def why_replaced(module: Any, known: Known) -> str | None:
         return reason
     if names := _replaced_methods(module):
         return f"its {names[0]} is replaced"
+    return why_hooked(module)
+
+
+def why_hooked(module: Any) -> str | None:
+    """Why a module's hooks may change its result, or None."""
     if module._forward_hooks:
         return "has a forward hook"
-    if module._forward_pre_hooks:
-        return "has a forward pre-hook"
-    return None
+    return "has a forward pre-hook" if module._forward_pre_hooks else None
 
 
 def why_not_weight(weight: Any, shape: tuple[int, ...], like: Tensor) -> str | None:
@@ -232,6 +243,14 @@ def _refused(parts: Showo2Parts) -> Iterator[tuple[str, str]]:
     for method in (*METHODS, *_methods(type(model))):
         if reason := why_unknown(model, _MODELS, method):
             yield "", reason
+    if reason := why_hooked(model):
+        yield "", reason
+    count = getattr(model.showo.config, "num_hidden_layers", len(parts.layers))
+    if count != len(parts.layers):
+        yield ".showo", f"its config says {count} layers, and it has {len(parts.layers)}"
+    rope_type = getattr(parts.llm_rope, "rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        yield ".showo.model.rotary_emb", f"its frequencies are of type {rope_type!r}, which depends on the length"
     for name in _replaced_methods(model):
         if name not in METHODS:
             yield "", f"its {name} is replaced"

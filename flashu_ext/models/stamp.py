@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import weakref
 from itertools import chain, zip_longest
 from operator import attrgetter, itemgetter
 from types import FunctionType
@@ -17,10 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 __all__ = ["GLOBAL_HOOKS", "Stamp", "called_functions"]
 
-_SCALARS = ("scaling", "attention_dropout", "sliding_window", "attention_scaling", "variance_epsilon", "eps", "p")
+_SCALARS = (
+    "scaling",
+    "rope_type",
+    "attention_dropout",
+    "sliding_window",
+    "attention_scaling",
+    "variance_epsilon",
+    "eps",
+    "p",
+)
 """Plain attributes of modules that their results depend on."""
 
 _SAMPLED = 6
@@ -55,7 +66,7 @@ class Stamp:
         self._scalars = [(own, name) for own in self._attributes for name in _SCALARS if name in own]
         self._objects = self._contents()
         self._flags = self._read_flags()
-        distinct = {id(each): each for each in self._objects if isinstance(each, Tensor)}.values()
+        distinct = list({id(each): each for each in self._objects if isinstance(each, Tensor)}.values())
         self._versioned = [tensor for tensor in distinct if not tensor.is_inference()]
         self._addressed = [tensor for tensor in distinct if _has_address(tensor)]
         self.unversioned = len(self._versioned) < len(distinct)
@@ -63,6 +74,9 @@ class Stamp:
         self._matrices = _by_kind(model)
         self._samples = [_sample(matrix) for matrix in self._matrices]
         self._turn = 0
+        self._written = False
+        self._ids = set(map(id, distinct))
+        _stamps.add(self)
 
     def structure_changed(self) -> bool:
         """Whether a module, a parameter object, a hook, a class, a flag or a method is another one."""
@@ -70,7 +84,7 @@ class Stamp:
 
     def weights_changed(self) -> bool:
         """Whether a weight was written to, or lies elsewhere."""
-        return self._read_weights() != (self._versions, self._addresses)
+        return self._written or self._read_weights() != (self._versions, self._addresses)
 
     def values_changed(self) -> bool:
         """Whether a sample, another one in every call, shows that weights have other values. They must not have moved."""
@@ -92,16 +106,29 @@ class Stamp:
             list(map(len, self._attributes)),
             list(map(_TRAINING, self._with_mode)),
             list(map(type, self._modules)),
-            [kind.forward for kind in self._classes],
+            [(kind.forward, kind.__call__) for kind in self._classes],
             [namespace.get(name) for namespace, name in self._called],
             list(vars(type(self._modules[0])).values()),
             [own.get(name) for own, name in self._scalars],
-            [getattr(config, "_attn_implementation", None) for config in self._configs],
+            [id(own.get("config")) for own in self._attributes],
+            [dict(vars(config)) for config in self._configs],
         )
 
     def _read_weights(self) -> tuple[list[int], list[int]]:
         return list(map(_VERSION, self._versioned)), list(map(Tensor.data_ptr, self._addressed))
 
+
+_stamps: weakref.WeakSet[Stamp] = weakref.WeakSet()
+
+
+def _note_fused_step(optimizer: Any, *_: Any) -> None:
+    """A fused optimizer writes to weights without a new version."""
+    written = {id(each) for group in optimizer.param_groups if group.get("fused") for each in group["params"]}
+    for stamp in list(_stamps) if written else ():
+        stamp._written = stamp._written or not written.isdisjoint(stamp._ids)
+
+
+register_optimizer_step_post_hook(_note_fused_step)
 
 _TRAINING, _VERSION = itemgetter("training"), attrgetter("_version")
 

@@ -116,7 +116,10 @@ class ImageMemory:
         llm, head = parts.llm_attention, parts.head_attention
         first_block = parts.blocks[0]
         clip = int(parts.position_embedding.weight.shape[1])
-        modulation = sum(int(b.adaLN_modulation[-1].weight.shape[0]) for b in (*parts.blocks, parts.final_layer))
+        head_width = int(first_block.input_layernorm.weight.shape[0])
+        modulation = (
+            6 * len(parts.blocks) + 2
+        ) * head_width  # (shift, scale, gate) twice; the final layer's shift, scale
 
         def new(*sizes: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(sizes, dtype=of, device=device)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from ..planning.neurons import NeuronLayout, ffn_weights
 from .forked import ForkedLock
+from .mapped import read_only_ranges
 from .memory import outside_inference_mode
 from .overrides import Overrides
 
@@ -53,13 +56,13 @@ class _Weight:
         self._copies = []
         self._version, self._address, self._probe = _version(weight), weight.data_ptr(), _probe(weight)
 
-    def edited(self, thorough: bool) -> bool:
+    def edited(self) -> bool:
         """Whether somebody else has replaced the values since `accept`. A move, as by `model.to(...)`, is no edit."""
         weight = self.linear.weight
         if weight is not self.parameter or _version(weight) != self._version or self.copies_written():
             return True
         if weight.data_ptr() == self._address:
-            return thorough and not torch.allclose(_probe(weight), self._probe, rtol=0, atol=0, equal_nan=True)
+            return not torch.allclose(_probe(weight), self._probe, rtol=0, atol=0, equal_nan=True)
         probe = _probe(weight)
         same = probe.shape == self._probe.shape and torch.allclose(
             probe, self._probe, rtol=2**-7, atol=1e-6, equal_nan=True
@@ -91,6 +94,7 @@ class _Weight:
         with self._lock.held:
             type(self.linear)._save_to_state_dict(self.linear, destination, prefix, keep_vars)
             if self._planned:
+                self._check_unedited()
                 for name in self._names():
                     destination[f"{prefix}{name}"] = copied = self.reordered(self.parameter, planned=False)
                     self._watch(copied)
@@ -101,7 +105,9 @@ class _Weight:
             fits = isinstance(given, Tensor) and given.shape == self.linear.weight.shape
             if self._planned and fits:
                 assert isinstance(given, Tensor)
-                state_dict = {**state_dict, f"{prefix}weight": self.reordered(given, planned=True)}
+                # Values that lie in the weight's own memory are in its order already.
+                if given.data_ptr() != self.linear.weight.data_ptr():
+                    state_dict = {**state_dict, f"{prefix}weight": self.reordered(given, planned=True)}
             type(self.linear)._load_from_state_dict(self.linear, state_dict, prefix, *rest)
             if fits:
                 self.parameter = self.linear.weight
@@ -110,8 +116,16 @@ class _Weight:
     def _copied(self, state: dict[str, Any], memo: dict[int, Any]) -> None:
         with self._lock.held:
             if self._planned:
+                self._check_unedited()
                 own = self._own_copy(memo)
                 state["_parameters"] = {**state["_parameters"], **dict.fromkeys(self._names(), own)}
+
+    def _check_unedited(self) -> None:
+        if self.edited():
+            raise EditedWeightsError(
+                "model: FFN weights were written to, pruned or parametrized while their neurons lie in plan order, so they "
+                "cannot be saved or copied; do so inside `with handle.editing():`, or after handle.remove()"
+            )
 
     def _own_copy(self, memo: dict[int, Any]) -> nn.Parameter:
         """The parameter's copy in the model's own order, entered in deepcopy's memo: what else holds the parameter, such as an
@@ -148,6 +162,7 @@ class FfnOrder:
             _Weight(linear, dim, layout, lock)
             for linear, dim in ((ffn.gate_proj, 0), (ffn.up_proj, 0), (ffn.down_proj, 1))
         )
+        self._process = os.getpid()
         self._pending: tuple[list[tuple[Tensor, Tensor]], bool] | None = None
 
     def holds(self, ffn: Any) -> bool:
@@ -157,9 +172,9 @@ class FfnOrder:
             weight.linear is linear for weight, linear in zip(self._weights, now, strict=True)
         )
 
-    def edited(self, thorough: bool = False) -> bool:
-        """Whether somebody else wrote to weights that lie in plan order. thorough: see `Runner.check_edits`."""
-        return self.planned and self._pending is None and any(weight.edited(thorough) for weight in self._weights)
+    def edited(self) -> bool:
+        """Whether somebody else wrote to weights that lie in plan order."""
+        return self.planned and self._pending is None and any(weight.edited() for weight in self._weights)
 
     def copies_written(self) -> bool:
         """See `_Weight.copies_written`."""
@@ -175,6 +190,10 @@ class FfnOrder:
         another call completes it. All copies are made before the first write, so running out of memory changes nothing."""
         with outside_inference_mode():
             self._complete()
+            if planned != self.planned and self._process != os.getpid() and self._in_shared_memory():
+                raise RuntimeError(
+                    "model: its FFN weights lie in memory shared with the process that accelerated it; remove the handle there"
+                )
             if planned and not self.planned:
                 self.guard()
                 for weight in self._weights:
@@ -185,6 +204,10 @@ class FfnOrder:
             if not planned:
                 for weight in self._weights:
                     weight.overrides.remove()
+
+    def _in_shared_memory(self) -> bool:
+        held = [weight.parameter for weight in self._weights]
+        return any(weight.device.type == "cpu" and weight.is_shared() for weight in held)
 
     def _complete(self) -> None:
         if self._pending is not None:
@@ -229,10 +252,11 @@ def _probe(weight: Tensor) -> Tensor:
 def why_not_moved(ffns: Sequence[Any]) -> list[str | None]:
     """For each FFN why its neurons must stay where they are, or None. Nothing is changed."""
     shared = _shared([ffn_weights(ffn) for ffn in ffns])
-    return [_why_not(ffn_weights(ffn)) or reason for ffn, reason in zip(ffns, shared, strict=True)]
+    read_only = read_only_ranges()
+    return [_why_not(ffn_weights(ffn), read_only) or reason for ffn, reason in zip(ffns, shared, strict=True)]
 
 
-def _why_not(weights: Iterable[Tensor]) -> str | None:
+def _why_not(weights: Iterable[Tensor], read_only: Sequence[tuple[int, int]]) -> str | None:
     for weight in weights:
         if weight.is_inference():
             return "its weights are inference tensors"
@@ -242,6 +266,9 @@ def _why_not(weights: Iterable[Tensor]) -> str | None:
             return "its weights are in memory shared between processes"
         if weight.device.type == "meta":
             return "its weights are on meta"
+        start, end = _span(weight)
+        if weight.device.type == "cpu" and any(low < end and start < high for low, high in read_only):
+            return "its weights are in memory that cannot be written to"
     return None
 
 
@@ -266,6 +293,10 @@ def _shared(groups: Sequence[tuple[Tensor, ...]]) -> list[str | None]:
     memory and would see its neurons move."""
     spans = sorted((*_span(weight), group) for group, weights in enumerate(groups) for weight in weights)
     found: list[str | None] = [None] * len(groups)
+    storages = Counter(_storage(weight) for weights in groups for weight in weights)
+    for group, weights in enumerate(groups):
+        if any(storages[_storage(weight)] > 1 for weight in weights):
+            found[group] = "its weights are views of one tensor"  # which have one version together
     for (_, end, group), (start, _, other) in itertools.pairwise(spans):
         if start < end:
             found[group] = found[other] = "its weights are shared within the model"
@@ -281,6 +312,14 @@ def _shared(groups: Sequence[tuple[Tensor, ...]]) -> list[str | None]:
                     if start < high and low < end:
                         found[group] = "its weights share memory with another tensor"
     return found
+
+
+def _storage(tensor: Tensor) -> int:
+    """Identifies the memory that a weight is a part of."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (RuntimeError, NotImplementedError):
+        return id(tensor)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -88,23 +88,13 @@ class Runner:
             raise RuntimeError(f"model: {self.suspended}")
         if self.parts.device.type == "cuda" and os.getpid() != self._process:
             raise RuntimeError("model: it is on a GPU, which a forked process cannot use; start processes by spawn")
-        if self._told:
-            self.check_edits(thorough=True)
-        if self._unfinished:
+        rebuild = self._unfinished or self.lock.abandoned or self._stamp.structure_changed()
+        if rebuild or self._told or self._weights_changed():
             self.check_edits()
-            self.follow()
-        elif self.lock.abandoned or self._stamp.structure_changed():
-            self.check_edits(thorough=True)
-            self.follow()
-        elif self._stamp.weights_changed():
-            self.check_edits()
-            if self._stamp.moved():
+            if rebuild or self._stamp.moved():
                 self.follow()
             else:
                 self._forget()
-        elif self._stamp.values_changed() or self._order_edited():
-            self.check_edits(thorough=True)
-            self._forget()
         elif self._untracked:
             self.understanding.forget()
         self._told = False
@@ -115,12 +105,14 @@ class Runner:
         self.reset()
         self._stamp = Stamp(self.model)
 
-    def _order_edited(self) -> bool:
-        """Whether weights in plan order were written to through `.data`, which a sample of one layer's shows, another one's in
-        every call, or through a copy that `state_dict()` gave."""
+    def _weights_changed(self) -> bool:
+        """Whether weights were written to: by their versions, by samples of their values, of one layer's in plan order in every
+        call, or through a copy that `state_dict()` gave."""
         self._turn += 1
-        return bool(self.orders) and (
-            self.orders[self._turn % len(self.orders)].edited(thorough=True)
+        return (
+            self._stamp.weights_changed()
+            or self._stamp.values_changed()
+            or (bool(self.orders) and self.orders[self._turn % len(self.orders)].edited())
             or any(order.copies_written() for order in self.orders)
         )
 
@@ -164,10 +156,10 @@ class Runner:
         self.lock.abandoned = False
         self._untracked = bool(unknown) or self._stamp.unversioned
 
-    def check_edits(self, thorough: bool = False) -> None:
-        """Raise EditedWeightsError where weights that lie in plan order were written to. thorough: also compares a sample of
-        their values, which shows most writes through `.data`."""
-        edited = [index for index, order in enumerate(self.orders) if order.edited(thorough)]
+    def check_edits(self) -> None:
+        """Raise EditedWeightsError where weights that lie in plan order were written to: by their versions and a sample of their
+        values, which shows most writes through `.data`."""
+        edited = [index for index, order in enumerate(self.orders) if order.edited()]
         if edited:
             self._told = True
             raise EditedWeightsError(
@@ -184,7 +176,7 @@ class Runner:
     def tell_once(self) -> None:
         """`check_edits`, unless the caller has had the error before."""
         if not self._told:
-            self.check_edits(thorough=True)
+            self.check_edits()
 
     # ---- work
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -262,9 +264,12 @@ def test_layers_taken_away_are_noticed():
         outputs(model)
         layers = model.showo.model.layers
         model.showo.model.layers = nn.ModuleList(layers[:-1])
+        with pytest.raises(TypeError, match="its config says 8 layers, and it has 7"):
+            outputs(model)
+        model.showo.config.num_hidden_layers = 7
         with pytest.raises(RuntimeError, match="made for 8 layers, the model has 7 now"):
             outputs(model)
-        model.showo.model.layers = layers
+        model.showo.model.layers, model.showo.config.num_hidden_layers = layers, 8
         outputs(model)
 
 
@@ -291,16 +296,17 @@ def test_an_edit_is_told_even_after_a_refused_call():
             handle.remove()
 
 
-def test_a_pruned_projection_is_restored_and_saved_in_its_own_order():
+def test_a_projection_pruned_in_plan_order_is_not_saved_but_restored():
     model = small_model()
     weights = state(model)
     handle = fx.accelerate(model, PRUNED, plan())
     linear = model.showo.model.layers[2].mlp.up_proj
     prune.custom_from_mask(linear, "weight", torch.ones_like(linear.weight))
-    assert torch.equal(model.state_dict()[UP + "_orig"], weights[UP])
-    with pytest.raises(EditedWeightsError):
-        outputs(model)
+    for each in (outputs, copy.deepcopy, lambda model: model.state_dict()):
+        with pytest.raises(EditedWeightsError, match=r"handle\.editing\(\)"):
+            each(model)
     handle.remove()
+    assert torch.equal(model.state_dict()[UP + "_orig"], weights[UP])
     prune.remove(linear, "weight")
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -424,3 +430,90 @@ def test_one_ffn_edited_through_data_is_told_of_once_each_layer_had_its_turn():
         for _ in model.showo.model.layers:
             answer(model)
     handle.remove()
+
+
+def ffn_parameters(model: Any) -> list[nn.Parameter]:
+    return [weight for layer in model.showo.model.layers for weight in layer.mlp.parameters()]
+
+
+def test_a_step_of_a_fused_optimizer_is_an_edit():
+    """It writes without a new version."""
+    model, handle, _ = accelerated()
+    outputs(model)
+    weights = [weight.requires_grad_() for weight in ffn_parameters(model)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW(weights, lr=0.01, fused=True).step()
+    for _ in range(2):
+        with pytest.raises(EditedWeightsError):
+            outputs(model)
+    handle.remove()
+
+
+def test_a_fused_step_on_one_weight_drops_what_was_computed_from_it():
+    model, twin = small_model(), small_model()
+    for each in (model, twin):
+        if each is model:
+            fx.accelerate(model)
+            outputs(model)
+        weight = each.fusion_proj[-1].weight.requires_grad_()
+        weight.grad = torch.ones_like(weight)
+        torch.optim.SGD([weight], lr=0.05, fused=True).step()
+        weight.requires_grad_(False).grad = None
+    fx.accelerate(twin)
+    assert equal(outputs(model), outputs(twin))
+
+
+def test_loading_a_models_own_parameters_changes_nothing():
+    model, handle, before = accelerated()
+    expected = outputs(model)
+    model.load_state_dict(dict(model.named_parameters()), strict=False)
+    assert equal(outputs(model), expected) and same(state(model), before)
+    handle.remove()
+    assert same(state(model), before)
+
+
+def test_views_of_one_tensor_stay_where_they_are():
+    """They have one version together."""
+    model, fresh = small_model(), small_model()
+    for each in (model, fresh):
+        weights = [layer.mlp.up_proj.weight for layer in each.showo.model.layers]
+        flat = torch.cat([weight.detach().flatten() for weight in weights])
+        for layer, values in zip(each.showo.model.layers, flat.split(weights[0].numel()), strict=True):
+            layer.mlp.up_proj.weight = nn.Parameter(values.view_as(weights[0]), requires_grad=False)
+    expected = pruned_outputs(state(fresh))
+    with fx.accelerate(model, PRUNED, plan()) as handle:
+        assert all(torch.allclose(a, b, atol=LIMIT) for a, b in zip(outputs(model), expected, strict=True))
+        assert any("views of one tensor" in reason for reason in handle.summary().fallbacks)
+
+
+def test_memory_that_cannot_be_written_to_is_left_alone(tmp_path):
+    model = small_model()
+    linear = model.showo.model.layers[3].mlp.down_proj
+    linear.weight.detach().numpy().tofile(tmp_path / "weight")
+    mapped = np.memmap(tmp_path / "weight", np.float32, "r", shape=tuple(linear.weight.shape))
+    expected = pruned_outputs(state(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of such memory
+        linear.weight = nn.Parameter(torch.from_numpy(mapped), requires_grad=False)
+    with fx.accelerate(model, PRUNED, plan()) as handle:
+        assert all(torch.allclose(a, b, atol=LIMIT) for a, b in zip(outputs(model), expected, strict=True))
+        assert any("cannot be written to" in reason for reason in handle.summary().fallbacks)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_leaves_shared_memory_in_its_order():
+    model, handle, before = accelerated()
+    model.share_memory()
+    expected = outputs(model)
+    child = os.fork()
+    if child == 0:
+        try:
+            handle.remove()
+            os._exit(1)
+        except RuntimeError:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert equal(outputs(model), expected)
+    handle.remove()
+    assert same(state(model), before)

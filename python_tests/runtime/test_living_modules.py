@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -293,3 +294,57 @@ def test_a_replaced_function_that_attention_calls_is_refused(monkeypatch, late):
         monkeypatch.setattr(modeling_qwen2, "apply_rotary_pos_emb", unrotated)
         with pytest.raises(TypeError, match="self_attn: its class's forward"):
             outputs(model)
+
+
+def hook_on_model(model: Any) -> None:
+    model.register_forward_hook(lambda module, inputs, output: None)
+
+
+def fewer_layers(model: Any) -> None:
+    model.showo.config.num_hidden_layers = 2
+
+
+def long_rope(model: Any) -> None:
+    model.showo.model.rotary_emb.rope_type = "longrope"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (hook_on_model, "model: has a forward hook"),
+        (fewer_layers, "its config says 2 layers, and it has 8"),
+        (long_rope, "type 'longrope', which depends on the length"),
+    ],
+)
+def test_what_changes_the_whole_model_is_refused(change, message):
+    model = small_model()
+    with fx.accelerate(model):
+        outputs(model)
+        change(model)
+        with pytest.raises(TypeError, match=message):
+            outputs(model)
+    assert handle_of(model) is None
+    with pytest.raises(TypeError, match=message):
+        fx.accelerate(model)
+
+
+def test_a_call_method_replaced_in_the_class_of_a_kernel_counts(monkeypatch):
+    model = small_model()
+    kind = type(model.showo.model.layers[0].mlp)
+    with fx.accelerate(model) as handle:
+        before = outputs(model)
+        monkeypatch.setattr(kind, "__call__", lambda self, x: 0.5 * nn.Module.__call__(self, x), raising=False)
+        after = outputs(model)
+        assert relative(after[0], before[0]) > LIMIT
+        assert any("__call__ is replaced" in reason for reason in handle.summary().fallbacks)
+    assert equal(after, outputs(model)) or relative(after[0], outputs(model)[0]) < LIMIT
+
+
+def test_another_config_object_is_noticed():
+    model = small_model()
+    with fx.accelerate(model):
+        before = outputs(model)[0]
+        model.config = dataclasses.replace(model.config, add_time_embeds=not model.config.add_time_embeds)
+        after = outputs(model)[0]
+    dense = outputs(model)[0]
+    assert relative(after, dense) < LIMIT < relative(before, dense)
