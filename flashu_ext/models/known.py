@@ -177,6 +177,9 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     if implementation not in _ATTENTION_FUNCTIONS:
         return f"its attention function is {implementation!r}"
+    function = _registered_attention().get(implementation)
+    if function is not None and not str(getattr(function, "__module__", "")).startswith("transformers."):
+        return f"its attention function {implementation!r} is replaced"
     if getattr(attention, "sliding_window", None) is not None:
         return "has a sliding window"
     dropout = getattr(attention, "attention_dropout", 0.0)
@@ -193,6 +196,12 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
         if type(linear) is nn.Linear and tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
             return f"{name}'s weight is {list(linear.weight.shape)} {linear.weight.dtype}, packed by a quantizer"
     return None
+
+
+def _registered_attention() -> Mapping[str | None, Any]:
+    """Transformers' attention functions by name, where that library is loaded."""
+    functions = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+    return functions if isinstance(functions, Mapping) else {}
 
 
 def untracked(model: nn.Module) -> list[str]:

@@ -52,7 +52,10 @@ class Stamp:
         self._attributes = list(map(vars, self._modules))
         self._with_mode = [own for own in self._attributes if "training" in own]  # torch.compile's wrapper has none
         contents: list[Any] = [
-            each for module in self._modules for each in (module._modules, module._parameters, module._buffers)
+            each
+            for module in self._modules
+            for each in (module._modules, module._parameters, module._buffers)
+            if isinstance(each, dict)  # a compiled module's are not
         ]
         hooks: list[Any] = [
             each for module in self._modules for each in (module._forward_hooks, module._forward_pre_hooks)
@@ -60,7 +63,10 @@ class Stamp:
         hooks += [getattr(torch_module, name) for name in GLOBAL_HOOKS]
         self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]
         self._empty = [each for each in (*contents, *hooks) if not each]
-        self._classes: list[Any] = list(set(map(type, self._modules)))
+        kinds: set[Any] = set(map(type, self._modules))
+        self._classes = [
+            kind for kind in kinds if not issubclass(kind, torch.jit.ScriptModule)
+        ]  # those have no methods
         self._called = [each for kind in self._classes for each in called_functions(kind.forward)]
         self._configs = list({id(own["config"]): own["config"] for own in self._attributes if "config" in own}.values())
         self._scalars = [(own, name) for own in self._attributes for name in _SCALARS if name in own]

@@ -121,7 +121,7 @@ MUTANTS = [
     Mutant("memory: the oldest is kept", "flashu_ext/runtime/memory.py", "[*self._idle, lease][-self._most_idle :]", "[*self._idle, lease][: self._most_idle]", RUNNER("memory_of_answers or memory_for_answers")),
     Mutant("readback: numbers overwritten before they are read", "flashu_ext/runtime/readback.py", "self._values, self._event = values.clone(), None", "self._values, self._event = values, None", RUNNER("numbers_on_their_way")),
     Mutant("graphs: work is captured one run too late", "flashu_ext/runtime/graphs.py", "self._uses[work] >= _uses_before(work)", "self._uses[work] > _uses_before(work)", RUNNER("work_runs_then")),
-    Mutant("graphs: weights that moved are replayed", "flashu_ext/runtime/runner.py", "if rebuild or self._stamp.moved():", "if rebuild:", RUNNER("weights_that_moved")),
+    Mutant("runner: replaced modules run on", "flashu_ext/runtime/runner.py", "if rebuild or self._stamp.moved():", "if self._stamp.moved():", MODULES("hooked_module")),
     Mutant("order: neurons are put back by the permutation", "flashu_ext/runtime/order.py", "if planned else self._layout.inverse", "if planned else self._layout.permutation", HANDLE("remove_gives")),
     Mutant("order: what is loaded is not permuted", "flashu_ext/runtime/order.py", 'f"{prefix}weight": self.reordered(given, planned=True)}', 'f"{prefix}weight": given}', LIVING("loaded_weights")),
     Mutant("order: what is saved stays in plan order", "flashu_ext/runtime/order.py", 'destination[f"{prefix}{name}"] = copied = self.reordered(self.parameter, planned=False)', "copied = self.parameter", LIVING("in_its_own_order"), quick=True),

@@ -33,7 +33,7 @@ from flashu_ext.calibration.state import load_states
 from flashu_ext.cli.main import cli
 from flashu_ext.cli.support import read_config
 from flashu_ext.models.showo2 import Pipeline, Showo2
-from flashu_ext.models.showo2.config import Showo2Config
+from flashu_ext.models.showo2.config import _LLM_OPTIONS, Showo2Config
 from flashu_ext.planning.reading import printable, read_image, refusal, shown, strict_json
 from flashu_ext.planning.safe_files import atomic_path, load_safetensors, save_safetensors, write_text
 
@@ -424,10 +424,20 @@ def test_epsilons_of_a_configuration(value: Any) -> None:
     llm = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
     vision = {key: size for key, size in llm.items() if key != "vocab_size"}
     if value in (0.0, None):
-        assert Showo2Config({**llm, "rms_norm_eps": value}, vision).llm["rms_norm_eps"] == value
+        assert Showo2Config({**llm, "rms_norm_eps": value}, vision).llm.get("rms_norm_eps") == value
     else:
         with pytest.raises(ValueError, match=r"llm\['rms_norm_eps'\]: expected a finite number >= 0"):
             Showo2Config({**llm, "rms_norm_eps": value}, vision)
+
+
+@pytest.mark.parametrize("name", sorted(_LLM_OPTIONS))
+def test_an_option_that_is_none_is_the_default(name: str) -> None:
+    llm = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+    vision = {key: size for key, size in llm.items() if key != "vocab_size"}
+    with torch.device("meta"):
+        model = fx.showo2.Showo2(Showo2Config({**llm, name: None}, vision))
+        plain = fx.showo2.Showo2(Showo2Config(llm, vision))
+    assert model.config == plain.config and model.showo.model.layers[0].self_attn.k_proj.out_features == 16
 
 
 # ---- calibration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -348,3 +349,32 @@ def test_another_config_object_is_noticed():
         after = outputs(model)[0]
     dense = outputs(model)[0]
     assert relative(after, dense) < LIMIT < relative(before, dense)
+
+
+def test_an_attention_function_registered_in_transformers_own_name_is_refused(monkeypatch):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *arguments, **keywords: original(*arguments, **keywords)
+    )
+    model = small_model()
+    if model.showo.config._attn_implementation != "sdpa":
+        pytest.skip("the small model's attention is another one")
+    with pytest.raises(TypeError, match="its attention function 'sdpa' is replaced"):
+        fx.accelerate(model)
+
+
+def test_a_traced_ffn_runs_as_itself():
+    model, dense = small_model(), small_model()
+    for each in (model, dense):
+        mlp = each.showo.model.layers[1].mlp
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracing is deprecated
+            traced = torch.jit.trace(mlp, torch.zeros(1, 3, mlp.gate_proj.in_features))
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            assert hasattr(traced, name), "the runtime looks for it"
+        each.showo.model.layers[1].mlp = traced
+    with fx.accelerate(model) as handle:
+        assert relative(outputs(model)[0], outputs(dense)[0]) < LIMIT
+        assert any("layers.1.mlp" in reason for reason in handle.summary().fallbacks)

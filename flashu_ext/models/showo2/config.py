@@ -120,8 +120,8 @@ class Showo2Config:
         ValueError: a field is missing, unknown or not positive, or sizes do not fit together.
     """
 
-    llm: Mapping[str, Any]
-    vision: Mapping[str, Any]
+    llm: dict[str, Any]
+    vision: dict[str, Any]
     head: Mapping[str, Any] = field(default_factory=dict)
     image_latent_dim: int = 16
     image_latent_height: int = 27
@@ -139,6 +139,10 @@ class Showo2Config:
             object.__setattr__(self, name, dict(value))
         _check_fields("Showo2Config.llm", self.llm, {**_STACK, "vocab_size": _SIZE}, _LLM_OPTIONS)
         _check_fields("Showo2Config.vision", self.vision, _STACK, _VISION_OPTIONS)
+        for group in (self.llm, self.vision):
+            for name in [name for name, value in group.items() if value is None]:
+                del group[name]  # the default: transformers' classes refuse None
+        self.llm.setdefault("num_key_value_heads", self.llm["num_attention_heads"])
         _check_fields("Showo2Config.head", self.head, {}, _HEAD)
         object.__setattr__(self, "head", dataclasses.asdict(HeadConfig(**self.head)))
         _check_fields("Showo2Config.head", self.head, _HEAD, {})
