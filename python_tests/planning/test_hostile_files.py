@@ -34,6 +34,7 @@ from flashu_ext.cli.main import cli
 from flashu_ext.cli.support import read_config
 from flashu_ext.models.showo2 import Pipeline, Showo2
 from flashu_ext.models.showo2.config import _LLM_OPTIONS, Showo2Config
+from flashu_ext.models.showo2.model import Showo2
 from flashu_ext.planning.reading import printable, read_image, refusal, shown, strict_json
 from flashu_ext.planning.safe_files import atomic_path, load_safetensors, save_safetensors, write_text
 
@@ -435,8 +436,8 @@ def test_an_option_that_is_none_is_the_default(name: str) -> None:
     llm = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
     vision = {key: size for key, size in llm.items() if key != "vocab_size"}
     with torch.device("meta"):
-        model = fx.showo2.Showo2(Showo2Config({**llm, name: None}, vision))
-        plain = fx.showo2.Showo2(Showo2Config(llm, vision))
+        model = Showo2(Showo2Config({**llm, name: None}, vision))
+        plain = Showo2(Showo2Config(llm, vision))
     assert model.config == plain.config and model.showo.model.layers[0].self_attn.k_proj.out_features == 16
 
 
