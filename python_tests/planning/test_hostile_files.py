@@ -34,7 +34,6 @@ from flashu_ext.cli.main import cli
 from flashu_ext.cli.support import read_config
 from flashu_ext.models.showo2 import Pipeline, Showo2
 from flashu_ext.models.showo2.config import _LLM_OPTIONS, Showo2Config
-from flashu_ext.models.showo2.model import Showo2
 from flashu_ext.planning.reading import printable, read_image, refusal, shown, strict_json
 from flashu_ext.planning.safe_files import atomic_path, load_safetensors, save_safetensors, write_text
 
