@@ -51,10 +51,13 @@ def check_pruning(ratio: Any, multiple: Any, name: str = "ratio") -> None:
         raise ValueError(f"multiple: expected an integer >= 1, got {shown(multiple)}")
 
 
-def _check_scores(task: str, scores: Sequence[Tensor]) -> Tensor:
+def _check_scores(task: str, scores: Any) -> Tensor:
+    if not isinstance(scores, (list, tuple)) and getattr(scores, "ndim", 0) == 2:
+        scores = list(torch.as_tensor(scores))
     if not isinstance(scores, (list, tuple)) or not scores:
         raise ValueError(
-            f"{task}: expected a non-empty list with one score tensor per layer, got {type(scores).__name__}"
+            f"{task}: expected scores [layers, neurons] or a non-empty list with one score tensor per layer, got "
+            f"{type(scores).__name__}"
         )
     for layer, score in enumerate(scores):
         if not isinstance(score, Tensor) or score.dim() != 1 or not score.is_floating_point():
@@ -115,18 +118,18 @@ class TaskPlan:
     def from_scores(
         cls,
         *,
-        generation: Sequence[Tensor] | None = None,
-        understanding: Sequence[Tensor] | None = None,
+        generation: Sequence[Tensor] | Tensor | None = None,
+        understanding: Sequence[Tensor] | Tensor | None = None,
         ratio: float = 0.2,
         multiple: int = 64,
         model: Any | None = None,
-        **other_tasks: Sequence[Tensor],
+        **other_tasks: Sequence[Tensor] | Tensor,
     ) -> TaskPlan:
         """A plan from neuron scores.
 
         Args:
-            generation, understanding, other_tasks: per task one fp tensor [intermediate] per layer. A task without scores
-                runs on all neurons.
+            generation, understanding, other_tasks: per task scores [layers, intermediate], a tensor or an array, or one fp
+                tensor [intermediate] per layer. A task without scores runs on all neurons.
             ratio: fraction pruned per layer.
             multiple: kept counts are rounded down to it.
             model: the model that the scores belong to; its fingerprint is stored in the plan.
