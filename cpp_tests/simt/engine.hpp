@@ -160,6 +160,9 @@ void check_initialised(const void* barrier, const char* what, const Place& where
 // That the thread waited for the kernel before its own (griddepcontrol), and whether it did.
 void note_waited_for_previous();
 bool waited_for_previous();
+// That it made what that kernel stored visible to the tensor memory accelerator since, and whether it did.
+void note_fenced_global();
+bool fenced_global();
 
 // ---- launching, from the host
 

@@ -13,6 +13,7 @@ namespace flashu::cuda {
 struct FfnPlan {
   core::FfnQuestion question{};
   bool decodes = false;
+  int64_t lead = 0;  // neurons in front of a run that begins at no multiple of eight; see ffn_gemm.cuh
   int64_t list_bytes = 0;
   int64_t h_bytes = 0;
   int64_t h_stride = 0;

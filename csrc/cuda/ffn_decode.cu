@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
       const int of_lane = rest / 4 % kWarp;
       const int64_t j = round + part_group * 16 + of_lane / 4 + rest % 4 / 2 * 8;
       const int row = rest / (kWarp * 4) * 8 + of_lane % 4 * 2 + rest % 2;
-      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);
+      if (j < neurons && first_neuron + j >= f.lead) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);
     }
     __syncthreads();
   }
@@ -168,13 +168,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
       for (int half = 0; half < 2; ++half) {
         const int64_t values = exists[half] ? min(int64_t{8}, neurons - j) : 0;
         if (f.list == nullptr && values == 8) {
-          chunks[half] = load16_streaming(rows[half] + f.first + first_neuron + j);
+          chunks[half] = without_first(load16_streaming(rows[half] + f.first + first_neuron + j),
+                                       f.lead - first_neuron - j);
         } else {
           uint32_t words[4] = {};
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            if (i >= values) continue;
             const int64_t at = first_neuron + j + i;
+            if (i >= values || at < f.lead) continue;
             const int64_t neuron = f.list != nullptr ? neuron_at(f.list, at, f.intermediate) : f.first + at;
             const uint32_t bits = rows[half][neuron].bits;
             words[i / 2] |= bits << (i % 2 * 16);

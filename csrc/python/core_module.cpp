@@ -52,7 +52,7 @@ std::string explain_ffn(int64_t rows, int64_t hidden, int64_t neurons, const std
   question.has_up = question.has_down = true;
   question.type = type_of(dtype);
   question.listed = listed;
-  question.aligned = question.range_aligned = true;
+  question.aligned = true;
   question.capability = capability;
   question.has_sm90 = true;
   question.multiprocessors = multiprocessors;
