@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "core/ffn_choice.hpp"
+#include "cuda/ffn.hpp"
 #include "cuda/support.hpp"
 
 namespace flashu::test {
@@ -431,6 +432,33 @@ TYPED_TEST(DeviceFfn, RowsDoNotDependOnEachOther) {
     for (int64_t i = 0; i < count * 40; ++i)
       ASSERT_EQ(to_float(alone[i]), to_float(together[first * 40 + i])) << "element " << i;
   }
+}
+
+// The kernel for few rows sums in another order; without it the number of rows decides nothing.
+TYPED_TEST(DeviceFfn, FewRowsHaveTheBitsOfManyWithoutTheirOwnKernel) {
+  cuda::ffn_limits().decodes = false;
+  const Operands<TypeParam> many(140, 72, 120, 40);
+  for (const int capability : {90, 80}) {
+    if (!use_capability(capability)) continue;
+    for (const int64_t start : {8, 13}) {
+      const Chosen chosen{"range", {{start, 96}}, {}};
+      auto all = many;
+      const auto together = run_ffn(all, chosen, false);
+      for (const auto& [first, count] : {std::array<int64_t, 2>{0, 1}, {60, 9}, {124, 16}}) {
+        Operands<TypeParam> part(count, 72, 120, 40);
+        part.x.fill([&, begin = first](int64_t i) { return many.x[begin * 72 + i]; });
+        const auto alone = run_ffn(part, chosen, false);
+        for (int64_t i = 0; i < count * 40; ++i)
+          ASSERT_EQ(to_float(alone[i]), to_float(together[first * 40 + i])) << "element " << i;
+      }
+    }
+  }
+}
+
+// On hardware nobody has said that a box may be larger than its matrix; gpu.sh runs this first and alone.
+TYPED_TEST(DeviceFfn, ABoxLargerThanItsMatrix) {
+  cuda::ffn_limits().decodes = false;
+  for (const int64_t rows : {1, 20}) whole_ffn(Operands<TypeParam>(rows, 16, 24, 8), {"all", {}, {}}, true);
 }
 
 TYPED_TEST(DeviceFfn, BadValuesStayInTheirRowAndNeuronsLeftOutMayHoldAnything) {

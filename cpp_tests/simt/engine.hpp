@@ -39,6 +39,8 @@ struct Settings {
   // The device that the host code sees.
   int multiprocessors = 3;
   int capability = 90;
+  int driver = 13000;
+  int runtime = 13000;
 };
 Settings& settings();
 

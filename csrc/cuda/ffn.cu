@@ -1,6 +1,9 @@
 // The gathered FFN on CUDA devices: the selection as the kernels read it, the workspace, and which kernel
 // runs. Also the neuron statistics.
 #include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <string_view>
 
 #include "core/checks.hpp"
 #include "core/ffn_choice.hpp"
@@ -102,7 +105,7 @@ bool takes_tma(const core::Matrix& matrix, int64_t columns) {
   return matrix.data == nullptr || tensor_map_can(matrix.data, columns, matrix.stride);
 }
 
-FfnDecode decode_of(const FfnProblem& p, int64_t lead, int multiprocessors) {
+FfnDecode decode_of(const FfnProblem& p, int64_t lead) {
   FfnDecode f{};
   f.x = p.x.data;
   f.x_row_stride = p.x.stride;
@@ -123,11 +126,17 @@ FfnDecode decode_of(const FfnProblem& p, int64_t lead, int multiprocessors) {
   f.residual_stride = p.residual.stride;
   f.out = p.out.data;
   f.out_stride = p.out.stride;
-  f.neurons_of_block = decode_neurons_of_block(f.neurons, multiprocessors);
+  f.neurons_of_block = decode_neurons_of_block(f.neurons);
   return f;
 }
 
 }  // namespace
+
+FfnLimits& ffn_limits() {
+  static const char* const wish = std::getenv("FLASHU_FFN_DECODE");
+  static FfnLimits limits{std::numeric_limits<int>::max(), wish == nullptr || std::string_view(wish) != "0"};
+  return limits;
+}
 
 FfnPlan plan_ffn(const FfnProblem& p) {
   const DeviceFacts facts = device_facts(p.device);
@@ -146,13 +155,14 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   for (const core::Matrix& matrix : {p.x, p.w_gate, p.w_up}) q.aligned &= takes_tma(matrix, p.hidden);
   q.aligned &= takes_tma(p.w_down, p.intermediate) && takes_tma(p.h, p.neurons) && takes_tma(p.out, p.width);
   q.needs_h = core::present(p.norms);
-  q.capability = facts.capability;
+  q.capability = std::min(facts.capability, ffn_limits().capability.load());
   q.has_sm90 = FLASHU_HAS_SM90 != 0;
   q.multiprocessors = facts.multiprocessors;
   if (p.neurons == 0 || p.rows == 0) return plan;
   if (p.has_down && q.aligned && !q.listed) plan.lead = p.first() % 8;
-  const FfnDecode decode = decode_of(p, plan.lead, facts.multiprocessors);
-  plan.decodes = p.width > 0 && ffn_decodes(q) && decode_fits(decode, facts.shared_bytes);
+  const FfnDecode decode = decode_of(p, plan.lead);
+  plan.decodes =
+      ffn_limits().decodes && p.width > 0 && ffn_decodes(q) && decode_fits(decode, facts.shared_bytes);
   if (q.listed && p.selected_by != FLASHU_SELECT_LIST) plan.list_bytes = aligned(p.neurons * 4);
   if (plan.decodes) {
     plan.partial_bytes = aligned(decode_blocks(decode) * p.rows * p.width * 4);
@@ -291,7 +301,7 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
     write_list(p, reinterpret_cast<int32_t*>(memory), stream);
   }
   if (plan.decodes) {
-    FfnDecode f = decode_of(p, plan.lead, plan.question.multiprocessors);
+    FfnDecode f = decode_of(p, plan.lead);
     f.list = list;
     f.partial = reinterpret_cast<float*>(memory + plan.list_bytes);
     return ffn_decode(f, p.type, stream);

@@ -258,9 +258,12 @@ void launch_decode(const FfnDecode& f, Stream stream) {
 
 int64_t decode_blocks(const FfnDecode& f) { return divide_up(f.neurons, f.neurons_of_block); }
 
-int64_t decode_neurons_of_block(int64_t neurons, int multiprocessors) {
-  // One wave of blocks, each with whole groups of 8 neurons: 16 bytes of a row of down.
-  return std::max<int64_t>(divide_up(divide_up(neurons, multiprocessors), 8) * 8, 8);
+int64_t decode_neurons_of_block(int64_t neurons) {
+  // Whole groups of 8 neurons: 16 bytes of a row of down. One wave of blocks on an H100 or H200, but not as
+  // many as the device has multiprocessors: the number of partial sums decides the bits, and devices of one
+  // name differ.
+  constexpr int64_t kBlocks = 128;
+  return std::max<int64_t>(divide_up(divide_up(neurons, kBlocks), 8) * 8, 8);
 }
 
 bool decode_fits(const FfnDecode& f, int shared_limit) {

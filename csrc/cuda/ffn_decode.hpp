@@ -28,7 +28,7 @@ struct FfnDecode {
   int64_t neurons_of_block;
 };
 
-int64_t decode_neurons_of_block(int64_t neurons, int multiprocessors);
+int64_t decode_neurons_of_block(int64_t neurons);
 int64_t decode_blocks(const FfnDecode& f);
 
 // Whether the rows and a block's share of h fit into shared memory.
