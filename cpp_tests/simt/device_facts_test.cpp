@@ -1,4 +1,6 @@
 // What the host code makes of a device: an old driver, another number of multiprocessors.
+#include "core/ffn_choice.hpp"
+#include "cuda/ffn.hpp"
 #include "cuda/support.hpp"
 #include "flashu/ffn.hpp"
 #include "flashu/norm.hpp"
@@ -34,6 +36,25 @@ TEST(DeviceFacts, BitsDoNotFollowTheNumberOfMultiprocessors) {
     outs.push_back(out.download());
     expect_equal(outs.back(), outs.front());
   }
+}
+
+// What the tests of the sm_80 kernels rely on, on a GPU too.
+TEST(DeviceFacts, ALimitedCapabilityChoosesTheKernelsOfOlderDevices) {
+  begin_test();
+  std::vector<uint16_t> memory(64 * 64);
+  core::FfnProblem p{};
+  p.type = FLASHU_BF16;
+  p.has_up = true;
+  p.rows = p.hidden = p.intermediate = p.neurons = 64;
+  p.runs = {{0, 64}};
+  p.selected_by = FLASHU_SELECT_ALL;
+  p.x = p.w_gate = p.w_up = p.h = {memory.data(), 64};
+  for (const int capability : {90, 80}) {
+    use_capability(capability);
+    const auto chosen = core::ffn_candidates(cuda::plan_ffn(p).question, true).front().tile.kernel;
+    EXPECT_EQ(chosen, capability == 90 ? core::FfnKernel::kSm90 : core::FfnKernel::kSm80);
+  }
+  use_capability(90);
 }
 
 TEST(DeviceFacts, TheFirstCallWithAnOldDriverSaysBothVersions) {

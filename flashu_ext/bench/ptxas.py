@@ -55,7 +55,7 @@ def compiled(compilers: Sequence[Path], directory: Path) -> Iterator[Build]:
         for arch in (("90a",) if source.stem.endswith("_sm90") else ("80", "90a"))
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        ptx = list(pool.map(lambda unit: _ptx(nvcc, *unit, directory), sources))
+        ptx = list(pool.map(partial(_ptx, nvcc, directory), sources))
         for number, compiler in enumerate(compilers):
             target = directory / str(number)
             target.mkdir()
@@ -81,7 +81,8 @@ def advisories(log: str) -> list[str]:
     ]
 
 
-def _ptx(nvcc: str, source: Path, arch: str, directory: Path) -> Path:
+def _ptx(nvcc: str, directory: Path, unit: tuple[Path, str]) -> Path:
+    source, arch = unit
     target = directory / f"{source.stem}.sm_{arch}.ptx"
     include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
     code = f"arch=compute_{arch},code=compute_{arch}"
