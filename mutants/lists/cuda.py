@@ -182,7 +182,7 @@ MUTANTS = [
     Mutant("tiles: a tile that does not read the list", "csrc/cuda/ffn_sm90.cu", "return fetch == Fetch::kRange;", "return true;", Emulated("FfnTiles.*")),
     Mutant("choice: no tensor map of no columns", "csrc/core/ffn_choice.cpp", "q.hidden > 0 && q.neurons > 0", "q.neurons > 0", FFN),
     Mutant("ffn: the capability is not limited", "csrc/cuda/ffn.cu", "std::min(facts.capability, ffn_limits().capability.load())", "facts.capability", Emulated("DeviceFacts*")),
-    Mutant("ffn: few rows have their own kernel nevertheless", "csrc/cuda/ffn.cu", "plan.decodes = ffn_limits().decodes && ", "plan.decodes = ", FFN),
+    Mutant("ffn: few rows have their own kernel nevertheless", "csrc/cuda/ffn.cu", "ffn_limits().decodes && p.width > 0", "p.width > 0", FFN),
     Mutant("decode: parts follow the multiprocessors", "csrc/cuda/ffn.cu", "f.neurons_of_block = decode_neurons_of_block(f.neurons);",
            "f.neurons_of_block = decode_neurons_of_block(f.neurons * device_facts(p.device).multiprocessors / 8);", Emulated("DeviceFacts*")),
     Mutant("ffn: decodes a width of nothing", "csrc/cuda/ffn.cu", "ffn_limits().decodes && p.width > 0 && ffn_decodes(q)", "ffn_limits().decodes && ffn_decodes(q)", FFN),
