@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup
 # The requirements in pyproject.toml, by extra. Only this file and gpu.sh install them.
 requirements = $(shell $(PYTHON) .ci/requirements $(1) | sed "s/.*/'&'/")
 
-.PHONY: help demo test python-test cpp-test tsan mutants mutants-quick lint format build bench info test-abi gpu-wheels clean
+.PHONY: help demo test python-test cpp-test tsan mutants mutants-quick lint format build bench info test-abi sass gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -94,6 +94,20 @@ test-abi: build ## the same library in a CUDA build of the newest torch (downloa
 	.venv-abi/bin/python -m pip install --quiet --disable-pip-version-check torch $(call requirements,test)
 	PYTHONPATH=. .venv-abi/bin/python -m pytest -p no:cacheprovider python_tests/ops
 	PYTHONPATH=. .venv-abi/bin/python -m flashu_ext.bench.sass --quiet
+
+# The sources support ptxas from 12.5 on. Several versions cannot be installed in one place.
+OLDEST_PTXAS := nvidia-cuda-nvcc-cu12==12.5.82
+NEWEST_PTXAS := nvidia-cuda-nvcc
+sass: $(VENV)/.tools build/compilers/.ready ## what the oldest and the newest ptxas make of the kernels (needs nvcc)
+	PATH="$$(dirname "$$(find "$$PWD/build/compilers/tools" -name cuobjdump)"):$$PATH" PYTHONPATH=. $(BIN)/python -m flashu_ext.bench.sass --quiet \
+	  $$(find build/compilers/oldest build/compilers/newest -name ptxas -printf '--ptxas %p ')
+
+build/compilers/.ready: Makefile
+	rm -rf build/compilers
+	$(PIP) --no-deps --target build/compilers/oldest '$(OLDEST_PTXAS)'
+	$(PIP) --no-deps --target build/compilers/newest '$(NEWEST_PTXAS)'
+	$(PIP) --no-deps --target build/compilers/tools nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
 
 # A GPU machine may be bare and offline: gpu.sh installs the packages that the benchmarks need besides torch from wheels.
 GPU_PYTHON ?= 3.12

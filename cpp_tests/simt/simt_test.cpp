@@ -209,7 +209,7 @@ void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, con
     }
     return;
   }
-  float sums[32];
+  float sums[32] = {};
   for (int k = 0; k < steps; ++k) {
     const int s = k % kStages;
     if (slips.wait_full) mbarrier_wait(&full[s], k / kStages % 2);
@@ -217,7 +217,7 @@ void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, con
     const char* stage = stages + s * 16384;
     for (int i = 0; i < 4; ++i) {
       wgmma<64, bfloat16, Major::kK>(sums, wgmma_descriptor<Major::kK>(stage + i * 32, 0),
-                                     wgmma_descriptor<Major::kK>(stage + 8192 + i * 32, 0), k + i > 0);
+                                     wgmma_descriptor<Major::kK>(stage + 8192 + i * 32, 0));
     }
     wgmma_commit();
     if (!slips.release_late && threadIdx.x % 32 == 0) mbarrier_arrive(&empty[s]);
@@ -314,6 +314,64 @@ TEST(Simt, TheAsynchronousProxySeesOnlyWhatWasFenced) {
   EXPECT_TRUE(contains(errors(1, 32, 64 * 128, store(false)), "without fence.proxy.async"));
 }
 
+// What TMA does and its documentation does not say.
+TEST(Simt, TmaStartsAtChunksAndStoresWholeOnes) {
+  // 20 columns in rows of 32: the third chunk is half inside.
+  std::vector<bfloat16> memory(8 * 32, from_float<bfloat16>(7.0f));
+  const TensorMap map = encode_tensor_map(memory.data(), 8, 20, 32, 8);
+  const auto load = [&](int column) {
+    return error_of_grid(1, 32, 4096, [&] {
+      char* shared = simt::dynamic_shared();
+      auto* barrier = reinterpret_cast<Mbarrier*>(shared + 1024);
+      if (threadIdx.x != 0) return;
+      mbarrier_init(barrier, 1);
+      mbarrier_init_fence();
+      mbarrier_expect(barrier, 8 * kBoxRowBytes);
+      tma_load(shared, map, column, 0, barrier);
+      mbarrier_wait(barrier, 0);
+    });
+  };
+  EXPECT_EQ(load(8), "");
+  EXPECT_NE(load(4).find("TMA load: expected a first column at a multiple of 16 bytes, got column 4"),
+            std::string::npos);
+  const auto store = [&](int column) {
+    return error_of_grid(1, 32, 4096, [&] {
+      char* shared = simt::dynamic_shared();
+      std::memset(shared, 0, 8 * kBoxRowBytes);
+      fence_proxy_async();
+      if (threadIdx.x != 0) return;
+      tma_store(map, shared, column, 0);
+      tma_store_commit();
+      tma_store_wait_read<0>();
+    });
+  };
+  EXPECT_NE(store(-4).find("got column -4"), std::string::npos);
+  EXPECT_EQ(store(8), "");
+  for (size_t i = 0; i < memory.size(); ++i)
+    EXPECT_EQ(to_float(memory[i]), i % 32 < 8 || i % 32 >= 24 ? 7.0f : 0.0f) << "column " << i % 32;
+}
+
+TEST(Simt, TmaReadsWhatTheKernelBeforeStoredBehindAFence) {
+  std::vector<bfloat16> memory(8 * 64);
+  const TensorMap map = encode_tensor_map(memory.data(), 8, 64, 64, 8);
+  const auto run = [&](bool fences) {
+    return error_of_grid(1, 32, 4096, [&] {
+      char* shared = simt::dynamic_shared();
+      auto* barrier = reinterpret_cast<Mbarrier*>(shared + 1024);
+      griddepcontrol_wait();
+      if (fences) fence_proxy_async_global();
+      if (threadIdx.x != 0) return;
+      mbarrier_init(barrier, 1);
+      mbarrier_init_fence();
+      mbarrier_expect(barrier, 8 * kBoxRowBytes);
+      tma_load(shared, map, 0, 0, barrier);
+      mbarrier_wait(barrier, 0);
+    });
+  };
+  EXPECT_EQ(run(true), "");
+  EXPECT_NE(run(false).find("without fence.proxy.async.global"), std::string::npos);
+}
+
 TEST(Simt, SumsMayNotBeReadWhileProductsAreUnderWay) {
   const auto body = [] {
     char* shared = simt::dynamic_shared();
@@ -323,7 +381,7 @@ TEST(Simt, SumsMayNotBeReadWhileProductsAreUnderWay) {
     float sums[32] = {};
     wgmma_fence();
     wgmma<64, bfloat16, Major::kK>(sums, wgmma_descriptor<Major::kK>(shared, 0),
-                                   wgmma_descriptor<Major::kK>(shared + 8192, 0), false);
+                                   wgmma_descriptor<Major::kK>(shared + 8192, 0));
     wgmma_commit();
     const float early = sums[0];
     wgmma_wait<0>();
@@ -357,19 +415,19 @@ TEST(Simt, OperandsByKAndByColumnAgree) {
     }
     fence_proxy_async();
     __syncthreads();
-    float first[64];
-    float second[64];
+    float first[64] = {};
+    float second[64] = {};
     wgmma_fence();
     for (int k = 0; k < 4; ++k) {
       wgmma<128, bfloat16, Major::kK>(first, wgmma_descriptor<Major::kK>(left + k * 32, 0),
-                                      wgmma_descriptor<Major::kK>(by_column + k * 32, 0), k > 0);
+                                      wgmma_descriptor<Major::kK>(by_column + k * 32, 0));
     }
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_fence();
     for (int k = 0; k < 4; ++k) {
       wgmma<128, bfloat16, Major::kMN>(second, wgmma_descriptor<Major::kK>(left + k * 32, 0),
-                                       wgmma_descriptor<Major::kMN>(by_k + k * 2048, 8192), k > 0);
+                                       wgmma_descriptor<Major::kMN>(by_k + k * 2048, 8192));
     }
     wgmma_commit();
     wgmma_wait<0>();

@@ -41,11 +41,14 @@ struct LaunchConfig {
 
 // ---- the tensor memory accelerator
 
-// A tensor map describes a row-major matrix of 16-bit values and the box of it that one copy moves. What a
-// copy reads outside the matrix is zero, what it would write there is left out. Boxes are 64 columns (128
-// bytes) wide; in shared memory a box is its rows one after another, each row's eight 16-byte chunks
-// exchanged: chunk c of row r stands at c ^ (r % 8) (128-byte swizzle, with the box at a multiple of 1024
-// bytes).
+// A tensor map describes a row-major matrix of 16-bit values and the box of it that one copy moves. A copy
+// begins at a column that is a multiple of 8 (16 bytes); any other is an illegal instruction. What it reads
+// outside the matrix is zero. What it would write there is left out, but only by whole chunks of 16 bytes:
+// where the number of columns is no multiple of 8, a store reaches up to 7 values past the last one. Boxes
+// are 64 columns (128 bytes) wide; in shared memory a box is its rows one after another, each row's eight
+// 16-byte chunks exchanged: chunk c of row r stands at c ^ (r % 8) (128-byte swizzle, with the box at a
+// multiple of 1024 bytes).
+inline constexpr int kChunkColumns = 8;
 inline constexpr int kBoxColumns = 64;
 inline constexpr int kBoxRowBytes = 128;
 

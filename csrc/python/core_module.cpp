@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/checks.hpp"
+#include "core/cuda_versions.hpp"
 #include "core/ffn_choice.hpp"
 #include "core/parallel.hpp"
 #include "core/run_list.hpp"
@@ -52,11 +53,16 @@ std::string explain_ffn(int64_t rows, int64_t hidden, int64_t neurons, const std
   question.has_up = question.has_down = true;
   question.type = type_of(dtype);
   question.listed = listed;
-  question.aligned = question.range_aligned = true;
+  question.aligned = true;
   question.capability = capability;
   question.has_sm90 = true;
   question.multiprocessors = multiprocessors;
   return flashu::core::explain_ffn(question);
+}
+
+// "13.0" of 13000, "none" of 0.
+std::string version_or_none(int32_t version) {
+  return version == 0 ? "none" : flashu::core::version_text(version);
 }
 
 using Numbers = std::vector<int64_t>;
@@ -116,10 +122,17 @@ PYBIND11_MODULE(_core, m) {
         facts["abi_version"] = flashu_abi_version();
         facts["compiler"] = __VERSION__;
         facts["cuda"] = FLASHU_CUDA_STATE;
+        facts["cuda_driver"] = version_or_none(flashu_cuda_driver());
+        facts["cuda_runtime"] = version_or_none(flashu_cuda_runtime());
+        facts["cuda_ptx"] = FLASHU_PTX_VERSION;
+        const std::string problem = flashu_cuda_problem();
+        facts["cuda_missing"] = problem.empty() ? "nothing" : problem;
         facts["cpu_isa"] = flashu_cpu_isa();
         return facts;
       },
-      "What this build is: version, abi_version, compiler, cuda (a sentence), cpu_isa in use.");
+      "What this build is: version, abi_version, compiler, cuda (a sentence), the CUDA versions of the "
+      "driver, of "
+      "the runtime and of the PTX inside, what is missing to run on a GPU, cpu_isa in use.");
   m.def("explain_gemm", &explain_gemm, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("dtype"),
         py::arg("gathered"), py::arg("threads") = 0,
         "A table of how [m, k] x [k, n] may be blocked on this CPU, the choice first; 0 "

@@ -19,7 +19,7 @@ from torch import Tensor
 from .estimators import Calibration, DownNorms, NeuronSums, check_estimator, standardized
 from .fingerprint import check_fingerprint, model_fingerprint
 from .groups import FfnPruning, is_int, is_real
-from .neurons import NeuronLayout
+from .neurons import NeuronLayout, aligned_sets
 from .reading import refusal, shown, strict_json
 from .safe_files import load_safetensors, save_safetensors
 
@@ -203,18 +203,22 @@ class TaskPlan:
         return self.calibration.times if self.calibration else ()
 
     def kept(self, task: str, layer: int) -> Tensor:
-        """Neurons kept for `task` in `layer`: ascending int64 [kept_counts[layer]]; of equal scores the lower index."""
+        """Neurons kept for `task` in `layer`: ascending int64 [kept_counts[layer]]; of equal scores the lower index.
+
+        The first task's are its best. Of a further task's a few borderline ones are exchanged, so that the runs of the
+        layout start and end at multiples of 64; see `flashu_ext.planning.neurons.aligned_sets`.
+        """
         if task not in self.scores:
             raise KeyError(f"task: expected one of {', '.join(self.scores)}, got {task!r}")
-        order = torch.sort(self.scores[task][layer], descending=True, stable=True).indices
-        return order[: self.kept_counts[layer]].sort().values
+        return self._sets(layer)[task]
+
+    def _sets(self, layer: int) -> dict[str, Tensor]:
+        scores = {task: by_layer[layer] for task, by_layer in self.scores.items()}
+        return aligned_sets(scores, self.kept_counts[layer], self.multiple)
 
     def layouts(self) -> list[NeuronLayout]:
         """For each layer the permutation that makes the tasks' sets contiguous."""
-        return [
-            NeuronLayout.build(self.intermediate, {task: self.kept(task, layer) for task in self.tasks})
-            for layer in range(self.layers)
-        ]
+        return [NeuronLayout.build(self.intermediate, self._sets(layer)) for layer in range(self.layers)]
 
     def describe(self) -> str:
         """A readable summary: neurons kept, and every task's layer importance (mean over its rows)."""

@@ -48,6 +48,9 @@ def test_tiles_are_explained():
 def test_build_facts():
     facts = _core.build_facts()
     assert facts["abi_version"] == 2 and facts["cpu_isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
+    built = facts["cuda"] == "on"
+    assert (facts["cuda_runtime"] != "none") == built and (facts["cuda_ptx"] != "none") == built
+    assert facts["cuda_missing"] == "nothing" or facts["cuda_driver"] == "none" or "too old" in facts["cuda_missing"]
 
 
 def test_info_lists_what_is_built():

@@ -50,7 +50,7 @@ float operand_value(const char* shared, uint64_t descriptor, int outer, int k) {
 }
 
 template <int kN, class T, Major kMajorB>
-void multiply_warp(WarpSums& sums, const char* shared, uint64_t a, uint64_t b, int warp, bool accumulate) {
+void multiply_warp(WarpSums& sums, const char* shared, uint64_t a, uint64_t b, int warp) {
   float left[16][16];
   float right[kN][16];
   for (int k = 0; k < 16; ++k) {
@@ -62,21 +62,19 @@ void multiply_warp(WarpSums& sums, const char* shared, uint64_t a, uint64_t b, i
       float sum = 0;
       for (int k = 0; k < 16; ++k)
         sum += left[l / 4 + i / 2 % 2 * 8][k] * right[i / 4 * 8 + l % 4 * 2 + i % 2][k];
-      float& running = sums.running[static_cast<std::size_t>(l * (kN / 2) + i)];
-      running = (accumulate ? running : 0.0f) + sum;
+      sums.running[static_cast<std::size_t>(l * (kN / 2) + i)] += sum;
     }
   }
 }
 
 // One instruction of a warp. The sums become NaN until the products are done.
 template <int kN, class T, Major kMajorB>
-void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, const simt::Place& where) {
+void begin_product(float* registers, uint64_t a, uint64_t b, const simt::Place& where) {
   constexpr int kRegisters = kN / 2;
   struct Slot {
     float* registers;
     uint64_t a, b;
-    bool accumulate;
-  } slot{registers, a, b, accumulate};
+  } slot{registers, a, b};
   const simt::Unseen unseen;
   if (simt::threads_in_block() % 128 != 0) simt::fail(where, "wgmma: expected whole warpgroups");
   const auto warp = static_cast<int>(simt::linear_thread() / kWarp % 4);
@@ -94,7 +92,7 @@ void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, co
         const Slot& first = *static_cast<const Slot*>(slots[0]);
         for (int l = 0; l < kWarp; ++l) {
           const Slot& s = *static_cast<const Slot*>(slots[l]);
-          if (s.a != first.a || s.b != first.b || s.accumulate != first.accumulate)
+          if (s.a != first.a || s.b != first.b)
             simt::fail(where, "wgmma: operands differ between the threads of a warp");
         }
         const bool fresh = sums.under_way == 0 || sums.registers[0] != first.registers;
@@ -117,7 +115,7 @@ void begin_product(float* registers, uint64_t a, uint64_t b, bool accumulate, co
             simt::Kind::kProduct,
             [target, shared, first, warp] {
               simt::order_acquire(target);
-              multiply_warp<kN, T, kMajorB>(*target, shared, first.a, first.b, warp, first.accumulate);
+              multiply_warp<kN, T, kMajorB>(*target, shared, first.a, first.b, warp);
               if (--target->under_way != 0) return;
               for (std::size_t l = 0; l < kWarp; ++l) {
                 std::copy_n(target->running.begin() + static_cast<std::ptrdiff_t>(l * kN / 2), kN / 2,
@@ -164,9 +162,9 @@ FLASHU_DEVICE void wgmma_wait(FLASHU_WHERE_ONLY) {
 FLASHU_DEVICE void wgmma_touch(float& /*value*/) {}
 
 template <int kN, class T, Major kMajorB>
-FLASHU_DEVICE void wgmma(float (&sums)[kN / 2], uint64_t a, uint64_t b, bool accumulate FLASHU_WHERE) {
+FLASHU_DEVICE void wgmma(float (&sums)[kN / 2], uint64_t a, uint64_t b FLASHU_WHERE) {
   static_assert(kN % 8 == 0 && kN <= 256, "wgmma has 8 to 256 columns in steps of 8");
-  emulated::begin_product<kN, T, kMajorB>(sums, a, b, accumulate, where);
+  emulated::begin_product<kN, T, kMajorB>(sums, a, b, where);
 }
 
 }  // namespace flashu::cuda
