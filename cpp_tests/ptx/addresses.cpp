@@ -1,0 +1,103 @@
+// Addresses: which memory they are in, and whether the kernel may use it.
+#include <cstdio>
+
+#include "ptx/machine.hpp"
+
+namespace ptx {
+
+namespace {
+
+// Addresses of shared memory: the offset in the block's window, and above it 1 + the rank of another block.
+constexpr int kRankShift = 24;
+constexpr u32 kOffset = (1u << kRankShift) - 1;
+
+std::map<u64, u64>& allocations() {  // end -> begin
+  static std::map<u64, u64> all;
+  return all;
+}
+
+bool within(const void* p, const std::vector<u8>& memory) {
+  return reinterpret_cast<u64>(p) - reinterpret_cast<u64>(memory.data()) < memory.size();
+}
+
+}  // namespace
+
+void note_allocation(const void* p, std::size_t bytes) {
+  allocations()[reinterpret_cast<u64>(p) + bytes] = reinterpret_cast<u64>(p);
+}
+
+bool forget_allocation(const void* p) {
+  for (auto a = allocations().begin(); a != allocations().end(); ++a) {
+    if (a->second != reinterpret_cast<u64>(p)) continue;
+    allocations().erase(a);
+    return true;
+  }
+  return false;
+}
+
+bool find_allocation(u64 at, u64* low, u64* high) {
+  const auto f = allocations().upper_bound(at);
+  if (f == allocations().end() || at < f->second) return false;
+  *low = f->second;
+  *high = f->first;
+  return true;
+}
+
+u8* Machine::shared_at(Warp& w, const Instruction& i, u64 at, u32 bytes, Block** whose) {
+  const auto address = static_cast<u32>(at);
+  Block* b = w.block;
+  if (const u32 tag = address >> kRankShift; tag != 0) {
+    if (tag > b->cluster->size()) fail(w, i, "an address of shared memory of no block in the cluster");
+    b = (*b->cluster)[tag - 1];
+  }
+  const u32 offset = address & kOffset;
+  if (offset < kSharedBase || offset + bytes > b->shared_bytes) {
+    fail(w, i,
+         "shared memory: offset " + std::to_string(offset) + ", " + std::to_string(bytes) + " bytes, of " +
+             std::to_string(b->shared_bytes));
+  }
+  if (whose != nullptr) *whose = b;
+  return b->shared + offset;
+}
+
+// Memory that was allocated or belongs to the module.
+u8* Machine::global(Warp& w, const Instruction& i, int lane, u64 at, u32 bytes, const char* what) {
+  auto* p = reinterpret_cast<u8*>(at);
+  if (at >= w.last_low && at + bytes <= w.last_high) return p;
+  u64 low, high;
+  if (find_allocation(at, &low, &high) && at + bytes <= high) {
+    w.last_low = low;
+    w.last_high = high;
+    return p;
+  }
+  for (const auto& [name, g] : kernel->module->globals) {
+    if (p >= g.data && p + bytes <= g.data + std::max<std::size_t>(g.size, 16)) return p;
+  }
+  char text[32];
+  std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(at));
+  fail(w, i, std::string(what) + " of global memory outside every allocation: " + text, lane);
+}
+
+u8* Machine::address(Warp& w, const Instruction& i, int lane, Space space, u64 at, u32 bytes, bool write) {
+  if (at % bytes != 0)
+    fail(w, i, "misaligned address " + std::to_string(at) + " for " + std::to_string(bytes) + " bytes", lane);
+  if (space == Space::kShared) {
+    Block* whose = nullptr;
+    u8* p = shared_at(w, i, at, bytes, &whose);
+    if (write) wrote_shared(w, lane, *whose, p, bytes);
+    return p;
+  }
+  auto* p = reinterpret_cast<u8*>(at);
+  if (space == Space::kParam || space == Space::kLocal || space == Space::kConst) return p;
+  if (space == Space::kGeneric) {
+    if (within(p, kernel->param_memory) || within(p, w.local)) return p;
+    for (Block* b : *w.block->cluster) {
+      if (!b->holds(p)) continue;
+      if (write) wrote_shared(w, lane, *b, p, bytes);
+      return p;
+    }
+  }
+  return global(w, i, lane, at, bytes, write ? "a write" : "a read");
+}
+
+}  // namespace ptx
