@@ -78,12 +78,15 @@ u8* Machine::global(Warp& w, const Instruction& i, int lane, u64 at, u32 bytes, 
   fail(w, i, std::string(what) + " of global memory outside every allocation: " + text, lane);
 }
 
-u8* Machine::address(Warp& w, const Instruction& i, int lane, Space space, u64 at, u32 bytes, bool write) {
+u8* Machine::address(Warp& w, const Instruction& i, int lane, Space space, u64 at, u32 bytes,
+                     Races::Kind kind) {
+  const bool write = kind != Races::Kind::kRead;
   if (at % bytes != 0)
     fail(w, i, "misaligned address " + std::to_string(at) + " for " + std::to_string(bytes) + " bytes", lane);
   if (space == Space::kShared) {
     Block* whose = nullptr;
     u8* p = shared_at(w, i, at, bytes, &whose);
+    note_access(w, i, lane, *whose, whose->offset(p), bytes, kind);
     if (write) wrote_shared(w, lane, *whose, p, bytes);
     return p;
   }
@@ -93,6 +96,7 @@ u8* Machine::address(Warp& w, const Instruction& i, int lane, Space space, u64 a
     if (within(p, kernel->param_memory) || within(p, w.local)) return p;
     for (Block* b : *w.block->cluster) {
       if (!b->holds(p)) continue;
+      note_access(w, i, lane, *b, b->offset(p), bytes, kind);
       if (write) wrote_shared(w, lane, *b, p, bytes);
       return p;
     }

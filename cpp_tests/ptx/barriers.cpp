@@ -38,6 +38,7 @@ bool Machine::barrier(Warp& w, Group& g, const Instruction& i) {
   Block::Barrier& b = w.block->barriers[id];
   if (b.arrived != 0 && b.expected != expected) fail(w, i, "a barrier with different numbers of threads");
   b.expected = expected;
+  if (w.block->races != nullptr) w.block->races->release(w.index, b.clock);
   b.arrived += kLanes;
   if (expected != 0 && b.arrived > expected) fail(w, i, "more threads at a barrier than it is for");
   if (o.value != nullptr) {
@@ -74,6 +75,10 @@ void Machine::release_barrier(Block& block, int id) {
       if (i.has("red")) {
         const u64 v = i.has("popc") ? b.sum : i.has("and") ? b.all : b.any;
         lanes(g.mask, [&](int l) { w.target(i.operands[0])[l] = v; });
+      }
+      if (block.races != nullptr) {
+        block.races->acquire(w.index, b.clock);
+        block.races->meet(w.index, g.mask, w.live, static_cast<u32>(steps));
       }
       g.state = Group::kReady;
       ++g.pc;

@@ -45,9 +45,10 @@ void Machine::bulk_load(Warp& w, const Instruction& i, int lane) {
   u8* p = shared_at(w, i, to, bytes, &block);
   u8* barrier = shared_at(w, i, value(3), 8);
   global(w, i, lane, from, bytes, "a bulk copy");
-  const auto run = [p, from, bytes, barrier] {
+  note_bulk_write(w, i, lane, *block, block->offset(p), bytes, block->offset(barrier));
+  const auto run = [this, p, from, bytes, barrier, block] {
     std::memcpy(p, reinterpret_cast<const u8*>(from), bytes);
-    complete_bytes(barrier, bytes);
+    complete_bytes(*block, barrier, bytes);
   };
   if (now()) return run();
   std::memset(p, 0xff, bytes);  // until it is there
@@ -65,11 +66,15 @@ void Machine::bulk_store(Warp& w, const Instruction& i, int lane) {
   u8* p = shared_at(w, i, from, bytes);
   global(w, i, lane, to, bytes, "a bulk store");
   check_async_read(w, i, *w.block, w.block->offset(p), bytes);
-  std::function<void()> run = [p, to, bytes] { std::memcpy(reinterpret_cast<u8*>(to), p, bytes); };
-  if (now()) {
-    run();
-    run = [] {};
-  }
+  Block& block = *w.block;
+  const bool late = !now();
+  const auto write = [p, to, bytes] { std::memcpy(reinterpret_cast<u8*>(to), p, bytes); };
+  if (!late) write();
+  note_access(w, i, lane, block, block.offset(p), bytes, Races::Kind::kRead);
+  const auto run = [=, this, &w, &i, &block] {
+    if (late) write();
+    note_access(w, i, lane, block, block.offset(p), bytes, Races::Kind::kRead);
+  };
   w.bulk.items.push_back({lane, w.bulk.open[lane], run, &i});
 }
 

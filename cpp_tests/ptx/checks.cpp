@@ -1,4 +1,5 @@
-// Rules that break no result at once: fences between the proxies, and registers that wgmma still uses.
+// Rules that break no result at once: fences between the proxies, the order of accesses to shared memory, and
+// registers that wgmma still uses.
 #include "ptx/machine.hpp"
 
 namespace ptx {
@@ -31,6 +32,46 @@ void Machine::fence_proxy(Warp& w, u32 mask) {
     return true;
   });
 }
+
+// ---- order of accesses
+
+Races::Access Machine::access_of(Warp& w, const Instruction& i, int lane, u32 at, u32 bytes,
+                                 Races::Kind kind) const {
+  return {w.index, lane, at, bytes, kind, static_cast<u32>(steps), &i};
+}
+
+void Machine::report_race(Warp& w, const Instruction& i, int lane, u32 at, const char* problem,
+                          const Instruction* other) const {
+  if (problem == nullptr) return;
+  fail(w, i, "a race in shared memory at " + std::to_string(at) + ": " + problem + "\n  " + where(*other),
+       lane);
+}
+
+void Machine::note_access(Warp& w, const Instruction& i, int lane, Block& b, u32 at, u32 bytes,
+                          Races::Kind kind) {
+  if (b.races == nullptr) return;
+  const Instruction* other = nullptr;
+  report_race(w, i, lane, at, b.races->access(access_of(w, i, lane, at, bytes, kind), &other), other);
+}
+
+// cp.async of a lane: when it begins, and when it is waited for.
+void Machine::note_copy(Warp& w, const Instruction& i, int lane, Block& b, u32 at, u32 bytes, bool done) {
+  if (b.races == nullptr) return;
+  const Races::Access access = access_of(w, i, lane, at, bytes, Races::Kind::kWrite);
+  if (done) return b.races->copy_done(access);
+  const Instruction* other = nullptr;
+  report_race(w, i, lane, at, b.races->begin_copy(access, &other), other);
+}
+
+void Machine::note_bulk_write(Warp& w, const Instruction& i, int lane, Block& b, u32 at, u32 bytes,
+                              u32 barrier) {
+  if (b.races == nullptr) return;
+  const Instruction* other = nullptr;
+  const Races::Access access = access_of(w, i, lane, at, bytes, Races::Kind::kWrite);
+  report_race(w, i, lane, at, b.races->bulk_write(access, barrier, &other), other);
+}
+
+// ---- wgmma
 
 void Machine::check_in_flight(Warp& w, const Instruction& i, u32 mask) {
   if (i.op == Op::kWgmma) return;

@@ -45,8 +45,8 @@ bool Machine::collective(Warp& w, std::size_t group, const Instruction& i) {
     case Op::kElect:
       elect(w, i, here);
       break;
-    default:
-      break;  // bar.warp
+    default:  // bar.warp, which alone orders memory
+      if (w.block->races != nullptr) w.block->races->meet(w.index, here, w.live, static_cast<u32>(steps));
   }
   ++w.groups[group].pc;
   w.groups[group].state = Group::kReady;

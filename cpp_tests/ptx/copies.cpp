@@ -59,13 +59,23 @@ void Machine::copy_lane(Warp& w, const Instruction& i, int lane) {
   Block* block = nullptr;
   u8* p = shared_at(w, i, to, bytes, &block);
   if (read > 0) global(w, i, lane, from, read, "cp.async");
-  const auto run = [this, &w, lane, block, p, bytes, read, from] {
+  note_copy(w, i, lane, *block, block->offset(p), bytes, false);
+  const auto write = [this, &w, lane, block, p, bytes, read, from] {
     std::memset(p, 0, bytes);
     std::memcpy(p, reinterpret_cast<const u8*>(from), read);
     wrote_shared(w, lane, *block, p, bytes);
   };
-  if (now()) return run();
-  std::memset(p, 0xff, bytes);  // until it is there
+  const bool late = !now();
+  if (late) {
+    std::memset(p, 0xff, bytes);  // until it is there
+  } else {
+    write();
+    if (block->races == nullptr) return;
+  }
+  const auto run = [=, this, &w, &i] {
+    if (late) write();
+    note_copy(w, i, lane, *block, block->offset(p), bytes, true);
+  };
   w.copies.items.push_back({lane, w.copies.open[lane], run, &i});
 }
 

@@ -34,6 +34,7 @@ Settings Settings::from_environment() {
   s.blocks_at_once = environment("FLASHU_PTX_BLOCKS", 1);
   s.wgmma_by_warp = environment("FLASHU_PTX_WGMMA_BY_WARP", 0) != 0;
   s.check_tma = environment("FLASHU_PTX_TMA", 1) != 0;
+  s.check_races = environment("FLASHU_PTX_RACES", 0) != 0;
   s.check_end = environment("FLASHU_PTX_END", 1) != 0;
   s.check_proxy = environment("FLASHU_PTX_PROXY", 1) != 0;
   return s;
@@ -137,6 +138,8 @@ std::unique_ptr<Block> Machine::make_block(u64 number, u32 rank, u32 shared_byte
   cluster->push_back(block.get());
   const auto threads = static_cast<u32>(l.block.count());
   block->warps.resize((threads + kLanes - 1) / kLanes);
+  if (settings.check_races && l.cluster.count() == 1)
+    block->races = std::make_unique<Races>(shared_bytes, block->warps.size());
   for (std::size_t n = 0; n < block->warps.size(); ++n) {
     Warp& w = block->warps[n];
     w.block = block.get();

@@ -7,6 +7,7 @@
 #include <random>
 
 #include "ptx/program.hpp"
+#include "ptx/races.hpp"
 
 namespace ptx {
 
@@ -30,6 +31,7 @@ struct Settings {
   bool check_tma = true;    // the rules of TMA that the documentation leaves out: docs/hardware.md, H1 and H2
   bool check_end = true;    // a block waits for its bulk stores before it ends
   bool wgmma_by_warp = true;           // a wait says nothing of the other warps of its group
+  bool check_races = false;            // happens-before in shared memory
   static Settings from_environment();  // README.md
 };
 // A whole number in the environment.
@@ -123,10 +125,12 @@ struct Block {
   u32 shared_bytes = 0;
   std::vector<Warp> warps;
   struct Barrier {
+    Clock clock;
     u32 arrived = 0, expected = 0, sum = 0;
     bool all = true, any = false;
   } barriers[16];
-  std::vector<u32> dirty;  // granule of 16 bytes -> 1 + thread whose generic write was not fenced
+  std::unique_ptr<Races> races;  // null: not checked
+  std::vector<u32> dirty;        // granule of 16 bytes -> 1 + thread whose generic write was not fenced
   u32 cluster_arrived = 0;
   s64 spare_registers = 0;  // given back by setmaxnreg.dec
 
@@ -215,7 +219,7 @@ struct Machine {
   void memory(Warp&, const Instruction&, u32 mask);
 
   // addresses.cpp
-  u8* address(Warp&, const Instruction&, int lane, Space, u64 at, u32 bytes, bool write);
+  u8* address(Warp&, const Instruction&, int lane, Space, u64 at, u32 bytes, Races::Kind kind);
   u8* global(Warp&, const Instruction&, int lane, u64 at, u32 bytes, const char* what);
   u8* shared_at(Warp&, const Instruction&, u64 at, u32 bytes, Block** whose = nullptr);
 
@@ -224,12 +228,19 @@ struct Machine {
   void wrote_shared(Warp&, int lane, Block&, const u8* at, u32 bytes);
   void check_async_read(Warp&, const Instruction&, Block&, u32 at, u32 bytes);
   void fence_proxy(Warp&, u32 mask);
+  void note_access(Warp&, const Instruction&, int lane, Block&, u32 at, u32 bytes, Races::Kind);
+  void note_copy(Warp&, const Instruction&, int lane, Block&, u32 at, u32 bytes, bool done);
+  void note_bulk_write(Warp&, const Instruction&, int lane, Block&, u32 at, u32 bytes, u32 barrier);
+  Races::Access access_of(Warp&, const Instruction&, int lane, u32 at, u32 bytes, Races::Kind) const;
+  void report_race(Warp&, const Instruction&, int lane, u32 at, const char* problem,
+                   const Instruction* other) const;
 
   // mbarrier.cpp
   bool mbarrier(Warp&, const Instruction&, u32 mask);
   u8* mbarrier_at(Warp&, const Instruction&, const Operand&, int lane);
   bool mbarrier_wait(Warp&, const Instruction&, u32 mask);
   void mbarrier_arrive(Warp&, const Instruction&, int lane);
+  void complete_bytes(Block&, u8* barrier, s64 bytes);
 
   // copies.cpp, bulk.cpp, tensor_copies.cpp
   void copy(Warp&, const Instruction&, u32 mask);
@@ -247,6 +258,7 @@ struct Machine {
   void do_products(Warp&);
   void do_product(Warp&, Product&);
   bool wait_products(Warp&, const Instruction&, u32 keep);
+  void note_reads(Warp&, const Product&);
   void check_unchanged(Warp&, Product&, const Instruction& waited);
 
   // matrices.cpp
@@ -263,7 +275,6 @@ struct MbarrierWord {
 };
 static_assert(sizeof(MbarrierWord) == 8);
 MbarrierWord load_mbarrier(const u8* at);
-void complete_bytes(u8* barrier, s64 bytes);
 
 // What cuTensorMapEncodeTiled() makes here, in the 128 bytes of a CUtensorMap.
 struct TensorMap {

@@ -43,7 +43,11 @@ void Machine::ldmatrix(Warp& w, const Instruction& i) {
   if (!i.has("m8n8") || i.type != Type::kB16) refuse(w, i);
   Matrices m(i);
   for (int l = 0; l < m.count * 8; ++l) {
-    const u8* row = shared_at(w, i, row_address(*this, w, i, i.operands[1], l), 16);
+    Block* block = nullptr;
+    const u8* row = shared_at(w, i, row_address(*this, w, i, i.operands[1], l), 16, &block);
+    for (int x = 0; x < 4; ++x)
+      note_access(w, i, l % 8 * 4 + x, *block, block->offset(row) + static_cast<u32>(x) * 4, 4,
+                  Races::Kind::kRead);
     std::memcpy(m.rows[l / 8][l % 8], row, 16);
   }
   for (int n = 0; n < m.count; ++n) {
@@ -67,7 +71,11 @@ void Machine::stmatrix(Warp& w, const Instruction& i) {
     u8* row = shared_at(w, i, row_address(*this, w, i, i.operands[0], l), 16, &block);
     std::memcpy(row, m.rows[l / 8][l % 8], 16);
     // Written by the lanes whose values these are, each of which has to fence.
-    for (int x = 0; x < 4; ++x) wrote_shared(w, l % 8 * 4 + x, *block, row, 16);
+    for (int x = 0; x < 4; ++x) {
+      wrote_shared(w, l % 8 * 4 + x, *block, row, 16);
+      note_access(w, i, l % 8 * 4 + x, *block, block->offset(row) + static_cast<u32>(x) * 4, 4,
+                  Races::Kind::kWrite);
+    }
   }
 }
 

@@ -13,12 +13,20 @@ constexpr u64 kMagic = 2;
 constexpr s64 kMost = (1 << 20) - 1;  // arrivals, and bytes that are expected
 
 // The phase is complete when nothing is missing.
-void store_word(u8* p, MbarrierWord m) {
+void store_word(Block& block, u8* p, MbarrierWord m) {
   if (m.pending == 0 && m.bytes == 0) {
     m.phase ^= 1;
     m.pending = m.count;
+    if (block.races != nullptr) block.races->complete(block.offset(p));
   }
   std::memcpy(p, &m, sizeof m);
+}
+
+Block& block_of(Warp& w, const u8* p) {
+  for (Block* b : *w.block->cluster) {
+    if (b->holds(p)) return *b;
+  }
+  return *w.block;
 }
 
 }  // namespace
@@ -30,11 +38,11 @@ MbarrierWord load_mbarrier(const u8* at) {
   return m;
 }
 
-void complete_bytes(u8* barrier, s64 bytes) {
+void Machine::complete_bytes(Block& block, u8* barrier, s64 bytes) {
   MbarrierWord m = load_mbarrier(barrier);
   if (m.bytes - bytes < -kMost) throw Error("mbarrier: too many bytes before they are expected");
   m.bytes -= bytes;
-  store_word(barrier, m);
+  store_word(block, barrier, m);
 }
 
 u8* Machine::mbarrier_at(Warp& w, const Instruction& i, const Operand& o, int lane) {
@@ -88,7 +96,11 @@ bool Machine::mbarrier_wait(Warp& w, const Instruction& i, u32 mask) {
   // try_wait may give up; the machine lets it do so now and then, so that loops around it are run.
   const bool gives_up = settings.when == When::kRandom && chance(64);
   if (done != mask && i.modifiers[0] == "try_wait" && !gives_up) return false;
-  lanes(mask, [&](int l) { w.target(i.operands[0])[l] = done >> l & 1; });
+  lanes(mask, [&](int l) {
+    w.target(i.operands[0])[l] = done >> l & 1;
+    u8* at = mbarrier_at(w, i, i.operands[1], l);
+    if ((done >> l & 1) != 0 && w.block->races != nullptr) w.block->races->wait(w.index, w.block->offset(at));
+  });
   return true;
 }
 
@@ -110,7 +122,9 @@ void Machine::mbarrier_arrive(Warp& w, const Instruction& i, int lane) {
     const auto arrivals = static_cast<u64>(!arrives ? 0 : expects ? 1 : extra);
     if (m.pending < arrivals) fail(w, i, "mbarrier: more arrivals than it is for", lane);
     m.pending -= arrivals;
-    store_word(at, m);
+    Block& block = block_of(w, at);
+    if (arrives && block.races != nullptr) block.races->arrive(w.index, block.offset(at));
+    store_word(block, at, m);
   } catch (const Error& e) {
     fail(w, i, e.what(), lane);
   }

@@ -41,7 +41,7 @@ void load(Machine& m, Warp& w, const Instruction& i, u32 mask) {
   }
   lanes(mask, [&](int l) {
     const u8* p = m.address(w, i, l, i.space, a[l] + static_cast<u64>(from.offset),
-                            static_cast<u32>(each * i.vector), false);
+                            static_cast<u32>(each * i.vector), Races::Kind::kRead);
     for (int v = 0; v < i.vector; ++v) {
       if (d[v] == nullptr) continue;
       u64 r = 0;
@@ -59,7 +59,7 @@ void store(Machine& m, Warp& w, const Instruction& i, u32 mask) {
   const bool one = i.operands[1].kind != Operand::kVector;
   lanes(mask, [&](int l) {
     u8* p = m.address(w, i, l, i.space, a[l] + static_cast<u64>(to.offset), static_cast<u32>(each * i.vector),
-                      true);
+                      Races::Kind::kWrite);
     for (std::size_t v = 0; v < i.vector; ++v)
       std::memcpy(p + v * each, &w.values(one ? i.operands[1] : i.operands[1].sub[v])[l], each);
   });
@@ -78,7 +78,8 @@ void atomic(Machine& m, Warp& w, const Instruction& i, u32 mask) {
   const auto f = [&](auto t) {
     using T = decltype(t);
     lanes(mask, [&](int l) {
-      u8* p = m.address(w, i, l, i.space, a[l] + static_cast<u64>(at.offset), sizeof(T), true);
+      u8* p =
+          m.address(w, i, l, i.space, a[l] + static_cast<u64>(at.offset), sizeof(T), Races::Kind::kAtomic);
       T old;
       std::memcpy(&old, p, sizeof(T));
       const T left = combined(i, old, get<T>(b[l]), get<T>(c[l]), &known);

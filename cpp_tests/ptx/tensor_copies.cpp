@@ -107,8 +107,10 @@ void Machine::tensor_load(Warp& w, const Instruction& i, int lane, int rank) {
     if ((blocks >> rank_of & 1) == 0) continue;
     if (rank_of >= w.block->cluster->size()) fail(w, i, "multicast to a block that is not there", lane);
     Block* block = multicast ? (*w.block->cluster)[rank_of] : home;
-    u8* at = (multicast ? block : barrier_home)->shared + (barrier & kOffset);
-    const auto run = [this, map, first, block, box_at, at, bytes, &w, &i, lane] {
+    Block* barrier_block = multicast ? block : barrier_home;
+    u8* at = barrier_block->shared + (barrier & kOffset);
+    note_bulk_write(w, i, lane, *block, box_at, bytes, barrier_block->offset(at));
+    const auto run = [this, map, first, block, barrier_block, box_at, at, bytes, &w, &i, lane] {
       each_element(map, first, box_at, [&](const Element& e) {
         if (e.inside) {
           std::memcpy(block->shared + e.shared, reinterpret_cast<const u8*>(e.global), map.element_bytes);
@@ -118,7 +120,7 @@ void Machine::tensor_load(Warp& w, const Instruction& i, int lane, int rank) {
         block->dirty[e.shared / 16] = 0;
       });
       try {
-        complete_bytes(at, bytes);
+        complete_bytes(*barrier_block, at, bytes);
       } catch (const Error& e) {
         fail(w, i, e.what(), lane);
       }
@@ -142,7 +144,7 @@ void Machine::tensor_store(Warp& w, const Instruction& i, int lane, int rank) {
   Block& block = *w.block;
   const u32 box_at = block.offset(shared_at(w, i, from, bytes));
   check_async_read(w, i, block, box_at, bytes);
-  std::function<void()> run = [this, map, first, &block, box_at, &w, &i, lane] {
+  const auto write = [this, map, first, &block, box_at, &w, &i, lane] {
     each_element(map, first, box_at, [&](const Element& e) {
       // Whole chunks of 16 bytes are written, also where a row ends within one (docs/hardware.md, H2).
       if (!e.inside && !(e.tail && settings.check_tma)) return;
@@ -150,10 +152,13 @@ void Machine::tensor_store(Warp& w, const Instruction& i, int lane, int rank) {
       std::memcpy(reinterpret_cast<u8*>(e.global), block.shared + e.shared, map.element_bytes);
     });
   };
-  if (now()) {
-    run();
-    run = [] {};
-  }
+  const bool late = !now();
+  if (!late) write();
+  note_access(w, i, lane, block, box_at, bytes, Races::Kind::kRead);
+  const auto run = [this, write, late, &w, &i, lane, &block, box_at, bytes] {
+    if (late) write();
+    note_access(w, i, lane, block, box_at, bytes, Races::Kind::kRead);
+  };
   w.bulk.items.push_back({lane, w.bulk.open[lane], run, &i});
 }
 

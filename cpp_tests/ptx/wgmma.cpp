@@ -172,6 +172,7 @@ void Machine::do_product(Warp& w, Product& p) {
   static thread_local float left[kRows][kDepth], right[256][kDepth];
   for (u32 n = 0; n < kRows * kDepth; ++n) left[n / kDepth][n % kDepth] = element(i.type, p.values_a[n]);
   for (u32 n = 0; n < p.columns * kDepth; ++n) right[n / kDepth][n % kDepth] = element(i.type, p.values_b[n]);
+  note_reads(w, p);
   const bool half_sums = !i.has("f32");  // f16: two to a register
   for (u32 l = 0; l < kLanes; ++l) {
     for (u32 r = 0; r < p.columns / 2; ++r) {
@@ -190,6 +191,19 @@ void Machine::do_product(Warp& w, Product& p) {
       to = (to & ~(u64{0xffff} << shift)) | u64{float_to_half(old + sum)} << shift;
     }
   }
+}
+
+// For the check of order: the operands are read when the product begins and until it is waited for.
+void Machine::note_reads(Warp& w, const Product& p) {
+  if (w.block->races == nullptr) return;
+  const auto note = [&](u64 descriptor, bool transposed, u32 first, u32 rows) {
+    const Matrix m(descriptor, transposed);
+    for (u32 n = 0; n < rows * kDepth; ++n)
+      note_access(w, *p.by, Races::kAllOfWarp, *w.block, m.at(first + n / kDepth, n % kDepth), 2,
+                  Races::Kind::kRead);
+  };
+  if (!p.a_in_registers) note(p.a, p.trans_a, first_row(w), kRows);
+  note(p.b, p.trans_b, 0, p.columns);
 }
 
 // The hardware may have read the operands at any time until they were waited for.
@@ -227,6 +241,9 @@ bool Machine::wait_products(Warp& w, const Instruction& i, u32 keep) {
     for (Product& p : warps[n].products) {
       if (p.number <= number && !p.read) check_unchanged(warps[n], p, i);
     }
+  }
+  for (const Product& p : w.products) {
+    if (p.group < done) note_reads(w, p);
   }
   std::erase_if(w.products, [&](const Product& p) { return p.group < done; });
   w.any_in_flight = false;
