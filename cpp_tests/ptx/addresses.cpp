@@ -61,11 +61,17 @@ u8* Machine::shared_at(Warp& w, const Instruction& i, u64 at, u32 bytes, Block**
 }
 
 // Memory that was allocated or belongs to the module.
-u8* Machine::global(Warp& w, const Instruction& i, int lane, u64 at, u32 bytes, const char* what) {
+u8* Machine::global(Warp& w, const Instruction& i, int lane, u64 at, u32 bytes, By by) {
   auto* p = reinterpret_cast<u8*>(at);
-  if (at >= w.last_low && at + bytes <= w.last_high) return p;
+  const bool writes = by == By::kWrite || by == By::kBulkWrite;
+  const bool same = at >= w.last_low && at + bytes <= w.last_high;
+  if (same && !launch->overlaps && (w.last_written || !writes)) return p;
   u64 low, high;
   if (find_allocation(at, &low, &high) && at + bytes <= high) {
+    if (launch->overlaps) check_kernels_before(w, i, lane, low, by);
+    if (by == By::kBulkWrite) written.by_bulk_stores.insert(low);
+    if (by == By::kWrite) written.by_threads.insert(low);
+    w.last_written = by == By::kWrite || (w.last_written && low == w.last_low);
     w.last_low = low;
     w.last_high = high;
     return p;
@@ -75,7 +81,23 @@ u8* Machine::global(Warp& w, const Instruction& i, int lane, u64 at, u32 bytes, 
   }
   char text[32];
   std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(at));
-  fail(w, i, std::string(what) + " of global memory outside every allocation: " + text, lane);
+  fail(w, i,
+       std::string(writes ? "a write" : "a read") + " of global memory outside every allocation: " + text,
+       lane);
+}
+
+// A launch that may overlap others touches nothing of theirs before it has waited for them, and TMA sees what
+// their threads wrote only after a proxy fence (docs/hardware.md).
+void Machine::check_kernels_before(Warp& w, const Instruction& i, int lane, u64 allocation, By by) {
+  if (!launch->before.holds(allocation)) return;
+  if ((w.waited >> lane & 1) == 0)
+    fail(w, i, "global memory that the kernel before wrote, without griddepcontrol.wait of this thread",
+         lane);
+  if (by == By::kBulkRead && settings.check_proxy && launch->before.by_threads.contains(allocation) &&
+      (w.fenced_global >> lane & 1) == 0) {
+    fail(w, i, "a bulk copy of what threads of the kernel before wrote, without fence.proxy.async.global",
+         lane);
+  }
 }
 
 u8* Machine::address(Warp& w, const Instruction& i, int lane, Space space, u64 at, u32 bytes,
@@ -101,7 +123,7 @@ u8* Machine::address(Warp& w, const Instruction& i, int lane, Space space, u64 a
       return p;
     }
   }
-  return global(w, i, lane, at, bytes, write ? "a write" : "a read");
+  return global(w, i, lane, at, bytes, write ? By::kWrite : By::kRead);
 }
 
 }  // namespace ptx

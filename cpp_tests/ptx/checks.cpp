@@ -51,7 +51,8 @@ void Machine::note_access(Warp& w, const Instruction& i, int lane, Block& b, u32
                           Races::Kind kind) {
   if (b.races == nullptr) return;
   const Instruction* other = nullptr;
-  report_race(w, i, lane, at, b.races->access(access_of(w, i, lane, at, bytes, kind), &other), other);
+  const char* problem = b.races->access(access_of(w, i, lane, at, bytes, kind), &other);
+  report_race(w, i, lane, at, problem, other);
 }
 
 // cp.async of a lane: when it begins, and when it is waited for.
@@ -60,7 +61,8 @@ void Machine::note_copy(Warp& w, const Instruction& i, int lane, Block& b, u32 a
   const Races::Access access = access_of(w, i, lane, at, bytes, Races::Kind::kWrite);
   if (done) return b.races->copy_done(access);
   const Instruction* other = nullptr;
-  report_race(w, i, lane, at, b.races->begin_copy(access, &other), other);
+  const char* problem = b.races->begin_copy(access, &other);
+  report_race(w, i, lane, at, problem, other);
 }
 
 void Machine::note_bulk_write(Warp& w, const Instruction& i, int lane, Block& b, u32 at, u32 bytes,
@@ -68,7 +70,8 @@ void Machine::note_bulk_write(Warp& w, const Instruction& i, int lane, Block& b,
   if (b.races == nullptr) return;
   const Instruction* other = nullptr;
   const Races::Access access = access_of(w, i, lane, at, bytes, Races::Kind::kWrite);
-  report_race(w, i, lane, at, b.races->bulk_write(access, barrier, &other), other);
+  const char* problem = b.races->bulk_write(access, barrier, &other);
+  report_race(w, i, lane, at, problem, other);
 }
 
 // ---- wgmma

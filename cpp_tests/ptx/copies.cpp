@@ -58,7 +58,7 @@ void Machine::copy_lane(Warp& w, const Instruction& i, int lane) {
   if (to % bytes != 0 || from % bytes != 0) fail(w, i, "cp.async: misaligned", lane);
   Block* block = nullptr;
   u8* p = shared_at(w, i, to, bytes, &block);
-  if (read > 0) global(w, i, lane, from, read, "cp.async");
+  if (read > 0) global(w, i, lane, from, read, By::kRead);
   note_copy(w, i, lane, *block, block->offset(p), bytes, false);
   const auto write = [this, &w, lane, block, p, bytes, read, from] {
     std::memset(p, 0, bytes);

@@ -113,6 +113,13 @@ cudaError_t cudaGetLastError() {
   if (e != cudaErrorLaunchFailure) runtime().error = cudaSuccess;
   return e;
 }
+// A new start after an error that stays.
+cudaError_t cudaDeviceReset() {
+  runtime().error = cudaSuccess;
+  runtime().message.clear();
+  runtime().written = Written{};
+  return cudaSuccess;
+}
 cudaError_t cudaPeekAtLastError() { return runtime().error; }
 const char* cudaGetErrorString(cudaError_t e) {
   return e == cudaSuccess ? "no error" : runtime().message.empty() ? "error" : runtime().message.c_str();

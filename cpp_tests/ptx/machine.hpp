@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <functional>
 #include <random>
+#include <set>
 
 #include "ptx/program.hpp"
 #include "ptx/races.hpp"
@@ -105,6 +106,9 @@ struct Warp {
   bool fenced = false;
   std::vector<std::pair<u32, int>> unfenced;  // granule, lane
   u64 last_low = 1, last_high = 0;            // the allocation found last
+  bool last_written = false;                  // by this warp
+  u32 waited = 0;                             // lanes that executed griddepcontrol.wait
+  u32 fenced_global = 0;                      // lanes that executed fence.proxy.async for global memory since
   u64 turns = 0;
   s64 register_share = 0;  // of a thread, as setmaxnreg counts them; 0: not known
 
@@ -145,11 +149,24 @@ struct Block {
   }
 };
 
+// What kernels wrote that may still run: allocations, by their first address.
+struct Written {
+  std::set<u64> by_threads, by_bulk_stores;
+  bool holds(u64 allocation) const {
+    return by_threads.contains(allocation) || by_bulk_stores.contains(allocation);
+  }
+  void add(const Written& other) {
+    by_threads.insert(other.by_threads.begin(), other.by_threads.end());
+    by_bulk_stores.insert(other.by_bulk_stores.begin(), other.by_bulk_stores.end());
+  }
+};
+
 struct Launch {
   Kernel* kernel;
   Dim grid, block, cluster;
   std::size_t dynamic_shared;
   bool overlaps = false;  // launched to begin before the kernel before it has ended
+  Written before;         // by the kernels that it may overlap
 };
 
 struct Machine {
@@ -164,6 +181,7 @@ struct Machine {
   };
   std::vector<Load> loads;  // bulk copies to shared memory that have not arrived
   u64 steps = 0;
+  Written written;  // by this launch
 
   explicit Machine(Settings s) : settings(s), random(s.seed) {}
   // Runs a grid. Throws Error, saying where, when it does what it may not.
@@ -220,7 +238,10 @@ struct Machine {
 
   // addresses.cpp
   u8* address(Warp&, const Instruction&, int lane, Space, u64 at, u32 bytes, Races::Kind kind);
-  u8* global(Warp&, const Instruction&, int lane, u64 at, u32 bytes, const char* what);
+  // Who accesses global memory.
+  enum class By { kRead, kWrite, kBulkRead, kBulkWrite };
+  u8* global(Warp&, const Instruction&, int lane, u64 at, u32 bytes, By);
+  void check_kernels_before(Warp&, const Instruction&, int lane, u64 allocation, By);
   u8* shared_at(Warp&, const Instruction&, u64 at, u32 bytes, Block** whose = nullptr);
 
   // checks.cpp

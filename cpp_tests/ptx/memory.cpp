@@ -155,7 +155,12 @@ void Machine::memory(Warp& w, const Instruction& i, u32 mask) {
     case Op::kCpAsyncBulk:
       return bulk(w, i, mask);
     case Op::kFence:
-      if (i.text.find("proxy.async") != std::string::npos) fence_proxy(w, mask);
+      if (i.text.find("proxy.async") == std::string::npos) return;
+      if (i.has("global") || i.space == Space::kGeneric) w.fenced_global |= mask & w.waited;
+      if (i.space != Space::kGlobal) fence_proxy(w, mask);
+      return;
+    case Op::kGriddepcontrol:
+      if (i.has("wait")) w.waited |= mask;
       return;
     default:
       return;  // what has no effect here

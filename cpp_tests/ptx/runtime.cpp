@@ -97,7 +97,7 @@ cudaError_t run_kernel(const void* key, dim3 grid, dim3 block, void** args, std:
     Settings settings = Settings::from_environment();
     static u64 launches = 0;
     settings.seed += 1000003 * launches++;
-    Launch l{k, dim(grid), dim(block), dim(cluster), shared, overlaps};
+    Launch l{k, dim(grid), dim(block), dim(cluster), shared, overlaps, overlaps ? r.written : Written{}};
     if (k->cluster[0] > 0) l.cluster = {k->cluster[0], k->cluster[1], k->cluster[2]};
     if (l.cluster.y != 1 || l.cluster.z != 1 || l.grid.x % l.cluster.x != 0)
       return fail(cudaErrorInvalidConfiguration,
@@ -105,6 +105,8 @@ cudaError_t run_kernel(const void* key, dim3 grid, dim3 block, void** args, std:
     const auto begin = std::chrono::steady_clock::now();
     Machine machine(settings);
     machine.run(l);
+    if (!overlaps) r.written = Written{};
+    r.written.add(machine.written);
     if (environment("FLASHU_PTX_SAY", 0) != 0)
       report(l, machine, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     return cudaSuccess;

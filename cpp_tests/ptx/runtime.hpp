@@ -6,7 +6,7 @@
 
 #include <mutex>
 
-#include "ptx/program.hpp"
+#include "ptx/machine.hpp"
 
 namespace ptx {
 
@@ -37,6 +37,7 @@ struct Runtime {
   std::vector<std::unique_ptr<Binary>> binaries;
   std::map<const void*, Function> functions;
   std::map<const void*, Variable> variables;
+  Written written;  // by launches that may still run where the next one overlaps them
   cudaError_t error = cudaSuccess;
   std::string message;
 };

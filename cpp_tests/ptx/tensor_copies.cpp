@@ -97,6 +97,9 @@ void Machine::tensor_load(Warp& w, const Instruction& i, int lane, int rank) {
   const u32 bytes = box_bytes(map);
   const u64 to = value(w, i.operands[0], lane), barrier = value(w, i.operands[2], lane);
   check_box(*this, w, i, to, lane);
+  u64 low, high;
+  if (launch->overlaps && find_allocation(map.base, &low, &high))
+    check_kernels_before(w, i, lane, low, By::kBulkRead);
   Block *home = nullptr, *barrier_home = nullptr;
   const auto box_at = static_cast<u32>(to & kOffset);
   shared_at(w, i, to, bytes, &home);
@@ -148,7 +151,7 @@ void Machine::tensor_store(Warp& w, const Instruction& i, int lane, int rank) {
     each_element(map, first, box_at, [&](const Element& e) {
       // Whole chunks of 16 bytes are written, also where a row ends within one (docs/hardware.md, H2).
       if (!e.inside && !(e.tail && settings.check_tma)) return;
-      global(w, i, lane, e.global, map.element_bytes, "a bulk store");
+      global(w, i, lane, e.global, map.element_bytes, By::kBulkWrite);
       std::memcpy(reinterpret_cast<u8*>(e.global), block.shared + e.shared, map.element_bytes);
     });
   };
