@@ -69,3 +69,13 @@ CUresult encode_tensor_map(CUtensorMap* out, CUtensorMapDataType type, cuuint32_
 }
 
 }  // namespace ptx
+
+// For programs that link with the driver.
+extern "C" CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank,
+                                           void* address, const cuuint64_t* sizes, const cuuint64_t* strides,
+                                           const cuuint32_t* box, const cuuint32_t* steps,
+                                           CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                           CUtensorMapL2promotion l2, CUtensorMapFloatOOBfill fill) {
+  return ptx::encode_tensor_map(out, type, rank, address, sizes, strides, box, steps, interleave, swizzle, l2,
+                                fill);
+}

@@ -173,6 +173,10 @@ void Machine::do_product(Warp& w, Product& p) {
   for (u32 n = 0; n < kRows * kDepth; ++n) left[n / kDepth][n % kDepth] = element(i.type, p.values_a[n]);
   for (u32 n = 0; n < p.columns * kDepth; ++n) right[n / kDepth][n % kDepth] = element(i.type, p.values_b[n]);
   note_reads(w, p);
+  for (const Product& first : block.warps[static_cast<std::size_t>(w.index) / 4 * 4].products) {
+    if (first.number == p.number && (first.a != p.a || first.b != p.b))
+      fail(w, i, "wgmma: a descriptor differs between the warps of the group");
+  }
   const bool half_sums = !i.has("f32");  // f16: two to a register
   for (u32 l = 0; l < kLanes; ++l) {
     for (u32 r = 0; r < p.columns / 2; ++r) {

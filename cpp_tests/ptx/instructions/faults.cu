@@ -312,10 +312,18 @@ TEST_P(Faults, ReadsWhatTheKernelBeforeWrote) {
 __device__ uint64_t operand(const void* p) {
   return (FLASHU_AT(p) >> 4 & 0x3fff) | uint64_t{8} << 16 | uint64_t{16} << 32;
 }
-enum class Wgmma { kRight, kUnfencedRegisters, kUnfencedMemory, kReadEarly, kOverwritten, kNotWaitedFor };
+enum class Wgmma {
+  kRight,
+  kUnfencedRegisters,
+  kUnfencedMemory,
+  kReadEarly,
+  kOverwritten,
+  kNotWaitedFor,
+  kOtherDescriptor
+};
 template <Wgmma kFault>
 __global__ void product(uint32_t* memory) {
-  __shared__ __align__(1024) uint16_t a[64 * 16], b[8 * 16];
+  __shared__ __align__(1024) uint16_t a[64 * 16], b[8 * 16 + 8];
   for (int i = static_cast<int>(threadIdx.x); i < 64 * 16; i += 128) {
     a[i] = 0x3f80;
     if (i < 8 * 16) b[i] = 0x3f80;
@@ -329,7 +337,7 @@ __global__ void product(uint32_t* memory) {
       "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, 0;"
       "wgmma.commit_group.sync.aligned; }"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "l"(operand(a)), "l"(operand(b))
+      : "l"(operand(a)), "l"(operand(b) + (kFault == Wgmma::kOtherDescriptor && threadIdx.x >= 32 ? 1 : 0))
       : "memory");
   if (kFault == Wgmma::kReadEarly) asm volatile("add.f32 %0, %0, 0f3f800000;" : "+f"(d[0])::"memory");
   if (kFault == Wgmma::kOverwritten) a[threadIdx.x] = 0;
@@ -354,6 +362,7 @@ TEST_P(Faults, Wgmma) {
   has(product<Wgmma::kUnfencedMemory>, "without fence.proxy.async");
   has(product<Wgmma::kReadEarly>, "a register of sums while wgmma is under way");
   has(product<Wgmma::kOverwritten>, "shared memory");
+  has(product<Wgmma::kOtherDescriptor>, "differs between the warps");
   has(product<Wgmma::kNotWaitedFor>, "before its products were waited for");
 }
 
