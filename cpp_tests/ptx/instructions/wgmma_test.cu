@@ -101,7 +101,7 @@ __global__ void wide(Job job) {
   float sums[kN / 2];
   for (int i = 0; i < kN / 2; ++i) sums[i] = job.sums[threadIdx.x * (kN / 2) + i];
   cuda::wgmma_fence();
-  cuda::wgmma<kN, T, cuda::Major::kK>(sums, o.a, o.b);
+  cuda::wgmma<kN, T>(sums, o.a, o.b);
   cuda::wgmma_commit();
   cuda::wgmma_wait<0>();
   for (int i = 0; i < kN / 2; ++i) job.sums[threadIdx.x * (kN / 2) + i] = sums[i];
