@@ -62,7 +62,9 @@ struct Applied {
   F f;
   Argument arguments[32];
   int count;
-  __device__ std::invoke_result_t<F, Argument> operator()(int thread) const { return f(arguments[thread < count ? thread : 0]); }
+  __device__ std::invoke_result_t<F, Argument> operator()(int thread) const {
+    return f(arguments[thread < count ? thread : 0]);
+  }
 };
 template <class Argument, class F>
 auto each(F f, const std::vector<Argument>& arguments) {
