@@ -286,8 +286,7 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kBlockK / 16; ++k) {
-        wgmma<C::kProductN, T, Major::kK>(sums, wgmma_descriptor<Major::kK>(a + k * 32, 0),
-                                          wgmma_descriptor<Major::kK>(b + k * 32, 0));
+        wgmma<C::kProductN, T>(sums, wgmma_descriptor(a + k * 32), wgmma_descriptor(b + k * 32));
       }
       wgmma_commit();
       // One step stays under way; the stage of the one before it is free.

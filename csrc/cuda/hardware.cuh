@@ -70,20 +70,13 @@ inline void check_tensor_map(const void* base, int64_t rows, int64_t columns, in
 
 // ---- wgmma
 
-// How an operand lies in shared memory; both are boxes as above.
-//   kK: a row of a box is a row of A (a column of the product for B), with 64 values of K.
-//   kMN: a row of a box is one k, with 64 columns of the product; more boxes follow `box_bytes` apart. B
-//   only.
-enum class Major { kK, kMN };
-
-// The 64-bit descriptor of an operand at `address` of shared memory. kK: the address moves 32 bytes inside a
-// box for every 16 of K. kMN: 2048 bytes (16 rows).
-template <Major kMajor>
-FLASHU_DEVICE uint64_t operand_descriptor(uint64_t address, int box_bytes) {
-  // Bits 0-13: address / 16. 16-29: leading offset / 16, from box to box for kMN, unused for kK.
-  // 32-45: stride offset / 16, from one group of 8 rows to the next. 62-63 = 1: 128-byte swizzle.
-  const uint64_t leading = kMajor == Major::kK ? 1 : static_cast<uint64_t>(box_bytes) / 16;
-  return (address & 0x3ffff) / 16 | leading << 16 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62;
+// An operand lies in shared memory as a box (above): a row of A, or a column of the product for B, with 64
+// values of K. The 64-bit descriptor of one at `address`, which moves 32 bytes inside a box for every 16 of
+// K.
+FLASHU_DEVICE uint64_t operand_descriptor(uint64_t address) {
+  // Bits 0-13: address / 16. 16-29: leading offset / 16, unused here. 32-45: stride offset / 16, from one
+  // group of 8 rows to the next. 62-63 = 1: 128-byte swizzle.
+  return (address & 0x3ffff) / 16 | uint64_t{1} << 16 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62;
 }
 
 }  // namespace flashu::cuda
