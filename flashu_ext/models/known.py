@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .parts import AttentionShape, Showo2Parts, norm_eps
-from .stamp import GLOBAL_HOOKS, called_functions
+from .stamp import COMPUTED, GLOBAL_HOOKS, called_functions, registered_attention
 
 __all__ = ["METHODS", "check_model", "untracked", "why_not_ffn", "why_not_norm"]
 
@@ -51,6 +51,9 @@ Known = Mapping[str, tuple[str, ...]]
 
 _ATTENTION_FUNCTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Transformers' own, which compute the same."""
+
+_COMPUTED = {name: getattr(nn.functional, name) for name in COMPUTED}
+"""As they are when this library is imported."""
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Of rotary embeddings whose frequencies do not depend on the sequence's length; upstream's length is not the runtime's."""
@@ -177,7 +180,7 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
     implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
     if implementation not in _ATTENTION_FUNCTIONS:
         return f"its attention function is {implementation!r}"
-    function = _registered_attention().get(implementation)
+    function = registered_attention().get(implementation)
     if function is not None and not str(getattr(function, "__module__", "")).startswith("transformers."):
         return f"its attention function {implementation!r} is replaced"
     if getattr(attention, "sliding_window", None) is not None:
@@ -196,12 +199,6 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
         if type(linear) is nn.Linear and tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
             return f"{name}'s weight is {list(linear.weight.shape)} {linear.weight.dtype}, packed by a quantizer"
     return None
-
-
-def _registered_attention() -> Mapping[str | None, Any]:
-    """Transformers' attention functions by name, where that library is loaded."""
-    functions = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
-    return functions if isinstance(functions, Mapping) else {}
 
 
 def untracked(model: nn.Module) -> list[str]:
@@ -228,6 +225,11 @@ def check_model(parts: Showo2Parts) -> None:
         ):
             raise TypeError(
                 "model: a hook is registered on all modules (register_module_forward_hook); remove it first"
+            )
+    for name, function in _COMPUTED.items():
+        if getattr(nn.functional, name) is not function:
+            raise TypeError(
+                f"model: torch.nn.functional.{name} is replaced, which the kernels compute; put it back first"
             )
     for path, reason in _refused(parts):
         raise TypeError(

@@ -1,16 +1,19 @@
 """Notices that a model changed: its modules, hooks and weights, in one pass of a fraction of a millisecond.
 
-Values written through `.data`, or through another view of a weight's memory, change no version. A few values of a few weights,
-other ones in every call, show such a write where it reached the whole model, as a synchronised or averaged model's does. What
-is not noticed: such writes to single weights, and values of inference tensors.
+Values written through `.data`, or through another view of a weight's memory, change no version. A few bytes in the middle of
+every matrix show such a write where it reached all of a matrix, as a merged adapter's or a synchronised model's does. What is
+not noticed: such writes to parts of a matrix, and values of inference tensors.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 import weakref
-from itertools import chain, zip_longest
+from collections.abc import Mapping
+from ctypes import string_at
+from itertools import chain, repeat, zip_longest
 from operator import attrgetter, itemgetter
 from types import FunctionType
 from typing import Any
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["GLOBAL_HOOKS", "Stamp", "called_functions"]
+__all__ = ["COMPUTED", "GLOBAL_HOOKS", "Stamp", "called_functions", "registered_attention"]
 
 _SCALARS = (
     "scaling",
@@ -34,8 +37,14 @@ _SCALARS = (
 )
 """Plain attributes of modules that their results depend on."""
 
+_BYTES = 16
+"""Of every matrix on the CPU that each call compares."""
+
 _SAMPLED = 6
-"""Weights of which a call compares values."""
+"""Matrices on other devices that a call compares; the next call takes the next ones."""
+
+COMPUTED = ("linear", "silu")
+"""Functions of torch.nn.functional that kernels compute instead."""
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -67,7 +76,9 @@ class Stamp:
         self._classes = [
             kind for kind in kinds if not issubclass(kind, torch.jit.ScriptModule)
         ]  # those have no methods
-        self._called = [each for kind in self._classes for each in called_functions(kind.forward)]
+        methods = [kind.forward for kind in self._classes]
+        methods += [each for each in vars(type(model)).values() if isinstance(each, FunctionType)]
+        self._called = [each for method in methods for each in called_functions(method)]
         self._configs = list({id(own["config"]): own["config"] for own in self._attributes if "config" in own}.values())
         self._scalars = [(own, name) for own in self._attributes for name in _SCALARS if name in own]
         self._objects = self._contents()
@@ -77,7 +88,10 @@ class Stamp:
         self._addressed = [tensor for tensor in distinct if _has_address(tensor)]
         self.unversioned = len(self._versioned) < len(distinct)
         self._versions, self._addresses = self._read_weights()
-        self._matrices = _by_kind(model)
+        matrices = _by_kind(model)
+        self._places = [_middle(matrix) for matrix in matrices if matrix.device.type == "cpu"]
+        self._values = self._read_values()
+        self._matrices = [matrix for matrix in matrices if matrix.device.type != "cpu"]
         self._samples = [_sample(matrix) for matrix in self._matrices]
         self._turn = 0
         self._written = False
@@ -93,11 +107,16 @@ class Stamp:
         return self._written or self._read_weights() != (self._versions, self._addresses)
 
     def values_changed(self) -> bool:
-        """Whether a sample, another one in every call, shows that weights have other values. They must not have moved."""
+        """Whether a sample shows that weights have other values. They must not have moved (`weights_changed`)."""
+        if self._read_values() != self._values:
+            return True
         count = len(self._matrices)
         turns = [(self._turn + each) % count for each in range(min(_SAMPLED, count))]
         self._turn = (self._turn + _SAMPLED) % max(1, count)
         return any(not torch.equal(_sample(self._matrices[turn]), self._samples[turn]) for turn in turns)
+
+    def _read_values(self) -> list[bytes]:
+        return list(map(string_at, self._places, repeat(_BYTES)))
 
     def moved(self) -> bool:
         """Whether a weight lies elsewhere, as after `model.to(...)`."""
@@ -114,6 +133,8 @@ class Stamp:
             list(map(type, self._modules)),
             [(kind.forward, kind.__call__) for kind in self._classes],
             [namespace.get(name) for namespace, name in self._called],
+            [getattr(nn.functional, name) for name in COMPUTED],
+            [registered_attention().get(name) for name in ("sdpa", "eager")],
             list(vars(type(self._modules[0])).values()),
             [own.get(name) for own, name in self._scalars],
             [id(own.get("config")) for own in self._attributes],
@@ -140,11 +161,26 @@ _TRAINING, _VERSION = itemgetter("training"), attrgetter("_version")
 
 
 def called_functions(method: Any) -> list[tuple[dict[str, Any], str]]:
-    """(module's namespace, name) of the functions of its module that a method, under its decorators, names."""
-    method = inspect.unwrap(method)
-    code, namespace = getattr(method, "__code__", None), getattr(method, "__globals__", {})
-    names = code.co_names if code is not None else ()
-    return [(namespace, name) for name in names if isinstance(namespace.get(name), FunctionType)]
+    """(module's namespace, name) of the functions of its module that a method, under its decorators, names, and of those that
+    these name."""
+    found: dict[int, tuple[dict[str, Any], str]] = {}
+    waiting = [inspect.unwrap(method)]
+    while waiting:
+        function = waiting.pop()
+        code, namespace = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+        for name in code.co_names if code is not None else ():
+            called = namespace.get(name)
+            if isinstance(called, FunctionType) and id(called) not in found:
+                found[id(called)] = (namespace, name)
+                if called.__module__ == function.__module__:
+                    waiting.append(called)
+    return list(found.values())
+
+
+def registered_attention() -> Mapping[Any, Any]:
+    """Transformers' attention functions by name, where that library is loaded."""
+    functions = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+    return functions if isinstance(functions, Mapping) else {}
 
 
 def _by_kind(model: nn.Module) -> list[Tensor]:
@@ -153,6 +189,7 @@ def _by_kind(model: nn.Module) -> list[Tensor]:
     for name, weight in model.named_parameters():
         if (
             weight.dim() > 1
+            and weight.nbytes >= _BYTES
             and type(weight) is nn.Parameter
             and weight.is_contiguous()
             and weight.device.type != "meta"
@@ -161,9 +198,13 @@ def _by_kind(model: nn.Module) -> list[Tensor]:
     return [weight for turn in zip_longest(*kinds.values()) for weight in turn if weight is not None]
 
 
+def _middle(matrix: Tensor) -> int:
+    return matrix.data_ptr() + (matrix.nbytes - _BYTES) // 2 // matrix.element_size() * matrix.element_size()
+
+
 @torch.no_grad()
 def _sample(matrix: Tensor) -> Tensor:
-    """The bits of eight values, on the CPU."""
+    """The bits of eight values of a matrix on another device."""
     step = max(1, matrix.numel() // 8)
     values = matrix.detach().as_strided((min(8, matrix.numel()),), (step,), matrix.storage_offset())
     return values.clone().cpu().view(torch.uint8)

@@ -116,14 +116,15 @@ class Runner:
             or any(order.copies_written() for order in self.orders)
         )
 
-    def check_unchanged(self) -> None:
-        """Raise RuntimeError where the model has changed since `ready`: an image under way cannot go on."""
+    def check_unchanged(self, doing: str = "this image was being generated; change it between images") -> None:
+        """Raise RuntimeError where the model has changed since `ready`: an image or answer under way cannot go on."""
+        stamp = self._stamp
         if (
             self.active
             and self.suspended is None
-            and (self._stamp.structure_changed() or self._stamp.weights_changed())
+            and (stamp.structure_changed() or stamp.weights_changed() or stamp.values_changed())
         ):
-            raise RuntimeError("model: it was changed while this image was being generated; change it between images")
+            raise RuntimeError(f"model: it was changed while {doing}")
 
     def follow(self) -> None:
         """Build the network on the model as it is. All checks come before the first change. Once interrupted, another call
@@ -213,9 +214,19 @@ class Runner:
             engine = self.understanding
             images = engine.image_embeds(image_latents)
             prompts = [engine.question(*inputs) for inputs in zip(images, befores, afters, strict=True)]
-            answers = engine.decode(prompts, max_new_tokens, sampler, eos_token, on_token)
+            told = None if on_token is None else self._told_unchanged(on_token)
+            answers = engine.decode(prompts, max_new_tokens, sampler, eos_token, told)
             empty = torch.empty(0, dtype=torch.int64, device=self.parts.device)
             return [torch.stack(answer) if answer else empty for answer in answers]
+
+    def _told_unchanged(self, on_token: OnToken) -> OnToken:
+        """Tells the caller of a token, and checks that he has not changed the model then."""
+
+        def told(question: int, token: int) -> None:
+            on_token(question, token)
+            self.check_unchanged("this question was being answered; change it between answers")
+
+        return told
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes held now besides the model's weights, by purpose."""

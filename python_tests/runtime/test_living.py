@@ -17,7 +17,9 @@ from support.conformance import relative
 from support.living import (
     CALLS,
     LIMIT,
+    NEW,
     PRUNED,
+    STEPS,
     UP,
     State,
     accelerated,
@@ -29,7 +31,7 @@ from support.living import (
     same,
     state,
 )
-from support.models import small_model
+from support.models import generation_inputs, question_inputs, small_model
 from torch import nn
 from torch.nn.utils import prune
 
@@ -517,3 +519,33 @@ def test_a_forked_process_leaves_shared_memory_in_its_order():
     assert equal(outputs(model), expected)
     handle.remove()
     assert same(state(model), before)
+
+
+@pytest.mark.parametrize("name", ["showo.model.layers.5.self_attn.q_proj.weight", "fusion_proj.1.weight"])
+def test_a_matrix_written_to_through_data_is_noticed(name):
+    """As by adapters that are merged, and by some optimizers."""
+    model, twin = small_model(), small_model()
+    fx.accelerate(model)
+    outputs(model)
+    for each in (model, twin):
+        each.get_parameter(name).data.mul_(1.5)
+    fx.accelerate(twin)
+    assert equal(outputs(model), outputs(twin))
+
+
+@pytest.mark.parametrize("change", [lambda w: w.mul_(2), lambda w: w.data.mul_(2)])
+def test_a_model_changed_by_a_callback_ends_the_answer_and_the_image(change):
+    model = small_model()
+    weight = model.showo.model.layers[5].self_attn.q_proj.weight
+    with fx.accelerate(model):
+        with pytest.raises(RuntimeError, match="changed while this question was being answered"):
+            fx.showo2.answer_tokens(
+                model, **question_inputs(), max_new_tokens=NEW, on_token=lambda _, token: change(weight)
+            )
+        with pytest.raises(RuntimeError, match="changed while this image was being generated"):
+            fx.showo2.sample(
+                model, **generation_inputs(model), steps=STEPS, callback=lambda step, latents: change(weight)
+            )
+        after = outputs(model)
+    with fx.accelerate(model):
+        assert equal(after, outputs(model))

@@ -351,18 +351,33 @@ def test_another_config_object_is_noticed():
     assert relative(after, dense) < LIMIT < relative(before, dense)
 
 
-def test_an_attention_function_registered_in_transformers_own_name_is_refused(monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("path", ["F.silu", "F.linear", "qwen.rotate_half", "showo2.guide", "sdpa"])
+def test_functions_that_kernels_compute_are_not_passed_over(monkeypatch, path, late):
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.qwen2 import modeling_qwen2
 
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(
-        ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *arguments, **keywords: original(*arguments, **keywords)
-    )
+    from flashu_ext.models.showo2 import model as showo2
+
+    def replace() -> None:
+        if path == "sdpa":
+            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *arguments, **keywords: None)
+            return
+        home, _, name = path.partition(".")
+        owner: Any = {"F": nn.functional, "qwen": modeling_qwen2, "showo2": showo2}[home]
+        monkeypatch.setattr(owner, name, lambda *arguments: arguments[0])
+
     model = small_model()
-    if model.showo.config._attn_implementation != "sdpa":
-        pytest.skip("the small model's attention is another one")
-    with pytest.raises(TypeError, match="its attention function 'sdpa' is replaced"):
-        fx.accelerate(model)
+    if not late:
+        replace()
+        with pytest.raises(TypeError, match="replaced"):
+            fx.accelerate(model)
+        return
+    with fx.accelerate(model):
+        outputs(model)
+        replace()
+        with pytest.raises(TypeError, match="replaced"):
+            outputs(model)
 
 
 def test_a_traced_ffn_runs_as_itself():
