@@ -235,9 +235,10 @@ void check_tensor(const char* name, const flashu_tensor& tensor) {
     FLASHU_CHECK(fits, FLASHU_INVALID_VALUE, name, ": expected an extent below 2^60 elements, got shape ",
                  shape_text(tensor));
   }
-  FLASHU_CHECK(tensor.device == FLASHU_DEVICE_CPU || cuda_ordinal(tensor.device) >= 0, FLASHU_INVALID_VALUE,
-               name, ": expected device FLASHU_DEVICE_CPU or FLASHU_DEVICE_CUDA(ordinal), got ",
-               tensor.device, tensor.device == 0 ? ": it was not filled in" : "");
+  FLASHU_CHECK(tensor.device == FLASHU_DEVICE_CPU || tensor.device >= FLASHU_DEVICE_CUDA(0),
+               FLASHU_INVALID_VALUE, name,
+               ": expected device FLASHU_DEVICE_CPU or FLASHU_DEVICE_CUDA(ordinal), got ", tensor.device,
+               tensor.device == 0 ? ": it was not filled in" : "");
   if (empty) return;
   FLASHU_CHECK(tensor.data != nullptr, FLASHU_INVALID_VALUE, name, ": expected data, got NULL");
   const auto misaligned =

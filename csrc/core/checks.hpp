@@ -118,7 +118,7 @@ inline constexpr uint64_t kWorkspaceAlign = 64;
 // otherwise.
 void check_workspace(const void* workspace, uint64_t bytes, uint64_t needed);
 
-// The ordinal of a CUDA device, as CUDA counts; negative for any other code.
+// The ordinal of a CUDA device, as CUDA counts.
 inline int32_t cuda_ordinal(int32_t device) { return device - FLASHU_DEVICE_CUDA(0); }
 
 // All of one device, and that device has kernels in this build. Returns the device.

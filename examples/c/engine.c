@@ -48,12 +48,13 @@ static void fill(float* data, size_t count, float scale, uint32_t seed) {
 static float latents[kImages][kChannels][kPixels];
 static float x[2 * kImages][kPixels][kChannels]; /* conditional images, then unconditional ones */
 static float normed[2 * kImages][kPixels][kChannels];
+static float v[2 * kImages][kPixels][kChannels]; /* velocities */
 static float weight[kChannels];
 static float w_gate[kNeurons][kChannels];
 static float w_up[kNeurons][kChannels];
 static float w_down[kChannels][kNeurons];
 
-/* The model: x += ffn(rms_norm(x)). What it is given as the unconditional input is half the latent. */
+/* The model: v = x + ffn(rms_norm(x)). What it is given as the unconditional input is half the latent. */
 static void run_model(void) {
   static const int64_t runs[] = {0, 40, 64, 24}; /* neurons 0 to 39 and 64 to 87 are kept */
   flashu_rms_norm_args norm = {0};
@@ -82,8 +83,8 @@ static void run_model(void) {
   ffn.selection.kind = FLASHU_SELECT_RUNS;
   ffn.selection.num_runs = 2;
   ffn.selection.runs = runs;
-  ffn.out = VIEW(&x[0][0][0], 2 * kImages, kPixels, kChannels);
-  ffn.residual = ffn.out;
+  ffn.residual = norm.x;
+  ffn.out = VIEW(&v[0][0][0], 2 * kImages, kPixels, kChannels);
   /* The caller owns the workspace; an engine allocates it once. */
   check(flashu_gathered_ffn_workspace(&ffn, &ffn.workspace_bytes));
   ffn.workspace = aligned_alloc(64, (ffn.workspace_bytes + 63) / 64 * 64 + 64);
@@ -109,7 +110,7 @@ int main(void) {
 
   euler.struct_size = sizeof euler;
   euler.latents = VIEW(&latents[0][0][0], kImages, kChannels, kSide, kSide);
-  euler.v = VIEW(&x[0][0][0], 2 * kImages, kPixels, kChannels);
+  euler.v = VIEW(&v[0][0][0], 2 * kImages, kPixels, kChannels);
   euler.s = VIEW(guidance, kSteps);
   euler.dt = VIEW(dt, kSteps);
   euler.step.data = &step;

@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t kTokens = 24, kHidden = 64, kNeurons = 128, kHeads = 2, kHeadSize = 16, kKept = 10;
+constexpr int64_t kTokens = 256, kHidden = 128, kNeurons = 384, kHeads = 2, kHeadSize = 16, kKept = 100;
 constexpr int kThreads = 3;
 
 // Stands for the engine's thread pool.
