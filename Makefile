@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup
 # The requirements in pyproject.toml, by extra. Only this file and gpu.sh install them.
 requirements = $(shell $(PYTHON) .ci/requirements $(1) | sed "s/.*/'&'/")
 
-.PHONY: help demo test python-test cpp-test tsan mutants mutants-quick lint format build bench info test-abi wheel-check gpu-wheels clean
+.PHONY: help demo test python-test cpp-test ptx-test tsan mutants mutants-quick lint format build bench info test-abi wheel-check sass gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,7 +22,7 @@ help: ## list the targets
 demo: build ## generate and answer with the embedded model, dense, exact and paper; writes flashu_demo/report.html
 	$(BIN)/flashu-ext demo
 
-test: python-test cpp-test lint ## everything that CI checks
+test: python-test cpp-test ptx-test lint ## everything that CI checks
 
 python-test: build $(if $(SHOWO2_UPSTREAM),upstream-env) ## Python tests; SHOWO2_UPSTREAM=DIR adds those that run a Show-o2 checkout
 	$(BIN)/python -m pytest python_tests
@@ -48,11 +48,17 @@ cpp-test: build ## C++ tests: the library with every instruction set, the CUDA k
 	$(CMAKE) -B $(BUILD) > build/cmake.log || { cat build/cmake.log; exit 1; }
 	$(BIN)/cmake --build $(BUILD)
 	for isa in avx512_bf16 avx512 avx2 baseline; do \
-	  echo "C++ tests, at most $$isa" && FLASHU_ISA=$$isa $(CTEST) --test-dir $(BUILD) -E '^(emulated|gpu)[.]' || exit 1; done
+	  echo "C++ tests, at most $$isa" && FLASHU_ISA=$$isa $(CTEST) --test-dir $(BUILD) -E '^(emulated|ptx|gpu)[.]' || exit 1; done
 	$(CTEST) --test-dir $(BUILD) -R '^(emulated|gpu)[.]'
 	$(CMAKE) -B build/asan -DFLASHU_CUDA=OFF -DFLASHU_SANITIZE=address,undefined > build/cmake.log || { cat build/cmake.log; exit 1; }
 	$(BIN)/cmake --build build/asan
 	FLASHU_SIMT_SEEDS=2 $(CTEST) --test-dir build/asan
+
+# Needs nvcc, as the CUDA kernels do.
+ptx-test: build ## the device tests on a machine for the PTX that nvcc makes (cpp_tests/ptx), for sm_90a and sm_80
+	$(CMAKE) -B $(BUILD) > build/cmake.log || { cat build/cmake.log; exit 1; }
+	if [ -d $(BUILD)/cpp_tests/ptx ]; then $(BIN)/cmake --build $(BUILD) && $(CTEST) --test-dir $(BUILD) -R '^ptx[.]'; \
+	else echo 'ptx-test: NOT run: nvcc was not found' >&2; fi
 
 # Finds races between emulated threads that change no value. Slow, so it runs a part of the tests, in CI with one seed.
 TSAN_SEEDS ?= 2
@@ -99,6 +105,20 @@ test-abi: build ## the same library in a CUDA build of the newest torch (downloa
 WHEEL_ENVIRONMENTS ?= $(PYTHON)=torch==2.13.0 $(PYTHON)=torch==2.11.0
 wheel-check: ## source archive, wheel, and that wheel under several Pythons and torches (WHEEL_ENVIRONMENTS='PYTHON=TORCH ...')
 	.ci/wheel-check $(WHEEL_ENVIRONMENTS)
+
+# The sources support ptxas from 12.5 on. Several versions cannot be installed in one place.
+OLDEST_PTXAS := nvidia-cuda-nvcc-cu12==12.5.82
+NEWEST_PTXAS := nvidia-cuda-nvcc
+sass: $(VENV)/.tools build/compilers/.ready ## what the oldest and the newest ptxas make of the kernels (needs nvcc)
+	PATH="$$(dirname "$$(find "$$PWD/build/compilers/tools" -name cuobjdump)"):$$PATH" PYTHONPATH=. $(BIN)/python -m flashu_ext.bench.sass --quiet \
+	  $$(find build/compilers/oldest build/compilers/newest -name ptxas -printf '--ptxas %p ')
+
+build/compilers/.ready: Makefile
+	rm -rf build/compilers
+	$(PIP) --no-deps --target build/compilers/oldest '$(OLDEST_PTXAS)'
+	$(PIP) --no-deps --target build/compilers/newest '$(NEWEST_PTXAS)'
+	$(PIP) --no-deps --target build/compilers/tools nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
 
 # A GPU machine may be bare and offline: gpu.sh installs the packages that the benchmarks need besides torch from wheels.
 GPU_PYTHON ?= 3.12

@@ -62,13 +62,19 @@ class Copy:
             path.write_text(original)
             self._native = False
 
-    def gtest(self, target: str, tests: str, sanitizer: str, environment: dict[str, str]) -> Attempt:
-        """Runs the tests of a GoogleTest program that match a filter."""
-        program = self._build(sanitizer or "plain", [f"-DFLASHU_SANITIZE={sanitizer}"], [target]) / "cpp_tests" / target
-        command = [str(program), f"--gtest_filter={tests}", "--gtest_fail_fast", "--gtest_brief=1"]
+    def gtest(
+        self, program: str, tests: str, sanitizer: str, environment: dict[str, str], cuda: bool = False
+    ) -> Attempt:
+        """Runs the tests of a GoogleTest program, a path in the build of cpp_tests, that match a filter. cuda: the program
+        needs nvcc."""
+        name = "cuda" if cuda else sanitizer or "plain"
+        options = [f"-DFLASHU_SANITIZE={sanitizer}", f"-DFLASHU_CUDA={'ON' if cuda else 'OFF'}"]
+        program_path = self._build(name, options, [Path(program).name]) / "cpp_tests" / program
+        command = [str(program_path), f"--gtest_filter={tests}", "--gtest_fail_fast", "--gtest_brief=1"]
         sanitizers = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
         code = self._run(command, {**sanitizers, **environment})
-        return Attempt(code != 0, environment.get("FLASHU_ISA") or sanitizer or "plain")
+        how = environment.get("FLASHU_ISA") or environment.get("FLASHU_PTX_WHEN") or sanitizer or "plain"
+        return Attempt(code != 0, how)
 
     def pytest(self, arguments: Sequence[str]) -> Attempt:
         """Runs pytest in the copy."""
@@ -86,7 +92,7 @@ class Copy:
         if self._native:
             torch = importlib.util.find_spec("torch")
             assert torch is not None and torch.submodule_search_locations is not None
-            options = ["-DFLASHU_TORCH=ON", f"-DTORCH_DIR={torch.submodule_search_locations[0]}"]
+            options = ["-DFLASHU_CUDA=OFF", "-DFLASHU_TORCH=ON", f"-DTORCH_DIR={torch.submodule_search_locations[0]}"]
             built = list(self._build("torch", options, ["flashu_torch"]).glob("*.so"))
         else:
             built = list((self.root / "flashu_ext").glob("*.so"))
@@ -100,9 +106,9 @@ class Copy:
         binary = self.folder / name.replace(",", "-")
         if not (binary / "build.ninja").is_file():
             configure = ["cmake", "-G", "Ninja", "-S", str(self.source), "-B", str(binary)]
-            configure += ["-DFLASHU_TESTS=ON", "-DFLASHU_CUDA=OFF", "-DFLASHU_WERROR=ON", *options]
+            configure += ["-DFLASHU_TESTS=ON", "-DFLASHU_WERROR=ON", *options]
             if ccache := shutil.which("ccache"):
-                configure.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}")
+                configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
             subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
         done = subprocess.run(["cmake", "--build", str(binary), "--target", *targets], capture_output=True, text=True)
         if done.returncode != 0:

@@ -80,3 +80,22 @@ class Emulated:
     def attempts(self, copy: Copy) -> Iterator[Attempt]:
         for sanitizer in self.sanitizers:
             yield copy.gtest("flashu_emulated_tests", self.filter, sanitizer, {"FLASHU_SIMT_SEEDS": str(SEEDS)})
+
+
+@dataclass(frozen=True)
+class Ptx:
+    """Device tests on the machine for nvcc's PTX by a GoogleTest filter, with asynchronous work done at random and late.
+    Needs nvcc. capability: 90 or 80."""
+
+    filter: str
+    capability: int = 90
+
+    def attempts(self, copy: Copy) -> Iterator[Attempt]:
+        for when, seed in (("random", 0), ("late", 1), ("random", 2)):
+            environment = {
+                "FLASHU_PTX_CAPABILITY": str(self.capability),
+                "FLASHU_PTX_WHEN": when,
+                "FLASHU_PTX_SEED": str(seed),
+            }
+            environment |= {"FLASHU_PTX_SMS": "3", "OMP_NUM_THREADS": "1"}
+            yield copy.gtest("ptx/flashu_ptx_tests", self.filter, "", environment, cuda=True)

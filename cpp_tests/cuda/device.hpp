@@ -30,8 +30,8 @@ void begin_test();
 std::vector<uint64_t> schedules(int times = 1);
 void use_schedule(uint64_t schedule);
 
-// Pretends to be a device of this capability (80, 90) as far as kernel choice goes; false where that cannot
-// be.
+// The FFN's kernels are chosen as for a device of this capability (80, 90); false where the device is older,
+// or has none of that architecture.
 bool use_capability(int capability);
 
 }  // namespace flashu::test

@@ -7,6 +7,7 @@
 #endif
 
 #include "cuda/device.hpp"
+#include "cuda/ffn.hpp"
 #include "simt/engine.hpp"
 
 namespace flashu::test {
@@ -29,7 +30,10 @@ void copy_to_device(void* to, const void* from, std::size_t bytes) { std::memcpy
 void copy_from_device(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
 void device_synchronize() {}
 
-void begin_test() { simt::settings() = {}; }
+void begin_test() {
+  simt::settings() = {};
+  cuda::ffn_limits().decodes = true;
+}
 
 std::vector<uint64_t> schedules(int times) {
   const char* wish = std::getenv("FLASHU_SIMT_SEEDS");
@@ -46,7 +50,7 @@ void use_schedule(uint64_t schedule) {
 }
 
 bool use_capability(int capability) {
-  simt::settings().capability = capability;
+  cuda::ffn_limits().capability = capability;
   return true;
 }
 

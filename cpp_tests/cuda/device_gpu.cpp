@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "cuda/device.hpp"
+#include "cuda/ffn.hpp"
 
 namespace flashu::test {
 namespace {
@@ -36,13 +37,14 @@ void copy_from_device(void* to, const void* from, std::size_t bytes) {
 }
 void device_synchronize() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
 
-void begin_test() {}
+void begin_test() { cuda::ffn_limits().decodes = true; }
 std::vector<uint64_t> schedules(int) { return {0}; }
 void use_schedule(uint64_t) {}
 
 bool use_capability(int capability) {
   int major = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "cudaDeviceGetAttribute");
+  cuda::ffn_limits().capability = capability;
   return 10 * major >= capability && (capability != 90 || major == 9);
 }
 

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "core/ffn_choice.hpp"
+#include "cuda/ffn.hpp"
 #include "cuda/support.hpp"
 
 namespace flashu::test {
@@ -280,6 +281,40 @@ TYPED_TEST(DeviceFfn, LastChunksOfRows) {
   }
 }
 
+// TMA stores eight columns at a time: those behind the last one belong to somebody else.
+TYPED_TEST(DeviceFfn, ColumnsBehindAResultStay) {
+  for (const int capability : {90, 80}) {
+    if (!use_capability(capability)) continue;
+    for (const int64_t width : {int64_t{3}, int64_t{29}, int64_t{130}, int64_t{263}}) {
+      const Operands<TypeParam> o(70, 72, 200, width);
+      for (const Chosen& chosen :
+           {Chosen{"range", {{8, 184}}, {}}, Chosen{"index", {}, {shuffled(90, 200, 3)}}})
+        this->under_every_schedule([&] { whole_ffn(o, chosen, true, (8 - width % 8) % 8 + 8); });
+    }
+  }
+}
+
+// Runs that begin and end between multiples of eight, with NaN on both sides.
+TYPED_TEST(DeviceFfn, RunsThatBeginAnywhere) {
+  for (const int capability : {90, 80}) {
+    if (!use_capability(capability)) continue;
+    for (const int64_t rows : {int64_t{5}, int64_t{12}, int64_t{70}}) {
+      for (const auto& [first, count] :
+           {std::array<int64_t, 2>{1, 150}, {7, 1}, {13, 67}, {30, 3}, {100, 100}, {63, 137}}) {
+        Operands<TypeParam> o(rows, 72, 200, 136);
+        const Chosen chosen{std::to_string(first) + " + " + std::to_string(count), {{first, count}}, {}};
+        const TypeParam nan = from_float<TypeParam>(std::numeric_limits<float>::quiet_NaN());
+        for (int64_t n = 0; n < 200; ++n) {
+          if (n >= first && n < first + count) continue;
+          for (int64_t k = 0; k < 72; ++k) o.gate[n * 72 + k] = o.up[n * 72 + k] = nan;
+          for (int64_t c = 0; c < 136; ++c) o.down[c * 200 + n] = nan;
+        }
+        this->under_every_schedule([&] { whole_ffn(o, chosen, true); });
+      }
+    }
+  }
+}
+
 TYPED_TEST(DeviceFfn, OperandsThatAreNotAligned) {
   for (const int64_t rows : {int64_t{5}, int64_t{33}}) {
     // With padding 3 rows are aligned, but hold no whole chunks of 16 bytes.
@@ -353,7 +388,7 @@ TYPED_TEST(DeviceFfn, DownIsExactOnIntegers) {
   for (const int capability : {90, 80}) {
     if (!use_capability(capability)) continue;
     for (const auto& [rows, intermediate, width] :
-         {std::array<int64_t, 3>{1, 96, 8}, {130, 200, 40}, {64, 72, 200}, {3, 50, 7}}) {
+         {std::array<int64_t, 3>{1, 96, 8}, {130, 200, 40}, {64, 152, 200}, {3, 50, 7}}) {
       auto w = whole<TypeParam>({width, intermediate}, 1);
       for (const Chosen& chosen : selections(std::max<int64_t>(intermediate, 136))) {
         const std::vector<int64_t> list = chosen.list(intermediate);
@@ -397,6 +432,33 @@ TYPED_TEST(DeviceFfn, RowsDoNotDependOnEachOther) {
     for (int64_t i = 0; i < count * 40; ++i)
       ASSERT_EQ(to_float(alone[i]), to_float(together[first * 40 + i])) << "element " << i;
   }
+}
+
+// The kernel for few rows sums in another order; without it the number of rows decides nothing.
+TYPED_TEST(DeviceFfn, FewRowsHaveTheBitsOfManyWithoutTheirOwnKernel) {
+  cuda::ffn_limits().decodes = false;
+  const Operands<TypeParam> many(140, 72, 120, 40);
+  for (const int capability : {90, 80}) {
+    if (!use_capability(capability)) continue;
+    for (const int64_t start : {8, 13}) {
+      const Chosen chosen{"range", {{start, 96}}, {}};
+      auto all = many;
+      const auto together = run_ffn(all, chosen, false);
+      for (const auto& [first, count] : {std::array<int64_t, 2>{0, 1}, {60, 9}, {124, 16}}) {
+        Operands<TypeParam> part(count, 72, 120, 40);
+        part.x.fill([&, begin = first](int64_t i) { return many.x[begin * 72 + i]; });
+        const auto alone = run_ffn(part, chosen, false);
+        for (int64_t i = 0; i < count * 40; ++i)
+          ASSERT_EQ(to_float(alone[i]), to_float(together[first * 40 + i])) << "element " << i;
+      }
+    }
+  }
+}
+
+// On hardware nobody has said that a box may be larger than its matrix; gpu.sh runs this first and alone.
+TYPED_TEST(DeviceFfn, ABoxLargerThanItsMatrix) {
+  cuda::ffn_limits().decodes = false;
+  for (const int64_t rows : {1, 20}) whole_ffn(Operands<TypeParam>(rows, 16, 24, 8), {"all", {}, {}}, true);
 }
 
 TYPED_TEST(DeviceFfn, BadValuesStayInTheirRowAndNeuronsLeftOutMayHoldAnything) {
@@ -485,7 +547,7 @@ TYPED_TEST(DeviceFfn, AListOutOfRangeStaysInTheWeights) {
 TYPED_TEST(DeviceFfn, NormsOfTheProductInBetween) {
   for (const int64_t rows : {int64_t{3}, int64_t{70}}) {
     Operands<TypeParam> o(rows, 72, 96, 24);
-    const Chosen chosen{"range", {{8, 80}}, {}};
+    const Chosen chosen{"range", {{rows % 8, 80}}, {}};
     const auto h = reference_h(o, chosen.list(96));
     Guarded<double> norms({80});
     norms.fill([](int64_t) { return 2.0; });
@@ -517,8 +579,8 @@ TYPED_TEST(DeviceFfn, NeuronNorms) {
 }
 
 TEST(FfnChoice, IsPrintedAndPrefersFullWaves) {
-  core::FfnQuestion q{1460,  1536, 1536, 7168,  true, true, FLASHU_BF16, false,
-                      false, true, true, false, 90,   true, 132};
+  core::FfnQuestion q{1460,  1536,  1536, 7168,  true, true, FLASHU_BF16,
+                      false, false, true, false, 90,   true, 132};
   const auto up = core::ffn_candidates(q, true);
   EXPECT_EQ(up.front().tile.kernel, core::FfnKernel::kSm90);
   for (size_t i = 1; i < up.size(); ++i) EXPECT_LE(up[i - 1].us, up[i].us);

@@ -64,6 +64,7 @@ struct Thread {
   std::vector<const void*> unfenced_barriers;
   std::uint64_t priority = 0;  // the same for all threads of a warp
   bool waited_for_previous = false;
+  bool fenced_global = false;  // since then
 };
 
 // Lanes of a warp that are meeting.
@@ -617,6 +618,17 @@ void check_initialised(const void* barrier, const char* what, const Place& where
 void note_waited_for_previous() {
   const Unseen unseen;
   self().waited_for_previous = true;
+  self().fenced_global = false;
+}
+
+void note_fenced_global() {
+  const Unseen unseen;
+  self().fenced_global = true;
+}
+
+bool fenced_global() {
+  const Unseen unseen;
+  return self().fenced_global;
 }
 
 bool waited_for_previous() {

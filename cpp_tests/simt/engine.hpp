@@ -39,6 +39,8 @@ struct Settings {
   // The device that the host code sees.
   int multiprocessors = 3;
   int capability = 90;
+  int driver = 13000;
+  int runtime = 13000;
 };
 Settings& settings();
 
@@ -160,6 +162,9 @@ void check_initialised(const void* barrier, const char* what, const Place& where
 // That the thread waited for the kernel before its own (griddepcontrol), and whether it did.
 void note_waited_for_previous();
 bool waited_for_previous();
+// That it made what that kernel stored visible to the tensor memory accelerator since, and whether it did.
+void note_fenced_global();
+bool fenced_global();
 
 // ---- launching, from the host
 

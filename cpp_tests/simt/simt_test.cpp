@@ -158,16 +158,11 @@ TEST(Simt, MatricesComeAsTheHardwareHasThem) {
     for (int i = lane; i < 256; i += 32) shared[i] = static_cast<uint16_t>(i);
     __syncthreads();
     uint32_t plain[4];
-    uint32_t transposed[4];
     ldmatrix_x4(plain, shared + lane * 8);
-    ldmatrix_x4_transposed(transposed, shared + lane * 8);
     for (int m = 0; m < 4; ++m) {
       const int first = m * 64 + lane / 4 * 8 + lane % 4 * 2;
-      const int down = m * 64 + lane % 4 * 16 + lane / 4;
       if (plain[m] != static_cast<uint32_t>((first + 1) << 16 | first))
         simt::fail(simt::Place::current(), "plain");
-      if (transposed[m] != static_cast<uint32_t>((down + 8) << 16 | down))
-        simt::fail(simt::Place::current(), "transposed");
     }
     __syncthreads();
     stmatrix_x4(shared + (31 - lane) / 8 * 64 + lane % 8 * 8, plain);
@@ -209,15 +204,14 @@ void pipeline(const TensorMap& a, const TensorMap& b, float* out, int steps, con
     }
     return;
   }
-  float sums[32];
+  float sums[32] = {};
   for (int k = 0; k < steps; ++k) {
     const int s = k % kStages;
     if (slips.wait_full) mbarrier_wait(&full[s], k / kStages % 2);
     if (slips.fence_sums) wgmma_fence();
     const char* stage = stages + s * 16384;
     for (int i = 0; i < 4; ++i) {
-      wgmma<64, bfloat16, Major::kK>(sums, wgmma_descriptor<Major::kK>(stage + i * 32, 0),
-                                     wgmma_descriptor<Major::kK>(stage + 8192 + i * 32, 0), k + i > 0);
+      wgmma<64, bfloat16>(sums, wgmma_descriptor(stage + i * 32), wgmma_descriptor(stage + 8192 + i * 32));
     }
     wgmma_commit();
     if (!slips.release_late && threadIdx.x % 32 == 0) mbarrier_arrive(&empty[s]);
@@ -314,6 +308,64 @@ TEST(Simt, TheAsynchronousProxySeesOnlyWhatWasFenced) {
   EXPECT_TRUE(contains(errors(1, 32, 64 * 128, store(false)), "without fence.proxy.async"));
 }
 
+// What TMA does and its documentation does not say.
+TEST(Simt, TmaStartsAtChunksAndStoresWholeOnes) {
+  // 20 columns in rows of 32: the third chunk is half inside.
+  std::vector<bfloat16> memory(8 * 32, from_float<bfloat16>(7.0f));
+  const TensorMap map = encode_tensor_map(memory.data(), 8, 20, 32, 8);
+  const auto load = [&](int column) {
+    return error_of_grid(1, 32, 4096, [&] {
+      char* shared = simt::dynamic_shared();
+      auto* barrier = reinterpret_cast<Mbarrier*>(shared + 1024);
+      if (threadIdx.x != 0) return;
+      mbarrier_init(barrier, 1);
+      mbarrier_init_fence();
+      mbarrier_expect(barrier, 8 * kBoxRowBytes);
+      tma_load(shared, map, column, 0, barrier);
+      mbarrier_wait(barrier, 0);
+    });
+  };
+  EXPECT_EQ(load(8), "");
+  EXPECT_NE(load(4).find("TMA load: expected a first column at a multiple of 16 bytes, got column 4"),
+            std::string::npos);
+  const auto store = [&](int column) {
+    return error_of_grid(1, 32, 4096, [&] {
+      char* shared = simt::dynamic_shared();
+      std::memset(shared, 0, 8 * kBoxRowBytes);
+      fence_proxy_async();
+      if (threadIdx.x != 0) return;
+      tma_store(map, shared, column, 0);
+      tma_store_commit();
+      tma_store_wait_read<0>();
+    });
+  };
+  EXPECT_NE(store(-4).find("got column -4"), std::string::npos);
+  EXPECT_EQ(store(8), "");
+  for (size_t i = 0; i < memory.size(); ++i)
+    EXPECT_EQ(to_float(memory[i]), i % 32 < 8 || i % 32 >= 24 ? 7.0f : 0.0f) << "column " << i % 32;
+}
+
+TEST(Simt, TmaReadsWhatTheKernelBeforeStoredBehindAFence) {
+  std::vector<bfloat16> memory(8 * 64);
+  const TensorMap map = encode_tensor_map(memory.data(), 8, 64, 64, 8);
+  const auto run = [&](bool fences) {
+    return error_of_grid(1, 32, 4096, [&] {
+      char* shared = simt::dynamic_shared();
+      auto* barrier = reinterpret_cast<Mbarrier*>(shared + 1024);
+      griddepcontrol_wait();
+      if (fences) fence_proxy_async_global();
+      if (threadIdx.x != 0) return;
+      mbarrier_init(barrier, 1);
+      mbarrier_init_fence();
+      mbarrier_expect(barrier, 8 * kBoxRowBytes);
+      tma_load(shared, map, 0, 0, barrier);
+      mbarrier_wait(barrier, 0);
+    });
+  };
+  EXPECT_EQ(run(true), "");
+  EXPECT_NE(run(false).find("without fence.proxy.async.global"), std::string::npos);
+}
+
 TEST(Simt, SumsMayNotBeReadWhileProductsAreUnderWay) {
   const auto body = [] {
     char* shared = simt::dynamic_shared();
@@ -322,8 +374,7 @@ TEST(Simt, SumsMayNotBeReadWhileProductsAreUnderWay) {
     __syncthreads();
     float sums[32] = {};
     wgmma_fence();
-    wgmma<64, bfloat16, Major::kK>(sums, wgmma_descriptor<Major::kK>(shared, 0),
-                                   wgmma_descriptor<Major::kK>(shared + 8192, 0), false);
+    wgmma<64, bfloat16>(sums, wgmma_descriptor(shared), wgmma_descriptor(shared + 8192));
     wgmma_commit();
     const float early = sums[0];
     wgmma_wait<0>();
@@ -331,53 +382,6 @@ TEST(Simt, SumsMayNotBeReadWhileProductsAreUnderWay) {
     if (std::isnan(early)) simt::fail(simt::Place::current(), "read too early");
   };
   EXPECT_TRUE(contains(errors(1, 128, 16384, body), "read too early"));
-}
-
-TEST(Simt, OperandsByKAndByColumnAgree) {
-  // The same B once with its columns as rows of a box, once with its k.
-  const auto body = [] {
-    char* shared = simt::dynamic_shared();
-    auto* left = shared;
-    auto* by_column = shared + 8192;
-    auto* by_k = shared + 3 * 8192;
-    const auto put = [](char* tile, unsigned row, unsigned column, float value) {
-      char* box = tile + column / 64 * 8192;
-      char* at = box + row * 128 + ((column % 64 / 8) ^ (row % 8)) * 16 + column % 8 * 2;
-      *reinterpret_cast<bfloat16*>(at) = from_float<bfloat16>(value);
-    };
-    for (unsigned i = threadIdx.x; i < 64 * 64; i += 128)
-      put(left, i / 64, i % 64, static_cast<float>(static_cast<int>(i * 3 % 7) - 3));
-    for (unsigned i = threadIdx.x; i < 128 * 64; i += 128) {
-      const unsigned column = i / 64;
-      const unsigned k = i % 64;
-      const auto value = static_cast<float>(static_cast<int>(i * 5 % 9) - 4);
-      char* at = by_column + column * 128 + ((k / 8) ^ (column % 8)) * 16 + k % 8 * 2;
-      *reinterpret_cast<bfloat16*>(at) = from_float<bfloat16>(value);
-      put(by_k, k, column, value);
-    }
-    fence_proxy_async();
-    __syncthreads();
-    float first[64];
-    float second[64];
-    wgmma_fence();
-    for (int k = 0; k < 4; ++k) {
-      wgmma<128, bfloat16, Major::kK>(first, wgmma_descriptor<Major::kK>(left + k * 32, 0),
-                                      wgmma_descriptor<Major::kK>(by_column + k * 32, 0), k > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_fence();
-    for (int k = 0; k < 4; ++k) {
-      wgmma<128, bfloat16, Major::kMN>(second, wgmma_descriptor<Major::kK>(left + k * 32, 0),
-                                       wgmma_descriptor<Major::kMN>(by_k + k * 2048, 8192), k > 0);
-    }
-    wgmma_commit();
-    wgmma_wait<0>();
-    for (int i = 0; i < 64; ++i) {
-      if (first[i] != second[i]) simt::fail(simt::Place::current(), "the layouts disagree");
-    }
-  };
-  EXPECT_EQ(errors(1, 128, 5 * 8192, body), kFine);
 }
 
 TEST(Simt, ASecondLaunchStartsClean) {

@@ -72,8 +72,8 @@ TEST(FfnTiles, WhatTheTableDoesNotHaveIsRefusedByName) {
 }
 
 TEST(FfnTiles, TheChoiceIsFromTheTable) {
-  core::FfnQuestion q{1460,  1536, 1536, 7168,  true, true, FLASHU_BF16, false,
-                      false, true, true, false, 90,   true, 132};
+  core::FfnQuestion q{1460,  1536,  1536, 7168,  true, true, FLASHU_BF16,
+                      false, false, true, false, 90,   true, 132};
   const auto widths = [&q](bool up) {
     std::vector<int> all;
     for (const auto& candidate : core::ffn_candidates(q, up)) {

@@ -85,7 +85,7 @@ std::vector<FfnCandidate> ffn_candidates(const FfnQuestion& q, bool up) {
 
 bool ffn_decodes(const FfnQuestion& q) {
   return q.has_up && q.has_down && !q.needs_h && q.type != FLASHU_F32 && q.rows <= kMaxDecodeRows &&
-         q.aligned && q.range_aligned && q.hidden % 8 == 0;
+         q.aligned && q.hidden % 8 == 0;
 }
 
 std::string explain_ffn(const FfnQuestion& q) {

@@ -1,6 +1,9 @@
 // The gathered FFN on CUDA devices: the selection as the kernels read it, the workspace, and which kernel
 // runs. Also the neuron statistics.
 #include <algorithm>
+#include <cstdlib>
+#include <limits>
+#include <string_view>
 
 #include "core/checks.hpp"
 #include "core/ffn_choice.hpp"
@@ -102,7 +105,7 @@ bool takes_tma(const core::Matrix& matrix, int64_t columns) {
   return matrix.data == nullptr || tensor_map_can(matrix.data, columns, matrix.stride);
 }
 
-FfnDecode decode_of(const FfnProblem& p, int multiprocessors) {
+FfnDecode decode_of(const FfnProblem& p, int64_t lead) {
   FfnDecode f{};
   f.x = p.x.data;
   f.x_row_stride = p.x.stride;
@@ -114,19 +117,26 @@ FfnDecode decode_of(const FfnProblem& p, int multiprocessors) {
   f.gate_stride = p.w_gate.stride;
   f.up_stride = p.w_up.stride;
   f.down_stride = p.w_down.stride;
-  f.neurons = p.neurons;
+  f.neurons = lead + p.neurons;
   f.intermediate = p.intermediate;
-  f.first = p.first();
+  f.first = p.first() - lead;
+  f.lead = lead;
   f.width = p.width;
   f.residual = p.residual.data;
   f.residual_stride = p.residual.stride;
   f.out = p.out.data;
   f.out_stride = p.out.stride;
-  f.neurons_of_block = decode_neurons_of_block(p.neurons, multiprocessors);
+  f.neurons_of_block = decode_neurons_of_block(f.neurons);
   return f;
 }
 
 }  // namespace
+
+FfnLimits& ffn_limits() {
+  static const char* const wish = std::getenv("FLASHU_FFN_DECODE");
+  static FfnLimits limits{std::numeric_limits<int>::max(), wish == nullptr || std::string_view(wish) != "0"};
+  return limits;
+}
 
 FfnPlan plan_ffn(const FfnProblem& p) {
   const DeviceFacts facts = device_facts(core::cuda_ordinal(p.device));
@@ -144,19 +154,20 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   q.aligned = p.type != FLASHU_F32;
   for (const core::Matrix& matrix : {p.x, p.w_gate, p.w_up}) q.aligned &= takes_tma(matrix, p.hidden);
   q.aligned &= takes_tma(p.w_down, p.intermediate) && takes_tma(p.h, p.neurons) && takes_tma(p.out, p.width);
-  q.range_aligned = q.listed || p.first() % 8 == 0;
   q.needs_h = core::present(p.norms);
-  q.capability = facts.capability;
+  q.capability = std::min(facts.capability, ffn_limits().capability.load());
   q.has_sm90 = FLASHU_HAS_SM90 != 0;
   q.multiprocessors = facts.multiprocessors;
   if (p.neurons == 0 || p.rows == 0) return plan;
-  const FfnDecode decode = decode_of(p, facts.multiprocessors);
-  plan.decodes = p.width > 0 && ffn_decodes(q) && decode_fits(decode, facts.shared_bytes);
+  if (p.has_down && q.aligned && !q.listed) plan.lead = p.first() % 8;
+  const FfnDecode decode = decode_of(p, plan.lead);
+  plan.decodes =
+      ffn_limits().decodes && p.width > 0 && ffn_decodes(q) && decode_fits(decode, facts.shared_bytes);
   if (q.listed && p.selected_by != FLASHU_SELECT_LIST) plan.list_bytes = aligned(p.neurons * 4);
   if (plan.decodes) {
     plan.partial_bytes = aligned(decode_blocks(decode) * p.rows * p.width * 4);
-  } else if (p.has_up && p.has_down) {
-    plan.h_stride = divide_up(p.neurons, 8) * 8;
+  } else if (p.has_down && (p.has_up || plan.lead > 0)) {
+    plan.h_stride = divide_up(plan.lead + p.neurons, 8) * 8;
     plan.h_bytes = aligned(p.rows * plan.h_stride * element_bytes(p.type));
   }
   return plan;
@@ -183,27 +194,36 @@ void run_gemm(const FfnGemm& g, const FfnPlan& plan, int32_t type, Stream stream
   core::fail(FLASHU_INTERNAL, "ffn: the kernel that was chosen is not in this build");
 }
 
-// out = residual, or zero: what is left of a down half without neurons.
+// to[r] = `lead` zeros and then from[r]; all zeros where `from` is null. width: of `to`.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    copy_or_clear(T* out, int64_t out_stride, const T* residual, int64_t residual_stride, int64_t rows,
-                  int64_t width) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= rows * width) return;
-  const int64_t row = i / width;
-  const int64_t column = i % width;
-  out[row * out_stride + column] = residual != nullptr ? residual[row * residual_stride + column] : T{};
+    copy_rows(T* to, int64_t to_stride, const T* from, int64_t from_stride, int64_t rows, int64_t width,
+              int64_t lead) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (column >= width) return;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+    const bool copied = from != nullptr && column >= lead;
+    to[row * to_stride + column] = copied ? from[row * from_stride + column - lead] : T{};
+  }
 }
 
-void write_residual_only(const FfnProblem& p, Stream stream) {
-  if (!p.has_down || p.width == 0) return;
+constexpr int64_t kMostBlocksY = 65535;
+
+void copy_matrix(const FfnProblem& p, const core::Matrix& to, const core::Matrix& from, int64_t width,
+                 int64_t lead, Stream stream) {
   core::with_type(p.type, [&](auto tag) {
     using T = decltype(tag);
-    const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(p.rows * p.width, kThreads))),
+    const LaunchConfig config{dim3(static_cast<unsigned>(divide_up(width, kThreads)),
+                                   static_cast<unsigned>(std::min(p.rows, kMostBlocksY))),
                               dim3(kThreads), 0, stream};
-    launch<copy_or_clear<T>>("copy_or_clear", config, static_cast<T*>(p.out.data), p.out.stride,
-                             static_cast<const T*>(p.residual.data), p.residual.stride, p.rows, p.width);
+    launch<copy_rows<T>>("copy_rows", config, static_cast<T*>(to.data), to.stride,
+                         static_cast<const T*>(from.data), from.stride, p.rows, width, lead);
   });
+}
+
+// What is left of a down half without neurons.
+void write_residual_only(const FfnProblem& p, Stream stream) {
+  if (p.has_down && p.width > 0) copy_matrix(p, p.out, p.residual, p.width, 0, stream);
 }
 
 // ---- statistics
@@ -281,18 +301,19 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
     write_list(p, reinterpret_cast<int32_t*>(memory), stream);
   }
   if (plan.decodes) {
-    FfnDecode f = decode_of(p, plan.question.multiprocessors);
+    FfnDecode f = decode_of(p, plan.lead);
     f.list = list;
     f.partial = reinterpret_cast<float*>(memory + plan.list_bytes);
     return ffn_decode(f, p.type, stream);
   }
   core::Matrix h = p.h;
-  if (p.has_up && p.has_down) h = {memory + plan.list_bytes, plan.h_stride};
+  if (plan.h_bytes > 0) h = {memory + plan.list_bytes, plan.h_stride};
   FfnGemm g{};
   g.m = p.rows;
   g.intermediate = p.intermediate;
   g.list = list;
-  g.first = p.first();
+  g.first = p.first() - plan.lead;
+  g.lead = plan.lead;
   g.blocks_of_8 = plan.question.blocks_of_8;
   if (p.has_up) {
     FfnGemm up = g;
@@ -302,12 +323,17 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
     up.b2 = p.w_up.data;
     up.b_stride = p.w_gate.stride;
     up.b2_stride = p.w_up.stride;
-    up.n = p.neurons;
+    up.n = plan.lead + p.neurons;
     up.k = p.hidden;
     up.out = h.data;
     up.out_stride = h.stride;
     run_gemm(up, plan, p.type, stream);
-    if (core::present(p.norms)) add_norms(p.norms, p.type, h.data, p.rows, h.stride, p.neurons, stream);
+    if (core::present(p.norms)) {
+      const auto* const values = static_cast<const char*>(h.data) + plan.lead * element_bytes(p.type);
+      add_norms(p.norms, p.type, values, p.rows, h.stride, p.neurons, stream);
+    }
+  } else if (plan.lead > 0 && p.width > 0) {
+    copy_matrix(p, h, p.h, plan.lead + p.neurons, plan.lead, stream);
   }
   if (p.has_down && p.width > 0) {
     FfnGemm down = g;
@@ -316,7 +342,7 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
     down.b = p.w_down.data;
     down.b_stride = p.w_down.stride;
     down.n = p.width;
-    down.k = p.neurons;
+    down.k = plan.lead + p.neurons;
     down.residual = p.residual.data;
     down.residual_stride = p.residual.stride;
     down.out = p.out.data;

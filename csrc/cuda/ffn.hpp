@@ -2,6 +2,7 @@
 // (csrc/api/ffn.cpp). An index that is out of range is clamped on the device and reported in problem.status.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "core/ffn_choice.hpp"
@@ -9,10 +10,21 @@
 
 namespace flashu::cuda {
 
+// What the choice of kernels may not use, in the whole process.
+struct FfnLimits {
+  // Kernels of newer devices than this are left out: tests run those for sm_80 on any device.
+  std::atomic<int> capability;
+  // Whether few rows have a kernel of their own. It sums in another order than those of many rows, so without
+  // it a row's bits do not depend on the number of rows. FLASHU_FFN_DECODE=0 in the environment turns it off.
+  std::atomic<bool> decodes;
+};
+FfnLimits& ffn_limits();
+
 // How a problem is run: what the kernels were chosen by, and where it lies in the workspace.
 struct FfnPlan {
   core::FfnQuestion question{};
   bool decodes = false;
+  int64_t lead = 0;  // neurons in front of a run that begins at no multiple of eight; see ffn_gemm.cuh
   int64_t list_bytes = 0;
   int64_t h_bytes = 0;
   int64_t h_stride = 0;

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
       const int of_lane = rest / 4 % kWarp;
       const int64_t j = round + part_group * 16 + of_lane / 4 + rest % 4 / 2 * 8;
       const int row = rest / (kWarp * 4) * 8 + of_lane % 4 * 2 + rest % 2;
-      if (j < neurons) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);
+      if (j < neurons && first_neuron + j >= f.lead) h[row * a.h_stride + j] = from_float<T>(silu(gate) * up);
     }
     __syncthreads();
   }
@@ -168,13 +168,14 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
       for (int half = 0; half < 2; ++half) {
         const int64_t values = exists[half] ? min(int64_t{8}, neurons - j) : 0;
         if (f.list == nullptr && values == 8) {
-          chunks[half] = load16_streaming(rows[half] + f.first + first_neuron + j);
+          chunks[half] = without_first(load16_streaming(rows[half] + f.first + first_neuron + j),
+                                       f.lead - first_neuron - j);
         } else {
           uint32_t words[4] = {};
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            if (i >= values) continue;
             const int64_t at = first_neuron + j + i;
+            if (i >= values || at < f.lead) continue;
             const int64_t neuron = f.list != nullptr ? neuron_at(f.list, at, f.intermediate) : f.first + at;
             const uint32_t bits = rows[half][neuron].bits;
             words[i / 2] |= bits << (i % 2 * 16);
@@ -257,9 +258,12 @@ void launch_decode(const FfnDecode& f, Stream stream) {
 
 int64_t decode_blocks(const FfnDecode& f) { return divide_up(f.neurons, f.neurons_of_block); }
 
-int64_t decode_neurons_of_block(int64_t neurons, int multiprocessors) {
-  // One wave of blocks, each with whole groups of 8 neurons: 16 bytes of a row of down.
-  return std::max<int64_t>(divide_up(divide_up(neurons, multiprocessors), 8) * 8, 8);
+int64_t decode_neurons_of_block(int64_t neurons) {
+  // Whole groups of 8 neurons: 16 bytes of a row of down. One wave of blocks on an H100 or H200, but not as
+  // many as the device has multiprocessors: the number of partial sums decides the bits, and devices of one
+  // name differ.
+  constexpr int64_t kBlocks = 128;
+  return std::max<int64_t>(divide_up(divide_up(neurons, kBlocks), 8) * 8, 8);
 }
 
 bool decode_fits(const FfnDecode& f, int shared_limit) {

@@ -8,7 +8,8 @@
 namespace flashu::cuda {
 
 // All strides in values. Rows of x and of the three weights begin at multiples of 16 bytes, `hidden` is a
-// multiple of 8, and without a list so is `first`.
+// multiple of 8, and without a list so is `first`. The first `lead` neurons are not selected; see
+// ffn_gemm.cuh.
 struct FfnDecode {
   const void* x;
   int64_t x_row_stride, rows, hidden;
@@ -16,7 +17,7 @@ struct FfnDecode {
   const void* up;
   const void* down;
   int64_t gate_stride, up_stride, down_stride;
-  int64_t neurons, intermediate, first;
+  int64_t neurons, intermediate, first, lead;
   const int32_t* list;
   int64_t width;
   const void* residual;
@@ -27,7 +28,7 @@ struct FfnDecode {
   int64_t neurons_of_block;
 };
 
-int64_t decode_neurons_of_block(int64_t neurons, int multiprocessors);
+int64_t decode_neurons_of_block(int64_t neurons);
 int64_t decode_blocks(const FfnDecode& f);
 
 // Whether the rows and a block's share of h fit into shared memory.

@@ -2,6 +2,10 @@
 //   up:   out[r, j] = silu(a[r] . gate[n(j)]) * (a[r] . up[n(j)])         N = neurons, K = hidden
 //   down: out[r, c] = sum over j of a[r, j] * down[c, n(j)] (+ residual)   N = width, K = neurons
 // where n(j) = list[j], or first + j without a list. M = rows.
+//
+// TMA and 16-byte loads begin at neurons that are multiples of eight. A run that begins elsewhere is extended
+// to the one before, by `lead` neurons that are not selected and may hold anything: up stores zeros for them,
+// and down takes their columns for zeros.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +24,7 @@ struct FfnGemm {
   int64_t intermediate;
   const int32_t* list;
   int64_t first;
+  int64_t lead;      // 0 to 7, and 0 with a list
   bool blocks_of_8;  // the list names eight neighbours at a time
   const void* residual;
   int64_t residual_stride;
@@ -32,6 +37,14 @@ struct FfnGemm {
 // The neuron at a place of a list. Clamped: whatever a list holds, it leads to no row outside the weights.
 FLASHU_DEVICE int64_t neuron_at(const int32_t* list, int64_t place, int64_t intermediate) {
   return min(static_cast<uint32_t>(list[place]), static_cast<uint32_t>(intermediate - 1));
+}
+
+// Eight 16-bit values, the first `count` of them zero.
+FLASHU_DEVICE uint4 without_first(uint4 bits, int64_t count) {
+  const auto kept = [count](int i) {
+    return count >= 2 * i + 2 ? 0u : count == 2 * i + 1 ? 0xffff0000u : ~0u;
+  };
+  return {bits.x & kept(0), bits.y & kept(1), bits.z & kept(2), bits.w & kept(3)};
 }
 
 // Within 4 units in the last place of fp32; a divisor that is too large for __fdividef stands for a result

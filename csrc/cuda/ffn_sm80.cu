@@ -26,7 +26,7 @@ static_assert(kBlockM == kProductN, "both operands have tiles of one size");
 
 // How 8 neighbours of an operand in K are read.
 enum class Reads {
-  kVectors,  // 16 aligned bytes
+  kVectors,  // 16 aligned bytes, fewer at the end of a row
   kValues,   // one by one: rows that are not aligned
   kListed,   // one by one, where the list says: the columns of down
 };
@@ -37,11 +37,11 @@ FLASHU_DEVICE int chunk_offset(int row, int chunk) {
   return row * kBlockK * 2 + (chunk ^ (row / 2 & 3)) * 16;
 }
 
-// Brings 8 values to shared memory; `values` of them are inside, the rest become zero.
+// Brings 8 values to shared memory; the first `values` of them are inside, the rest become zero.
 template <class T, Reads kReads>
 FLASHU_DEVICE void fetch_chunk(char* to, const T* row, int64_t k, int64_t values, const FfnGemm& g) {
   if constexpr (kReads == Reads::kVectors) {
-    cp_async16(to, row + k, values > 0 ? 16 : 0);
+    cp_async16(to, row + k, static_cast<int>(max(values, int64_t{0})) * 2);
   } else {
     uint16_t bits[8];
 #pragma unroll
@@ -53,6 +53,14 @@ FLASHU_DEVICE void fetch_chunk(char* to, const T* row, int64_t k, int64_t values
     const auto pair = [&](int i) { return static_cast<uint32_t>(bits[i + 1]) << 16 | bits[i]; };
     store16(to, {pair(0), pair(2), pair(4), pair(6)});
   }
+}
+
+// A row's first chunk where it begins in front of the run: zeros there.
+template <class T>
+FLASHU_DEVICE void fetch_lead(char* to, const T* row, int64_t values, const FfnGemm& g) {
+  store16(to, {0, 0, 0, 0});
+#pragma unroll 1
+  for (int64_t i = g.lead; i < values; ++i) reinterpret_cast<T*>(to)[i] = row[i];
 }
 
 // Two blocks to a multiprocessor; values read one by one need more registers than that leaves.
@@ -103,7 +111,12 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
     for (int i = 0; i < 2; ++i) {
       const int at = chunk_offset(chunk_rows[i], chunk);
       fetch_chunk<T, kReadsA>(stage + at, a_rows[i], k, a_inside[i] ? values : 0, g);
-      fetch_chunk<T, kReadsB>(stage + kTileBytes + at, b_rows[i], k, b_inside[i] ? values : 0, g);
+      char* const to = stage + kTileBytes + at;
+      if (!kGated && kReadsB == Reads::kVectors && k < g.lead) {
+        fetch_lead(to, b_rows[i], b_inside[i] ? values : 0, g);
+      } else {
+        fetch_chunk<T, kReadsB>(to, b_rows[i], k, b_inside[i] ? values : 0, g);
+      }
     }
   };
 
@@ -163,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
         for (int e = 0; e < 2; ++e) {
           value[e] = sums[i][j][half * 2 + e];
           if constexpr (kGated) {
-            value[e] = silu(value[e]) * sums[i][j + 1][half * 2 + e];
+            value[e] = c + e < g.lead ? 0.0f : silu(value[e]) * sums[i][j + 1][half * 2 + e];
           } else if (residual != nullptr && c + e < g.n) {
             value[e] += to_float(residual[r * g.residual_stride + c + e]);
           }
@@ -195,7 +208,7 @@ template <class T>
 void run(const FfnGemm& g, Stream stream) {
   const auto* const a = static_cast<const T*>(g.a);
   const auto* const b = static_cast<const T*>(g.b);
-  const bool a_vectors = takes_vectors(a, {g.a_stride, g.k});
+  const bool a_vectors = takes_vectors(a, {g.a_stride});
   if (g.gated()) {
     const bool b_vectors =
         takes_vectors(b, {g.b_stride}) && takes_vectors(static_cast<const T*>(g.b2), {g.b2_stride});

@@ -64,6 +64,9 @@ struct Barriers {
   Mbarrier empty[6];
 };
 
+// The columns of a result of n columns that TMA stores: those in whole chunks, which it does not divide.
+constexpr int64_t stored_by_tma(int64_t n) { return n / kChunkColumns * kChunkColumns; }
+
 struct TileOrder {
   int64_t tiles_m, tiles;
   FLASHU_DEVICE int64_t first_m(int64_t tile) const { return tile % tiles_m * kBlockM; }
@@ -97,6 +100,20 @@ FLASHU_DEVICE void fetch_range(const Maps& maps, const FfnGemm& g, char* b, int6
   } else {
     tma_load(b, maps.b, static_cast<int>(g.first + k), static_cast<int>(first_n), full);
   }
+}
+
+// Zeros for the neurons in front of the run, in the first stage of a tile of the down half. All threads that
+// multiply.
+template <class C>
+FLASHU_DEVICE void clear_lead(char* b, int64_t lead) {
+  const int row = static_cast<int>(threadIdx.x);
+  static_assert(C::kBlockN <= kConsumers * 128, "a thread to each row");
+  if (row < C::kBlockN) {
+    char* const chunk = b + row * kRowBytes + row % 8 * 16;  // the row's first
+    store16(chunk, without_first(load16(chunk), lead));
+  }
+  fence_proxy_async();  // wgmma reads it
+  named_barrier(2 + kConsumers, kConsumers * 128);
 }
 
 // The first neuron of a lane's box of eight. Boxes past the list lie outside the weights and become zero.
@@ -256,8 +273,12 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
   Ring<C::kStages> ring;
   int out_slot = 0;
   for (int64_t tile = blockIdx.x; tile < order.tiles; tile += gridDim.x) {
-    float sums[C::kProductN / 2];
+    float sums[C::kProductN / 2] = {};
     int previous = 0;
+    if (!C::kGated && g.lead > 0) {
+      mbarrier_wait(&barriers->full[ring.stage], ring.phase);
+      clear_lead<C>(stages + ring.stage * C::kStageBytes + kTileBytesA, g.lead);
+    }
     for (int step = 0; step < steps; ++step) {
       const char* const a = stages + ring.stage * C::kStageBytes + group * kGroupBytes;
       const char* const b = stages + ring.stage * C::kStageBytes + kTileBytesA;
@@ -265,8 +286,7 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kBlockK / 16; ++k) {
-        wgmma<C::kProductN, T, Major::kK>(sums, wgmma_descriptor<Major::kK>(a + k * 32, 0),
-                                          wgmma_descriptor<Major::kK>(b + k * 32, 0), step + k > 0);
+        wgmma<C::kProductN, T>(sums, wgmma_descriptor(a + k * 32), wgmma_descriptor(b + k * 32));
       }
       wgmma_commit();
       // One step stays under way; the stage of the one before it is free.
@@ -282,6 +302,8 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
 
     const int64_t first_m = order.first_m(tile) + group * 64;
     const int64_t first_n = order.template first_n<C>(tile);
+    // Columns of this tile that TMA stores: it writes eight at a time. The others are stored one by one.
+    const int whole = static_cast<int>(min(stored_by_tma(g.n) - first_n, int64_t{C::kBlockN}));
 #pragma unroll
     for (int part = 0; part < C::kBlockN; part += 64) {
       // The last part of a width that is no multiple of 64 is shifted left and overlaps the previous
@@ -294,20 +316,27 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
       write_group<T>(box, warp, lane, [&](int j, int half) {
         const int at = (column / 8 + j) * 4 + half * 2;
         float2 value{sums[at], sums[at + 1]};
+        const int64_t r = first_m + warp * 16 + half * 8 + lane / 4;
+        const int64_t c = first_n + column + j * 8 + lane % 4 * 2;
         if constexpr (C::kGated) {
           const float* const up = sums + C::kBlockN / 2;
           value = {silu(value.x) * up[at], silu(value.y) * up[at + 1]};
+          if (j == 0 && c < g.lead) value.x = 0;
+          if (j == 0 && c + 1 < g.lead) value.y = 0;
         } else if (residual != nullptr) {
-          const int64_t r = first_m + warp * 16 + half * 8 + lane / 4;
-          const int64_t c = first_n + column + j * 8 + lane % 4 * 2;
           if (r < g.m && c < g.n) value.x += to_float(residual[r * g.residual_stride + c]);
           if (r < g.m && c + 1 < g.n) value.y += to_float(residual[r * g.residual_stride + c + 1]);
+        }
+        if (column + j * 8 >= whole && r < g.m) {
+          T* const to = static_cast<T*>(g.out) + r * g.out_stride + c;
+          if (c < g.n) to[0] = from_float<T>(value.x);
+          if (c + 1 < g.n) to[1] = from_float<T>(value.y);
         }
         return value;
       });
       fence_proxy_async();  // stmatrix wrote what TMA reads
       named_barrier(2 + group, 128);
-      if (thread == 0 && first_n + column < g.n) {
+      if (thread == 0 && column < whole) {
         tma_store(maps.out, box, static_cast<int>(first_n + column), static_cast<int>(first_m));
       }
       if (thread == 0) tma_store_commit();
@@ -342,6 +371,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   griddepcontrol_wait();
   if (threadIdx.x / 128 == kConsumers) {
     warpgroup_reg_dealloc<40>();
+    fence_proxy_async_global();
     fetch_tiles<C>(g, maps, order, barriers, stages);
   } else {
     warpgroup_reg_alloc<232>();
@@ -354,7 +384,8 @@ void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
   const int box_b = C::kFetch == Fetch::kBlocks ? 8 : C::kBlockN;
   Maps maps{};
   maps.a = encode_tensor_map(g.a, g.m, g.k, g.a_stride, kBlockM);
-  maps.out = encode_tensor_map(g.out, g.m, g.n, g.out_stride, 64);
+  // Where there is no whole chunk nothing is stored by this map.
+  maps.out = encode_tensor_map(g.out, g.m, std::max<int64_t>(stored_by_tma(g.n), 1), g.out_stride, 64);
   if (C::kFetch == Fetch::kRows) {
     maps.b = maps.b2 = maps.a;  // not used
   } else if (C::kGated) {

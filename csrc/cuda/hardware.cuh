@@ -41,11 +41,14 @@ struct LaunchConfig {
 
 // ---- the tensor memory accelerator
 
-// A tensor map describes a row-major matrix of 16-bit values and the box of it that one copy moves. What a
-// copy reads outside the matrix is zero, what it would write there is left out. Boxes are 64 columns (128
-// bytes) wide; in shared memory a box is its rows one after another, each row's eight 16-byte chunks
-// exchanged: chunk c of row r stands at c ^ (r % 8) (128-byte swizzle, with the box at a multiple of 1024
-// bytes).
+// A tensor map describes a row-major matrix of 16-bit values and the box of it that one copy moves. A copy
+// begins at a column that is a multiple of 8 (16 bytes); any other is an illegal instruction. What it reads
+// outside the matrix is zero. What it would write there is left out, but only by whole chunks of 16 bytes:
+// where the number of columns is no multiple of 8, a store reaches up to 7 values past the last one. Boxes
+// are 64 columns (128 bytes) wide; in shared memory a box is its rows one after another, each row's eight
+// 16-byte chunks exchanged: chunk c of row r stands at c ^ (r % 8) (128-byte swizzle, with the box at a
+// multiple of 1024 bytes).
+inline constexpr int kChunkColumns = 8;
 inline constexpr int kBoxColumns = 64;
 inline constexpr int kBoxRowBytes = 128;
 
@@ -67,20 +70,13 @@ inline void check_tensor_map(const void* base, int64_t rows, int64_t columns, in
 
 // ---- wgmma
 
-// How an operand lies in shared memory; both are boxes as above.
-//   kK: a row of a box is a row of A (a column of the product for B), with 64 values of K.
-//   kMN: a row of a box is one k, with 64 columns of the product; more boxes follow `box_bytes` apart. B
-//   only.
-enum class Major { kK, kMN };
-
-// The 64-bit descriptor of an operand at `address` of shared memory. kK: the address moves 32 bytes inside a
-// box for every 16 of K. kMN: 2048 bytes (16 rows).
-template <Major kMajor>
-FLASHU_DEVICE uint64_t operand_descriptor(uint64_t address, int box_bytes) {
-  // Bits 0-13: address / 16. 16-29: leading offset / 16, from box to box for kMN, unused for kK.
-  // 32-45: stride offset / 16, from one group of 8 rows to the next. 62-63 = 1: 128-byte swizzle.
-  const uint64_t leading = kMajor == Major::kK ? 1 : static_cast<uint64_t>(box_bytes) / 16;
-  return (address & 0x3ffff) / 16 | leading << 16 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62;
+// An operand lies in shared memory as a box (above): a row of A, or a column of the product for B, with 64
+// values of K. The 64-bit descriptor of one at `address`, which moves 32 bytes inside a box for every 16 of
+// K.
+FLASHU_DEVICE uint64_t operand_descriptor(uint64_t address) {
+  // Bits 0-13: address / 16. 16-29: leading offset / 16, unused here. 32-45: stride offset / 16, from one
+  // group of 8 rows to the next. 62-63 = 1: 128-byte swizzle.
+  return (address & 0x3ffff) / 16 | uint64_t{1} << 16 | uint64_t{1024 / 16} << 32 | uint64_t{1} << 62;
 }
 
 }  // namespace flashu::cuda

@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(256) extrapolate(const TaylorArguments<T> a) {
   float sum[kValues];
   read_values<T, kValues>(sum, a.state + at);
   float weight = a.by;
+#pragma unroll 1  // ptxas 12.5 spills around the divisions of an unrolled loop
   for (int i = 1; i <= a.terms; ++i) {
     float term[kValues];
     read_values<T, kValues>(term, a.state + i * a.n + at);

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "core/checks.hpp"
+#include "core/cuda_versions.hpp"
 #include "core/ffn_choice.hpp"
 #include "core/parallel.hpp"
 #include "core/tiles.hpp"
@@ -25,11 +26,18 @@ void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
   }
 }
 
+// "13.0" of 13000, "none" of 0.
+std::string version_or_none(int32_t version) { return version == 0 ? "none" : core::version_text(version); }
+
 // A fact per line: its name, a tab, its text.
 std::string build_facts() {
   std::ostringstream facts;
   facts << "version\t" << flashu_version() << "\nabi version\t" << flashu_abi_version() << "\ncompiler\t"
-        << __VERSION__ << "\ncuda\t" << FLASHU_CUDA_STATE << "\ncpu isa\t" << flashu_cpu_isa();
+        << __VERSION__ << "\ncuda\t" << FLASHU_CUDA_STATE << "\ncuda driver\t"
+        << version_or_none(flashu_cuda_driver()) << "\ncuda runtime\t"
+        << version_or_none(flashu_cuda_runtime()) << "\ncuda ptx\t" << FLASHU_PTX_VERSION
+        << "\ncuda missing\t" << (*flashu_cuda_problem() ? flashu_cuda_problem() : "nothing") << "\ncpu isa\t"
+        << flashu_cpu_isa();
   return facts.str();
 }
 
@@ -56,7 +64,7 @@ std::string explain_ffn(int64_t rows, int64_t hidden, int64_t neurons, const std
   question.has_up = question.has_down = true;
   question.type = type_of(dtype);
   question.listed = listed;
-  question.aligned = question.range_aligned = true;
+  question.aligned = true;
   question.capability = static_cast<int>(capability);
   question.has_sm90 = true;
   question.multiprocessors = static_cast<int>(multiprocessors);

@@ -184,6 +184,12 @@ def _cpp_tests(settings: Settings, result: Result) -> str:
     return _command(settings, "cpp_tests", [_program(settings, "flashu_gpu_tests"), "--gtest_brief=1"], 120)
 
 
+def _boxes(settings: Settings, result: Result) -> str:
+    """In a process of its own: where the hardware refuses a box that is larger than its matrix, the context is lost."""
+    command = [_program(settings, "flashu_gpu_tests"), "--gtest_brief=1", "--gtest_filter=*ABoxLargerThanItsMatrix"]
+    return _command(settings, "boxes", command, 60)
+
+
 def _sanitizer(tool: str, tests: str) -> Callable[[Settings, Result], str]:
     def part(settings: Settings, result: Result) -> str:
         program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -379,6 +385,7 @@ def markdown(result: Result) -> str:
 
 
 PARTS: dict[str, Callable[[Settings, Result], str]] = {
+    "boxes": _boxes,
     "conformance": _conformance,
     "cpp tests": _cpp_tests,
     "ffn": _ffn_lines,

@@ -1,8 +1,9 @@
 """What the compiler made of the CUDA kernels: registers, stack, spills, and the instructions that count.
 
-Reads the built library with cuobjdump (of the CUDA toolkit, or the one in the triton package); no GPU is needed.
-Fails where a kernel spills or uses a stack, where a Hopper product has no HGMMA or no UTMALDG, or where an Ampere product
-has no HMMA or no LDGSTS.
+Reads the built library with cuobjdump (of the CUDA toolkit, or the one in the triton package); no GPU is needed. With
+`--ptxas` it reads what other versions of ptxas make of our sources instead (`make sass`).
+Fails where a kernel spills or uses a stack, where an Ampere product has no HMMA, and where a Hopper product has no HGMMA or
+UTMALDG, waits for every HGMMA, does not move registers between warpgroups, or may find its swizzled boxes misaligned.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import importlib.util
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,16 +23,31 @@ from pathlib import Path
 import click
 
 from ..ops import native
+from .ptxas import compiled
 
 __all__ = ["Kernel", "find_cuobjdump", "inspect", "problems"]
 
-# Tensor cores of Hopper and of Ampere, TMA loads and stores, cp.async, 16-byte loads and stores, local memory.
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL")
+# Tensor cores of Hopper and of Ampere, TMA loads and stores, cp.async, 16-byte loads and stores, local memory, setmaxnreg.
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL", "USETMAXREG")
+
+# gemm_sm90 is launched with three warpgroups of so many registers a thread; setmaxnreg then gives one of them 40 and two
+# 232, exactly as many together. With fewer the two would wait for ever, and a block has no more.
+SM90_REGISTERS = 168
+# 128-byte swizzled boxes begin at multiples of this.
+SWIZZLE_BYTES = 1024
+# Of the products, those after which all are waited for: the last of a tile, which compilers copy at most twice.
+MOST_WAITS = 1 / 4
 
 
 @dataclass
 class Kernel:
-    """One kernel for one architecture. `counts` by instruction, of INSTRUCTIONS."""
+    """One kernel for one architecture.
+
+    Attributes:
+        counts: by instruction, of INSTRUCTIONS.
+        waits: products (HGMMA) after which the next wait is for all of them.
+        dynamic: offset of dynamic shared memory, and what its base is aligned to.
+    """
 
     name: str
     arch: str
@@ -39,6 +57,8 @@ class Kernel:
     shared: int = 0
     instructions: int = 0
     counts: dict[str, int] = field(default_factory=dict)
+    waits: int = 0
+    dynamic: tuple[int, int] = (0, 1)
 
 
 def find_cuobjdump() -> str | None:
@@ -60,42 +80,67 @@ def inspect(library: Path, cuobjdump: str) -> list[Kernel]:
     Raises:
         ValueError: cuobjdump found no kernels there.
     """
-    kernels: dict[tuple[str, str], Kernel] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        subprocess.run(
+            [cuobjdump, "--extract-elf", "all", str(library.resolve())], cwd=directory, check=True, capture_output=True
+        )
+        kernels = [entry for cubin in sorted(Path(directory).iterdir()) for entry in inspect_cubin(cubin, cuobjdump)]
+    if not kernels:
+        raise ValueError(f"{library}: cuobjdump found no CUDA kernels; was it built with FLASHU_CUDA=1?")
+    return sorted(kernels, key=lambda entry: (entry.arch, entry.name))
 
-    def kernel(arch: str, name: str) -> Kernel:
-        return kernels.setdefault((arch, name), Kernel(name, arch))
 
-    arch = ""
-    for line in _run(cuobjdump, "--dump-resource-usage", library).splitlines():
-        if found := re.match(r"\s*arch = (sm_\w+)", line):
-            arch = found[1]
-        elif found := re.match(r"\s*Function (\S+):", line):
+def inspect_cubin(cubin: Path, cuobjdump: str) -> list[Kernel]:
+    """All kernels of one cubin."""
+    kernels: dict[str, Kernel] = {}
+    name = ""
+    for line in _run(cuobjdump, "--dump-resource-usage", cubin).splitlines():
+        if found := re.match(r"\s*Function (\S+):", line):
             name = found[1]
         elif "REG:" in line:
             numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-            entry = kernel(arch, name)
-            entry.registers, entry.stack = numbers["REG"], numbers["STACK"]
-            entry.local, entry.shared = numbers["LOCAL"], numbers["SHARED"]
+            kernels[name] = Kernel(name, "", numbers["REG"], numbers["STACK"], numbers["LOCAL"], numbers["SHARED"])
+    sections = shared_sections(cubin.read_bytes())
     current: Kernel | None = None
     counts: Counter[str] = Counter()
-    for line in _run(cuobjdump, "--dump-sass", library).splitlines():
-        if found := re.match(r"\s*arch = (sm_\w+)", line):
+    arch, product = "", False
+    for line in _run(cuobjdump, "--dump-sass", cubin).splitlines():
+        if found := re.match(r"\s*code for (sm_\w+)", line):
             arch = found[1]
         elif found := re.match(r"\s*Function : (\S+)", line):
-            current = kernel(arch, found[1])
-            counts = Counter()
-            current.counts = counts
-        elif current is not None and (found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line)):
+            current, counts, product = kernels[found[1]], Counter(), False
+            current.arch, current.counts = arch, counts
+            current.dynamic = sections.get(found[1], (0, 1))
+        elif current is not None and (
+            found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)", line)
+        ):
             current.instructions += 1
-            for name in _counted(found[1]):
-                counts[name] += 1
-    if not kernels:
-        raise ValueError(f"{library}: cuobjdump found no CUDA kernels; was it built with FLASHU_CUDA=1?")
-    names = _demangled([entry.name for entry in kernels.values()])
-    for entry, name in zip(kernels.values(), names, strict=True):
+            counts.update(_counted(found[1]))
+            if found[1].startswith("HGMMA"):
+                product = True
+            elif found[1].startswith("WARPGROUP.DEPBAR"):
+                current.waits += product and found[2].endswith(("0x0 ", "0x0"))
+                product = False
+    for entry, name in zip(kernels.values(), _demangled(list(kernels)), strict=True):
         entry.name = name
         entry.counts = {key: entry.counts.get(key, 0) for key in INSTRUCTIONS}
-    return sorted(kernels.values(), key=lambda entry: (entry.arch, entry.name))
+    return list(kernels.values())
+
+
+def shared_sections(elf: bytes) -> dict[str, tuple[int, int]]:
+    """Size and alignment of every kernel's section of shared memory in a cubin; dynamic shared memory lies behind it."""
+    (start,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<HHH", elf, 58)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", elf, start + i * size) for i in range(count)]
+    strings = headers[names][4]
+    prefix = b".nv.shared."
+    found = {}
+    for header in headers:
+        at = strings + header[0]
+        name = elf[at : elf.index(b"\0", at)]
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix).decode()] = (header[5], header[8])
+    return found
 
 
 def _run(tool: str, option: str, library: Path) -> str:
@@ -127,6 +172,18 @@ def problems(kernels: list[Kernel]) -> list[str]:
             found.append(f"{where}: uses local memory (stack {entry.stack}, local {entry.local} bytes)")
         if "gemm_sm90" in entry.name:
             found += [f"{where}: no {name}" for name in ("HGMMA", "UTMALDG", "UTMASTG") if not entry.counts[name]]
+            if entry.waits > MOST_WAITS * entry.counts["HGMMA"]:
+                found.append(f"{where}: {entry.waits} of {entry.counts['HGMMA']} HGMMA are waited for one by one")
+            if entry.registers != SM90_REGISTERS:
+                found.append(f"{where}: {entry.registers} registers, setmaxnreg counts on {SM90_REGISTERS}")
+            if entry.counts["USETMAXREG"] < 2:
+                found.append(f"{where}: setmaxnreg was ignored ({entry.counts['USETMAXREG']} USETMAXREG, expected 2)")
+            offset, alignment = entry.dynamic
+            if offset % SWIZZLE_BYTES or alignment % SWIZZLE_BYTES:
+                found.append(
+                    f"{where}: dynamic shared memory at {offset} of a base aligned to {alignment} bytes, "
+                    f"expected multiples of {SWIZZLE_BYTES}"
+                )
         if "gemm_sm80" in entry.name and not entry.counts["HMMA"]:
             found.append(f"{where}: no HMMA")
         if "decode_neurons" in entry.name:
@@ -156,23 +213,40 @@ def table(kernels: list[Kernel]) -> str:
     help="Library to read (default: the package's own).",
 )
 @click.option(
+    "--ptxas",
+    "compilers",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    help="Read what this ptxas makes of our sources instead; needs nvcc. May be repeated.",
+)
+@click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write the figures here."
 )
 @click.option("--quiet", is_flag=True, help="Print the totals and problems only.")
-def main(library: Path | None, json_file: Path | None, quiet: bool) -> None:
+def main(library: Path | None, compilers: tuple[Path, ...], json_file: Path | None, quiet: bool) -> None:
     """Report what the compiler made of the CUDA kernels; exit 1 where it is not what they are written for."""
     tool = find_cuobjdump()
     if tool is None:
         click.echo("skipped: no cuobjdump on PATH, in /usr/local/cuda/bin, or in a triton package")
         return
-    kernels = inspect(library or native.LIBRARY, tool)
-    if not quiet:
-        click.echo(table(kernels))
+    found: dict[str, list[Kernel]] = {}
+    bad: list[str] = []
+    if compilers:
+        with tempfile.TemporaryDirectory() as directory:
+            for build in compiled(compilers, Path(directory)):
+                found[build.name] = [entry for cubin in build.cubins for entry in inspect_cubin(cubin, tool)]
+                bad += [f"{build.name}: {line}" for line in (*build.advisories, *problems(found[build.name]))]
+    else:
+        found["library"] = inspect(library or native.LIBRARY, tool)
+        bad += problems(found["library"])
+    for name, kernels in found.items():
+        if not quiet:
+            click.echo(table(kernels))
+        by_arch = Counter(entry.arch for entry in kernels)
+        click.echo(f"{name}: " + ", ".join(f"{arch}: {count} kernels" for arch, count in sorted(by_arch.items())))
     if json_file is not None:
-        json_file.write_text(json.dumps([asdict(entry) for entry in kernels], indent=1) + "\n", encoding="utf-8")
-    by_arch = Counter(entry.arch for entry in kernels)
-    click.echo(", ".join(f"{arch}: {count} kernels" for arch, count in sorted(by_arch.items())))
-    bad = problems(kernels)
+        figures = {name: [asdict(entry) for entry in kernels] for name, kernels in found.items()}
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     for line in bad:
         click.echo(line, err=True)
     sys.exit(1 if bad else 0)

@@ -1,8 +1,6 @@
 """Gathered SwiGLU feed-forward: only the selected neurons of an FFN are computed.
 
-The neurons S are given as `runs` ((start, length) pairs, also flat; ascending, disjoint), as `index` (int32 or int64, any
-order, each at most once), or as a `selection`, checked once for many calls; None for all three means all neurons. n is their
-number, and the columns of h have their order.
+The neurons S are given as `runs`, as `index` or as a `selection`. n is their number, and the columns of h have their order.
 Storage is fp32, bf16 or fp16. Sums are fp32 in a fixed order, so a row's result does not depend on other rows or on the
 number of threads.
 
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .common import call, call_into, capability, fake, fake_out, flatten
-from .selection import Selection, check_index
+from .selection import Selection, index_tensor
 
 _ops = torch.ops.flashu
 
@@ -30,8 +28,8 @@ def gathered_swiglu(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor,
-    runs: Sequence[Any] | None = None,
-    index: Tensor | None = None,
+    runs: Any = None,
+    index: Any = None,
     out: Tensor | None = None,
     selection: Selection | None = None,
 ) -> Tensor:
@@ -40,7 +38,9 @@ def gathered_swiglu(
     Args:
         x: [..., hidden].
         w_gate, w_up: [intermediate, hidden], torch's Linear layout, rows may be strided.
-        runs, index, selection: the neurons, see the module.
+        runs: neurons as ascending, disjoint (start, length) pairs: a list, a flat list, a tensor or an array.
+        index: or as numbers [n], int32 or int64, in any order, each at most once: a tensor, a list or an array.
+        selection: or as a `Selection`, which is checked once for many calls. None for all three: all neurons.
         out: [..., n] to write into, else a new contiguous tensor.
 
     Returns:
@@ -53,8 +53,8 @@ def gathered_swiglu(
 def gathered_down(
     h: Tensor,
     w_down: Tensor,
-    runs: Sequence[Any] | None = None,
-    index: Tensor | None = None,
+    runs: Any = None,
+    index: Any = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
     selection: Selection | None = None,
@@ -64,7 +64,9 @@ def gathered_down(
     Args:
         h: [..., n], columns in the order of the selection.
         w_down: [hidden, intermediate], torch's Linear layout.
-        runs, index, selection: the neurons, see the module.
+        runs: neurons as ascending, disjoint (start, length) pairs: a list, a flat list, a tensor or an array.
+        index: or as numbers [n], int32 or int64, in any order, each at most once: a tensor, a list or an array.
+        selection: or as a `Selection`, which is checked once for many calls. None for all three: all neurons.
         residual: [..., hidden], added in fp32 before the single rounding.
         out: [..., hidden] to write into; shares no memory with the inputs.
 
@@ -81,8 +83,8 @@ def gathered_ffn(
     w_gate: Tensor,
     w_up: Tensor,
     w_down: Tensor,
-    runs: Sequence[Any] | None = None,
-    index: Tensor | None = None,
+    runs: Any = None,
+    index: Any = None,
     residual: Tensor | None = None,
     norms: Tensor | None = None,
     out: Tensor | None = None,
@@ -96,7 +98,9 @@ def gathered_ffn(
         x: [..., hidden].
         w_gate, w_up: [intermediate, hidden].
         w_down: [hidden_out, intermediate].
-        runs, index, selection: the neurons, see the module.
+        runs: neurons as ascending, disjoint (start, length) pairs: a list, a flat list, a tensor or an array.
+        index: or as numbers [n], int32 or int64, in any order, each at most once: a tensor, a list or an array.
+        selection: or as a `Selection`, which is checked once for many calls. None for all three: all neurons.
         residual: [..., hidden_out], added in fp32 before the single rounding.
         norms: [n] fp32 or fp64, += the squares of each neuron's activation summed over all rows (calibration).
         out: [..., hidden_out] to write into; not together with norms.
@@ -129,14 +133,11 @@ def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
     return acc
 
 
-def _neurons(
-    weight: Tensor, dim: int, runs: Sequence[Any] | None, index: Tensor | None, selection: Selection | None
-) -> dict[str, Any]:
+def _neurons(weight: Tensor, dim: int, runs: Any, index: Any, selection: Selection | None) -> dict[str, Any]:
     """The neurons as arguments of the operators; `dim` is the weight's neuron dimension."""
     if selection is None:
-        if index is not None:
-            check_index(index)
-        return {"runs": None if runs is None else flatten("runs", runs, 2), "index": index}
+        numbers = None if index is None else index_tensor(index, weight.device)
+        return {"runs": None if runs is None else flatten("runs", runs, 2), "index": numbers}
     if runs is not None or index is not None:
         raise ValueError("selection: expected neither runs nor index with it")
     if weight.shape[dim] != selection.limit:

@@ -50,7 +50,7 @@ class Selection:
 
     @classmethod
     def from_index(
-        cls, index: Tensor | Sequence[int], limit: int, device: torch.device | str | None = None
+        cls, index: Tensor | Sequence[int] | Any, limit: int, device: torch.device | str | None = None
     ) -> Selection:
         """From neuron numbers [n] in any order, each at most once.
 
@@ -63,8 +63,7 @@ class Selection:
             TypeError: not int32 or int64.
             ValueError: not one dimension.
         """
-        numbers = index if isinstance(index, Tensor) else torch.as_tensor(index, device="cpu")
-        check_index(numbers)
+        numbers = index_tensor(index)
         device = numbers.device if device is None else device
         return cls._resolved(numbers.numel(), limit, device, index=numbers.detach().cpu())
 
@@ -86,7 +85,21 @@ class Selection:
         return dataclasses.replace(self, list=self.list.to(device))
 
 
-def check_index(index: Tensor) -> None:
-    """Raise TypeError unless the tensor can hold neuron numbers; the message mentions masks."""
-    if index.dtype == torch.bool:
+def index_tensor(index: Any, device: torch.device | str = "cpu") -> Tensor:
+    """Neuron numbers as a tensor; a list or array is put on `device`.
+
+    Raises:
+        TypeError: a bool mask, or not integers.
+    """
+    numbers = index if isinstance(index, Tensor) else _as_tensor(index, device)
+    if numbers.dtype == torch.bool:
         raise TypeError("index: expected int32 or int64 numbers, got a bool mask (mask.nonzero().flatten() has them)")
+    return numbers
+
+
+def _as_tensor(index: Any, device: torch.device | str) -> Tensor:
+    try:
+        numbers = torch.as_tensor(index, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"index: expected a tensor or a list of integers, got {type(index).__name__}") from error
+    return numbers.to(torch.int64) if numbers.numel() == 0 else numbers

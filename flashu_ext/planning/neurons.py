@@ -3,10 +3,13 @@
 An FFN computes the same function when its neurons are permuted (rows of W_gate and W_up, columns of W_down). Ordered
 once as [first task only | both | second task only | neither], the first two tasks' sets are one contiguous range each,
 so one weight copy serves every task through views. Further tasks get a list of runs in the same order.
+
+GPU kernels read neurons by whole tiles, so `aligned_sets` chooses sets whose runs start and end at multiples of 64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["NeuronLayout", "Runs", "ffn_weights", "runs_of"]
+__all__ = ["NeuronLayout", "Runs", "aligned_sets", "ffn_weights", "runs_of"]
+
+TILE = 64
+"""Runs start and end at multiples of this where kept counts are multiples of it."""
 
 Runs = tuple[tuple[int, int], ...]
 """Runs of neurons as (start, length), ascending and disjoint."""
@@ -33,6 +39,53 @@ def runs_of(sorted_index: Tensor) -> Runs:
     starts = [0, *breaks.tolist()]
     ends = [*breaks.tolist(), sorted_index.numel()]
     return tuple((int(sorted_index[start]), end - start) for start, end in zip(starts, ends, strict=True))
+
+
+def aligned_sets(scores: Mapping[str, Tensor], count: int, multiple: int) -> dict[str, Tensor]:
+    """Each task's `count` best neurons, with borderline ones exchanged so that runs start and end at multiples of a unit.
+
+    The unit is gcd(multiple, 64); where `count` is no multiple of it, nothing is exchanged. The first task's set is always
+    its best. A layout orders neurons in blocks by the tasks that share them. Of each block a further task takes a multiple
+    of the unit: the nearest one to what its best would be, up or down by at most half a unit where the total allows it,
+    and always the block's best. So the second task, which meets two blocks, exchanges at most unit / 2 neurons, the third
+    unit, the fourth 2 units, if the number of neurons is a multiple of the unit too. Otherwise the last block, of neurons
+    that no task keeps, cannot be taken whole, and the bounds are twice as large.
+
+    Args:
+        scores: task -> fp [neurons], larger is better; of equal scores the lower index is.
+        count: neurons of each set, at most all.
+        multiple: kept counts are rounded to it.
+
+    Returns:
+        task -> ascending int64 [count].
+    """
+    unit = math.gcd(multiple, TILE)
+    if count % unit:
+        unit = 1
+    sets: dict[str, Tensor] = {}
+    block: Tensor | None = None
+    for task, score in scores.items():
+        order = torch.sort(score, descending=True, stable=True).indices
+        if block is None:
+            block = torch.zeros_like(order)
+        place = block[order]  # the block of every neuron, best first
+        wanted = torch.bincount(place[:count], minlength=int(block.max()) + 1).tolist()
+        sizes = torch.bincount(place).tolist()
+        taken = [order[place == b][:n] for b, n in enumerate(_whole_units(wanted, sizes, unit))]
+        sets[task] = torch.cat(taken).sort().values
+        member = torch.zeros_like(block)
+        member[sets[task]] = 1
+        block = 2 * block + member
+    return sets
+
+
+def _whole_units(wanted: list[int], sizes: list[int], unit: int) -> list[int]:
+    """Multiples of `unit` near `wanted`, of the same sum (a multiple too), none above its size; of equal ones the first."""
+    counts = [n // unit * unit for n in wanted]
+    while sum(counts) < sum(wanted):
+        open_blocks = [b for b, size in enumerate(sizes) if counts[b] + unit <= size]
+        counts[max(open_blocks, key=lambda b: wanted[b] - counts[b])] += unit
+    return counts
 
 
 @dataclass(frozen=True)

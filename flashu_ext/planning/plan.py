@@ -19,7 +19,7 @@ from torch import Tensor
 from .estimators import Calibration, DownNorms, NeuronSums, check_estimator, standardized
 from .fingerprint import check_fingerprint, model_fingerprint
 from .groups import FfnPruning, is_int, is_real
-from .neurons import NeuronLayout
+from .neurons import NeuronLayout, aligned_sets
 from .reading import refusal, shown, strict_json
 from .safe_files import load_safetensors, save_safetensors
 
@@ -51,10 +51,13 @@ def check_pruning(ratio: Any, multiple: Any, name: str = "ratio") -> None:
         raise ValueError(f"multiple: expected an integer >= 1, got {shown(multiple)}")
 
 
-def _check_scores(task: str, scores: Sequence[Tensor]) -> Tensor:
+def _check_scores(task: str, scores: Any) -> Tensor:
+    if not isinstance(scores, (list, tuple)) and getattr(scores, "ndim", 0) == 2:
+        scores = list(torch.as_tensor(scores))
     if not isinstance(scores, (list, tuple)) or not scores:
         raise ValueError(
-            f"{task}: expected a non-empty list with one score tensor per layer, got {type(scores).__name__}"
+            f"{task}: expected scores [layers, neurons] or a non-empty list with one score tensor per layer, got "
+            f"{type(scores).__name__}"
         )
     for layer, score in enumerate(scores):
         if not isinstance(score, Tensor) or score.dim() != 1 or not score.is_floating_point():
@@ -115,18 +118,18 @@ class TaskPlan:
     def from_scores(
         cls,
         *,
-        generation: Sequence[Tensor] | None = None,
-        understanding: Sequence[Tensor] | None = None,
+        generation: Sequence[Tensor] | Tensor | None = None,
+        understanding: Sequence[Tensor] | Tensor | None = None,
         ratio: float = 0.2,
         multiple: int = 64,
         model: Any | None = None,
-        **other_tasks: Sequence[Tensor],
+        **other_tasks: Sequence[Tensor] | Tensor,
     ) -> TaskPlan:
         """A plan from neuron scores.
 
         Args:
-            generation, understanding, other_tasks: per task one fp tensor [intermediate] per layer. A task without scores
-                runs on all neurons.
+            generation, understanding, other_tasks: per task scores [layers, intermediate], a tensor or an array, or one fp
+                tensor [intermediate] per layer. A task without scores runs on all neurons.
             ratio: fraction pruned per layer.
             multiple: kept counts are rounded down to it.
             model: the model that the scores belong to; its fingerprint is stored in the plan.
@@ -200,18 +203,22 @@ class TaskPlan:
         return self.calibration.times if self.calibration else ()
 
     def kept(self, task: str, layer: int) -> Tensor:
-        """Neurons kept for `task` in `layer`: ascending int64 [kept_counts[layer]]; of equal scores the lower index."""
+        """Neurons kept for `task` in `layer`: ascending int64 [kept_counts[layer]]; of equal scores the lower index.
+
+        The first task's are its best. Of a further task's a few borderline ones are exchanged, so that the runs of the
+        layout start and end at multiples of 64; see `flashu_ext.planning.neurons.aligned_sets`.
+        """
         if task not in self.scores:
             raise KeyError(f"task: expected one of {', '.join(self.scores)}, got {task!r}")
-        order = torch.sort(self.scores[task][layer], descending=True, stable=True).indices
-        return order[: self.kept_counts[layer]].sort().values
+        return self._sets(layer)[task]
+
+    def _sets(self, layer: int) -> dict[str, Tensor]:
+        scores = {task: by_layer[layer] for task, by_layer in self.scores.items()}
+        return aligned_sets(scores, self.kept_counts[layer], self.multiple)
 
     def layouts(self) -> list[NeuronLayout]:
         """For each layer the permutation that makes the tasks' sets contiguous."""
-        return [
-            NeuronLayout.build(self.intermediate, {task: self.kept(task, layer) for task in self.tasks})
-            for layer in range(self.layers)
-        ]
+        return [NeuronLayout.build(self.intermediate, self._sets(layer)) for layer in range(self.layers)]
 
     def describe(self) -> str:
         """A readable summary: neurons kept, and every task's layer importance (mean over its rows)."""

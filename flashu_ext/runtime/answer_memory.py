@@ -11,10 +11,16 @@ from ..models.parts import Showo2Parts
 from .image_memory import rounded_up
 from .modules.attention import rope_table
 
-__all__ = ["AnswerMemory", "AnswerShape", "Buffers", "GrowingMemory", "layer_of"]
+__all__ = ["ANSWER_STEP", "FIXED_TOKENS", "AnswerMemory", "AnswerShape", "Buffers", "GrowingMemory", "layer_of"]
 
 CAPACITY_STEP = 256
 """Reusable memory rounds its capacity up to a multiple of this, so most later calls fit."""
+
+ANSWER_STEP = 256
+"""New tokens of each answer that memory which can grow has room for at first."""
+
+FIXED_TOKENS = 4096
+"""New tokens of an answer up to which memory at fixed addresses is reserved; a longer answer has memory that grows."""
 
 Buffers = tuple[Tensor, Tensor]
 """Keys and values [layers, 2, rows, kv_heads, capacity, head_dim]: of the layers before the pruning layer, and of the rest."""
@@ -61,7 +67,7 @@ def layer_of(buffers: Buffers, split: int, layer: int) -> tuple[Tensor, Tensor]:
 
 
 class GrowingMemory:
-    """Memory of exactly the requested shape, for answers run operator by operator."""
+    """Memory of exactly the requested shape, for answers run operator by operator; the answer's part is enlarged on the way."""
 
     def __init__(self, shape: AnswerShape, parts: Showo2Parts):
         self.shape = shape

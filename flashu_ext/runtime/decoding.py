@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..models.masks import additive
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..ops.kernel_sets import KernelSet
-from .answer_memory import AnswerMemory, GrowingMemory, layer_of
+from .answer_memory import ANSWER_STEP, AnswerMemory, GrowingMemory, layer_of
 from .graphs import GraphCache
 from .memory import MemoryPool
 from .modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
@@ -81,6 +82,15 @@ class _GrowingPass:
         self.masks = masks
         self.kernels = kernels
         self.count = 0
+
+    def reserve(self) -> None:
+        """Make room for the next token. A longer answer is a copy, so the cache stays as it is for the next question."""
+        free = min(buffer.shape[4] - end for buffer, end in zip(self.buffers, self.ends, strict=True)) - self.count
+        if free < 1:
+            more = max(ANSWER_STEP, self.count)
+            first, second = (pad(buffer, (0, 0, 0, more)) for buffer in self.buffers)
+            self.buffers = (first, second)
+            self.masks = [None if mask is None else pad(mask, (0, more)) for mask in self.masks]  # 0: seen
 
     def narrow(self, rows: Tensor) -> None:
         """Continue with some rows only. They are copied, so the cache stays complete for the next question."""
@@ -195,6 +205,7 @@ class Decoder:
                 token, positions = token[rows], positions[rows]
                 live = list(answers.live)
                 runs = self._layers_run([request.skipped[row] for row in live])
+            attention.reserve()
             x = self.parts.embed_tokens(token).to(dtype)
             rope = rope_table(self.parts.llm_rope, positions + attention.count, x.dtype)
             hidden = self._token(x, rope, attention, runs)
@@ -267,7 +278,7 @@ class Decoder:
                 memory.runs[layer] = run
         for mask, allowed in zip(memory.masks, _visible(cache, 0), strict=True):
             unused = mask.shape[-1] - allowed.shape[-1]
-            mask.copy_(additive(torch.nn.functional.pad(allowed, (0, unused)), mask.dtype))
+            mask.copy_(additive(pad(allowed, (0, unused)), mask.dtype))
         memory.slots.copy_(torch.tensor(cache.ends, device="cpu"))
         memory.position.copy_(torch.tensor([[prompt.length] for prompt in cache.prompts], device="cpu"))
         return TokenWork(len(cache.prompts), tuple(None if isinstance(run, Tensor) else run for run in runs))
@@ -293,6 +304,6 @@ def _visible(cache: PromptCache, answer_slots: int) -> list[Tensor]:
         rows = [p.allowed[-1, p.kept] if late and p.kept is not None else p.allowed[-1] for p in cache.prompts]
         allowed = torch.ones(len(rows), end + answer_slots, dtype=torch.bool, device=rows[0].device)
         for row, seen in enumerate(rows):
-            allowed[row, :end] = torch.nn.functional.pad(seen, (0, end - seen.shape[0]))
+            allowed[row, :end] = pad(seen, (0, end - seen.shape[0]))
         result.append(allowed[:, None, None])
     return result

@@ -27,7 +27,7 @@ from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
 from ..planning.schedule import least_important
-from .answer_memory import AnswerMemory, AnswerShape, GrowingMemory
+from .answer_memory import ANSWER_STEP, FIXED_TOKENS, AnswerMemory, GrowingMemory
 from .decoding import TASK, AnswerRequest, Decoder, Pick
 from .graphs import GraphCapture
 from .memory import Lease, MemoryPool
@@ -246,7 +246,7 @@ class UnderstandingEngine:
         if max_new_tokens == 0 or not prompts:
             return [[] for _ in prompts]
         # The old cache is only read until the new one is filled, so an error in the prefill leaves it usable.
-        cache = PromptCache(prompts, self._acquire(PromptCache.shape(prompts, max_new_tokens - 1, self.pruner.layer)))
+        cache = PromptCache(prompts, self._acquire(prompts, max_new_tokens - 1))
         try:
             if self._cache is not None:
                 self.pool.join(self._cache.lease)
@@ -260,11 +260,14 @@ class UnderstandingEngine:
         self.visual_kept = self.visual - sum(sum(prompt.dropped) for prompt in prompts)
         return self._decode(cache, AnswerRequest(hidden, skipped, max_new_tokens, pick, eos_token, on_token))
 
-    def _acquire(self, shape: AnswerShape) -> Lease[GrowingMemory]:
-        if not self.pool.fixed:
+    def _acquire(self, prompts: Sequence[Prompt], new_tokens: int) -> Lease[GrowingMemory]:
+        fixed = self.pool.fixed and new_tokens <= FIXED_TOKENS
+        shape = PromptCache.shape(prompts, new_tokens if fixed else min(new_tokens, ANSWER_STEP), self.pruner.layer)
+        if not fixed:
             return self.pool.acquire(lambda memory: False, lambda: GrowingMemory(shape, self.parts))
         lease = self.pool.acquire(
-            lambda memory: memory.shape.holds(shape), lambda: AnswerMemory(shape.rounded(), self.parts)
+            lambda memory: isinstance(memory, AnswerMemory) and memory.shape.holds(shape),
+            lambda: AnswerMemory(shape.rounded(), self.parts),
         )
         assert isinstance(lease.memory, AnswerMemory)
         lease.memory.clear()

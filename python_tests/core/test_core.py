@@ -25,6 +25,9 @@ def test_build_facts():
     facts = explain.build_facts()
     assert facts["version"] == flashu_ext.__version__
     assert facts["abi version"] == "3" and facts["cpu isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
+    built = facts["cuda"] == "on"
+    assert (facts["cuda runtime"] != "none") == built and (facts["cuda ptx"] != "none") == built
+    assert facts["cuda missing"] == "nothing" or facts["cuda driver"] == "none" or "too old" in facts["cuda missing"]
 
 
 def test_info_lists_what_is_built():

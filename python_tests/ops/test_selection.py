@@ -139,3 +139,21 @@ def test_a_selection_on_a_gpu():
     assert torch.equal(ops.gathered_ffn(x, *w, selection=selection.to("cuda")), expected)
     with pytest.raises(ValueError, match="expected device cuda:0 as x has, got cpu"):
         ops.gathered_ffn(x, *w, selection=selection)
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.IntTensor, lambda numbers: np.array(numbers, np.int32)])
+def test_numbers_may_be_a_list_or_an_array(make):
+    x, gate, up = torch.randn(3, 8), torch.randn(40, 8), torch.randn(40, 8)
+    numbers = [7, 3, 39]
+    expected = ops.gathered_swiglu(x, gate, up, index=torch.tensor(numbers))
+    assert torch.equal(ops.gathered_swiglu(x, gate, up, index=make(numbers)), expected)
+    assert ops.gathered_swiglu(x, gate, up, index=make([])).shape == (3, 0)
+    pairs = [[3, 2], [30, 4]]
+    expected = ops.gathered_swiglu(x, gate, up, runs=[(3, 2), (30, 4)])
+    assert torch.equal(ops.gathered_swiglu(x, gate, up, runs=make(pairs)), expected)
+
+
+@pytest.mark.parametrize("index", ["3", 3.5, object(), [1.5], [True] * 40])
+def test_what_no_neuron_number_is_is_named(index):
+    with pytest.raises((TypeError, ValueError), match="index: expected"):
+        ops.gathered_swiglu(torch.randn(3, 8), torch.randn(40, 8), torch.randn(40, 8), index=index)

@@ -11,6 +11,7 @@ import flashu_ext as fx
 from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
 from flashu_ext.models.showo2.decoding import TokenSampler
+from flashu_ext.runtime import decoding, understanding
 from flashu_ext.runtime.token_pruning import TokenPruner, visual_spans
 
 LIMIT = 1e-4
@@ -349,6 +350,31 @@ def test_one_image_serves_a_batch_and_is_encoded_once(monkeypatch):
 
 
 # ---- state
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_answers_that_outgrow_their_memory_are_the_same(monkeypatch, ratio):
+    model = public().model()
+    asked = batch([ask(1), ask(2, after=9), ask(3, after=4)])
+    with fx.accelerate(model, fx.FlashUConfig(token_prune_ratio=ratio)) as handle:
+        expected = answer_tokens_batch(model, *asked, max_new_tokens=12)
+        handle.runner.reset()
+        for module in (decoding, understanding):
+            monkeypatch.setattr(module, "ANSWER_STEP", 2)
+        for _ in range(2):  # the second time the prompts are reused
+            tokens = answer_tokens_batch(model, *asked, max_new_tokens=12)
+            assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
+
+
+def test_no_memory_is_reserved_for_tokens_that_do_not_come():
+    model, asked = public().model(), ask(1)
+    with fx.accelerate(model) as handle:
+        first = int(answer_tokens(model, **asked, max_new_tokens=1))
+        handle.runner.reset()
+        assert answer_tokens(model, **asked, max_new_tokens=10**9, eos_token=first).tolist() == [first]
+        reserved = handle.summary().memory["answers' keys and values"]
+        answer_tokens(model, **asked, max_new_tokens=1000, eos_token=first)
+        assert reserved == handle.summary().memory["answers' keys and values"]
 
 
 def test_an_error_does_not_affect_the_next_answer(monkeypatch):

@@ -5,17 +5,42 @@
 #include <mutex>
 
 #include "core/checks.hpp"
+#include "core/cuda_versions.hpp"
 #include "cuda/hardware.cuh"
 
 namespace flashu::cuda {
 
 inline constexpr int kMaxDevices = 64;
 
+inline core::CudaVersions cuda_versions() {
+  core::CudaVersions versions;
+  // They fail where there is no driver; the versions stay 0 then.
+  static_cast<void>(cudaDriverGetVersion(&versions.driver));
+  static_cast<void>(cudaRuntimeGetVersion(&versions.runtime));
+  return versions;
+}
+
 inline void check_cuda(cudaError_t status, const char* what) {
-  FLASHU_CHECK(status == cudaSuccess, FLASHU_INTERNAL, what, ": ", cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  const core::CudaVersions versions = cuda_versions();
+  // Devices that this build has no machine code for run its PTX, which a driver of the same major version may
+  // be too old for.
+  const char* const hint = status == cudaErrorUnsupportedPtxVersion
+                               ? "; build with FLASHU_CUDA_ARCHS naming this device, or update the driver"
+                               : "";
+  core::fail(FLASHU_INTERNAL, what, ": ", cudaGetErrorString(status), " (driver for CUDA ",
+             core::version_text(versions.driver), ", runtime ", core::version_text(versions.runtime), ")",
+             hint);
+}
+
+// Before the first call that needs a driver.
+inline void check_driver() {
+  static const core::CudaVersions versions = cuda_versions();
+  core::check_driver(versions);
 }
 
 inline DeviceFacts device_facts(int device) {
+  check_driver();
   static std::once_flag once[kMaxDevices];
   static DeviceFacts facts[kMaxDevices];
   FLASHU_CHECK(device >= 0 && device < kMaxDevices, FLASHU_UNSUPPORTED, "device: expected one of the first ",
@@ -39,6 +64,7 @@ class DeviceGuard {
  public:
   // A device of the C API.
   explicit DeviceGuard(int32_t device_code) {
+    check_driver();
     const int device = core::cuda_ordinal(device_code);
     check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
     // Even where it is the current one: in a thread that has not used CUDA yet this is what binds its

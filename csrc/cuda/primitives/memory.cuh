@@ -61,6 +61,10 @@ FLASHU_DEVICE void cp_async_wait() {
 // visible to the asynchronous proxy: wgmma and bulk copies.
 FLASHU_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same for global memory, and for what other threads wrote: after griddepcontrol_wait(), before TMA reads
+// what the kernel before stored. The documentation of the wait names no proxy.
+FLASHU_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // bar.sync: `threads` threads of the block meet at barrier `id` (1 to 15; 0 is __syncthreads).
 FLASHU_DEVICE void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

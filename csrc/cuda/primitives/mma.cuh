@@ -13,14 +13,6 @@ FLASHU_DEVICE void ldmatrix_x4(uint32_t (&out)[4], const void* row) {
                : "memory");
 }
 
-// The same, each matrix transposed.
-FLASHU_DEVICE void ldmatrix_x4_transposed(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // ldmatrix_x4 the other way; sm_90.
 FLASHU_DEVICE void stmatrix_x4(void* row, const uint32_t (&in)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),

@@ -89,6 +89,15 @@ FLASHU_API const char* flashu_last_error(void);
  * environment variable FLASHU_ISA can lower it, read once. */
 FLASHU_API const char* flashu_cpu_isa(void);
 
+/* The newest CUDA that the installed driver knows, and the version of the CUDA runtime in this build, as CUDA
+ * counts (12080 is 12.8); 0 where there is none. */
+FLASHU_API int32_t flashu_cuda_driver(void);
+FLASHU_API int32_t flashu_cuda_runtime(void);
+/* Why no op can run on a CUDA device: a driver that is missing or too old, or a build without CUDA kernels.
+ * "" where nothing is known to be missing. Ops on such a device fail with this text and FLASHU_UNSUPPORTED.
+ */
+FLASHU_API const char* flashu_cuda_problem(void);
+
 /* Workspace: memory of the caller on the op's device, aligned to 64 bytes, at least the size that
  * flashu_<op>_workspace() gives for the same arguments (it checks them as the op does and ignores the
  * workspace fields) and the same number of threads. A larger one is fine, a smaller one is FLASHU_WORKSPACE.

@@ -7,17 +7,21 @@
 #include <type_traits>
 
 #include "core/checks.hpp"
+#include "core/cuda_versions.hpp"
 #include "cuda/hardware.cuh"
 
 namespace flashu::cuda {
 
+inline core::CudaVersions cuda_versions() { return {simt::settings().driver, simt::settings().runtime}; }
+
 inline DeviceFacts device_facts(int /*device*/) {
+  core::check_driver(cuda_versions());
   return {simt::settings().multiprocessors, simt::settings().capability, 227 << 10};
 }
 
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int /*device*/) {}
+  explicit DeviceGuard(int /*device*/) { core::check_driver(cuda_versions()); }
 };
 
 inline void griddepcontrol_wait() { simt::note_waited_for_previous(); }

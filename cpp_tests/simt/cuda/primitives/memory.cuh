@@ -31,6 +31,7 @@ FLASHU_DEVICE T* in_global(T* address) {
 FLASHU_DEVICE void store16(void* to, uint4 value FLASHU_WHERE) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) simt::fail(where, "a 16-byte store to a misaligned address");
   *static_cast<uint4*>(to) = value;
+  if (simt::in_shared(to, 16)) simt::note_generic_write(to, 16);
 }
 
 FLASHU_DEVICE void cp_async16(void* to, const void* from, int bytes FLASHU_WHERE) {
@@ -61,6 +62,7 @@ FLASHU_DEVICE void cp_async_wait() {
 }
 
 FLASHU_DEVICE void fence_proxy_async() { simt::fence_proxy_async(); }
+FLASHU_DEVICE void fence_proxy_async_global() { simt::note_fenced_global(); }
 
 FLASHU_DEVICE void named_barrier(int id, int threads FLASHU_WHERE) {
   simt::barrier(id, static_cast<unsigned>(threads), where);

@@ -8,7 +8,7 @@ namespace flashu::cuda {
 namespace emulated {
 
 // ldmatrix / stmatrix: lane l names row l % 8 of matrix l / 8; a lane's register i holds two neighbours of
-// row lane / 4 of matrix i (transposed: of column lane / 4, one from each of two rows).
+// row lane / 4 of matrix i.
 struct MatrixSlot {
   const char* own;
   const char* rows[4][8];
@@ -38,17 +38,6 @@ FLASHU_DEVICE void ldmatrix_x4(uint32_t (&out)[4], const void* row FLASHU_WHERE)
   // Each lane reads its own words, so that a race shows as one of this thread.
   for (int i = 0; i < 4; ++i)
     out[i] = *reinterpret_cast<const uint32_t*>(slot.rows[i][lane / 4] + lane % 4 * 4);
-}
-
-FLASHU_DEVICE void ldmatrix_x4_transposed(uint32_t (&out)[4], const void* row FLASHU_WHERE) {
-  const emulated::MatrixSlot slot = emulated::meet_rows(row, "ldmatrix.trans", where);
-  const unsigned lane = simt::lane();
-  for (int i = 0; i < 4; ++i) {
-    const auto at = [&](unsigned k) {
-      return static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(slot.rows[i][k] + lane / 4 * 2));
-    };
-    out[i] = at(lane % 4 * 2 + 1) << 16 | at(lane % 4 * 2);
-  }
 }
 
 FLASHU_DEVICE void stmatrix_x4(void* row, const uint32_t (&in)[4] FLASHU_WHERE) {

@@ -1,6 +1,7 @@
 // The tensor memory accelerator: copies that happen late and in any order, and whose bytes are counted.
 #pragma once
 
+#include "core/divide_up.hpp"
 #include "cuda/primitives/mbarrier.cuh"
 
 namespace flashu::cuda {
@@ -33,11 +34,22 @@ inline void check_box(const void* box, const TensorMap& map, const char* what, c
     simt::fail(where, std::string(what) + ": the box is not in shared memory");
 }
 
+// The hardware takes a first column that is no multiple of 16 bytes for an illegal instruction, and the
+// context is lost. PTX ISA does not say so; triton #7385 and tilelang #2527 do.
+inline void check_column(int column, const char* what, const simt::Place& where) {
+  if (column % kChunkColumns != 0)
+    simt::fail(where, std::string(what) + ": expected a first column at a multiple of 16 bytes, got column " +
+                          std::to_string(column));
+}
+
 }  // namespace emulated
 
 FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row,
                             Mbarrier* barrier FLASHU_WHERE) {
   emulated::check_box(to, map, "TMA load", where);
+  emulated::check_column(column, "TMA load", where);
+  if (simt::waited_for_previous() && !simt::fenced_global())
+    simt::fail(where, "TMA load: what the kernel before stored is read without fence.proxy.async.global");
   const int bytes = map.box_rows * kBoxRowBytes;
   auto* words = static_cast<uint64_t*>(to);
   for (int i = 0; i < bytes / 8; ++i) words[i] = ~uint64_t{0};  // undefined until it is there
@@ -61,15 +73,19 @@ FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row,
 
 FLASHU_DEVICE void tma_store(const TensorMap& map, const void* from, int column, int row FLASHU_WHERE) {
   emulated::check_box(from, map, "TMA store", where);
+  emulated::check_column(column, "TMA store", where);
   simt::check_proxy(from, static_cast<std::size_t>(map.box_rows * kBoxRowBytes), "TMA store", where);
   const simt::Unseen unseen;
   simt::bulk_groups().add(simt::defer(simt::Kind::kStore, [from, target = map, column, row] {
     auto* box = const_cast<char*>(static_cast<const char*>(from));
+    // Chunks of 16 bytes are written whole: one that begins inside the matrix reaches past its last column
+    // (triton #11583).
+    const int64_t written = divide_up(target.columns, kChunkColumns) * kChunkColumns;
     for (int r = 0; r < target.box_rows; ++r) {
       for (int c = 0; c < kBoxColumns; ++c) {
         const int64_t y = int64_t{row} + r;
         const int64_t x = int64_t{column} + c;
-        if (y < 0 || y >= target.rows || x < 0 || x >= target.columns) continue;
+        if (y < 0 || y >= target.rows || x < 0 || x >= written) continue;
         auto* values = reinterpret_cast<uint16_t*>(const_cast<char*>(target.base));
         values[y * target.stride + x] =
             reinterpret_cast<const uint16_t*>(emulated::box_chunk(box, r, c / 8))[c % 8];

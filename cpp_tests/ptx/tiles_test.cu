@@ -1,0 +1,165 @@
+// Every compiled tile of the FFN's tensor core kernels by its host entry point, also where the choice would
+// take another one, at sizes whose last tiles are not whole.
+#include "core/ffn_tiles.hpp"
+#include "cuda/ffn_sm90.hpp"
+#include "cuda/support.hpp"
+
+namespace flashu::test {
+namespace {
+
+using core::FfnFetch;
+using core::FfnKernel;
+using core::FfnTile;
+
+constexpr int64_t kRows = 136, kDepth = 104, kIntermediate = 400;
+constexpr int64_t kFirst = 8;  // of a range
+
+template <class T>
+class DeviceTiles : public DeviceOf<T> {};
+using Storage2 = ::testing::Types<bfloat16, float16>;
+TYPED_TEST_SUITE(DeviceTiles, Storage2);
+
+std::vector<double> doubles(const auto& values) {
+  std::vector<double> out;
+  for (int64_t i = 0; i < values.count(); ++i) out.push_back(static_cast<double>(to_float(values[i])));
+  return out;
+}
+
+double dot(const double* a, const double* b, int64_t n) {
+  double sum = 0;
+  for (int64_t k = 0; k < n; ++k) sum += a[k] * b[k];
+  return sum;
+}
+
+template <class T>
+void launch(const FfnTile& tile, const cuda::FfnGemm& gemm) {
+  if (tile.kernel == FfnKernel::kSm90) {
+    cuda::ffn_gemm_sm90(tile, gemm, dtype_of<T>(), nullptr, 3);
+  } else {
+    cuda::ffn_gemm_sm80(gemm, dtype_of<T>(), nullptr);
+  }
+  device_synchronize();
+}
+
+template <class T>
+void expect_close(const Guarded<T>& got, const std::vector<double>& want) {
+  constexpr double kError = std::is_same_v<T, bfloat16> ? 1.0 / 128 : 1.0 / 1024;
+  for (int64_t i = 0; i < got.count(); ++i) {
+    const double value = want[static_cast<size_t>(i)], is = static_cast<double>(to_float(got[i]));
+    ASSERT_LE(std::fabs(is - value), kError * std::fabs(value) + 2e-3)
+        << "element " << i << ": expected " << value;
+  }
+}
+
+// Neurons 0 to `columns`, as the tile's fetch takes them; empty for a range.
+std::vector<int32_t> list_for(FfnFetch fetch, int64_t columns) {
+  std::vector<int32_t> list;
+  for (int64_t j = 0; j < columns && fetch == FfnFetch::kBlocks; ++j)
+    list.push_back(static_cast<int32_t>(j / 8 * 5 % (kIntermediate / 8) * 8 + j % 8));
+  for (int64_t j = 0; j < columns && (fetch == FfnFetch::kRows || fetch == FfnFetch::kThreads); ++j)
+    list.push_back(static_cast<int32_t>((j * 7 + 3) % kIntermediate));
+  return list;
+}
+
+template <class T>
+void up_half(const FfnTile& tile, FfnFetch fetch) {
+  const int64_t columns = fetch == FfnFetch::kRows ? 229 : 232;
+  auto a = normal<T>({kRows, kDepth}, 1, 8);
+  auto gate = normal<T>({kIntermediate, kDepth}, 2, 8, 0.2f);
+  auto up = normal<T>({kIntermediate, kDepth}, 3, 8, 0.2f);
+  Guarded<T> out({kRows, columns}, fetch == FfnFetch::kRows ? 11 : 8);
+  const std::vector<int32_t> list = list_for(fetch, columns);
+  Guarded<int32_t> listed({std::max<int64_t>(1, static_cast<int64_t>(list.size()))});
+  for (size_t j = 0; j < list.size(); ++j) listed[static_cast<int64_t>(j)] = list[j];
+  const flashu_tensor a_d = a.upload(), gate_d = gate.upload(), up_d = up.upload(), out_d = out.upload();
+  cuda::FfnGemm g{};
+  g.a = a_d.data;
+  g.a_stride = g.b_stride = g.b2_stride = kDepth + 8;
+  g.m = kRows;
+  g.b = gate_d.data;
+  g.b2 = up_d.data;
+  g.n = columns;
+  g.k = kDepth;
+  g.intermediate = kIntermediate;
+  g.list = list.empty() ? nullptr : static_cast<const int32_t*>(listed.upload().data);
+  g.first = list.empty() ? kFirst : 0;
+  g.blocks_of_8 = fetch == FfnFetch::kBlocks;
+  g.out = out_d.data;
+  g.out_stride = columns + (fetch == FfnFetch::kRows ? 11 : 8);
+  launch<T>(tile, g);
+  const auto x = doubles(a), gates = doubles(gate), ups = doubles(up);
+  std::vector<double> want;
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t n = list.empty() ? kFirst + j : list[static_cast<size_t>(j)];
+      const double z =
+          dot(&x[static_cast<size_t>(r * kDepth)], &gates[static_cast<size_t>(n * kDepth)], kDepth);
+      want.push_back(z / (1 + std::exp(-z)) *
+                     dot(&x[static_cast<size_t>(r * kDepth)], &ups[static_cast<size_t>(n * kDepth)], kDepth));
+    }
+  }
+  expect_close(out.download(), want);
+}
+
+template <class T>
+void down_half(const FfnTile& tile) {
+  constexpr int64_t kColumns = 296;
+  auto a = normal<T>({kRows, kDepth}, 1, 8);
+  auto down = normal<T>({kColumns, kIntermediate}, 2, 8, 0.2f);
+  auto residual = normal<T>({kRows, kColumns}, 3, 8);
+  Guarded<T> out({kRows, kColumns}, 8);
+  const flashu_tensor a_d = a.upload(), down_d = down.upload(), residual_d = residual.upload(),
+                      out_d = out.upload();
+  cuda::FfnGemm g{};
+  g.a = a_d.data;
+  g.a_stride = kDepth + 8;
+  g.m = kRows;
+  g.b = down_d.data;
+  g.b_stride = kIntermediate + 8;
+  g.n = kColumns;
+  g.k = kDepth;
+  g.intermediate = kIntermediate;
+  g.first = kFirst;
+  g.residual = residual_d.data;
+  g.residual_stride = g.out_stride = kColumns + 8;
+  g.out = out_d.data;
+  launch<T>(tile, g);
+  const auto x = doubles(a), weights = doubles(down);
+  std::vector<double> want = doubles(residual);
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t c = 0; c < kColumns; ++c)
+      want[static_cast<size_t>(r * kColumns + c)] +=
+          dot(&x[static_cast<size_t>(r * kDepth)], &weights[static_cast<size_t>(c * kIntermediate + kFirst)],
+              kDepth);
+  }
+  expect_close(out.download(), want);
+}
+
+template <class T>
+void every_tile(FfnKernel kernel) {
+  for (const FfnTile& tile : core::kFfnTiles) {
+    if (tile.kernel != kernel) continue;
+    SCOPED_TRACE(std::string(tile.up ? "up, " : "down, ") + std::to_string(tile.block_n) +
+                 " columns, fetch " + std::to_string(static_cast<int>(tile.fetch)));
+    if (!tile.up) {
+      down_half<T>(tile);
+    } else {
+      up_half<T>(tile, tile.fetch);
+      // The threads of one tile fetch ranges and lists alike.
+      if (tile.fetch == FfnFetch::kThreads) up_half<T>(tile, FfnFetch::kRange);
+    }
+  }
+}
+
+TYPED_TEST(DeviceTiles, OfHopper) {
+  if (!use_capability(90)) GTEST_SKIP() << "this device is no sm_90";
+  this->under_every_schedule([] { every_tile<TypeParam>(FfnKernel::kSm90); });
+}
+
+TYPED_TEST(DeviceTiles, OfAmpere) {
+  if (!use_capability(80)) GTEST_SKIP() << "this device is no sm_80";
+  this->under_every_schedule([] { every_tile<TypeParam>(FfnKernel::kSm80); });
+}
+
+}  // namespace
+}  // namespace flashu::test

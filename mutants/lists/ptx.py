@@ -1,0 +1,68 @@
+"""Faults in the device half of the CUDA primitives: inline PTX, descriptors and tensor maps, which the emulator does not
+see. The machine for PTX plants them (cpp_tests/ptx)."""
+
+from __future__ import annotations
+
+from ..mutant import Mutant, Ptx
+
+HOPPER = Ptx("DeviceTiles/0.OfHopper:DeviceFfn/1.EverySelectionOnHopper")
+AMPERE = Ptx("DeviceTiles/0.OfAmpere", capability=80)
+
+MUTANTS = [
+    Mutant("mma: a1 and a2 exchanged", "csrc/cuda/primitives/mma.cuh",
+           "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}", "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}", AMPERE, quick=True),
+    Mutant("ldmatrix: transposed", "csrc/cuda/primitives/mma.cuh",
+           "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", AMPERE),
+    Mutant("stmatrix: registers exchanged", "csrc/cuda/primitives/mma.cuh",
+           "[%0], {%1, %2, %3, %4};\" ::\"r\"", "[%0], {%1, %3, %2, %4};\" ::\"r\"", HOPPER),
+    Mutant("stmatrix: transposed", "csrc/cuda/primitives/mma.cuh",
+           "stmatrix.sync.aligned.m8n8.x4.shared", "stmatrix.sync.aligned.m8n8.x4.trans.shared", HOPPER),
+    Mutant("descriptor: 64-byte swizzle", "csrc/cuda/hardware.cuh",
+           "uint64_t{1} << 62", "uint64_t{2} << 62", HOPPER),
+    Mutant("descriptor: groups of eight rows 512 bytes apart", "csrc/cuda/hardware.cuh",
+           "uint64_t{1024 / 16} << 32", "uint64_t{512 / 16} << 32", HOPPER),
+    Mutant("wgmma: B is negated", "csrc/cuda/primitives/wgmma.cuh",
+           "\", p, 1, 1, 0, 0;", "\", p, 1, -1, 0, 0;", HOPPER),
+    Mutant("wgmma: A is transposed", "csrc/cuda/primitives/wgmma.cuh",
+           "\", p, 1, 1, 0, 0;", "\", p, 1, 1, 1, 0;", HOPPER),
+    Mutant("wgmma: sums are not added to", "csrc/cuda/primitives/wgmma.cuh",
+           "setp.eq.b32 p, 0, 0;", "setp.eq.b32 p, 0, 1;", HOPPER),
+    Mutant("wgmma: waits for one group too few", "csrc/cuda/primitives/wgmma.cuh",
+           "wgmma.wait_group.sync.aligned %0;\" ::\"n\"(kPending)", "wgmma.wait_group.sync.aligned %0;\" ::\"n\"(kPending + 1)", HOPPER),
+    Mutant("wgmma: no fence", "csrc/cuda/primitives/wgmma.cuh",
+           "wgmma.fence.sync.aligned;", "", HOPPER),
+    Mutant("setmaxnreg: inc for dec", "csrc/cuda/primitives/wgmma.cuh",
+           "setmaxnreg.dec", "setmaxnreg.inc", HOPPER),
+    Mutant("setmaxnreg: more than there is", "csrc/cuda/ffn_sm90.cu",
+           "warpgroup_reg_alloc<232>", "warpgroup_reg_alloc<240>", HOPPER),
+    Mutant("tma: a tensor map without a swizzle", "csrc/cuda/primitives/tma.cuh",
+           "CU_TENSOR_MAP_SWIZZLE_128B", "CU_TENSOR_MAP_SWIZZLE_NONE", HOPPER),
+    Mutant("tma: NaN outside the tensor", "csrc/cuda/primitives/tma.cuh",
+           "CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE", "CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA", HOPPER),
+    Mutant("tma: strides in values", "csrc/cuda/primitives/tma.cuh",
+           "static_cast<cuuint64_t>(stride) * 2", "static_cast<cuuint64_t>(stride)", HOPPER),
+    Mutant("tma: row and column of a load exchanged", "csrc/cuda/primitives/tma.cuh",
+           "\"r\"(column), \"r\"(row), \"r\"(shared_address(barrier))", "\"r\"(row), \"r\"(column), \"r\"(shared_address(barrier))", HOPPER),
+    Mutant("tma: row and column of a store exchanged", "csrc/cuda/primitives/tma.cuh",
+           "[%0, {%2, %3}], [%1]", "[%0, {%3, %2}], [%1]", HOPPER, quick=True),
+    Mutant("tma: waits for one store too few", "csrc/cuda/primitives/tma.cuh",
+           "cp.async.bulk.wait_group.read %0;\" ::\"n\"(kPending)", "cp.async.bulk.wait_group.read %0;\" ::\"n\"(kPending + 1)", HOPPER),
+    Mutant("cp.async: reads 16 bytes always", "csrc/cuda/primitives/memory.cuh",
+           "[%0], [%1], 16, %2;", "[%0], [%1], 16;", AMPERE),
+    Mutant("cp.async: waits for one group too few", "csrc/cuda/primitives/memory.cuh",
+           "cp.async.wait_group %0;\" ::\"n\"(kPending)", "cp.async.wait_group %0;\" ::\"n\"(kPending + 1)", AMPERE),
+    Mutant("memory: no fence between the proxies", "csrc/cuda/primitives/memory.cuh",
+           "fence.proxy.async.shared::cta;", "", HOPPER),
+    Mutant("memory: one named barrier for all", "csrc/cuda/primitives/memory.cuh",
+           "bar.sync %0, %1;", "bar.sync 2, %1;", HOPPER),
+    Mutant("mbarrier: expects without arriving", "csrc/cuda/primitives/mbarrier.cuh",
+           "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;", "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;", HOPPER),
+    Mutant("mbarrier: waits for the other phase", "csrc/cuda/primitives/mbarrier.cuh",
+           "\"r\"(phase)\n", "\"r\"(phase ^ 1)\n", HOPPER),
+    Mutant("mbarrier: does not wait", "csrc/cuda/primitives/mbarrier.cuh",
+           "\"@!done bra FLASHU_WAIT_%=;\\n\\t}\"", "\"}\"", HOPPER),
+    Mutant("launch: does not wait for the kernel before", "csrc/cuda/primitives/launch.cuh",
+           "griddepcontrol.wait;", "", HOPPER),
+    Mutant("platform: halves of a pair exchanged", "csrc/cuda/primitives/platform.cuh",
+           "__floats2bfloat162_rn(low, high)", "__floats2bfloat162_rn(high, low)", HOPPER),
+]  # fmt: skip
