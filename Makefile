@@ -9,12 +9,12 @@ BIN := $(VENV)/bin
 # Without an NVIDIA driver a CPU wheel is enough, even to compile the CUDA kernels; with one, the newest CUDA build is used.
 TORCH ?= $(if $(wildcard /proc/driver/nvidia/version /usr/bin/nvidia-smi),torch,torch==2.13.0)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-APT_PACKAGES := g++ make libgtest-dev
+APT_PACKAGES := g++ make libgtest-dev pkg-config
 SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 # The requirements in pyproject.toml, by extra. Only this file and gpu.sh install them.
 requirements = $(shell $(PYTHON) .ci/requirements $(1) | sed "s/.*/'&'/")
 
-.PHONY: help demo test python-test cpp-test ptx-test tsan mutants mutants-quick lint format build bench info test-abi sass gpu-wheels clean
+.PHONY: help demo test python-test cpp-test ptx-test tsan mutants mutants-quick lint format build bench info test-abi wheel-check sass gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,7 +41,7 @@ upstream-env: .venv-upstream/.ready ## .venv-upstream with the versions that the
 
 # The build folder of the package, so that nothing is compiled twice.
 BUILD = build/$(shell $(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)')
-CMAKE := $(BIN)/cmake -G Ninja -S . -DFLASHU_TESTS=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
+CMAKE := $(BIN)/cmake -G Ninja -S . -DFLASHU_TESTS=ON -DFLASHU_WERROR=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 CTEST := $(BIN)/ctest --output-on-failure --no-tests=error -j 2 --progress
 
 cpp-test: build ## C++ tests: the library with every instruction set, the CUDA kernels on the emulator, both with sanitizers too
@@ -101,6 +101,11 @@ test-abi: build ## the same library in a CUDA build of the newest torch (downloa
 	PYTHONPATH=. .venv-abi/bin/python -m pytest -p no:cacheprovider python_tests/ops
 	PYTHONPATH=. .venv-abi/bin/python -m flashu_ext.bench.sass --quiet
 
+# One wheel for all of them; name more Pythons where there are any.
+WHEEL_ENVIRONMENTS ?= $(PYTHON)=torch==2.13.0 $(PYTHON)=torch==2.11.0
+wheel-check: ## source archive, wheel, and that wheel under several Pythons and torches (WHEEL_ENVIRONMENTS='PYTHON=TORCH ...')
+	.ci/wheel-check $(WHEEL_ENVIRONMENTS)
+
 # The sources support ptxas from 12.5 on. Several versions cannot be installed in one place.
 OLDEST_PTXAS := nvidia-cuda-nvcc-cu12==12.5.82
 NEWEST_PTXAS := nvidia-cuda-nvcc
@@ -138,8 +143,8 @@ $(VENV)/.tools: pyproject.toml Makefile .ci/requirements
 	touch $@
 
 $(VENV)/.built: $(VENV)/.tools $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps -e .
+	FLASHU_WERROR=1 $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 clean: ## remove the builds, not .venv
-	rm -rf build *.egg-info flashu_ext/*.so $(VENV)/.built
+	rm -rf build *.egg-info flashu_ext/*.so flashu_ext/include flashu_ext/lib $(VENV)/.built

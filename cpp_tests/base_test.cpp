@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "core/parallel.hpp"
-#include "flashu/ffn.h"
+#include "flashu/ffn.hpp"
 #include "flashu/norm.h"
 
 namespace {
@@ -28,7 +28,48 @@ flashu_tensor tensor(float* data, std::vector<int64_t> sizes) {
   return view;
 }
 
-TEST(Base, VersionAgrees) { EXPECT_EQ(flashu_abi_version(), FLASHU_ABI_VERSION); }
+TEST(Base, VersionsAgree) {
+  EXPECT_EQ(flashu_abi_version(), FLASHU_ABI_VERSION);
+  EXPECT_STREQ(flashu_version(), FLASHU_VERSION);
+  EXPECT_EQ(std::string(FLASHU_VERSION), std::to_string(FLASHU_VERSION_MAJOR) + "." +
+                                             std::to_string(FLASHU_VERSION_MINOR) + "." +
+                                             std::to_string(FLASHU_VERSION_PATCH));
+}
+
+TEST(Base, ADeviceThatWasNotFilledInIsRefused) {
+  float acc[2] = {1, 2};
+  float h[2] = {3, 4};
+  flashu_neuron_norms_args args{};
+  args.struct_size = sizeof(args);
+  args.acc = tensor(acc, {2});
+  args.h = tensor(h, {1, 2});
+  const std::string expected =
+      "neuron_norms_: h: expected device FLASHU_DEVICE_CPU or FLASHU_DEVICE_CUDA(ordinal), got ";
+  for (const int32_t device : {0, 1, 255, -2, INT32_MIN}) {
+    args.h.device = device;
+    EXPECT_EQ(flashu_neuron_norms(&args), FLASHU_INVALID_VALUE);
+    EXPECT_EQ(flashu_last_error(),
+              expected + std::to_string(device) + (device == 0 ? ": it was not filled in" : ""));
+  }
+  args.h.sizes[0] = 0;  // an empty tensor has a device too
+  args.h.device = 0;
+  EXPECT_EQ(flashu_neuron_norms(&args), FLASHU_INVALID_VALUE);
+  EXPECT_EQ(acc[0], 1);
+}
+
+TEST(Base, TensorsOfAnyDevice) {
+  float data[6] = {};
+  const flashu_tensor on_gpu = flashu::tensor(data, FLASHU_F32, {2, 3}, {}, FLASHU_DEVICE_CUDA(1));
+  EXPECT_EQ(on_gpu.device, FLASHU_DEVICE_CUDA(1));
+  EXPECT_EQ(on_gpu.strides[0], 3);
+  EXPECT_EQ(flashu::tensor(data, FLASHU_F32, {6}).device, FLASHU_DEVICE_CPU);
+  try {
+    flashu::neuron_norms(flashu::tensor(data, FLASHU_F32, {3}), on_gpu);
+    FAIL();
+  } catch (const flashu::Error& error) {
+    EXPECT_STREQ(error.what(), "neuron_norms_: h: expected device cpu as acc has, got cuda:1");
+  }
+}
 
 TEST(Base, ErrorNamesArgumentAndNextCallIsClean) {
   float acc[3] = {1, 2, 3};

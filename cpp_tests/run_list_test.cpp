@@ -1,11 +1,9 @@
-// Run-list algebra against sets, and tile choice as a pure function.
+// Validation of run lists and index lists, and tile choice as a pure function.
 #include "core/run_list.hpp"
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <random>
-#include <set>
+#include <vector>
 
 #include "core/checks.hpp"
 #include "core/tiles.hpp"
@@ -13,48 +11,14 @@
 namespace flashu::core {
 namespace {
 
-std::set<int64_t> members(const RunList& runs) {
-  const auto index = index_from_runs(runs);
-  return {index.begin(), index.end()};
-}
-
-TEST(RunList, AlgebraIsThatOfSets) {
-  std::mt19937 random(1);
-  for (int trial = 0; trial < 200; ++trial) {
-    const int64_t limit = 1 + static_cast<int64_t>(random() % 40);
-    std::vector<int64_t> a, b;
-    for (int64_t i = 0; i < limit; ++i) {
-      if (random() % 2) a.push_back(i);
-      if (random() % 3 == 0) b.push_back(i);
-    }
-    std::shuffle(a.begin(), a.end(), random);
-    const RunList x = runs_from_index("a", a, limit);
-    const RunList y = runs_from_index("b", b, limit);
-    const std::set<int64_t> p = members(x);
-    const std::set<int64_t> q = members(y);
-    EXPECT_EQ(p, std::set<int64_t>(a.begin(), a.end()));
-    std::set<int64_t> both, either = p;
-    for (const int64_t i : q) {
-      either.insert(i);
-      if (p.count(i)) both.insert(i);
-    }
-    EXPECT_EQ(members(unite(x, y)), either);
-    EXPECT_EQ(members(intersect(x, y)), both);
-    EXPECT_EQ(members(complement(x, limit)).size(), static_cast<size_t>(limit) - p.size());
-    EXPECT_EQ(runs_from_flat("a", flat_from_runs(x), limit), x);
-    for (const auto& run : round_out(x, 4, limit)) {
-      EXPECT_EQ(run.start % 4, 0);
-      EXPECT_TRUE((run.start + run.length) % 4 == 0 || run.start + run.length == limit);
-    }
-  }
-}
-
 TEST(RunList, RunsThatTouchBecomeOne) {
   const RunList one = {{0, 5}};
   EXPECT_EQ(runs_from_flat("r", std::vector<int64_t>{0, 2, 2, 3}, 9), one);
-  EXPECT_EQ(runs_from_index("r", std::vector<int64_t>{4, 1, 0, 3, 2}, 9), one);
-  EXPECT_EQ(unite({{0, 2}}, {{2, 3}}), one);
-  EXPECT_EQ(unite({{0, 5}}, {{1, 2}}), one);
+  EXPECT_EQ(runs_from_flat("r", std::vector<int64_t>{0, 1, 1, 1, 2, 3}, 9), one);
+  EXPECT_EQ(total_length(one), 5);
+  const RunList two = {{0, 2}, {3, 3}};
+  EXPECT_EQ(runs_from_flat("r", std::vector<int64_t>{0, 2, 3, 3}, 9), two);
+  EXPECT_EQ(total_length(two), 5);
 }
 
 TEST(RunList, BadListsAreRefused) {
@@ -64,8 +28,15 @@ TEST(RunList, BadListsAreRefused) {
   EXPECT_THROW(runs_from_flat("r", std::vector<int64_t>{8, 2}, 9), Failure);
   EXPECT_THROW(runs_from_flat("r", std::vector<int64_t>{INT64_MAX, 2}, 9), Failure);
   EXPECT_THROW(runs_from_flat("r", std::vector<int64_t>{0}, 9), Failure);
-  EXPECT_THROW(runs_from_index("r", std::vector<int64_t>{1, 1}, 9), Failure);
-  EXPECT_THROW(runs_from_index("r", std::vector<int64_t>{-1}, 9), Failure);
+}
+
+TEST(RunList, BadIndexesAreRefused) {
+  const auto check = [](std::vector<int64_t> index) { check_index<int64_t>("i", index, 9); };
+  EXPECT_NO_THROW(check({4, 1, 0, 3, 8}));
+  EXPECT_THROW(check({1, 2, 1}), Failure);
+  EXPECT_THROW(check({0, 0}), Failure);
+  EXPECT_THROW(check({-1}), Failure);
+  EXPECT_THROW(check({9}), Failure);
 }
 
 TEST(Tiles, EveryChoiceCoversItsProblem) {

@@ -1,6 +1,7 @@
 """Training-free acceleration of native unified multimodal models: CPU and CUDA kernels, and a runtime for Show-o2.
 
-`import flashu_ext as fx` needs torch only; kernels, transformers and plots are loaded when they are first used.
+`import flashu_ext as fx` needs torch only; transformers and plots are loaded when they are first used. `torch.ops.flashu.*` are
+there as soon as torch is imported too, before or after.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +71,7 @@ _ALIASES = {
     "showo2": "models.showo2",
 }
 
-__all__ = [*_HOMES, *_MODULES, *_ALIASES, "__version__"]
+__all__ = [*_HOMES, *_MODULES, *_ALIASES, "__version__", "cmake_dir", "include_dir"]
 
 
 def __getattr__(name: str) -> Any:
@@ -103,3 +106,63 @@ class _AliasFinder(MetaPathFinder, Loader):
 
 
 sys.meta_path.insert(0, _AliasFinder())  # before the one that would load an alias's files a second time
+
+
+def include_dir() -> Path:
+    """The folder of the C and C++ headers, `flashu/flashu.h` and so on; the library is libflashu.so in `lib` beside it.
+
+    Raises:
+        FileNotFoundError: nothing is built here.
+    """
+    return _installed("include")
+
+
+def cmake_dir() -> Path:
+    """The folder for CMake's flashu_DIR or CMAKE_PREFIX_PATH, so that find_package(flashu) finds this package's library.
+
+    Raises:
+        FileNotFoundError: nothing is built here.
+    """
+    return _installed("lib/cmake/flashu")
+
+
+def _installed(folder: str) -> Path:
+    path = Path(__file__).resolve().parent / folder
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: the C and C++ library is not built; in the source folder: pip install -e .")
+    return path
+
+
+def _register_ops() -> None:
+    """Registers the ops with their fake kernels and autograd guards. If that fails, the first op that is used says why."""
+    ops = import_module(".ops", __name__)
+    try:
+        getattr(ops, ops.OPS[0])
+    except ImportError:
+        pass
+
+
+class _AfterTorch(MetaPathFinder):
+    """Registers the ops right after torch is imported. torch itself is not imported here: commands such as `flashu-ext --help`
+    start fast without it."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                _register_ops()
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "torch" in sys.modules:
+    _register_ops()
+else:
+    sys.meta_path.insert(0, _AfterTorch())

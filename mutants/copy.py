@@ -90,17 +90,10 @@ class Copy:
         """Copies the compiled libraries to the Python files: the checkout's, or for a fault in the C++ sources those
         built from the copy."""
         if self._native:
-            pybind11 = subprocess.check_output([sys.executable, "-m", "pybind11", "--cmakedir"], text=True).strip()
             torch = importlib.util.find_spec("torch")
             assert torch is not None and torch.submodule_search_locations is not None
-            options = [
-                "-DFLASHU_CUDA=OFF",
-                "-DFLASHU_TORCH=ON",
-                "-DFLASHU_PYTHON=ON",
-                f"-DTORCH_DIR={torch.submodule_search_locations[0]}",
-            ]
-            options += [f"-Dpybind11_DIR={pybind11}", f"-DPython_EXECUTABLE={sys.executable}"]
-            built = list(self._build("torch", options, ["flashu_torch", "_core"]).glob("*.so"))
+            options = ["-DFLASHU_CUDA=OFF", "-DFLASHU_TORCH=ON", f"-DTORCH_DIR={torch.submodule_search_locations[0]}"]
+            built = list(self._build("torch", options, ["flashu_torch"]).glob("*.so"))
         else:
             built = list((self.root / "flashu_ext").glob("*.so"))
         for library in built:
@@ -113,7 +106,7 @@ class Copy:
         binary = self.folder / name.replace(",", "-")
         if not (binary / "build.ninja").is_file():
             configure = ["cmake", "-G", "Ninja", "-S", str(self.source), "-B", str(binary)]
-            configure += ["-DFLASHU_TESTS=ON", *options]
+            configure += ["-DFLASHU_TESTS=ON", "-DFLASHU_WERROR=ON", *options]
             if ccache := shutil.which("ccache"):
                 configure += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={ccache}" for language in ("CXX", "CUDA")]
             subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)

@@ -70,7 +70,7 @@ class Guarded {
     copy_to_device(device_.get(), memory_.data(), memory_.size());
     forbid_zones(true);
     flashu_tensor out = view();
-    out.device = 0;
+    out.device = FLASHU_DEVICE_CUDA(0);
     out.data = static_cast<char*>(device_.get()) + kZone + offset_ * static_cast<int64_t>(sizeof(T));
     return out;
   }

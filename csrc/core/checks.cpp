@@ -20,7 +20,7 @@ std::pair<uintptr_t, uintptr_t> extent(const flashu_tensor& tensor) {
 }
 
 std::string device_text(int32_t device) {
-  return device == FLASHU_DEVICE_CPU ? "cpu" : "cuda:" + std::to_string(device);
+  return device == FLASHU_DEVICE_CPU ? "cpu" : "cuda:" + std::to_string(cuda_ordinal(device));
 }
 
 }  // namespace
@@ -235,6 +235,10 @@ void check_tensor(const char* name, const flashu_tensor& tensor) {
     FLASHU_CHECK(fits, FLASHU_INVALID_VALUE, name, ": expected an extent below 2^60 elements, got shape ",
                  shape_text(tensor));
   }
+  FLASHU_CHECK(tensor.device == FLASHU_DEVICE_CPU || tensor.device >= FLASHU_DEVICE_CUDA(0),
+               FLASHU_INVALID_VALUE, name,
+               ": expected device FLASHU_DEVICE_CPU or FLASHU_DEVICE_CUDA(ordinal), got ", tensor.device,
+               tensor.device == 0 ? ": it was not filled in" : "");
   if (empty) return;
   FLASHU_CHECK(tensor.data != nullptr, FLASHU_INVALID_VALUE, name, ": expected data, got NULL");
   const auto misaligned =
@@ -247,5 +251,7 @@ void check_tensor(const char* name, const flashu_tensor& tensor) {
 
 extern "C" {
 int32_t flashu_abi_version(void) { return FLASHU_ABI_VERSION; }
+
+const char* flashu_version(void) { return FLASHU_VERSION; }
 const char* flashu_last_error(void) { return flashu::core::last_error.c_str(); }
 }

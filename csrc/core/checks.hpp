@@ -118,11 +118,14 @@ inline constexpr uint64_t kWorkspaceAlign = 64;
 // otherwise.
 void check_workspace(const void* workspace, uint64_t bytes, uint64_t needed);
 
+// The ordinal of a CUDA device, as CUDA counts.
+inline int32_t cuda_ordinal(int32_t device) { return device - FLASHU_DEVICE_CUDA(0); }
+
 // All of one device, and that device has kernels in this build. Returns the device.
 int32_t check_device(std::initializer_list<std::pair<const char*, const flashu_tensor*>> tensors);
 
-// What every tensor argument must satisfy: valid dtype and rank, sizes >= 0, strides >= 0, data present when
-// there are elements, aligned to its element, and an extent that fits in int64 bytes.
+// What every tensor argument must satisfy: valid dtype, rank and device, sizes >= 0, strides >= 0, data
+// present when there are elements, aligned to its element, and an extent that fits in int64 bytes.
 void check_tensor(const char* name, const flashu_tensor& tensor);
 
 }  // namespace flashu::core

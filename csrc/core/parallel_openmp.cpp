@@ -1,4 +1,4 @@
-// The default thread backend of libflashu: OpenMP where the compiler has it, else serial.
+// The default thread backend of libflashu: OpenMP where it is compiled with it, else serial.
 #include <algorithm>
 
 #include "core/parallel.hpp"

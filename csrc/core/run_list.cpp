@@ -1,21 +1,17 @@
-// Validation and algebra of run lists.
+// Validation of run lists and index lists.
 #include "core/run_list.hpp"
-
-#include <algorithm>
 
 #include "core/checks.hpp"
 
 namespace flashu::core {
 namespace {
 
-// Appends a run that starts at or after the end of the last one, merging it when they touch or overlap.
-void append(RunList& runs, int64_t start, int64_t end) {
-  if (end <= start) return;
-  if (!runs.empty() && start <= runs.back().start + runs.back().length) {
-    const int64_t reach = std::max(end, runs.back().start + runs.back().length);
-    runs.back().length = reach - runs.back().start;
+// Appends a run that starts at or after the end of the last one, as its continuation when they touch.
+void append(RunList& runs, int64_t start, int64_t length) {
+  if (!runs.empty() && start == runs.back().start + runs.back().length) {
+    runs.back().length += length;
   } else {
-    runs.push_back({start, end - start});
+    runs.push_back({start, length});
   }
 }
 
@@ -38,7 +34,7 @@ RunList runs_from_flat(const char* name, std::span<const int64_t> flat, int64_t 
                  ": expected ascending runs that do not overlap, got start ", start, " after end ", end,
                  " in run ", i / 2);
     end = start + length;
-    append(runs, start, end);
+    append(runs, start, length);
   }
   return runs;
 }
@@ -58,81 +54,10 @@ void check_index(const char* name, std::span<const T> index, int64_t limit) {
 template void check_index<int32_t>(const char*, std::span<const int32_t>, int64_t);
 template void check_index<int64_t>(const char*, std::span<const int64_t>, int64_t);
 
-RunList runs_from_index(const char* name, std::span<const int64_t> index, int64_t limit) {
-  FLASHU_CHECK(limit >= 0, FLASHU_INVALID_VALUE, "limit: expected at least 0, got ", limit);
-  check_index(name, index, limit);
-  std::vector<int64_t> sorted(index.begin(), index.end());
-  std::sort(sorted.begin(), sorted.end());
-  RunList runs;
-  for (const int64_t value : sorted) append(runs, value, value + 1);
-  return runs;
-}
-
-std::vector<int64_t> index_from_runs(const RunList& runs) {
-  std::vector<int64_t> index;
-  index.reserve(static_cast<size_t>(total_length(runs)));
-  for (const Run& run : runs) {
-    for (int64_t i = 0; i < run.length; ++i) index.push_back(run.start + i);
-  }
-  return index;
-}
-
-std::vector<int64_t> flat_from_runs(const RunList& runs) {
-  std::vector<int64_t> flat;
-  for (const Run& run : runs) flat.insert(flat.end(), {run.start, run.length});
-  return flat;
-}
-
 int64_t total_length(const RunList& runs) {
   int64_t total = 0;
   for (const Run& run : runs) total += run.length;
   return total;
-}
-
-RunList unite(const RunList& a, const RunList& b) {
-  RunList merged;
-  size_t i = 0;
-  size_t j = 0;
-  while (i < a.size() || j < b.size()) {
-    const bool from_a = j == b.size() || (i < a.size() && a[i].start <= b[j].start);
-    const Run& run = from_a ? a[i++] : b[j++];
-    append(merged, run.start, run.start + run.length);
-  }
-  return merged;
-}
-
-RunList intersect(const RunList& a, const RunList& b) {
-  RunList common;
-  size_t i = 0;
-  size_t j = 0;
-  while (i < a.size() && j < b.size()) {
-    const int64_t end_a = a[i].start + a[i].length;
-    const int64_t end_b = b[j].start + b[j].length;
-    append(common, std::max(a[i].start, b[j].start), std::min(end_a, end_b));
-    (end_a < end_b ? i : j) += 1;
-  }
-  return common;
-}
-
-RunList complement(const RunList& runs, int64_t limit) {
-  RunList rest;
-  int64_t next = 0;
-  for (const Run& run : runs) {
-    append(rest, next, run.start);
-    next = run.start + run.length;
-  }
-  append(rest, next, limit);
-  return rest;
-}
-
-RunList round_out(const RunList& runs, int64_t multiple, int64_t limit) {
-  FLASHU_CHECK(multiple >= 1, FLASHU_INVALID_VALUE, "multiple: expected at least 1, got ", multiple);
-  RunList rounded;
-  for (const Run& run : runs) {
-    const int64_t last_tile = (run.start + run.length - 1) / multiple;
-    append(rounded, run.start / multiple * multiple, std::min(limit, (last_tile + 1) * multiple));
-  }
-  return rounded;
 }
 
 }  // namespace flashu::core

@@ -22,19 +22,7 @@ using RunList = std::vector<Run>;
 // merged. Throws Failure (FLASHU_INVALID_INDEX or _VALUE) that names `name` and the position.
 RunList runs_from_flat(const char* name, std::span<const int64_t> flat, int64_t limit);
 
-// From a list of indices in any order, each at most once. Same errors.
-RunList runs_from_index(const char* name, std::span<const int64_t> index, int64_t limit);
-
-std::vector<int64_t> index_from_runs(const RunList& runs);
-std::vector<int64_t> flat_from_runs(const RunList& runs);
 int64_t total_length(const RunList& runs);
-
-RunList unite(const RunList& a, const RunList& b);
-RunList intersect(const RunList& a, const RunList& b);
-RunList complement(const RunList& runs, int64_t limit);
-
-// Grows every run to the tile boundaries around it (clipped to limit), so that kernels meet whole tiles.
-RunList round_out(const RunList& runs, int64_t multiple, int64_t limit);
 
 // Throws the Failure of an index that is out of range or repeated; any order is allowed. T is int32_t or
 // int64_t.

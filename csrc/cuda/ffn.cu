@@ -139,7 +139,7 @@ FfnLimits& ffn_limits() {
 }
 
 FfnPlan plan_ffn(const FfnProblem& p) {
-  const DeviceFacts facts = device_facts(p.device);
+  const DeviceFacts facts = device_facts(core::cuda_ordinal(p.device));
   FfnPlan plan;
   core::FfnQuestion& q = plan.question;
   q.rows = p.rows;

@@ -53,7 +53,7 @@ flashu_tensor view(const char* op, const char* name, const Tensor& tensor) {
   out.dtype = dtype_code(op, name, tensor);
   STD_TORCH_CHECK(tensor.is_cpu() || tensor.is_cuda(), "flashu value error: ", op, ": ", name,
                   ": expected a CPU or CUDA tensor");
-  out.device = tensor.is_cpu() ? FLASHU_DEVICE_CPU : tensor.get_device_index();
+  out.device = tensor.is_cpu() ? FLASHU_DEVICE_CPU : FLASHU_DEVICE_CUDA(tensor.get_device_index());
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   STD_TORCH_CHECK(sizes.size() <= FLASHU_MAX_DIMS, "flashu value error: ", op, ": ", name,

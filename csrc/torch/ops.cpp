@@ -75,4 +75,11 @@ STABLE_TORCH_LIBRARY(flashu, m) {
   m.def("taylor_update_(Tensor(a!) state, Tensor feature, float interval, int count) -> ()");
   m.def("taylor_predict(Tensor state, float ahead, int count) -> Tensor");
   m.def("taylor_predict.out(Tensor state, float ahead, int count, *, Tensor(a!) out) -> Tensor(a!)");
+
+  // facts, for people (flashu_ext/ops/explain.py)
+  m.def("build_facts() -> str");
+  m.def("explain_gemm(int m, int n, int k, str dtype, bool gathered, int threads=0) -> str");
+  m.def(
+      "explain_ffn(int rows, int hidden, int neurons, str dtype, bool listed, int capability=90, "
+      "int multiprocessors=132) -> str");
 }

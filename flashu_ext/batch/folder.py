@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..planning.extras import extra
 from ..planning.reading import open_regular, read_json, refusal, shown
 from .lock import FolderLock
 from .prompts import Job, check_name
@@ -152,7 +153,8 @@ def missing(out: str | os.PathLike[str], jobs: Sequence[Job]) -> list[int]:
 
 def complete_png(path: str | os.PathLike[str]) -> bool:
     """Whether a file is a complete PNG image: signature, checksums and end chunk."""
-    from PIL import Image
+    with extra("showo2"):
+        from PIL import Image
 
     try:
         with open_regular(path) as file:

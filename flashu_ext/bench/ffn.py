@@ -156,7 +156,7 @@ def explain(settings: Settings, device: str = "cpu") -> str:
         device: "cpu": how the kernels of this machine block it. "cuda": the tiles on an H100 or H200 (sm_90, 132
             multiprocessors) and on an A100 (sm_80, 108), for one range and for an index list; no GPU is needed.
     """
-    from .. import _core
+    from ..ops import explain as kernels
 
     hidden, intermediate = SHAPES[settings.shape]
     kept = int(intermediate * settings.keep)
@@ -164,11 +164,13 @@ def explain(settings: Settings, device: str = "cpu") -> str:
     for rows in settings.rows:
         if device == "cuda":
             texts += [
-                _core.explain_ffn(rows, hidden, kept, settings.dtype, listed, capability, multiprocessors)
+                kernels.explain_ffn(rows, hidden, kept, settings.dtype, listed, capability, multiprocessors)
                 for capability, multiprocessors in ((90, 132), (80, 108))
                 for listed in (False, True)
             ]
             continue
-        texts.append(f"gate and up, {rows} rows: " + _core.explain_gemm(rows, 2 * kept, hidden, settings.dtype, False))
-        texts.append(f"down, {rows} rows: " + _core.explain_gemm(rows, hidden, kept, settings.dtype, False))
+        texts.append(
+            f"gate and up, {rows} rows: " + kernels.explain_gemm(rows, 2 * kept, hidden, settings.dtype, False)
+        )
+        texts.append(f"down, {rows} rows: " + kernels.explain_gemm(rows, hidden, kept, settings.dtype, False))
     return "\n".join(texts)

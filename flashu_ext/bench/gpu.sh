@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a bare, offline GPU machine (torch, nvcc, cmake, ninja and pybind11 installed, nothing installable): build, test and
+# On a bare, offline GPU machine (torch, nvcc, cmake and ninja installed, nothing installable): build, test and
 # measure. Usage, from the repository's root: flashu_ext/bench/gpu.sh OUT [arguments of `python -m flashu_ext.bench gpu`]
 # or, for whole images and answers (10 minutes of their own): flashu_ext/bench/gpu.sh OUT --e2e [arguments of `bench e2e`]
 set -euo pipefail

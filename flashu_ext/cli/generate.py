@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..planning.extras import extra
 from .support import EXPECTED_ERRORS, example, model_options, open_pipeline
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ def _opened(
 def _generate_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience: float, **settings: Any) -> None:
     if not output.resolve().parent.is_dir():
         raise click.UsageError(f"--output: expected a file in an existing folder, got {str(output)!r}")
-    from PIL import Image
+    with extra("showo2"):
+        from PIL import Image
 
     from ..batch import Heartbeat
     from ..planning.safe_files import atomic_path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import platform
@@ -26,7 +25,7 @@ _OPTIONAL = {
 
 
 def collect() -> dict[str, Any]:
-    """Facts by section (package, ops, core, machine, optional); for missing ones the reason."""
+    """Facts by section (package, ops, build, machine, optional); for missing ones the reason."""
     return {
         "package": {
             "version": _version("flashu_ext"),
@@ -34,7 +33,7 @@ def collect() -> dict[str, Any]:
             "where": str(native.PACKAGE),
         },
         "ops": _ops(),
-        "core": _core(),
+        "build": _build(),
         "machine": _machine(),
         "optional": {name: _optional(name, purpose) for name, purpose in _OPTIONAL.items()},
     }
@@ -85,12 +84,12 @@ def _float32() -> Any:
     return torch.float32
 
 
-def _core() -> dict[str, Any]:
-    try:
-        core = importlib.import_module("flashu_ext._core")
-    except ImportError as error:
-        return {"loaded": "no", "why": f"{error}; build with: pip install --no-build-isolation -e ."}
-    return {name.replace("_", " "): value for name, value in core.build_facts().items()}
+def _build() -> dict[str, Any]:
+    if not native.is_available():
+        return {"loaded": "no", "why": "see ops"}
+    from ..ops.explain import build_facts
+
+    return dict(build_facts())
 
 
 def _machine() -> dict[str, Any]:

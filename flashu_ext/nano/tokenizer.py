@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.showo2.prompts import PromptLayout
+from ..planning.extras import extra
 from .codec import GRID
 from .world import captions, questions, scenes
 
@@ -44,7 +45,8 @@ def vocabulary() -> list[str]:
 
 def write_tokenizer(path: Path = FILE) -> None:
     """Write tokenizer.json (tokenizers library, word level, lower case)."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    with extra("showo2"):
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     words = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -62,7 +64,8 @@ def layout(path: Path = FILE) -> PromptLayout:
     Raises:
         FileNotFoundError: the tokenizer file is missing.
     """
-    from tokenizers import Tokenizer
+    with extra("showo2"):
+        from tokenizers import Tokenizer
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the embedded tokenizer is missing; reinstall the package")

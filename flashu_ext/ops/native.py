@@ -24,8 +24,7 @@ def missing() -> list[str]:
     if not LIBRARY.is_file():
         where = "this is a source folder" if (PACKAGE.parent / "setup.py").is_file() else "the installed package"
         causes.append(
-            f"{LIBRARY.name} is not in {PACKAGE} ({where}). Build it with: pip install --no-build-isolation -e ."
-            " in the source folder."
+            f"{LIBRARY.name} is not in {PACKAGE} ({where}). Build it with: pip install -e . in the source folder."
         )
     return causes
 

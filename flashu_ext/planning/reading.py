@@ -14,6 +14,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .extras import extra
+
 __all__ = ["open_regular", "printable", "read_image", "read_json", "read_text", "refusal", "shown", "strict_json"]
 
 MESSAGE_CHARACTERS = 500
@@ -128,7 +130,8 @@ def read_image(path: Where) -> Any:
         ValueError: not an image of a format that holds pixels only, damaged, or of more than `MAX_PIXELS`. OSError: it cannot
             be opened.
     """
-    from PIL import Image, UnidentifiedImageError
+    with extra("showo2"):
+        from PIL import Image, UnidentifiedImageError
 
     with open_regular(path) as raw:
         try:

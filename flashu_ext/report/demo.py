@@ -17,6 +17,7 @@ from ..nano.model import load_model, load_plan
 from ..nano.probe import Outputs, Probe
 from ..ops import machine
 from ..planning.config import PRESETS, FlashUConfig
+from ..planning.extras import extra
 from ..planning.schedule import StepPlan
 from ..studies.comparison import equal_proportion, running, time_round
 from ..studies.fidelity import psnr
@@ -95,7 +96,8 @@ def _psnr(images: np.ndarray, others: np.ndarray) -> float | None:
 
 
 def _png(image: np.ndarray) -> bytes:
-    from PIL import Image
+    with extra("report"):
+        from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", optimize=True)

@@ -6,6 +6,8 @@ import base64
 import io
 from typing import Any
 
+from ..planning.extras import extra
+
 __all__ = ["GRID", "INK", "MUTED", "SERIES", "data_uri", "figure", "style", "svg"]
 
 INK, MUTED, GRID = "#1c2333", "#6b7386", "#e3e6ee"
@@ -40,7 +42,8 @@ def style(axes: Any) -> None:
 
 def svg(drawn: Any) -> str:
     """The figure as an SVG data URI."""
-    import matplotlib
+    with extra("report"):
+        import matplotlib
 
     buffer = io.BytesIO()
     # No date and no random names in the file, so that equal results give equal pages.

@@ -7,6 +7,7 @@ import statistics
 import textwrap
 from pathlib import Path
 
+from ..planning.extras import extra
 from ..planning.safe_files import atomic_path
 from .figures import GRID, INK, MUTED, figure, style, svg
 from .result import DemoResult
@@ -63,9 +64,10 @@ def timeline(result: DemoResult) -> str:
 
 def gallery(result: DemoResult, path: Path, columns: int = 6) -> None:
     """Write a PNG with the first drawings: a column per prompt, a row per preset."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
+    with extra("report"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from PIL import Image
 
     shown = result.drawings[:columns]
     figure = Figure(figsize=(1.45 * len(shown) + 1.0, 1.5 * len(result.presets) + 0.55), layout="constrained")

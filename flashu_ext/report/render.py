@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..planning.extras import extra
 from ..planning.safe_files import write_text
 from . import analysis_plots, figures, pareto_plots, plots
 from .result import DemoResult
@@ -18,13 +19,9 @@ def page(template: str, **values: Any) -> str:
     Raises:
         ImportError: jinja2 or matplotlib is missing; the message says how to install them.
     """
-    try:
+    with extra("report"):
         import jinja2
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"report: {error.name} is needed; install it with: pip install 'flashu_ext[report]'"
-        ) from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..planning.extras import extra
+
 __all__ = ["lpips", "mean", "psnr", "ssim"]
 
 
@@ -33,10 +35,8 @@ def ssim(images: np.ndarray, others: np.ndarray) -> list[float]:
         ImportError: scikit-image is missing; the message says how to install it.
     """
     _checked(images, others)
-    try:
+    with extra("report"):
         from skimage.metrics import structural_similarity
-    except ImportError as error:
-        raise ImportError("ssim: scikit-image is needed; install it with: pip install 'flashu_ext[report]'") from error
     return [
         float(
             structural_similarity(a, b, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)

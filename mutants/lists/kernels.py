@@ -204,7 +204,7 @@ MUTANTS = [
     Mutant("api: w_down may have other neurons", "csrc/api/ffn.cpp", '  core::check_size("w_down", a.w_down, 1, p.intermediate);\n', "", CHECKS),
     Mutant("api: the tables of a step may differ in length", "csrc/api/step.cpp", '  core::check_size("dt", args.dt, 0, args.s.sizes[0]);\n', "", CHECKS),
     Mutant("run list: runs that touch stay two", "csrc/core/run_list.cpp",
-           "start <= runs.back().start + runs.back().length) {", "start < runs.back().start + runs.back().length) {", CHECKS),
+           "start == runs.back().start + runs.back().length) {", "start < runs.back().start + runs.back().length) {", CHECKS),
     Mutant("run list: a run may begin inside the last one", "csrc/core/run_list.cpp", "FLASHU_CHECK(start >= end, FLASHU_INVALID_INDEX", "FLASHU_CHECK(start + 1 >= end, FLASHU_INVALID_INDEX", CHECKS),
     Mutant("run list: an index may repeat", "csrc/core/run_list.cpp", "    seen[static_cast<size_t>(value)] = 1;\n", "    if (i > 0) seen[static_cast<size_t>(value)] = 1;\n", CHECKS),
 ]  # fmt: skip

@@ -62,8 +62,10 @@ inline DeviceFacts device_facts(int device) {
 // Makes `device` current while it lives.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  // A device of the C API.
+  explicit DeviceGuard(int32_t device_code) {
     check_driver();
+    const int device = core::cuda_ordinal(device_code);
     check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
     // Even where it is the current one: in a thread that has not used CUDA yet this is what binds its
     // context, and the first call may be one of the driver's, which does not.

@@ -1,5 +1,5 @@
-/* The public C API, base part: status, tensor view, dtypes, errors, threads. Ops have a header per family.
- * Nothing here knows torch or C++.
+/* The public C API, base part: version, status, tensor view, dtypes, errors, threads. Ops have a header per
+ * family. Nothing here knows torch or C++.
  *
  * Argument structs: struct_size is sizeof the struct in the caller's header. Within one FLASHU_ABI_VERSION no
  * struct changes, so another size, smaller or larger, comes from another version and is FLASHU_INVALID_VALUE.
@@ -20,8 +20,19 @@
 extern "C" {
 #endif
 
-/* Raised whenever a struct or a function changes, a field added at the end included. */
-#define FLASHU_ABI_VERSION 2
+/* The version of these headers; that of the library is flashu_version(). */
+#define FLASHU_VERSION_MAJOR 0
+#define FLASHU_VERSION_MINOR 1
+#define FLASHU_VERSION_PATCH 0
+#define FLASHU_TEXT_(number) #number
+#define FLASHU_TEXT(number) FLASHU_TEXT_(number)
+/* "0.1.0" */
+#define FLASHU_VERSION              \
+  FLASHU_TEXT(FLASHU_VERSION_MAJOR) \
+  "." FLASHU_TEXT(FLASHU_VERSION_MINOR) "." FLASHU_TEXT(FLASHU_VERSION_PATCH)
+
+/* Raised whenever a struct, a function or a code changes, a field added at the end included. */
+#define FLASHU_ABI_VERSION 3
 
 /* Largest rank a tensor view can have. */
 #define FLASHU_MAX_DIMS 6
@@ -48,8 +59,10 @@ typedef enum flashu_dtype {
   FLASHU_I64 = 5
 } flashu_dtype;
 
-/* Devices: the CPU is -1, CUDA devices are their ordinal. */
+/* Devices: the CPU, or the CUDA device of an ordinal. 0 is none, so a device that was not filled in is an
+ * error and never the first GPU. */
 #define FLASHU_DEVICE_CPU (-1)
+#define FLASHU_DEVICE_CUDA(ordinal) (256 + (ordinal))
 
 /* A strided tensor that the caller owns. Sizes and strides count elements; only the first `ndim` are read.
  * An optional tensor is absent where data is NULL and ndim is 0, as in a zeroed struct; its other fields are
@@ -57,15 +70,16 @@ typedef enum flashu_dtype {
 typedef struct flashu_tensor {
   void* data;
   int32_t dtype;  /* flashu_dtype */
-  int32_t device; /* FLASHU_DEVICE_CPU or a CUDA ordinal */
+  int32_t device; /* FLASHU_DEVICE_CPU or FLASHU_DEVICE_CUDA(ordinal) */
   int32_t ndim;
   int32_t reserved; /* zero */
   int64_t sizes[FLASHU_MAX_DIMS];
   int64_t strides[FLASHU_MAX_DIMS];
 } flashu_tensor;
 
-/* FLASHU_ABI_VERSION of the library that is linked. */
+/* FLASHU_ABI_VERSION and FLASHU_VERSION of the library that is linked. */
 FLASHU_API int32_t flashu_abi_version(void);
+FLASHU_API const char* flashu_version(void);
 
 /* Text of this thread's latest failure, "" if the latest call succeeded. Valid until the thread's next call.
  */
@@ -99,8 +113,9 @@ typedef struct flashu_parallel_backend {
   int32_t (*num_threads)(void);
 } flashu_parallel_backend;
 
-/* Replaces the backend (OpenMP by default; torch's own inside the torch ops library). NULL restores the
- * default. Call it while no op is running. */
+/* Replaces the backend, with the host's own thread pool for example (examples/cpp/engine.cpp does). Default:
+ * OpenMP; serial in a library built with FLASHU_OPENMP=OFF; torch's threads in the library of torch ops. NULL
+ * restores the default. The struct is copied. Call it while no op is running. */
 FLASHU_API void flashu_set_parallel_backend(const flashu_parallel_backend* backend);
 
 #ifdef __cplusplus

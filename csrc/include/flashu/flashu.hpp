@@ -29,9 +29,10 @@ inline void check(int32_t status) {
   if (status != FLASHU_OK) throw Error(static_cast<flashu_status>(status), flashu_last_error());
 }
 
-// A CPU tensor over the caller's memory. Strides count elements; without them the tensor is contiguous.
+// A tensor over the caller's memory, on the CPU or on FLASHU_DEVICE_CUDA(ordinal). Strides count elements;
+// without them the tensor is contiguous.
 inline flashu_tensor tensor(const void* data, flashu_dtype dtype, const std::vector<int64_t>& sizes,
-                            const std::vector<int64_t>& strides = {}) {
+                            const std::vector<int64_t>& strides = {}, int32_t device = FLASHU_DEVICE_CPU) {
   if (sizes.size() > FLASHU_MAX_DIMS || (!strides.empty() && strides.size() != sizes.size())) {
     throw Error(FLASHU_INVALID_VALUE, "tensor: expected at most " + std::to_string(FLASHU_MAX_DIMS) +
                                           " sizes and as many strides, got " + std::to_string(sizes.size()) +
@@ -40,7 +41,7 @@ inline flashu_tensor tensor(const void* data, flashu_dtype dtype, const std::vec
   flashu_tensor view{};
   view.data = const_cast<void*>(data);
   view.dtype = dtype;
-  view.device = FLASHU_DEVICE_CPU;
+  view.device = device;
   view.ndim = static_cast<int32_t>(sizes.size());
   int64_t contiguous = 1;
   for (int d = view.ndim - 1; d >= 0; --d) {

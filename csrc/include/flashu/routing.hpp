@@ -8,7 +8,7 @@ namespace flashu {
 
 // out = 1 - cosine(x_in, x_out) per token, reduced as `reduce` says
 inline void cosine_importance(const flashu_tensor& x_in, const flashu_tensor& x_out, flashu_reduce reduce,
-                              const flashu_tensor& out, Workspace workspace = {}) {
+                              const flashu_tensor& out, Workspace workspace = {}, void* stream = nullptr) {
   auto args = make_args<flashu_cosine_importance_args>();
   args.reduce = reduce;
   args.x_in = x_in;
@@ -16,6 +16,7 @@ inline void cosine_importance(const flashu_tensor& x_in, const flashu_tensor& x_
   args.out = out;
   args.workspace = workspace.data;
   args.workspace_bytes = workspace.bytes;
+  args.stream = stream;
   detail::run_with_workspace(args, x_in.device, flashu_cosine_importance_workspace, flashu_cosine_importance);
 }
 

@@ -9,17 +9,19 @@
 extern "C" {
 #endif
 
-/* latents += dt[step] * v, where v is laid out as the head writes it: for every image [H * W, channels].
- * With twice as many rows of v as latents the second half is the unconditional one and v = vu + s[step] * (vc
- * - vu). */
+/* latents[i, c, y, x] += dt[step] * v, v being number (y * W + x) * channels + c of row i of `v`: pixels row
+ * by row, the channels of each together. Only the product of the last two sizes of `v` counts, and nothing is
+ * unpatchified: where a head writes patches of more than one pixel, its caller reorders them into pixels
+ * first. With twice as many rows of v as latents the second half is the unconditional one and v = vu +
+ * s[step]
+ * * (vc - vu). */
 typedef struct flashu_guided_euler_step_args {
   uint32_t struct_size;
   uint32_t reserved;
   flashu_tensor latents; /* [images, channels, H, W] f32, bf16 or f16, contiguous */
-  flashu_tensor
-      v; /* f32, bf16 or f16 [images or 2 * images, patches, patch * patch * channels], contiguous */
-  flashu_tensor s;        /* f32 [steps] */
-  flashu_tensor dt;       /* f32 [steps] */
+  flashu_tensor v;  /* f32, bf16 or f16 [images or 2 * images, n, m], contiguous, n * m = H * W * channels */
+  flashu_tensor s;  /* f32 [steps] */
+  flashu_tensor dt; /* f32 [steps] */
   flashu_tensor step;     /* i64, one element: which step this is, from 0 */
   flashu_tensor velocity; /* absent, or as latents: receives the guided velocity */
   void* stream;

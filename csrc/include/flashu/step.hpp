@@ -16,13 +16,14 @@ inline void guided_euler_step(EulerStepArgs args) {
 
 // out = relative L1, relative L2 and cosine of a and b
 inline void feature_delta(const flashu_tensor& a, const flashu_tensor& b, const flashu_tensor& out,
-                          Workspace workspace = {}) {
+                          Workspace workspace = {}, void* stream = nullptr) {
   auto args = make_args<flashu_feature_delta_args>();
   args.a = a;
   args.b = b;
   args.out = out;
   args.workspace = workspace.data;
   args.workspace_bytes = workspace.bytes;
+  args.stream = stream;
   detail::run_with_workspace(args, a.device, flashu_feature_delta_workspace, flashu_feature_delta);
 }
 

@@ -52,6 +52,7 @@ class WanCodec:
             FileNotFoundError: the folder has no VAE.
             ValueError: the VAE is malformed.
         """
+        from ...planning.extras import extra
         from ...planning.safe_files import read_header
 
         directory = Path(directory)
@@ -59,10 +60,8 @@ class WanCodec:
         for path in (directory / "config.json", weights):
             if not path.is_file():
                 raise FileNotFoundError(f"{path}: expected Wan 2.1's VAE in diffusers' layout")
-        try:
+        with extra("vae"):
             from diffusers import AutoencoderKLWan
-        except ImportError as error:
-            raise ImportError(f"the Wan VAE needs diffusers: pip install 'flashu_ext[vae]' ({error})") from error
         read_header(weights)
         try:
             vae = AutoencoderKLWan.from_pretrained(

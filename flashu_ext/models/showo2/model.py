@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...planning.extras import extra
 from ..embedding import embed_image, embed_time, with_time_token
 from ..masks import additive, omni_allowed
 from ..parts import Showo2Parts
@@ -24,7 +25,8 @@ __all__ = ["Showo2"]
 
 
 def _qwen2(fields: dict[str, Any]) -> nn.Module:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    with extra("showo2"):
+        from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config: Any = Qwen2Config(**fields)
     if "rope_theta" in fields and getattr(config, "rope_parameters", None) is not None:
@@ -35,8 +37,9 @@ def _qwen2(fields: dict[str, Any]) -> nn.Module:
 
 
 def _siglip_encoder(fields: dict[str, Any]) -> nn.Module:
-    from transformers import SiglipVisionConfig
-    from transformers.models.siglip.modeling_siglip import SiglipEncoder
+    with extra("showo2"):
+        from transformers import SiglipVisionConfig
+        from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
     config: Any = SiglipVisionConfig(**fields)
     config._attn_implementation = "sdpa"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
+from ...planning.extras import extra
 from ...planning.groups import FfnPruning
 from ...planning.reading import MAX_PIXELS
 from .codec import ImageCodec, WanCodec
@@ -289,7 +290,8 @@ class Pipeline:
 
 def _to_pil(image: Tensor) -> Image:
     """[3, H, W] in [-1, 1] -> PIL image."""
-    from PIL import Image as images
+    with extra("showo2"):
+        from PIL import Image as images
 
     pixels = ((image.permute(1, 2, 0).cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return images.fromarray(pixels.numpy())
@@ -298,7 +300,9 @@ def _to_pil(image: Tensor) -> Image:
 def _from_pil(image: Image, side: int) -> Tensor:
     """PIL image -> [1, 3, side, side] in [-1, 1]."""
     import numpy as np
-    from PIL import Image as images
+
+    with extra("showo2"):
+        from PIL import Image as images
 
     if not isinstance(image, images.Image):
         raise TypeError(f"image: expected a PIL image, got {type(image).__name__}")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...planning.extras import extra
+
 __all__ = ["GenerationInputs", "PromptLayout", "load_tokenizer"]
 
 # Qwen2.5's names for Show-o2's special tokens; the tokens in _ADDED are appended to Qwen2.5's vocabulary, in this order.
@@ -158,7 +160,8 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     Raises:
         FileNotFoundError: no tokenizer there; nothing is downloaded.
     """
-    from transformers import AutoTokenizer
+    with extra("showo2"):
+        from transformers import AutoTokenizer
 
     path = Path(directory)
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
