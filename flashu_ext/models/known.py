@@ -6,6 +6,7 @@ here, in instances without hooks, replaced methods or unusual weights.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
@@ -92,7 +93,14 @@ def _replaced_in_class(kind: type, method: str) -> bool:
     package = _file_of(kind.__module__.partition(".")[0])
     homes = (*libraries, f"{Path(package or home).parent}/")
     called = [namespace[name] for namespace, name in called_functions(function)]
-    return any(not each.__code__.co_filename.startswith(homes) for each in called)
+    return any(not _undecorated(each).__code__.co_filename.startswith(homes) for each in called)
+
+
+def _undecorated(function: Any) -> Any:
+    """A function under the decorators of the standard library that make context managers."""
+    while hasattr(function, "__wrapped__") and function.__code__.co_filename == contextlib.__file__:
+        function = function.__wrapped__
+    return function
 
 
 def _file_of(module: str) -> str | None:

@@ -98,10 +98,11 @@ class Showo2Parts:
             for i, block in enumerate(model.diffusion_head_a):
                 missing += [f"diffusion_head_a.{i}.{path}" for path in _BLOCK if _get(block, path) is None]
         if missing:
+            hint = "; pass its .model" if _get(model, "model.showo") is not None else ""
             more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
             raise TypeError(
                 f"model: expected a Show-o2 model (Showo2 or Showo2Qwen2_5), got {type(model).__name__} without "
-                f"{', '.join(missing[:4])}{more}"
+                f"{', '.join(missing[:4])}{more}{hint}"
             )
         llm = model.showo.model
         blocks: Any = model.diffusion_head_a

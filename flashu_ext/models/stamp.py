@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Mapping
 from ctypes import string_at
 from itertools import chain, repeat, zip_longest
-from operator import attrgetter, itemgetter
+from operator import attrgetter, itemgetter, methodcaller
 from types import FunctionType
 from typing import Any
 
@@ -138,6 +138,9 @@ class Stamp:
             list(vars(type(self._modules[0])).values()),
             [own.get(name) for own, name in self._scalars],
             [id(own.get("config")) for own in self._attributes],
+            # Emptied by another dict in its place.
+            list(map(id, map(_HOOKS, self._attributes))),
+            list(map(id, map(_PRE_HOOKS, self._attributes))),
             [dict(vars(config)) for config in self._configs],
         )
 
@@ -148,16 +151,17 @@ class Stamp:
 _stamps: weakref.WeakSet[Stamp] = weakref.WeakSet()
 
 
-def _note_fused_step(optimizer: Any, *_: Any) -> None:
-    """A fused optimizer writes to weights without a new version."""
-    written = {id(each) for group in optimizer.param_groups if group.get("fused") for each in group["params"]}
-    for stamp in list(_stamps) if written else ():
+def _note_step(optimizer: Any, *_: Any) -> None:
+    """Optimizers that are fused, or write through `.data`, make no new version."""
+    written = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for stamp in list(_stamps):
         stamp._written = stamp._written or not written.isdisjoint(stamp._ids)
 
 
-register_optimizer_step_post_hook(_note_fused_step)
+register_optimizer_step_post_hook(_note_step)
 
 _TRAINING, _VERSION = itemgetter("training"), attrgetter("_version")
+_HOOKS, _PRE_HOOKS = (methodcaller("get", name) for name in ("_forward_hooks", "_forward_pre_hooks"))
 
 
 def called_functions(method: Any) -> list[tuple[dict[str, Any], str]]:

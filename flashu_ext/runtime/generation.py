@@ -278,11 +278,12 @@ class AcceleratedStepper:
         engine: GenerationEngine,
         inputs: SampleInputs,
         working: Callable[[], AbstractContextManager[None]],
-        unchanged: Callable[[], None],
+        unchanged: Callable[..., None],
     ):
         """Args:
         working: `Runner.working`, entered for each step, so that steps of different threads never overlap.
-        unchanged: `Runner.check_unchanged`, for each step after a callback, which may have changed the model.
+        unchanged: `Runner.check_unchanged`: after a callback, which may have changed the model, and after each step, in which
+            another thread may have written to weights.
         """
         self.engine = engine
         self._working = working
@@ -315,6 +316,7 @@ class AcceleratedStepper:
                 self._unchanged()
                 self._seen = False
             self.engine.step(self.state)
+            self._unchanged(weights_only=True)
 
     def velocity(self) -> Tensor:
         state = self.state

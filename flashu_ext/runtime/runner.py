@@ -116,15 +116,14 @@ class Runner:
             or any(order.copies_written() for order in self.orders)
         )
 
-    def check_unchanged(self, doing: str = "this image was being generated; change it between images") -> None:
+    def check_unchanged(self, doing: str = "image was being generated", weights_only: bool = False) -> None:
         """Raise RuntimeError where the model has changed since `ready`: an image or answer under way cannot go on."""
         stamp = self._stamp
-        if (
-            self.active
-            and self.suspended is None
-            and (stamp.structure_changed() or stamp.weights_changed() or stamp.values_changed())
-        ):
-            raise RuntimeError(f"model: it was changed while {doing}")
+        if not self.active or self.suspended is not None:
+            return
+        structure = not weights_only and (stamp.structure_changed() or stamp.values_changed())
+        if structure or stamp.weights_changed():
+            raise RuntimeError(f"model: it was changed while this {doing}; change it between two")
 
     def follow(self) -> None:
         """Build the network on the model as it is. All checks come before the first change. Once interrupted, another call
@@ -224,7 +223,7 @@ class Runner:
 
         def told(question: int, token: int) -> None:
             on_token(question, token)
-            self.check_unchanged("this question was being answered; change it between answers")
+            self.check_unchanged("question was being answered")
 
         return told
 

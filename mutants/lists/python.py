@@ -138,7 +138,7 @@ MUTANTS = [
     Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "        self.reset()\n        self._stamp", "        self.generation.pool.clear()\n        self._stamp", LIVING("follow_weights"), quick=True),
     Mutant("runner: an image goes on with other weights", "flashu_ext/runtime/runner.py", "        self.reset()\n        self._stamp", "        self.understanding.reset()\n        self._stamp", SCHEDULES("image_in_progress")),
     Mutant("runner: an edit is told once for all", "flashu_ext/runtime/runner.py", "        self._told = False\n\n    def _forget", "\n    def _forget", LIVING("told_each_time")),
-    Mutant("stamp: steps of fused optimizers do not matter", "flashu_ext/models/stamp.py", "stamp._written = stamp._written or not written.isdisjoint(stamp._ids)", "pass", LIVING("a_fused_step_on_one_weight")),
+    Mutant("stamp: steps of optimizers do not matter", "flashu_ext/models/stamp.py", "stamp._written = stamp._written or not written.isdisjoint(stamp._ids)", "pass", LIVING("a_fused_step_on_one_weight")),
     Mutant("order: an edit is saved on other neurons", "flashu_ext/runtime/order.py", "        if self.edited():\n            raise", "        if False:\n            raise", LIVING("pruned_in_plan_order")),
     Mutant("stamp: values do not matter", "flashu_ext/models/stamp.py", "if self._read_values() != self._values:", "if False:", LIVING("through_data_uses or written_to_through_data")),
     Mutant("stamp: functions that attention calls do not matter", "flashu_ext/models/stamp.py", "            [namespace.get(name) for namespace, name in self._called],\n", "", MODULES("function_that_attention")),

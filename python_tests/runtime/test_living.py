@@ -466,6 +466,22 @@ def test_a_fused_step_on_one_weight_drops_what_was_computed_from_it():
     assert equal(outputs(model), outputs(twin))
 
 
+def test_weights_written_by_another_thread_end_the_image(monkeypatch):
+    model = small_model()
+    weight = model.showo.model.layers[5].self_attn.q_proj.weight
+    with fx.accelerate(model) as handle:
+        step = handle.runner.generation.step
+
+        def meanwhile(state: Any) -> None:
+            step(state)
+            with torch.no_grad():
+                weight.mul_(1.01)
+
+        monkeypatch.setattr(handle.runner.generation, "step", meanwhile)
+        with pytest.raises(RuntimeError, match="changed while this image was being generated"):
+            outputs(model)
+
+
 def test_loading_a_models_own_parameters_changes_nothing():
     model, handle, before = accelerated()
     expected = outputs(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -393,3 +394,16 @@ def test_a_traced_ffn_runs_as_itself():
     with fx.accelerate(model) as handle:
         assert relative(outputs(model)[0], outputs(dense)[0]) < LIMIT
         assert any("layers.1.mlp" in reason for reason in handle.summary().fallbacks)
+
+
+def test_hooks_in_a_dictionary_of_their_own_are_noticed():
+    """`module._forward_hooks = OrderedDict()` is how some code drops all hooks."""
+    model = small_model()
+    with fx.accelerate(model) as handle:
+        outputs(model)
+        for module in model.modules():
+            module._forward_hooks = OrderedDict()
+        model.showo.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * 0)
+        after = outputs(model)
+        assert any("has a forward hook" in reason for reason in handle.summary().fallbacks)
+    assert relative(after[0], outputs(model)[0]) < LIMIT
