@@ -105,7 +105,8 @@ def test_every_op_and_every_overload_is_here():
     assert {call.case.name for call in CALLS} == set(ops.OPS)
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("flashu::")]
     called = {call.case.overload.name() + (".out" if call.outputs else "") for call in CALLS}
-    assert {*names} == called | {"flashu::list_neurons"}
+    without_tensors = {"flashu::build_facts", "flashu::explain_ffn", "flashu::explain_gemm"}
+    assert {*names} - without_tensors == called | {"flashu::list_neurons"}
 
 
 # ---- gradients
