@@ -56,7 +56,7 @@ def _check_scores(task: str, scores: Any) -> Tensor:
         scores = list(torch.as_tensor(scores))
     if not isinstance(scores, (list, tuple)) or not scores:
         raise ValueError(
-            f"{task}: expected scores [layers, neurons] or a non-empty list with one score tensor per layer, got "
+            f"{task}: expected a non-empty list with one score tensor per layer, or scores [layers, neurons], got "
             f"{type(scores).__name__}"
         )
     for layer, score in enumerate(scores):

@@ -369,3 +369,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         plan.save(path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["plan.safetensors"]
+
+
+@pytest.mark.parametrize("given", [torch.rand(3, 128), torch.rand(3, 128).double().numpy()])
+def test_scores_of_all_layers_may_be_one_tensor_or_array(given):
+    plan = TaskPlan.from_scores(generation=given)
+    assert torch.equal(plan.scores["generation"], torch.as_tensor(given).float())
