@@ -146,15 +146,22 @@ class _AfterTorch(MetaPathFinder):
     """Registers the ops right after torch is imported. torch itself is not imported here: commands such as `flashu-ext --help`
     start fast without it."""
 
+    _looking = False
+
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "torch":
+        if name != "torch" or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        self._looking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_register(module: ModuleType) -> None:
+                # Only now: others ask whether torch can be found and do not import it.
+                sys.meta_path.remove(self)
                 load(module)
                 _register_ops()
 

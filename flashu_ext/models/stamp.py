@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from ctypes import string_at
-from itertools import chain, repeat, zip_longest
+from itertools import chain, repeat
 from operator import attrgetter, itemgetter, methodcaller
 from types import FunctionType
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["COMPUTED", "GLOBAL_HOOKS", "Stamp", "called_functions", "registered_attention"]
+__all__ = ["COMPUTED", "GLOBAL_HOOKS", "Stamp", "Turns", "called_functions", "registered_attention"]
 
 _SCALARS = (
     "scaling",
@@ -40,8 +40,8 @@ _SCALARS = (
 _BYTES = 16
 """Of every matrix on the CPU that each call compares."""
 
-_SAMPLED = 6
-"""Matrices on other devices that a call compares; the next call takes the next ones."""
+_VALUES = 8
+"""Of a matrix on another device. A call compares one matrix of every kind there, the next call the next layer's."""
 
 COMPUTED = ("linear", "silu")
 """Functions of torch.nn.functional that kernels compute instead."""
@@ -88,12 +88,10 @@ class Stamp:
         self._addressed = [tensor for tensor in distinct if _has_address(tensor)]
         self.unversioned = len(self._versioned) < len(distinct)
         self._versions, self._addresses = self._read_weights()
-        matrices = _by_kind(model)
-        self._places = [_middle(matrix) for matrix in matrices if matrix.device.type == "cpu"]
+        near, far = _matrices(model)
+        self._places = list(map(_middle, near))
         self._values = self._read_values()
-        self._matrices = [matrix for matrix in matrices if matrix.device.type != "cpu"]
-        self._samples = [_sample(matrix) for matrix in self._matrices]
-        self._turn = 0
+        self._turns = Turns(far)
         self._written = False
         self._ids = set(map(id, distinct))
         _stamps.add(self)
@@ -108,12 +106,7 @@ class Stamp:
 
     def values_changed(self) -> bool:
         """Whether a sample shows that weights have other values. They must not have moved (`weights_changed`)."""
-        if self._read_values() != self._values:
-            return True
-        count = len(self._matrices)
-        turns = [(self._turn + each) % count for each in range(min(_SAMPLED, count))]
-        self._turn = (self._turn + _SAMPLED) % max(1, count)
-        return any(not torch.equal(_sample(self._matrices[turn]), self._samples[turn]) for turn in turns)
+        return self._read_values() != self._values or self._turns.changed()
 
     def _read_values(self) -> list[bytes]:
         return list(map(string_at, self._places, repeat(_BYTES)))
@@ -153,8 +146,9 @@ _stamps: weakref.WeakSet[Stamp] = weakref.WeakSet()
 
 def _note_step(optimizer: Any, *_: Any) -> None:
     """Optimizers that are fused, or write through `.data`, make no new version."""
-    written = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    for stamp in list(_stamps):
+    stamps = list(_stamps)
+    written = {id(each) for group in optimizer.param_groups for each in group["params"]} if stamps else set()
+    for stamp in stamps:
         stamp._written = stamp._written or not written.isdisjoint(stamp._ids)
 
 
@@ -187,31 +181,47 @@ def registered_attention() -> Mapping[Any, Any]:
     return functions if isinstance(functions, Mapping) else {}
 
 
-def _by_kind(model: nn.Module) -> list[Tensor]:
-    """A model's weight matrices, one of each kind (gate projections, embeddings, ...), then the next of each."""
-    kinds: dict[str, list[Tensor]] = {}
+def _matrices(model: nn.Module) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """A model's weight matrices: those on the CPU, and the others by kind (gate projections, embeddings, ...)."""
+    near: list[Tensor] = []
+    far: dict[str, list[Tensor]] = {}
     for name, weight in model.named_parameters():
-        if (
-            weight.dim() > 1
-            and weight.nbytes >= _BYTES
-            and type(weight) is nn.Parameter
-            and weight.is_contiguous()
-            and weight.device.type != "meta"
-        ):
-            kinds.setdefault(re.sub(r"[0-9]+", "", name), []).append(weight)
-    return [weight for turn in zip_longest(*kinds.values()) for weight in turn if weight is not None]
+        plain = type(weight) is nn.Parameter and weight.dim() > 1 and weight.nbytes >= _BYTES and weight.is_contiguous()
+        if plain and weight.device.type == "cpu":
+            near.append(weight)
+        elif plain and weight.device.type != "meta":
+            far.setdefault(re.sub(r"[0-9]+", "", name), []).append(weight)
+    return near, list(far.values())
 
 
 def _middle(matrix: Tensor) -> int:
+    """The address of a matrix's `_BYTES` in the middle."""
     return matrix.data_ptr() + (matrix.nbytes - _BYTES) // 2 // matrix.element_size() * matrix.element_size()
 
 
+class Turns:
+    """Compares values of matrices with those at the beginning, of one matrix of each kind at a time, because each costs a
+    launch."""
+
+    def __init__(self, kinds: list[list[Tensor]]):
+        self._kinds = kinds
+        self._turn = 0
+        self._before = [[_bits(matrix) for matrix in kind] for kind in kinds]
+
+    def changed(self) -> bool:
+        if not self._kinds:
+            return False
+        self._turn += 1
+        now = torch.cat([_bits(kind[self._turn % len(kind)]) for kind in self._kinds])
+        return not torch.equal(now, torch.cat([kind[self._turn % len(kind)] for kind in self._before]))
+
+
 @torch.no_grad()
-def _sample(matrix: Tensor) -> Tensor:
-    """The bits of eight values of a matrix on another device."""
-    step = max(1, matrix.numel() // 8)
-    values = matrix.detach().as_strided((min(8, matrix.numel()),), (step,), matrix.storage_offset())
-    return values.clone().cpu().view(torch.uint8)
+def _bits(matrix: Tensor) -> Tensor:
+    """The bits of a few values, evenly spaced."""
+    count = min(_VALUES, matrix.numel())
+    step = max(1, matrix.numel() // count)
+    return matrix.detach().as_strided((count,), (step,), matrix.storage_offset()).clone().view(torch.uint8)
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:

@@ -106,7 +106,7 @@ class _Weight:
             if self._planned and fits:
                 assert isinstance(given, Tensor)
                 # Values that lie in the weight's own memory are in its order already.
-                if given.data_ptr() != self.linear.weight.data_ptr():
+                if _span(given) != _span(self.linear.weight):
                     state_dict = {**state_dict, f"{prefix}weight": self.reordered(given, planned=True)}
             type(self.linear)._load_from_state_dict(self.linear, state_dict, prefix, *rest)
             if fits:

@@ -64,7 +64,6 @@ class Runner:
         self.fallbacks: Counter[str] = Counter()
         self.last_image: ImageRecord | None = None
         self._told = False
-        self._turn = 0
         self._unfinished = True
         self._process = os.getpid()
 
@@ -106,13 +105,11 @@ class Runner:
         self._stamp = Stamp(self.model)
 
     def _weights_changed(self) -> bool:
-        """Whether weights were written to: by their versions, by samples of their values, of one layer's in plan order in every
-        call, or through a copy that `state_dict()` gave."""
-        self._turn += 1
+        """Whether weights were written to: by their versions, by samples of their values, or through a copy that `state_dict()`
+        gave."""
         return (
             self._stamp.weights_changed()
             or self._stamp.values_changed()
-            or (bool(self.orders) and self.orders[self._turn % len(self.orders)].edited())
             or any(order.copies_written() for order in self.orders)
         )
 
@@ -123,7 +120,7 @@ class Runner:
             return
         structure = not weights_only and (stamp.structure_changed() or stamp.values_changed())
         if structure or stamp.weights_changed():
-            raise RuntimeError(f"model: it was changed while this {doing}; change it between two")
+            raise RuntimeError(f"model: it was changed while this {doing}; change it between calls")
 
     def follow(self) -> None:
         """Build the network on the model as it is. All checks come before the first change. Once interrupted, another call
@@ -215,6 +212,7 @@ class Runner:
             prompts = [engine.question(*inputs) for inputs in zip(images, befores, afters, strict=True)]
             told = None if on_token is None else self._told_unchanged(on_token)
             answers = engine.decode(prompts, max_new_tokens, sampler, eos_token, told)
+            self.check_unchanged("question was being answered", weights_only=True)
             empty = torch.empty(0, dtype=torch.int64, device=self.parts.device)
             return [torch.stack(answer) if answer else empty for answer in answers]
 

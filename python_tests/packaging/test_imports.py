@@ -16,7 +16,14 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("imports", ["import flashu_ext, torch", "import torch, flashu_ext"])
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import flashu_ext, torch",
+        "import torch, flashu_ext",
+        "import flashu_ext, importlib.util; importlib.util.find_spec('torch'); import torch",
+    ],
+)
 def test_ops_are_there(imports: str):
     assert "[2, 8]" in python(f"{imports}\n{SHAPE}")
 

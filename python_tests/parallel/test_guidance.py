@@ -102,6 +102,30 @@ def test_settings_that_round_down_to_nothing_are_accepted() -> None:
     check_guidance_parallel(fx.FlashUConfig.fast(), None, 28, 729)
 
 
+HANGING = """
+import sys, time, torch
+sys.path.insert(0, sys.argv[1])
+from functools import partial
+from support.guided_cases import generate
+from flashu_ext.batch import Heartbeat, Ranks, guidance, guidance_group, sample_guided
+guidance.STOP_SECONDS = 0.5
+ranks = Ranks.from_environment()
+with Heartbeat.join(ranks) as heartbeat, guidance_group(heartbeat, torch.device("cpu"), timeout=120) as group:
+    def hang(step, latents):
+        time.sleep(8 * ranks.rank)
+    try:
+        generate(partial(sample_guided, group=group, stop=lambda: ranks.rank == 0), "exact", torch.float32, callback=hang)
+        print("finished")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_a_rank_that_hangs_is_waited_for_until_the_caller_stops() -> None:
+    (code, said), _ = run_ranks(HANGING, str(Path(guided_cases.__file__).parents[1]))
+    assert code == 0 and "rank 1 is gone" in said and "stopped while waiting for it" in said
+
+
 def test_a_rank_that_dies_costs_no_finished_image(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import flashu_ext as fx
 from flashu_ext.models.accelerated import handle_of
+from flashu_ext.models.stamp import Turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -407,3 +408,14 @@ def test_hooks_in_a_dictionary_of_their_own_are_noticed():
         after = outputs(model)
         assert any("has a forward hook" in reason for reason in handle.summary().fallbacks)
     assert relative(after[0], outputs(model)[0]) < LIMIT
+
+
+def test_matrices_far_away_take_turns():
+    """Matrices on a GPU: of each kind one layer's in a call."""
+    kinds = [[torch.randn(4, 8) for _ in range(3)], [torch.randn(2, 2, dtype=torch.bfloat16)]]
+    turns = Turns(kinds)
+    assert not any(turns.changed() for _ in range(6))
+    kinds[0][2] += 1
+    assert [turns.changed() for _ in range(6)].count(True) == 2
+    kinds[1][0] += 1
+    assert all(turns.changed() for _ in range(3))

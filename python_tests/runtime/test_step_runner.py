@@ -13,7 +13,7 @@ from support.tape import READ_METHODS, TapeCapture, no_reads
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
 from flashu_ext.models.showo2 import answer_tokens_batch
-from flashu_ext.runtime import upstream
+from flashu_ext.runtime import understanding, upstream
 from flashu_ext.runtime.counting import DispatchCounter
 from flashu_ext.runtime.graphs import MAX_GRAPHS, RARE_USES, GraphCache
 from flashu_ext.runtime.readback import Readback
@@ -271,6 +271,18 @@ def test_weights_that_moved_are_captured_anew(move):
         assert relative(latents, sample(model, fixture)) < LIMIT
         expected = answer_tokens_batch(model, *asked, max_new_tokens=6)
         assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
+
+
+def test_an_answer_too_long_for_fixed_memory_is_the_same(monkeypatch):
+    model, asked = public().model(), batch([ask(1), ask(2)])
+    with capturing(fx.accelerate(model)):
+        expected = answer_tokens_batch(model, *asked, max_new_tokens=6)
+        monkeypatch.setattr(understanding, "FIXED_TOKENS", 2)
+        for _ in range(2):
+            tokens = answer_tokens_batch(model, *asked, max_new_tokens=6)
+            assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
+        short = answer_tokens_batch(model, *asked, max_new_tokens=3)
+        assert all(torch.equal(a[:3], b) for a, b in zip(expected, short, strict=True))
 
 
 @pytest.mark.parametrize("name", ["exact", "all of it, adaptive"])
