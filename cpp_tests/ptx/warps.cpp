@@ -116,6 +116,7 @@ bool Machine::advance(Warp& w, std::size_t pick, int budget_of_group, int& budge
     }
     w.groups[pick].state = Group::kRetry;
     w.groups[pick].tried = w.turns;
+    ++budget;  // others of this warp may go on: a turn that ends here would look like a deadlock
     break;
   }
   return progress;
