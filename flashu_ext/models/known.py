@@ -7,6 +7,7 @@ here, in instances without hooks, replaced methods or unusual weights.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
@@ -75,7 +76,8 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
     return None
 
 
-def _replaced_in_class(kind: type, method: str) -> bool:
+@functools.cache
+def _replaced_in_class(kind: Any, method: str) -> bool:
     """Whether a method's code, or that of a function which it calls by its name in the module, such as the one that rotates
     queries and keys, comes from elsewhere than the class's own package or a decorator of torch or transformers around that."""
     function, home = getattr(kind, method), _file_of(kind.__module__)
@@ -226,6 +228,7 @@ def untracked(model: nn.Module) -> list[str]:
 
 def check_model(parts: Showo2Parts) -> None:
     """Raise TypeError, with its name and the reason, for a module that the accelerated loop would pass over."""
+    _replaced_in_class.cache_clear()  # once for the many modules of a class
     for name in GLOBAL_HOOKS:
         # Torch's own hooks, of its counters of modules and operations, change nothing.
         if any(

@@ -12,9 +12,9 @@ import re
 import sys
 import weakref
 from collections.abc import Mapping
-from ctypes import string_at
-from itertools import chain, repeat
-from operator import attrgetter, itemgetter, methodcaller
+from ctypes import c_char
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -66,9 +66,9 @@ class Stamp:
             for each in (module._modules, module._parameters, module._buffers)
             if isinstance(each, dict)  # a compiled module's are not
         ]
-        hooks: list[Any] = [
-            each for module in self._modules for each in (module._forward_hooks, module._forward_pre_hooks)
-        ]
+        self._hooked = [own for own in self._attributes if "_forward_hooks" in own]
+        self._hooks = self._read_hooks()
+        hooks: list[Any] = [*self._hooks]
         hooks += [getattr(torch_module, name) for name in GLOBAL_HOOKS]
         self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]
         self._empty = [each for each in (*contents, *hooks) if not each]
@@ -79,7 +79,8 @@ class Stamp:
         methods = [kind.forward for kind in self._classes]
         methods += [each for each in vars(type(model)).values() if isinstance(each, FunctionType)]
         self._called = [each for method in methods for each in called_functions(method)]
-        self._configs = list({id(own["config"]): own["config"] for own in self._attributes if "config" in own}.values())
+        self._configured = [own for own in self._attributes if "config" in own]
+        self._configs = list({id(own["config"]): own["config"] for own in self._configured}.values())
         self._scalars = [(own, name) for own in self._attributes for name in _SCALARS if name in own]
         self._objects = self._contents()
         self._flags = self._read_flags()
@@ -89,7 +90,7 @@ class Stamp:
         self.unversioned = len(self._versioned) < len(distinct)
         self._versions, self._addresses = self._read_weights()
         near, far = _matrices(model)
-        self._places = list(map(_middle, near))
+        self._middles = [(c_char * _BYTES).from_address(_middle(matrix)) for matrix in near]
         self._values = self._read_values()
         self._turns = Turns(far)
         self._written = False
@@ -98,7 +99,12 @@ class Stamp:
 
     def structure_changed(self) -> bool:
         """Whether a module, a parameter object, a hook, a class, a flag or a method is another one."""
-        return any(self._empty) or not _same(self._contents(), self._objects) or self._read_flags() != self._flags
+        return (
+            any(self._empty)
+            or not all(map(is_, self._read_hooks(), self._hooks))  # another dict in its place
+            or not _same(self._contents(), self._objects)
+            or self._read_flags() != self._flags
+        )
 
     def weights_changed(self) -> bool:
         """Whether a weight was written to, or lies elsewhere."""
@@ -109,7 +115,7 @@ class Stamp:
         return self._read_values() != self._values or self._turns.changed()
 
     def _read_values(self) -> list[bytes]:
-        return list(map(string_at, self._places, repeat(_BYTES)))
+        return list(map(_RAW, self._middles))
 
     def moved(self) -> bool:
         """Whether a weight lies elsewhere, as after `model.to(...)`."""
@@ -117,6 +123,9 @@ class Stamp:
 
     def _contents(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._filled)))
+
+    def _read_hooks(self) -> list[dict[int, Any]]:
+        return [*map(_HOOKS, self._hooked), *map(_PRE_HOOKS, self._hooked)]
 
     def _read_flags(self) -> tuple[Any, ...]:
         return (
@@ -130,10 +139,7 @@ class Stamp:
             [registered_attention().get(name) for name in ("sdpa", "eager")],
             list(vars(type(self._modules[0])).values()),
             [own.get(name) for own, name in self._scalars],
-            [id(own.get("config")) for own in self._attributes],
-            # Emptied by another dict in its place.
-            list(map(id, map(_HOOKS, self._attributes))),
-            list(map(id, map(_PRE_HOOKS, self._attributes))),
+            [id(own.get("config")) for own in self._configured],
             [dict(vars(config)) for config in self._configs],
         )
 
@@ -155,7 +161,7 @@ def _note_step(optimizer: Any, *_: Any) -> None:
 register_optimizer_step_post_hook(_note_step)
 
 _TRAINING, _VERSION = itemgetter("training"), attrgetter("_version")
-_HOOKS, _PRE_HOOKS = (methodcaller("get", name) for name in ("_forward_hooks", "_forward_pre_hooks"))
+_RAW, _HOOKS, _PRE_HOOKS = attrgetter("raw"), itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 
 
 def called_functions(method: Any) -> list[tuple[dict[str, Any], str]]:
