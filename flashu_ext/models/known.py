@@ -66,7 +66,7 @@ METHODS = ("t2i_generate", "mmu_generate")
 
 def why_unknown(module: Any, known: Known, method: str = "forward") -> str | None:
     """Why a module's class may compute something else than those known, or None."""
-    kind = type(module)
+    kind: Any = type(module)
     homes = known.get(kind.__name__)
     if homes is None or not any(kind.__module__ == home or kind.__module__.endswith(f".{home}") for home in homes):
         return f"is a {kind.__module__}.{kind.__qualname__}"

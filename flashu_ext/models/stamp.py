@@ -13,8 +13,7 @@ import sys
 import weakref
 from collections.abc import Mapping
 from ctypes import c_char
-from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from types import FunctionType
 from typing import Any
 
@@ -59,19 +58,21 @@ class Stamp:
     def __init__(self, model: nn.Module):
         self._modules = list(model.modules())
         self._attributes = list(map(vars, self._modules))
-        self._with_mode = [own for own in self._attributes if "training" in own]  # torch.compile's wrapper has none
         contents: list[Any] = [
             each
             for module in self._modules
             for each in (module._modules, module._parameters, module._buffers)
             if isinstance(each, dict)  # a compiled module's are not
         ]
-        self._hooked = [own for own in self._attributes if "_forward_hooks" in own]
+        self._usual = [own for own in self._attributes if "training" in own]  # not torch.compile's wrapper
         self._hooks = self._read_hooks()
-        hooks: list[Any] = [*self._hooks]
+        hooks: list[Any] = [each for *pair, _ in self._hooks for each in pair]
         hooks += [getattr(torch_module, name) for name in GLOBAL_HOOKS]
         self._filled: list[dict[Any, Any]] = [each for each in (*contents, *hooks) if each]
+        self._copies = list(map(dict, self._filled))
         self._empty = [each for each in (*contents, *hooks) if not each]
+        named = [(own, name, each) for own in self._filled for name, each in own.items() if isinstance(each, Tensor)]
+        self._single = [(own, name) for own, name, each in named if each.numel() < 2]
         kinds: set[Any] = set(map(type, self._modules))
         self._classes = [
             kind for kind in kinds if not issubclass(kind, torch.jit.ScriptModule)
@@ -82,9 +83,8 @@ class Stamp:
         self._configured = [own for own in self._attributes if "config" in own]
         self._configs = list({id(own["config"]): own["config"] for own in self._configured}.values())
         self._scalars = [(own, name) for own in self._attributes for name in _SCALARS if name in own]
-        self._objects = self._contents()
         self._flags = self._read_flags()
-        distinct = list({id(each): each for each in self._objects if isinstance(each, Tensor)}.values())
+        distinct = list({id(each): each for *_, each in named}.values())
         self._versioned = [tensor for tensor in distinct if not tensor.is_inference()]
         self._addressed = [tensor for tensor in distinct if _has_address(tensor)]
         self.unversioned = len(self._versioned) < len(distinct)
@@ -101,8 +101,8 @@ class Stamp:
         """Whether a module, a parameter object, a hook, a class, a flag or a method is another one."""
         return (
             any(self._empty)
-            or not all(map(is_, self._read_hooks(), self._hooks))  # another dict in its place
-            or not _same(self._contents(), self._objects)
+            or not _same(self._filled, self._copies)
+            or self._read_hooks() != self._hooks
             or self._read_flags() != self._flags
         )
 
@@ -121,17 +121,14 @@ class Stamp:
         """Whether a weight lies elsewhere, as after `model.to(...)`."""
         return self._read_weights()[1] != self._addresses
 
-    def _contents(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._filled)))
-
-    def _read_hooks(self) -> list[dict[int, Any]]:
-        return [*map(_HOOKS, self._hooked), *map(_PRE_HOOKS, self._hooked)]
+    def _read_hooks(self) -> list[tuple[Any, ...]]:
+        """Both dicts, which may be replaced by others, and the mode, of every module."""
+        return list(map(_HOOKS_AND_MODE, self._usual))
 
     def _read_flags(self) -> tuple[Any, ...]:
         return (
             # A new attribute may be a method that replaces the class's own.
             list(map(len, self._attributes)),
-            list(map(_TRAINING, self._with_mode)),
             list(map(type, self._modules)),
             [(kind.forward, kind.__call__) for kind in self._classes],
             [namespace.get(name) for namespace, name in self._called],
@@ -139,6 +136,7 @@ class Stamp:
             [registered_attention().get(name) for name in ("sdpa", "eager")],
             list(vars(type(self._modules[0])).values()),
             [own.get(name) for own, name in self._scalars],
+            [id(own.get(name)) for own, name in self._single],
             [id(own.get("config")) for own in self._configured],
             [dict(vars(config)) for config in self._configs],
         )
@@ -160,8 +158,8 @@ def _note_step(optimizer: Any, *_: Any) -> None:
 
 register_optimizer_step_post_hook(_note_step)
 
-_TRAINING, _VERSION = itemgetter("training"), attrgetter("_version")
-_RAW, _HOOKS, _PRE_HOOKS = attrgetter("raw"), itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+_VERSION, _RAW = attrgetter("_version"), attrgetter("raw")
+_HOOKS_AND_MODE = itemgetter("_forward_hooks", "_forward_pre_hooks", "training")
 
 
 def called_functions(method: Any) -> list[tuple[dict[str, Any], str]]:
@@ -230,9 +228,9 @@ def _bits(matrix: Tensor) -> Tensor:
     return matrix.detach().as_strided((count,), (step,), matrix.storage_offset()).clone().view(torch.uint8)
 
 
-def _same(a: list[Any], b: list[Any]) -> bool:
-    """Whether two lists hold the same objects. Lists compare by identity first, which is fast; tensors that are not identical
-    may have no truth value."""
+def _same(a: list[dict[Any, Any]], b: list[dict[Any, Any]]) -> bool:
+    """Whether dicts hold the same objects. They compare by identity first, which is fast; tensors of several elements that are
+    not identical have no truth value."""
     try:
         return bool(a == b)
     except (RuntimeError, ValueError):
