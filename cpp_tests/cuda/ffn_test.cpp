@@ -78,20 +78,23 @@ struct Operands {
 
 double silu(double x) { return x / (1 + std::exp(-x)); }
 
+double dot(const double* a, const double* b, int64_t n) {
+  double sum = 0;
+  for (int64_t k = 0; k < n; ++k) sum += a[k] * b[k];
+  return sum;
+}
+
 // The product in between, rounded to T as the device stores it.
 template <class T>
 std::vector<double> reference_h(const Operands<T>& o, const std::vector<int64_t>& list) {
+  const std::vector<double> x = o.x.values(), gate = o.gate.values(), up = o.up.values();
   std::vector<double> h;
   for (int64_t r = 0; r < o.rows; ++r) {
+    const double* const row = x.data() + r * o.hidden;
     for (const int64_t n : list) {
-      double gate = 0;
-      double up = 0;
-      for (int64_t k = 0; k < o.hidden; ++k) {
-        const double x = static_cast<double>(to_float(o.x[r * o.hidden + k]));
-        gate += x * static_cast<double>(to_float(o.gate[n * o.hidden + k]));
-        up += x * static_cast<double>(to_float(o.up[n * o.hidden + k]));
-      }
-      h.push_back(static_cast<double>(to_float(from_float<T>(static_cast<float>(silu(gate) * up)))));
+      const double value =
+          silu(dot(row, gate.data() + n * o.hidden, o.hidden)) * dot(row, up.data() + n * o.hidden, o.hidden);
+      h.push_back(static_cast<double>(to_float(from_float<T>(static_cast<float>(value)))));
     }
   }
   return h;
@@ -109,18 +112,20 @@ void expect_down(const Guarded<T>& got, const std::vector<double>& h, const Guar
                  const std::vector<int64_t>& list, const Guarded<T>* residual, int64_t rows,
                  int64_t intermediate, int64_t width, bool exact) {
   const auto n = static_cast<int64_t>(list.size());
+  const std::vector<double> values = got.values(), weights = down.values();
+  const std::vector<double> added = residual != nullptr ? residual->values() : std::vector<double>{};
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < width; ++c) {
-      double sum = residual != nullptr ? static_cast<double>(to_float((*residual)[r * width + c])) : 0;
+      const auto at = static_cast<size_t>(r * width + c);
+      double sum = residual != nullptr ? added[at] : 0;
       double noise = sum * sum;
       for (int64_t j = 0; j < n; ++j) {
-        const double term =
-            h[static_cast<size_t>(r * n + j)] *
-            static_cast<double>(to_float(down[c * intermediate + list[static_cast<size_t>(j)]]));
+        const double term = h[static_cast<size_t>(r * n + j)] *
+                            weights[static_cast<size_t>(c * intermediate + list[static_cast<size_t>(j)])];
         sum += term;
         noise += term * term;
       }
-      const auto y = static_cast<double>(to_float(got[r * width + c]));
+      const double y = values[at];
       if (exact) {
         ASSERT_EQ(y, static_cast<double>(to_float(from_float<T>(static_cast<float>(sum)))))
             << "row " << r << ", column " << c;
@@ -202,6 +207,25 @@ Guarded<T> run_ffn(Operands<T>& o, const Chosen& chosen, bool with_residual, int
   args.workspace = workspace.get().data;
   args.workspace_bytes = workspace.get().bytes;
   gathered_ffn(args);
+  device_synchronize();
+  return out.download();
+}
+
+template <class T>
+Guarded<T> run_down(Guarded<T>& h, Guarded<T>& down, const Chosen& chosen, Guarded<T>* residual,
+                    int64_t out_padding = 0) {
+  Guarded<T> out({h.size(0), down.size(0)}, out_padding);
+  OnDevice on_device(chosen);
+  DownArgs args{};
+  args.h = h.upload();
+  args.w_down = down.upload();
+  args.selection = on_device.selection;
+  if (residual != nullptr) args.residual = residual->upload();
+  args.out = out.upload();
+  const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_down_workspace);
+  args.workspace = workspace.get().data;
+  args.workspace_bytes = workspace.get().bytes;
+  gathered_down(args);
   device_synchronize();
   return out.download();
 }
@@ -397,23 +421,10 @@ TYPED_TEST(DeviceFfn, DownIsExactOnIntegers) {
         const auto n = static_cast<int64_t>(list.size());
         auto h = whole<TypeParam>({rows, n}, 2, (8 - n % 8) % 8);
         auto residual = whole<TypeParam>({rows, width}, 3);
-        std::vector<double> values;
-        for (int64_t i = 0; i < rows * n; ++i) values.push_back(static_cast<double>(to_float(h[i])));
+        const std::vector<double> values = h.values();
         this->under_every_schedule([&] {
-          Guarded<TypeParam> out({rows, width});
-          OnDevice on_device(chosen);
-          DownArgs args{};
-          args.h = h.upload();
-          args.w_down = w.upload();
-          args.selection = on_device.selection;
-          args.residual = residual.upload();
-          args.out = out.upload();
-          const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_down_workspace);
-          args.workspace = workspace.get().data;
-          args.workspace_bytes = workspace.get().bytes;
-          gathered_down(args);
-          device_synchronize();
-          expect_down(out.download(), values, w, list, &residual, rows, intermediate, width, true);
+          const auto out = run_down(h, w, chosen, &residual);
+          expect_down(out, values, w, list, &residual, rows, intermediate, width, true);
         });
       }
     }
@@ -451,6 +462,25 @@ TYPED_TEST(DeviceFfn, FewRowsHaveTheBitsOfManyWithoutTheirOwnKernel) {
         for (int64_t i = 0; i < count * 40; ++i)
           ASSERT_EQ(to_float(alone[i]), to_float(together[first * 40 + i])) << "element " << i;
       }
+    }
+  }
+}
+
+// Sums over many neurons are made of parts, by one block or by several.
+TYPED_TEST(DeviceFfn, PartsOfManyNeurons) {
+  constexpr int64_t kIntermediate = 2100, kWidth = 70;
+  auto w = whole<TypeParam>({kWidth, kIntermediate}, 1, 4);
+  for (const int64_t start : {0, 5}) {
+    const Chosen chosen{"range", {{start, 2064}}, {}};
+    const std::vector<int64_t> list = chosen.list(kIntermediate);
+    for (const int64_t rows : {1, 40}) {
+      auto h = whole<TypeParam>({rows, 2064}, 2);
+      auto residual = whole<TypeParam>({rows, kWidth}, 3, 2);
+      const std::vector<double> values = h.values();
+      this->under_every_schedule([&] {
+        const auto out = run_down(h, w, chosen, &residual, 2);
+        expect_down(out, values, w, list, &residual, rows, kIntermediate, kWidth, true);
+      });
     }
   }
 }

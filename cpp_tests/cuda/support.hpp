@@ -48,6 +48,16 @@ class Guarded {
   T& operator[](int64_t i) { return data()[place(i)]; }
   const T& operator[](int64_t i) const { return data()[place(i)]; }
 
+  int64_t size(size_t dimension) const { return sizes_[dimension]; }
+
+  // All elements in row-major order.
+  std::vector<double> values() const {
+    std::vector<double> out(static_cast<size_t>(count()));
+    for (int64_t i = 0; i < count(); ++i)
+      out[static_cast<size_t>(i)] = static_cast<double>(to_float((*this)[i]));
+    return out;
+  }
+
   template <class Fill>
   Guarded& fill(const Fill& value) {
     for (int64_t i = 0; i < count(); ++i) (*this)[i] = value(i);

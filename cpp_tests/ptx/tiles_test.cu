@@ -2,6 +2,7 @@
 // take another one, at sizes whose last tiles are not whole.
 #include "core/ffn_tiles.hpp"
 #include "cuda/ffn_sm90.hpp"
+#include "cuda/ffn_sum.hpp"
 #include "cuda/support.hpp"
 
 namespace flashu::test {
@@ -18,12 +19,6 @@ template <class T>
 class DeviceTiles : public DeviceOf<T> {};
 using Storage2 = ::testing::Types<bfloat16, float16>;
 TYPED_TEST_SUITE(DeviceTiles, Storage2);
-
-std::vector<double> doubles(const auto& values) {
-  std::vector<double> out;
-  for (int64_t i = 0; i < values.count(); ++i) out.push_back(static_cast<double>(to_float(values[i])));
-  return out;
-}
 
 double dot(const double* a, const double* b, int64_t n) {
   double sum = 0;
@@ -87,7 +82,7 @@ void up_half(const FfnTile& tile, FfnFetch fetch) {
   g.out = out_d.data;
   g.out_stride = columns + (fetch == FfnFetch::kRows ? 11 : 8);
   launch<T>(tile, g);
-  const auto x = doubles(a), gates = doubles(gate), ups = doubles(up);
+  const auto x = a.values(), gates = gate.values(), ups = up.values();
   std::vector<double> want;
   for (int64_t r = 0; r < kRows; ++r) {
     for (int64_t j = 0; j < columns; ++j) {
@@ -102,37 +97,70 @@ void up_half(const FfnTile& tile, FfnFetch fetch) {
 }
 
 template <class T>
-void down_half(const FfnTile& tile) {
-  constexpr int64_t kColumns = 296;
-  auto a = normal<T>({kRows, kDepth}, 1, 8);
-  auto down = normal<T>({kColumns, kIntermediate}, 2, 8, 0.2f);
-  auto residual = normal<T>({kRows, kColumns}, 3, 8);
-  Guarded<T> out({kRows, kColumns}, 8);
-  const flashu_tensor a_d = a.upload(), down_d = down.upload(), residual_d = residual.upload(),
-                      out_d = out.upload();
-  cuda::FfnGemm g{};
-  g.a = a_d.data;
-  g.a_stride = kDepth + 8;
-  g.m = kRows;
-  g.b = down_d.data;
-  g.b_stride = kIntermediate + 8;
-  g.n = kColumns;
-  g.k = kDepth;
-  g.intermediate = kIntermediate;
-  g.first = kFirst;
-  g.residual = residual_d.data;
-  g.residual_stride = g.out_stride = kColumns + 8;
-  g.out = out_d.data;
-  launch<T>(tile, g);
-  const auto x = doubles(a), weights = doubles(down);
-  std::vector<double> want = doubles(residual);
-  for (int64_t r = 0; r < kRows; ++r) {
-    for (int64_t c = 0; c < kColumns; ++c)
-      want[static_cast<size_t>(r * kColumns + c)] +=
-          dot(&x[static_cast<size_t>(r * kDepth)], &weights[static_cast<size_t>(c * kIntermediate + kFirst)],
-              kDepth);
+struct DownHalf {
+  static constexpr int64_t kColumns = 294;
+  Guarded<T> a = normal<T>({kRows, kDepth}, 1, 8);
+  Guarded<T> down = normal<T>({kColumns, kIntermediate}, 2, 8, 0.2f);
+  Guarded<T> residual = normal<T>({kRows, kColumns}, 3, 8);
+  Guarded<T> out{{kRows, kColumns}, 10};
+  Guarded<float> partial{{kMostParts, kRows, kColumns}};
+
+  static constexpr int64_t kMostParts = 2;
+
+  Guarded<T> run(const FfnTile& tile, int parts, bool spread) {
+    const flashu_tensor a_d = a.upload(), down_d = down.upload(), residual_d = residual.upload(),
+                        out_d = out.upload(), partial_d = partial.upload();
+    cuda::FfnGemm g{};
+    g.a = a_d.data;
+    g.a_stride = kDepth + 8;
+    g.m = kRows;
+    g.b = down_d.data;
+    g.b_stride = kIntermediate + 8;
+    g.n = kColumns;
+    g.k = kDepth;
+    g.intermediate = kIntermediate;
+    g.first = kFirst;
+    g.residual = residual_d.data;
+    g.residual_stride = kColumns + 8;
+    g.out_stride = kColumns + 10;
+    g.out = out_d.data;
+    g.parts = parts;
+    if (spread) g.partial = static_cast<float*>(partial_d.data);
+    g.partial_stride = kColumns;
+    launch<T>(tile, g);
+    if (spread) {
+      cuda::ffn_sum(
+          {g.partial, parts, g.m, g.n, g.partial_stride, g.residual, g.residual_stride, g.out, g.out_stride},
+          dtype_of<T>(), nullptr);
+      device_synchronize();
+      partial.download();
+    }
+    return out.download();
   }
-  expect_close(out.download(), want);
+
+  std::vector<double> reference() const {
+    const auto x = a.values(), weights = down.values();
+    std::vector<double> want = residual.values();
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int64_t c = 0; c < kColumns; ++c)
+        want[static_cast<size_t>(r * kColumns + c)] +=
+            dot(&x[static_cast<size_t>(r * kDepth)],
+                &weights[static_cast<size_t>(c * kIntermediate + kFirst)], kDepth);
+    }
+    return want;
+  }
+};
+
+// A part to each block, or all of them in one: the same bits.
+template <class T>
+void down_half(const FfnTile& tile) {
+  DownHalf<T> half;
+  const std::vector<double> want = half.reference();
+  expect_close(half.run(tile, 1, false), want);
+  if (tile.kernel != FfnKernel::kSm90) return;
+  const auto together = half.run(tile, 2, false);
+  expect_close(together, want);
+  expect_equal(half.run(tile, 2, true), together);
 }
 
 template <class T>

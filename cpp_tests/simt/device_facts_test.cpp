@@ -10,16 +10,16 @@ namespace flashu::test {
 namespace {
 
 // Devices of one name differ in it (MIG, PCIe and SXM).
-TEST(DeviceFacts, BitsDoNotFollowTheNumberOfMultiprocessors) {
-  begin_test();
-  auto x = normal<bfloat16>({3, 72}, 1);
-  auto gate = normal<bfloat16>({400, 72}, 2);
-  auto up = normal<bfloat16>({400, 72}, 3);
-  auto down = normal<bfloat16>({40, 400}, 4);
+void compare_multiprocessors(int64_t rows, int64_t hidden, int64_t neurons) {
+  SCOPED_TRACE(std::to_string(rows) + " rows");
+  auto x = normal<bfloat16>({rows, hidden}, 1);
+  auto gate = normal<bfloat16>({neurons, hidden}, 2);
+  auto up = normal<bfloat16>({neurons, hidden}, 3);
+  auto down = normal<bfloat16>({40, neurons}, 4);
   std::vector<Guarded<bfloat16>> outs;
-  for (const int multiprocessors : {3, 78, 132}) {
+  for (const int multiprocessors : {1, 3, 78, 132}) {
     simt::settings().multiprocessors = multiprocessors;
-    Guarded<bfloat16> out({3, 40});
+    Guarded<bfloat16> out({rows, 40});
     FfnArgs args{};
     args.struct_size = sizeof args;
     args.x = x.upload();
@@ -36,6 +36,12 @@ TEST(DeviceFacts, BitsDoNotFollowTheNumberOfMultiprocessors) {
     outs.push_back(out.download());
     expect_equal(outs.back(), outs.front());
   }
+}
+
+TEST(DeviceFacts, BitsDoNotFollowTheNumberOfMultiprocessors) {
+  begin_test();
+  compare_multiprocessors(3, 72, 400);
+  compare_multiprocessors(40, 16, 3080);
 }
 
 // What the tests of the sm_80 kernels rely on, on a GPU too.

@@ -84,10 +84,29 @@ TEST(FfnTiles, TheChoiceIsFromTheTable) {
     return all;
   };
   EXPECT_EQ(widths(true), (std::vector<int>{64, 112, 128}));
-  EXPECT_EQ(widths(false), (std::vector<int>{128, 192, 256}));
+  EXPECT_EQ(widths(false), (std::vector<int>{64, 64, 128, 128, 192, 192}));
+  q.neurons = 2047;  // one part
+  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 192}));
   q.listed = true;
   EXPECT_EQ(widths(true), std::vector<int>{128});
   EXPECT_EQ(widths(false), std::vector<int>{});
+}
+
+// Where the tiles alone do not fill the device, their parts do; whether they do or not does not change how
+// many there are.
+TEST(FfnTiles, PartsFillADevice) {
+  core::FfnQuestion q{64,    1536,  1536, 7168,  true, true, FLASHU_BF16,
+                      false, false, true, false, 90,   true, 132};
+  EXPECT_EQ(core::ffn_parts(q.neurons), 4);
+  for (const auto& [rows, blocks] :
+       {std::array<int64_t, 2>{17, 4}, {64, 4}, {256, 4}, {730, 4}, {2048, 1}, {8192, 1}}) {
+    q.rows = rows;
+    EXPECT_EQ(core::ffn_candidates(q, false).front().blocks_of_tile, blocks) << rows << " rows";
+    EXPECT_EQ(core::ffn_candidates(q, true).front().blocks_of_tile, 1) << rows << " rows";
+  }
+  EXPECT_EQ(core::ffn_parts(1), 1);
+  EXPECT_EQ(core::ffn_parts(3071), 2);
+  EXPECT_EQ(core::ffn_parts(15155), 4);
 }
 
 }  // namespace

@@ -16,11 +16,20 @@ namespace {
 constexpr double kHopperFlopsPerUs = 6.0e6;  // of one multiprocessor, dense wgmma: 790 TFLOP/s over 132
 constexpr double kAmpereShare = 0.62;        // of that, what mma.sync reaches there
 constexpr double kF32FlopsPerUs = 0.3e6;
-constexpr double kTileOverheadUs = 1.2;  // filling the pipeline, and what of the epilogue is not hidden
+constexpr double kTileOverheadUs = 1.2;       // filling the pipeline, and what of the epilogue is not hidden
+constexpr double kSumOverheadUs = 2.0;        // launching the kernel that adds the parts
+constexpr double kPartialBytesPerUs = 5.0e6;  // written and read through L2
 constexpr int64_t kMaxDecodeRows = 16;
 
+// Four parts of at least 16 steps: enough blocks for a device where the result is one row of tiles, and few
+// enough partial sums that they stay in L2.
+constexpr int64_t kMaxParts = 4;
+constexpr int64_t kNeuronsOfPart = 1024;
+
 // How much of the rate a product of N columns in a tile gets: narrow ones read A more often than they use it.
-double width_share(int n) { return n >= 256 ? 1.0 : n >= 224 ? 0.98 : n >= 192 ? 0.95 : 0.85; }
+double width_share(int n) {
+  return n >= 256 ? 1.0 : n >= 224 ? 0.98 : n >= 192 ? 0.95 : n >= 128 ? 0.85 : 0.7;
+}
 
 double flops_per_us(const FfnTile& tile) {
   switch (tile.kernel) {
@@ -33,16 +42,21 @@ double flops_per_us(const FfnTile& tile) {
   }
 }
 
-FfnCandidate candidate(const FfnQuestion& q, const FfnTile& tile) {
+FfnCandidate candidate(const FfnQuestion& q, const FfnTile& tile, int blocks_of_tile) {
   const int64_t n = tile.up ? q.neurons : q.width;
   const int64_t k = tile.up ? q.hidden : q.neurons;
   const int64_t multiprocessors = std::max(q.multiprocessors, 1);
-  FfnCandidate c{tile, divide_up(q.rows, tile.block_m) * divide_up(n, tile.block_n), 0, 0};
-  c.waves = static_cast<double>(c.tiles) / static_cast<double>(multiprocessors);
+  FfnCandidate c{tile, blocks_of_tile, divide_up(q.rows, tile.block_m) * divide_up(n, tile.block_n), 0, 0};
+  const int64_t blocks = c.tiles * blocks_of_tile;
+  c.waves = static_cast<double>(blocks) / static_cast<double>(multiprocessors);
   const double flops = 2.0 * static_cast<double>(tile.block_m) * static_cast<double>(tile.block_n) *
-                       (tile.up ? 2 : 1) * static_cast<double>(k);
-  const double waves = static_cast<double>(divide_up(c.tiles, multiprocessors));
+                       (tile.up ? 2 : 1) * static_cast<double>(k) / blocks_of_tile;
+  const double waves = static_cast<double>(divide_up(blocks, multiprocessors));
   c.us = waves * (flops / flops_per_us(tile) + kTileOverheadUs);
+  if (blocks_of_tile > 1) {
+    const double bytes = 2.0 * 4 * blocks_of_tile * static_cast<double>(q.rows) * static_cast<double>(n);
+    c.us += kSumOverheadUs + bytes / kPartialBytesPerUs;
+  }
   return c;
 }
 
@@ -73,10 +87,17 @@ const char* name_of(FfnKernel kernel) {
 
 }  // namespace
 
+int ffn_parts(int64_t neurons) {
+  return static_cast<int>(std::clamp<int64_t>(neurons / kNeuronsOfPart, 1, kMaxParts));
+}
+
 std::vector<FfnCandidate> ffn_candidates(const FfnQuestion& q, bool up) {
   std::vector<FfnCandidate> candidates;
   for (const FfnTile& tile : kFfnTiles) {
-    if (tile.up == up && serves(q, tile)) candidates.push_back(candidate(q, tile));
+    if (tile.up != up || !serves(q, tile)) continue;
+    candidates.push_back(candidate(q, tile, 1));
+    const int parts = ffn_parts(q.neurons);
+    if (!up && tile.kernel == FfnKernel::kSm90 && parts > 1) candidates.push_back(candidate(q, tile, parts));
   }
   std::stable_sort(candidates.begin(), candidates.end(),
                    [](const FfnCandidate& a, const FfnCandidate& b) { return a.us < b.us; });
@@ -103,9 +124,10 @@ std::string explain_ffn(const FfnQuestion& q) {
     for (const FfnCandidate& c : ffn_candidates(q, up)) {
       text << "  " << (up ? "up  " : "down") << (first ? " * " : "   ") << std::left << std::setw(5)
            << name_of(c.tile.kernel) << std::right << std::setw(4) << c.tile.block_m << " x " << std::left
-           << std::setw(4) << c.tile.block_n << std::right << std::setw(7) << c.tiles << " tiles "
-           << std::fixed << std::setprecision(2) << std::setw(7) << c.waves << " waves "
-           << std::setprecision(0) << std::setw(7) << c.us << " us predicted\n";
+           << std::setw(4) << c.tile.block_n << std::right << std::setw(7) << c.tiles << " tiles of "
+           << c.blocks_of_tile << (c.blocks_of_tile == 1 ? " block  " : " blocks ") << std::fixed
+           << std::setprecision(2) << std::setw(7) << c.waves << " waves " << std::setprecision(0)
+           << std::setw(7) << c.us << " us predicted\n";
       first = false;
     }
   }

@@ -24,11 +24,16 @@ struct FfnQuestion {
   int multiprocessors;
 };
 
+// The sums of the down half over K neurons on sm_90 are made of so many parts. It follows from K alone, so
+// that a row's bits do not depend on the number of rows.
+int ffn_parts(int64_t neurons);
+
 // One half of the FFN by tiles of one kind.
 struct FfnCandidate {
   FfnTile tile;
+  int blocks_of_tile;  // 1, or one to each of ffn_parts(): their sums meet in the workspace
   int64_t tiles;
-  double waves;  // tiles / multiprocessors, and how full the last wave is
+  double waves;  // blocks / multiprocessors, and how full the last wave is
   double us;     // predicted, from the rates in ffn_choice.cpp
 };
 

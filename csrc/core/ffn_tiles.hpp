@@ -38,9 +38,9 @@ inline constexpr FfnTile kFfnTiles[] = {
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 64},
     {FfnKernel::kSm90, true, FfnFetch::kBlocks, 128, 128},
     {FfnKernel::kSm90, true, FfnFetch::kRows, 128, 128},
-    {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 256},
     {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 192},
     {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 128},
+    {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 64},
 };
 
 // The first tile of a kernel's half; the only one of kF32 and kSm80.

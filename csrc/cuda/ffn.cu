@@ -13,6 +13,7 @@
 #include "cuda/ffn_decode.hpp"
 #include "cuda/ffn_gemm.cuh"
 #include "cuda/ffn_sm90.hpp"
+#include "cuda/ffn_sum.hpp"
 #include "cuda/primitives/tma.cuh"
 #include "cuda/vector.cuh"
 
@@ -166,9 +167,18 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   if (q.listed && p.selected_by != FLASHU_SELECT_LIST) plan.list_bytes = aligned(p.neurons * 4);
   if (plan.decodes) {
     plan.partial_bytes = aligned(decode_blocks(decode) * p.rows * p.width * 4);
-  } else if (p.has_down && (p.has_up || plan.lead > 0)) {
+    return plan;
+  }
+  if (p.has_up) plan.up = core::ffn_candidates(q, true).front();
+  if (!p.has_down) return plan;
+  plan.down = core::ffn_candidates(q, false).front();
+  if (p.has_up || plan.lead > 0) {
     plan.h_stride = divide_up(plan.lead + p.neurons, 8) * 8;
     plan.h_bytes = aligned(p.rows * plan.h_stride * element_bytes(p.type));
+  }
+  if (plan.down.blocks_of_tile > 1) {
+    plan.partial_stride = divide_up(p.width, 2) * 2;  // two values are stored at a time
+    plan.partial_bytes = aligned(plan.down.blocks_of_tile * p.rows * plan.partial_stride * 4);
   }
   return plan;
 }
@@ -178,7 +188,7 @@ namespace {
 // ---- running
 
 void run_gemm(const FfnGemm& g, const FfnPlan& plan, int32_t type, Stream stream) {
-  const core::FfnTile tile = core::ffn_candidates(plan.question, g.gated()).front().tile;
+  const core::FfnTile& tile = g.gated() ? plan.up.tile : plan.down.tile;
   switch (tile.kernel) {
     case core::FfnKernel::kF32:
       return ffn_gemm_f32(g, stream);
@@ -347,7 +357,17 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
     down.residual_stride = p.residual.stride;
     down.out = p.out.data;
     down.out_stride = p.out.stride;
+    down.parts = core::ffn_parts(p.neurons);
+    if (plan.partial_bytes > 0) {
+      down.partial = reinterpret_cast<float*>(memory + plan.list_bytes + plan.h_bytes);
+      down.partial_stride = plan.partial_stride;
+    }
     run_gemm(down, plan, p.type, stream);
+    if (down.partial != nullptr) {
+      ffn_sum({down.partial, down.parts, p.rows, p.width, down.partial_stride, down.residual,
+               down.residual_stride, down.out, down.out_stride},
+              p.type, stream);
+    }
   }
 }
 

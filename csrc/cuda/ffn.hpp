@@ -23,11 +23,13 @@ FfnLimits& ffn_limits();
 // How a problem is run: what the kernels were chosen by, and where it lies in the workspace.
 struct FfnPlan {
   core::FfnQuestion question{};
+  core::FfnCandidate up{}, down{};  // of the halves that there are
   bool decodes = false;
   int64_t lead = 0;  // neurons in front of a run that begins at no multiple of eight; see ffn_gemm.cuh
   int64_t list_bytes = 0;
   int64_t h_bytes = 0;
   int64_t h_stride = 0;
+  int64_t partial_stride = 0;  // of the rows of a half's parts
   int64_t partial_bytes = 0;
 
   int64_t bytes() const { return list_bytes + h_bytes + partial_bytes; }

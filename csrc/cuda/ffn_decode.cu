@@ -8,6 +8,7 @@
 // operands, so it does not matter.
 #include "core/typed.hpp"
 #include "cuda/ffn_decode.hpp"
+#include "cuda/ffn_sum.hpp"
 #include "cuda/primitives/mma.cuh"
 #include "cuda/vector.cuh"
 
@@ -200,40 +201,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
   griddepcontrol_launch_dependents();
 }
 
-// out = the sum of the blocks' contributions (+ residual): four blocks' worth of lanes share a column, in
-// order.
-constexpr int kSumThreads = 256;
-constexpr int kSumShares = 4;
-constexpr int kSumColumns = kSumThreads / kSumShares;
-
-template <class T>
-__global__ void __launch_bounds__(kSumThreads) sum_blocks(const FfnDecode f, int blocks) {
-  FLASHU_SHARED(float, shares, kSumShares* kSumColumns);
-  griddepcontrol_wait();
-  const int column = static_cast<int>(threadIdx.x) % kSumColumns;
-  const int share = static_cast<int>(threadIdx.x) / kSumColumns;
-  const int64_t numbers = f.rows * f.width;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumColumns + column;
-  float sum = 0;
-  if (i < numbers) {
-    const int begin = blocks * share / kSumShares;
-    const int end = blocks * (share + 1) / kSumShares;
-#pragma unroll 8
-    for (int b = begin; b < end; ++b) sum += f.partial[b * numbers + i];
-  }
-  shares[share * kSumColumns + column] = sum;
-  __syncthreads();
-  if (share != 0 || i >= numbers) return;
-  float total = 0;
-#pragma unroll
-  for (int s = 0; s < kSumShares; ++s) total += shares[s * kSumColumns + column];
-  const int64_t row = i / f.width;
-  const int64_t c = i % f.width;
-  if (f.residual != nullptr)
-    total += to_float(static_cast<const T*>(f.residual)[row * f.residual_stride + c]);
-  static_cast<T*>(f.out)[row * f.out_stride + c] = from_float<T>(total);
-}
-
 int64_t shared_bytes(const DecodeArguments& a, int tiles) {
   return 8 * tiles * (a.x_stride + a.h_stride) * 2 + int64_t{kWarps} * 2 * tiles * kWarp * 4 * 4;
 }
@@ -245,13 +212,9 @@ DecodeArguments arguments_of(const FfnDecode& f) {
 template <class T, int kTiles>
 void launch_decode(const FfnDecode& f, Stream stream) {
   const DecodeArguments a = arguments_of(f);
-  const int blocks = static_cast<int>(decode_blocks(f));
-  const LaunchConfig up{dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+  const LaunchConfig up{dim3(static_cast<unsigned>(decode_blocks(f))), dim3(kThreads),
                         static_cast<int>(shared_bytes(a, kTiles)), stream};
   launch<decode_neurons<T, kTiles>>("decode_neurons", up, a);
-  const LaunchConfig sum{dim3(static_cast<unsigned>(divide_up(f.rows * f.width, kSumColumns))),
-                         dim3(kSumThreads), 0, stream, true};
-  launch<sum_blocks<T>>("sum_blocks", sum, f, blocks);
 }
 
 }  // namespace
@@ -274,10 +237,16 @@ void ffn_decode(const FfnDecode& f, int32_t type, Stream stream) {
   core::with_type(type, [&](auto tag) {
     using T = decltype(tag);
     if constexpr (sizeof(T) == 2) {
-      if (f.rows <= 8) return launch_decode<T, 1>(f, stream);
-      launch_decode<T, 2>(f, stream);
+      if (f.rows <= 8) {
+        launch_decode<T, 1>(f, stream);
+      } else {
+        launch_decode<T, 2>(f, stream);
+      }
     }
   });
+  ffn_sum({f.partial, static_cast<int>(decode_blocks(f)), f.rows, f.width, f.width, f.residual,
+           f.residual_stride, f.out, f.out_stride},
+          type, stream);
 }
 
 }  // namespace flashu::cuda

@@ -30,6 +30,12 @@ struct FfnGemm {
   int64_t residual_stride;
   void* out;
   int64_t out_stride;
+  // Down on sm_90: sums over K are made of so many parts, each begun at zero, which are added in order. With
+  // `partial` every part is a block's own and goes to [parts][m][partial_stride] there, instead of the
+  // result.
+  int parts = 1;
+  float* partial = nullptr;
+  int64_t partial_stride = 0;
 
   bool gated() const { return b2 != nullptr; }
 };

@@ -67,13 +67,21 @@ struct Barriers {
 // The columns of a result of n columns that TMA stores: those in whole chunks, which it does not divide.
 constexpr int64_t stored_by_tma(int64_t n) { return n / kChunkColumns * kChunkColumns; }
 
-struct TileOrder {
-  int64_t tiles_m, tiles;
-  FLASHU_DEVICE int64_t first_m(int64_t tile) const { return tile % tiles_m * kBlockM; }
+// What blocks take one after another: tiles with all parts of K, or, where the parts are spread over blocks,
+// all tiles of one part and then of the next.
+struct WorkOrder {
+  int64_t tiles_m, tiles, pieces;
+  int steps;  // of K
+  int parts;  // of the steps
+  bool spread;
+  FLASHU_DEVICE int64_t first_m(int64_t piece) const { return piece % tiles % tiles_m * kBlockM; }
   template <class C>
-  FLASHU_DEVICE int64_t first_n(int64_t tile) const {
-    return tile / tiles_m * C::kBlockN;
+  FLASHU_DEVICE int64_t first_n(int64_t piece) const {
+    return piece % tiles / tiles_m * C::kBlockN;
   }
+  FLASHU_DEVICE int first_part(int64_t piece) const { return spread ? static_cast<int>(piece / tiles) : 0; }
+  FLASHU_DEVICE int end_part(int64_t piece) const { return spread ? first_part(piece) + 1 : parts; }
+  FLASHU_DEVICE int first_step(int part) const { return steps * part / parts; }
 };
 
 // The position in the ring of stages that a thread has reached.
@@ -162,22 +170,22 @@ FLASHU_DEVICE void fetch_rows(const FfnGemm& g, char* b, const int32_t* neurons,
 constexpr int kCopiesAhead = 1;
 
 template <class C>
-FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const TileOrder& order, Barriers* barriers,
+FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const WorkOrder& order, Barriers* barriers,
                                char* stages) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int warp = thread / kWarp;
-  const int steps = static_cast<int>((g.k + kBlockK - 1) / kBlockK);
   Ring<C::kStages> ring;
   if constexpr (C::kFetch != Fetch::kRows) {
     if (warp != 0) return;
     const int lane = thread;
     if (C::kFetch == Fetch::kRange && lane != 0) return;
-    for (int64_t tile = blockIdx.x; tile < order.tiles; tile += gridDim.x) {
-      const int64_t first_m = order.first_m(tile);
-      const int64_t first_n = order.template first_n<C>(tile);
+    for (int64_t piece = blockIdx.x; piece < order.pieces; piece += gridDim.x) {
+      const int64_t first_m = order.first_m(piece);
+      const int64_t first_n = order.template first_n<C>(piece);
+      const int end = order.first_step(order.end_part(piece));
       [[maybe_unused]] int neuron = 0;
       if constexpr (C::kFetch == Fetch::kBlocks) neuron = neuron_of_box<C>(g, first_n, lane);
-      for (int step = 0; step < steps; ++step) {
+      for (int step = order.first_step(order.first_part(piece)); step < end; ++step) {
         const int64_t k = static_cast<int64_t>(step) * kBlockK;
         Mbarrier* const full = &barriers->full[ring.stage];
         char* const a = stages + ring.stage * C::kStageBytes;
@@ -208,15 +216,16 @@ FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const TileOrd
       arrived.advance();
       --pending;
     };
-    for (int64_t tile = blockIdx.x; tile < order.tiles; tile += gridDim.x) {
-      const int64_t first_m = order.first_m(tile);
-      const int64_t first_n = order.template first_n<C>(tile);
+    for (int64_t piece = blockIdx.x; piece < order.pieces; piece += gridDim.x) {
+      const int64_t first_m = order.first_m(piece);
+      const int64_t first_n = order.template first_n<C>(piece);
+      const int end = order.first_step(order.end_part(piece));
       named_barrier(1, 128);  // the last tile's list is not read any more
       for (int j = thread; j < C::kBlockN; j += 128)
         neurons[j] =
             first_n + j < g.n ? static_cast<int32_t>(neuron_at(g.list, first_n + j, g.intermediate)) : -1;
       named_barrier(1, 128);
-      for (int step = 0; step < steps; ++step) {
+      for (int step = order.first_step(order.first_part(piece)); step < end; ++step) {
         const int64_t k = static_cast<int64_t>(step) * kBlockK;
         char* const a = stages + ring.stage * C::kStageBytes;
         mbarrier_wait(&barriers->empty[ring.stage], ring.phase ^ 1);
@@ -258,8 +267,26 @@ FLASHU_DEVICE void write_group(char* box, int warp, int lane, const Value& value
   }
 }
 
+// A warpgroup's sums of one part, for ffn_sum(). Four lanes fill a sector.
 template <class C>
-FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const TileOrder& order,
+FLASHU_DEVICE void store_part(const FfnGemm& g, int part, int64_t first_m, int64_t first_n, int warp,
+                              int lane, const float (&sums)[C::kProductN / 2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t r = first_m + warp * 16 + half * 8 + lane / 4;
+    if (r >= g.m) continue;
+    float* const row = g.partial + (part * g.m + r) * g.partial_stride;
+#pragma unroll
+    for (int j = 0; j < C::kBlockN / 8; ++j) {
+      const int64_t c = first_n + j * 8 + lane % 4 * 2;
+      if (c >= g.n) continue;  // the stride is even: the value after the last one lies in it
+      *reinterpret_cast<float2*>(row + c) = {sums[j * 4 + half * 2], sums[j * 4 + half * 2 + 1]};
+    }
+  }
+}
+
+template <class C>
+FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const WorkOrder& order,
                                   Barriers* barriers, char* stages, char* outs) {
   using T = typename C::T;
   // The same in all lanes, which the compiler cannot know: it keeps descriptors in uniform registers then.
@@ -267,41 +294,57 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int warp = thread / kWarp;
   const int lane = thread % kWarp;
-  const int steps = static_cast<int>((g.k + kBlockK - 1) / kBlockK);
   char* const own_outs = outs + group * 2 * kGroupBytes;
   const auto* const residual = static_cast<const T*>(g.residual);
   Ring<C::kStages> ring;
   int out_slot = 0;
-  for (int64_t tile = blockIdx.x; tile < order.tiles; tile += gridDim.x) {
-    float sums[C::kProductN / 2] = {};
-    int previous = 0;
-    if (!C::kGated && g.lead > 0) {
-      mbarrier_wait(&barriers->full[ring.stage], ring.phase);
-      clear_lead<C>(stages + ring.stage * C::kStageBytes + kTileBytesA, g.lead);
-    }
-    for (int step = 0; step < steps; ++step) {
-      const char* const a = stages + ring.stage * C::kStageBytes + group * kGroupBytes;
-      const char* const b = stages + ring.stage * C::kStageBytes + kTileBytesA;
-      mbarrier_wait(&barriers->full[ring.stage], ring.phase);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < kBlockK / 16; ++k) {
-        wgmma<C::kProductN, T>(sums, wgmma_descriptor(a + k * 32), wgmma_descriptor(b + k * 32));
+  for (int64_t piece = blockIdx.x; piece < order.pieces; piece += gridDim.x) {
+    float totals[C::kProductN / 2] = {};
+    // The up half has one part, and no registers for two sets of sums.
+    const int first_part = C::kGated ? 0 : order.first_part(piece);
+    const int end_part = C::kGated ? 1 : order.end_part(piece);
+    for (int part = first_part; part < end_part; ++part) {
+      float sums[C::kProductN / 2] = {};
+      int previous = 0;
+      if (!C::kGated && g.lead > 0 && part == 0) {
+        mbarrier_wait(&barriers->full[ring.stage], ring.phase);
+        clear_lead<C>(stages + ring.stage * C::kStageBytes + kTileBytesA, g.lead);
       }
-      wgmma_commit();
-      // One step stays under way; the stage of the one before it is free.
-      wgmma_wait<1>();
-      if (step > 0 && lane == 0) mbarrier_arrive(&barriers->empty[previous]);
-      previous = ring.stage;
-      ring.advance();
-    }
-    wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(&barriers->empty[previous]);
+      const int begin = order.first_step(part);
+      const int end = order.first_step(part + 1);
+      for (int step = begin; step < end; ++step) {
+        const char* const a = stages + ring.stage * C::kStageBytes + group * kGroupBytes;
+        const char* const b = stages + ring.stage * C::kStageBytes + kTileBytesA;
+        mbarrier_wait(&barriers->full[ring.stage], ring.phase);
+        wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < C::kProductN / 2; ++i) wgmma_touch(sums[i]);
+        for (int k = 0; k < kBlockK / 16; ++k) {
+          wgmma<C::kProductN, T>(sums, wgmma_descriptor(a + k * 32), wgmma_descriptor(b + k * 32));
+        }
+        wgmma_commit();
+        // One step stays under way; the stage of the one before it is free.
+        wgmma_wait<1>();
+        if (step > begin && lane == 0) mbarrier_arrive(&barriers->empty[previous]);
+        previous = ring.stage;
+        ring.advance();
+      }
+      wgmma_wait<0>();
+      if (lane == 0) mbarrier_arrive(&barriers->empty[previous]);
+#pragma unroll
+      for (int i = 0; i < C::kProductN / 2; ++i) {
+        wgmma_touch(sums[i]);
+        totals[i] = C::kGated ? sums[i] : totals[i] + sums[i];
+      }
+    }
 
-    const int64_t first_m = order.first_m(tile) + group * 64;
-    const int64_t first_n = order.template first_n<C>(tile);
+    const int64_t first_m = order.first_m(piece) + group * 64;
+    const int64_t first_n = order.template first_n<C>(piece);
+    if constexpr (!C::kGated) {
+      if (order.spread) {
+        store_part<C>(g, first_part, first_m, first_n, warp, lane, totals);
+        continue;
+      }
+    }
     // Columns of this tile that TMA stores: it writes eight at a time. The others are stored one by one.
     const int whole = static_cast<int>(min(stored_by_tma(g.n) - first_n, int64_t{C::kBlockN}));
 #pragma unroll
@@ -315,11 +358,11 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
       named_barrier(2 + group, 128);
       write_group<T>(box, warp, lane, [&](int j, int half) {
         const int at = (column / 8 + j) * 4 + half * 2;
-        float2 value{sums[at], sums[at + 1]};
+        float2 value{totals[at], totals[at + 1]};
         const int64_t r = first_m + warp * 16 + half * 8 + lane / 4;
         const int64_t c = first_n + column + j * 8 + lane % 4 * 2;
         if constexpr (C::kGated) {
-          const float* const up = sums + C::kBlockN / 2;
+          const float* const up = totals + C::kBlockN / 2;
           value = {silu(value.x) * up[at], silu(value.y) * up[at + 1]};
           if (j == 0 && c < g.lead) value.x = 0;
           if (j == 0 && c + 1 < g.lead) value.y = 0;
@@ -348,7 +391,7 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Tile
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_sm90(const FfnGemm g, const __grid_constant__ Maps maps, const TileOrder order) {
+    gemm_sm90(const FfnGemm g, const __grid_constant__ Maps maps, const WorkOrder order) {
   FLASHU_DYNAMIC_SHARED(char, shared);
   auto* const barriers = reinterpret_cast<Barriers*>(shared);
   char* const outs = shared + 1024;
@@ -397,8 +440,13 @@ void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
     maps.b = encode_tensor_map(g.b, g.n, g.first + g.k, g.b_stride, box_b);
     maps.b2 = maps.b;
   }
-  const TileOrder order{divide_up(g.m, kBlockM), divide_up(g.m, kBlockM) * divide_up(g.n, C::kBlockN)};
-  const LaunchConfig config{dim3(static_cast<unsigned>(std::min<int64_t>(order.tiles, multiprocessors))),
+  const int64_t tiles_m = divide_up(g.m, kBlockM);
+  const int64_t tiles = tiles_m * divide_up(g.n, C::kBlockN);
+  const bool spread = g.partial != nullptr;
+  const WorkOrder order{
+      tiles_m, tiles, spread ? tiles * g.parts : tiles, static_cast<int>(divide_up(g.k, kBlockK)),
+      g.parts, spread};
+  const LaunchConfig config{dim3(static_cast<unsigned>(std::min<int64_t>(order.pieces, multiprocessors))),
                             dim3(kThreads), C::kSharedBytes, stream, true};
   launch<gemm_sm90<C>>("gemm_sm90", config, g, maps, order);
 }
