@@ -20,7 +20,8 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kSplits = 4;                 // of K in the up half
 constexpr int kGroups = kWarps / kSplits;  // of 16 neurons at a time
 constexpr int kNeuronsOfRound = kGroups * 16;
-constexpr int kStep = 32;  // of K: four lanes with eight values each
+constexpr int kStep = 32;         // of K: four lanes with eight values each
+constexpr int kColumnsAhead = 2;  // groups of 16 columns of down that a warp takes at once
 
 // Rows of x and h stand 64 bytes off a multiple of 128, so that two rows do not meet in a bank.
 constexpr int64_t padded(int64_t values) { return (values + 63) / 64 * 64 + 32; }
@@ -48,6 +49,28 @@ FLASHU_DEVICE void multiply_chunks(float (&sums)[4], const uint4& low, const uin
   mma_16x8x16<T>(sums, second, right.z, right.w);
 }
 
+// Eight neurons of a row of down, the block's from `j` on; zeros behind its last neuron and for rows that do
+// not exist.
+template <class T>
+FLASHU_DEVICE uint4 down_chunk(const FfnDecode& f, int64_t row, int64_t first_neuron, int64_t j,
+                               int64_t neurons) {
+  const int64_t values = row < f.width ? min(int64_t{8}, neurons - j) : 0;
+  if (values <= 0) return {0, 0, 0, 0};
+  const T* const weights = static_cast<const T*>(f.down) + row * f.down_stride;
+  if (f.list == nullptr && values == 8) {
+    return without_first(load16_streaming(weights + f.first + first_neuron + j), f.lead - first_neuron - j);
+  }
+  uint32_t words[4] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int64_t at = first_neuron + j + i;
+    if (i >= values || at < f.lead) continue;
+    const int64_t neuron = f.list != nullptr ? neuron_at(f.list, at, f.intermediate) : f.first + at;
+    words[i / 2] |= static_cast<uint32_t>(weights[neuron].bits) << (i % 2 * 16);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
 // kTiles: of 8 rows.
 template <class T, int kTiles>
 __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArguments a) {
@@ -64,6 +87,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
   const int t = lane % 4;
   const int64_t first_neuron = static_cast<int64_t>(blockIdx.x) * f.neurons_of_block;
   const int64_t neurons = min(f.neurons_of_block, f.neurons - first_neuron);
+
+  griddepcontrol_launch_dependents();  // the sum waits for all of this kernel, but need not be launched then
 
   // Rows that do not exist and what lies behind K are zero in both operands.
   for (int64_t i = thread; i < 8 * kTiles * (a.x_stride / 8); i += kThreads) {
@@ -150,55 +175,43 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
     __syncthreads();
   }
 
-  // ---- down: 16 columns of the result to a warp
+  // ---- down: 16 columns of the result to a warp, several times at once, so that enough loads are under way
   float* const out = f.partial + static_cast<int64_t>(blockIdx.x) * f.rows * f.width;
   const int64_t down_steps = (neurons + kStep - 1) / kStep;
-  for (int64_t column = warp * 16; column < f.width; column += kWarps * 16) {
-    float sums[kTiles][4] = {};
-    const T* rows[2];
-    bool exists[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      exists[half] = column + half * 8 + g < f.width;
-      rows[half] = static_cast<const T*>(f.down) + (exists[half] ? column + half * 8 + g : 0) * f.down_stride;
-    }
+  constexpr int64_t kWarpColumns = kWarps * 16;
+  for (int64_t column = warp * 16; column < f.width; column += kColumnsAhead * kWarpColumns) {
+    float sums[kColumnsAhead][kTiles][4] = {};
     for (int64_t s = 0; s < down_steps; ++s) {
       const int64_t j = s * kStep + t * 8;
-      uint4 chunks[2];
+      uint4 chunks[kColumnsAhead][2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t values = exists[half] ? min(int64_t{8}, neurons - j) : 0;
-        if (f.list == nullptr && values == 8) {
-          chunks[half] = without_first(load16_streaming(rows[half] + f.first + first_neuron + j),
-                                       f.lead - first_neuron - j);
-        } else {
-          uint32_t words[4] = {};
+      for (int ahead = 0; ahead < kColumnsAhead; ++ahead) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const int64_t at = first_neuron + j + i;
-            if (i >= values || at < f.lead) continue;
-            const int64_t neuron = f.list != nullptr ? neuron_at(f.list, at, f.intermediate) : f.first + at;
-            const uint32_t bits = rows[half][neuron].bits;
-            words[i / 2] |= bits << (i % 2 * 16);
-          }
-          chunks[half] = {words[0], words[1], words[2], words[3]};
-        }
+        for (int half = 0; half < 2; ++half)
+          chunks[ahead][half] =
+              down_chunk<T>(f, column + ahead * kWarpColumns + half * 8 + g, first_neuron, j, neurons);
       }
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile)
-        multiply_chunks<T>(sums[tile], chunks[0], chunks[1], load16(h + (tile * 8 + g) * a.h_stride + j));
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const uint4 right = load16(h + (tile * 8 + g) * a.h_stride + j);
+#pragma unroll
+        for (int ahead = 0; ahead < kColumnsAhead; ++ahead)
+          multiply_chunks<T>(sums[ahead][tile], chunks[ahead][0], chunks[ahead][1], right);
+      }
     }
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int ahead = 0; ahead < kColumnsAhead; ++ahead) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = tile * 8 + t * 2 + i % 2;
-        const int64_t c = column + g + i / 2 * 8;
-        if (row < f.rows && c < f.width) out[row * f.width + c] = sums[tile][i];
+      for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t row = tile * 8 + t * 2 + i % 2;
+          const int64_t c = column + ahead * kWarpColumns + g + i / 2 * 8;
+          if (row < f.rows && c < f.width) out[row * f.width + c] = sums[ahead][tile][i];
+        }
       }
     }
   }
-  griddepcontrol_launch_dependents();
 }
 
 int64_t shared_bytes(const DecodeArguments& a, int tiles) {

@@ -296,6 +296,7 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Work
   const int lane = thread % kWarp;
   char* const own_outs = outs + group * 2 * kGroupBytes;
   const auto* const residual = static_cast<const T*>(g.residual);
+  const bool pairs = reinterpret_cast<uintptr_t>(residual) % 4 == 0 && g.residual_stride % 2 == 0;
   Ring<C::kStages> ring;
   int out_slot = 0;
   for (int64_t piece = blockIdx.x; piece < order.pieces; piece += gridDim.x) {
@@ -367,8 +368,15 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Work
           if (j == 0 && c < g.lead) value.x = 0;
           if (j == 0 && c + 1 < g.lead) value.y = 0;
         } else if (residual != nullptr) {
-          if (r < g.m && c < g.n) value.x += to_float(residual[r * g.residual_stride + c]);
-          if (r < g.m && c + 1 < g.n) value.y += to_float(residual[r * g.residual_stride + c + 1]);
+          const T* const from = residual + r * g.residual_stride + c;
+          if (pairs && r < g.m && c + 1 < g.n) {
+            const float2 both = unpack2<T>(*reinterpret_cast<const uint32_t*>(from));
+            value.x += both.x;
+            value.y += both.y;
+          } else {
+            if (r < g.m && c < g.n) value.x += to_float(from[0]);
+            if (r < g.m && c + 1 < g.n) value.y += to_float(from[1]);
+          }
         }
         if (column + j * 8 >= whole && r < g.m) {
           T* const to = static_cast<T*>(g.out) + r * g.out_stride + c;
@@ -412,6 +420,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   griddepcontrol_wait();
+  // Blocks of the next kernel may begin where this one's have ended; it waits before it reads.
+  griddepcontrol_launch_dependents();
   if (threadIdx.x / 128 == kConsumers) {
     warpgroup_reg_dealloc<40>();
     fence_proxy_async_global();
