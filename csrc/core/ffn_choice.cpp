@@ -16,9 +16,11 @@ namespace {
 constexpr double kHopperFlopsPerUs = 6.0e6;  // of one multiprocessor, dense wgmma: 790 TFLOP/s over 132
 constexpr double kAmpereShare = 0.62;        // of that, what mma.sync reaches there
 constexpr double kF32FlopsPerUs = 0.3e6;
-constexpr double kTileOverheadUs = 1.2;       // filling the pipeline, and what of the epilogue is not hidden
-constexpr double kSumOverheadUs = 2.0;        // launching the kernel that adds the parts
-constexpr double kPartialBytesPerUs = 5.0e6;  // written and read through L2
+constexpr double kTileOverheadUs = 1.2;  // filling the pipeline, and what of the epilogue is not hidden
+constexpr double kSumOverheadUs = 2.0;   // launching the kernel that adds the parts
+constexpr double kL2BytesPerUs = 5.0e6;
+constexpr double kMemoryBytesPerUs = 3.0e6;
+constexpr double kL2Bytes = 4.0e7;
 constexpr int64_t kMaxDecodeRows = 16;
 
 // Four parts of at least 16 steps: enough blocks for a device where the result is one row of tiles, and few
@@ -54,8 +56,8 @@ FfnCandidate candidate(const FfnQuestion& q, const FfnTile& tile, int blocks_of_
   const double waves = static_cast<double>(divide_up(blocks, multiprocessors));
   c.us = waves * (flops / flops_per_us(tile) + kTileOverheadUs);
   if (blocks_of_tile > 1) {
-    const double bytes = 2.0 * 4 * blocks_of_tile * static_cast<double>(q.rows) * static_cast<double>(n);
-    c.us += kSumOverheadUs + bytes / kPartialBytesPerUs;
+    const double bytes = 4.0 * blocks_of_tile * static_cast<double>(q.rows) * static_cast<double>(n);
+    c.us += kSumOverheadUs + 2 * bytes / (bytes < kL2Bytes ? kL2BytesPerUs : kMemoryBytesPerUs);
   }
   return c;
 }

@@ -6,6 +6,12 @@
 // are 24 stages, so the epilogue (SiLU, stmatrix, TMA store) is a tenth of a tile's time and is hidden behind
 // the next tile's fetches only in part. Sums run over K in order, 16 at a time, whatever the tile: a
 // row's result does not depend on the others.
+//
+// The down half has few tiles and a long K (24 tiles for 64 rows at 1.5B). Its sums are made of up to four
+// parts of K, as K alone decides. Where the tiles do not fill the device a block makes one part, and
+// ffn_sum() adds them; elsewhere a block makes all of them and adds them in the same order, in a second set
+// of registers. Prediction by core/ffn_choice.cpp at 1.5B for 64, 256 and 730 rows: 11, 17 and 42 us, with
+// one block to a tile 25, 41 and 63.
 #include <iterator>
 #include <utility>
 
