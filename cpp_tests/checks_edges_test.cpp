@@ -168,18 +168,21 @@ TEST(Checks, QueriesAreNotWrittenOverTheCaches) {
   EXPECT_EQ(error_of([&] { rotary_cache(good); }), "");
 }
 
-// A selection resolved once: in order, with its blocks of eight, or refused.
+// A selection resolved once: in order, with its blocks, or refused.
 TEST(Checks, ListsOfNeurons) {
   const auto listed = [](const std::vector<int64_t>& runs, int64_t limit, std::vector<int32_t>& to) {
     const auto count = static_cast<int64_t>(to.size());
     return list_neurons(select_runs(runs), limit, tensor(to.data(), FLASHU_I32, {count}));
   };
   std::vector<int32_t> list(16, -1);
-  EXPECT_TRUE(listed({3, 8, 20, 8}, 28, list));
+  EXPECT_EQ(listed({3, 8, 20, 8}, 28, list), 1) << "3 is no multiple of eight";
   for (int32_t i = 0; i < 16; ++i) EXPECT_EQ(list[static_cast<size_t>(i)], i < 8 ? 3 + i : 12 + i);
-  EXPECT_FALSE(listed({3, 1, 5, 15}, 28, list)) << "the first eight are not neighbours";
-  std::vector<int32_t> twelve(12);
-  EXPECT_FALSE(listed({0, 12}, 28, twelve)) << "twelve are not eights";
+  EXPECT_EQ(listed({0, 8, 16, 8}, 28, list), 8);
+  EXPECT_EQ(listed({0, 1, 8, 15}, 28, list), 1) << "the first eight are not neighbours";
+  std::vector<int32_t> twelve(12), many(192);
+  EXPECT_EQ(listed({0, 12}, 28, twelve), 1) << "twelve are not eights";
+  EXPECT_EQ(listed({8, 64, 80, 128}, 300, many), 64);
+  EXPECT_EQ(listed({8, 72, 88, 120}, 300, many), 8);
   expect_refused("inside [0, 27)", [&] { listed({3, 8, 20, 8}, 27, list); });
   expect_refused("expected size 16", [&] { listed({3, 8, 20, 8}, 28, twelve); });
   std::vector<int64_t> index = {5, 3, 5};
@@ -188,7 +191,7 @@ TEST(Checks, ListsOfNeurons) {
   const auto to = tensor(three.data(), FLASHU_I32, {3});
   expect_refused("again at position 2", [&] { list_neurons(select_index(numbers), 6, to); });
   index[2] = 0;
-  EXPECT_FALSE(list_neurons(select_index(numbers), 6, to));
+  EXPECT_EQ(list_neurons(select_index(numbers), 6, to), 1);
   EXPECT_EQ(three, (std::vector<int32_t>{5, 3, 0}));
 }
 
@@ -196,17 +199,21 @@ TEST(Checks, ListsAreOfOneTypeWithoutGapsAndInside) {
   std::vector<float> x(4, 1.0f), weights(24, 1.0f), out(3);
   std::vector<int32_t> narrow = {5, 3, 0, 0, 0, 0};
   std::vector<int64_t> wide = {5, 3, 0};
-  const auto run = [&](const flashu_tensor& list) {
+  const auto run = [&](const flashu_tensor& list, int32_t block = 1) {
     SwigluArgs args{};
     args.x = floats(x.data(), {1, 4});
     args.w_gate = args.w_up = floats(weights.data(), {6, 4});
     args.out = floats(out.data(), {1, 3});
-    args.selection = select_list(list, false);
+    args.selection = select_list(list, block);
     gathered_swiglu(args);
   };
   expect_refused("expected int32", [&] { run(tensor(wide.data(), FLASHU_I64, {3})); });
   expect_refused("stride 1", [&] { run(tensor(narrow.data(), FLASHU_I32, {3}, {2})); });
   EXPECT_EQ(error_of([&] { run(tensor(narrow.data(), FLASHU_I32, {3})); }), "");
+  for (const int32_t block : {0, 2, -8}) {
+    expect_refused("expected 1, 8 or 64", [&] { run(tensor(narrow.data(), FLASHU_I32, {3}), block); });
+  }
+  expect_refused("whole blocks of 8", [&] { run(tensor(narrow.data(), FLASHU_I32, {3}), 8); });
   for (const int32_t outside : {-1, 6}) {
     narrow[1] = outside;
     expect_refused("[0, 6)", [&] { run(tensor(narrow.data(), FLASHU_I32, {3})); });

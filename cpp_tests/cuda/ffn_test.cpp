@@ -21,6 +21,7 @@ struct Chosen {
   std::optional<std::vector<int64_t>> index;
   bool wide_index = false;
   bool resolved = false;  // by list_neurons, before the call
+  int32_t block = 8;      // of runs, what list_neurons says
 
   std::vector<int64_t> list(int64_t intermediate) const {
     if (index) return *index;
@@ -55,6 +56,9 @@ std::vector<Chosen> selections(int64_t intermediate) {
           {"wide index", {}, {shuffled(77, intermediate, 2)}, true},
           {"list of eights", {{8, 24, 40, 64, 120, intermediate / 8 * 8 - 128}}, {}, false, true},
           {"list", {}, {shuffled(intermediate * 3 / 4, intermediate, 1)}, false, true},
+          {"eights from anywhere", {{1, 8, 20, 16}}, {}},
+          {"runs of 64", {{0, 64, 72, 64}}, {}},
+          {"list of 64", {{0, 64, 72, 64}}, {}, false, true, 64},
           {"none", {std::vector<int64_t>{}}, {}}};
 }
 
@@ -167,9 +171,9 @@ struct OnDevice {
     wide = Guarded<int64_t>({static_cast<int64_t>(neurons.size())}).fill([&](int64_t i) {
       return neurons[static_cast<size_t>(i)];
     });
-    const bool blocks_of_8 = list_neurons(chosen.runs ? selection : select_index(wide), 1 << 20, narrow);
-    EXPECT_EQ(blocks_of_8, chosen.runs.has_value());
-    selection = select_list(narrow.upload(), blocks_of_8);
+    const int32_t block = list_neurons(chosen.runs ? selection : select_index(wide), 1 << 20, narrow);
+    EXPECT_EQ(block, chosen.runs ? chosen.block : 1);
+    selection = select_list(narrow.upload(), block);
   }
 };
 
@@ -470,11 +474,12 @@ TYPED_TEST(DeviceFfn, FewRowsHaveTheBitsOfManyWithoutTheirOwnKernel) {
 TYPED_TEST(DeviceFfn, PartsOfManyNeurons) {
   constexpr int64_t kIntermediate = 2100, kWidth = 70;
   auto w = whole<TypeParam>({kWidth, kIntermediate}, 1, 4);
-  for (const int64_t start : {0, 5}) {
-    const Chosen chosen{"range", {{start, 2064}}, {}};
+  for (const Chosen& chosen : {Chosen{"range", {{0, 2064}}, {}}, Chosen{"odd range", {{5, 2064}}, {}},
+                               Chosen{"runs of 64", {{16, 1024, 1048, 1024}}, {}}}) {
+    SCOPED_TRACE(chosen.name);
     const std::vector<int64_t> list = chosen.list(kIntermediate);
     for (const int64_t rows : {1, 40}) {
-      auto h = whole<TypeParam>({rows, 2064}, 2);
+      auto h = whole<TypeParam>({rows, static_cast<int64_t>(list.size())}, 2);
       auto residual = whole<TypeParam>({rows, kWidth}, 3, 2);
       const std::vector<double> values = h.values();
       this->under_every_schedule([&] {
@@ -563,7 +568,7 @@ TYPED_TEST(DeviceFfn, AListOutOfRangeStaysInTheWeights) {
     args.w_gate = o.gate.upload();
     args.w_up = o.up.upload();
     args.w_down = o.down.upload();
-    args.selection = select_list(list.upload(), false);
+    args.selection = select_list(list.upload(), 1);
     args.out = out.upload();
     const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_ffn_workspace);
     args.workspace = workspace.get().data;
@@ -609,8 +614,7 @@ TYPED_TEST(DeviceFfn, NeuronNorms) {
 }
 
 TEST(FfnChoice, IsPrintedAndPrefersFullWaves) {
-  core::FfnQuestion q{1460,  1536,  1536, 7168,  true, true, FLASHU_BF16,
-                      false, false, true, false, 90,   true, 132};
+  core::FfnQuestion q{1460, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
   const auto up = core::ffn_candidates(q, true);
   EXPECT_EQ(up.front().tile.kernel, core::FfnKernel::kSm90);
   for (size_t i = 1; i < up.size(); ++i) EXPECT_LE(up[i - 1].us, up[i].us);

@@ -49,6 +49,8 @@ void expect_close(const Guarded<T>& got, const std::vector<double>& want) {
 // Neurons 0 to `columns`, as the tile's fetch takes them; empty for a range.
 std::vector<int32_t> list_for(FfnFetch fetch, int64_t columns) {
   std::vector<int32_t> list;
+  for (int64_t j = 0; j < columns && fetch == FfnFetch::kRuns; ++j)
+    list.push_back(static_cast<int32_t>((j / 64 * 2 + 1) % 3 * 128 + 8 + j % 64));
   for (int64_t j = 0; j < columns && fetch == FfnFetch::kBlocks; ++j)
     list.push_back(static_cast<int32_t>(j / 8 * 5 % (kIntermediate / 8) * 8 + j % 8));
   for (int64_t j = 0; j < columns && (fetch == FfnFetch::kRows || fetch == FfnFetch::kThreads); ++j)
@@ -58,7 +60,7 @@ std::vector<int32_t> list_for(FfnFetch fetch, int64_t columns) {
 
 template <class T>
 void up_half(const FfnTile& tile, FfnFetch fetch) {
-  const int64_t columns = fetch == FfnFetch::kRows ? 229 : 232;
+  const int64_t columns = fetch == FfnFetch::kRows ? 229 : fetch == FfnFetch::kRuns ? 192 : 232;
   auto a = normal<T>({kRows, kDepth}, 1, 8);
   auto gate = normal<T>({kIntermediate, kDepth}, 2, 8, 0.2f);
   auto up = normal<T>({kIntermediate, kDepth}, 3, 8, 0.2f);
@@ -78,7 +80,7 @@ void up_half(const FfnTile& tile, FfnFetch fetch) {
   g.intermediate = kIntermediate;
   g.list = list.empty() ? nullptr : static_cast<const int32_t*>(listed.upload().data);
   g.first = list.empty() ? kFirst : 0;
-  g.blocks_of_8 = fetch == FfnFetch::kBlocks;
+  g.block = fetch == FfnFetch::kRuns ? 64 : fetch == FfnFetch::kBlocks ? 8 : 1;
   g.out = out_d.data;
   g.out_stride = columns + (fetch == FfnFetch::kRows ? 11 : 8);
   launch<T>(tile, g);

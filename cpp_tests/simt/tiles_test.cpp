@@ -72,8 +72,7 @@ TEST(FfnTiles, WhatTheTableDoesNotHaveIsRefusedByName) {
 }
 
 TEST(FfnTiles, TheChoiceIsFromTheTable) {
-  core::FfnQuestion q{1460,  1536,  1536, 7168,  true, true, FLASHU_BF16,
-                      false, false, true, false, 90,   true, 132};
+  core::FfnQuestion q{1460, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
   const auto widths = [&q](bool up) {
     std::vector<int> all;
     for (const auto& candidate : core::ffn_candidates(q, up)) {
@@ -88,15 +87,20 @@ TEST(FfnTiles, TheChoiceIsFromTheTable) {
   q.neurons = 2047;  // one part
   EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 192}));
   q.listed = true;
-  EXPECT_EQ(widths(true), std::vector<int>{128});
-  EXPECT_EQ(widths(false), std::vector<int>{});
+  for (const int32_t block : {1, 8}) {
+    q.block = block;
+    EXPECT_EQ(widths(true), std::vector<int>{128});
+    EXPECT_EQ(widths(false), std::vector<int>{});
+  }
+  q.block = 64;
+  EXPECT_EQ(widths(true), (std::vector<int>{64, 128}));
+  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 192}));
 }
 
 // Where the tiles alone do not fill the device, their parts do; whether they do or not does not change how
 // many there are.
 TEST(FfnTiles, PartsFillADevice) {
-  core::FfnQuestion q{64,    1536,  1536, 7168,  true, true, FLASHU_BF16,
-                      false, false, true, false, 90,   true, 132};
+  core::FfnQuestion q{64, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
   EXPECT_EQ(core::ffn_parts(q.neurons), 4);
   for (const auto& [rows, blocks] :
        {std::array<int64_t, 2>{17, 4}, {64, 4}, {256, 4}, {730, 4}, {2048, 1}, {8192, 1}}) {

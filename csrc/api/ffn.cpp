@@ -66,8 +66,13 @@ FfnProblem begin(const char* name, const flashu_tensor& tensor, const Args& a) {
   return p;
 }
 
-bool come_in_eights(const core::RunList& runs) {
-  return std::all_of(runs.begin(), runs.end(), [](const core::Run& run) { return run.length % 8 == 0; });
+// How many neighbours all runs consist of; see flashu_selection.block.
+int32_t block_of(const core::RunList& runs) {
+  const auto come_in = [&](int64_t block) {
+    return std::all_of(runs.begin(), runs.end(),
+                       [&](const core::Run& run) { return run.start % 8 == 0 && run.length % block == 0; });
+  };
+  return come_in(64) ? 64 : come_in(8) ? 8 : 1;
 }
 
 // The tensor of an index or a list; its values are left to the device.
@@ -109,13 +114,19 @@ void check_selection(FfnProblem& p, const flashu_selection& selection, const cha
       core::check_dtype("index", selection.index, {FLASHU_I32});
       check_index_tensor(p, selection, like_name, like);
       core::check_inner_contiguous("index", selection.index);
-      p.blocks_of_8 = selection.blocks_of_8 != 0 && p.neurons % 8 == 0;
+      FLASHU_CHECK(
+          selection.block == 1 || selection.block == 8 || selection.block == 64, FLASHU_INVALID_VALUE,
+          "selection.block: expected 1, 8 or 64, as flashu_list_neurons says, got ", selection.block);
+      FLASHU_CHECK(p.neurons % selection.block == 0, FLASHU_INVALID_VALUE,
+                   "selection.block: expected a list of whole blocks of ", selection.block, ", got ",
+                   p.neurons, " neurons");
+      p.block = selection.block;
       return;
     default:
       core::fail(FLASHU_INVALID_VALUE, "selection.kind: expected 0 to 3, got ", selection.kind);
   }
   p.neurons = core::total_length(p.runs);
-  p.blocks_of_8 = come_in_eights(p.runs);
+  p.block = block_of(p.runs);
 }
 
 void check_up_weights(FfnProblem& p, const flashu_tensor& x, const flashu_tensor& w_gate,
@@ -220,7 +231,7 @@ int32_t workspace(const char* op, const Args* args, uint64_t* bytes) {
 void list_neurons(const flashu_list_args& a) {
   FLASHU_CHECK(a.intermediate >= 0, FLASHU_INVALID_VALUE, "intermediate: expected at least 0, got ",
                a.intermediate);
-  FLASHU_CHECK(a.blocks_of_8 != nullptr, FLASHU_INVALID_VALUE, "blocks_of_8: expected a pointer, got NULL");
+  FLASHU_CHECK(a.block != nullptr, FLASHU_INVALID_VALUE, "block: expected a pointer, got NULL");
   core::check_tensor("list", a.list);
   core::check_dtype("list", a.list, {FLASHU_I32});
   core::check_rank("list", a.list, 1);
@@ -230,7 +241,7 @@ void list_neurons(const flashu_list_args& a) {
   p.intermediate = a.intermediate;
   check_selection(p, a.selection, "list", a.list);
   core::check_size("list", a.list, 0, p.neurons);
-  *a.blocks_of_8 = cpu::list_neurons(p, static_cast<int32_t*>(a.list.data));
+  *a.block = cpu::list_neurons(p, static_cast<int32_t*>(a.list.data));
 }
 
 void neuron_norms(const flashu_neuron_norms_args& args) {

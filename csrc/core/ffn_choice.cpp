@@ -62,18 +62,20 @@ FfnCandidate candidate(const FfnQuestion& q, const FfnTile& tile, int blocks_of_
   return c;
 }
 
-// Columns of down that a list names are gathered value by value, which kSm80 alone does. A matrix of no
-// columns has no tensor map.
+// Columns of down that a list names are gathered value by value, which kSm80 alone does, unless a step of K
+// is one block of the list. A matrix of no columns has no tensor map.
 bool sm90_serves(const FfnQuestion& q, bool up) {
   return q.capability == 90 && q.has_sm90 && q.aligned &&
-         (up ? q.hidden > 0 && q.neurons > 0 : !q.listed && q.width > 0);
+         (up ? q.hidden > 0 && q.neurons > 0 : (!q.listed || q.block == 64) && q.width > 0);
 }
 
 bool serves(const FfnQuestion& q, const FfnTile& tile) {
   if (q.type == FLASHU_F32) return tile.kernel == FfnKernel::kF32;
   if (tile.kernel != FfnKernel::kSm90) return tile.kernel == FfnKernel::kSm80;
-  const FfnFetch fetch = !q.listed ? FfnFetch::kRange : q.blocks_of_8 ? FfnFetch::kBlocks : FfnFetch::kRows;
-  return sm90_serves(q, tile.up) && tile.fetch == fetch;
+  const FfnFetch listed = q.block == 64  ? FfnFetch::kRuns
+                          : q.block == 8 ? FfnFetch::kBlocks
+                                         : FfnFetch::kRows;
+  return sm90_serves(q, tile.up) && tile.fetch == (q.listed && tile.up ? listed : FfnFetch::kRange);
 }
 
 const char* name_of(FfnKernel kernel) {
@@ -114,8 +116,11 @@ bool ffn_decodes(const FfnQuestion& q) {
 std::string explain_ffn(const FfnQuestion& q) {
   std::ostringstream text;
   text << q.rows << " rows, hidden " << q.hidden << ", " << q.neurons << " neurons "
-       << (q.listed ? q.blocks_of_8 ? "(listed, by eights)" : "(listed)" : "(one range)") << ", sm_"
-       << q.capability << ", " << q.multiprocessors << " multiprocessors\n";
+       << (!q.listed       ? "(one range)"
+           : q.block == 64 ? "(listed, by 64)"
+           : q.block == 8  ? "(listed, by 8)"
+                           : "(listed)")
+       << ", sm_" << q.capability << ", " << q.multiprocessors << " multiprocessors\n";
   if (ffn_decodes(q)) {
     text << "  both halves: one pass over the weights (decode)\n";
     return text.str();

@@ -14,13 +14,13 @@ namespace flashu::core {
 struct FfnQuestion {
   int64_t rows, hidden, width, neurons;
   bool has_up, has_down;
-  int32_t type;      // flashu_dtype
-  bool listed;       // the neurons come from a list instead of one range
-  bool blocks_of_8;  // ... that names eight neighbours at a time
-  bool aligned;      // rows of every operand begin at multiples of 16 bytes
-  bool needs_h;      // the product in between is asked for (statistics)
-  int capability;    // 90 for sm_90
-  bool has_sm90;     // this build has kernels for it
+  int32_t type;    // flashu_dtype
+  bool listed;     // the neurons come from a list instead of one range
+  int32_t block;   // ... that names 64, 8 or 1 neighbours at a time, from multiples of eight on
+  bool aligned;    // rows of every operand begin at multiples of 16 bytes
+  bool needs_h;    // the product in between is asked for (statistics)
+  int capability;  // 90 for sm_90
+  bool has_sm90;   // this build has kernels for it
   int multiprocessors;
 };
 

@@ -28,7 +28,7 @@ struct FfnProblem {
   // How neurons are given: `runs`; `index`, unchecked; or `index` as a checked list.
   int32_t selected_by;  // flashu_selection_kind
   flashu_tensor index;  // or the list
-  bool blocks_of_8;     // runs or list: eight neighbours at a time
+  int32_t block;        // of runs or a list: 64, 8 or 1 neighbours at a time, from multiples of eight on
   RunList runs;
   Matrix x, w_gate, w_up, w_down, residual;
   Matrix h;  // up half alone: its output; down half alone: its input

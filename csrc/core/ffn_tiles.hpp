@@ -11,7 +11,9 @@ enum class FfnKernel { kF32, kSm80, kSm90 };
 // How the weights of a tile come to shared memory.
 enum class FfnFetch {
   kThreads,  // by every thread, from wherever they lie
-  kRange,    // one box of TMA for all rows
+  kRange,    // one box of TMA for all rows of up; the columns of down from one neuron or a list's block of 64
+             // on
+  kRuns,     // boxes of TMA of 64 rows, where the list says
   kBlocks,   // boxes of TMA of eight rows, where the list says
   kRows,     // cp.async by row, where the list says
 };
@@ -36,6 +38,8 @@ inline constexpr FfnTile kFfnTiles[] = {
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 128},
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 112},
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 64},
+    {FfnKernel::kSm90, true, FfnFetch::kRuns, 128, 128},
+    {FfnKernel::kSm90, true, FfnFetch::kRuns, 128, 64},
     {FfnKernel::kSm90, true, FfnFetch::kBlocks, 128, 128},
     {FfnKernel::kSm90, true, FfnFetch::kRows, 128, 128},
     {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 192},

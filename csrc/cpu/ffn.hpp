@@ -26,8 +26,8 @@ FfnPlan plan_ffn(const core::FfnProblem& problem);
 // workspace: of at least plan.bytes().
 void ffn(const core::FfnProblem& problem, const FfnPlan& plan, void* workspace);
 
-// Writes the selected neurons in order, and says whether they are eight neighbours at a time. Throws Failure.
-bool list_neurons(const core::FfnProblem& problem, int32_t* list);
+// Writes the selected neurons in order, and says how many neighbours they are at a time. Throws Failure.
+int32_t list_neurons(const core::FfnProblem& problem, int32_t* list);
 
 void neuron_norms(const flashu_neuron_norms_args& args);
 

@@ -52,10 +52,10 @@ Selection in_place(const core::FfnProblem& problem) {
   return {list.data(), problem.neurons};
 }
 
-bool names_blocks_of_8(const std::vector<int32_t>& list) {
-  if (list.size() % 8 != 0) return false;
+bool names_blocks(const std::vector<int32_t>& list, size_t block) {
+  if (list.size() % block != 0) return false;
   for (size_t i = 0; i < list.size(); ++i) {
-    if (i % 8 != 0 && list[i] != list[i - 1] + 1) return false;
+    if (i % block == 0 ? list[i] % 8 != 0 : list[i] != list[i - 1] + 1) return false;
   }
   return true;
 }
@@ -71,10 +71,10 @@ Selection resolve(const core::FfnProblem& problem) {
   return Selection(std::move(list));
 }
 
-bool list_neurons(const core::FfnProblem& problem, int32_t* to) {
+int32_t list_neurons(const core::FfnProblem& problem, int32_t* to) {
   const std::vector<int32_t> list = own_list(problem);
   std::ranges::copy(list, to);
-  return names_blocks_of_8(list);
+  return names_blocks(list, 64) ? 64 : names_blocks(list, 8) ? 8 : 1;
 }
 
 }  // namespace flashu::cpu

@@ -151,7 +151,7 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   q.has_down = p.has_down;
   q.type = p.type;
   q.listed = !p.one_run();
-  q.blocks_of_8 = q.listed && p.blocks_of_8;
+  q.block = q.listed ? p.block : 1;
   q.aligned = p.type != FLASHU_F32;
   for (const core::Matrix& matrix : {p.x, p.w_gate, p.w_up}) q.aligned &= takes_tma(matrix, p.hidden);
   q.aligned &= takes_tma(p.w_down, p.intermediate) && takes_tma(p.h, p.neurons) && takes_tma(p.out, p.width);
@@ -313,6 +313,7 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
   if (plan.decodes) {
     FfnDecode f = decode_of(p, plan.lead);
     f.list = list;
+    f.block = plan.question.block;
     f.partial = reinterpret_cast<float*>(memory + plan.list_bytes);
     return ffn_decode(f, p.type, stream);
   }
@@ -324,7 +325,7 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
   g.list = list;
   g.first = p.first() - plan.lead;
   g.lead = plan.lead;
-  g.blocks_of_8 = plan.question.blocks_of_8;
+  g.block = plan.question.block;
   if (p.has_up) {
     FfnGemm up = g;
     up.a = p.x.data;

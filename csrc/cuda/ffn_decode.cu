@@ -60,6 +60,9 @@ FLASHU_DEVICE uint4 down_chunk(const FfnDecode& f, int64_t row, int64_t first_ne
   if (f.list == nullptr && values == 8) {
     return without_first(load16_streaming(weights + f.first + first_neuron + j), f.lead - first_neuron - j);
   }
+  if (f.list != nullptr && f.block >= 8) {
+    return load16_streaming(weights + block_at(f.list, first_neuron + j, f.intermediate - 7));
+  }
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {

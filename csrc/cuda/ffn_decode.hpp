@@ -19,6 +19,7 @@ struct FfnDecode {
   int64_t gate_stride, up_stride, down_stride;
   int64_t neurons, intermediate, first, lead;
   const int32_t* list;
+  int32_t block;  // of the list; see ffn_gemm.cuh
   int64_t width;
   const void* residual;
   int64_t residual_stride;

@@ -24,8 +24,8 @@ struct FfnGemm {
   int64_t intermediate;
   const int32_t* list;
   int64_t first;
-  int64_t lead;      // 0 to 7, and 0 with a list
-  bool blocks_of_8;  // the list names eight neighbours at a time
+  int64_t lead;   // 0 to 7, and 0 with a list
+  int32_t block;  // the list names 64, 8 or 1 neighbours at a time, from multiples of eight on
   const void* residual;
   int64_t residual_stride;
   void* out;
@@ -43,6 +43,12 @@ struct FfnGemm {
 // The neuron at a place of a list. Clamped: whatever a list holds, it leads to no row outside the weights.
 FLASHU_DEVICE int64_t neuron_at(const int32_t* list, int64_t place, int64_t intermediate) {
   return min(static_cast<uint32_t>(list[place]), static_cast<uint32_t>(intermediate - 1));
+}
+
+// The first neuron of a block that begins at a place of a list. A multiple of eight, as TMA and 16-byte loads
+// need it, whatever the list holds.
+FLASHU_DEVICE int64_t block_at(const int32_t* list, int64_t place, int64_t intermediate) {
+  return neuron_at(list, place, intermediate) / 8 * 8;
 }
 
 // Eight 16-bit values, the first `count` of them zero.

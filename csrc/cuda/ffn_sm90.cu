@@ -47,6 +47,9 @@ struct Config {
   static constexpr Fetch kFetch = kFetch_;
   static constexpr int kProductN = kGated ? 2 * kBlockN : kBlockN;
   static constexpr int kTileBytesB = kProductN * kRowBytes;
+  // Of the weights, in the up half gate's first.
+  static constexpr int kBoxRows = kFetch == Fetch::kRuns ? 64 : kFetch == Fetch::kBlocks ? 8 : kBlockN;
+  static constexpr int kBoxes = kProductN / kBoxRows;
   static constexpr int kStageBytes = kTileBytesA + kTileBytesB;
   static constexpr int kOutBytes = kConsumers * 2 * kGroupBytes;  // two groups in flight for each warpgroup
   static constexpr int kStages = (kSharedLimit - 1024 - kOutBytes) / kStageBytes > 6
@@ -112,7 +115,8 @@ FLASHU_DEVICE void fetch_range(const Maps& maps, const FfnGemm& g, char* b, int6
     tma_load(b, maps.b, static_cast<int>(k), static_cast<int>(g.first + first_n), full);
     tma_load(b + C::kTileBytesB / 2, maps.b2, static_cast<int>(k), static_cast<int>(g.first + first_n), full);
   } else {
-    tma_load(b, maps.b, static_cast<int>(g.first + k), static_cast<int>(first_n), full);
+    const int64_t first = g.list == nullptr ? g.first + k : block_at(g.list, k, g.intermediate);
+    tma_load(b, maps.b, static_cast<int>(first), static_cast<int>(first_n), full);
   }
 }
 
@@ -130,19 +134,20 @@ FLASHU_DEVICE void clear_lead(char* b, int64_t lead) {
   named_barrier(2 + kConsumers, kConsumers * 128);
 }
 
-// The first neuron of a lane's box of eight. Boxes past the list lie outside the weights and become zero.
+// The first neuron of a lane's box. Boxes past the list lie outside the weights and become zero.
 template <class C>
 FLASHU_DEVICE int neuron_of_box(const FfnGemm& g, int64_t first_n, int lane) {
-  static_assert(C::kProductN / 8 == kWarp, "a lane to each box");
-  const int64_t j = first_n + lane % (C::kBlockN / 8) * 8;
+  static_assert(C::kBoxes <= kWarp, "a lane to each box");
+  const int64_t j = first_n + lane % (C::kBoxes / 2) * C::kBoxRows;
   return j < g.n ? g.list[j] : static_cast<int>(g.intermediate);
 }
 
 template <class C>
 FLASHU_DEVICE void fetch_blocks(const Maps& maps, char* b, int neuron, int64_t k, int lane, Mbarrier* full) {
-  char* const to = b + lane * 8 * kRowBytes;
+  if (lane >= C::kBoxes) return;
+  char* const to = b + lane * C::kBoxRows * kRowBytes;
   // Two calls: cicc 13.0 crashes on a reference to one or the other kernel argument.
-  if (lane >= C::kBlockN / 8) {
+  if (lane >= C::kBoxes / 2) {
     tma_load(to, maps.b2, static_cast<int>(k), neuron, full);
   } else {
     tma_load(to, maps.b, static_cast<int>(k), neuron, full);
@@ -190,7 +195,7 @@ FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const WorkOrd
       const int64_t first_n = order.template first_n<C>(piece);
       const int end = order.first_step(order.end_part(piece));
       [[maybe_unused]] int neuron = 0;
-      if constexpr (C::kFetch == Fetch::kBlocks) neuron = neuron_of_box<C>(g, first_n, lane);
+      if constexpr (C::kFetch != Fetch::kRange) neuron = neuron_of_box<C>(g, first_n, lane);
       for (int step = order.first_step(order.first_part(piece)); step < end; ++step) {
         const int64_t k = static_cast<int64_t>(step) * kBlockK;
         Mbarrier* const full = &barriers->full[ring.stage];
@@ -440,7 +445,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class C>
 void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
-  const int box_b = C::kFetch == Fetch::kBlocks ? 8 : C::kBlockN;
   Maps maps{};
   maps.a = encode_tensor_map(g.a, g.m, g.k, g.a_stride, kBlockM);
   // Where there is no whole chunk nothing is stored by this map.
@@ -449,11 +453,12 @@ void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
     maps.b = maps.b2 = maps.a;  // not used
   } else if (C::kGated) {
     // Rows past the selected range are other neurons; they are made, and cut off by the map of the result.
-    maps.b = encode_tensor_map(g.b, g.intermediate, g.k, g.b_stride, box_b);
-    maps.b2 = encode_tensor_map(g.b2, g.intermediate, g.k, g.b2_stride, box_b);
+    maps.b = encode_tensor_map(g.b, g.intermediate, g.k, g.b_stride, C::kBoxRows);
+    maps.b2 = encode_tensor_map(g.b2, g.intermediate, g.k, g.b2_stride, C::kBoxRows);
   } else {
-    // K ends with the selected range: what lies behind it may be anything, NaN too.
-    maps.b = encode_tensor_map(g.b, g.n, g.first + g.k, g.b_stride, box_b);
+    // K ends with the selected range: what lies behind it may be anything, NaN too. A list has whole steps.
+    maps.b = encode_tensor_map(g.b, g.n, g.list == nullptr ? g.first + g.k : g.intermediate, g.b_stride,
+                               C::kBoxRows);
     maps.b2 = maps.b;
   }
   const int64_t tiles_m = divide_up(g.m, kBlockM);
@@ -489,7 +494,9 @@ bool launch_any(const FfnTile& tile, const FfnGemm& g, Stream stream, int multip
 // Whether a way to fetch brings the neurons that the selection names.
 bool fetch_serves(Fetch fetch, const FfnGemm& g) {
   if (g.list == nullptr) return fetch == Fetch::kRange;
-  return fetch == Fetch::kRows || (fetch == Fetch::kBlocks && g.blocks_of_8);
+  if (!g.gated()) return fetch == Fetch::kRange && g.block == 64;
+  return fetch == Fetch::kRows || (fetch == Fetch::kBlocks && g.block >= 8) ||
+         (fetch == Fetch::kRuns && g.block == 64);
 }
 
 template <class T>

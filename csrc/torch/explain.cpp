@@ -64,6 +64,7 @@ std::string explain_ffn(int64_t rows, int64_t hidden, int64_t neurons, const std
   question.has_up = question.has_down = true;
   question.type = type_of(dtype);
   question.listed = listed;
+  question.block = 1;
   question.aligned = true;
   question.capability = static_cast<int>(capability);
   question.has_sm90 = true;

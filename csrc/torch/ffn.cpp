@@ -13,16 +13,17 @@ namespace {
 using Runs = std::optional<std::vector<int64_t>>;
 using OptionalTensor = std::optional<Tensor>;
 
-// How a call names its neurons. `listed`: index is a list that was checked before; `blocks`: of 8 neighbours.
+// How a call names its neurons. `listed`: index is a list that was checked before; `block`: see
+// flashu_selection.
 struct Neurons {
   const Runs& runs;
   const OptionalTensor& index;
   bool listed;
-  bool blocks;
+  int64_t block;
 };
 
 flashu_selection select(const char* op, const Neurons& neurons) {
-  const auto& [runs, index, listed, blocks] = neurons;
+  const auto& [runs, index, listed, block] = neurons;
   STD_TORCH_CHECK(!(runs.has_value() && index.has_value()), "flashu value error: ", op,
                   ": runs, index: expected at most one of them, got both");
   flashu_selection selection{};
@@ -34,7 +35,7 @@ flashu_selection select(const char* op, const Neurons& neurons) {
     selection.runs = runs->data();
   } else if (index.has_value()) {
     selection.kind = listed ? FLASHU_SELECT_LIST : FLASHU_SELECT_INDEX;
-    selection.blocks_of_8 = blocks;
+    selection.block = static_cast<int32_t>(block);
     selection.index = view(op, "index", *index);
   }
   return selection;
@@ -83,16 +84,16 @@ void run_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const
 }
 
 Tensor gathered_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
-                       OptionalTensor index, bool listed, bool blocks) {
-  const Neurons neurons{runs, index, listed, blocks};
+                       OptionalTensor index, bool listed, int64_t block) {
+  const Neurons neurons{runs, index, listed, block};
   const Tensor out = output(x, selected(select("gathered_swiglu", neurons), w_gate));
   run_swiglu(x, w_gate, w_up, neurons, out);
   return out;
 }
 
 Tensor gathered_swiglu_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
-                            OptionalTensor index, bool listed, bool blocks, const Tensor& out) {
-  run_swiglu(x, w_gate, w_up, {runs, index, listed, blocks}, out);
+                            OptionalTensor index, bool listed, int64_t block, const Tensor& out) {
+  run_swiglu(x, w_gate, w_up, {runs, index, listed, block}, out);
   return out;
 }
 
@@ -111,15 +112,15 @@ void run_down(const Tensor& h, const Tensor& w_down, const Neurons& neurons, con
 }
 
 Tensor gathered_down(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index,
-                     OptionalTensor residual, bool listed, bool blocks) {
+                     OptionalTensor residual, bool listed, int64_t block) {
   const Tensor out = output(h, size_or_zero(w_down, 0));
-  run_down(h, w_down, {runs, index, listed, blocks}, residual, out);
+  run_down(h, w_down, {runs, index, listed, block}, residual, out);
   return out;
 }
 
 Tensor gathered_down_into(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index,
-                          OptionalTensor residual, bool listed, bool blocks, const Tensor& out) {
-  run_down(h, w_down, {runs, index, listed, blocks}, residual, out);
+                          OptionalTensor residual, bool listed, int64_t block, const Tensor& out) {
+  run_down(h, w_down, {runs, index, listed, block}, residual, out);
   return out;
 }
 
@@ -149,39 +150,39 @@ void run_ffn(const FfnTensors& t, const Neurons& neurons, const OptionalTensor& 
 }
 
 Tensor gathered_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
-                    Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, bool blocks) {
+                    Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, int64_t block) {
   const Tensor out = output(x, size_or_zero(w_down, 0));
-  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, blocks}, std::nullopt, out);
+  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, std::nullopt, out);
   return out;
 }
 
 Tensor gathered_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
-                         Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, bool blocks,
+                         Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, int64_t block,
                          const Tensor& out) {
-  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, blocks}, std::nullopt, out);
+  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, std::nullopt, out);
   return out;
 }
 
 Tensor gathered_ffn_norms(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
                           const Tensor& norms, Runs runs, OptionalTensor index, OptionalTensor residual,
-                          bool listed, bool blocks) {
+                          bool listed, int64_t block) {
   const Tensor out = output(x, size_or_zero(w_down, 0));
-  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, blocks}, norms, out);
+  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, norms, out);
   return out;
 }
 
-// Writes the neurons into `list`, in order; whether they are eight neighbours at a time.
-bool list_neurons(const Tensor& list, int64_t limit, Runs runs, OptionalTensor index) {
+// Writes the neurons into `list`, in order; how many neighbours they are at a time.
+int64_t list_neurons(const Tensor& list, int64_t limit, Runs runs, OptionalTensor index) {
   const char* op = "list_neurons";
-  int32_t blocks_of_8 = 0;
+  int32_t block = 1;
   flashu_list_args args{};
   args.struct_size = sizeof(args);
   args.intermediate = limit;
-  args.selection = select(op, {runs, index, false, false});
+  args.selection = select(op, {runs, index, false, 1});
   args.list = view(op, "list", list);
-  args.blocks_of_8 = &blocks_of_8;
+  args.block = &block;
   check_status(flashu_list_neurons(&args));
-  return blocks_of_8 != 0;
+  return block;
 }
 
 void neuron_norms_(const Tensor& acc, const Tensor& h) {

@@ -4,31 +4,31 @@
 
 STABLE_TORCH_LIBRARY(flashu, m) {
   // ffn: neither runs nor index selects all neurons; runs is flat (start, length) pairs. `listed`: index is
-  // what list_neurons wrote, moved to the device, and is read in place; `blocks` is what came with it.
-  m.def("list_neurons(Tensor(a!) list, int limit, int[]? runs=None, Tensor? index=None) -> bool");
+  // what list_neurons wrote, moved to the device, and is read in place; `block` is what came with it.
+  m.def("list_neurons(Tensor(a!) list, int limit, int[]? runs=None, Tensor? index=None) -> int");
   m.def(
       "gathered_swiglu(Tensor x, Tensor w_gate, Tensor w_up, int[]? runs=None, Tensor? index=None, "
-      "bool listed=False, bool blocks=False) -> Tensor");
+      "bool listed=False, int block=1) -> Tensor");
   m.def(
       "gathered_swiglu.out(Tensor x, Tensor w_gate, Tensor w_up, int[]? runs=None, Tensor? index=None, "
-      "bool listed=False, bool blocks=False, *, Tensor(a!) out) -> Tensor(a!)");
+      "bool listed=False, int block=1, *, Tensor(a!) out) -> Tensor(a!)");
   m.def(
       "gathered_down(Tensor h, Tensor w_down, int[]? runs=None, Tensor? index=None, Tensor? residual=None, "
-      "bool listed=False, bool blocks=False) -> Tensor");
+      "bool listed=False, int block=1) -> Tensor");
   m.def(
       "gathered_down.out(Tensor h, Tensor w_down, int[]? runs=None, Tensor? index=None, "
-      "Tensor? residual=None, bool listed=False, bool blocks=False, *, Tensor(a!) out) -> Tensor(a!)");
+      "Tensor? residual=None, bool listed=False, int block=1, *, Tensor(a!) out) -> Tensor(a!)");
   m.def(
       "gathered_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int[]? runs=None, "
-      "Tensor? index=None, Tensor? residual=None, bool listed=False, bool blocks=False) -> Tensor");
+      "Tensor? index=None, Tensor? residual=None, bool listed=False, int block=1) -> Tensor");
   m.def(
       "gathered_ffn.out(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int[]? runs=None, "
-      "Tensor? index=None, Tensor? residual=None, bool listed=False, bool blocks=False, *, "
+      "Tensor? index=None, Tensor? residual=None, bool listed=False, int block=1, *, "
       "Tensor(a!) out) -> Tensor(a!)");
   m.def(
       "gathered_ffn_norms(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor(a!) norms, "
       "int[]? runs=None, Tensor? index=None, Tensor? residual=None, bool listed=False, "
-      "bool blocks=False) -> Tensor");
+      "int block=1) -> Tensor");
   m.def("neuron_norms_(Tensor(a!) acc, Tensor h) -> ()");
 
   // routing: reduce is 0 none, 1 mean, 2 last; an index of -1 is padding

@@ -75,8 +75,8 @@ void run() {
   std::vector<int32_t> list(neurons.size());
   const auto size = static_cast<int64_t>(neurons.size());
   const flashu_tensor listed = tensor(list.data(), FLASHU_I32, {size});
-  const bool eights = flashu::list_neurons(flashu::select_index(tensor(neurons.data(), FLASHU_I64, {size})),
-                                           kNeurons, listed);
+  const int32_t block = flashu::list_neurons(flashu::select_index(tensor(neurons.data(), FLASHU_I64, {size})),
+                                             kNeurons, listed);
 
   std::vector<float> moved(kKept * kHidden), out(kKept * kHidden);
   const flashu_tensor rows = tensor(hidden.data(), FLASHU_F32, {kTokens, kHidden});
@@ -86,7 +86,7 @@ void run() {
   args.w_gate = tensor(gate.data(), FLASHU_F32, {kNeurons, kHidden});
   args.w_up = tensor(up.data(), FLASHU_F32, {kNeurons, kHidden});
   args.w_down = tensor(down.data(), FLASHU_F32, {kHidden, kNeurons});
-  args.selection = flashu::select_list(listed, eights);
+  args.selection = flashu::select_list(listed, block);
   args.out = tensor(out.data(), FLASHU_F32, {kKept, kHidden});
   flashu::gathered_ffn(args);
   flashu::scatter_add_rows(rows, index, args.out);

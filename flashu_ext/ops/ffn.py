@@ -145,7 +145,7 @@ def _neurons(weight: Tensor, dim: int, runs: Any, index: Any, selection: Selecti
             f"selection: expected one of {weight.shape[dim]} neurons as the weights have, got one of {selection.limit}"
         )
     listed = selection.list is not None
-    return {"runs": selection.runs, "index": selection.list, "listed": listed, "blocks": selection.blocks}
+    return {"runs": selection.runs, "index": selection.list, "listed": listed, "block": selection.block}
 
 
 def _count(weight: Tensor, dim: int, runs: Sequence[int] | None, index: Tensor | None) -> int:
@@ -162,7 +162,7 @@ def _gathered_swiglu_fake(
     runs: Sequence[int] | None = None,
     index: Tensor | None = None,
     listed: bool = False,
-    blocks: bool = False,
+    block: int = 1,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], _count(w_gate, 0, runs, index)))
 
@@ -175,7 +175,7 @@ def _gathered_down_fake(
     index: Tensor | None = None,
     residual: Tensor | None = None,
     listed: bool = False,
-    blocks: bool = False,
+    block: int = 1,
 ) -> Tensor:
     return h.new_empty((*h.shape[:-1], w_down.shape[0]))
 
@@ -190,7 +190,7 @@ def _gathered_ffn_fake(
     index: Tensor | None = None,
     residual: Tensor | None = None,
     listed: bool = False,
-    blocks: bool = False,
+    block: int = 1,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
@@ -206,7 +206,7 @@ def _gathered_ffn_norms_fake(
     index: Tensor | None = None,
     residual: Tensor | None = None,
     listed: bool = False,
-    blocks: bool = False,
+    block: int = 1,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 

@@ -24,14 +24,14 @@ class Selection:
         count: neurons selected, n; the columns of h have their order.
         runs: [start, count] if they are one range (empty: none selected), else None.
         list: int32 [n], on the device of the weights; None for a range.
-        blocks: the list consists of groups of eight consecutive neurons.
+        block: the list consists of groups of so many consecutive neurons (64, 8 or 1) that begin at multiples of eight.
     """
 
     limit: int
     count: int
     runs: list[int] | None
     list: Tensor | None
-    blocks: bool
+    block: int
 
     @classmethod
     def from_runs(cls, runs: Any, limit: int, device: torch.device | str = "cpu") -> Selection:
@@ -70,13 +70,13 @@ class Selection:
     @classmethod
     def _resolved(cls, count: int, limit: int, device: torch.device | str, **neurons: Any) -> Selection:
         numbers = torch.empty(min(count, max(limit, 0)), dtype=torch.int32, device="cpu")
-        blocks = call(torch.ops.flashu.list_neurons.default, numbers, limit, **neurons)
+        block = call(torch.ops.flashu.list_neurons.default, numbers, limit, **neurons)
         if count == 0:
-            return cls(limit, 0, [], None, False)
+            return cls(limit, 0, [], None, 1)
         first = int(numbers[0])
         if torch.equal(numbers, torch.arange(first, first + count, dtype=torch.int32, device="cpu")):
-            return cls(limit, count, [first, count], None, False)
-        return cls(limit, count, None, numbers.to(device), blocks)
+            return cls(limit, count, [first, count], None, 1)
+        return cls(limit, count, None, numbers.to(device), block)
 
     def to(self, device: torch.device | str) -> Selection:
         """The same neurons for weights on another device."""

@@ -47,16 +47,19 @@ def test_a_selection_keeps_the_order_of_an_index(order: list[int], count: int):
 
 
 @pytest.mark.parametrize(
-    ("index", "blocks"),
+    ("index", "block"),
     [
-        ([*range(16, 24), *range(3, 11)], True),
-        ([*range(16, 24), 3, 4, 5, 6, 7, 8, 9, 11], False),
-        ([*range(16, 24), *range(3, 10)], False),
-        ([*range(0, 16, 2)], False),
+        ([*range(80, 144), *range(8, 72)], 64),
+        ([*range(80, 144), *range(8, 16)], 8),
+        ([*range(16, 24), *range(0, 8)], 8),
+        ([*range(16, 24), *range(3, 11)], 1),
+        ([*range(16, 24), 0, 1, 2, 3, 4, 5, 6, 8], 1),
+        ([*range(16, 24), *range(0, 7)], 1),
+        ([*range(0, 16, 2)], 1),
     ],
 )
-def test_blocks_of_eight_are_detected(index: list[int], blocks: bool):
-    assert Selection.from_index(index, LIMIT).blocks is blocks
+def test_blocks_are_detected(index: list[int], block: int):
+    assert Selection.from_index(index, 200).block == block
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def _neurons_schema(*order: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Arguments as the operator takes them: flat runs, and a selection by its parts."""
 
     def schema(arguments: dict[str, Any]) -> dict[str, Any]:
-        given = {"listed": False, "blocks": False, **arguments}
+        given = {"listed": False, "block": 1, **arguments}
         if (selection := given.pop("selection", None)) is not None:
             given |= {"runs": selection.runs, "index": selection.list}
             given |= {"listed": selection.list is not None, "blocks": selection.blocks}

@@ -20,7 +20,7 @@ typedef enum flashu_selection_kind {
 } flashu_selection_kind;
 typedef struct flashu_selection {
   int32_t kind;
-  int32_t blocks_of_8; /* of a list: it names eight neighbours at a time */
+  int32_t block; /* of a list: it names 64, 8 or 1 neighbours at a time, from multiples of eight on */
   int64_t num_runs;
   const int64_t* runs; /* host memory, 2 * num_runs numbers */
   flashu_tensor index;
@@ -35,7 +35,7 @@ typedef struct flashu_list_args {
   int64_t intermediate;
   flashu_selection selection; /* runs, or an index on the CPU */
   flashu_tensor list;         /* [n] i32, contiguous, on the CPU; written */
-  int32_t* blocks_of_8;       /* written */
+  int32_t* block;             /* written: what flashu_selection.block is for that list */
 } flashu_list_args;
 FLASHU_API int32_t flashu_list_neurons(const flashu_list_args* args);
 

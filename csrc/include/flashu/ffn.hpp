@@ -33,24 +33,25 @@ inline flashu_selection select_index(const flashu_tensor& index) {
 }
 
 // A list as list_neurons() wrote it, on the device of the weights.
-inline flashu_selection select_list(const flashu_tensor& list, bool blocks_of_8) {
+inline flashu_selection select_list(const flashu_tensor& list, int32_t block) {
   flashu_selection selection = select_index(list);
   selection.kind = FLASHU_SELECT_LIST;
-  selection.blocks_of_8 = blocks_of_8;
+  selection.block = block;
   return selection;
 }
 
-// Checks a selection of `intermediate` neurons and writes it into list [n], on the CPU. Returns whether it
-// names eight neighbours at a time.
-inline bool list_neurons(const flashu_selection& selection, int64_t intermediate, const flashu_tensor& list) {
+// Checks a selection of `intermediate` neurons and writes it into list [n], on the CPU. Returns how many
+// neighbours it names at a time, for select_list().
+inline int32_t list_neurons(const flashu_selection& selection, int64_t intermediate,
+                            const flashu_tensor& list) {
   auto args = make_args<flashu_list_args>();
-  int32_t blocks_of_8 = 0;
+  int32_t block = 1;
   args.intermediate = intermediate;
   args.selection = selection;
   args.list = list;
-  args.blocks_of_8 = &blocks_of_8;
+  args.block = &block;
   check(flashu_list_neurons(&args));
-  return blocks_of_8 != 0;
+  return block;
 }
 
 // out = silu(x w_gate[S]^T) * (x w_up[S]^T)

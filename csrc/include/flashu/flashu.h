@@ -32,7 +32,7 @@ extern "C" {
   "." FLASHU_TEXT(FLASHU_VERSION_MINOR) "." FLASHU_TEXT(FLASHU_VERSION_PATCH)
 
 /* Raised whenever a struct, a function or a code changes, a field added at the end included. */
-#define FLASHU_ABI_VERSION 3
+#define FLASHU_ABI_VERSION 4
 
 /* Largest rank a tensor view can have. */
 #define FLASHU_MAX_DIMS 6
