@@ -353,6 +353,58 @@ def test_another_config_object_is_noticed():
     assert relative(after, dense) < LIMIT < relative(before, dense)
 
 
+def louder_gelu(patch: pytest.MonkeyPatch) -> None:
+    real = nn.functional.gelu
+    patch.setattr(nn.functional, "gelu", lambda *a, **k: real(*a, **k) * 3)
+
+
+def louder_layer_norm(patch: pytest.MonkeyPatch) -> None:
+    real = nn.functional.layer_norm
+    patch.setattr(nn.functional, "layer_norm", lambda *a, **k: real(*a, **k) * 3)
+
+
+@pytest.mark.parametrize("patch", [louder_gelu, louder_layer_norm])
+def test_a_function_that_only_modules_call_is_followed(patch, monkeypatch):
+    """Those of the image encoder: an embedding from before must not be used again."""
+    model, dense = small_model(), small_model()
+    with fx.accelerate(model):
+        before = outputs(model)[0]
+        patch(monkeypatch)
+        after = outputs(model)
+    expected = outputs(dense)
+    assert relative(after[0], expected[0]) < LIMIT and torch.equal(after[1], expected[1])
+    assert relative(before, expected[0]) > 10 * LIMIT, "the patch must change the outputs"
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("where", ["class", "instance"])
+@pytest.mark.parametrize("name", ["_call_impl", "__call__"])
+def test_another_way_from_a_call_to_forward_is_not_passed_over(name, where, late, monkeypatch):
+    model = small_model()
+    layer = model.showo.model.layers[1]
+    if where == "instance" and name == "__call__":
+        pytest.skip("Python looks for it in the class only")
+    real = getattr(nn.Module, name)
+
+    def replace() -> None:
+        if where == "class":
+            monkeypatch.setattr(nn.Module, name, lambda *a, **k: real(*a, **k))
+        else:
+            layer._call_impl = lambda *a, **k: real(layer, *a, **k)
+
+    message = rf"model.*: its (class's )?{name} is replaced"
+    if late:
+        with fx.accelerate(model):
+            outputs(model)
+            replace()
+            with pytest.raises(TypeError, match=message):
+                outputs(model)
+    else:
+        replace()
+        with pytest.raises(TypeError, match=message):
+            fx.accelerate(model)
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("path", ["F.silu", "F.linear", "qwen.rotate_half", "showo2.guide", "sdpa"])
 def test_functions_that_kernels_compute_are_not_passed_over(monkeypatch, path, late):
