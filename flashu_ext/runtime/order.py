@@ -9,6 +9,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ class _Weight:
             if self._planned:
                 self._check_unedited()
                 own = self._own_copy(memo)
+                _keep_for_started_process(own)
                 state["_parameters"] = {**state["_parameters"], **dict.fromkeys(self._names(), own)}
 
     def _check_unedited(self) -> None:
@@ -144,6 +146,14 @@ class _Weight:
     def _names(self) -> list[str]:
         """The parameter's names in its projection: others than 'weight' where a mask or norm was put before it."""
         return [name for name, parameter in self.linear._parameters.items() if parameter is self.parameter]
+
+
+def _keep_for_started_process(copied: Tensor) -> None:
+    """A process that is being started, with the model as an argument, gets a tensor's memory as an open file, which closes
+    when the tensor dies: the copy lives as long as what started the process."""
+    starter = get_spawning_popen()
+    if starter is not None:
+        vars(starter).setdefault("_flashu_copies", []).append(copied)
 
 
 class FfnOrder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 import os
 import pickle
 import warnings
@@ -26,6 +27,7 @@ from support.living import (
     equal,
     halved,
     outputs,
+    outputs_to,
     plan,
     pruned_outputs,
     same,
@@ -94,6 +96,50 @@ def test_a_copy_is_dense_and_on_its_own(copied: Callable[[Any], Any]) -> None:
     with torch.no_grad():
         clone.get_parameter(UP).zero_()
     assert equal(outputs(model), generated) and same(state(model), before)
+
+
+def test_a_process_that_is_started_with_the_model_gets_the_dense_one() -> None:
+    model, handle, before = accelerated()
+    generated = outputs(model)
+    context = multiprocessing.get_context("spawn")
+    queue: Any = context.Queue()
+    process = context.Process(target=outputs_to, args=(queue, model))
+    process.start()
+    dense, weights, *got = queue.get(timeout=120)
+    process.join(60)
+    assert dense and same({name: torch.from_numpy(value) for name, value in weights.items()}, before)
+    assert equal(tuple(map(torch.from_numpy, got)), outputs(small_model()))
+    assert equal(outputs(model), generated)
+    handle.remove()
+    assert same(state(model), before)
+
+
+def test_handles_of_pipelines_and_of_what_has_none() -> None:
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    assert fx.handle_of(pipe) is None
+    with pipe.accelerate() as handle:
+        assert fx.handle_of(pipe) is handle and fx.handle_of(pipe.model) is handle
+    assert fx.handle_of(pipe) is None
+    for other in (3, None, "nano"):
+        with pytest.raises(TypeError, match="model: expected a model or a pipeline, got"):
+            fx.handle_of(other)
+
+
+def test_a_pipelines_copy_is_dense_and_its_pickle_is_refused() -> None:
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    before = state(pipe.model)
+    with pipe.accelerate(*pipe.preset("paper")) as handle:
+        clone, shallow = copy.deepcopy(pipe), copy.copy(pipe)
+        assert fx.handle_of(clone) is None and same(state(clone.model), before)
+        assert fx.handle_of(shallow) is handle
+        image = pipe.generate("a red circle", steps=None)
+        with clone.accelerate(*clone.preset("paper")):
+            assert clone.generate("a red circle", steps=None).tobytes() == image.tobytes()
+        with pytest.raises(TypeError, match="pipeline: it cannot be pickled"):
+            pickle.dumps(pipe)
+        with torch.no_grad():
+            clone.model.showo.model.norm.weight.zero_()
+    assert same(state(pipe.model), before)
 
 
 # ---- in: loaded
