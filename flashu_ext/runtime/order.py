@@ -101,15 +101,23 @@ class _Weight:
                     self._watch(copied)
 
     def _load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        with self._lock.held:
-            given = state_dict.get(f"{prefix}weight")
+        fits = False
+
+        def to_plan_order(state: dict[str, Any], *_: Any) -> None:
+            nonlocal fits
+            given = state.get(f"{prefix}weight")
             fits = isinstance(given, Tensor) and given.shape == self.linear.weight.shape
-            if self._planned and fits:
-                assert isinstance(given, Tensor)
-                # Values that lie in the weight's own memory are in its order already.
-                if _span(given) != _span(self.linear.weight):
-                    state_dict = {**state_dict, f"{prefix}weight": self.reordered(given, planned=True)}
-            type(self.linear)._load_from_state_dict(self.linear, state_dict, prefix, *rest)
+            # Values that lie in the weight's own memory are in its order already.
+            if self._planned and fits and isinstance(given, Tensor) and _span(given) != _span(self.linear.weight):
+                state[f"{prefix}weight"] = self.reordered(given, planned=True)
+
+        with self._lock.held:
+            hooks = self.linear._load_state_dict_pre_hooks
+            hooks[id(self)] = to_plan_order  # the last one: hooks of others get the model's own order
+            try:
+                type(self.linear)._load_from_state_dict(self.linear, dict(state_dict), prefix, *rest)
+            finally:
+                del hooks[id(self)]
             if fits:
                 self.parameter = self.linear.weight
                 self.accept(self._planned)
