@@ -131,6 +131,8 @@ def why_replaced(module: Any, known: Known) -> str | None:
         return reason
     if names := _replaced_methods(module) or [name for name in _CALLING[1:] if name in vars(module)]:
         return f"its {names[0]} is replaced"
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "is compiled in place, by a backend that may compute something else"
     return why_hooked(module)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections import OrderedDict
@@ -351,6 +352,38 @@ def test_another_config_object_is_noticed():
         after = outputs(model)[0]
     dense = outputs(model)[0]
     assert relative(after, dense) < LIMIT < relative(before, dense)
+
+
+def compiled_louder(graph: Any, _: Any) -> Callable[..., Any]:
+    """A backend that computes something else."""
+    return lambda *inputs: tuple(output * 1.5 for output in graph(*inputs))
+
+
+def test_a_module_that_is_compiled_in_place_runs_as_itself_or_is_refused():
+    model, dense = small_model(), small_model()
+    ffn, norm, layer = "showo.model.layers.1.mlp", "showo.model.layers.2.input_layernorm", "showo.model.layers.3"
+    with fx.accelerate(model) as handle:
+        before = outputs(model)[0]
+        for each in (model, dense):
+            for path in (ffn, norm):
+                each.get_submodule(path).compile(backend=compiled_louder)
+        after, expected = outputs(model), outputs(dense)
+        assert relative(after[0], expected[0]) < LIMIT < relative(before, expected[0])
+        assert torch.equal(after[1], expected[1]) and len(handle.summary().fallbacks) == 2
+        model.get_submodule(layer).compile(backend=compiled_louder)
+        with pytest.raises(TypeError, match=f"model.{layer}: is compiled in place"):
+            outputs(model)
+    torch.compiler.reset()
+
+
+def test_a_model_that_is_compiled_in_place_is_accelerated_and_its_copy_is_its_own():
+    model = small_model()
+    model.compile(backend=compiled_louder)
+    with fx.accelerate(model, PRUNED, plan()) as handle:
+        outputs(model)
+        assert not handle.summary().fallbacks
+        assert vars(copy.deepcopy(model)).get("_compiled_call_impl") is None
+    assert vars(model)["_compiled_call_impl"] is not None
 
 
 def louder_gelu(patch: pytest.MonkeyPatch) -> None:
