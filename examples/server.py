@@ -54,13 +54,16 @@ class Service:
         if path not in self.routes:
             return _json(404, error=f"expected POST to one of {', '.join(self.routes)}, got {path[:100]!r}")
         try:
-            fields = json.loads(body)
+            try:
+                fields = json.loads(body)
+            except ValueError as error:
+                raise ValueError(f"body: expected a JSON object, got none: {error}") from error
             if not isinstance(fields, dict):
                 raise TypeError(f"body: expected a JSON object, got {type(fields).__name__}")
             return self.routes[path](fields)
         except KeyError as error:
             return _json(400, error=f"body: {error} is missing")
-        except (ValueError, TypeError, OSError, RecursionError, Image.DecompressionBombError) as error:
+        except (ValueError, TypeError, OSError, RecursionError) as error:
             return _json(400, error=str(error)[:500])
         except RuntimeError as error:
             return _json(500, error=str(error)[:500])
@@ -72,10 +75,26 @@ class Service:
         return 200, "image/png", png.getvalue()
 
     def answer(self, fields: dict[str, Any]) -> Reply:
-        image = Image.open(io.BytesIO(base64.b64decode(fields["image"], validate=True)))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"image: expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}")
-        return _json(200, answer=self.pipe.answer(image, fields["question"]))
+        return _json(200, answer=self.pipe.answer(_image(fields["image"]), fields["question"]))
+
+
+def _image(text: Any) -> Image.Image:
+    """The whole image in the field `image`. Raises ValueError or TypeError, which names it."""
+    if not isinstance(text, str):
+        raise TypeError(f"image: expected a string of base64, got {type(text).__name__}")
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"image: expected base64, got {text[:20]!r}: {error}") from error
+    try:
+        image = Image.open(io.BytesIO(content))
+        width, height = image.size
+        if width * height <= MAX_PIXELS:
+            image.load()
+            return image
+    except Exception as error:  # damaged files end in errors of all kinds, also of zlib and struct
+        raise ValueError(f"image: not a whole image: {error}") from error
+    raise ValueError(f"image: expected at most {MAX_PIXELS} pixels, got {width} x {height}")
 
 
 def _json(status: int, **fields: str) -> Reply:

@@ -88,6 +88,7 @@ def calibrate(
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_interval: int = 8,
+    keep_checkpoint: bool = False,
     progress: bool = True,
 ) -> TaskPlan:
     """Score the language model's FFN neurons and layers for each task, in one pass over its samples.
@@ -106,6 +107,7 @@ def calibrate(
         seed: of the noise, which depends only on seed, task name, sample number and time. The result is deterministic.
         checkpoint: file for the state, written every `checkpoint_interval` samples and deleted at the end. If it exists, the
             run resumes from it, with a result bit-equal to an uninterrupted run; earlier samples are read again and compared.
+        keep_checkpoint: leave the finished checkpoint to the caller, who deletes it when the plan is saved.
         progress: show a progress bar.
 
     Raises:
@@ -143,7 +145,7 @@ def calibrate(
     plan = TaskPlan.from_calibration(
         calibration, estimator=estimator, ratio=ratio, multiple=multiple, model=model, notes=notes
     )
-    run.finish()
+    run.finish(keep_checkpoint)
     return plan
 
 
@@ -219,8 +221,10 @@ class _Run:
         if index + 1 < seen:
             raise ValueError(f"{self.checkpoint}: checkpoint of {seen} samples of {task}, got {index + 1}")
 
-    def finish(self) -> None:
-        if self.checkpoint is not None:
+    def finish(self, keep: bool) -> None:
+        if self.checkpoint is not None and keep:
+            save_states(self.checkpoint, self.settings, self.states)
+        elif self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
 
     def _check(self, task: str, index: int, sample: Any) -> None:

@@ -134,7 +134,8 @@ def _read_file(directory: Path, path: Path, task: str, limit: int | None) -> lis
 
 def _check_file(where: str, path: Path) -> None:
     try:
-        open_regular(path).close()
+        with open_regular(path):
+            pass
     except FileNotFoundError as error:
         raise refusal(where, f"image: no such file: {path}", FileNotFoundError) from error
     except (ValueError, OSError) as error:

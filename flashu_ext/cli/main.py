@@ -226,10 +226,13 @@ def calibrate(
         times=times or DEFAULT_TIMES,
         seed=seed,
         checkpoint=checkpoint,
+        keep_checkpoint=True,
     )
     if adaptive:
         plan = plan.with_adaptive_ratios()
     plan.save(out)
+    if checkpoint is not None:  # only now: a plan that cannot be written costs no second run
+        checkpoint.unlink(missing_ok=True)
     click.echo(f"{out}\n{plan.describe()}")
 
 

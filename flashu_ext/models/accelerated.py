@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 __all__ = ["HANDLE", "handle_of", "unwrapped"]
 
 HANDLE = "_flashu_handle"
@@ -22,5 +24,15 @@ def unwrapped(model: Any) -> Any:
 
 
 def handle_of(model: Any) -> Any:
-    """The `Handle` of an accelerated model; None for a dense one. Wrappers are looked through."""
-    return vars(unwrapped(model)).get(HANDLE)
+    """The `Handle` of an accelerated model, or of a pipeline's; None for a dense one. Wrappers are looked through.
+
+    Raises:
+        TypeError: not a model.
+    """
+    inside = unwrapped(model)
+    if HANDLE not in getattr(inside, "__dict__", ()) and not isinstance(inside, nn.Module):
+        inside = unwrapped(getattr(inside, "model", inside))  # of a pipeline
+    try:
+        return vars(inside).get(HANDLE)
+    except TypeError as error:
+        raise TypeError(f"model: expected a model or a pipeline, got {type(model).__name__}") from error

@@ -54,6 +54,9 @@ Known = Mapping[str, tuple[str, ...]]
 _ATTENTION_FUNCTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Transformers' own, which compute the same."""
 
+_CALLING = ("__call__", "_call_impl")
+"""Methods that lead from a call of a module to its forward."""
+
 _COMPUTED = {name: getattr(nn.functional, name) for name in COMPUTED}
 """As they are when this library is imported."""
 
@@ -70,8 +73,9 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
     homes = known.get(kind.__name__)
     if homes is None or not any(kind.__module__ == home or kind.__module__.endswith(f".{home}") for home in homes):
         return f"is a {kind.__module__}.{kind.__qualname__}"
-    for name in (method, "__call__"):
-        if _replaced_in_class(kind, name):
+    for name in (method, *_CALLING):
+        inherited = name in _CALLING and getattr(kind, name) is getattr(nn.Module, name)
+        if _replaced_in_class(nn.Module if inherited else kind, name):
             return f"its class's {name} is replaced"
     return None
 
@@ -125,8 +129,10 @@ def why_replaced(module: Any, known: Known) -> str | None:
     reason = why_unknown(module, known)
     if reason is not None:
         return reason
-    if names := _replaced_methods(module):
+    if names := _replaced_methods(module) or [name for name in _CALLING[1:] if name in vars(module)]:
         return f"its {names[0]} is replaced"
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return "is compiled in place, by a backend that may compute something else"
     return why_hooked(module)
 
 

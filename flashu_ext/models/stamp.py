@@ -45,6 +45,13 @@ _VALUES = 8
 COMPUTED = ("linear", "silu")
 """Functions of torch.nn.functional that kernels compute instead."""
 
+_LIBRARY = [
+    (owner, itemgetter(*[name for name, value in vars(owner).items() if callable(value)]))
+    for owner in (nn.functional, nn.Module)
+]
+"""What modules compute with and are called by; another library may replace any of it. Not all of a namespace: warnings add
+entries."""
+
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -132,7 +139,7 @@ class Stamp:
             list(map(type, self._modules)),
             [(kind.forward, kind.__call__) for kind in self._classes],
             [namespace.get(name) for namespace, name in self._called],
-            [getattr(nn.functional, name) for name in COMPUTED],
+            [functions(vars(owner)) for owner, functions in _LIBRARY],
             [registered_attention().get(name) for name in ("sdpa", "eager")],
             list(vars(type(self._modules[0])).values()),
             [own.get(name) for own, name in self._scalars],

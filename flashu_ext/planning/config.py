@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 import math
@@ -162,7 +163,7 @@ class FlashUConfig:
     ) -> None:
         for name in flat:
             if name not in FLAT_KEYWORDS:
-                raise TypeError(f"FlashUConfig.__init__() got an unexpected keyword argument {name!r}")
+                raise TypeError(_unknown_keyword(name))
         groups = {"ffn": ffn, "layers": layers, "tokens": tokens, "head": head, "encoder": encoder, "answers": answers}
         for name, value in (("steps", steps), ("full_network_steps", full_network_steps)):
             object.__setattr__(self, name, checks(FlashUConfig)[name](f"FlashUConfig.{name}", value))
@@ -324,6 +325,17 @@ _OFF: Mapping[str, Any] = {
     if kind is not Guidance
 }
 """The record that None stands for, per group."""
+
+
+def _unknown_keyword(name: str) -> str:
+    own = {field.name for field in dataclasses.fields(FlashUConfig)}
+    near = difflib.get_close_matches(name[:100], sorted(own | set(FLAT_KEYWORDS)), n=3)
+    hint = (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else f"expected one of {', '.join(sorted(own))}, or a flat keyword; see help(FlashUConfig)"
+    )
+    return f"FlashUConfig: got an unexpected keyword argument {shown(name)}; {hint}"
 
 
 def _record(name: str, group: Any, flat: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from .estimators import Calibration, DownNorms, NeuronSums, check_estimator, sta
 from .fingerprint import check_fingerprint, model_fingerprint
 from .groups import FfnPruning, is_int, is_real
 from .neurons import NeuronLayout, aligned_sets
-from .reading import refusal, shown, strict_json
+from .reading import printable, refusal, shown, strict_json
 from .safe_files import load_safetensors, save_safetensors
 
 __all__ = ["TaskPlan", "kept_count"]
@@ -75,7 +75,7 @@ def _check_scores(task: str, scores: Any) -> Tensor:
     return torch.stack([score.detach().to("cpu", torch.float32) for score in scores])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TaskPlan:
     """Neuron scores per task and the pruning by them. Made by `from_scores` or `flashu_ext.calibrate`.
 
@@ -113,6 +113,13 @@ class TaskPlan:
                 check_pruning(ratio, self.multiple, f"ratios[{layer}]")
         if (self.calibration is None) != (self.estimator is None):
             raise ValueError("estimator: expected one with a calibration, and none without")
+
+    def __repr__(self) -> str:
+        """Short: what is kept for which tasks; `describe` says more, the attributes all."""
+        counts = self.kept_counts
+        kept = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+        tasks = printable(", ".join(self.tasks), 200)
+        return f"TaskPlan({tasks}: {kept} of {self.intermediate} neurons kept in each of {self.layers} layers)"
 
     @classmethod
     def from_scores(

@@ -6,17 +6,29 @@ codes out of it.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .extras import extra
 
-__all__ = ["open_regular", "printable", "read_image", "read_json", "read_text", "refusal", "shown", "strict_json"]
+__all__ = [
+    "open_regular",
+    "os_refusal",
+    "printable",
+    "read_image",
+    "read_json",
+    "read_text",
+    "refusal",
+    "shown",
+    "strict_json",
+]
 
 MESSAGE_CHARACTERS = 500
 """Longest text of an error about a file."""
@@ -79,15 +91,35 @@ def refusal(where: Where, what: object, kind: type[Exception] = ValueError) -> E
     return kind(printable(f"{printable(os.fspath(where), 250)}: {what}"))
 
 
+def os_refusal(where: Where, error: OSError) -> OSError:
+    """The operating system's error, with the file's name shortened where it is long."""
+    name = os.fspath(where)
+    return OSError(error.errno, error.strerror, name if len(repr(name)) <= 252 else printable(name, 250))
+
+
 # ---- files
 
 
-def open_regular(path: Where) -> BinaryIO:
+@contextlib.contextmanager
+def open_regular(path: Where) -> Iterator[BinaryIO]:
     """Open a regular file for reading; a FIFO, device, socket or directory is refused and not waited for.
 
     Raises:
-        ValueError: it is another kind of file. OSError: it cannot be opened.
+        ValueError: it is another kind of file. TypeError: `path` is no path. OSError: it cannot be opened, or read in the
+            block; it names `path`.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: expected a string or a path, got {shown(path)}")
+    try:
+        with _open(path) as file:
+            yield file
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, os.fspath(path)):
+            raise  # about another file
+        raise os_refusal(path, error) from error  # a read's error names no file, an opening's a name of any length
+
+
+def _open(path: Where) -> BinaryIO:
     try:
         _check_regular(path, os.stat(path))  # before it is opened: opening a device may already do something
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reading import MAX_JSON_BYTES, open_regular, refusal, shown, strict_json
+from .reading import MAX_JSON_BYTES, open_regular, os_refusal, refusal, shown, strict_json
 
 __all__ = [
     "SafetensorsHeader",
@@ -188,9 +188,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     What processes that were killed left in the folder is deleted when a process first writes there.
 
     Raises:
-        OSError: as the block's, or the file cannot be written; it names `path`.
+        OSError: as the block's, or the file cannot be written; it names `path`. ValueError: no file can have this name.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise refusal(path, "expected a file's name, got one with a null byte")
     try:
         _sweep(path.parent.absolute())
         folder, lock = _make_draft(path.parent)
@@ -209,7 +211,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or not (error.filename is None or _DRAFTS in str(error.filename)):
             raise  # about another file
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise os_refusal(path, error) from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

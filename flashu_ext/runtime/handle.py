@@ -176,6 +176,7 @@ class Handle:
             layers_skipped=tuple(image.choices) if image else (),
             answer_layers_skipped=answers.skipped,
             neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and runner.layouts else {},
+            plan_unused=self.plan is not None and not runner.layouts,
             intermediate=int(model.showo.config.intermediate_size),
             tokens=tokens,
             weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
@@ -208,7 +209,8 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
     Args:
         model: the model, or a torch.compile, DataParallel or DistributedDataParallel wrapper, whose model is accelerated.
         config: the settings; None is `FlashUConfig.exact()`.
-        plan: neuron sets, required where `config.ffn` prunes neurons. A task without a set runs on all neurons.
+        plan: neuron sets, required where `config.ffn` prunes neurons. A task without a set runs on all neurons. Where the
+            config prunes none, as `exact()`, a plan is checked against the model and not used; `summary()` says so.
 
     Returns:
         A handle; `handle.remove()` or leaving its `with` block restores the model.

@@ -9,6 +9,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
@@ -100,15 +101,23 @@ class _Weight:
                     self._watch(copied)
 
     def _load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        with self._lock.held:
-            given = state_dict.get(f"{prefix}weight")
+        fits = False
+
+        def to_plan_order(state: dict[str, Any], *_: Any) -> None:
+            nonlocal fits
+            given = state.get(f"{prefix}weight")
             fits = isinstance(given, Tensor) and given.shape == self.linear.weight.shape
-            if self._planned and fits:
-                assert isinstance(given, Tensor)
-                # Values that lie in the weight's own memory are in its order already.
-                if _span(given) != _span(self.linear.weight):
-                    state_dict = {**state_dict, f"{prefix}weight": self.reordered(given, planned=True)}
-            type(self.linear)._load_from_state_dict(self.linear, state_dict, prefix, *rest)
+            # Values that lie in the weight's own memory are in its order already.
+            if self._planned and fits and isinstance(given, Tensor) and _span(given) != _span(self.linear.weight):
+                state[f"{prefix}weight"] = self.reordered(given, planned=True)
+
+        with self._lock.held:
+            hooks = self.linear._load_state_dict_pre_hooks
+            hooks[id(self)] = to_plan_order  # the last one: hooks of others get the model's own order
+            try:
+                type(self.linear)._load_from_state_dict(self.linear, dict(state_dict), prefix, *rest)
+            finally:
+                del hooks[id(self)]
             if fits:
                 self.parameter = self.linear.weight
                 self.accept(self._planned)
@@ -118,6 +127,7 @@ class _Weight:
             if self._planned:
                 self._check_unedited()
                 own = self._own_copy(memo)
+                _keep_for_started_process(own)
                 state["_parameters"] = {**state["_parameters"], **dict.fromkeys(self._names(), own)}
 
     def _check_unedited(self) -> None:
@@ -144,6 +154,14 @@ class _Weight:
     def _names(self) -> list[str]:
         """The parameter's names in its projection: others than 'weight' where a mask or norm was put before it."""
         return [name for name, parameter in self.linear._parameters.items() if parameter is self.parameter]
+
+
+def _keep_for_started_process(copied: Tensor) -> None:
+    """A process that is being started, with the model as an argument, gets a tensor's memory as an open file, which closes
+    when the tensor dies: the copy lives as long as what started the process."""
+    starter = get_spawning_popen()
+    if starter is not None:
+        vars(starter).setdefault("_flashu_copies", []).append(copied)
 
 
 class FfnOrder:

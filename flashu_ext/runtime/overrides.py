@@ -53,6 +53,7 @@ class Overrides:
 
     def _state(self, memo: dict[int, Any]) -> dict[str, Any]:
         state = dict(vars(self._module))
+        state.pop("_compiled_call_impl", None)  # as torch does: it calls this module
         for name, ours in self._ours.items():
             if state.get(name, _MISSING) == ours:
                 del state[name]

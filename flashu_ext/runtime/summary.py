@@ -22,6 +22,7 @@ class Summary:
         layers_skipped: (step, layers) for every measurement of the last image.
         answer_layers_skipped: for each prompt of the last call, the layers that its answer skipped.
         neurons: task -> FFN neurons read per layer (the rounded mean where layers differ), for tasks with their own set.
+        plan_unused: a plan was given, and the config prunes nothing.
         intermediate: all FFN neurons of a layer.
         tokens: 'prefix' (longest prompt, computed once), 'span' (per step) and 'tail' (not computed) of the last image;
             'prefilled' and 'reused' prompt tokens over all answers; 'visual' image tokens in the prompts of the last call,
@@ -66,6 +67,7 @@ class Summary:
     graphs: Mapping[str, int]
     kernels: Mapping[str, str]
     fallbacks: Mapping[str, int]
+    plan_unused: bool = False
 
     def __str__(self) -> str:
         def listed(items: Mapping[str, object]) -> str:
@@ -96,4 +98,6 @@ class Summary:
             f"kernels       {listed(self.kernels)}",
             f"fallbacks     {listed(self.fallbacks)}",
         ]
+        if self.plan_unused:
+            lines.append("plan          not used, the config prunes nothing")
         return "\n".join(lines)

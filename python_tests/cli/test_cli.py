@@ -231,6 +231,29 @@ def test_calibrate_a_folder(tmp_path: Path) -> None:
     assert f"counting {plan.kept_neurons}" in generated.output
 
 
+def test_a_plan_that_cannot_be_written_costs_no_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashu_ext.planning.plan import TaskPlan
+
+    data = write_folder(tmp_path / "data", {"generation.jsonl": IMAGES})
+    out, state = tmp_path / "plan.safetensors", tmp_path / "state.safetensors"
+    arguments = ["calibrate", "nano", "--data", str(data), "--out", str(out), "--limit", "1", "--times", "0.2"]
+    arguments += ["--checkpoint", str(state)]
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(out))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskPlan, "save", full)
+        refused = run(*arguments)
+    assert refused.exit_code != 0 and state.exists() and "plan.safetensors" in refused.output, refused.output
+    samples: list[int] = []
+    observer = "flashu_ext.calibration.calibrate._run_generation"
+    monkeypatch.setattr(observer, lambda *_: samples.append(1))
+    resumed = run(*arguments)
+    assert resumed.exit_code == 0 and not samples and not state.exists(), resumed.output
+    assert TaskPlan.load(out).notes["samples"] == {"generation": 1}
+
+
 def test_calibrate_nano_makes_its_own_samples(tmp_path: Path) -> None:
     from flashu_ext.planning.plan import TaskPlan
 

@@ -74,18 +74,31 @@ def test_many_clients_get_what_each_gets_alone(url: str) -> None:
 
 
 def test_wrong_requests_are_named_and_the_next_one_works(url: str) -> None:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 100).save(file, "PNG")
+    png = file.getvalue()
     assert refused(f"{url}/nothing", {})[0] == 404
     for path, fields, words in (
-        ("generate", b"{", "Expecting"),
-        ("generate", [1], "JSON object"),
+        ("generate", b"{", "body: "),
+        ("generate", b"\xff", "body: "),
+        ("generate", [1], "body: expected a JSON object"),
         ("generate", {}, "'prompt' is missing"),
-        ("generate", {"prompt": "a red circle", "seed": -1}, "seed"),
-        ("generate", {"prompt": 3}, "prompt"),
-        ("answer", {"image": "no base64!", "question": "?"}, "base64"),
-        ("answer", {"image": base64.b64encode(b"no image").decode(), "question": "?"}, "cannot identify"),
+        ("generate", {"prompt": "a red circle", "seed": -1}, "seed: "),
+        ("generate", {"prompt": "a red circle", "seed": "1"}, "seed: "),
+        ("generate", {"prompt": 3}, "prompt: "),
+        ("answer", {"image": "no base64!", "question": "?"}, "image: expected base64"),
+        ("answer", {"image": 3, "question": "?"}, "image: expected a string of base64, got int"),
+        (
+            "answer",
+            {"image": base64.b64encode(b"no image").decode(), "question": "?"},
+            "image: not a whole image: cannot",
+        ),
+        ("answer", {"image": base64.b64encode(png[:-30]).decode(), "question": "?"}, "image: not a whole image"),
+        ("answer", {"image": base64.b64encode(png).decode(), "question": 3}, "question: "),
+        ("answer", {"image": base64.b64encode(png).decode()}, "'question' is missing"),
     ):
         code, error = refused(f"{url}/{path}", fields)
-        assert code == 400 and words in error, (path, error)
+        assert code == 400 and words in error and len(error) <= 500, (path, error)
     huge = io.BytesIO()
     Image.new("1", (20000, 1000)).save(huge, "PNG")
     assert (

@@ -370,6 +370,10 @@ def test_an_interrupted_run_is_resumed_to_the_same_bits(tmp_path, generated, ask
     done = (generated + asked) // interval * interval
     assert len(passes) == 2 * (5 - min(done, 5)) + 5 - max(done - 5, 0), "samples seen before are not run again"
     assert list(tmp_path.iterdir()) == [], "a finished run deletes its checkpoint"
+    again = {"checkpoint": file, "checkpoint_interval": 100, "keep_checkpoint": True}
+    run(model, generation_samples(5), questions(5), **again)
+    assert file.exists(), "it is the caller's"
+    assert same(whole, run(model, generation_samples(5), questions(5), **again))
 
 
 @pytest.fixture

@@ -378,6 +378,22 @@ def test_unknown_keywords_are_type_errors():
         FlashUConfig().ffn_prune_ratio = 0.2
 
 
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("step", r"'step'; did you mean steps\?"),
+        ("ffn_ratio", r"'ffn_ratio'; did you mean ffn_prune_ratio\?"),
+        ("zzz", r"'zzz'; expected one of answers, .*, steps, tokens, or a flat keyword"),
+        ("\x1b" * 3000, "expected one of answers, "),
+    ],
+)
+def test_an_unknown_keyword_is_named_with_those_like_it(name, hint):
+    for make in (FlashUConfig, FlashUConfig.exact, FlashUConfig.paper, FlashUConfig.fast, FlashUConfig().replace):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument .*{hint}") as caught:
+            make(**{name: 35})
+        assert len(str(caught.value)) <= 500 and str(caught.value).isprintable()
+
+
 def test_unset_fields_are_not_shown():
     assert repr(FlashUConfig()) == "FlashUConfig()"
     assert (

@@ -145,6 +145,31 @@ def test_a_name_with_nul() -> None:
     assert str(caught.value).isprintable()
 
 
+def test_names_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a" * 5000, "/x" * 3000 + "/plan", "\x1b\n" * 2000, "plan\x1b", "\udcff", "plan" * 1000 + "\0"):
+        for read in (TaskPlan.load, read_config):
+            with pytest.raises((OSError, ValueError)) as caught:
+                read(name)  # type: ignore[operator]
+            message = str(caught.value)
+            assert repr(name)[1:5] in message.replace("\\\\", "\\") and len(message) <= 500, message
+            assert message.isprintable(), message
+
+
+def test_what_can_be_opened_and_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.safetensors"
+    path.symlink_to("/proc/self/mem")
+    for read in (TaskPlan.load, read_config):
+        with pytest.raises(OSError, match=r"Input/output error: '.*plan\.safetensors'"):
+            read(path)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"plan", ["plan"]])
+def test_what_is_no_path(path: Any) -> None:
+    with pytest.raises(TypeError, match="path: expected a string or a path, got"):
+        TaskPlan.load(path)
+
+
 # ---- JSON
 
 HOSTILE_JSON = {
@@ -539,6 +564,17 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     "tensors": lambda path: save_safetensors(path, {"x": torch.zeros(20_000)}),
     "plan": lambda path: TaskPlan.from_scores(generation=[torch.rand(20_000)]).save(path),
 }
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_name_of_any_length_is_not_written_to(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a" * 5000, "\x1b" * 2000, "plan" * 1000 + "\0"):
+        with pytest.raises((OSError, ValueError)) as caught:
+            WRITERS[writer](Path(name))
+        message = str(caught.value)
+        assert repr(name)[1:5] in message.replace("\\\\", "\\") and len(message) <= 500, message
+        assert message.isprintable() and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("writer", WRITERS)

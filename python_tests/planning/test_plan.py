@@ -375,3 +375,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_scores_of_all_layers_may_be_one_tensor_or_array(given):
     plan = TaskPlan.from_scores(generation=given)
     assert torch.equal(plan.scores["generation"], torch.as_tensor(given).float())
+
+
+def test_its_repr_is_short():
+    plan = TaskPlan.from_scores(generation=torch.rand(8, 64), captions=torch.rand(8, 64), ratio=0.25, multiple=16)
+    assert repr(plan) == "TaskPlan(generation, captions: 48 of 64 neurons kept in each of 8 layers)"
+    assert "16 to 64 of 64" in repr(plan.with_ratios([0.75] + [0.0] * 7))
+    long = TaskPlan.from_scores(**{"\x1b" * 3000: torch.rand(1, 64)})
+    assert len(repr(long)) < 300 and repr(long).isprintable()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import multiprocessing
 import os
 import pickle
 import warnings
@@ -26,6 +27,7 @@ from support.living import (
     equal,
     halved,
     outputs,
+    outputs_to,
     plan,
     pruned_outputs,
     same,
@@ -96,6 +98,60 @@ def test_a_copy_is_dense_and_on_its_own(copied: Callable[[Any], Any]) -> None:
     assert equal(outputs(model), generated) and same(state(model), before)
 
 
+def test_a_process_that_is_started_with_the_model_gets_the_dense_one() -> None:
+    model, handle, before = accelerated()
+    generated = outputs(model)
+    context = multiprocessing.get_context("spawn")
+    queue: Any = context.Queue()
+    process = context.Process(target=outputs_to, args=(queue, model))
+    process.start()
+    dense, weights, *got = queue.get(timeout=120)
+    process.join(60)
+    assert dense and same({name: torch.from_numpy(value) for name, value in weights.items()}, before)
+    assert equal(tuple(map(torch.from_numpy, got)), outputs(small_model()))
+    assert equal(outputs(model), generated)
+    handle.remove()
+    assert same(state(model), before)
+
+
+def test_a_plan_that_is_not_used_is_said_so() -> None:
+    model = small_model()
+    with fx.accelerate(model, fx.FlashUConfig.exact(), plan()) as handle:
+        summary = handle.summary()
+        assert summary.plan_unused and "not used, the config prunes nothing" in str(summary) and not summary.fallbacks
+    for config, given in ((fx.FlashUConfig.exact(), None), (PRUNED, plan())):
+        with fx.accelerate(model, config, given) as handle:
+            assert not handle.summary().plan_unused and "not used" not in str(handle.summary())
+
+
+def test_handles_of_pipelines_and_of_what_has_none() -> None:
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    assert fx.handle_of(pipe) is None
+    with pipe.accelerate() as handle:
+        assert fx.handle_of(pipe) is handle and fx.handle_of(pipe.model) is handle
+    assert fx.handle_of(pipe) is None
+    for other in (3, None, "nano"):
+        with pytest.raises(TypeError, match="model: expected a model or a pipeline, got"):
+            fx.handle_of(other)
+
+
+def test_a_pipelines_copy_is_dense_and_its_pickle_is_refused() -> None:
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    before = state(pipe.model)
+    with pipe.accelerate(*pipe.preset("paper")) as handle:
+        clone, shallow = copy.deepcopy(pipe), copy.copy(pipe)
+        assert fx.handle_of(clone) is None and same(state(clone.model), before)
+        assert fx.handle_of(shallow) is handle
+        image = pipe.generate("a red circle", steps=None)
+        with clone.accelerate(*clone.preset("paper")):
+            assert clone.generate("a red circle", steps=None).tobytes() == image.tobytes()
+        with pytest.raises(TypeError, match="pipeline: it cannot be pickled"):
+            pickle.dumps(pipe)
+        with torch.no_grad():
+            clone.model.showo.model.norm.weight.zero_()
+    assert same(state(pipe.model), before)
+
+
 # ---- in: loaded
 
 
@@ -110,6 +166,35 @@ def test_loaded_weights_are_pruned_as_a_fresh_model_would_be(assign: bool) -> No
     assert same(state(model), other)
     handle.remove()
     assert same(state(model), other)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_hooks_of_one_projection_that_load_and_save_get_its_own_order(assign: bool) -> None:
+    model, handle, before = accelerated()
+    generated = outputs(model)
+    linear = model.get_submodule(UP.removesuffix(".weight"))
+    assert torch.equal(linear.state_dict()["weight"], before[UP])
+    seen: list[torch.Tensor] = []
+    louder = torch.linspace(0.5, 2, before[UP].shape[0])[:, None]
+
+    def loading(module: Any, values: State, prefix: str, *_: Any) -> None:
+        seen.append(values[f"{prefix}weight"].clone())
+        values[f"{prefix}weight"] = values[f"{prefix}weight"] * louder
+
+    def saving(module: Any, values: State, prefix: str, *_: Any) -> None:
+        seen.append(values[f"{prefix}weight"].clone())
+
+    hooks = [linear.register_load_state_dict_pre_hook(loading), linear.register_state_dict_post_hook(saving)]
+    model.load_state_dict(copy.deepcopy(before), assign=assign)
+    changed = {**before, UP: before[UP] * louder}
+    assert same(state(model), changed) and equal(outputs(model), pruned_outputs(changed))
+    assert torch.equal(seen[0], before[UP]) and torch.equal(seen[1], changed[UP]) and len(seen) == 2
+    for hook in hooks:
+        hook.remove()
+    linear.load_state_dict({"weight": before[UP].clone()}, assign=assign)
+    assert equal(outputs(model), generated) and not linear._load_state_dict_pre_hooks
+    handle.remove()
+    assert same(state(model), before)
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections import OrderedDict
@@ -351,6 +352,90 @@ def test_another_config_object_is_noticed():
         after = outputs(model)[0]
     dense = outputs(model)[0]
     assert relative(after, dense) < LIMIT < relative(before, dense)
+
+
+def compiled_louder(graph: Any, _: Any) -> Callable[..., Any]:
+    """A backend that computes something else."""
+    return lambda *inputs: tuple(output * 1.5 for output in graph(*inputs))
+
+
+def test_a_module_that_is_compiled_in_place_runs_as_itself_or_is_refused():
+    model, dense = small_model(), small_model()
+    ffn, norm, layer = "showo.model.layers.1.mlp", "showo.model.layers.2.input_layernorm", "showo.model.layers.3"
+    with fx.accelerate(model) as handle:
+        before = outputs(model)[0]
+        for each in (model, dense):
+            for path in (ffn, norm):
+                each.get_submodule(path).compile(backend=compiled_louder)
+        after, expected = outputs(model), outputs(dense)
+        assert relative(after[0], expected[0]) < LIMIT < relative(before, expected[0])
+        assert torch.equal(after[1], expected[1]) and len(handle.summary().fallbacks) == 2
+        model.get_submodule(layer).compile(backend=compiled_louder)
+        with pytest.raises(TypeError, match=f"model.{layer}: is compiled in place"):
+            outputs(model)
+    torch.compiler.reset()
+
+
+def test_a_model_that_is_compiled_in_place_is_accelerated_and_its_copy_is_its_own():
+    model = small_model()
+    model.compile(backend=compiled_louder)
+    with fx.accelerate(model, PRUNED, plan()) as handle:
+        outputs(model)
+        assert not handle.summary().fallbacks
+        assert vars(copy.deepcopy(model)).get("_compiled_call_impl") is None
+    assert vars(model)["_compiled_call_impl"] is not None
+
+
+def louder_gelu(patch: pytest.MonkeyPatch) -> None:
+    real = nn.functional.gelu
+    patch.setattr(nn.functional, "gelu", lambda *a, **k: real(*a, **k) * 3)
+
+
+def louder_layer_norm(patch: pytest.MonkeyPatch) -> None:
+    real = nn.functional.layer_norm
+    patch.setattr(nn.functional, "layer_norm", lambda *a, **k: real(*a, **k) * 3)
+
+
+@pytest.mark.parametrize("patch", [louder_gelu, louder_layer_norm])
+def test_a_function_that_only_modules_call_is_followed(patch, monkeypatch):
+    """Those of the image encoder: an embedding from before must not be used again."""
+    model, dense = small_model(), small_model()
+    with fx.accelerate(model):
+        before = outputs(model)[0]
+        patch(monkeypatch)
+        after = outputs(model)
+    expected = outputs(dense)
+    assert relative(after[0], expected[0]) < LIMIT and torch.equal(after[1], expected[1])
+    assert relative(before, expected[0]) > 10 * LIMIT, "the patch must change the outputs"
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("where", ["class", "instance"])
+@pytest.mark.parametrize("name", ["_call_impl", "__call__"])
+def test_another_way_from_a_call_to_forward_is_not_passed_over(name, where, late, monkeypatch):
+    model = small_model()
+    layer = model.showo.model.layers[1]
+    if where == "instance" and name == "__call__":
+        pytest.skip("Python looks for it in the class only")
+    real = getattr(nn.Module, name)
+
+    def replace() -> None:
+        if where == "class":
+            monkeypatch.setattr(nn.Module, name, lambda *a, **k: real(*a, **k))
+        else:
+            layer._call_impl = lambda *a, **k: real(layer, *a, **k)
+
+    message = rf"model.*: its (class's )?{name} is replaced"
+    if late:
+        with fx.accelerate(model):
+            outputs(model)
+            replace()
+            with pytest.raises(TypeError, match=message):
+                outputs(model)
+    else:
+        replace()
+        with pytest.raises(TypeError, match=message):
+            fx.accelerate(model)
 
 
 @pytest.mark.parametrize("late", [False, True])

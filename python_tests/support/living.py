@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import flashu_ext as fx
+from flashu_ext.models.accelerated import handle_of
 from support.models import generation_inputs, question_inputs, small_model
 
 LIMIT = 1e-4
@@ -75,3 +76,12 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 
 def halved(model: Any, name: str) -> None:
     model.get_parameter(name).mul_(0.5)
+
+
+def outputs_to(queue: Any, model: Any) -> None:
+    """In a process that was started with the model as an argument."""
+    torch.set_num_threads(1)
+    latents, tokens = outputs(model)
+    queue.put(
+        (handle_of(model) is None, {n: v.numpy() for n, v in state(model).items()}, latents.numpy(), tokens.numpy())
+    )

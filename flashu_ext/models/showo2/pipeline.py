@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -60,6 +62,27 @@ class Pipeline:
     name: str = ""
     presets: Callable[[str], FlashUConfig | None] = preset
     own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
+
+    # ---- copies
+
+    def __copy__(self) -> Self:
+        clone = object.__new__(type(self))
+        vars(clone).update(vars(self))
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """With a dense model of its own. What has no weights is shared."""
+        memo[id(self)] = clone = self.__copy__()
+        clone.model = copy.deepcopy(self.model, memo)
+        if not isinstance(self.codec, ModuleType):
+            clone.codec = copy.deepcopy(self.codec, memo)
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "pipeline: it cannot be pickled, because its tokenizer cannot; pickle its model, and make the pipeline with "
+            "Pipeline.from_pretrained where it is used"
+        )
 
     @classmethod
     def from_pretrained(
