@@ -88,6 +88,7 @@ bool Machine::advance(Warp& w, std::size_t pick, int budget_of_group, int& budge
     --budget_of_group;
     ++steps;
     if (mask == 0 || unit_of(i.op) != Unit::kWarp) {
+      if (counter != nullptr) counter->issued(*this, w, i, mask);
       if (mask != 0) execute(w, i, mask);
       ++g.pc;
       progress = true;
@@ -96,11 +97,13 @@ bool Machine::advance(Warp& w, std::size_t pick, int budget_of_group, int& budge
     }
     if (i.op == Op::kBra) {
       ++i.executed;
+      if (counter != nullptr) counter->issued(*this, w, i, mask);
       progress = true;
       if (branch(w, pick, i, mask)) break;
       continue;
     }
     if (i.op == Op::kRet || i.op == Op::kExit) {
+      if (counter != nullptr) counter->issued(*this, w, i, mask);
       leave(w, pick, mask);
       return true;
     }
@@ -112,6 +115,7 @@ bool Machine::advance(Warp& w, std::size_t pick, int budget_of_group, int& budge
     }
     if (together(w, pick, i)) {
       ++i.executed;
+      if (counter != nullptr) counter->issued(*this, w, i, mask);
       return true;
     }
     w.groups[pick].state = Group::kRetry;
