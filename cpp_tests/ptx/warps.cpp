@@ -9,6 +9,7 @@ namespace ptx {
 namespace {
 
 constexpr int kFairShare = 64;  // instructions of lanes that are not those furthest behind
+constexpr u64 kRareTurn = 4096;
 
 bool can_be_tried(const Warp& w, const Group& g) {
   return g.state == Group::kReady || (g.state == Group::kRetry && g.tried != w.turns);
@@ -29,7 +30,9 @@ int next_meeting(const Warp& w, std::size_t pick) {
 bool Machine::turn(Warp& w, int budget) {
   bool progress = false;
   ++w.turns;
-  const bool fair = chance(8);
+  // Where instructions are counted lanes meet as early as they can, as on hardware; almost never otherwise,
+  // for loops that wait for another lane.
+  const bool fair = counter != nullptr ? w.turns % kRareTurn == 0 : chance(8);
   while (budget > 0 && w.live != 0) {
     std::size_t pick = pick_group(w, fair);
     if (pick == w.groups.size()) break;
