@@ -183,6 +183,7 @@ void Counter::issued(Machine&, Warp& w, const Instruction& i, u32 mask) {
     case Kind::kWgmma:
       if (i.has("wait_group")) ++counts_.product_waits[role];
       if (i.has("commit_group") && w.index % 4 == 0) ++counts_.product_groups;
+      if (i.has("wait_group") && i.operands[0].value() == 0 && w.index % 4 == 0) ++counts_.product_drains;
       return;
     default:
       return;
@@ -422,6 +423,7 @@ std::string to_json(const Launch& l, const Counts& c) {
                          .text())
       .add("wgmma", products.text())
       .add("wgmma_groups", c.product_groups)
+      .add("wgmma_drains", c.product_drains)
       .add("mma", c.mma)
       .add("mma_depth", c.mma_depth)
       .add("stages", c.stages)

@@ -231,6 +231,7 @@ void step(Case& c) {
   }
   const flashu_tensor state =
       c.op == "taylor_update" ? c.updated({3, rows, width}) : c.read({3, rows, width});
+  if (c.op == "taylor_update") c.more_bytes(-2 * rows * width);  // the last difference is not read
   if (c.op == "taylor_update") return taylor_update(state, c.read({rows, width}), 2.0, 2);
   taylor_predict(state, 1.0, 3, c.written({rows, width}));
 }

@@ -220,6 +220,7 @@ TEST_F(Counters, Products) {
     check(cudaDeviceSynchronize());
     EXPECT_EQ(counts_.products, (std::map<ptx::u32, ptx::u64>{{64, 2}}));
     EXPECT_EQ(counts_.product_groups, 1u);
+    EXPECT_EQ(counts_.product_drains, 1u);
     EXPECT_EQ(counts_.product_waits[0], 0u);
     EXPECT_EQ(counts_.product_waits[1], 4u);
     EXPECT_EQ(issued(counts_, Kind::kWgmma, 0), 0u);
