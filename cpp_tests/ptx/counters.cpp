@@ -173,7 +173,13 @@ void Counter::issued(Machine&, Warp& w, const Instruction& i, u32 mask) {
       if (i.op != Op::kBarWarp && !i.has("arrive")) ++counts_.barrier_waits[role];
       return;
     case Kind::kMbarrier:
-      if (i.has("expect_tx")) counts_.stages += static_cast<u64>(std::popcount(mask));
+      if (i.has("expect_tx")) {
+        counts_.stages += static_cast<u64>(std::popcount(mask));
+        const u32* id = w.block->id;
+        counts_.stages_of[u64{id[2]} << 48 | u64{id[1]} << 32 | id[0]] +=
+            static_cast<u64>(std::popcount(mask));
+      }
+      if (i.modifiers[0] == "arrive") counts_.arrivals += static_cast<u64>(std::popcount(mask));
       if (i.modifiers[0] == "try_wait" || i.modifiers[0] == "test_wait") ++counts_.mbarrier_waits[role];
       return;
     case Kind::kMma:
@@ -396,6 +402,8 @@ std::string to_json(const Launch& l, const Counts& c) {
     for (std::size_t r = 0; r < kRoles; ++r) sum += by_role[r] = c.instructions[r][kind];
     if (sum != 0) kinds.add(kNames[kind], of(by_role));
   }
+  u64 busiest = 0;
+  for (const auto& [block, stages] : c.stages_of) busiest = std::max(busiest, stages);
   for (const auto& [columns, n] : c.products) products.add(std::to_string(columns).c_str(), n);
   return Object()
       .add("kernel", quoted(demangled(l.kernel->name)))
@@ -427,6 +435,8 @@ std::string to_json(const Launch& l, const Counts& c) {
       .add("mma", c.mma)
       .add("mma_depth", c.mma_depth)
       .add("stages", c.stages)
+      .add("stages_of_busiest_block", busiest)
+      .add("arrivals", c.arrivals)
       .add("waits", Object()
                         .add("mbarrier", of(c.mbarrier_waits))
                         .add("wgmma", of(c.product_waits))

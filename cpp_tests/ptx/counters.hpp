@@ -55,13 +55,15 @@ struct Counts {
       instructions{};  // of warps, also where no lane's predicate holds
   GlobalCounts loads, stores, atomics, copies, box_loads, box_stores;
   SharedCounts shared_loads, shared_stores, shared_copies, ldmatrix, stmatrix;
-  u64 multicast_bytes = 0;      // that boxes brought to further blocks of a cluster
-  Sectors read, written;        // of the whole launch
-  std::map<u32, u64> products;  // wgmma of a warpgroup, by its columns
-  u64 mma = 0, mma_depth = 0;   // mma.sync of 16 x 8, and the sum of their depths
-  u64 product_drains = 0;       // waits of a warpgroup that leave no product under way
-  u64 product_groups = 0;       // wgmma.commit_group of a warpgroup
-  u64 stages = 0;               // phases that wait for bytes (expect_tx)
+  u64 multicast_bytes = 0;                 // that boxes brought to further blocks of a cluster
+  Sectors read, written;                   // of the whole launch
+  std::map<u32, u64> products;             // wgmma of a warpgroup, by its columns
+  u64 mma = 0, mma_depth = 0;              // mma.sync of 16 x 8, and the sum of their depths
+  u64 product_drains = 0;                  // waits of a warpgroup that leave no product under way
+  u64 product_groups = 0;                  // wgmma.commit_group of a warpgroup
+  u64 arrivals = 0;                        // threads that arrived at an mbarrier
+  std::unordered_map<u64, u64> stages_of;  // by block
+  u64 stages = 0;                          // phases that wait for bytes (expect_tx)
   std::array<u64, kRoles> mbarrier_waits{}, product_waits{}, copy_waits{}, barrier_waits{};  // of warps
 };
 

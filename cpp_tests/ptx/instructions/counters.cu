@@ -187,6 +187,8 @@ TEST_F(Counters, Boxes) {
   expect_global(counts_.box_loads, 1, 1024, 32);  // 8 rows of 128 bytes
   EXPECT_EQ(counts_.read.count(), 32u);
   EXPECT_EQ(counts_.stages, 1u);
+  EXPECT_EQ(counts_.stages_of.size(), 1u);
+  EXPECT_EQ(counts_.arrivals, 1u);
   EXPECT_EQ(counts_.mbarrier_waits[0], 2u);
   EXPECT_EQ(counts_.barrier_waits[0], 2u);
   EXPECT_EQ(issued(counts_, Kind::kTma), 1u);
