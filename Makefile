@@ -57,7 +57,8 @@ cpp-test: build ## C++ tests: the library with every instruction set, the CUDA k
 # Needs nvcc, as the CUDA kernels do.
 ptx-test: build ## the device tests on a machine for the PTX that nvcc makes (cpp_tests/ptx), for sm_90a and sm_80
 	$(CMAKE) -B $(BUILD) > build/cmake.log || { cat build/cmake.log; exit 1; }
-	if [ -d $(BUILD)/cpp_tests/ptx ]; then $(BIN)/cmake --build $(BUILD) && $(CTEST) --test-dir $(BUILD) -R '^ptx[.]'; \
+	if [ -d $(BUILD)/cpp_tests/ptx ]; then $(BIN)/cmake --build $(BUILD) && $(CTEST) --test-dir $(BUILD) -R '^ptx[.]' && \
+	  PYTHONPATH=. $(BIN)/python -m flashu_ext.bench counters --check; \
 	else echo 'ptx-test: NOT run: nvcc was not found' >&2; fi
 
 # Finds races between emulated threads that change no value. Slow, so it runs a part of the tests, in CI with one seed.

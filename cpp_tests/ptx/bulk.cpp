@@ -45,6 +45,7 @@ void Machine::bulk_load(Warp& w, const Instruction& i, int lane) {
   u8* p = shared_at(w, i, to, bytes, &block);
   u8* barrier = shared_at(w, i, value(3), 8);
   global(w, i, lane, from, bytes, By::kBulkRead);
+  if (counter != nullptr) counter->bulk(from, bytes, true);
   note_bulk_write(w, i, lane, *block, block->offset(p), bytes, block->offset(barrier));
   const auto run = [this, p, from, bytes, barrier, block] {
     std::memcpy(p, reinterpret_cast<const u8*>(from), bytes);
@@ -65,6 +66,7 @@ void Machine::bulk_store(Warp& w, const Instruction& i, int lane) {
   if (to % 16 != 0 || from % 16 != 0 || bytes % 16 != 0) fail(w, i, "bulk copy: misaligned", lane);
   u8* p = shared_at(w, i, from, bytes);
   global(w, i, lane, to, bytes, By::kBulkWrite);
+  if (counter != nullptr) counter->bulk(to, bytes, false);
   check_async_read(w, i, *w.block, w.block->offset(p), bytes);
   Block& block = *w.block;
   const bool late = !now();

@@ -35,6 +35,7 @@ Settings Settings::from_environment() {
   s.wgmma_by_warp = environment("FLASHU_PTX_WGMMA_BY_WARP", 0) != 0;
   s.check_tma = environment("FLASHU_PTX_TMA", 1) != 0;
   s.check_races = environment("FLASHU_PTX_RACES", 0) != 0;
+  s.values = environment("FLASHU_PTX_VALUES", 1) != 0;
   s.check_end = environment("FLASHU_PTX_END", 1) != 0;
   s.check_proxy = environment("FLASHU_PTX_PROXY", 1) != 0;
   return s;

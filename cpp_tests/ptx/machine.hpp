@@ -7,6 +7,7 @@
 #include <random>
 #include <set>
 
+#include "ptx/counters.hpp"
 #include "ptx/program.hpp"
 #include "ptx/races.hpp"
 
@@ -31,8 +32,9 @@ struct Settings {
   bool check_proxy = true;  // generic writes that the asynchronous proxy reads are fenced
   bool check_tma = true;    // the rules of TMA that the documentation leaves out: docs/hardware.md, H1 and H2
   bool check_end = true;    // a block waits for its bulk stores before it ends
-  bool wgmma_by_warp = true;           // a wait says nothing of the other warps of its group
-  bool check_races = false;            // happens-before in shared memory
+  bool wgmma_by_warp = true;  // a wait says nothing of the other warps of its group
+  bool check_races = false;   // happens-before in shared memory
+  bool values = true;         // false: products and boxes of tensors move none, where only counts are wanted
   static Settings from_environment();  // README.md
 };
 // A whole number in the environment.
@@ -181,7 +183,8 @@ struct Machine {
   };
   std::vector<Load> loads;  // bulk copies to shared memory that have not arrived
   u64 steps = 0;
-  Written written;  // by this launch
+  Counter* counter = nullptr;  // null: nothing is counted
+  Written written;             // by this launch
 
   explicit Machine(Settings s) : settings(s), random(s.seed) {}
   // Runs a grid. Throws Error, saying where, when it does what it may not.

@@ -42,6 +42,7 @@ u64 row_address(Machine& m, Warp& w, const Instruction& i, const Operand& o, int
 void Machine::ldmatrix(Warp& w, const Instruction& i) {
   if (!i.has("m8n8") || i.type != Type::kB16) refuse(w, i);
   Matrices m(i);
+  if (counter != nullptr) counter->matrix(w, i, m.count);
   for (int l = 0; l < m.count * 8; ++l) {
     Block* block = nullptr;
     const u8* row = shared_at(w, i, row_address(*this, w, i, i.operands[1], l), 16, &block);
@@ -59,6 +60,7 @@ void Machine::ldmatrix(Warp& w, const Instruction& i) {
 void Machine::stmatrix(Warp& w, const Instruction& i) {
   if (!i.has("m8n8") || i.type != Type::kB16) refuse(w, i);
   Matrices m(i);
+  if (counter != nullptr) counter->matrix(w, i, m.count);
   for (int n = 0; n < m.count; ++n) {
     const u64* s = w.values(part(i.operands[1], n));
     for (int l = 0; l < kLanes; ++l) {
@@ -86,6 +88,7 @@ void Machine::mma(Warp& w, const Instruction& i) {
   const bool half_sums = i.type == Type::kF16;
   const bool known = (wide || i.has("m16n8k8")) && in != Type::kNone && (i.type == Type::kF32 || half_sums);
   if (!known || !i.has("row") || !i.has("col")) refuse(w, i);
+  if (!settings.values) return;
   const auto& o = i.operands;
   const auto value = [&](const Operand& from, int n, int l, int half) {
     return static_cast<u16>(w.values(part(from, n))[l] >> (16 * half));

@@ -104,7 +104,11 @@ cudaError_t run_kernel(const void* key, dim3 grid, dim3 block, void** args, std:
                   "a cluster that is not modelled, or no part of the grid: " + name);
     const auto begin = std::chrono::steady_clock::now();
     Machine machine(settings);
+    std::unique_ptr<Counter> counter;
+    if (count_listener()) counter = std::make_unique<Counter>(*k);
+    machine.counter = counter.get();
     machine.run(l);
+    if (counter != nullptr) count_listener()(l, counter->counts());
     if (!overlaps) r.written = Written{};
     r.written.add(machine.written);
     if (environment("FLASHU_PTX_SAY", 0) != 0)

@@ -1,4 +1,5 @@
 // cp.async.bulk.tensor: boxes of a tensor in global memory from and to shared memory.
+#include <bit>
 #include <cstring>
 
 #include "ptx/machine.hpp"
@@ -106,6 +107,7 @@ void Machine::tensor_load(Warp& w, const Instruction& i, int lane, int rank) {
   shared_at(w, i, barrier, 8, &barrier_home);
   const bool multicast = i.has("multicast::cluster");
   const u32 blocks = multicast ? static_cast<u32>(value(w, i.operands[3], lane)) & 0xffff : 1u << home->rank;
+  if (counter != nullptr) counter->box(map, first.of, true, static_cast<u32>(std::popcount(blocks)));
   for (u32 rank_of = 0; blocks >> rank_of != 0; ++rank_of) {
     if ((blocks >> rank_of & 1) == 0) continue;
     if (rank_of >= w.block->cluster->size()) fail(w, i, "multicast to a block that is not there", lane);
@@ -114,14 +116,15 @@ void Machine::tensor_load(Warp& w, const Instruction& i, int lane, int rank) {
     u8* at = barrier_block->shared + (barrier & kOffset);
     note_bulk_write(w, i, lane, *block, box_at, bytes, barrier_block->offset(at));
     const auto run = [this, map, first, block, barrier_block, box_at, at, bytes, &w, &i, lane] {
-      each_element(map, first, box_at, [&](const Element& e) {
-        if (e.inside) {
-          std::memcpy(block->shared + e.shared, reinterpret_cast<const u8*>(e.global), map.element_bytes);
-        } else {
-          std::memset(block->shared + e.shared, map.fill != 0 ? 0xff : 0, map.element_bytes);
-        }
-        block->dirty[e.shared / 16] = 0;
-      });
+      if (settings.values)
+        each_element(map, first, box_at, [&](const Element& e) {
+          if (e.inside) {
+            std::memcpy(block->shared + e.shared, reinterpret_cast<const u8*>(e.global), map.element_bytes);
+          } else {
+            std::memset(block->shared + e.shared, map.fill != 0 ? 0xff : 0, map.element_bytes);
+          }
+          block->dirty[e.shared / 16] = 0;
+        });
       try {
         complete_bytes(*barrier_block, at, bytes);
       } catch (const Error& e) {
@@ -147,13 +150,15 @@ void Machine::tensor_store(Warp& w, const Instruction& i, int lane, int rank) {
   Block& block = *w.block;
   const u32 box_at = block.offset(shared_at(w, i, from, bytes));
   check_async_read(w, i, block, box_at, bytes);
+  if (counter != nullptr) counter->box(map, first.of, false, 1);
   const auto write = [this, map, first, &block, box_at, &w, &i, lane] {
-    each_element(map, first, box_at, [&](const Element& e) {
-      // Whole chunks of 16 bytes are written, also where a row ends within one (docs/hardware.md, H2).
-      if (!e.inside && !(e.tail && settings.check_tma)) return;
-      global(w, i, lane, e.global, map.element_bytes, By::kBulkWrite);
-      std::memcpy(reinterpret_cast<u8*>(e.global), block.shared + e.shared, map.element_bytes);
-    });
+    if (settings.values)
+      each_element(map, first, box_at, [&](const Element& e) {
+        // Whole chunks of 16 bytes are written, also where a row ends within one (docs/hardware.md, H2).
+        if (!e.inside && !(e.tail && settings.check_tma)) return;
+        global(w, i, lane, e.global, map.element_bytes, By::kBulkWrite);
+        std::memcpy(reinterpret_cast<u8*>(e.global), block.shared + e.shared, map.element_bytes);
+      });
   };
   const bool late = !now();
   if (!late) write();

@@ -9,6 +9,7 @@ namespace ptx {
 namespace {
 
 constexpr int kFairShare = 64;  // instructions of lanes that are not those furthest behind
+constexpr u64 kRareTurn = 4096;
 
 bool can_be_tried(const Warp& w, const Group& g) {
   return g.state == Group::kReady || (g.state == Group::kRetry && g.tried != w.turns);
@@ -29,7 +30,9 @@ int next_meeting(const Warp& w, std::size_t pick) {
 bool Machine::turn(Warp& w, int budget) {
   bool progress = false;
   ++w.turns;
-  const bool fair = chance(8);
+  // Where instructions are counted lanes meet as early as they can, as on hardware; almost never otherwise,
+  // for loops that wait for another lane.
+  const bool fair = counter != nullptr ? w.turns % kRareTurn == 0 : chance(8);
   while (budget > 0 && w.live != 0) {
     std::size_t pick = pick_group(w, fair);
     if (pick == w.groups.size()) break;
@@ -88,6 +91,7 @@ bool Machine::advance(Warp& w, std::size_t pick, int budget_of_group, int& budge
     --budget_of_group;
     ++steps;
     if (mask == 0 || unit_of(i.op) != Unit::kWarp) {
+      if (counter != nullptr) counter->issued(*this, w, i, mask);
       if (mask != 0) execute(w, i, mask);
       ++g.pc;
       progress = true;
@@ -96,11 +100,13 @@ bool Machine::advance(Warp& w, std::size_t pick, int budget_of_group, int& budge
     }
     if (i.op == Op::kBra) {
       ++i.executed;
+      if (counter != nullptr) counter->issued(*this, w, i, mask);
       progress = true;
       if (branch(w, pick, i, mask)) break;
       continue;
     }
     if (i.op == Op::kRet || i.op == Op::kExit) {
+      if (counter != nullptr) counter->issued(*this, w, i, mask);
       leave(w, pick, mask);
       return true;
     }
@@ -112,6 +118,7 @@ bool Machine::advance(Warp& w, std::size_t pick, int budget_of_group, int& budge
     }
     if (together(w, pick, i)) {
       ++i.executed;
+      if (counter != nullptr) counter->issued(*this, w, i, mask);
       return true;
     }
     w.groups[pick].state = Group::kRetry;

@@ -116,7 +116,8 @@ void Machine::begin_product(Warp& w, const Instruction& i) {
   p.trans_a = !p.a_in_registers && uniform(6, 0) != 0;
   p.trans_b = uniform(p.a_in_registers ? 6 : 7, 0) != 0;
   p.columns = columns;
-  if (p.a_in_registers) p.values_a = values_of_registers(w, o[1]);
+  if (counter != nullptr) counter->product(w, columns);
+  if (p.a_in_registers && settings.values) p.values_a = values_of_registers(w, o[1]);
   for (const Operand& d : o[0].sub) w.in_flight[static_cast<std::size_t>(d.index)] = p.group + 1;
   for (const Operand& a : o[1].sub) w.in_flight[static_cast<std::size_t>(a.index)] = p.group + 1;
   w.any_in_flight = true;
@@ -150,6 +151,7 @@ void Machine::do_products(Warp& w) {
 }
 
 void Machine::do_product(Warp& w, Product& p) {
+  if (!settings.values) return;
   const Instruction& i = *p.by;
   Block& block = *w.block;
   const auto fetch = [&](const Matrix& m, u32 row, u32 k) {

@@ -10,6 +10,8 @@ import click
 from ..cli.main import bench
 from ..planning.safe_files import write_text
 from .calls import main as calls
+from .counters import main as counters
+from .predict import main as predict
 from .readme import main as readme
 from .roofline import main as roofline
 from .sass import main as sass
@@ -65,6 +67,8 @@ def fidelity(prompts: int, seed: int, steps: int, json_path: Path | None) -> Non
 
 
 main.add_command(calls, "calls")
+main.add_command(counters, "counters")
+main.add_command(predict, "predict")
 main.add_command(sass, "sass")
 main.add_command(readme, "readme")
 main.add_command(roofline, "roofline")

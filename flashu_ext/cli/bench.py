@@ -23,7 +23,9 @@ def bench() -> None:
 
 @bench.command(
     epilog=example(
-        "flashu-ext bench ffn --rows 1 --rows 1460 --dtype bf16", "flashu-ext bench ffn --explain cuda --dtype bf16"
+        "flashu-ext bench ffn --rows 1 --rows 1460 --dtype bf16",
+        "flashu-ext bench ffn --explain cuda --dtype bf16",
+        "flashu-ext bench ffn --counters --rows 64 --dtype bf16",
     )
 )
 @click.option(
@@ -63,6 +65,11 @@ def bench() -> None:
     help="Print which kernels and tiles serve these problems (cuda: on sm_90 and sm_80, no GPU needed), and do not measure.",
 )
 @click.option(
+    "--counters",
+    is_flag=True,
+    help="Count what the CUDA kernels execute and move, and do not measure (bf16; no GPU, a source checkout with its C++ tests).",
+)
+@click.option(
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -76,6 +83,7 @@ def ffn(
     seconds: float,
     threads: int | None,
     explain: str | None,
+    counters: bool,
     json_file: Path | None,
 ) -> None:
     """Compare the gathered FFN with torch dense, a pruned copy, and gather-then-GEMM."""
@@ -85,6 +93,18 @@ def ffn(
     settings = module.Settings(shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads)
     if explain is not None:
         click.echo(module.explain(settings, explain))
+        return
+    if counters:
+        from ..bench import counters as counting
+        from ..bench import predict as predicting
+
+        if dtype != "bf16":
+            raise click.UsageError(f"--counters: expected --dtype bf16, got {dtype}")
+        counted = counting.count(counting.ffn_cases(shape, rows, keep))
+        click.echo(f"{counting.table(counted)}\n\n{counting.LEGEND}")
+        click.echo(f"\n{predicting.ffn_table(counted)}\n\n{predicting.NOTES}\n\n{predicting.LIMITS}")
+        if json_file is not None:
+            write_text(json_file, counting.to_json(counted))
         return
     report = module.run(settings)
     click.echo(report.table())
