@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from ..planning.safe_files import write_text
-from .counters import MULTIPROCESSORS, ROOT, SECTOR, Counted, Launch, count, ffn_cases, ideal_of
+from .counters import MULTIPROCESSORS, ROOT, SECTOR, SELECTIONS, Counted, Launch, count, ffn_cases, ideal_of
 
 __all__ = [
     "H100",
@@ -329,7 +329,7 @@ def ffn_table(counted: list[Counted], markdown: bool = False) -> str:
         for launch in entry.launches:
             p = predict(launch, 168 if "sm90" in launch.kernel else 128)
             needed = 2e-6 * ideal_of(entry.case, launch, entry.bytes).multiplications / p.us
-            selection = ("run", "eights", "index")[entry.case["by"]]
+            selection = SELECTIONS[entry.case["by"]]
             rows.append(
                 (
                     f"{entry.case['rows']}, {selection}",

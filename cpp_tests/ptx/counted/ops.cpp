@@ -26,7 +26,8 @@ constexpr const char* kUsage =
     "\n"
     "Prints what every launch of the ops executes and moves. Set FLASHU_PTX_WHEN=eager FLASHU_PTX_VALUES=0.\n"
     "\n"
-    "  ffn                rows, hidden, intermediate, neurons, by: run 0, list of eights 1, any list 2\n"
+    "  ffn                rows, hidden, intermediate, neurons, by: run 0, list of eights 1, any list 2, list "
+    "of 64 3\n"
     "  rms_norm           rows, width, modulated\n"
     "  add_rms_norm       rows, width\n"
     "  gate_add           rows, width\n"
@@ -130,14 +131,11 @@ void ffn(Case& c) {
     args.selection = select_runs(run);
   } else {
     std::vector<int32_t> neurons;
-    if (by == 1) {
-      for (const auto block : some_of<int32_t>(intermediate / 8, n / 8)) {
-        for (int32_t i = 0; i < 8; ++i) neurons.push_back(block * 8 + i);
-      }
-    } else {
-      neurons = some_of<int32_t>(intermediate, n);
+    const int32_t block = by == 3 ? 64 : by == 1 ? 8 : 1;
+    for (const auto start : some_of<int32_t>(intermediate / block, n / block)) {
+      for (int32_t i = 0; i < block; ++i) neurons.push_back(start * block + i);
     }
-    args.selection = select_list(c.holding(FLASHU_I32, neurons), by == 1);
+    args.selection = select_list(c.holding(FLASHU_I32, neurons), block);
   }
   uint64_t bytes = 0;
   check(flashu_gathered_ffn_workspace(&args, &bytes));
