@@ -28,7 +28,7 @@ static_assert(kBlockM == kProductN, "both operands have tiles of one size");
 enum class Reads {
   kVectors,  // 16 aligned bytes, fewer at the end of a row
   kValues,   // one by one: rows that are not aligned
-  kListed,   // one by one, where the list says: the columns of down
+  kListed,   // one by one, where the list says: the columns of down, unless they come in eights
 };
 
 // 16-byte chunk `chunk` of row `row`: two rows share a line of banks, so the chunks of a pair of rows are
@@ -115,7 +115,10 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
       if (!kGated && kReadsB == Reads::kVectors && k < g.lead) {
         fetch_lead(to, b_rows[i], b_inside[i] ? values : 0, g);
       } else {
-        fetch_chunk<T, kReadsB>(to, b_rows[i], k, b_inside[i] ? values : 0, g);
+        // Columns of down that a list names by eights.
+        const bool listed = !kGated && kReadsB == Reads::kVectors && g.list != nullptr && values > 0;
+        fetch_chunk<T, kReadsB>(to, b_rows[i], listed ? block_at(g.list, k, g.intermediate) : k,
+                                b_inside[i] ? values : 0, g);
       }
     }
   };
@@ -215,13 +218,12 @@ void run(const FfnGemm& g, Stream stream) {
     if (a_vectors && b_vectors) return launch_gemm<T, true, Reads::kVectors, Reads::kVectors>(g, stream);
     return launch_gemm<T, true, Reads::kValues, Reads::kValues>(g, stream);
   }
-  if (g.list != nullptr) {
+  const bool vectors = a_vectors && takes_vectors(b + g.first, {g.b_stride});
+  if (g.list != nullptr && !(vectors && g.block >= 8)) {
     if (a_vectors) return launch_gemm<T, false, Reads::kVectors, Reads::kListed>(g, stream);
     return launch_gemm<T, false, Reads::kValues, Reads::kListed>(g, stream);
   }
-  if (a_vectors && takes_vectors(b + g.first, {g.b_stride})) {
-    return launch_gemm<T, false, Reads::kVectors, Reads::kVectors>(g, stream);
-  }
+  if (vectors) return launch_gemm<T, false, Reads::kVectors, Reads::kVectors>(g, stream);
   launch_gemm<T, false, Reads::kValues, Reads::kValues>(g, stream);
 }
 

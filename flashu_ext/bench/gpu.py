@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ __all__ = ["Line", "Settings", "markdown", "run"]
 
 ROOT = Path(__file__).resolve().parents[2]
 FFN_SHAPES = {name: SHAPES[name] for name in ("1.5b", "7b", "head")}
-FFN_ROWS = (1, 4, 16, 64, 256, 1460, 2048, 8192)
+FFN_ROWS = (1, 4, 16, 64, 256, 730, 1460, 2048, 8192)
 # Goals for the whole FFN at 80 % of the neurons on an H200, microseconds.
 GOALS = {
     ("1.5b", 1): 18, ("1.5b", 16): 19, ("1.5b", 1460): 140, ("1.5b", 2048): 188, ("1.5b", 8192): 730,
@@ -66,6 +67,7 @@ class Line:
     ours: str
     baseline: str
     goal_us: float | None = None
+    predicted_us: float | None = None  # from counts; docs/predicted.md
 
 
 @dataclass
@@ -257,7 +259,15 @@ def _ffn_of(
         timing = measure(variants, device, seconds)
     flops = 6.0 * rows * hidden * kept
     bytes_ = 2.0 * (3 * hidden * kept + 2 * rows * hidden)
-    yield Line("ffn", f"{name} M={rows}", flops, bytes_, timing, "one run", "copy + silu_mul", GOALS.get((name, rows)))
+    shape = f"{name} M={rows}"
+    goal, predicted = GOALS.get((name, rows)), predicted_microseconds().get(shape)
+    yield Line("ffn", shape, flops, bytes_, timing, "one run", "copy + silu_mul", goal, predicted)
+
+
+def predicted_microseconds() -> dict[str, float]:
+    """Of the FFN by one run on an H100, as docs/predicted.md has them; empty where this is no source checkout."""
+    path = ROOT / "docs" / "predicted.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _silu_mul(both: Tensor) -> Tensor:
@@ -381,7 +391,24 @@ def markdown(result: Result) -> str:
         if ratios:
             mean = math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios))
             page.append(f"\nGeometric mean of {lines[0].baseline} / {lines[0].ours}: {mean:.2f}")
+    page += predictions(result.lines)
     return "\n".join(page) + "\n"
+
+
+def predictions(lines: list[Line]) -> list[str]:
+    """A table of what was predicted beside what was measured, the last one of the page."""
+    both = [
+        (line.shape, line.predicted_us, line.timing.microseconds[line.ours])
+        for line in lines
+        if line.predicted_us and line.ours in line.timing.microseconds
+    ]
+    if not both:
+        return []
+    page = ["", "### Predicted beside measured (us, by one run; predicted for an H100)", ""]
+    page += ["| shape | predicted | measured | measured / predicted |", "|---|---|---|---|"]
+    page += [f"| {shape} | {predicted:.1f} | {us:.1f} | {us / predicted:.2f} |" for shape, predicted, us in both]
+    error = statistics.fmean(abs(predicted / us - 1) for _, predicted, us in both)
+    return [*page, "", f"Mean error of the prediction: {100 * error:.0f} %"]
 
 
 PARTS: dict[str, Callable[[Settings, Result], str]] = {

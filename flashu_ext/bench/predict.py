@@ -34,6 +34,8 @@ __all__ = [
 
 LADDER = ROOT / "docs" / "ladder.json"
 PAGE = ROOT / "docs" / "predicted.md"
+TIMES = ROOT / "docs" / "predicted.json"
+PAGE_ROWS = {"1.5b": (1, 16, 64, 256, 730, 1460, 2048, 8192), "7b": (1, 16, 64, 256, 730, 1460)}
 
 
 @dataclass(frozen=True)
@@ -322,12 +324,16 @@ def summary(rungs: list[Rung]) -> str:
     )
 
 
+def _predicted(launch: Launch) -> Prediction:
+    return predict(launch, 168 if "sm90" in launch.kernel else 128)
+
+
 def ffn_table(counted: list[Counted], markdown: bool = False) -> str:
     """Predicted microseconds of the gathered FFN's launches."""
     rows: list[tuple[str, ...]] = [("rows, by", "kernel", "predicted us", "TFLOP/s", "bound by", "exposed")]
     for entry in counted:
         for launch in entry.launches:
-            p = predict(launch, 168 if "sm90" in launch.kernel else 128)
+            p = _predicted(launch)
             needed = 2e-6 * ideal_of(entry.case, launch, entry.bytes).multiplications / p.us
             selection = SELECTIONS[entry.case["by"]]
             rows.append(
@@ -355,6 +361,15 @@ LIMITS = """What the model does not know: the clock under the power limit (1,755
 tiles, kernel 11), what a launch costs (2 to 3 us), reads that L1 answers, and latencies that few warps do not hide. So
 differences of a few per cent between two kernels mean nothing (kernels 8 to 11 are predicted alike, and their order is
 chance), and times below about 10 us are lower bounds."""
+
+
+def ffn_microseconds(shapes: dict[str, list[Counted]]) -> dict[str, float]:
+    """Predicted microseconds of whole FFNs, by shape and rows as flashu_ext/bench/gpu.py names them."""
+    return {
+        f"{shape} M={entry.case['rows']}": round(sum(_predicted(launch).us for launch in entry.launches), 1)
+        for shape, counted in shapes.items()
+        for entry in counted
+    }
 
 
 def page(rungs: list[Rung], shapes: dict[str, list[Counted]]) -> str:
@@ -403,7 +418,7 @@ Kernel 11 at sizes that had no part in the model, by the description of the kern
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Make docs/ladder.json from counts of the published kernels in this folder (cpp_tests/ptx/README.md).",
 )
-@click.option("--write", "writes", is_flag=True, help="Make docs/predicted.md anew (minutes).")
+@click.option("--write", "writes", is_flag=True, help="Make docs/predicted.md and .json anew (minutes).")
 def main(shape: str, rows: tuple[int, ...], folder: Path | None, writes: bool) -> None:
     """Predict times of kernels from their counts, beside published ones."""
     try:
@@ -414,12 +429,10 @@ def main(shape: str, rows: tuple[int, ...], folder: Path | None, writes: bool) -
         if rows:
             click.echo(f"\n{ffn_table(count(ffn_cases(shape, rows, 0.8)))}")
         if writes:
-            shapes = {
-                "1.5B": count(ffn_cases("1.5b", (1, 16, 64, 256, 730, 1460, 2048), 0.8, ["run"])),
-                "7B": count(ffn_cases("7b", (1, 64, 730), 0.8, ["run"])),
-            }
+            shapes = {name: count(ffn_cases(name, of_shape, 0.8, ["run"])) for name, of_shape in PAGE_ROWS.items()}
             write_text(PAGE, page(rungs, shapes))
-            click.echo(f"wrote {PAGE}")
+            write_text(TIMES, json.dumps(ffn_microseconds(shapes), indent=1) + "\n")
+            click.echo(f"wrote {PAGE} and {TIMES}")
     except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 

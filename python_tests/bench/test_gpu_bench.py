@@ -11,7 +11,7 @@ from PIL import Image
 
 from flashu_ext.bench import gpu
 from flashu_ext.bench.__main__ import main
-from flashu_ext.bench.timing import measure
+from flashu_ext.bench.timing import Timing, measure
 
 
 def test_tables_on_the_cpu(tmp_path: Path):
@@ -36,6 +36,17 @@ def test_a_part_that_fails_does_not_keep_the_next_from_running(tmp_path: Path):
     settings = gpu.Settings(tmp_path, "cpu", ("conformance", "ffn"), seconds=0.0, build=tmp_path / "nothing")
     result = gpu.run(settings)
     assert result.parts["conformance"].startswith("failed: RuntimeError") and "2 shapes" in result.parts["ffn"]
+
+
+def test_the_page_ends_with_what_was_predicted_beside_what_was_measured():
+    times = gpu.predicted_microseconds()
+    assert times["1.5b M=64"] > 0
+    timing = Timing(microseconds={"one run": 40.0}, failures={})
+    lines = [gpu.Line("ffn", "1.5b M=64", 1.0, 1.0, timing, "one run", "", None, 50.0)]
+    lines.append(gpu.Line("ffn", "new", 1.0, 1.0, timing, "one run", ""))
+    text = "\n".join(gpu.predictions(lines))
+    assert "| 1.5b M=64 | 50.0 | 40.0 | 0.80 |" in text and "new" not in text and text.endswith("25 %")
+    assert gpu.predictions(lines[1:]) == []
 
 
 def test_commands(tmp_path: Path):
