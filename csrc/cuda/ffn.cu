@@ -177,7 +177,7 @@ FfnPlan plan_ffn(const FfnProblem& p) {
     plan.h_bytes = aligned(p.rows * plan.h_stride * element_bytes(p.type));
   }
   if (plan.down.blocks_of_tile > 1) {
-    plan.partial_stride = divide_up(p.width, 2) * 2;  // two values are stored at a time
+    plan.partial_stride = divide_up(p.width, 4) * 4;  // four values are read at a time
     plan.partial_bytes = aligned(plan.down.blocks_of_tile * p.rows * plan.partial_stride * 4);
   }
   return plan;

@@ -290,7 +290,7 @@ FLASHU_DEVICE void store_part(const FfnGemm& g, int part, int64_t first_m, int64
 #pragma unroll
     for (int j = 0; j < C::kBlockN / 8; ++j) {
       const int64_t c = first_n + j * 8 + lane % 4 * 2;
-      if (c >= g.n) continue;  // the stride is even: the value after the last one lies in it
+      if (c >= g.n) continue;  // the stride is a multiple of four: the value after the last one lies in it
       *reinterpret_cast<float2*>(row + c) = {sums[j * 4 + half * 2], sums[j * 4 + half * 2 + 1]};
     }
   }
