@@ -24,8 +24,10 @@ demo: build ## generate and answer with the embedded model, dense, exact and pap
 
 test: python-test cpp-test ptx-test lint ## everything that CI checks
 
+# Two processes of one thread are faster than one of two: most models in the tests are too small to be shared by threads.
+# `make test-abi` runs the operators' tests on all threads.
 python-test: build $(if $(SHOWO2_UPSTREAM),upstream-env) ## Python tests; SHOWO2_UPSTREAM=DIR adds those that run a Show-o2 checkout
-	$(BIN)/python -m pytest python_tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -n 2 --dist worksteal
 
 # Packages that upstream's models and scripts import, at the versions in its build_env.sh. Its torch (2.5.1) is too old for us.
 PINNED := transformers|diffusers|einops|timm|huggingface-hub|accelerate

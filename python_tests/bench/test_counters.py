@@ -133,7 +133,7 @@ def test_a_count_that_was_none_and_other_launches_are_worse():
 
 def test_cases_name_shapes_and_selections():
     cases = ffn_cases("1.5b", (64,), 0.8)
-    assert [case["by"] for case in cases] == [0, 1, 2]
+    assert [case["by"] for case in cases] == [0, 1, 2, 3]
     assert cases[0].argument == "ffn:rows=64,hidden=1536,intermediate=8960,neurons=7168,by=0"
     assert cases[0].name == f"sm90 {cases[0].argument}"
 

@@ -128,10 +128,10 @@ def _neurons_schema(*order: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         given = {"listed": False, "block": 1, **arguments}
         if (selection := given.pop("selection", None)) is not None:
             given |= {"runs": selection.runs, "index": selection.list}
-            given |= {"listed": selection.list is not None, "blocks": selection.blocks}
+            given |= {"listed": selection.list is not None, "block": selection.block}
         if given["runs"] is not None:
             given["runs"] = [n for run in given["runs"] for n in (run if isinstance(run, tuple) else (run,))]
-        return {name: given[name] for name in (*order, "listed", "blocks")}
+        return {name: given[name] for name in (*order, "listed", "block")}
 
     return schema
 
