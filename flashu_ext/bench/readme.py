@@ -73,6 +73,14 @@ def _e2e(record: dict[str, Any]) -> str:
     return _table(header, rows) + _source(record)
 
 
+def _headline(record: dict[str, Any]) -> str:
+    """Of the whole images and answers: what a user would compare."""
+    shown = {("generation", 50), ("generation", 35), ("understanding", 32)}
+    rows = [row for row in record["rows"] if (row["task"], row["size"]) in shown]
+    ours = [row for row in rows if row["baseline"] or (row["program"] == "flashu_ext" and "," not in row["preset"])]
+    return _e2e({**record, "rows": ours})
+
+
 def _nano(record: dict[str, Any]) -> str:
     presets = record["presets"]
     names = list(next(iter(presets.values())))
@@ -152,12 +160,16 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "ffn": _ffn,
     "e2e": _e2e,
     "e2e_gpu": _e2e_gpu,
+    "headline": _headline,
     "nano": _nano,
     "fidelity": _fidelity,
     "gpu": _gpu,
     "steps": _steps,
 }
 """By a section's name, or by its first word; the rest says which file: `ffn_bf16` is results/ffn_bf16.json."""
+
+FILES = {"headline": "e2e"}
+"""Sections that show a part of another one's result."""
 
 PENDING = {
     "e2e_gpu": "Not run yet, no GPU was at hand: `flashu-ext bench e2e --gpu --json e2e_gpu.json --plot e2e_gpu.png`"
@@ -175,7 +187,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
     def section(match: re.Match[str]) -> str:
         name = match[2]
         kind = name if name in TABLES else name.split("_")[0]
-        path = results / f"{name}.json"
+        path = results / f"{FILES.get(name, name)}.json"
         if kind not in TABLES:
             raise ValueError(f"results section: expected one of {', '.join(TABLES)}, got {name!r}")
         if not path.is_file() and name in PENDING:
