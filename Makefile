@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup
 # The requirements in pyproject.toml, by extra. Only this file and gpu.sh install them.
 requirements = $(shell $(PYTHON) .ci/requirements $(1) | sed "s/.*/'&'/")
 
-.PHONY: help demo test python-test cpp-test ptx-test tsan mutants mutants-quick lint format build bench info test-abi wheel-check sass gpu-wheels clean
+.PHONY: help demo test python-test cpp-test ptx-test tsan mutants mutants-quick lint format build bench api info test-abi wheel-check sass gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -93,6 +93,10 @@ format: $(VENV)/.tools ## format the sources
 bench: build ## the FFN, whole images and answers, compared with torch
 	$(BIN)/flashu-ext bench ffn
 	$(BIN)/flashu-ext bench e2e --model bench
+
+api: build ## API reference from the docstrings, into build/api
+	$(PIP) $(call requirements,docs)
+	PYTHONPATH=. $(BIN)/python .ci/api-reference build/api
 
 info: build ## what this build and this machine support
 	$(BIN)/flashu-ext info
