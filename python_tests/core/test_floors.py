@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,9 @@ def _dotted(path: Path) -> str:
 def _module(name: str, names: dict[str, Path]) -> str | None:
     """The module that an imported name denotes or is defined in."""
     return name if name in names else name.rpartition(".")[0] if name.rpartition(".")[0] in names else None
+
+
+def test_the_page_names_every_floor() -> None:
+    page = PACKAGE.parent / "docs" / "architecture.md"
+    named = re.findall(r"^  (\w+)\[\"\1: ", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert named == [folder for folders in FLOORS for folder in folders]
