@@ -135,6 +135,41 @@ def test_a_folder_becomes_a_pipeline(folder: Path):
         assert handle.summary() is not None
 
 
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_pipeline_is_saved_and_loaded(folder: Path, tmp_path: Path, planned: bool):
+    pipe = fx.showo2.Pipeline.from_pretrained(folder)
+    dense = pipe.generate("a red circle", seed=3, steps=3)
+    if planned:
+        shape = pipe.model.config.llm
+        scores = torch.rand(shape["num_hidden_layers"], shape["intermediate_size"])
+        plan = fx.TaskPlan.from_scores(generation=scores, ratio=0.25, multiple=8)
+        fx.accelerate(pipe.model, fx.FlashUConfig(ffn=fx.FfnPruning(0.25, 8)), plan)
+    for _ in range(2):  # over itself too
+        pipe.save_pretrained(tmp_path / "saved")
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer",
+        "vae",
+    ]
+    again = fx.showo2.Pipeline.from_pretrained(tmp_path / "saved")
+    assert again.generate("a red circle", seed=3, steps=3).tobytes() == dense.tobytes()
+    assert again.layout.question("what ?")[1].tolist() == pipe.layout.question("what ?")[1].tolist()
+
+
+def test_what_a_folder_misses_is_said(folder: Path, tmp_path: Path):
+    pipe = fx.showo2.Pipeline.from_pretrained(folder)
+    pipe.model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*pipe\.save_pretrained"):
+        fx.showo2.Pipeline.from_pretrained(tmp_path)
+    write_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(FileNotFoundError, match=r"VAE.*pipe\.save_pretrained"):
+        fx.showo2.Pipeline.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"WanCodec, got NoneType"):
+        fx.showo2.Pipeline.from_pretrained("nano").save_pretrained(tmp_path / "nano")
+    assert not (tmp_path / "nano").exists()
+
+
 def test_a_checkpoint_folder_is_calibrated_from_images(folder: Path, tmp_path: Path):
     from click.testing import CliRunner
 

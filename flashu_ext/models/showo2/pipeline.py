@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -51,6 +52,7 @@ class Pipeline:
         name: 'nano' or the checkpoint's folder.
         presets: config for a preset name and this model.
         own_plan: config -> the included plan, pruned as the config says; None without one.
+        tokenizer: of transformers, which `save_pretrained` writes; None where `layout` has another one.
     """
 
     model: Showo2
@@ -62,6 +64,7 @@ class Pipeline:
     name: str = ""
     presets: Callable[[str], FlashUConfig | None] = preset
     own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
+    tokenizer: Any = None
 
     # ---- copies
 
@@ -106,8 +109,12 @@ class Pipeline:
         directory = Path(name)
         if not directory.is_dir():
             raise FileNotFoundError(f"{str(name)!r}: expected 'nano' or a folder with a Show-o2 checkpoint")
-        tokenizer = load_tokenizer(directory / "tokenizer" if (directory / "tokenizer").is_dir() else directory)
-        codec = WanCodec.from_pretrained(directory / "vae")
+        try:
+            tokenizer = load_tokenizer(directory / "tokenizer" if (directory / "tokenizer").is_dir() else directory)
+            codec = WanCodec.from_pretrained(directory / "vae")
+        except FileNotFoundError as error:
+            hint = "model.save_pretrained writes only the model, pipe.save_pretrained what goes with it too"
+            raise FileNotFoundError(f"{error}; {hint}") from error
         model = Showo2.from_pretrained(directory, dtype).to(device)
         config = model.config
         if len(tokenizer) > config.llm_vocab_size:
@@ -121,7 +128,34 @@ class Pipeline:
             codec=codec,
             pixels=8 * config.patch_size * config.image_latent_height,
             name=str(directory),
+            tokenizer=tokenizer,
         )
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write model, tokenizer and VAE into a folder that `from_pretrained` reads; weights in the model's own order.
+
+        Args:
+            directory: created if missing; existing files of these names are replaced, each whole or not at all.
+
+        Raises:
+            TypeError: the tokenizer or codec is none that a folder can hold, such as the embedded model's.
+            OSError: a file cannot be written.
+        """
+        if self.tokenizer is None or not isinstance(self.codec, WanCodec):
+            raise TypeError(
+                f"pipeline: expected a tokenizer of transformers and a WanCodec, got {type(self.tokenizer).__name__} and "
+                f"{type(self.codec).__name__}; self.model.save_pretrained writes the model alone"
+            )
+        directory = Path(directory)
+        self.model.save_pretrained(directory)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".") as draft:
+            parts = {"tokenizer": self.tokenizer, "vae": self.codec.vae}
+            for name, part in parts.items():
+                part.save_pretrained(Path(draft) / name)
+            for name in parts:
+                (directory / name).mkdir(exist_ok=True)
+                for file in (Path(draft) / name).iterdir():
+                    os.replace(file, directory / name / file.name)
 
     # ---- generation
 
