@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import codec
 from .evaluate import Proportion, answer, generate, make_noise
-from .judge import judge
+from .judge import Verdict, judge
 from .world import Question, Scene, captions, questions, render, scenes
 
 __all__ = ["Outputs", "Probe", "Split"]
@@ -139,13 +139,13 @@ class Probe:
         latents = torch.cat(drawn)
         return Outputs(latents, codec.pictures(latents), answers, tokens)
 
-    def verdicts(self, outputs: Outputs) -> list[bool]:
-        """Whether each image is correct."""
-        return [judge(image, scene).right for image, scene in zip(outputs.images, self.scenes, strict=True)]
+    def verdicts(self, outputs: Outputs) -> list[Verdict]:
+        """Whether each image is correct, and why not."""
+        return [judge(image, scene) for image, scene in zip(outputs.images, self.scenes, strict=True)]
 
     def adherence(self, outputs: Outputs) -> Proportion:
         verdicts = self.verdicts(outputs)
-        return Proportion(sum(verdicts), len(verdicts))
+        return Proportion(sum(verdict.right for verdict in verdicts), len(verdicts))
 
     def accuracy(self, outputs: Outputs) -> Proportion:
         right = [text == question.answer for text, (_, question) in zip(outputs.answers, self.asked, strict=True)]

@@ -110,7 +110,8 @@ def _drawings(probe: Probe, outputs: dict[str, Outputs]) -> list[Drawing]:
         Drawing(
             probe.prompts[i],
             {preset: _png(own.images[i]) for preset, own in outputs.items()},
-            {preset: right[i] for preset, right in verdicts.items()},
+            {preset: judged[i].right for preset, judged in verdicts.items()},
+            {preset: judged[i].reason for preset, judged in verdicts.items()},
         )
         for i in range(min(SHOWN_DRAWINGS, len(probe.prompts)))
     ]

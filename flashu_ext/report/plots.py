@@ -26,21 +26,26 @@ KIND_COLORS = {
 
 
 def times(result: DemoResult, attribute: str, title: str) -> str:
-    """Bars of `image_seconds` or `answer_seconds` medians, each round as a dot; an SVG data URI."""
+    """Bars of `image_seconds` or `answer_seconds` medians, each round as a dot; an SVG data URI.
+
+    Rounds far beyond the longest bar are arrows at the edge: one slow round does not shrink the bars.
+    """
     drawn, axes = figure(4.6, 1.9)
     style(axes)
-    base = None
-    for row, preset in enumerate(result.presets):
-        rounds = [1e3 * seconds for seconds in getattr(preset, attribute)]
-        median = statistics.median(rounds)
-        base = base or median
+    milliseconds = [[1e3 * seconds for seconds in getattr(preset, attribute)] for preset in result.presets]
+    medians = [statistics.median(rounds) for rounds in milliseconds]
+    edge = 1.3 * max(medians)
+    for row, (rounds, median) in enumerate(zip(milliseconds, medians, strict=True)):
         axes.barh(row, median, color=PRESET_COLORS[row % len(PRESET_COLORS)], height=0.62, zorder=2)
-        axes.scatter(rounds, [row] * len(rounds), s=7, color=INK, alpha=0.45, zorder=3, linewidths=0)
-        label = f" {median:.3g} ms" + (f"   {base / median:.1f}x" if row else "")
-        axes.text(max(median, *rounds), row, label, va="center", ha="left", fontsize=9.5, color=INK)
+        inside = [value for value in rounds if value <= edge]
+        axes.scatter(inside, [row] * len(inside), s=7, color=INK, alpha=0.45, zorder=3, linewidths=0)
+        if len(inside) < len(rounds):
+            axes.scatter([edge], [row], s=14, color=INK, alpha=0.45, zorder=3, linewidths=0, marker=">")
+        label = f" {median:.3g} ms" + (f"   {medians[0] / median:.1f}x" if row else "")
+        axes.text(max(median, *inside), row, label, va="center", ha="left", fontsize=9.5, color=INK)
     axes.set_yticks(range(len(result.presets)), [preset.name for preset in result.presets], color=INK, fontsize=10)
     axes.invert_yaxis()
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.28)
+    axes.set_xlim(0, 1.28 * edge)
     axes.set_xticks([])
     axes.set_title(title, loc="left", fontsize=10.5, color=INK)
     return svg(drawn)

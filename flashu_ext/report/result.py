@@ -54,11 +54,12 @@ class PresetResult:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A prompt with, per preset, its PNG and whether the judge found it right."""
+    """A prompt with, per preset, its PNG, whether the judge found it right, and the first thing that is wrong, or ''."""
 
     prompt: str
     images: dict[str, bytes]
     right: dict[str, bool]
+    reasons: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class DemoResult:
                 }
                 for preset in self.presets
             ],
-            "drawings": [{"prompt": d.prompt, "right": d.right} for d in self.drawings],
+            "drawings": [{"prompt": d.prompt, "right": d.right, "reasons": d.reasons} for d in self.drawings],
             "answers": [{"question": a.question, "expected": a.expected, "answers": a.answers} for a in self.answers],
         }
         return json.dumps(record, indent=1, allow_nan=False) + "\n"

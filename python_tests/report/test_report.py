@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
 from flashu_ext.nano.evaluate import Proportion  # noqa: E402
+from flashu_ext.report import plots  # noqa: E402
 from flashu_ext.report.render import render, write_report  # noqa: E402
 from flashu_ext.report.result import Answer, DemoResult, Drawing, PresetResult  # noqa: E402
 
@@ -53,7 +55,14 @@ def result() -> DemoResult:
             preset("exact", 0.2, max_difference=3e-6, summary="kernels <all>"),
             preset("paper", 0.1, psnr=21.5),
         ],
-        drawings=[Drawing("a red circle & more", {n: png("red") for n in names}, {n: n != "paper" for n in names})],
+        drawings=[
+            Drawing(
+                "a red circle & more",
+                {n: png("red") for n in names},
+                {n: n != "paper" for n in names},
+                {n: "nothing at <left>" if n == "paper" else "" for n in names},
+            )
+        ],
         answers=[Answer(png("blue"), "what color is it ?", "blue", {"dense": "blue", "exact": "blue", "paper": "red"})],
     )
 
@@ -90,6 +99,7 @@ def test_page_escapes_what_it_is_given(result: DemoResult) -> None:
     html = render(result)
     assert "nano &lt;3&gt;" in html and "<b>CPU</b>" not in html
     assert "kernels &lt;all&gt;" in html and "a red circle &amp; more" in html
+    assert html.count("wrong: nothing at &lt;left&gt;") == 1
 
 
 def test_speedups_are_of_medians(result: DemoResult) -> None:
@@ -120,3 +130,14 @@ def test_files_are_written(result: DemoResult, tmp_path: Path) -> None:
 
 def test_equal_results_give_equal_pages(result: DemoResult) -> None:
     assert render(result) == render(result)
+
+
+def test_one_slow_round_does_not_shrink_the_bars(result: DemoResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    axes: list[Any] = []
+    monkeypatch.setattr(plots, "svg", lambda drawn: axes.append(drawn.axes[0]) or "")
+    plots.times(result, "image_seconds", "images")
+    result.presets[1].image_seconds.append(100.0)
+    result.presets[1].image_seconds.append(0.2)
+    plots.times(result, "image_seconds", "images")
+    assert axes[0].get_xlim() == axes[1].get_xlim()
+    assert len(axes[1].collections) == len(axes[0].collections) + 1  # the arrow
