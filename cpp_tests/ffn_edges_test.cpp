@@ -59,7 +59,7 @@ struct Selected {
       case kNarrow:
         return select_index(narrow);
       case kList:
-        return select_list(narrow, false);
+        return select_list(narrow, 1);
       default:
         return select_all();
     }
