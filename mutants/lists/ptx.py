@@ -10,7 +10,7 @@ AMPERE = Ptx("DeviceTiles/0.OfAmpere", capability=80)
 
 MUTANTS = [
     Mutant("mma: a1 and a2 exchanged", "csrc/cuda/primitives/mma.cuh",
-           "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}", "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}", AMPERE, quick=True),
+           "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}", "f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}", AMPERE),
     Mutant("ldmatrix: transposed", "csrc/cuda/primitives/mma.cuh",
            "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", AMPERE),
     Mutant("stmatrix: registers exchanged", "csrc/cuda/primitives/mma.cuh",
@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant("tma: row and column of a load exchanged", "csrc/cuda/primitives/tma.cuh",
            "\"r\"(column), \"r\"(row), \"r\"(shared_address(barrier))", "\"r\"(row), \"r\"(column), \"r\"(shared_address(barrier))", HOPPER),
     Mutant("tma: row and column of a store exchanged", "csrc/cuda/primitives/tma.cuh",
-           "[%0, {%2, %3}], [%1]", "[%0, {%3, %2}], [%1]", HOPPER, quick=True),
+           "[%0, {%2, %3}], [%1]", "[%0, {%3, %2}], [%1]", HOPPER),
     Mutant("tma: waits for one store too few", "csrc/cuda/primitives/tma.cuh",
            "cp.async.bulk.wait_group.read %0;\" ::\"n\"(kPending)", "cp.async.bulk.wait_group.read %0;\" ::\"n\"(kPending + 1)", HOPPER),
     Mutant("cp.async: reads 16 bytes always", "csrc/cuda/primitives/memory.cuh",
