@@ -495,15 +495,13 @@ void collective(std::uint32_t mask, const char* kind, void* mine, void (*meet)(v
   if (m.arrived != mask) {
     park(kind, where, nullptr);
   } else {
-    if (fence) {
-      order_acquire(&m);
-      order_release(passed);
-    }
+    if (fence) order_acquire(&m);
     void* pointers[kLanes] = {};
     for (unsigned i = 0; i < kLanes; ++i) {
       if (mask >> i & 1) pointers[i] = m.pointers[i];
     }
     meet(pointers, context);
+    if (fence) order_release(passed);  // with what was waited for in there
     m.arrived = 0;
     ++m.phase;
     for (unsigned i = 0; i < kLanes; ++i) {
