@@ -14,6 +14,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import flashu_ext as fx
 
+CONFIG = Qwen2Config(
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=512,
+)
+
 
 def keep_neurons(model: nn.Module, runs: list[tuple[int, int]]) -> None:
     """Let every FFN of a model of transformers (Qwen2, Llama, Mistral, ...) use the neurons in `runs`, (start, length).
@@ -50,24 +59,16 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8, help="fraction of the neurons (default 0.8)")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    config = Qwen2Config(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-    )
-    model, pruned = Qwen2ForCausalLM(config).eval(), Qwen2ForCausalLM(config).eval()
+    model, pruned = Qwen2ForCausalLM(CONFIG).eval(), Qwen2ForCausalLM(CONFIG).eval()
     pruned.load_state_dict(model.state_dict())
-    half = max(1, round(config.intermediate_size * arguments.keep) // 2)
-    runs = [(0, half), (config.intermediate_size - half, half)]
+    half = max(1, round(CONFIG.intermediate_size * arguments.keep) // 2)
+    runs = [(0, half), (CONFIG.intermediate_size - half, half)]
     keep_neurons(model, runs)
     cut_neurons(pruned, runs)
     with torch.inference_mode():
-        tokens = torch.randint(config.vocab_size, (2, 32))
+        tokens = torch.randint(CONFIG.vocab_size, (2, 32))
         difference = (model(tokens).logits - pruned(tokens).logits).abs().max().item()
-    kept = f"{2 * half} of {config.intermediate_size} neurons in each of {config.num_hidden_layers} layers"
+    kept = f"{2 * half} of {CONFIG.intermediate_size} neurons in each of {CONFIG.num_hidden_layers} layers"
     print(f"{kept}: logits differ by {difference:.1e}")
     if difference > 1e-4:
         raise SystemExit(1)

@@ -177,12 +177,15 @@ struct OnDevice {
   }
 };
 
+// With a workspace of the size that the call asks for.
 template <class Args>
-DeviceWorkspace workspace_for(Args& args, int32_t (*size)(const Args*, uint64_t*)) {
-  uint64_t bytes = 0;
+void run(Args& args, int32_t (*size)(const Args*, uint64_t*), void (*op)(const Args&)) {
   args.struct_size = sizeof(Args);
-  check(size(&args, &bytes));
-  return DeviceWorkspace(bytes);
+  check(size(&args, &args.workspace_bytes));
+  const DeviceWorkspace workspace(args.workspace_bytes);
+  args.workspace = workspace.get().data;
+  op(args);
+  device_synchronize();
 }
 
 // A tensor without elements has no memory in torch; kernels must not be chosen by its address.
@@ -194,24 +197,26 @@ flashu_tensor as_torch_has_it(flashu_tensor tensor) {
 }
 
 template <class T>
-Guarded<T> run_ffn(Operands<T>& o, const Chosen& chosen, bool with_residual, int64_t out_padding = 0,
-                   Guarded<double>* norms = nullptr) {
-  Guarded<T> out({o.rows, o.width}, out_padding);
-  OnDevice on_device(chosen);
+FfnArgs arguments(Operands<T>& o) {
   FfnArgs args{};
   args.x = o.x.upload();
   args.w_gate = o.gate.upload();
   args.w_up = o.up.upload();
   args.w_down = as_torch_has_it(o.down.upload());
+  return args;
+}
+
+template <class T>
+Guarded<T> run_ffn(Operands<T>& o, const Chosen& chosen, bool with_residual, int64_t out_padding = 0,
+                   Guarded<double>* norms = nullptr) {
+  Guarded<T> out({o.rows, o.width}, out_padding);
+  OnDevice on_device(chosen);
+  FfnArgs args = arguments(o);
   args.selection = on_device.selection;
   if (with_residual) args.residual = o.residual.upload();
   if (norms != nullptr) args.norms = norms->upload();
   args.out = as_torch_has_it(out.upload());
-  const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_ffn_workspace);
-  args.workspace = workspace.get().data;
-  args.workspace_bytes = workspace.get().bytes;
-  gathered_ffn(args);
-  device_synchronize();
+  run(args, flashu_gathered_ffn_workspace, gathered_ffn);
   return out.download();
 }
 
@@ -226,11 +231,7 @@ Guarded<T> run_down(Guarded<T>& h, Guarded<T>& down, const Chosen& chosen, Guard
   args.selection = on_device.selection;
   if (residual != nullptr) args.residual = residual->upload();
   args.out = out.upload();
-  const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_down_workspace);
-  args.workspace = workspace.get().data;
-  args.workspace_bytes = workspace.get().bytes;
-  gathered_down(args);
-  device_synchronize();
+  run(args, flashu_gathered_down_workspace, gathered_down);
   return out.download();
 }
 
@@ -396,11 +397,7 @@ TYPED_TEST(DeviceFfn, HalvesAlone) {
       up.w_up = o.up.upload();
       up.selection = on_device.selection;
       up.out = out.upload();
-      const DeviceWorkspace up_workspace = workspace_for(up, flashu_gathered_swiglu_workspace);
-      up.workspace = up_workspace.get().data;
-      up.workspace_bytes = up_workspace.get().bytes;
-      gathered_swiglu(up);
-      device_synchronize();
+      run(up, flashu_gathered_swiglu_workspace, gathered_swiglu);
       const auto got = out.download();
       for (int64_t i = 0; i < rows * n; ++i) {
         const double expected = h[static_cast<size_t>(i)];
@@ -490,6 +487,20 @@ TYPED_TEST(DeviceFfn, PartsOfManyNeurons) {
   }
 }
 
+// Results wide enough that a thread adds four columns of the blocks' sums; those of one row are not.
+TYPED_TEST(DeviceFfn, DecodedRowsOfManyColumns) {
+  const Operands<TypeParam> many(16, 16, 80, 600);
+  const Chosen chosen{"all", {}, {}};
+  whole_ffn(many, chosen, true);
+  auto all = many;
+  const auto together = run_ffn(all, chosen, false);
+  Operands<TypeParam> last(1, 16, 80, 600);
+  last.x.fill([&](int64_t i) { return many.x[15 * 16 + i]; });
+  const auto alone = run_ffn(last, chosen, false);
+  for (int64_t i = 0; i < 600; ++i)
+    ASSERT_EQ(to_float(alone[i]), to_float(together[15 * 600 + i])) << "element " << i;
+}
+
 // On hardware nobody has said that a box may be larger than its matrix; gpu.sh runs this first and alone.
 TYPED_TEST(DeviceFfn, ABoxLargerThanItsMatrix) {
   cuda::ffn_limits().decodes = false;
@@ -536,19 +547,11 @@ TYPED_TEST(DeviceFfn, AnIndexOutOfRangeIsClampedAndReported) {
   Guarded<int32_t> status({1});
   status[0] = 0;
   Guarded<TypeParam> out({20, 24});
-  FfnArgs args{};
-  args.x = o.x.upload();
-  args.w_gate = o.gate.upload();
-  args.w_up = o.up.upload();
-  args.w_down = o.down.upload();
+  FfnArgs args = arguments(o);
   args.selection = select_index(index.upload());
   args.status = status.upload();
   args.out = out.upload();
-  const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_ffn_workspace);
-  args.workspace = workspace.get().data;
-  args.workspace_bytes = workspace.get().bytes;
-  gathered_ffn(args);
-  device_synchronize();
+  run(args, flashu_gathered_ffn_workspace, gathered_ffn);
   expect_equal(out.download(), expected);
   EXPECT_EQ(status.download()[0], 1);
 }
@@ -563,18 +566,10 @@ TYPED_TEST(DeviceFfn, AListOutOfRangeStaysInTheWeights) {
     list[1] = 7;
     list[2] = 94;
     Guarded<TypeParam> out({rows, 24});
-    FfnArgs args{};
-    args.x = o.x.upload();
-    args.w_gate = o.gate.upload();
-    args.w_up = o.up.upload();
-    args.w_down = o.down.upload();
+    FfnArgs args = arguments(o);
     args.selection = select_list(list.upload(), 1);
     args.out = out.upload();
-    const DeviceWorkspace workspace = workspace_for(args, flashu_gathered_ffn_workspace);
-    args.workspace = workspace.get().data;
-    args.workspace_bytes = workspace.get().bytes;
-    gathered_ffn(args);
-    device_synchronize();
+    run(args, flashu_gathered_ffn_workspace, gathered_ffn);
     expect_equal(out.download(), expected);
   }
 }
@@ -611,20 +606,6 @@ TYPED_TEST(DeviceFfn, NeuronNorms) {
       expect_near(got.download(), expected, 8);
     });
   }
-}
-
-TEST(FfnChoice, IsPrintedAndPrefersFullWaves) {
-  core::FfnQuestion q{1460, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
-  const auto up = core::ffn_candidates(q, true);
-  EXPECT_EQ(up.front().tile.kernel, core::FfnKernel::kSm90);
-  for (size_t i = 1; i < up.size(); ++i) EXPECT_LE(up[i - 1].us, up[i].us);
-  EXPECT_NE(core::explain_ffn(q).find("sm90"), std::string::npos);
-  q.rows = 4;
-  EXPECT_TRUE(core::ffn_decodes(q));
-  EXPECT_NE(core::explain_ffn(q).find("one pass"), std::string::npos);
-  q.aligned = false;
-  EXPECT_FALSE(core::ffn_decodes(q));
-  EXPECT_EQ(core::ffn_candidates(q, true).front().tile.kernel, core::FfnKernel::kSm80);
 }
 
 }  // namespace

@@ -181,6 +181,38 @@ void every_tile(FfnKernel kernel) {
   }
 }
 
+// Parts in order, whoever adds them, where a thread takes one column or four.
+TYPED_TEST(DeviceTiles, SumsOfParts) {
+  for (const auto& [count, rows, width] :
+       {std::array<int64_t, 3>{3, 7, 37}, {2, 132, 1025}, {128, 3, 37}, {7, 33, 260}}) {
+    SCOPED_TRACE(std::to_string(count) + " parts of " + std::to_string(rows) + " x " + std::to_string(width));
+    const int64_t stride = (width + 3) / 4 * 4;
+    auto parts = normal<float>({count, rows, stride}, 1);
+    auto residual = normal<TypeParam>({rows, width}, 2, 1);
+    Guarded<TypeParam> out({rows, width}, 3);
+    const flashu_tensor parts_d = parts.upload(), residual_d = residual.upload(), out_d = out.upload();
+    cuda::ffn_sum({static_cast<const float*>(parts_d.data), static_cast<int>(count), rows, width, stride,
+                   residual_d.data, width + 1, out_d.data, width + 3},
+                  dtype_of<TypeParam>(), nullptr);
+    device_synchronize();
+    const auto got = out.download();
+    for (int64_t i = 0; i < rows * width; ++i) {
+      const int64_t at = i / width * stride + i % width;
+      // Up to four parts one after another; more by sixteen shares of some that follow each other.
+      const int64_t shares = count <= 4 ? 1 : 16;
+      float total = 0;
+      for (int64_t share = 0; share < shares; ++share) {
+        float sum = 0;
+        for (int64_t p = count * share / shares; p < count * (share + 1) / shares; ++p)
+          sum += parts[p * rows * stride + at];
+        total += sum;
+      }
+      ASSERT_EQ(to_float(got[i]), to_float(from_float<TypeParam>(total + to_float(residual[i]))))
+          << "element " << i;
+    }
+  }
+}
+
 TYPED_TEST(DeviceTiles, OfHopper) {
   if (!use_capability(90)) GTEST_SKIP() << "this device is no sm_90";
   this->under_every_schedule([] { every_tile<TypeParam>(FfnKernel::kSm90); });

@@ -113,5 +113,19 @@ TEST(FfnTiles, PartsFillADevice) {
   EXPECT_EQ(core::ffn_parts(15155), 4);
 }
 
+TEST(FfnTiles, TheChoiceIsPrintedAndPrefersFullWaves) {
+  core::FfnQuestion q{1460, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
+  const auto up = core::ffn_candidates(q, true);
+  EXPECT_EQ(up.front().tile.kernel, core::FfnKernel::kSm90);
+  for (size_t i = 1; i < up.size(); ++i) EXPECT_LE(up[i - 1].us, up[i].us);
+  EXPECT_NE(core::explain_ffn(q).find("sm90"), std::string::npos);
+  q.rows = 4;
+  EXPECT_TRUE(core::ffn_decodes(q));
+  EXPECT_NE(core::explain_ffn(q).find("one pass"), std::string::npos);
+  q.aligned = false;
+  EXPECT_FALSE(core::ffn_decodes(q));
+  EXPECT_EQ(core::ffn_candidates(q, true).front().tile.kernel, core::FfnKernel::kSm80);
+}
+
 }  // namespace
 }  // namespace flashu::test

@@ -10,8 +10,8 @@
 // The down half has few tiles and a long K (24 tiles for 64 rows at 1.5B). Its sums are made of up to four
 // parts of K, as K alone decides. Where the tiles do not fill the device a block makes one part, and
 // ffn_sum() adds them; elsewhere a block makes all of them and adds them in the same order, in a second set
-// of registers. Prediction by core/ffn_choice.cpp at 1.5B for 64, 256 and 730 rows: 11, 17 and 42 us, with
-// one block to a tile 25, 41 and 63.
+// of registers. Predicted times:
+// docs/redesigns.md.
 #include <iterator>
 #include <utility>
 
@@ -49,7 +49,6 @@ struct Config {
   static constexpr int kTileBytesB = kProductN * kRowBytes;
   // Of the weights, in the up half gate's first.
   static constexpr int kBoxRows = kFetch == Fetch::kRuns ? 64 : kFetch == Fetch::kBlocks ? 8 : kBlockN;
-  static constexpr int kBoxes = kProductN / kBoxRows;
   static constexpr int kStageBytes = kTileBytesA + kTileBytesB;
   static constexpr int kOutBytes = kConsumers * 2 * kGroupBytes;  // two groups in flight for each warpgroup
   static constexpr int kStages = (kSharedLimit - 1024 - kOutBytes) / kStageBytes > 6
@@ -62,6 +61,10 @@ struct Config {
   static_assert(kStages >= 3, "fewer stages do not hide a fetch");
   static_assert(kBlockN % 8 == 0 && kBlockN >= 64 && kProductN <= 256, "what wgmma and the epilogue take");
 };
+
+// Of the weights in a stage.
+template <class C>
+constexpr int kBoxes = C::kProductN / C::kBoxRows;
 
 // Everything by value: tensor maps must be kernel arguments.
 struct Maps {
@@ -137,17 +140,17 @@ FLASHU_DEVICE void clear_lead(char* b, int64_t lead) {
 // The first neuron of a lane's box. Boxes past the list lie outside the weights and become zero.
 template <class C>
 FLASHU_DEVICE int neuron_of_box(const FfnGemm& g, int64_t first_n, int lane) {
-  static_assert(C::kBoxes <= kWarp, "a lane to each box");
-  const int64_t j = first_n + lane % (C::kBoxes / 2) * C::kBoxRows;
+  static_assert(kBoxes<C> <= kWarp, "a lane to each box");
+  const int64_t j = first_n + lane % (kBoxes<C> / 2) * C::kBoxRows;
   return j < g.n ? g.list[j] : static_cast<int>(g.intermediate);
 }
 
 template <class C>
 FLASHU_DEVICE void fetch_blocks(const Maps& maps, char* b, int neuron, int64_t k, int lane, Mbarrier* full) {
-  if (lane >= C::kBoxes) return;
+  if (lane >= kBoxes<C>) return;
   char* const to = b + lane * C::kBoxRows * kRowBytes;
   // Two calls: cicc 13.0 crashes on a reference to one or the other kernel argument.
-  if (lane >= C::kBoxes / 2) {
+  if (lane >= kBoxes<C> / 2) {
     tma_load(to, maps.b2, static_cast<int>(k), neuron, full);
   } else {
     tma_load(to, maps.b, static_cast<int>(k), neuron, full);

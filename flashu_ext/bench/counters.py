@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from ..planning.safe_files import write_text
+from ..planning.tables import markdown_table, text_table
 from .ffn import SHAPES
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
     "find_program",
     "ideal_of",
     "main",
-    "table",
+    "rows_of",
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,7 +201,7 @@ def ideal_of(case: Case, launch: Launch, total_bytes: int, first: bool = True) -
 def ffn_cases(shape: str, rows: Sequence[int], keep: float, selections: Sequence[str] = SELECTIONS) -> list[Case]:
     """The gathered FFN of a model's shape."""
     hidden, intermediate = SHAPES[shape]
-    neurons = int(intermediate * keep)
+    neurons = int(intermediate * keep) // 64 * 64  # as plans have them
     return [
         Case.of("ffn", rows=r, hidden=hidden, intermediate=intermediate, neurons=neurons, by=SELECTIONS.index(name))
         for r in rows
@@ -371,18 +372,9 @@ def row_of(counted: Counted, launch: Launch) -> tuple[str, ...]:
     )
 
 
-def table(counted: Iterable[Counted]) -> str:
-    """One line a launch, for people."""
-    rows = [HEADER, *(row_of(entry, launch) for entry in counted for launch in entry.launches)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _markdown(counted: Iterable[Counted]) -> str:
-    rows = [HEADER, ("---",) * len(HEADER), *(row_of(entry, launch) for entry in counted for launch in entry.launches)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def rows_of(counted: Iterable[Counted]) -> list[tuple[str, ...]]:
+    """The cells of a table: a row for each launch."""
+    return [HEADER, *(row_of(entry, launch) for entry in counted for launch in entry.launches)]
 
 
 LEGEND = """- MB must move: every operand once. Distinct: 32-byte sectors that the launch touches, each once (what memory moves if
@@ -410,11 +402,11 @@ table for other shapes.
 
 ## Gathered FFN, bf16, 80 % of the neurons
 
-{_markdown(ffn)}
+{markdown_table(rows_of(ffn))}
 
 ## Other ops, bf16, 1460 tokens
 
-{_markdown(others)}
+{markdown_table(rows_of(others))}
 """
 
 
@@ -514,7 +506,7 @@ def main(ops: tuple[str, ...], rows: int, checks: bool, writes: bool, baseline: 
             raise click.UsageError(
                 f"--op: expected one of {', '.join(dict.fromkeys(case.op for case in cases))}, got {min(unknown)}"
             )
-        click.echo(table(count([case for case in cases if not ops or case.op in ops], program)))
+        click.echo(text_table(rows_of(count([case for case in cases if not ops or case.op in ops], program))))
     except (OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.plan import TaskPlan
+from ..planning.tables import text_table
 from ..runtime.handle import accelerate
 from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
 
@@ -201,13 +202,10 @@ class Report:
                     _output_column(row),
                 )
             )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        text.insert(1, "  ".join("-" * width for width in widths))
         about = ", ".join(f"{name} {value}" for name, value in self.machine.items())
-        return "\n".join([*text, "", about, f"{self.settings.repeats} interleaved rounds; {self.command}"])
+        return "\n".join(
+            [text_table(lines, rule=True), "", about, f"{self.settings.repeats} interleaved rounds; {self.command}"]
+        )
 
 
 def _output_column(row: Row) -> str:

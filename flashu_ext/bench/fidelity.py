@@ -22,6 +22,7 @@ from ..models.parts import Showo2Parts, model_shape
 from ..ops.machine import command_line, facts
 from ..planning.config import FlashUConfig
 from ..planning.cost import llm_layer_flops
+from ..planning.tables import text_table
 from ..runtime.handle import accelerate
 
 __all__ = ["Row", "llm_flops", "measure", "table", "to_json", "token_ratio_within"]
@@ -200,11 +201,7 @@ def _caching(drawings: _Images) -> Iterator[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for people."""
-    lines = [HEADER, *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    return text_table([HEADER, *(row.cells() for row in rows)])
 
 
 def to_json(rows: Sequence[Row]) -> str:

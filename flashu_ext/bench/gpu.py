@@ -28,7 +28,9 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import machine
+from ..planning.tables import markdown_table
 from .ffn import SHAPES
+from .predict import ffn_times
 from .roofline import plot
 from .timing import Timing, measure
 
@@ -260,14 +262,8 @@ def _ffn_of(
     flops = 6.0 * rows * hidden * kept
     bytes_ = 2.0 * (3 * hidden * kept + 2 * rows * hidden)
     shape = f"{name} M={rows}"
-    goal, predicted = GOALS.get((name, rows)), predicted_microseconds().get(shape)
+    goal, predicted = GOALS.get((name, rows)), ffn_times().get(shape)
     yield Line("ffn", shape, flops, bytes_, timing, "one run", "copy + silu_mul", goal, predicted)
-
-
-def predicted_microseconds() -> dict[str, float]:
-    """Of the FFN by one run on an H100, as docs/predicted.md has them; empty where this is no source checkout."""
-    path = ROOT / "docs" / "predicted.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _silu_mul(both: Tensor) -> Tensor:
@@ -404,11 +400,16 @@ def predictions(lines: list[Line]) -> list[str]:
     ]
     if not both:
         return []
-    page = ["", "### Predicted beside measured (us, by one run; predicted for an H100)", ""]
-    page += ["| shape | predicted | measured | measured / predicted |", "|---|---|---|---|"]
-    page += [f"| {shape} | {predicted:.1f} | {us:.1f} | {us / predicted:.2f} |" for shape, predicted, us in both]
+    rows = [(shape, f"{predicted:.1f}", f"{us:.1f}", f"{us / predicted:.2f}") for shape, predicted, us in both]
     error = statistics.fmean(abs(predicted / us - 1) for _, predicted, us in both)
-    return [*page, "", f"Mean error of the prediction: {100 * error:.0f} %"]
+    return [
+        "",
+        "### Predicted beside measured (us, by one run; predicted for an H100)",
+        "",
+        markdown_table([("shape", "predicted", "measured", "measured / predicted"), *rows]),
+        "",
+        f"Mean error of the prediction: {100 * error:.0f} %",
+    ]
 
 
 PARTS: dict[str, Callable[[Settings, Result], str]] = {

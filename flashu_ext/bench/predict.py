@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from ..planning.safe_files import write_text
+from ..planning.tables import markdown_table, text_table
 from .counters import MULTIPROCESSORS, ROOT, SECTOR, SELECTIONS, Counted, Launch, count, ffn_cases, ideal_of
 
 __all__ = [
@@ -273,14 +274,6 @@ def further(path: Path = LADDER) -> list[Rung]:
 # ---- reports
 
 
-def _lines(rows: list[tuple[str, ...]], markdown: bool) -> str:
-    if markdown:
-        rows = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
 def errors(rungs: list[Rung], device: Device = H100) -> list[float]:
     """Predicted over published, less one."""
     return [rung.predicted(device) / rung.published - 1 for rung in rungs]
@@ -292,7 +285,7 @@ def inversions(rungs: list[Rung], device: Device = H100) -> int:
     return sum(values[i] > values[j] for j in range(len(values)) for i in range(j))
 
 
-def ladder_table(rungs: list[Rung], markdown: bool = False) -> str:
+def ladder_rows(rungs: list[Rung]) -> list[tuple[str, ...]]:
     """Published beside predicted, what bounds each kernel, and the error."""
     rows: list[tuple[str, ...]] = [("kernel", "published TFLOP/s", "predicted", "error", "bound by", "exposed")]
     for rung, error in zip(rungs, errors(rungs), strict=True):
@@ -307,7 +300,7 @@ def ladder_table(rungs: list[Rung], markdown: bool = False) -> str:
                 f"{p.exposed / H100.clock / 1e3 / p.us:.0%}",
             )
         )
-    return _lines(rows, markdown)
+    return rows
 
 
 def summary(rungs: list[Rung]) -> str:
@@ -328,7 +321,7 @@ def _predicted(launch: Launch) -> Prediction:
     return predict(launch, 168 if "sm90" in launch.kernel else 128)
 
 
-def ffn_table(counted: list[Counted], markdown: bool = False) -> str:
+def ffn_rows(counted: list[Counted]) -> list[tuple[str, ...]]:
     """Predicted microseconds of the gathered FFN's launches."""
     rows: list[tuple[str, ...]] = [("rows, by", "kernel", "predicted us", "TFLOP/s", "bound by", "exposed")]
     for entry in counted:
@@ -346,7 +339,7 @@ def ffn_table(counted: list[Counted], markdown: bool = False) -> str:
                     f"{p.exposed / H100.clock / 1e3 / p.us:.0%}",
                 )
             )
-    return _lines(rows, markdown)
+    return rows
 
 
 NOTES = """Predicted from exact counts (docs/counters.md), registers and published rates of an H100: cycles of tensor cores,
@@ -363,6 +356,11 @@ differences of a few per cent between two kernels mean nothing (kernels 8 to 11 
 chance), and times below about 10 us are lower bounds."""
 
 
+def ffn_times() -> dict[str, float]:
+    """Those of docs/predicted.json; empty where this is no source checkout."""
+    return dict(json.loads(TIMES.read_text(encoding="utf-8"))) if TIMES.is_file() else {}
+
+
 def ffn_microseconds(shapes: dict[str, list[Counted]]) -> dict[str, float]:
     """Predicted microseconds of whole FFNs, by shape and rows as flashu_ext/bench/gpu.py names them."""
     return {
@@ -374,7 +372,7 @@ def ffn_microseconds(shapes: dict[str, list[Counted]]) -> dict[str, float]:
 
 def page(rungs: list[Rung], shapes: dict[str, list[Counted]]) -> str:
     """docs/predicted.md."""
-    tables = "\n\n".join(f"### {shape}\n\n{ffn_table(counted, True)}" for shape, counted in shapes.items())
+    tables = "\n\n".join(f"### {shape}\n\n{markdown_table(ffn_rows(counted))}" for shape, counted in shapes.items())
     return f"""# Predicted times
 
 Written by `python -m flashu_ext.bench predict --write`. **Nothing here was measured by us.**
@@ -389,13 +387,13 @@ of high performance matmul kernels" (Aleksa Gordić, 29 September 2025), which r
 1.83 GHz, L2 8,986 GB/s at 1,755 MHz (PMC10448217, table 3), memory 3,350 GB/s. Counts (docs/ladder.json): at depths 512 and
 1,024, continued to 4,096 (each count is linear in the depth, which is checked); kernel 1 at 512 x 512, scaled to the larger grid.
 
-{ladder_table(rungs, True)}
+{markdown_table(ladder_rows(rungs))}
 
 {summary(rungs)}.
 
 Kernel 11 at sizes that had no part in the model, by the description of the kernels in the repository's history:
 
-{ladder_table(further(), True)}
+{markdown_table(ladder_rows(further()))}
 
 {LIMITS}
 
@@ -425,9 +423,10 @@ def main(shape: str, rows: tuple[int, ...], folder: Path | None, writes: bool) -
         if folder is not None:
             write_text(LADDER, json.dumps(read_counts(folder), indent=1) + "\n")
         rungs = ladder()
-        click.echo(f"{ladder_table(rungs)}\n{summary(rungs)}\n\n{ladder_table(further())}\n\n{NOTES}\n\n{LIMITS}")
+        first, second = (text_table(ladder_rows(each)) for each in (rungs, further()))
+        click.echo(f"{first}\n{summary(rungs)}\n\n{second}\n\n{NOTES}\n\n{LIMITS}")
         if rows:
-            click.echo(f"\n{ffn_table(count(ffn_cases(shape, rows, 0.8)))}")
+            click.echo(f"\n{text_table(ffn_rows(count(ffn_cases(shape, rows, 0.8))))}")
         if writes:
             shapes = {name: count(ffn_cases(name, of_shape, 0.8, ["run"])) for name, of_shape in PAGE_ROWS.items()}
             write_text(PAGE, page(rungs, shapes))

@@ -15,6 +15,8 @@ from typing import Any
 
 import click
 
+from ..planning.tables import markdown_table
+
 __all__ = ["RESULTS", "filled"]
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,8 +26,7 @@ _SECTION = re.compile(r"(<!-- results: ([a-z0-9_]+) -->\n).*?(<!-- end -->)", re
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return markdown_table([header, *rows])
 
 
 def _source(record: dict[str, Any]) -> str:

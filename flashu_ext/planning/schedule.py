@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from .config import FlashUConfig
 from .groups import HeadCaching, LayerSkip, TokenSkip
+from .tables import text_table
 
 __all__ = ["Step", "StepPlan", "least_important"]
 
@@ -157,11 +158,7 @@ class StepPlan:
         }
         columns = [name for name in rows[0] if shown.get(name, True)]
         table = [columns, *([row[name] for name in columns] for row in rows)]
-        widths = [max(len(row[column]) for row in table) for column in range(len(columns))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines = [text_table(table, rule=True)]
         total = (
             f"{self.grid_points} grid points = {len(self)} evaluations: {self.backbone_evaluations} run the backbone, "
             f"{self.head_evaluations} the head, {self.dead_evaluations} were dead and are not run"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..nano.evaluate import Proportion
+from ..planning.tables import text_table
 
 __all__ = ["Answer", "DemoResult", "Drawing", "PresetResult"]
 
@@ -118,10 +119,7 @@ class DemoResult:
                     self.against_dense(preset),
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(lines)
+        return text_table(rows, rule=True)
 
     def against_dense(self, preset: PresetResult) -> str:
         """How far a preset's images are from dense's, as text."""

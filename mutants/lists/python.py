@@ -23,6 +23,7 @@ RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 HANDLE = within("runtime/test_accelerate.py")
 LIVING = within("runtime/test_living.py")
+COPIES = within("runtime/test_living_copies.py")
 PAGE = within("runtime/test_living_page.py")
 MODULES = within("runtime/test_living_modules.py")
 SCHEDULES = within("runtime/test_images_by_turns.py")
@@ -37,6 +38,7 @@ LISTS = within("parallel/test_lists.py")
 RANKS = within("parallel/test_ranks.py")
 LOCK = within("parallel/test_folder_lock.py")
 HOSTILE = within("planning/test_hostile_files.py")
+WRITES = within("planning/test_failed_writes.py")
 EDGES = within("showo2/test_edges.py")
 PIPELINE = within("showo2/test_pipeline.py")
 CONFORMANCE = within("showo2/test_conformance.py")
@@ -46,9 +48,9 @@ MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "            temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
     Mutant("files: no fsync", "flashu_ext/planning/safe_files.py", "os.fsync(file.fileno())", "file.fileno()", FILES),
     Mutant("files: Ctrl-C leaves the draft", "flashu_ext/planning/safe_files.py", "            shutil.rmtree(folder, ignore_errors=True)\n            os.close(lock)\n", "            os.close(lock)\n", FILES),
-    Mutant("files: drafts of dead writers stay", "flashu_ext/planning/safe_files.py", "            _delete_dead(parent / folder)\n", "            pass\n", HOSTILE("killed_process")),
-    Mutant("files: drafts of living writers are deleted", "flashu_ext/planning/safe_files.py", "            if try_lock(handle, fcntl.LOCK_EX):\n", "            if True:\n", HOSTILE("killed_process")),
-    Mutant("files: a full disk has no name", "flashu_ext/planning/safe_files.py", "raise os_refusal(path, error) from error", "raise", HOSTILE("full_disk_leaves")),
+    Mutant("files: drafts of dead writers stay", "flashu_ext/planning/safe_files.py", "            _delete_dead(parent / folder)\n", "            pass\n", WRITES("killed_process")),
+    Mutant("files: drafts of living writers are deleted", "flashu_ext/planning/safe_files.py", "            if try_lock(handle, fcntl.LOCK_EX):\n", "            if True:\n", WRITES("killed_process")),
+    Mutant("files: a full disk has no name", "flashu_ext/planning/safe_files.py", "raise os_refusal(path, error) from error", "raise", WRITES("full_disk_leaves")),
     Mutant("files: a FIFO is waited for", "flashu_ext/planning/reading.py", "    if not stat.S_ISREG(status.st_mode):\n", "    if stat.S_ISDIR(status.st_mode):\n", HOSTILE("only_regular and plan and FIFO")),
     Mutant("files: any number of dimensions", "flashu_ext/planning/safe_files.py", "    if len(shape) > MAX_DIMENSIONS:\n", "    if len(shape) > MAX_JSON_BYTES:\n", HOSTILE("hostile_headers and tensors")),
     Mutant("json: a float may be infinite", "flashu_ext/planning/reading.py", "    if not math.isfinite(value):\n", "    if value != value:\n", HOSTILE("hostile_json")),
@@ -125,8 +127,8 @@ MUTANTS = [
     Mutant("order: neurons are put back by the permutation", "flashu_ext/runtime/order.py", "if planned else self._layout.inverse", "if planned else self._layout.permutation", HANDLE("remove_gives")),
     Mutant("order: what is loaded is not permuted", "flashu_ext/runtime/order.py", 'state[f"{prefix}weight"] = self.reordered(given, planned=True)', "pass", LIVING("loaded_weights")),
     Mutant("order: load hooks of others come after ours", "flashu_ext/runtime/order.py", "            hooks[id(self)] = to_plan_order  # the last one: hooks of others get the model's own order\n", "            hooks[id(self)] = to_plan_order\n            hooks.move_to_end(id(self), last=False)\n", LIVING("hooks_of_one")),
-    Mutant("order: what is saved stays in plan order", "flashu_ext/runtime/order.py", 'destination[f"{prefix}{name}"] = copied = self.reordered(self.parameter, planned=False)', "copied = self.parameter", LIVING("in_its_own_order"), quick=True),
-    Mutant("order: what is copied stays in plan order", "flashu_ext/runtime/order.py", "        values = self.reordered(weight, planned=False)\n", "        values = weight.detach().clone()\n", LIVING("a_copy_is_dense")),
+    Mutant("order: what is saved stays in plan order", "flashu_ext/runtime/order.py", 'destination[f"{prefix}{name}"] = copied = self.reordered(self.parameter, planned=False)', "copied = self.parameter", COPIES("in_its_own_order"), quick=True),
+    Mutant("order: what is copied stays in plan order", "flashu_ext/runtime/order.py", "        values = self.reordered(weight, planned=False)\n", "        values = weight.detach().clone()\n", COPIES("a_copy_is_dense")),
     Mutant("order: weights are never edited", "flashu_ext/runtime/order.py", "return self.planned and self._pending is None and any(", "return not self.planned and any(", LIVING("edit_in_plan_order")),
     Mutant("order: a load counts as an edit", "flashu_ext/runtime/order.py", "                self.parameter = self.linear.weight\n                self.accept(self._planned)\n", "                pass\n", LIVING("loaded_weights")),
     Mutant("order: another parameter is no edit", "flashu_ext/runtime/order.py", "if weight is not self.parameter or _version(weight) != self._version or", "if weight is self.parameter and _version(weight) != self._version or", LIVING("replaced_parameter")),

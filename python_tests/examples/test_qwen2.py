@@ -38,15 +38,7 @@ def test_other_neurons_are_noticed(example, monkeypatch):
 
 
 def test_training_is_refused_by_name(example):
-    config = example.Qwen2Config(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=16,
-    )
-    model = example.Qwen2ForCausalLM(config)
+    model = example.Qwen2ForCausalLM(example.CONFIG)
     example.keep_neurons(model, [(8, 40)])
     with pytest.raises(NotImplementedError, match="no backward"):
         model(torch.tensor([[1, 2, 3]])).logits.sum().backward()

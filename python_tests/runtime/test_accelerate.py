@@ -7,6 +7,8 @@ import pytest
 import torch
 from support.conformance import public, relative
 from support.generation import sample_as_upstream
+from support.living import PRUNED, plan
+from support.models import small_model
 from torch import nn
 
 import flashu_ext as fx
@@ -394,3 +396,13 @@ def test_a_wrong_call_does_not_disturb_the_next():
         with pytest.raises(RuntimeError, match="stop here"):
             generate(model, fixture, callback=lambda step, latents: (_ for _ in ()).throw(RuntimeError("stop here")))
         assert torch.equal(generate(model, fixture), expected)
+
+
+def test_a_plan_that_is_not_used_is_said_so() -> None:
+    model = small_model()
+    with fx.accelerate(model, fx.FlashUConfig.exact(), plan()) as handle:
+        summary = handle.summary()
+        assert summary.plan_unused and "not used, the config prunes nothing" in str(summary) and not summary.fallbacks
+    for config, given in ((fx.FlashUConfig.exact(), None), (PRUNED, plan())):
+        with fx.accelerate(model, config, given) as handle:
+            assert not handle.summary().plan_unused and "not used" not in str(handle.summary())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ...planning.config import FlashUConfig, preset
 from ...planning.extras import extra
 from ...planning.groups import FfnPruning
 from ...planning.reading import MAX_PIXELS
+from ...planning.safe_files import atomic_path
 from .codec import ImageCodec, WanCodec
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
@@ -148,14 +150,14 @@ class Pipeline:
             )
         directory = Path(directory)
         self.model.save_pretrained(directory)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".") as draft:
-            parts = {"tokenizer": self.tokenizer, "vae": self.codec.vae}
-            for name, part in parts.items():
-                part.save_pretrained(Path(draft) / name)
-            for name in parts:
-                (directory / name).mkdir(exist_ok=True)
-                for file in (Path(draft) / name).iterdir():
-                    os.replace(file, directory / name / file.name)
+        for name, part in (("tokenizer", self.tokenizer), ("vae", self.codec.vae)):
+            with tempfile.TemporaryDirectory() as draft:
+                part.save_pretrained(draft)
+                for file in filter(Path.is_file, Path(draft).rglob("*")):
+                    target = directory / name / file.relative_to(draft)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_path(target) as temporary:
+                        shutil.copyfile(file, temporary)
 
     # ---- generation
 
