@@ -7,8 +7,19 @@ import pytest
 from click.testing import CliRunner
 
 from flashu_ext.bench import counters
-from flashu_ext.bench.counters import Case, Counted, Launch, differences, ffn_cases, ideal_of, record, short_name, table
+from flashu_ext.bench.counters import (
+    Case,
+    Counted,
+    Launch,
+    differences,
+    ffn_cases,
+    ideal_of,
+    record,
+    rows_of,
+    short_name,
+)
 from flashu_ext.cli.main import cli
+from flashu_ext.planning.tables import text_table
 
 NONE = {"requests": 0, "bytes": 0, "sectors": 0}
 QUIET = {"requests": 0, "wavefronts": 0, "least": 0}
@@ -101,7 +112,7 @@ def test_ideals_of_the_halves_and_of_other_ops():
 
 
 def test_the_table_has_a_line_a_launch():
-    lines = table([Counted(CASE, 0, [launch(), launch()])]).splitlines()
+    lines = text_table(rows_of([Counted(CASE, 0, [launch(), launch()])])).splitlines()
     assert len(lines) == 3 and "gemm_sm90 up 112 range" in lines[1] and "1.00x" in lines[1]
 
 
