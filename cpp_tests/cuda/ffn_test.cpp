@@ -432,6 +432,15 @@ TYPED_TEST(DeviceFfn, DownIsExactOnIntegers) {
   }
 }
 
+// Neither rows of h in whole chunks nor neighbours in the list.
+TYPED_TEST(DeviceFfn, DownOfAListFromRowsThatAreNotAligned) {
+  auto w = whole<TypeParam>({40, 152}, 1);
+  const Chosen chosen{"index", {}, {shuffled(77, 152, 3)}};
+  auto h = whole<TypeParam>({33, 77}, 2, 2);
+  auto residual = whole<TypeParam>({33, 40}, 3);
+  expect_down(run_down(h, w, chosen, &residual), h.values(), w, *chosen.index, &residual, 33, 152, 40, true);
+}
+
 TYPED_TEST(DeviceFfn, RowsDoNotDependOnEachOther) {
   const Operands<TypeParam> many(140, 72, 120, 40);
   const Chosen chosen{"range", {{8, 96}}, {}};

@@ -13,12 +13,12 @@ TYPED_TEST_SUITE(DeviceNorm, Storage3);
 struct Shape {
   int64_t rows, width, padding, offset;
 };
-// Widths: scalar, part of a warp (64, 128), a warp, blocks of 128 and 256; the last ones too wide for
+// Widths: scalar, part of a warp (32 to 128), a warp, blocks of 128 and 256; the last one too wide for
 // registers.
 constexpr Shape kShapes[] = {{1, 1, 0, 0},    {3, 7, 2, 0},    {37, 64, 0, 0},  {9, 64, 8, 0},
-                             {5, 128, 0, 0},  {4, 72, 0, 1},   {7, 256, 0, 0},  {3, 520, 0, 0},
-                             {2, 1536, 8, 0}, {2, 2048, 0, 0}, {2, 2056, 0, 0}, {1, 4096, 0, 0},
-                             {1, 8200, 0, 0}};
+                             {6, 32, 0, 0},   {5, 128, 0, 0},  {4, 72, 0, 1},   {7, 256, 0, 0},
+                             {3, 520, 0, 0},  {2, 1536, 8, 0}, {2, 2048, 0, 0}, {2, 2056, 0, 0},
+                             {1, 4096, 0, 0}, {1, 8192, 0, 0}, {1, 8200, 0, 0}};
 
 TYPED_TEST(DeviceNorm, RmsNorm) {
   for (const Shape& s : kShapes) {
@@ -86,22 +86,29 @@ TYPED_TEST(DeviceNorm, NormOfTheStoredSum) {
   }
 }
 
-// Three batches of five rows, none of them contiguous with the next: widths of the scalar path and of two
-// vector ones.
+// Three batches of rows, none of them contiguous with the next, of every width path.
 TYPED_TEST(DeviceNorm, EveryBatchHasItsModulation) {
-  for (const int64_t width : {int64_t{5}, int64_t{64}, int64_t{640}}) {
-    const auto x = normal<TypeParam>({3, 5, width}, 1, 8);
+  for (const auto& [tokens, width] : {std::array<int64_t, 2>{5, 5},
+                                      {5, 32},
+                                      {5, 64},
+                                      {3, 128},
+                                      {2, 512},
+                                      {5, 640},
+                                      {1, 2048},
+                                      {1, 4096},
+                                      {1, 8192}}) {
+    const auto x = normal<TypeParam>({3, tokens, width}, 1, 8);
     const auto weight = normal<TypeParam>({width}, 2);
     const auto shift = normal<TypeParam>({3, width}, 3, 16);
     const auto scale = normal<TypeParam>({3, width}, 4);
-    Guarded<TypeParam> expected({3, 5, width}, 8);
+    Guarded<TypeParam> expected({3, tokens, width}, 8);
     rms_norm(x, weight, 1e-6, expected, shift, scale);
     this->under_every_schedule([&] {
       auto in = x;
       auto w = weight;
       auto a = shift;
       auto b = scale;
-      Guarded<TypeParam> out({3, 5, width}, 8);
+      Guarded<TypeParam> out({3, tokens, width}, 8);
       const flashu_tensor on_device = out.upload();
       rms_norm(in.upload(), w.upload(), 1e-6, on_device, a.upload(), b.upload());
       device_synchronize();

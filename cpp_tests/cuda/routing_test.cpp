@@ -135,8 +135,8 @@ TYPED_TEST(DeviceRouting, ThresholdFillsUpToItsCapacity) {
   }
 }
 
-template <class I>
-void move_everything_by(const std::vector<int64_t>& sequence, DeviceTest&, int64_t width, int64_t padding) {
+template <class T, class I>
+void move_everything_by(const std::vector<int64_t>& sequence, int64_t width, int64_t padding) {
   const auto n = static_cast<int64_t>(sequence.size());
   Guarded<I> index({2, n}, 1);
   for (int64_t b = 0; b < 2; ++b) {
@@ -145,12 +145,12 @@ void move_everything_by(const std::vector<int64_t>& sequence, DeviceTest&, int64
       index[b * n + e] = static_cast<I>(row);
     }
   }
-  const auto rows = normal<bfloat16>({2, 9, width}, 1, padding);
-  const auto moved = normal<bfloat16>({2, n, width}, 2, padding);
+  const auto rows = normal<T>({2, 9, width}, 1, padding);
+  const auto moved = normal<T>({2, n, width}, 2, padding);
   for (const uint64_t schedule : schedules()) {
     use_schedule(schedule);
-    Guarded<bfloat16> gathered({2, n, width}, padding);
-    Guarded<bfloat16> expected_gathered({2, n, width}, padding);
+    Guarded<T> gathered({2, n, width}, padding);
+    Guarded<T> expected_gathered({2, n, width}, padding);
     auto long_side = rows;
     auto i = index;
     const flashu_tensor to = gathered.upload();
@@ -176,20 +176,23 @@ void move_everything_by(const std::vector<int64_t>& sequence, DeviceTest&, int64
   }
 }
 
-class DeviceMoves : public DeviceTest {};
-TEST_F(DeviceMoves, RowsByIndexWithPaddingAndRepeats) {
+template <class T>
+class DeviceMovesOf : public DeviceTest {};
+TYPED_TEST_SUITE(DeviceMovesOf, Storage3);
+TYPED_TEST(DeviceMovesOf, RowsByIndexWithPaddingAndRepeats) {
   const std::vector<int64_t> distinct = {8, 0, 3};
   const std::vector<int64_t> repeated = {3, -1, 3, 5, 3, 0, 5, -1, 3};
   std::vector<int64_t> many;
   for (int i = 0; i < 70; ++i) many.push_back(i % 9 - (i % 5 == 0));
   for (const auto& sequence : {distinct, repeated, many, {}}) {
     for (const auto& [width, padding] : {std::array<int64_t, 2>{5, 0}, {64, 8}, {264, 0}, {0, 0}}) {
-      move_everything_by<int32_t>(sequence, *this, width, padding);
-      move_everything_by<int64_t>(sequence, *this, width, padding);
+      move_everything_by<TypeParam, int32_t>(sequence, width, padding);
+      move_everything_by<TypeParam, int64_t>(sequence, width, padding);
     }
   }
 }
 
+class DeviceMoves : public DeviceTest {};
 TEST_F(DeviceMoves, RowsThatDoNotExistAreLeftOut) {
   auto rows = normal<float>({4, 8}, 1);
   Guarded<int32_t> index({3});

@@ -7,61 +7,70 @@ namespace flashu::test {
 namespace {
 
 template <class T>
-class DeviceStep : public DeviceTest {};
+class DeviceStep : public DeviceTest {
+ protected:
+  // V: the type of the model's output.
+  template <class V>
+  void euler_steps() {
+    struct Case {
+      int64_t images, channels, height, width;
+      bool guided, velocity;
+    };
+    for (const Case& c :
+         {Case{1, 16, 6, 6, true, false}, Case{2, 3, 5, 13, true, true}, Case{1, 17, 9, 9, false, true}}) {
+      const int64_t positions = c.height * c.width;
+      const auto latents = normal<T>({c.images, c.channels, c.height, c.width}, 1);
+      auto v = normal<V>({c.images * (c.guided ? 2 : 1), positions, c.channels}, 2);
+      auto s = normal<float>({4}, 3);
+      auto dt = normal<float>({4}, 4);
+      Guarded<int64_t> step({1});
+      step[0] = 2;
+      auto expected = latents;
+      Guarded<T> expected_velocity({c.images, c.channels, c.height, c.width});
+      EulerStepArgs args{};
+      args.latents = expected;
+      args.v = v;
+      args.s = s;
+      args.dt = dt;
+      args.step = step;
+      if (c.velocity) args.velocity = expected_velocity;
+      guided_euler_step(args);
+      this->under_every_schedule([&] {
+        auto got = latents;
+        Guarded<T> velocity({c.images, c.channels, c.height, c.width});
+        EulerStepArgs on_device{};
+        on_device.latents = got.upload();
+        on_device.v = v.upload();
+        on_device.s = s.upload();
+        on_device.dt = dt.upload();
+        on_device.step = step.upload();
+        if (c.velocity) on_device.velocity = velocity.upload();
+        guided_euler_step(on_device);
+        device_synchronize();
+        expect_near(got.download(), expected, 1);
+        if (c.velocity) expect_near(velocity.download(), expected_velocity, 1);
+      });
+      // A step that the tables do not have changes nothing; the host could not see it.
+      auto got = latents;
+      step[0] = 4;
+      EulerStepArgs outside{};
+      outside.latents = got.upload();
+      outside.v = v.upload();
+      outside.s = s.upload();
+      outside.dt = dt.upload();
+      outside.step = step.upload();
+      guided_euler_step(outside);
+      device_synchronize();
+      expect_equal(got.download(), latents);
+    }
+  }
+};
 TYPED_TEST_SUITE(DeviceStep, Storage3);
 
 TYPED_TEST(DeviceStep, EulerWithAndWithoutGuidance) {
-  struct Case {
-    int64_t images, channels, height, width;
-    bool guided, velocity;
-  };
-  for (const Case& c :
-       {Case{1, 16, 6, 6, true, false}, Case{2, 3, 5, 13, true, true}, Case{1, 17, 9, 9, false, true}}) {
-    const int64_t positions = c.height * c.width;
-    const auto latents = normal<TypeParam>({c.images, c.channels, c.height, c.width}, 1);
-    auto v = normal<bfloat16>({c.images * (c.guided ? 2 : 1), positions, c.channels}, 2);
-    auto s = normal<float>({4}, 3);
-    auto dt = normal<float>({4}, 4);
-    Guarded<int64_t> step({1});
-    step[0] = 2;
-    auto expected = latents;
-    Guarded<TypeParam> expected_velocity({c.images, c.channels, c.height, c.width});
-    EulerStepArgs args{};
-    args.latents = expected;
-    args.v = v;
-    args.s = s;
-    args.dt = dt;
-    args.step = step;
-    if (c.velocity) args.velocity = expected_velocity;
-    guided_euler_step(args);
-    this->under_every_schedule([&] {
-      auto got = latents;
-      Guarded<TypeParam> velocity({c.images, c.channels, c.height, c.width});
-      EulerStepArgs on_device{};
-      on_device.latents = got.upload();
-      on_device.v = v.upload();
-      on_device.s = s.upload();
-      on_device.dt = dt.upload();
-      on_device.step = step.upload();
-      if (c.velocity) on_device.velocity = velocity.upload();
-      guided_euler_step(on_device);
-      device_synchronize();
-      expect_near(got.download(), expected, 1);
-      if (c.velocity) expect_near(velocity.download(), expected_velocity, 1);
-    });
-    // A step that the tables do not have changes nothing; the host could not see it.
-    auto got = latents;
-    step[0] = 4;
-    EulerStepArgs outside{};
-    outside.latents = got.upload();
-    outside.v = v.upload();
-    outside.s = s.upload();
-    outside.dt = dt.upload();
-    outside.step = step.upload();
-    guided_euler_step(outside);
-    device_synchronize();
-    expect_equal(got.download(), latents);
-  }
+  this->template euler_steps<float>();
+  this->template euler_steps<bfloat16>();
+  this->template euler_steps<float16>();
 }
 
 TYPED_TEST(DeviceStep, FeatureDelta) {

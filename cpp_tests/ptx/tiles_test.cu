@@ -31,7 +31,7 @@ void launch(const FfnTile& tile, const cuda::FfnGemm& gemm) {
   if (tile.kernel == FfnKernel::kSm90) {
     cuda::ffn_gemm_sm90(tile, gemm, dtype_of<T>(), nullptr, 3);
   } else {
-    cuda::ffn_gemm_sm80(gemm, dtype_of<T>(), nullptr);
+    cuda::ffn_gemm_sm80(tile, gemm, dtype_of<T>(), nullptr);
   }
   device_synchronize();
 }
@@ -53,7 +53,8 @@ std::vector<int32_t> list_for(FfnFetch fetch, int64_t columns) {
     list.push_back(static_cast<int32_t>((j / 64 * 2 + 1) % 3 * 128 + 8 + j % 64));
   for (int64_t j = 0; j < columns && fetch == FfnFetch::kBlocks; ++j)
     list.push_back(static_cast<int32_t>(j / 8 * 5 % (kIntermediate / 8) * 8 + j % 8));
-  for (int64_t j = 0; j < columns && (fetch == FfnFetch::kRows || fetch == FfnFetch::kThreads); ++j)
+  const bool any = fetch == FfnFetch::kRows || fetch == FfnFetch::kThreads || fetch == FfnFetch::kVectors;
+  for (int64_t j = 0; j < columns && any; ++j)
     list.push_back(static_cast<int32_t>((j * 7 + 3) % kIntermediate));
   return list;
 }
@@ -175,8 +176,8 @@ void every_tile(FfnKernel kernel) {
       down_half<T>(tile);
     } else {
       up_half<T>(tile, tile.fetch);
-      // The threads of one tile fetch ranges and lists alike.
-      if (tile.fetch == FfnFetch::kThreads) up_half<T>(tile, FfnFetch::kRange);
+      // Threads fetch ranges and lists alike.
+      if (tile.kernel == FfnKernel::kSm80) up_half<T>(tile, FfnFetch::kRange);
     }
   }
 }

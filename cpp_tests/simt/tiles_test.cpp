@@ -97,6 +97,26 @@ TEST(FfnTiles, TheChoiceIsFromTheTable) {
   EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 192}));
 }
 
+// Wide tiles of sm_80 where they fill the device; never for rows that are not aligned or, in the down half,
+// lists of single neurons.
+TEST(FfnTiles, WideTilesOfAmpere) {
+  core::FfnQuestion q{8192, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 80, true, 108};
+  const auto width = [&q](bool up) { return core::ffn_candidates(q, up).front().tile.block_n; };
+  EXPECT_EQ(width(true), 128);
+  EXPECT_EQ(width(false), 256);
+  q.listed = true;
+  EXPECT_EQ(width(true), 128);
+  EXPECT_EQ(width(false), 128);
+  q.block = 8;
+  EXPECT_EQ(width(false), 256);
+  q.rows = 300;  // 36 or 18 tiles of down
+  EXPECT_EQ(width(false), 128);
+  q.rows = 8192;
+  q.aligned = false;
+  EXPECT_EQ(width(true), 64);
+  EXPECT_EQ(width(false), 128);
+}
+
 // Where the tiles alone do not fill the device, their parts do; whether they do or not does not change how
 // many there are.
 TEST(FfnTiles, PartsFillADevice) {

@@ -1,11 +1,12 @@
-// Predicted cost of the CUDA kernels of the gathered FFN. Rates are of an H200 by its data sheet and by
-// published kernels of the same make; they were not measured with these kernels yet. The order of the
-// candidates matters, not the microseconds.
+// Predicted cost of the CUDA kernels of the gathered FFN: the time model of docs/predicted.md in closed form,
+// from published rates. It was held against published kernels of others; these kernels were not measured yet.
 #include "core/ffn_choice.hpp"
 
 #include <algorithm>
 #include <iomanip>
+#include <iterator>
 #include <sstream>
+#include <utility>
 
 #include "core/divide_up.hpp"
 #include "flashu/flashu.h"
@@ -13,14 +14,24 @@
 namespace flashu::core {
 namespace {
 
-constexpr double kHopperFlopsPerUs = 6.0e6;  // of one multiprocessor, dense wgmma: 790 TFLOP/s over 132
-constexpr double kAmpereShare = 0.62;        // of that, what mma.sync reaches there
-constexpr double kF32FlopsPerUs = 0.3e6;
-constexpr double kTileOverheadUs = 1.2;  // filling the pipeline, and what of the epilogue is not hidden
-constexpr double kSumOverheadUs = 2.0;   // launching the kernel that adds the parts
-constexpr double kL2BytesPerUs = 5.0e6;
-constexpr double kMemoryBytesPerUs = 3.0e6;
-constexpr double kL2Bytes = 4.0e7;
+// A device's published rates. Cycles are of one multiprocessor.
+struct Rates {
+  double cycles_per_us;
+  double wgmma, mma;   // multiplications of 16-bit values a cycle
+  double l2, l2_port;  // bytes a cycle: of all multiprocessors together, of one
+  double memory;       // bytes a cycle
+};
+constexpr Rates kHopper{1755, 2048, 0.62 * 2048, 5120, 64, 3.0e6 / 1755};  // H100
+constexpr Rates kAmpere{1410, 0, 1024, 5120, 64, 1.4e6 / 1410};            // A100
+
+constexpr double kF32Multiplications = 128;
+constexpr double kSharedBytes = 128;   // a cycle
+constexpr double kSpecialLanes = 16;   // values of exp or a reciprocal a cycle
+constexpr double kLatency = 570;       // cycles from asking for a stage to its data
+constexpr double kReadsExposed = 0.1;  // of mma.sync's reads, whose warps also multiply: assumed
+constexpr double kSumLaunchUs = 2.0;
+// Half of an H100's: what is written by one half of the device and read by the other is there twice.
+constexpr double kL2Bytes = 2.5e7;
 constexpr int64_t kMaxDecodeRows = 16;
 
 // Four parts of at least 16 steps: enough blocks for a device where the result is one row of tiles, and few
@@ -28,36 +39,83 @@ constexpr int64_t kMaxDecodeRows = 16;
 constexpr int64_t kMaxParts = 4;
 constexpr int64_t kNeuronsOfPart = 1024;
 
-// How much of the rate a product of N columns in a tile gets: narrow ones read A more often than they use it.
-double width_share(int n) {
-  return n >= 256 ? 1.0 : n >= 224 ? 0.98 : n >= 192 ? 0.95 : n >= 128 ? 0.85 : 0.7;
-}
+// Cycles that a block needs for a stage of its tile, whatever runs beside.
+struct StageCost {
+  int64_t k;       // of a stage
+  double bytes;    // from L2
+  double tensor;   // cycles of tensor cores, or of fp32 units
+  double shared;   // cycles of shared memory
+  double special;  // cycles of exponentials and reciprocals, of a whole tile
+};
 
-double flops_per_us(const FfnTile& tile) {
-  switch (tile.kernel) {
-    case FfnKernel::kF32:
-      return kF32FlopsPerUs;
-    case FfnKernel::kSm80:
-      return kHopperFlopsPerUs * kAmpereShare;
-    default:
-      return kHopperFlopsPerUs * width_share(tile.up ? 2 * tile.block_n : tile.block_n);
+StageCost stage_of(const FfnTile& tile, const Rates& rates) {
+  const double m = tile.block_m;
+  const double product_n = tile.up ? 2 * tile.block_n : tile.block_n;
+  const double special = tile.up ? 2 * m * tile.block_n / kSpecialLanes : 0;
+  if (tile.kernel == FfnKernel::kF32) {
+    return {16, (m + product_n) * 16 * 4, m * product_n * 16 / kF32Multiplications, 0, special};
   }
+  const int64_t k = tile.kernel == FfnKernel::kSm90 ? 64 : 32;
+  const double bytes = (m + product_n) * static_cast<double>(k) * 2;
+  if (tile.kernel == FfnKernel::kSm90) {
+    // Products of 64 x N x 16 read 64 x 16 and N x 16 values from shared memory, and take as long at least.
+    const double products = m / 64 * static_cast<double>(k) / 16;
+    const double operands = products * (16 + product_n / 4);
+    return {k, bytes, std::max(products * 64 * 16 * product_n / rates.wgmma, operands),
+            bytes / kSharedBytes + operands, special};
+  }
+  // Two by four warps read their rows of both operands by ldmatrix.
+  const double read = (4 * m + 2 * product_n) * static_cast<double>(k) * 2;
+  const double shared = (bytes + read) / kSharedBytes;
+  return {k, bytes, m * product_n * static_cast<double>(k) / rates.mma + kReadsExposed * shared, shared,
+          special};
 }
 
 FfnCandidate candidate(const FfnQuestion& q, const FfnTile& tile, int blocks_of_tile) {
+  const Rates& rates = q.capability >= 90 ? kHopper : kAmpere;
   const int64_t n = tile.up ? q.neurons : q.width;
   const int64_t k = tile.up ? q.hidden : q.neurons;
   const int64_t multiprocessors = std::max(q.multiprocessors, 1);
-  FfnCandidate c{tile, blocks_of_tile, divide_up(q.rows, tile.block_m) * divide_up(n, tile.block_n), 0, 0};
-  const int64_t blocks = c.tiles * blocks_of_tile;
-  c.waves = static_cast<double>(blocks) / static_cast<double>(multiprocessors);
-  const double flops = 2.0 * static_cast<double>(tile.block_m) * static_cast<double>(tile.block_n) *
-                       (tile.up ? 2 : 1) * static_cast<double>(k) / blocks_of_tile;
-  const double waves = static_cast<double>(divide_up(blocks, multiprocessors));
-  c.us = waves * (flops / flops_per_us(tile) + kTileOverheadUs);
+  const double value = q.type == FLASHU_F32 ? 4 : 2;
+  const double m = static_cast<double>(q.rows);
+  const StageCost stage = stage_of(tile, rates);
+  const int64_t tiles = divide_up(q.rows, tile.block_m) * divide_up(n, tile.block_n);
+  const int64_t blocks = tiles * blocks_of_tile;
+  const double of_busiest = static_cast<double>(divide_up(blocks, multiprocessors));
+  const double stages = static_cast<double>(divide_up(divide_up(k, stage.k), blocks_of_tile));
+  const double busiest = of_busiest * stages;
+
+  // They run beside each other: the longest counts.
+  const double operands =
+      (m * static_cast<double>(k) + static_cast<double>(n * k) * (tile.up ? 2 : 1)) * value;
+  const double result = m * static_cast<double>(n) * (blocks_of_tile > 1 ? 4 * blocks_of_tile : value);
+  const std::pair<double, const char*> parts[] = {
+      {busiest * stage.tensor, tile.kernel == FfnKernel::kF32 ? "instructions" : "tensor cores"},
+      {std::max(static_cast<double>(blocks) * stages * stage.bytes / rates.l2,
+                busiest * stage.bytes / rates.l2_port),
+       "L2"},
+      {(operands + result) / rates.memory, "memory"},
+      {busiest * stage.shared, "shared memory"}};
+  const auto& longest = *std::max_element(std::begin(parts), std::end(parts),
+                                          [](const auto& a, const auto& b) { return a.first < b.first; });
+
+  // What a block's begin and a tile's end leave alone: its result's way through shared memory, or to L2 by
+  // the 32 bytes that threads store in a cycle.
+  const double tile_values = static_cast<double>(tile.block_m) * tile.block_n;
+  const double stored = blocks_of_tile > 1                ? tile_values * 4 / 32
+                        : tile.kernel == FfnKernel::kSm90 ? tile_values * 2 / kSharedBytes
+                                                          : tile_values * value / 32;
+  const double exposed = kLatency + of_busiest * (stored + stage.special);
+
+  FfnCandidate c{tile,
+                 blocks_of_tile,
+                 tiles,
+                 static_cast<double>(blocks) / static_cast<double>(multiprocessors),
+                 (longest.first + exposed) / rates.cycles_per_us,
+                 longest.second};
   if (blocks_of_tile > 1) {
-    const double bytes = 4.0 * blocks_of_tile * static_cast<double>(q.rows) * static_cast<double>(n);
-    c.us += kSumOverheadUs + 2 * bytes / (bytes < kL2Bytes ? kL2BytesPerUs : kMemoryBytesPerUs);
+    const double bytes = 4.0 * blocks_of_tile * m * static_cast<double>(n);
+    c.us += kSumLaunchUs + bytes / (bytes < kL2Bytes ? rates.l2 : rates.memory) / rates.cycles_per_us;
   }
   return c;
 }
@@ -71,7 +129,10 @@ bool sm90_serves(const FfnQuestion& q, bool up) {
 
 bool serves(const FfnQuestion& q, const FfnTile& tile) {
   if (q.type == FLASHU_F32) return tile.kernel == FfnKernel::kF32;
-  if (tile.kernel != FfnKernel::kSm90) return tile.kernel == FfnKernel::kSm80;
+  if (tile.kernel == FfnKernel::kSm80) {
+    return tile.fetch == FfnFetch::kThreads || (q.aligned && (tile.up || !q.listed || q.block >= 8));
+  }
+  if (tile.kernel != FfnKernel::kSm90) return false;
   const FfnFetch listed = q.block == 64  ? FfnFetch::kRuns
                           : q.block == 8 ? FfnFetch::kBlocks
                                          : FfnFetch::kRows;
@@ -134,7 +195,7 @@ std::string explain_ffn(const FfnQuestion& q) {
            << std::setw(4) << c.tile.block_n << std::right << std::setw(7) << c.tiles << " tiles of "
            << c.blocks_of_tile << (c.blocks_of_tile == 1 ? " block  " : " blocks ") << std::fixed
            << std::setprecision(2) << std::setw(7) << c.waves << " waves " << std::setprecision(0)
-           << std::setw(7) << c.us << " us predicted\n";
+           << std::setw(7) << c.us << " us predicted, bound by " << c.bound << '\n';
       first = false;
     }
   }

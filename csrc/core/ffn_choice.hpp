@@ -33,8 +33,9 @@ struct FfnCandidate {
   FfnTile tile;
   int blocks_of_tile;  // 1, or one to each of ffn_parts(): their sums meet in the workspace
   int64_t tiles;
-  double waves;  // blocks / multiprocessors, and how full the last wave is
-  double us;     // predicted, from the rates in ffn_choice.cpp
+  double waves;       // blocks / multiprocessors, and how full the last wave is
+  double us;          // predicted
+  const char* bound;  // what takes the longest
 };
 
 // All tiles that can serve the up (or the down) half, best predicted first.

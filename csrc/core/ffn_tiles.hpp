@@ -11,6 +11,7 @@ enum class FfnKernel { kF32, kSm80, kSm90 };
 // How the weights of a tile come to shared memory.
 enum class FfnFetch {
   kThreads,  // by every thread, from wherever they lie
+  kVectors,  // by every thread, 16 bytes at a time: aligned rows, and of down no list of single neurons
   kRange,    // one box of TMA for all rows of up; the columns of down from one neuron or a list's block of 64
              // on
   kRuns,     // boxes of TMA of 64 rows, where the list says
@@ -34,7 +35,9 @@ inline constexpr FfnTile kFfnTiles[] = {
     {FfnKernel::kF32, true, FfnFetch::kThreads, 64, 64},
     {FfnKernel::kF32, false, FfnFetch::kThreads, 64, 64},
     {FfnKernel::kSm80, true, FfnFetch::kThreads, 128, 64},
+    {FfnKernel::kSm80, true, FfnFetch::kVectors, 128, 128},
     {FfnKernel::kSm80, false, FfnFetch::kThreads, 128, 128},
+    {FfnKernel::kSm80, false, FfnFetch::kVectors, 128, 256},
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 128},
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 112},
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 64},
@@ -47,15 +50,6 @@ inline constexpr FfnTile kFfnTiles[] = {
     {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 64},
 };
 
-// The first tile of a kernel's half; the only one of kF32 and kSm80.
-constexpr const FfnTile& first_tile(FfnKernel kernel, bool up) {
-  for (const FfnTile& tile : kFfnTiles) {
-    if (tile.kernel == kernel && tile.up == up) return tile;
-  }
-  throw "no tile of this kernel";  // a compile-time error where the answer is a constant
-}
-inline constexpr FfnTile kF32Tile = first_tile(FfnKernel::kF32, true);
-inline constexpr FfnTile kSm80UpTile = first_tile(FfnKernel::kSm80, true);
-inline constexpr FfnTile kSm80DownTile = first_tile(FfnKernel::kSm80, false);
+inline constexpr FfnTile kF32Tile = kFfnTiles[0];
 
 }  // namespace flashu::core

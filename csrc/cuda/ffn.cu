@@ -193,7 +193,7 @@ void run_gemm(const FfnGemm& g, const FfnPlan& plan, int32_t type, Stream stream
     case core::FfnKernel::kF32:
       return ffn_gemm_f32(g, stream);
     case core::FfnKernel::kSm80:
-      return ffn_gemm_sm80(g, type, stream);
+      return ffn_gemm_sm80(tile, g, type, stream);
     case core::FfnKernel::kSm90:
 #if FLASHU_HAS_SM90
       return ffn_gemm_sm90(tile, g, type, stream, plan.question.multiprocessors);

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "core/ffn_tiles.hpp"
 #include "cuda/primitives/launch.cuh"
 
 namespace flashu::cuda {
@@ -65,6 +66,8 @@ FLASHU_DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 // Host entry points of the kernels, one file each. `type` is a flashu_dtype.
 void ffn_gemm_f32(const FfnGemm& gemm, Stream stream);
-void ffn_gemm_sm80(const FfnGemm& gemm, int32_t type, Stream stream);
+// `tile`: one of core::kFfnTiles with the kernel kSm80; FLASHU_INTERNAL for any other, and for one by
+// kVectors where rows are not aligned.
+void ffn_gemm_sm80(const core::FfnTile& tile, const FfnGemm& gemm, int32_t type, Stream stream);
 
 }  // namespace flashu::cuda

@@ -1,8 +1,13 @@
 // Gathered FFN halves in bf16 and fp16 for sm_80 and newer, and for every layout that the faster kernels do
 // not take: cp.async into swizzled tiles, ldmatrix, mma.sync. Sums run over K in order, 16 at a time.
 //
-// A block makes 128 x 128 of a product; the up half interleaves gate and up rows by eight, so that both
-// halves of a neuron end in the same thread and SiLU needs no exchange.
+// A block makes 128 x 128 or 128 x 256 of a product; the up half interleaves gate and up rows by eight, so
+// that both halves of a neuron end in the same thread and SiLU needs no exchange. Wide tiles have warps of
+// 64 x 64, which read two thirds of the operands from shared memory for each product, but fewer of them fill
+// a device.
+#include <iterator>
+#include <utility>
+
 #include "core/ffn_tiles.hpp"
 #include "core/typed.hpp"
 #include "cuda/ffn_gemm.cuh"
@@ -12,17 +17,15 @@
 namespace flashu::cuda {
 namespace {
 
-constexpr int kBlockM = core::kSm80UpTile.block_m;
-constexpr int kProductN = 2 * core::kSm80UpTile.block_n;  // gate and up, or the columns of down
+using core::FfnTile;
+
+constexpr int kBlockM = 128;
 constexpr int kBlockK = 32;
 constexpr int kStages = 4;
-constexpr int kThreads = 256;  // 2 x 4 warps of 64 rows x 32 columns
+constexpr int kThreads = 256;  // 2 x 4 warps of 64 rows
 constexpr int kChunks = kBlockK / 8;
-constexpr int kTileBytes = kBlockM * kBlockK * 2;
-constexpr int kSharedBytes = kStages * 2 * kTileBytes;
-static_assert(kBlockM == core::kSm80DownTile.block_m && kProductN == core::kSm80DownTile.block_n,
-              "both halves have products of one size");
-static_assert(kBlockM == kProductN, "both operands have tiles of one size");
+constexpr int kFetchedRows = kThreads / kChunks;  // at once
+constexpr int kTileBytesA = kBlockM * kBlockK * 2;
 
 // How 8 neighbours of an operand in K are read.
 enum class Reads {
@@ -63,30 +66,52 @@ FLASHU_DEVICE void fetch_lead(char* to, const T* row, int64_t values, const FfnG
   for (int64_t i = g.lead; i < values; ++i) reinterpret_cast<T*>(to)[i] = row[i];
 }
 
-// Two blocks to a multiprocessor; values read one by one need more registers than that leaves.
-template <class T, bool kGated, Reads kReadsA, Reads kReadsB>
-__global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) gemm_sm80(const FfnGemm g) {
+// What makes a kernel. kProductN: columns of its product, gate's and up's together or those of down.
+template <class T_, bool kGated_, int kProductN_, Reads kReadsA_, Reads kReadsB_>
+struct Config {
+  using T = T_;
+  static constexpr bool kGated = kGated_;
+  static constexpr int kProductN = kProductN_;
+  static constexpr int kBlockN = kGated ? kProductN / 2 : kProductN;
+  static constexpr Reads kReadsA = kReadsA_;
+  static constexpr Reads kReadsB = kReadsB_;
+  static constexpr int kWarpN = kProductN / 4;
+  static constexpr int kStageBytes = kTileBytesA + kProductN * kBlockK * 2;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  // Wide tiles and values that are read one by one need more registers than two blocks leave.
+  static constexpr int kBlocks = kProductN == 128 && kReadsB == Reads::kVectors ? 2 : 1;
+  static_assert(kSharedBytes <= 99 * 1024, "what a block may have on sm_86 and sm_89");
+};
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, C::kBlocks) gemm_sm80(const FfnGemm g) {
+  using T = typename C::T;
+  constexpr bool kGated = C::kGated;
   FLASHU_DYNAMIC_SHARED(char, shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarp;
   const int warp = thread / kWarp;
   const int64_t first_m = static_cast<int64_t>(blockIdx.x) * kBlockM;
-  constexpr int kBlockN = kGated ? kProductN / 2 : kProductN;
-  const int64_t first_n = static_cast<int64_t>(blockIdx.y) * kBlockN;
+  const int64_t first_n = static_cast<int64_t>(blockIdx.y) * C::kBlockN;
 
-  // A thread fetches two chunks of each operand in every stage; their rows stay the same.
-  const T* a_rows[2];
-  const T* b_rows[2];
-  int chunk_rows[2];
-  bool a_inside[2];
-  bool b_inside[2];
+  // The rows that a thread fetches a chunk of stay the same in every stage.
+  constexpr int kRowsA = kBlockM / kFetchedRows;
+  constexpr int kRowsB = C::kProductN / kFetchedRows;
+  const T* a_rows[kRowsA];
+  const T* b_rows[kRowsB];
+  bool a_inside[kRowsA];
+  bool b_inside[kRowsB];
   const int chunk = thread % kChunks;
+  const int fetched_row = thread / kChunks;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = thread / kChunks + i * (kThreads / kChunks);
-    chunk_rows[i] = r;
-    a_inside[i] = first_m + r < g.m;
-    a_rows[i] = static_cast<const T*>(g.a) + (a_inside[i] ? (first_m + r) * g.a_stride : 0);
+  for (int i = 0; i < kRowsA; ++i) {
+    const int64_t r = first_m + fetched_row + i * kFetchedRows;
+    a_inside[i] = r < g.m;
+    a_rows[i] = static_cast<const T*>(g.a) + (a_inside[i] ? r * g.a_stride : 0);
+  }
+#pragma unroll
+  for (int i = 0; i < kRowsB; ++i) {
+    const int r = fetched_row + i * kFetchedRows;
     if constexpr (kGated) {
       const int64_t j = first_n + r / 16 * 8 + r % 8;
       b_inside[i] = j < g.n;
@@ -104,45 +129,48 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
   }
   const int steps = static_cast<int>((g.k + kBlockK - 1) / kBlockK);
   const auto fetch = [&](int step) {
-    char* const stage = shared + step % kStages * 2 * kTileBytes;
+    char* const stage = shared + step % kStages * C::kStageBytes;
     const int64_t k = static_cast<int64_t>(step) * kBlockK + chunk * 8;
     const int64_t values = min(int64_t{8}, g.k - k);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int at = chunk_offset(chunk_rows[i], chunk);
-      fetch_chunk<T, kReadsA>(stage + at, a_rows[i], k, a_inside[i] ? values : 0, g);
-      char* const to = stage + kTileBytes + at;
-      if (!kGated && kReadsB == Reads::kVectors && k < g.lead) {
+    for (int i = 0; i < kRowsA; ++i) {
+      fetch_chunk<T, C::kReadsA>(stage + chunk_offset(fetched_row + i * kFetchedRows, chunk), a_rows[i], k,
+                                 a_inside[i] ? values : 0, g);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsB; ++i) {
+      char* const to = stage + kTileBytesA + chunk_offset(fetched_row + i * kFetchedRows, chunk);
+      if (!kGated && C::kReadsB == Reads::kVectors && k < g.lead) {
         fetch_lead(to, b_rows[i], b_inside[i] ? values : 0, g);
       } else {
         // Columns of down that a list names by eights.
-        const bool listed = !kGated && kReadsB == Reads::kVectors && g.list != nullptr && values > 0;
-        fetch_chunk<T, kReadsB>(to, b_rows[i], listed ? block_at(g.list, k, g.intermediate) : k,
-                                b_inside[i] ? values : 0, g);
+        const bool listed = !kGated && C::kReadsB == Reads::kVectors && g.list != nullptr && values > 0;
+        fetch_chunk<T, C::kReadsB>(to, b_rows[i], listed ? block_at(g.list, k, g.intermediate) : k,
+                                   b_inside[i] ? values : 0, g);
       }
     }
   };
 
-  float sums[4][4][4] = {};  // [16 rows][8 columns][register]
+  float sums[4][C::kWarpN / 8][4] = {};  // [16 rows][8 columns][register]
   const int warp_row = warp % 2 * 64;
-  const int warp_column = warp / 2 * 32;
+  const int warp_column = warp / 2 * C::kWarpN;
   const auto multiply = [&](int step) {
-    const char* const a = shared + step % kStages * 2 * kTileBytes;
-    const char* const b = a + kTileBytes;
+    const char* const a = shared + step % kStages * C::kStageBytes;
+    const char* const b = a + kTileBytesA;
 #pragma unroll
     for (int k = 0; k < kChunks; k += 2) {
       uint32_t left[4][4];
-      uint32_t right[2][4];
+      uint32_t right[C::kWarpN / 16][4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         ldmatrix_x4(left[i], a + chunk_offset(warp_row + i * 16 + lane % 16, k + lane / 16));
 #pragma unroll
-      for (int j = 0; j < 2; ++j)
+      for (int j = 0; j < C::kWarpN / 16; ++j)
         ldmatrix_x4(right[j], b + chunk_offset(warp_column + j * 16 + lane % 16, k + lane / 16));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
+        for (int j = 0; j < C::kWarpN / 8; ++j)
           mma_16x8x16<T>(sums[i][j], left[i], right[j / 2][j % 2], right[j / 2][2 + j % 2]);
       }
     }
@@ -172,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
       const int64_t r = first_m + warp_row + i * 16 + half * 8 + lane / 4;
       if (r >= g.m) continue;
 #pragma unroll
-      for (int j = 0; j < 4; j += kGated ? 2 : 1) {
+      for (int j = 0; j < C::kWarpN / 8; j += kGated ? 2 : 1) {
         const int64_t c = first_n + (warp_column + j * 8) / (kGated ? 2 : 1) + lane % 4 * 2;
         float value[2];
 #pragma unroll
@@ -198,40 +226,69 @@ __global__ void __launch_bounds__(kThreads, kReadsB == Reads::kVectors ? 2 : 1) 
   }
 }
 
-template <class T, bool kGated, Reads kReadsA, Reads kReadsB>
+template <class C>
 void launch_gemm(const FfnGemm& g, Stream stream) {
-  constexpr int kBlockN = kGated ? kProductN / 2 : kProductN;
   const LaunchConfig config{
-      dim3(static_cast<unsigned>(divide_up(g.m, kBlockM)), static_cast<unsigned>(divide_up(g.n, kBlockN))),
-      dim3(kThreads), kSharedBytes, stream};
-  launch<gemm_sm80<T, kGated, kReadsA, kReadsB>>("gemm_sm80", config, g);
+      dim3(static_cast<unsigned>(divide_up(g.m, kBlockM)), static_cast<unsigned>(divide_up(g.n, C::kBlockN))),
+      dim3(kThreads), C::kSharedBytes, stream};
+  launch<gemm_sm80<C>>("gemm_sm80", config, g);
+}
+
+// kIndex: of the tile, in core::kFfnTiles.
+template <class T, size_t kIndex>
+bool launch_if(const FfnTile& tile, const FfnGemm& g, Stream stream, bool a_vectors, bool b_vectors) {
+  constexpr FfnTile kTile = core::kFfnTiles[kIndex];
+  if constexpr (kTile.kernel == core::FfnKernel::kSm80) {
+    static_assert(kTile.block_m == kBlockM, "warps of 64 rows");
+    constexpr bool kGated = kTile.up;
+    constexpr int kProductN = kGated ? 2 * kTile.block_n : kTile.block_n;
+    if (tile != kTile) return false;
+    if (a_vectors && b_vectors) {
+      launch_gemm<Config<T, kGated, kProductN, Reads::kVectors, Reads::kVectors>>(g, stream);
+      return true;
+    }
+    if constexpr (kTile.fetch == core::FfnFetch::kThreads) {
+      if (kGated || g.list == nullptr) {
+        launch_gemm<Config<T, kGated, kProductN, Reads::kValues, Reads::kValues>>(g, stream);
+      } else if constexpr (!kGated) {
+        if (a_vectors) {
+          launch_gemm<Config<T, kGated, kProductN, Reads::kVectors, Reads::kListed>>(g, stream);
+        } else {
+          launch_gemm<Config<T, kGated, kProductN, Reads::kValues, Reads::kListed>>(g, stream);
+        }
+      }
+      return true;
+    }
+  }
+  return false;
+}
+
+template <class T, size_t... kIndices>
+bool launch_any(const FfnTile& tile, const FfnGemm& g, Stream stream, bool a_vectors, bool b_vectors,
+                std::index_sequence<kIndices...>) {
+  return (launch_if<T, kIndices>(tile, g, stream, a_vectors, b_vectors) || ...);
 }
 
 template <class T>
-void run(const FfnGemm& g, Stream stream) {
-  const auto* const a = static_cast<const T*>(g.a);
+void run(const FfnTile& tile, const FfnGemm& g, Stream stream) {
   const auto* const b = static_cast<const T*>(g.b);
-  const bool a_vectors = takes_vectors(a, {g.a_stride});
+  const bool a_vectors = takes_vectors(static_cast<const T*>(g.a), {g.a_stride});
+  bool b_vectors = takes_vectors(g.gated() ? b : b + g.first, {g.b_stride});
   if (g.gated()) {
-    const bool b_vectors =
-        takes_vectors(b, {g.b_stride}) && takes_vectors(static_cast<const T*>(g.b2), {g.b2_stride});
-    if (a_vectors && b_vectors) return launch_gemm<T, true, Reads::kVectors, Reads::kVectors>(g, stream);
-    return launch_gemm<T, true, Reads::kValues, Reads::kValues>(g, stream);
+    b_vectors = b_vectors && takes_vectors(static_cast<const T*>(g.b2), {g.b2_stride});
+  } else if (g.list != nullptr) {
+    b_vectors = b_vectors && g.block >= 8;
   }
-  const bool vectors = a_vectors && takes_vectors(b + g.first, {g.b_stride});
-  if (g.list != nullptr && !(vectors && g.block >= 8)) {
-    if (a_vectors) return launch_gemm<T, false, Reads::kVectors, Reads::kListed>(g, stream);
-    return launch_gemm<T, false, Reads::kValues, Reads::kListed>(g, stream);
-  }
-  if (vectors) return launch_gemm<T, false, Reads::kVectors, Reads::kVectors>(g, stream);
-  launch_gemm<T, false, Reads::kValues, Reads::kValues>(g, stream);
+  using All = std::make_index_sequence<std::size(core::kFfnTiles)>;
+  FLASHU_CHECK(launch_any<T>(tile, g, stream, a_vectors, b_vectors, All{}), FLASHU_INTERNAL,
+               "ffn: expected a tile of core::kFfnTiles for sm_80, got ", tile.block_m, " x ", tile.block_n);
 }
 
 }  // namespace
 
-void ffn_gemm_sm80(const FfnGemm& g, int32_t type, Stream stream) {
-  if (type == FLASHU_BF16) return run<bfloat16>(g, stream);
-  run<float16>(g, stream);
+void ffn_gemm_sm80(const FfnTile& tile, const FfnGemm& g, int32_t type, Stream stream) {
+  if (type == FLASHU_BF16) return run<bfloat16>(tile, g, stream);
+  run<float16>(tile, g, stream);
 }
 
 }  // namespace flashu::cuda
