@@ -11,12 +11,12 @@ enum class FfnKernel { kF32, kSm80, kSm90 };
 // How the weights of a tile come to shared memory.
 enum class FfnFetch {
   kThreads,  // by every thread, from wherever they lie
-  kVectors,  // by every thread, 16 bytes at a time: aligned rows, and of down no list of single neurons
   kRange,    // one box of TMA for all rows of up; the columns of down from one neuron or a list's block of 64
              // on
   kRuns,     // boxes of TMA of 64 rows, where the list says
   kBlocks,   // boxes of TMA of eight rows, where the list says
   kRows,     // cp.async by row, where the list says
+  kVectors,  // by every thread, 16 bytes at a time: aligned rows, and of down no list of single neurons
 };
 
 // A tile of one half: block_m rows of the result by block_n columns, which are neurons in the up half (with

@@ -48,6 +48,7 @@ MULTIPROCESSORS = 132
 # The ways to name neurons, as the program numbers them.
 SELECTIONS = ("run", "eights", "index", "runs of 64")
 FETCHES = ("threads", "range", "64s", "eights", "rows")
+READS = ("vectors", "values", "listed")
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,14 @@ def short_name(kernel: str) -> str:
         if letter == "(" and depth == 0:
             name = name[:at]
             break
-    found = re.fullmatch(r"gemm_sm90<Config<(\w+), (true|false), (\d+), \(FfnFetch\)(\d)> ?>", name)
+    found = re.fullmatch(r"(gemm_sm\d\d)<Config<(\w+), (true|false), (\d+)((?:, \(\w+\)\d)+)> ?>", name)
     if found is None:
         return name
-    half = "up" if found[2] == "true" else "down"
-    storage = "" if found[1] == "bfloat16" else f" {found[1]}"
-    return f"gemm_sm90 {half} {found[3]} {FETCHES[int(found[4])]}{storage}"
+    half = "up" if found[3] == "true" else "down"
+    storage = "" if found[2] == "bfloat16" else f" {found[2]}"
+    ways = {"FfnFetch": FETCHES, "Reads": READS}
+    fetched = "/".join(ways[kind][int(number)] for kind, number in re.findall(r"\((\w+)\)(\d)", found[5]))
+    return f"{found[1]} {half} {found[4]} {fetched}{storage}"
 
 
 def ideal_of(case: Case, launch: Launch, total_bytes: int, first: bool = True) -> Ideal:

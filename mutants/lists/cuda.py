@@ -92,7 +92,7 @@ MUTANTS = [
            "if (step + kStages - 1 < steps) fetch(step + kStages - 1);", "if (step + kStages < steps) fetch(step + kStages);", FFN),
     Mutant("sm80: gate and up of another neuron", "csrc/cuda/ffn_sm80.cu", "first_n + r / 16 * 8 + r % 8;", "first_n + r / 16 * 8 + r % 7;", FFN),
     Mutant("sm80: a row too many is stored", "csrc/cuda/ffn_sm80.cu", "if (r >= g.m) continue;", "if (r > g.m) continue;", FFN),
-    Mutant("sm80: a list's block of down from anywhere on", "csrc/cuda/ffn_sm80.cu", "if (g.list != nullptr && !(vectors && g.block >= 8)) {", "if (g.list != nullptr && !vectors) {", FFN),
+    Mutant("sm80: a list's block of down from anywhere on", "csrc/cuda/ffn_sm80.cu", "b_vectors = b_vectors && g.block >= 8;", "b_vectors = b_vectors && g.block >= 1;", FFN),
     Mutant("sm80: a list of down is a range", "csrc/cuda/ffn_sm80.cu", "kReadsB == Reads::kVectors && g.list != nullptr && values > 0;", "false;", FFN),
     # ---- FFN, sm_90
     Mutant("sm90: phase of a full stage", "csrc/cuda/ffn_sm90.cu",

@@ -65,4 +65,8 @@ MUTANTS = [
            "griddepcontrol.wait;", "", HOPPER),
     Mutant("platform: halves of a pair exchanged", "csrc/cuda/primitives/platform.cuh",
            "__floats2bfloat162_rn(low, high)", "__floats2bfloat162_rn(high, low)", HOPPER),
+    Mutant("sm80: wide tiles fetch half of their columns", "csrc/cuda/ffn_sm80.cu",
+           "constexpr int kRowsB = C::kProductN / kFetchedRows;", "constexpr int kRowsB = 2;", AMPERE),
+    Mutant("sm80: the last columns of a warp are those before", "csrc/cuda/ffn_sm80.cu",
+           "b + chunk_offset(warp_column + j * 16 + lane % 16,", "b + chunk_offset(warp_column + j % 3 * 16 + lane % 16,", AMPERE),
 ]  # fmt: skip

@@ -78,6 +78,12 @@ CASE = Case.of("ffn", rows=128, hidden=64, intermediate=112, neurons=112, by=0)
             "void flashu::cuda::(anonymous namespace)::move_rows<flashu::bfloat16, long>(long)",
             "move_rows<bfloat16, long>",
         ),
+        (
+            "void flashu::cuda::(anonymous namespace)::gemm_sm80<flashu::cuda::(anonymous namespace)::Config<flashu::bfloat16, "
+            "false, 256, (flashu::cuda::(anonymous namespace)::Reads)0, (flashu::cuda::(anonymous namespace)::Reads)2> >"
+            "(flashu::cuda::FfnGemm)",
+            "gemm_sm80 down 256 vectors/listed",
+        ),
         ("delta_total", "delta_total"),
     ],
 )

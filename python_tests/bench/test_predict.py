@@ -1,12 +1,25 @@
 """Tests of the predicted times: occupancy, what bounds a kernel, extrapolated counts, and the published ladder."""
 
 import copy
+import re
 import statistics
 
 import pytest
 
 from flashu_ext.bench.counters import Launch
-from flashu_ext.bench.predict import H100, errors, extrapolated, inversions, ladder, occupancy, predict, read_counts
+from flashu_ext.bench.predict import (
+    H100,
+    PAGE_ROWS,
+    errors,
+    extrapolated,
+    ffn_times,
+    inversions,
+    ladder,
+    occupancy,
+    predict,
+    read_counts,
+)
+from flashu_ext.ops.explain import explain_ffn
 
 NONE = {"requests": 0, "bytes": 0, "sectors": 0}
 QUIET = {"requests": 0, "wavefronts": 0, "least": 0}
@@ -98,3 +111,18 @@ def test_the_published_ladder_is_predicted_within_fifteen_per_cent():
     assert len(rungs) == 12
     assert statistics.fmean(map(abs, errors(rungs))) < 0.15
     assert inversions(rungs) <= 6
+
+
+SIZES = {"1.5b": (1536, 7168), "7b": (3584, 15104)}  # hidden, neurons
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [(shape, rows) for shape in SIZES for rows in PAGE_ROWS[shape] if rows >= 64]
+)
+def test_the_choice_of_tiles_predicts_what_exact_counts_do(shape, rows):
+    """The closed form in csrc/core/ffn_choice.cpp against the predictions from counts, a launch of the sum (2 us) apart."""
+    text = explain_ffn(rows, *SIZES[shape], "bf16", False)
+    chosen = re.findall(r" \* .*tiles of (\d) blocks? .* (\d+) us predicted, bound by (\w+)", text)
+    assert len(chosen) == 2
+    us = sum(int(us) - 2 * (int(blocks) > 1) for blocks, us, _ in chosen)
+    assert us == pytest.approx(ffn_times()[f"{shape} M={rows}"], rel=0.15)
