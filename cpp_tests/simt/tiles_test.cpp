@@ -61,6 +61,8 @@ TEST(FfnTiles, WhatTheTableDoesNotHaveIsRefusedByName) {
   for (const bool up : {false, true}) {
     for (const FfnTile& tile : {FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 128, 96},
                                 FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 64, 128},
+                                FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 128, 64, 2},
+                                FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 128, 128, 4},
                                 FfnTile{FfnKernel::kSm90, up, FfnFetch::kThreads, 128, 128},
                                 FfnTile{FfnKernel::kSm90, up, FfnFetch::kRows, 128, 128},
                                 FfnTile{FfnKernel::kSm80, up, FfnFetch::kRange, 128, 128},
@@ -82,19 +84,20 @@ TEST(FfnTiles, TheChoiceIsFromTheTable) {
     std::sort(all.begin(), all.end());
     return all;
   };
-  EXPECT_EQ(widths(true), (std::vector<int>{64, 112, 128}));
-  EXPECT_EQ(widths(false), (std::vector<int>{64, 64, 128, 128, 192, 192}));
+  // Alone and in clusters, down's also with a part of K to each block.
+  EXPECT_EQ(widths(true), (std::vector<int>{64, 112, 112, 128, 128}));
+  EXPECT_EQ(widths(false), (std::vector<int>{64, 64, 128, 128, 128, 128, 192, 192, 192, 192}));
   q.neurons = 2047;  // one part
-  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 192}));
+  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 128, 192, 192}));
   q.listed = true;
   for (const int32_t block : {1, 8}) {
     q.block = block;
-    EXPECT_EQ(widths(true), std::vector<int>{128});
+    EXPECT_EQ(widths(true), std::vector<int>(block == 8 ? 2 : 1, 128));
     EXPECT_EQ(widths(false), std::vector<int>{});
   }
   q.block = 64;
-  EXPECT_EQ(widths(true), (std::vector<int>{64, 128}));
-  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 192}));
+  EXPECT_EQ(widths(true), (std::vector<int>{64, 128, 128}));
+  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 128, 192, 192}));
 }
 
 // Where the tiles alone do not fill the device, their parts do; whether they do or not does not change how
