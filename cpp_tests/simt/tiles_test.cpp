@@ -116,6 +116,33 @@ TEST(FfnTiles, PartsFillADevice) {
   EXPECT_EQ(core::ffn_parts(15155), 4);
 }
 
+// Two blocks fetch for each other where both have rows and nearly all multiprocessors work. An odd number of
+// rows of tiles is made even, and an odd multiprocessor stays idle.
+TEST(FfnTiles, PairsWhereThereAreManyTiles) {
+  core::FfnQuestion q{64, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
+  const auto blocks_together = [&q](bool up) { return core::ffn_candidates(q, up).front().tile.cluster; };
+  const auto pairs = [&q](bool up) {
+    std::vector<core::FfnCandidate> all = core::ffn_candidates(q, up);
+    std::erase_if(all, [](const core::FfnCandidate& c) { return c.tile.cluster == 1; });
+    return all;
+  };
+  EXPECT_TRUE(pairs(true).empty() && pairs(false).empty());
+  q.rows = 128;
+  EXPECT_TRUE(pairs(true).empty());
+  q.rows = 2048;
+  EXPECT_EQ(blocks_together(true), 2);
+  EXPECT_EQ(blocks_together(false), 2);
+  EXPECT_NE(core::explain_ffn(q).find("in pairs"), std::string::npos);
+  q.rows = 257;
+  for (const core::FfnCandidate& c : pairs(true)) EXPECT_EQ(c.tiles % 4, 0) << c.tile.block_n;
+  q.multiprocessors = 133;
+  const double odd = pairs(true).front().waves;
+  q.multiprocessors = 132;
+  EXPECT_EQ(pairs(true).front().waves, odd);
+  q.multiprocessors = 1;
+  EXPECT_TRUE(pairs(true).empty());
+}
+
 TEST(FfnTiles, TheChoiceIsPrintedAndPrefersFullWaves) {
   core::FfnQuestion q{1460, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
   const auto up = core::ffn_candidates(q, true);

@@ -19,6 +19,10 @@ constexpr double kF32FlopsPerUs = 0.3e6;
 constexpr double kTileOverheadUs = 1.2;  // filling the pipeline, and what of the epilogue is not hidden
 constexpr double kSumOverheadUs = 2.0;   // launching the kernel that adds the parts
 constexpr double kL2BytesPerUs = 5.0e6;
+// A cluster's stage needs a third less of L2, which bounds others where nearly all multiprocessors ask it at
+// the same time (docs/redesigns.md).
+constexpr double kClusterShare = 0.9;
+constexpr double kClusterWaves = 0.9;
 constexpr double kMemoryBytesPerUs = 3.0e6;
 constexpr double kL2Bytes = 4.0e7;
 constexpr int64_t kMaxDecodeRows = 16;
@@ -47,14 +51,17 @@ double flops_per_us(const FfnTile& tile) {
 FfnCandidate candidate(const FfnQuestion& q, const FfnTile& tile, int blocks_of_tile) {
   const int64_t n = tile.up ? q.neurons : q.width;
   const int64_t k = tile.up ? q.hidden : q.neurons;
-  const int64_t multiprocessors = std::max(q.multiprocessors, 1);
-  FfnCandidate c{tile, blocks_of_tile, divide_up(q.rows, tile.block_m) * divide_up(n, tile.block_n), 0, 0};
+  // Blocks of a cluster take tiles of neighbouring rows together, at the end perhaps one without rows.
+  const int64_t multiprocessors = std::max(q.multiprocessors, 1) / tile.cluster * tile.cluster;
+  const int64_t tiles_m = divide_up(q.rows, tile.block_m * tile.cluster) * tile.cluster;
+  FfnCandidate c{tile, blocks_of_tile, tiles_m * divide_up(n, tile.block_n), 0, 0};
   const int64_t blocks = c.tiles * blocks_of_tile;
   c.waves = static_cast<double>(blocks) / static_cast<double>(multiprocessors);
   const double flops = 2.0 * static_cast<double>(tile.block_m) * static_cast<double>(tile.block_n) *
                        (tile.up ? 2 : 1) * static_cast<double>(k) / blocks_of_tile;
   const double waves = static_cast<double>(divide_up(blocks, multiprocessors));
   c.us = waves * (flops / flops_per_us(tile) + kTileOverheadUs);
+  if (tile.cluster > 1 && c.waves >= kClusterWaves) c.us *= kClusterShare;
   if (blocks_of_tile > 1) {
     const double bytes = 4.0 * blocks_of_tile * static_cast<double>(q.rows) * static_cast<double>(n);
     c.us += kSumOverheadUs + 2 * bytes / (bytes < kL2Bytes ? kL2BytesPerUs : kMemoryBytesPerUs);
@@ -75,7 +82,10 @@ bool serves(const FfnQuestion& q, const FfnTile& tile) {
   const FfnFetch listed = q.block == 64  ? FfnFetch::kRuns
                           : q.block == 8 ? FfnFetch::kBlocks
                                          : FfnFetch::kRows;
-  return sm90_serves(q, tile.up) && tile.fetch == (q.listed && tile.up ? listed : FfnFetch::kRange);
+  // Each block of a cluster has rows of its own.
+  return sm90_serves(q, tile.up) && tile.fetch == (q.listed && tile.up ? listed : FfnFetch::kRange) &&
+         (tile.cluster == 1 ||
+          (q.rows > (tile.cluster - 1) * tile.block_m && q.multiprocessors >= tile.cluster));
 }
 
 const char* name_of(FfnKernel kernel) {
@@ -134,7 +144,7 @@ std::string explain_ffn(const FfnQuestion& q) {
            << std::setw(4) << c.tile.block_n << std::right << std::setw(7) << c.tiles << " tiles of "
            << c.blocks_of_tile << (c.blocks_of_tile == 1 ? " block  " : " blocks ") << std::fixed
            << std::setprecision(2) << std::setw(7) << c.waves << " waves " << std::setprecision(0)
-           << std::setw(7) << c.us << " us predicted\n";
+           << std::setw(7) << c.us << " us predicted" << (c.tile.cluster > 1 ? ", in pairs" : "") << "\n";
       first = false;
     }
   }

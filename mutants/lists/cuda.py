@@ -208,6 +208,8 @@ MUTANTS = [
            Emulated("FfnTiles.*")),
     Mutant("tiles: a tile that does not read the list", "csrc/cuda/ffn_sm90.cu", "return fetch == Fetch::kRange;", "return true;", Emulated("FfnTiles.*")),
     Mutant("choice: no tensor map of no columns", "csrc/core/ffn_choice.cpp", "q.hidden > 0 && q.neurons > 0", "q.neurons > 0", FFN),
+    Mutant("choice: clusters of which one block has no rows", "csrc/core/ffn_choice.cpp", "q.rows > (tile.cluster - 1) * tile.block_m", "q.rows > 0", Emulated("FfnTiles.*")),
+    Mutant("choice: clusters on a single multiprocessor", "csrc/core/ffn_choice.cpp", "q.multiprocessors >= tile.cluster", "q.multiprocessors > 0", Emulated("FfnTiles.*")),
     Mutant("ffn: the capability is not limited", "csrc/cuda/ffn.cu", "std::min(facts.capability, ffn_limits().capability.load())", "facts.capability", Emulated("DeviceFacts*")),
     Mutant("ffn: few rows have their own kernel nevertheless", "csrc/cuda/ffn.cu", "ffn_limits().decodes && p.width > 0", "p.width > 0", FFN),
     Mutant("decode: parts follow the multiprocessors", "csrc/cuda/ffn.cu", "f.neurons_of_block = decode_neurons_of_block(f.neurons);",
