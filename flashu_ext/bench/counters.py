@@ -163,7 +163,7 @@ class Ideal:
 
 
 def short_name(kernel: str) -> str:
-    """gemm_sm90 up 112 range, decode_neurons<bfloat16, 1>, ..."""
+    """gemm_sm90 up 112 range, gemm_sm90 up 112 range pairs (in clusters of two), decode_neurons<bfloat16, 1>, ..."""
     name = re.sub(r"flashu::|cuda::|core::|\(anonymous namespace\)::", "", kernel)
     name = re.sub(r"^void ", "", name)
     depth = 0
@@ -172,12 +172,13 @@ def short_name(kernel: str) -> str:
         if letter == "(" and depth == 0:
             name = name[:at]
             break
-    found = re.fullmatch(r"gemm_sm90<Config<(\w+), (true|false), (\d+), \(FfnFetch\)(\d)> ?>", name)
+    found = re.fullmatch(r"gemm_sm90<Config<(\w+), (true|false), (\d+), \(FfnFetch\)(\d), ([12])> ?>", name)
     if found is None:
         return name
     half = "up" if found[2] == "true" else "down"
     storage = "" if found[1] == "bfloat16" else f" {found[1]}"
-    return f"gemm_sm90 {half} {found[3]} {FETCHES[int(found[4])]}{storage}"
+    together = " pairs" if found[5] == "2" else ""
+    return f"gemm_sm90 {half} {found[3]} {FETCHES[int(found[4])]}{together}{storage}"
 
 
 def ideal_of(case: Case, launch: Launch, total_bytes: int, first: bool = True) -> Ideal:
