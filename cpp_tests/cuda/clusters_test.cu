@@ -141,18 +141,18 @@ void each_cluster(bool up, const Body& body) {
   }
 }
 
-// One block of neurons or several; as many steps of K as there are stages, and more, so that the stages of
-// both blocks are used again; 3 multiprocessors have one cluster, which then takes several tiles.
+// One block of neurons or several; more steps of K than there are stages, in one tile or in several of one
+// cluster, so that the stages of both blocks are used again.
 TYPED_TEST(DeviceClusters, UpHalf) {
   if (!use_capability(90)) GTEST_SKIP() << "this device is no sm_90";
   each_cluster(true, [&](const FfnTile& tile) {
     const bool listed = tile.fetch != FfnFetch::kRange;
-    for (Case c : {Case{1, 64, 40}, Case{129, 64, 400, 2}, Case{257, 192, 136}, Case{257, 320, 400, 5}}) {
+    for (Case c : {Case{1, 64, 40}, Case{129, 64, 330, 2}, Case{257, 192, 136}, Case{257, 320, 72, 5}}) {
       c.listed = listed;
       this->under_every_schedule([&] { compare<TypeParam>(tile, c); });
     }
     if (listed) return;
-    for (Case c : {Case{129, 77, 72, 2, 5}, Case{300, 229, 328, 8, 3}})
+    for (Case c : {Case{129, 77, 72, 2, 5}, Case{300, 229, 136, 8, 3}})
       this->under_every_schedule([&] { compare<TypeParam>(tile, c); });
   });
 }
@@ -160,10 +160,10 @@ TYPED_TEST(DeviceClusters, UpHalf) {
 TYPED_TEST(DeviceClusters, DownHalf) {
   if (!use_capability(90)) GTEST_SKIP() << "this device is no sm_90";
   each_cluster(false, [&](const FfnTile& tile) {
-    for (const Case& c : {Case{1, 8, 64, 2}, Case{129, 70, 450, 2, 5}, Case{257, 200, 200, 3},
-                          Case{257, 200, 448, 3, 0, true}, Case{257, 200, 448, 4, 0, true, 2},
-                          Case{130, 390, 392, 2, 3, false, 3}, Case{130, 70, 392, 2, 3, false, 3, true},
-                          Case{257, 210, 448, 5, 0, true, 2, true}, Case{5, 30, 200, 132, 0, false, 2, true}})
+    for (const Case& c : {Case{1, 8, 64, 2}, Case{129, 70, 450, 2, 5}, Case{257, 200, 136, 3},
+                          Case{257, 200, 128, 4, 0, true, 2}, Case{130, 390, 200, 2, 3, false, 3},
+                          Case{130, 70, 200, 2, 3, false, 3, true}, Case{257, 210, 128, 5, 0, true, 2, true},
+                          Case{5, 30, 136, 132, 0, false, 2, true}})
       this->under_every_schedule([&] { compare<TypeParam>(tile, c); });
   });
 }

@@ -9,7 +9,7 @@ ROTARY = Emulated("DeviceRotary*")
 ROUTING = Emulated("DeviceRouting*:DeviceMoves*")
 STEP = Emulated("DeviceStep*")
 FFN = Emulated("DeviceFfn*")
-CLUSTERS = Emulated("DeviceClusters/0.*")
+CLUSTERS = Emulated("DeviceClusters/0.*", sanitizers=("",))
 
 # Accesses within a warp that only hardware could reorder: no order of whole threads shows the fault, ThreadSanitizer does.
 RACE = Emulated("DeviceRouting/1.*", sanitizers=("thread",))
