@@ -185,7 +185,7 @@ MUTANTS = [
     Mutant("sm90: clusters: a stage is free for both when one block has read it", "csrc/cuda/ffn_sm90.cu",
            "kConsumers * 4 * C::kCluster);", "kConsumers * 4);", CLUSTERS),
     Mutant("sm90: clusters: both blocks fetch gate", "csrc/cuda/ffn_sm90.cu", "C::kCluster == 1 || rank == 0)", "true)", CLUSTERS),
-    Mutant("sm90: clusters: both blocks fetch all boxes of a list", "csrc/cuda/ffn_sm90.cu", "  if (C::kCluster > 1 && half != rank) return;\n", "", CLUSTERS),
+    Mutant("sm90: clusters: both blocks fetch all boxes of a list", "csrc/cuda/ffn_sm90.cu", "if (C::kCluster > 1 && half != rank) return;", "if (C::kCluster > 1 && rank > 1) return;", CLUSTERS),
     Mutant("sm90: clusters: the first half of down's columns twice", "csrc/cuda/ffn_sm90.cu",
            "fetch_weights<C>(b + row * kRowBytes, maps.b, first, first_n + row, full);", "fetch_weights<C>(b + row * kRowBytes, maps.b, first, first_n, full);", CLUSTERS),
     Mutant("sm90: clusters: expects the bytes that the block asks for", "csrc/cuda/ffn_sm90.cu",

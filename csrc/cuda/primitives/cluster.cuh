@@ -21,7 +21,7 @@ FLASHU_DEVICE void cluster_barrier() {
 
 // Arrives at the barrier at the same place in block `rank` of the cluster: says that reads by wgmma that were
 // waited for are over, and hands over nothing that threads wrote. For that it would have to release at the
-// cluster's scope, which ptxas 12.5 to 13.3 makes a fence of the whole device, for every arrival.
+// cluster's scope, which ptxas (13.0.88) makes a fence of the whole device, for every arrival.
 FLASHU_DEVICE void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank));
