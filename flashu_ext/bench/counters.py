@@ -247,7 +247,6 @@ CHECKED = [
     _ffn(128, 256, 17920, 14336, 0),  # up 112
     _ffn(128, 256, 17920, 16896, 0),  # up 128
     _ffn(1024, 256, 5120, 4096, 0),  # up 128 in pairs
-    _ffn(256, 3584, 5120, 4096, 0),  # down 128 in pairs, parts of blocks of their own
     _ffn(1460, 1536, 640, 512, 0),  # up 64, down 192
     _ffn(1408, 3072, 80, 64, 0),  # down 192 in pairs, one part
     *op_cases(200, 1536),
