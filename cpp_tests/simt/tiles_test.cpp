@@ -116,7 +116,7 @@ TEST(FfnTiles, PartsFillADevice) {
   EXPECT_EQ(core::ffn_parts(15155), 4);
 }
 
-// Two blocks fetch for each other where both have rows and nearly all multiprocessors work. An odd number of
+// Two blocks fetch for each other where both have rows and most multiprocessors work. An odd number of
 // rows of tiles is made even, and an odd multiprocessor stays idle.
 TEST(FfnTiles, PairsWhereThereAreManyTiles) {
   core::FfnQuestion q{64, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
