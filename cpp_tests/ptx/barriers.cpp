@@ -38,7 +38,7 @@ bool Machine::barrier(Warp& w, Group& g, const Instruction& i) {
   Block::Barrier& b = w.block->barriers[id];
   if (b.arrived != 0 && b.expected != expected) fail(w, i, "a barrier with different numbers of threads");
   b.expected = expected;
-  if (w.block->races != nullptr) w.block->races->release(w.index, b.clock);
+  if (w.block->races != nullptr) w.block->races->release(w.actor, b.clock);
   b.arrived += kLanes;
   if (expected != 0 && b.arrived > expected) fail(w, i, "more threads at a barrier than it is for");
   if (o.value != nullptr) {
@@ -77,8 +77,8 @@ void Machine::release_barrier(Block& block, int id) {
         lanes(g.mask, [&](int l) { w.target(i.operands[0])[l] = v; });
       }
       if (block.races != nullptr) {
-        block.races->acquire(w.index, b.clock);
-        block.races->meet(w.index, g.mask, w.live, static_cast<u32>(steps));
+        block.races->acquire(w.actor, b.clock);
+        block.races->meet(w.actor, g.mask, w.live, static_cast<u32>(steps));
       }
       g.state = Group::kReady;
       ++g.pc;
@@ -93,11 +93,16 @@ bool Machine::cluster_barrier(Warp& w, Group& g, const Instruction& i) {
   if (g.mask != w.live) return false;
   if (i.has("arrive")) {
     ++w.cluster_rounds;
+    if (w.block->races != nullptr) w.block->races->release(w.actor, w.block->races->cluster());
   } else {
     for (const Block* b : *w.block->cluster) {
       for (const Warp& x : b->warps) {
         if (x.live != 0 && x.cluster_rounds < w.cluster_rounds) return false;
       }
+    }
+    if (Races* const races = w.block->races.get(); races != nullptr) {
+      races->acquire(w.actor, races->cluster());
+      races->meet(w.actor, g.mask, w.live, static_cast<u32>(steps));
     }
   }
   g.state = Group::kReady;

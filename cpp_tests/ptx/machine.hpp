@@ -113,6 +113,7 @@ struct Warp {
   u32 fenced_global = 0;                      // lanes that executed fence.proxy.async for global memory since
   u64 turns = 0;
   s64 register_share = 0;  // of a thread, as setmaxnreg counts them; 0: not known
+  int actor = 0;           // among the warps of the cluster
   u32 cluster_rounds = 0;  // arrivals at the barrier of the cluster
 
   u64* reg(int n) { return registers.data() + static_cast<std::size_t>(n) * kLanes; }
@@ -136,7 +137,8 @@ struct Block {
     u32 arrived = 0, expected = 0, sum = 0;
     bool all = true, any = false;
   } barriers[16];
-  std::unique_ptr<Races> races;  // null: not checked
+  std::shared_ptr<Races> races;  // of all blocks of the cluster; null: not checked
+  u32 races_at = 0;              // where this block's memory begins there
   std::vector<u32> dirty;        // granule of 16 bytes -> 1 + thread whose generic write was not fenced
   s64 spare_registers = 0;       // given back by setmaxnreg.dec
 

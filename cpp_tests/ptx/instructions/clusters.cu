@@ -64,12 +64,44 @@ FLASHU_CLUSTER_FAULT(is_not_waited_for) {
   if (rank() == 0) meet();
   if (rank() == 1 && threadIdx.x < 32) asm volatile("bar.sync 1, 64;" ::: "memory");
 }
+// Block 0 copies to where block 1 has read, with and without having heard of it.
+template <bool kOrdered>
+FLASHU_CLUSTER_FAULT(copies_to_the_other_block) {
+  __shared__ uint64_t full, read;
+  __shared__ __align__(128) uint32_t values[64];
+  if (threadIdx.x == 0) {
+    FLASHU_INIT(&full, 1);
+    FLASHU_INIT(&read, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  meet();
+  if (threadIdx.x == 0 && rank() == 1) {
+    memory[128] = *const_cast<volatile uint32_t*>(values);
+    if (kOrdered) arrive_at_other(&read);
+    FLASHU_EXPECT(&full, 256);
+    FLASHU_WAIT(&full, 0);
+    memory[129] = *const_cast<volatile uint32_t*>(values);
+  }
+  if (threadIdx.x == 0 && rank() == 0) {
+    if (kOrdered) FLASHU_WAIT(&read, 0);
+    uint32_t to, bar;
+    asm("mapa.shared::cluster.u32 %0, %1, 1;" : "=r"(to) : "r"(FLASHU_AT(values)));
+    asm("mapa.shared::cluster.u32 %0, %1, 1;" : "=r"(bar) : "r"(FLASHU_AT(&full)));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 256, [%2];" ::"r"(to),
+        "l"(memory), "r"(bar)
+        : "memory");
+  }
+  meet();
+}
 TEST_P(Faults, BlocksOfACluster) {
   expect(waits_for_the_other_block, "", 2);
   expect(warps_run_ahead, "", 2);
   expect(arrives_before_they_met, "that may not have begun", 2);
   expect(arrives_when_the_other_has_ended, "that has ended", 2);
   expect(is_not_waited_for, "deadlock", 2);
+  expect(copies_to_the_other_block<true>, "", 2);
+  expect(copies_to_the_other_block<false>, "a race in shared memory", 2);
 }
 
 }  // namespace
