@@ -49,6 +49,7 @@ u8* Machine::shared_at(Warp& w, const Instruction& i, u64 at, u32 bytes, Block**
   if (const u32 tag = address >> kRankShift; tag != 0) {
     if (tag > b->cluster->size()) fail(w, i, "an address of shared memory of no block in the cluster");
     b = (*b->cluster)[tag - 1];
+    check_other_block(w, i, *b);
   }
   const u32 offset = address & kOffset;
   if (offset < kSharedBase || offset + bytes > b->shared_bytes) {

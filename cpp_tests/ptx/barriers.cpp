@@ -38,7 +38,7 @@ bool Machine::barrier(Warp& w, Group& g, const Instruction& i) {
   Block::Barrier& b = w.block->barriers[id];
   if (b.arrived != 0 && b.expected != expected) fail(w, i, "a barrier with different numbers of threads");
   b.expected = expected;
-  if (w.block->races != nullptr) w.block->races->release(w.index, b.clock);
+  if (w.block->races != nullptr) w.block->races->release(w.actor, b.clock);
   b.arrived += kLanes;
   if (expected != 0 && b.arrived > expected) fail(w, i, "more threads at a barrier than it is for");
   if (o.value != nullptr) {
@@ -77,8 +77,8 @@ void Machine::release_barrier(Block& block, int id) {
         lanes(g.mask, [&](int l) { w.target(i.operands[0])[l] = v; });
       }
       if (block.races != nullptr) {
-        block.races->acquire(w.index, b.clock);
-        block.races->meet(w.index, g.mask, w.live, static_cast<u32>(steps));
+        block.races->acquire(w.actor, b.clock);
+        block.races->meet(w.actor, g.mask, w.live, static_cast<u32>(steps));
       }
       g.state = Group::kReady;
       ++g.pc;
@@ -87,23 +87,34 @@ void Machine::release_barrier(Block& block, int id) {
   b = Block::Barrier{};
 }
 
-// Waits until every thread of the cluster has arrived as often as those of this block.
+// Waits until every warp of the cluster that has not ended has arrived as often as this one. Lanes of a warp
+// that arrive apart are let meet first, with .aligned or without.
 bool Machine::cluster_barrier(Warp& w, Group& g, const Instruction& i) {
   if (g.mask != w.live) return false;
   if (i.has("arrive")) {
-    w.block->cluster_arrived += static_cast<u32>(std::popcount(g.mask));
+    ++w.cluster_rounds;
+    if (w.block->races != nullptr) w.block->races->release(w.actor, w.block->races->cluster());
   } else {
-    const auto threads = static_cast<u32>(launch->block.count());
-    const u32 rounds = (w.block->cluster_arrived + threads - 1) / threads;
     for (const Block* b : *w.block->cluster) {
-      bool live = false;
-      for (const Warp& x : b->warps) live |= x.live != 0;
-      if (live && b->cluster_arrived < rounds * threads) return false;
+      for (const Warp& x : b->warps) {
+        if (x.live != 0 && x.cluster_rounds < w.cluster_rounds) return false;
+      }
+    }
+    if (Races* const races = w.block->races.get(); races != nullptr) {
+      races->acquire(w.actor, races->cluster());
+      races->meet(w.actor, g.mask, w.live, static_cast<u32>(steps));
     }
   }
   g.state = Group::kReady;
   ++g.pc;
   return true;
+}
+
+// Before the cluster has met another block may not have begun, and its memory is gone when it has ended.
+void Machine::check_other_block(Warp& w, const Instruction& i, const Block& other) const {
+  if (&other == w.block) return;
+  if (w.cluster_rounds == 0) fail(w, i, "shared memory of a block of the cluster that may not have begun");
+  if (other.ended()) fail(w, i, "shared memory of a block of the cluster that has ended");
 }
 
 }  // namespace ptx

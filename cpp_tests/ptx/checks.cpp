@@ -37,7 +37,7 @@ void Machine::fence_proxy(Warp& w, u32 mask) {
 
 Races::Access Machine::access_of(Warp& w, const Instruction& i, int lane, u32 at, u32 bytes,
                                  Races::Kind kind) const {
-  return {w.index, lane, at, bytes, kind, static_cast<u32>(steps), &i};
+  return {w.actor, lane, at, bytes, kind, static_cast<u32>(steps), &i};
 }
 
 void Machine::report_race(Warp& w, const Instruction& i, int lane, u32 at, const char* problem,
@@ -51,14 +51,14 @@ void Machine::note_access(Warp& w, const Instruction& i, int lane, Block& b, u32
                           Races::Kind kind) {
   if (b.races == nullptr) return;
   const Instruction* other = nullptr;
-  const char* problem = b.races->access(access_of(w, i, lane, at, bytes, kind), &other);
+  const char* problem = b.races->access(access_of(w, i, lane, b.races_at + at, bytes, kind), &other);
   report_race(w, i, lane, at, problem, other);
 }
 
 // cp.async of a lane: when it begins, and when it is waited for.
 void Machine::note_copy(Warp& w, const Instruction& i, int lane, Block& b, u32 at, u32 bytes, bool done) {
   if (b.races == nullptr) return;
-  const Races::Access access = access_of(w, i, lane, at, bytes, Races::Kind::kWrite);
+  const Races::Access access = access_of(w, i, lane, b.races_at + at, bytes, Races::Kind::kWrite);
   if (done) return b.races->copy_done(access);
   const Instruction* other = nullptr;
   const char* problem = b.races->begin_copy(access, &other);
@@ -69,8 +69,8 @@ void Machine::note_bulk_write(Warp& w, const Instruction& i, int lane, Block& b,
                               u32 barrier) {
   if (b.races == nullptr) return;
   const Instruction* other = nullptr;
-  const Races::Access access = access_of(w, i, lane, at, bytes, Races::Kind::kWrite);
-  const char* problem = b.races->bulk_write(access, barrier, &other);
+  const Races::Access access = access_of(w, i, lane, b.races_at + at, bytes, Races::Kind::kWrite);
+  const char* problem = b.races->bulk_write(access, b.races_at + barrier, &other);
   report_race(w, i, lane, at, problem, other);
 }
 

@@ -46,7 +46,7 @@ bool Machine::collective(Warp& w, std::size_t group, const Instruction& i) {
       elect(w, i, here);
       break;
     default:  // bar.warp, which alone orders memory
-      if (w.block->races != nullptr) w.block->races->meet(w.index, here, w.live, static_cast<u32>(steps));
+      if (w.block->races != nullptr) w.block->races->meet(w.actor, here, w.live, static_cast<u32>(steps));
   }
   ++w.groups[group].pc;
   w.groups[group].state = Group::kReady;

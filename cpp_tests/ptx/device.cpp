@@ -199,6 +199,16 @@ cudaError_t cudaRuntimeGetVersion(int* v) {
   return cudaSuccess;
 }
 
+// Multiprocessors of one GPC are not told apart: every pair may be a cluster.
+cudaError_t cudaOccupancyMaxActiveClusters(int* n, const void*, const cudaLaunchConfig_t* c) {
+  unsigned blocks = 1;
+  for (unsigned a = 0; a < c->numAttrs; ++a) {
+    if (c->attrs[a].id == cudaLaunchAttributeClusterDimension) blocks = c->attrs[a].val.clusterDim.x;
+  }
+  *n = multiprocessors() / static_cast<int>(blocks);
+  return cudaSuccess;
+}
+
 // ---- streams and events, of which nothing is left to wait for
 
 cudaError_t cudaStreamCreate(cudaStream_t* s) {

@@ -139,12 +139,17 @@ std::unique_ptr<Block> Machine::make_block(u64 number, u32 rank, u32 shared_byte
   cluster->push_back(block.get());
   const auto threads = static_cast<u32>(l.block.count());
   block->warps.resize((threads + kLanes - 1) / kLanes);
-  if (settings.check_races && l.cluster.count() == 1)
-    block->races = std::make_unique<Races>(shared_bytes, block->warps.size());
+  if (settings.check_races) {
+    const auto count = static_cast<u32>(l.cluster.count());
+    block->races = rank > 0 ? (*cluster)[0]->races
+                            : std::make_shared<Races>(shared_bytes * count, block->warps.size() * count);
+    block->races_at = shared_bytes * rank;
+  }
   for (std::size_t n = 0; n < block->warps.size(); ++n) {
     Warp& w = block->warps[n];
     w.block = block.get();
     w.index = static_cast<int>(n);
+    w.actor = static_cast<int>(rank * block->warps.size() + n);
     const u32 left = threads - static_cast<u32>(n) * kLanes;
     w.live = left >= kLanes ? kAllLanes : (1u << left) - 1;
     const auto registers = static_cast<std::size_t>(kernel->registers);

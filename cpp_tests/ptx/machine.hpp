@@ -113,6 +113,8 @@ struct Warp {
   u32 fenced_global = 0;                      // lanes that executed fence.proxy.async for global memory since
   u64 turns = 0;
   s64 register_share = 0;  // of a thread, as setmaxnreg counts them; 0: not known
+  int actor = 0;           // among the warps of the cluster
+  u32 cluster_rounds = 0;  // arrivals at the barrier of the cluster
 
   u64* reg(int n) { return registers.data() + static_cast<std::size_t>(n) * kLanes; }
   const u64* values(const Operand& o) { return o.index >= 0 ? reg(o.index) : o.pool; }
@@ -135,10 +137,10 @@ struct Block {
     u32 arrived = 0, expected = 0, sum = 0;
     bool all = true, any = false;
   } barriers[16];
-  std::unique_ptr<Races> races;  // null: not checked
+  std::shared_ptr<Races> races;  // of all blocks of the cluster; null: not checked
+  u32 races_at = 0;              // where this block's memory begins there
   std::vector<u32> dirty;        // granule of 16 bytes -> 1 + thread whose generic write was not fenced
-  u32 cluster_arrived = 0;
-  s64 spare_registers = 0;  // given back by setmaxnreg.dec
+  s64 spare_registers = 0;       // given back by setmaxnreg.dec
 
   explicit Block(u32 bytes);
   ~Block() { std::free(shared); }
@@ -148,6 +150,9 @@ struct Block {
   }
   u32 offset(const void* p) const {
     return static_cast<u32>(reinterpret_cast<u64>(p) - reinterpret_cast<u64>(shared));
+  }
+  bool ended() const {
+    return std::all_of(warps.begin(), warps.end(), [](const Warp& w) { return w.live == 0; });
   }
 };
 
@@ -222,6 +227,7 @@ struct Machine {
   // barriers.cpp
   bool barrier(Warp&, Group&, const Instruction&);
   bool cluster_barrier(Warp&, Group&, const Instruction&);
+  void check_other_block(Warp&, const Instruction&, const Block& other) const;
   void release_barrier(Block&, int id);
 
   // collectives.cpp

@@ -17,7 +17,7 @@ void store_word(Block& block, u8* p, MbarrierWord m) {
   if (m.pending == 0 && m.bytes == 0) {
     m.phase ^= 1;
     m.pending = m.count;
-    if (block.races != nullptr) block.races->complete(block.offset(p));
+    if (block.races != nullptr) block.races->complete(block.races_at + block.offset(p));
   }
   std::memcpy(p, &m, sizeof m);
 }
@@ -99,7 +99,8 @@ bool Machine::mbarrier_wait(Warp& w, const Instruction& i, u32 mask) {
   lanes(mask, [&](int l) {
     w.target(i.operands[0])[l] = done >> l & 1;
     u8* at = mbarrier_at(w, i, i.operands[1], l);
-    if ((done >> l & 1) != 0 && w.block->races != nullptr) w.block->races->wait(w.index, w.block->offset(at));
+    if ((done >> l & 1) != 0 && w.block->races != nullptr)
+      w.block->races->wait(w.actor, w.block->races_at + w.block->offset(at));
   });
   return true;
 }
@@ -123,7 +124,7 @@ void Machine::mbarrier_arrive(Warp& w, const Instruction& i, int lane) {
     if (m.pending < arrivals) fail(w, i, "mbarrier: more arrivals than it is for", lane);
     m.pending -= arrivals;
     Block& block = block_of(w, at);
-    if (arrives && block.races != nullptr) block.races->arrive(w.index, block.offset(at));
+    if (arrives && block.races != nullptr) block.races->arrive(w.actor, block.races_at + block.offset(at));
     store_word(block, at, m);
   } catch (const Error& e) {
     fail(w, i, e.what(), lane);

@@ -18,6 +18,7 @@ Races::Races(u32 bytes, std::size_t warps)
       meetings_(warps),
       writes_(bytes / kCell + 1),
       reads_(writes_.size() * warps) {
+  if (warps >= kActors) throw Error("more warps in a cluster than the check for races has room for");
   for (std::size_t w = 0; w < warps; ++w) clocks_[w].of[w] = 1;
 }
 

@@ -1,5 +1,6 @@
-// Happens-before in the shared memory of a block: two accesses to a place, one of them a write, must be
-// ordered by a barrier, an mbarrier or a wait, in whatever order they happened here.
+// Happens-before in the shared memory of the blocks of a cluster, one behind the other: two accesses to a
+// place, one of them a write, must be ordered by a barrier, an mbarrier or a wait, in whatever order they
+// happened here.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 namespace ptx {
 
-// Who accesses shared memory: the warps of a block, and for each mbarrier the bulk copies that it counts.
+// Who accesses shared memory: the warps of the cluster, and for each mbarrier the bulk copies that it counts.
 constexpr int kActors = 64;
 
 // How much of each actor's work has been seen.
@@ -47,6 +48,9 @@ class Races {
   void acquire(int warp, const Clock& from) { clocks_[static_cast<std::size_t>(warp)].join(from); }
   // Lanes of a warp see what the others of them did.
   void meet(int warp, u32 mask, u32 live, u32 time);
+  // What warps publish at the barrier of the cluster. One clock for all its rounds: a warp that waits late
+  // sees more than it may.
+  Clock& cluster() { return cluster_; }
   // mbarriers, by their offset
   void arrive(int warp, u32 barrier) { release(warp, barrier_at(barrier).arrived); }
   void complete(u32 barrier);  // a phase
@@ -91,6 +95,7 @@ class Races {
   std::vector<Write> writes_;  // of two bytes each
   std::vector<Read> reads_;    // of each warp
   std::map<u32, Barrier> barriers_;
+  Clock cluster_;
 };
 
 }  // namespace ptx

@@ -112,10 +112,12 @@ void Machine::tensor_load(Warp& w, const Instruction& i, int lane, int rank) {
     if ((blocks >> rank_of & 1) == 0) continue;
     if (rank_of >= w.block->cluster->size()) fail(w, i, "multicast to a block that is not there", lane);
     Block* block = multicast ? (*w.block->cluster)[rank_of] : home;
+    check_other_block(w, i, *block);
     Block* barrier_block = multicast ? block : barrier_home;
     u8* at = barrier_block->shared + (barrier & kOffset);
     note_bulk_write(w, i, lane, *block, box_at, bytes, barrier_block->offset(at));
     const auto run = [this, map, first, block, barrier_block, box_at, at, bytes, &w, &i, lane] {
+      if (block->ended()) fail(w, i, "a box comes to a block that has ended", lane);
       if (settings.values)
         each_element(map, first, box_at, [&](const Element& e) {
           if (e.inside) {

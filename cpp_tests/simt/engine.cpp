@@ -1,4 +1,4 @@
-// Scheduler, blocks, meetings and asynchronous work of the SIMT emulator.
+// Scheduler, blocks and launches of the SIMT emulator.
 #include "simt/engine.hpp"
 
 #include <algorithm>
@@ -13,22 +13,15 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
+#include "simt/state.hpp"
+
 namespace simt {
 
 namespace {
 
 constexpr std::size_t kStackBytes = 128 << 10;
-constexpr std::size_t kStaticBytes = 64 << 10;
 constexpr std::size_t kSharedLimit = 227 << 10;
 constexpr std::size_t kSharedAlign = 1024;
-constexpr unsigned kLanes = 32;
-constexpr int kBarriers = 16;
-
-struct Range {
-  const char* begin;
-  const char* end;
-  std::shared_ptr<Deferred> copy;  // that writes there, or null: it is written
-};
 
 void poison([[maybe_unused]] void* address, [[maybe_unused]] std::size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -41,94 +34,39 @@ void unpoison([[maybe_unused]] void* address, [[maybe_unused]] std::size_t bytes
 #endif
 }
 
+// Reads of what was never written give NaN, and one byte too far is caught by AddressSanitizer.
+char* filled(std::size_t bytes, std::size_t beyond) {
+  const std::size_t rounded = (bytes + kSharedAlign - 1) / kSharedAlign * kSharedAlign + beyond;
+  auto* memory = static_cast<char*>(std::aligned_alloc(kSharedAlign, std::max(rounded, kSharedAlign)));
+  if (memory == nullptr) throw std::bad_alloc();
+  std::memset(memory, 0xff, bytes);
+  poison(memory + bytes, rounded - bytes);
+  return memory;
+}
+
+}  // namespace
+
+Block::Block(std::size_t bytes) : dynamic_bytes(bytes) {
+  dynamic = filled(bytes, kSharedAlign);
+  statics = filled(kStaticBytes, 0);
+}
+Block::~Block() {
+  unpoison(dynamic, dynamic_bytes + 2 * kSharedAlign);
+  std::free(dynamic);
+  std::free(statics);
+}
+
 std::string at(const Place& where) {
   const std::string file = where.file_name();
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(where.line());
 }
 
-}  // namespace
-
-struct Thread {
-  std::unique_ptr<Fiber> fiber;
-  Block* block = nullptr;
-  unsigned linear = 0;
-  Index index{};
-  bool done = false;
-  const char* waiting_for = nullptr;
-  const void* key = nullptr;
-  Place where;
-  Groups copies{"cp.async"};
-  Groups bulks{"cp.async.bulk"};
-  Groups products{"wgmma"};
-  std::vector<Range> unfenced;  // generic writes that the asynchronous proxy may not see
-  std::vector<const void*> unfenced_barriers;
-  std::uint64_t priority = 0;  // the same for all threads of a warp
-  bool waited_for_previous = false;
-  bool fenced_global = false;  // since then
-};
-
-// Lanes of a warp that are meeting.
-struct Meeting {
-  std::uint32_t mask = 0;
-  std::uint32_t arrived = 0;
-  unsigned phase = 0;
-  const char* kind = nullptr;
-  void* pointers[kLanes] = {};
-  Thread* threads[kLanes] = {};
-};
-
-struct Barrier {
-  unsigned arrived = 0;
-  unsigned expected = 0;
-  unsigned phase = 0;
-  std::vector<Thread*> waiting;
-};
-
-struct Block {
-  Index index{};
-  unsigned live = 0;
-  std::vector<Thread*> threads;
-  std::vector<Meeting> meetings;  // by warp and lowest lane of the mask
-  Barrier barriers[kBarriers];
-  char* dynamic = nullptr;
-  std::size_t dynamic_bytes = 0;
-  char* statics = nullptr;
-  std::size_t statics_used = 0;
-  std::map<const void*, std::size_t> sites;
-
-  Block(std::size_t bytes) : dynamic_bytes(bytes) {
-    dynamic = filled(bytes, kSharedAlign);
-    statics = filled(kStaticBytes, 0);
-  }
-  ~Block() {
-    unpoison(dynamic, dynamic_bytes + 2 * kSharedAlign);
-    std::free(dynamic);
-    std::free(statics);
-  }
-  Block(const Block&) = delete;
-
- private:
-  // Reads of what was never written give NaN, and one byte too far is caught by AddressSanitizer.
-  static char* filled(std::size_t bytes, std::size_t beyond) {
-    const std::size_t rounded = (bytes + kSharedAlign - 1) / kSharedAlign * kSharedAlign + beyond;
-    auto* memory = static_cast<char*>(std::aligned_alloc(kSharedAlign, std::max(rounded, kSharedAlign)));
-    if (memory == nullptr) throw std::bad_alloc();
-    std::memset(memory, 0xff, bytes);
-    poison(memory + bytes, rounded - bytes);
-    return memory;
-  }
-};
+__attribute__((noinline)) Engine& engine() {
+  static thread_local Engine instance;
+  return instance;
+}
 
 namespace {
-
-// When asynchronous work of a kind runs: at once, at any time, or only when every thread waits for it.
-enum class When { kAtOnce, kSometime, kLast };
-
-// How a launch does its asynchronous work.
-struct Manner {
-  When of[4];   // by Kind
-  int percent;  // chance that one piece of deferred work (kSometime) runs when a thread yields
-};
 
 // What goes wrong without a wait shows when one side is early and the other one late: data that comes late
 // and is read early, memory that is read late and written again early. Chance alone seldom has both.
@@ -141,38 +79,6 @@ constexpr Manner kManners[] = {
     {{When::kSometime, When::kAtOnce, When::kSometime, When::kSometime}, 70},
 };
 constexpr const Manner& kLate = kManners[4];
-
-struct Engine {
-  Fiber host;
-  Thread* current = nullptr;  // null on the host's own stack
-  std::vector<Thread*> ready;
-  std::vector<Thread*> waiting;
-  std::vector<std::shared_ptr<Deferred>> sometime;
-  std::vector<std::shared_ptr<Deferred>> last;  // loads only: nobody is woken by the others
-  std::vector<std::unique_ptr<Fiber>> spare;
-  Index grid{}, block{};
-  const std::function<void()>* body = nullptr;
-  std::uint64_t state = 1;
-  std::uint64_t switches = 0;
-  Manner manner = kLate;
-  bool by_priority = false;  // some warps run far ahead of the others
-  unsigned live = 0;
-  std::string error;
-
-  std::uint64_t next_random() {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state;
-  }
-  bool chance(int percent) { return settings().random && static_cast<int>(next_random() % 100) < percent; }
-};
-
-// One per OS thread: fibers never move between them, so emulations on several threads do not meet.
-__attribute__((noinline)) Engine& engine() {
-  static thread_local Engine instance;
-  return instance;
-}
 
 void run_one_of(std::vector<std::shared_ptr<Deferred>>& list) {
   const std::size_t i = settings().random ? engine().next_random() % list.size() : 0;
@@ -227,18 +133,6 @@ void leave(bool forever = false) {
   source.switch_to(target, forever);
 }
 
-void park(const char* what, const Place& where, const void* key) {
-  Thread& t = self();
-  t.waiting_for = what;
-  t.where = where;
-  t.key = key;
-  leave();
-  t.waiting_for = nullptr;
-  t.key = nullptr;
-}
-
-void make_ready(Thread* thread) { engine().ready.push_back(thread); }
-
 void check_idle(const Groups& groups) {
   if (!groups.idle())
     fail(Place::current(), std::string("thread exits before it waited for its ") + groups.kind() + " groups");
@@ -274,6 +168,7 @@ void thread_main() {
   t.done = true;
   --e.live;
   --t.block->live;
+  leave_cluster(*t.block->cluster);
   leave(true);
   std::abort();
 }
@@ -290,14 +185,22 @@ std::string deadlock_report(const std::vector<std::unique_ptr<Thread>>& threads)
   return text.str();
 }
 
-// Runs the given blocks of the grid to their end, at the same time.
-void run_wave(const std::vector<std::uint64_t>& blocks, std::size_t shared_bytes) {
+// Runs the given clusters of the grid to their end, at the same time.
+void run_wave(const std::vector<std::uint64_t>& clusters, std::size_t shared_bytes) {
   Engine& e = engine();
+  std::vector<std::unique_ptr<Cluster>> together;
   std::vector<std::unique_ptr<Block>> wave;
   std::vector<std::unique_ptr<Thread>> threads;
   const unsigned count = e.block.x * e.block.y * e.block.z;
-  for (const std::uint64_t number : blocks) {
+  for (std::uint64_t i = 0; i < clusters.size() * e.cluster; ++i) {
+    const auto rank = static_cast<unsigned>(i % e.cluster);
+    const std::uint64_t number = clusters[i / e.cluster] * e.cluster + rank;
+    if (rank == 0) together.push_back(std::make_unique<Cluster>());
     auto block = std::make_unique<Block>(shared_bytes);
+    block->cluster = together.back().get();
+    block->rank = rank;
+    block->cluster->blocks.push_back(block.get());
+    block->cluster->live += count;
     block->index = {static_cast<unsigned>(number % e.grid.x),
                     static_cast<unsigned>(number / e.grid.x % e.grid.y),
                     static_cast<unsigned>(number / e.grid.x / e.grid.y)};
@@ -321,6 +224,7 @@ void run_wave(const std::vector<std::uint64_t>& blocks, std::size_t shared_bytes
       threads.push_back(std::move(thread));
     }
     e.live += count;
+    e.running.push_back(block.get());
     wave.push_back(std::move(block));
   }
   leave();
@@ -337,12 +241,25 @@ void run_wave(const std::vector<std::uint64_t>& blocks, std::size_t shared_bytes
   }
   e.ready.clear();
   e.waiting.clear();
+  e.running.clear();
   e.sometime.clear();
   e.last.clear();
   e.live = 0;
 }
 
 }  // namespace
+
+void park(const char* what, const Place& where, const void* key) {
+  Thread& t = self();
+  t.waiting_for = what;
+  t.where = where;
+  t.key = key;
+  leave();
+  t.waiting_for = nullptr;
+  t.key = nullptr;
+}
+
+void make_ready(Thread* thread) { engine().ready.push_back(thread); }
 
 Settings& settings() {
   static thread_local Settings value;
@@ -446,214 +363,16 @@ bool in_shared(const void* address, std::size_t bytes) {
          (begin >= block.statics && begin + bytes <= block.statics + kStaticBytes);
 }
 
-// ---- meetings
-
-void barrier(int id, unsigned count, const Place& where) {
-  const Unseen unseen;
-  Block& block = *self().block;
-  if (id < 0 || id >= kBarriers) fail(where, "barrier " + std::to_string(id) + ": expected 0 to 15");
-  if (count == 0 || (count % kLanes != 0 && count != block.threads.size()) || count > block.threads.size())
-    fail(where, "barrier of " + std::to_string(count) + " threads: expected whole warps of this block");
-  Barrier& b = block.barriers[id];
-  if (b.arrived > 0 && b.expected != count)
-    fail(where, "barrier " + std::to_string(id) + " of " + std::to_string(count) + " threads meets one of " +
-                    std::to_string(b.expected));
-  b.expected = count;
-  // Two addresses, used in turn, keep the order of one meeting from reaching into the next.
-  const void* passed = reinterpret_cast<const char*>(&b) + 1 + b.phase % 2;
-  order_release(&b);
-  if (++b.arrived < count) {
-    b.waiting.push_back(&self());
-    park("a barrier", where, nullptr);
-  } else {
-    order_acquire(&b);
-    order_release(passed);
-    b.arrived = 0;
-    ++b.phase;
-    for (Thread* t : std::exchange(b.waiting, {})) make_ready(t);
-    maybe_yield();
-  }
-  order_acquire(passed);
-}
-
-void collective(std::uint32_t mask, const char* kind, void* mine, void (*meet)(void* const*, void*),
-                void* context, bool fence, const Place& where) {
-  const Unseen unseen;
-  Thread& t = self();
-  const unsigned lane = t.linear % kLanes;
-  if ((mask >> lane & 1) == 0) fail(where, std::string(kind) + ": the calling lane is not in the mask");
-  Meeting& m = t.block->meetings[t.linear / kLanes * kLanes + static_cast<unsigned>(std::countr_zero(mask))];
-  if (m.arrived != 0 && (m.mask != mask || std::strcmp(m.kind, kind) != 0))
-    fail(where, std::string("divergent warp: ") + kind + " meets " + m.kind);
-  m.mask = mask;
-  m.kind = kind;
-  m.pointers[lane] = mine;
-  m.threads[lane] = &t;
-  m.arrived |= 1u << lane;
-  const void* passed = reinterpret_cast<const char*>(&m) + 1 + m.phase % 2;
-  if (fence) order_release(&m);
-  if (m.arrived != mask) {
-    park(kind, where, nullptr);
-  } else {
-    if (fence) order_acquire(&m);
-    void* pointers[kLanes] = {};
-    for (unsigned i = 0; i < kLanes; ++i) {
-      if (mask >> i & 1) pointers[i] = m.pointers[i];
-    }
-    meet(pointers, context);
-    if (fence) order_release(passed);  // with what was waited for in there
-    m.arrived = 0;
-    ++m.phase;
-    for (unsigned i = 0; i < kLanes; ++i) {
-      if ((mask >> i & 1) && i != lane) make_ready(m.threads[i]);
-    }
-    maybe_yield();
-  }
-  if (fence) order_acquire(passed);
-}
-
-// ---- asynchronous work
-
-std::shared_ptr<Deferred> defer(Kind kind, std::function<void()> work, std::shared_ptr<Deferred> after) {
-  const Unseen unseen;
-  Engine& e = engine();
-  auto deferred = std::make_shared<Deferred>();
-  deferred->work = std::move(work);
-  deferred->after = std::move(after);
-  order_release(deferred.get());
-  switch (e.manner.of[static_cast<int>(kind)]) {
-    case When::kAtOnce:
-      complete(*deferred);
-      break;
-    case When::kSometime:
-      e.sometime.push_back(deferred);
-      break;
-    case When::kLast:
-      if (kind == Kind::kLoad) e.last.push_back(deferred);
-      break;  // the others are done when their group is waited for
-  }
-  return deferred;
-}
-
-void complete(Deferred& deferred) {
-  if (deferred.done) return;
-  if (deferred.after) complete(*deferred.after);
-  deferred.done = true;
-  as_own_thread(
-      [](void* context) {
-        auto& own = *static_cast<Deferred*>(context);
-        order_acquire(&own);  // what its issuer did before
-        if (own.after) order_acquire(&own.after->done);
-        own.work();
-        order_release(&own.done);
-      },
-      &deferred);
-  deferred.work = nullptr;
-  deferred.after = nullptr;
-}
-
-void Groups::commit() {
-  const Unseen unseen;
-  committed_.push_back(std::exchange(open_, {}));
-}
-
-void Groups::wait(unsigned pending) {
-  finish(pending);
-  maybe_yield();
-}
-
-void Groups::finish(unsigned pending) {
-  const Unseen unseen;
-  while (committed_.size() > pending) {
-    for (const auto& work : committed_.front()) {
-      complete(*work);
-      work->waited_for = true;
-      order_acquire(&work->done);
-    }
-    committed_.erase(committed_.begin());
-  }
-}
-
-Groups& copy_groups() { return self().copies; }
-Groups& bulk_groups() { return self().bulks; }
-Groups& product_groups() { return self().block->threads[self().linear / kLanes * kLanes]->products; }
-
-void note_generic_write(const void* address, std::size_t bytes, std::shared_ptr<Deferred> copy) {
-  const Unseen unseen;
-  const auto* begin = static_cast<const char*>(address);
-  std::vector<Range>& unfenced = self().unfenced;
-  // Kernels without asynchronous readers never fence; the latest writes are enough to find a forgotten one.
-  if (unfenced.size() == 512) unfenced.erase(unfenced.begin(), unfenced.begin() + 256);
-  unfenced.push_back({begin, begin + bytes, std::move(copy)});
-}
-
-void fence_proxy_async() {
-  const Unseen unseen;
-  std::erase_if(self().unfenced,
-                [](const Range& range) { return range.copy == nullptr || range.copy->waited_for; });
-  self().unfenced_barriers.clear();
-}
-
-void note_initialised(const void* barrier) {
-  const Unseen unseen;
-  self().unfenced_barriers.push_back(barrier);
-}
-
-void fence_initialised() {
-  const Unseen unseen;
-  self().unfenced_barriers.clear();
-}
-
-void check_initialised(const void* barrier, const char* what, const Place& where) {
-  const Unseen unseen;
-  for (const Thread* thread : self().block->threads) {
-    const auto& list = thread->unfenced_barriers;
-    if (std::find(list.begin(), list.end(), barrier) != list.end())
-      fail(where, std::string(what) + " uses an mbarrier whose initialisation was not fenced");
-  }
-}
-
-void note_waited_for_previous() {
-  const Unseen unseen;
-  self().waited_for_previous = true;
-  self().fenced_global = false;
-}
-
-void note_fenced_global() {
-  const Unseen unseen;
-  self().fenced_global = true;
-}
-
-bool fenced_global() {
-  const Unseen unseen;
-  return self().fenced_global;
-}
-
-bool waited_for_previous() {
-  const Unseen unseen;
-  return self().waited_for_previous;
-}
-
-void check_proxy(const void* address, std::size_t bytes, const char* what, const Place& where) {
-  const Unseen unseen;
-  const auto* begin = static_cast<const char*>(address);
-  for (const Thread* thread : self().block->threads) {
-    for (const Range& range : thread->unfenced) {
-      if (range.begin < begin + bytes && begin < range.end)
-        fail(where, std::string(what) + " reads shared memory that thread " + std::to_string(thread->linear) +
-                        " wrote without fence.proxy.async");
-    }
-  }
-}
-
 // ---- launching
 
-bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body) {
+bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body,
+            unsigned cluster) {
   const Unseen unseen;
   const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
   const std::uint64_t blocks = std::uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535 || shared_bytes > kSharedLimit) {
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > kSharedLimit || cluster == 0 || cluster > 8 ||
+      grid.x % cluster != 0) {
     return false;
   }
   Engine& e = engine();
@@ -665,19 +384,21 @@ bool launch(Index grid, Index block, std::size_t shared_bytes, const std::functi
   e.error.clear();
   e.grid = grid;
   e.block = block;
+  e.cluster = cluster;
   e.body = &body;
   order_release(&e.body);
   // In turn, so that a few seeds or a few launches have all of them.
   e.manner = settings().random ? kManners[(settings().seed + number) % std::size(kManners)] : kLate;
   e.by_priority = e.next_random() % 2 != 0;
-  std::vector<std::uint64_t> order(blocks);
-  for (std::uint64_t i = 0; i < blocks; ++i) order[i] = i;
+  const std::uint64_t clusters = blocks / cluster;
+  std::vector<std::uint64_t> order(clusters);
+  for (std::uint64_t i = 0; i < clusters; ++i) order[i] = i;
   if (settings().random) {
-    for (std::uint64_t i = blocks; i > 1; --i) std::swap(order[i - 1], order[e.next_random() % i]);
+    for (std::uint64_t i = clusters; i > 1; --i) std::swap(order[i - 1], order[e.next_random() % i]);
   }
-  const std::uint64_t resident = std::max(1u, settings().resident);
-  for (std::uint64_t first = 0; first < blocks && e.error.empty(); first += resident) {
-    const std::uint64_t last = std::min(blocks, first + resident);
+  const std::uint64_t resident = std::max(1u, settings().resident / cluster);
+  for (std::uint64_t first = 0; first < clusters && e.error.empty(); first += resident) {
+    const std::uint64_t last = std::min(clusters, first + resident);
     run_wave({order.begin() + static_cast<std::ptrdiff_t>(first),
               order.begin() + static_cast<std::ptrdiff_t>(last)},
              shared_bytes);

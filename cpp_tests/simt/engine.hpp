@@ -33,7 +33,7 @@ struct Settings {
   std::uint64_t seed = 1;
   std::uint64_t launches = 0;           // counted up by launch(): each one has its own random sequence
   bool random = true;                   // false: threads in order, asynchronous work as late as may be
-  unsigned resident = 2;                // blocks that run at the same time
+  unsigned resident = 2;                // blocks that run at the same time, whole clusters at least
   int yield_percent = 25;               // how often a thread that could go on lets others go first
   std::uint64_t switches = 1ull << 36;  // more is taken for a livelock
   // The device that the host code sees.
@@ -112,6 +112,20 @@ void collective(std::uint32_t mask, const char* kind, void* mine, const Meet& me
       const_cast<void*>(static_cast<const void*>(&meet)), fence, where);
 }
 
+// ---- clusters
+
+unsigned cluster_rank();  // of the block in its cluster
+unsigned cluster_size();
+
+// All threads of the cluster meet, but those that have ended.
+void cluster_barrier(const Place& where);
+
+// The same place in the shared memory of block `rank` of the cluster. Before the cluster has met that block
+// may not have begun, and its memory is gone when it has ended: both are errors, for the own block too.
+void* in_block(void* address, unsigned rank, const Place& where);
+// For work that is done later: the same error where the block at whose address it writes has ended by then.
+void check_lives(const void* address, const char* what, const Place& where);
+
 // ---- asynchronous work
 
 // Does `work` at any time from now on, in any order with other work that does not stand `after` it. Only
@@ -168,7 +182,9 @@ bool fenced_global();
 
 // ---- launching, from the host
 
-// Runs body() once for every thread of the grid. Returns false for a grid that no device would take.
-bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body);
+// Runs body() once for every thread of the grid. Returns false for a grid that no device would take. cluster:
+// blocks of one, neighbours along x.
+bool launch(Index grid, Index block, std::size_t shared_bytes, const std::function<void()>& body,
+            unsigned cluster = 1);
 
 }  // namespace simt

@@ -3,54 +3,18 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <functional>
-#include <set>
 #include <string>
 #include <vector>
 
 #include "cuda/primitives/launch.cuh"
 #include "cuda/primitives/mma.cuh"
 #include "cuda/primitives/wgmma.cuh"
+#include "simt/grids.hpp"
 
 namespace flashu::test {
 namespace {
 
 using namespace flashu::cuda;
-
-constexpr int kSeeds = 24;
-
-// What goes wrong when `body` runs as a grid, "" if nothing does.
-std::string error_of_grid(unsigned blocks, unsigned threads, std::size_t shared,
-                          const std::function<void()>& body) {
-  try {
-    EXPECT_TRUE(simt::launch({blocks, 1, 1}, {threads, 1, 1}, shared, body));
-    return "";
-  } catch (const simt::Error& error) {
-    return error.what();
-  }
-}
-
-// The errors of all schedules; a good kernel gives {""}.
-std::set<std::string> errors(unsigned blocks, unsigned threads, std::size_t shared,
-                             const std::function<void()>& body) {
-  std::set<std::string> all;
-  simt::settings().launches = 0;
-  for (int seed = 0; seed < kSeeds; ++seed) {
-    simt::settings().seed = static_cast<std::uint64_t>(seed);
-    simt::settings().random = seed != 0;
-    all.insert(error_of_grid(blocks, threads, shared, body));
-  }
-  return all;
-}
-
-bool contains(const std::set<std::string>& all, const std::string& text) {
-  for (const std::string& error : all) {
-    if (error.find(text) != std::string::npos) return true;
-  }
-  return false;
-}
-
-const std::set<std::string> kFine = {""};
 
 TEST(Simt, BlocksThreadsAndIndices) {
   std::vector<int> seen(6 * 4 * 40, 0);

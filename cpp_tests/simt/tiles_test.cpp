@@ -61,6 +61,8 @@ TEST(FfnTiles, WhatTheTableDoesNotHaveIsRefusedByName) {
   for (const bool up : {false, true}) {
     for (const FfnTile& tile : {FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 128, 96},
                                 FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 64, 128},
+                                FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 128, 64, 2},
+                                FfnTile{FfnKernel::kSm90, up, FfnFetch::kRange, 128, 128, 4},
                                 FfnTile{FfnKernel::kSm90, up, FfnFetch::kThreads, 128, 128},
                                 FfnTile{FfnKernel::kSm90, up, FfnFetch::kRows, 128, 128},
                                 FfnTile{FfnKernel::kSm80, up, FfnFetch::kRange, 128, 128},
@@ -82,19 +84,20 @@ TEST(FfnTiles, TheChoiceIsFromTheTable) {
     std::sort(all.begin(), all.end());
     return all;
   };
-  EXPECT_EQ(widths(true), (std::vector<int>{64, 112, 128}));
-  EXPECT_EQ(widths(false), (std::vector<int>{64, 64, 128, 128, 192, 192}));
+  // Alone and in clusters, down's also with a part of K to each block.
+  EXPECT_EQ(widths(true), (std::vector<int>{64, 112, 112, 128, 128}));
+  EXPECT_EQ(widths(false), (std::vector<int>{64, 64, 128, 128, 128, 128, 192, 192, 192, 192}));
   q.neurons = 2047;  // one part
-  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 192}));
+  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 128, 192, 192}));
   q.listed = true;
   for (const int32_t block : {1, 8}) {
     q.block = block;
-    EXPECT_EQ(widths(true), std::vector<int>{128});
+    EXPECT_EQ(widths(true), std::vector<int>(block == 8 ? 2 : 1, 128));
     EXPECT_EQ(widths(false), std::vector<int>{});
   }
   q.block = 64;
-  EXPECT_EQ(widths(true), (std::vector<int>{64, 128}));
-  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 192}));
+  EXPECT_EQ(widths(true), (std::vector<int>{64, 128, 128}));
+  EXPECT_EQ(widths(false), (std::vector<int>{64, 128, 128, 192, 192}));
 }
 
 // Wide tiles of sm_80 where they fill the device; never for rows that are not aligned or, in the down half,
@@ -131,6 +134,33 @@ TEST(FfnTiles, PartsFillADevice) {
   EXPECT_EQ(core::ffn_parts(1), 1);
   EXPECT_EQ(core::ffn_parts(3071), 2);
   EXPECT_EQ(core::ffn_parts(15155), 4);
+}
+
+// Two blocks fetch for each other where both have rows and most multiprocessors work. An odd number of
+// rows of tiles is made even, and an odd multiprocessor stays idle.
+TEST(FfnTiles, PairsWhereThereAreManyTiles) {
+  core::FfnQuestion q{64, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
+  const auto blocks_together = [&q](bool up) { return core::ffn_candidates(q, up).front().tile.cluster; };
+  const auto pairs = [&q](bool up) {
+    std::vector<core::FfnCandidate> all = core::ffn_candidates(q, up);
+    std::erase_if(all, [](const core::FfnCandidate& c) { return c.tile.cluster == 1; });
+    return all;
+  };
+  EXPECT_TRUE(pairs(true).empty() && pairs(false).empty());
+  q.rows = 128;
+  EXPECT_TRUE(pairs(true).empty());
+  q.rows = 2048;
+  EXPECT_EQ(blocks_together(true), 2);
+  EXPECT_EQ(blocks_together(false), 2);
+  EXPECT_NE(core::explain_ffn(q).find("in pairs"), std::string::npos);
+  q.rows = 257;
+  for (const core::FfnCandidate& c : pairs(true)) EXPECT_EQ(c.tiles % 4, 0) << c.tile.block_n;
+  q.multiprocessors = 133;
+  const double odd = pairs(true).front().waves;
+  q.multiprocessors = 132;
+  EXPECT_EQ(pairs(true).front().waves, odd);
+  q.multiprocessors = 1;
+  EXPECT_TRUE(pairs(true).empty());
 }
 
 TEST(FfnTiles, TheChoiceIsPrintedAndPrefersFullWaves) {

@@ -42,7 +42,7 @@ constexpr int64_t kNeuronsOfPart = 1024;
 // Cycles that a block needs for a stage of its tile, whatever runs beside.
 struct StageCost {
   int64_t k;       // of a stage
-  double bytes;    // from L2
+  double bytes;    // from L2, to this block alone
   double tensor;   // cycles of tensor cores, or of fp32 units
   double shared;   // cycles of shared memory
   double special;  // cycles of exponentials and reciprocals, of a whole tile
@@ -61,7 +61,8 @@ StageCost stage_of(const FfnTile& tile, const Rates& rates) {
     // Products of 64 x N x 16 read 64 x 16 and N x 16 values from shared memory, and take as long at least.
     const double products = m / 64 * static_cast<double>(k) / 16;
     const double operands = products * (16 + product_n / 4);
-    return {k, bytes, std::max(products * 64 * 16 * product_n / rates.wgmma, operands),
+    const double asked = (m + product_n / tile.cluster) * static_cast<double>(k) * 2;
+    return {k, asked, std::max(products * 64 * 16 * product_n / rates.wgmma, operands),
             bytes / kSharedBytes + operands, special};
   }
   // Two by four warps read their rows of both operands by ldmatrix.
@@ -75,11 +76,13 @@ FfnCandidate candidate(const FfnQuestion& q, const FfnTile& tile, int blocks_of_
   const Rates& rates = q.capability >= 90 ? kHopper : kAmpere;
   const int64_t n = tile.up ? q.neurons : q.width;
   const int64_t k = tile.up ? q.hidden : q.neurons;
-  const int64_t multiprocessors = std::max(q.multiprocessors, 1);
+  // Blocks of a cluster take tiles of neighbouring rows together, at the end perhaps one without rows.
+  const int64_t multiprocessors = std::max(q.multiprocessors / tile.cluster * tile.cluster, 1);
   const double value = q.type == FLASHU_F32 ? 4 : 2;
   const double m = static_cast<double>(q.rows);
   const StageCost stage = stage_of(tile, rates);
-  const int64_t tiles = divide_up(q.rows, tile.block_m) * divide_up(n, tile.block_n);
+  const int64_t tiles_m = divide_up(q.rows, tile.block_m * tile.cluster) * tile.cluster;
+  const int64_t tiles = tiles_m * divide_up(n, tile.block_n);
   const int64_t blocks = tiles * blocks_of_tile;
   const double of_busiest = static_cast<double>(divide_up(blocks, multiprocessors));
   const double stages = static_cast<double>(divide_up(divide_up(k, stage.k), blocks_of_tile));
@@ -136,7 +139,10 @@ bool serves(const FfnQuestion& q, const FfnTile& tile) {
   const FfnFetch listed = q.block == 64  ? FfnFetch::kRuns
                           : q.block == 8 ? FfnFetch::kBlocks
                                          : FfnFetch::kRows;
-  return sm90_serves(q, tile.up) && tile.fetch == (q.listed && tile.up ? listed : FfnFetch::kRange);
+  // Each block of a cluster has rows of its own.
+  return sm90_serves(q, tile.up) && tile.fetch == (q.listed && tile.up ? listed : FfnFetch::kRange) &&
+         (tile.cluster == 1 ||
+          (q.rows > (tile.cluster - 1) * tile.block_m && q.multiprocessors >= tile.cluster));
 }
 
 const char* name_of(FfnKernel kernel) {
@@ -195,7 +201,8 @@ std::string explain_ffn(const FfnQuestion& q) {
            << std::setw(4) << c.tile.block_n << std::right << std::setw(7) << c.tiles << " tiles of "
            << c.blocks_of_tile << (c.blocks_of_tile == 1 ? " block  " : " blocks ") << std::fixed
            << std::setprecision(2) << std::setw(7) << c.waves << " waves " << std::setprecision(0)
-           << std::setw(7) << c.us << " us predicted, bound by " << c.bound << '\n';
+           << std::setw(7) << c.us << " us predicted, bound by " << c.bound
+           << (c.tile.cluster > 1 ? ", in pairs" : "") << '\n';
       first = false;
     }
   }

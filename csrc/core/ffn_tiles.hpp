@@ -26,6 +26,9 @@ struct FfnTile {
   bool up;
   FfnFetch fetch;
   int block_m, block_n;
+  // Blocks that take tiles of neighbouring rows and the same columns at the same time, each of which fetches
+  // its rows and a share of the columns for all of them.
+  int cluster = 1;
 
   friend constexpr bool operator==(const FfnTile&, const FfnTile&) = default;
 };
@@ -41,13 +44,19 @@ inline constexpr FfnTile kFfnTiles[] = {
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 128},
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 112},
     {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 64},
+    {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 128, 2},
+    {FfnKernel::kSm90, true, FfnFetch::kRange, 128, 112, 2},
     {FfnKernel::kSm90, true, FfnFetch::kRuns, 128, 128},
     {FfnKernel::kSm90, true, FfnFetch::kRuns, 128, 64},
+    {FfnKernel::kSm90, true, FfnFetch::kRuns, 128, 128, 2},
     {FfnKernel::kSm90, true, FfnFetch::kBlocks, 128, 128},
+    {FfnKernel::kSm90, true, FfnFetch::kBlocks, 128, 128, 2},
     {FfnKernel::kSm90, true, FfnFetch::kRows, 128, 128},
     {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 192},
     {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 128},
     {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 64},
+    {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 192, 2},
+    {FfnKernel::kSm90, false, FfnFetch::kRange, 128, 128, 2},
 };
 
 inline constexpr FfnTile kF32Tile = kFfnTiles[0];

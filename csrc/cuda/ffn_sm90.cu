@@ -10,7 +10,10 @@
 // The down half has few tiles and a long K (24 tiles for 64 rows at 1.5B). Its sums are made of up to four
 // parts of K, as K alone decides. Where the tiles do not fill the device a block makes one part, and
 // ffn_sum() adds them; elsewhere a block makes all of them and adds them in the same order, in a second set
-// of registers. Predicted times:
+// of registers.
+//
+// Where there are several rows of tiles two blocks form a cluster: one fetches gate for both of them and the
+// other one up, or each a half of down's columns, so that L2 gives a third less. Predicted times:
 // docs/redesigns.md.
 #include <iterator>
 #include <utility>
@@ -19,6 +22,7 @@
 #include "core/typed.hpp"
 #include "cuda/ffn_gemm.cuh"
 #include "cuda/ffn_sm90.hpp"
+#include "cuda/primitives/cluster.cuh"
 #include "cuda/primitives/mma.cuh"
 #include "cuda/primitives/wgmma.cuh"
 #include "cuda/vector.cuh"
@@ -39,16 +43,20 @@ using core::FfnTile;
 using Fetch = core::FfnFetch;
 
 // What a tile of values of T makes of the kernel.
-template <class T_, bool kGated_, int kBlockN_, Fetch kFetch_>
+template <class T_, bool kGated_, int kBlockN_, Fetch kFetch_, int kCluster_>
 struct Config {
   using T = T_;
   static constexpr bool kGated = kGated_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr Fetch kFetch = kFetch_;
+  static constexpr int kCluster = kCluster_;
   static constexpr int kProductN = kGated ? 2 * kBlockN : kBlockN;
   static constexpr int kTileBytesB = kProductN * kRowBytes;
-  // Of the weights, in the up half gate's first.
-  static constexpr int kBoxRows = kFetch == Fetch::kRuns ? 64 : kFetch == Fetch::kBlocks ? 8 : kBlockN;
+  // Of the weights, in the up half gate's first. Of a range of down each block of a cluster fetches a box.
+  static constexpr int kBoxRows = kFetch == Fetch::kRuns     ? 64
+                                  : kFetch == Fetch::kBlocks ? 8
+                                  : kGated                   ? kBlockN
+                                                             : kBlockN / kCluster;
   static constexpr int kStageBytes = kTileBytesA + kTileBytesB;
   static constexpr int kOutBytes = kConsumers * 2 * kGroupBytes;  // two groups in flight for each warpgroup
   static constexpr int kStages = (kSharedLimit - 1024 - kOutBytes) / kStageBytes > 6
@@ -60,6 +68,8 @@ struct Config {
   static_assert(kSharedBytes + 1024 <= 227 * 1024, "the list's part of a tile has to fit too");
   static_assert(kStages >= 3, "fewer stages do not hide a fetch");
   static_assert(kBlockN % 8 == 0 && kBlockN >= 64 && kProductN <= 256, "what wgmma and the epilogue take");
+  static_assert(kCluster == 1 || (kCluster == 2 && kFetch != Fetch::kRows && kBoxRows % 8 == 0),
+                "the weights are fetched in two halves of whole swizzled boxes");
 };
 
 // Of the weights in a stage.
@@ -80,7 +90,9 @@ struct Barriers {
 constexpr int64_t stored_by_tma(int64_t n) { return n / kChunkColumns * kChunkColumns; }
 
 // What blocks take one after another: tiles with all parts of K, or, where the parts are spread over blocks,
-// all tiles of one part and then of the next.
+// all tiles of one part and then of the next. tiles_m is a multiple of the blocks of a cluster, as the grid
+// is: they take neighbouring rows of the same columns and parts at the same time, and equally many pieces. A
+// tile whose rows are all past the last one has zeros to multiply and nothing to store.
 struct WorkOrder {
   int64_t tiles_m, tiles, pieces;
   int steps;  // of K
@@ -111,15 +123,32 @@ struct Ring {
 
 // ---- the warpgroup that fetches
 
+// A box of weights, to all blocks of the cluster. Its bytes may come to another block's barrier before that
+// block has expected any: the phase there stays open until it has, since that is an arrival too.
+template <class C>
+FLASHU_DEVICE void fetch_weights(char* to, const TensorMap& map, int64_t column, int64_t row,
+                                 Mbarrier* full) {
+  if constexpr (C::kCluster > 1) {
+    constexpr uint32_t kAll = (1u << C::kCluster) - 1;
+    tma_load_multicast(to, map, static_cast<int>(column), static_cast<int>(row), full, kAll);
+  } else {
+    tma_load(to, map, static_cast<int>(column), static_cast<int>(row), full);
+  }
+}
+
+// `rank`: of the block in its cluster, which decides what it fetches.
 template <class C>
 FLASHU_DEVICE void fetch_range(const Maps& maps, const FfnGemm& g, char* b, int64_t first_n, int64_t k,
-                               Mbarrier* full) {
+                               int rank, Mbarrier* full) {
   if constexpr (C::kGated) {
-    tma_load(b, maps.b, static_cast<int>(k), static_cast<int>(g.first + first_n), full);
-    tma_load(b + C::kTileBytesB / 2, maps.b2, static_cast<int>(k), static_cast<int>(g.first + first_n), full);
+    if (C::kCluster == 1 || rank == 0) fetch_weights<C>(b, maps.b, k, g.first + first_n, full);
+    if (C::kCluster == 1 || rank == 1) {
+      fetch_weights<C>(b + C::kTileBytesB / 2, maps.b2, k, g.first + first_n, full);
+    }
   } else {
     const int64_t first = g.list == nullptr ? g.first + k : block_at(g.list, k, g.intermediate);
-    tma_load(b, maps.b, static_cast<int>(first), static_cast<int>(first_n), full);
+    const int row = rank * C::kBoxRows;
+    fetch_weights<C>(b + row * kRowBytes, maps.b, first, first_n + row, full);
   }
 }
 
@@ -146,14 +175,17 @@ FLASHU_DEVICE int neuron_of_box(const FfnGemm& g, int64_t first_n, int lane) {
 }
 
 template <class C>
-FLASHU_DEVICE void fetch_blocks(const Maps& maps, char* b, int neuron, int64_t k, int lane, Mbarrier* full) {
+FLASHU_DEVICE void fetch_blocks(const Maps& maps, char* b, int neuron, int64_t k, int lane, int rank,
+                                Mbarrier* full) {
   if (lane >= kBoxes<C>) return;
+  const int half = lane >= kBoxes<C> / 2 ? 1 : 0;  // gate's, or up's
+  if (C::kCluster > 1 && half != rank) return;
   char* const to = b + lane * C::kBoxRows * kRowBytes;
   // Two calls: cicc 13.0 crashes on a reference to one or the other kernel argument.
-  if (lane >= kBoxes<C> / 2) {
-    tma_load(to, maps.b2, static_cast<int>(k), neuron, full);
+  if (half == 1) {
+    fetch_weights<C>(to, maps.b2, k, neuron, full);
   } else {
-    tma_load(to, maps.b, static_cast<int>(k), neuron, full);
+    fetch_weights<C>(to, maps.b, k, neuron, full);
   }
 }
 
@@ -192,7 +224,8 @@ FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const WorkOrd
   if constexpr (C::kFetch != Fetch::kRows) {
     if (warp != 0) return;
     const int lane = thread;
-    if (C::kFetch == Fetch::kRange && lane != 0) return;
+    if (C::kFetch == Fetch::kRange && !elect_one()) return;
+    const int rank = C::kCluster > 1 ? cluster_rank() : 0;
     for (int64_t piece = blockIdx.x; piece < order.pieces; piece += gridDim.x) {
       const int64_t first_m = order.first_m(piece);
       const int64_t first_n = order.template first_n<C>(piece);
@@ -205,15 +238,15 @@ FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const WorkOrd
         char* const a = stages + ring.stage * C::kStageBytes;
         char* const b = a + kTileBytesA;
         mbarrier_wait(&barriers->empty[ring.stage], ring.phase ^ 1);
-        if (lane == 0) {
+        if (C::kFetch == Fetch::kRange || lane == 0) {
           mbarrier_expect(full, C::kStageBytes);
           tma_load(a, maps.a, static_cast<int>(k), static_cast<int>(first_m), full);
         }
         if constexpr (C::kFetch == Fetch::kRange) {
-          fetch_range<C>(maps, g, b, first_n, k, full);
+          fetch_range<C>(maps, g, b, first_n, k, rank, full);
         } else {
           __syncwarp();  // no box before its bytes are expected
-          fetch_blocks<C>(maps, b, neuron, k, lane, full);
+          fetch_blocks<C>(maps, b, neuron, k, lane, rank, full);
         }
         ring.advance();
       }
@@ -262,6 +295,16 @@ FLASHU_DEVICE void fetch_tiles(const FfnGemm& g, const Maps& maps, const WorkOrd
 }
 
 // ---- the warpgroups that multiply
+
+// A warp does not read a stage any more. In a cluster a lane tells each block.
+template <class C>
+FLASHU_DEVICE void release_stage(Mbarrier* empty, int lane) {
+  if constexpr (C::kCluster > 1) {
+    if (lane < C::kCluster) mbarrier_arrive_at(empty, lane);
+  } else {
+    if (lane == 0) mbarrier_arrive(empty);
+  }
+}
 
 // 64 rows x 64 columns of the result, from registers to TMA's layout. `value(j)`: the two values of the
 // thread's row `half` in columns 8 j + lane % 4 * 2.
@@ -339,12 +382,12 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Work
         wgmma_commit();
         // One step stays under way; the stage of the one before it is free.
         wgmma_wait<1>();
-        if (step > begin && lane == 0) mbarrier_arrive(&barriers->empty[previous]);
+        if (step > begin) release_stage<C>(&barriers->empty[previous], lane);
         previous = ring.stage;
         ring.advance();
       }
       wgmma_wait<0>();
-      if (lane == 0) mbarrier_arrive(&barriers->empty[previous]);
+      release_stage<C>(&barriers->empty[previous], lane);
 #pragma unroll
       for (int i = 0; i < C::kProductN / 2; ++i) {
         wgmma_touch(sums[i]);
@@ -411,6 +454,16 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Work
   if (thread == 0) tma_store_wait_read<0>();
 }
 
+// The other block of a cluster may arrive at barriers here until it has multiplied its last tile. In both
+// branches, so that nothing follows the two with different numbers of registers.
+template <class C>
+FLASHU_DEVICE void end_of_block() {
+  if constexpr (C::kCluster > 1) {
+    __syncwarp();  // lanes that fetch nothing come early
+    cluster_barrier();
+  }
+}
+
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_sm90(const FfnGemm g, const __grid_constant__ Maps maps, const WorkOrder order) {
@@ -422,9 +475,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::kStages; ++s) {
       // Full: the thread that expects TMA's bytes, and every thread that copies rows. Empty: every warp that
-      // multiplies, since a warp knows of its own products only.
+      // multiplies, since a warp knows of its own products only, of every block of the cluster.
       mbarrier_init(&barriers->full[s], C::kFetch == Fetch::kRows ? 1 + 128 : 1);
-      mbarrier_init(&barriers->empty[s], kConsumers * 4);
+      mbarrier_init(&barriers->empty[s], kConsumers * 4 * C::kCluster);
     }
     mbarrier_init_fence();
     tma_prefetch(maps.a);
@@ -432,7 +485,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (C::kGated) tma_prefetch(maps.b2);
     tma_prefetch(maps.out);
   }
-  __syncthreads();
+  if constexpr (C::kCluster > 1) {
+    cluster_barrier();  // no box comes before the barriers of both blocks are there
+  } else {
+    __syncthreads();
+  }
   griddepcontrol_wait();
   // Blocks of the next kernel may begin where this one's have ended; it waits before it reads.
   griddepcontrol_launch_dependents();
@@ -440,9 +497,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     warpgroup_reg_dealloc<40>();
     fence_proxy_async_global();
     fetch_tiles<C>(g, maps, order, barriers, stages);
+    end_of_block<C>();
   } else {
     warpgroup_reg_alloc<232>();
     multiply_tiles<C>(g, maps, order, barriers, stages, outs);
+    end_of_block<C>();
   }
 }
 
@@ -464,14 +523,20 @@ void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
                                C::kBoxRows);
     maps.b2 = maps.b;
   }
-  const int64_t tiles_m = divide_up(g.m, kBlockM);
+  const int64_t tiles_m = divide_up(g.m, kBlockM * C::kCluster) * C::kCluster;
   const int64_t tiles = tiles_m * divide_up(g.n, C::kBlockN);
   const bool spread = g.partial != nullptr;
   const WorkOrder order{
       tiles_m, tiles, spread ? tiles * g.parts : tiles, static_cast<int>(divide_up(g.k, kBlockK)),
       g.parts, spread};
-  const LaunchConfig config{dim3(static_cast<unsigned>(std::min<int64_t>(order.pieces, multiprocessors))),
-                            dim3(kThreads), C::kSharedBytes, stream, true};
+  LaunchConfig config{dim3(C::kCluster), dim3(kThreads), C::kSharedBytes, stream, true, C::kCluster};
+  int clusters = multiprocessors / C::kCluster;
+  if constexpr (C::kCluster > 1) {
+    clusters = std::min(clusters, resident_clusters<gemm_sm90<C>>("gemm_sm90", config));
+  }
+  // At least one: where none fits, the launch says so.
+  const int64_t blocks = int64_t{std::max(clusters, 1)} * C::kCluster;
+  config.grid = dim3(static_cast<unsigned>(std::min(order.pieces, blocks)));
   launch<gemm_sm90<C>>("gemm_sm90", config, g, maps, order);
 }
 
@@ -482,7 +547,7 @@ bool launch_if(const FfnTile& tile, const FfnGemm& g, Stream stream, int multipr
   if constexpr (kTile.kernel == core::FfnKernel::kSm90) {
     static_assert(kTile.block_m == kBlockM, "the kernel has two warpgroups of 64 rows");
     if (tile != kTile) return false;
-    launch_tile<Config<T, kTile.up, kTile.block_n, kTile.fetch>>(g, stream, multiprocessors);
+    launch_tile<Config<T, kTile.up, kTile.block_n, kTile.fetch, kTile.cluster>>(g, stream, multiprocessors);
     return true;
   }
   return false;
@@ -507,7 +572,8 @@ void run(const FfnTile& tile, const FfnGemm& g, Stream stream, int multiprocesso
   using All = std::make_index_sequence<std::size(core::kFfnTiles)>;
   FLASHU_CHECK(launch_any<T>(tile, g, stream, multiprocessors, All{}), FLASHU_INTERNAL,
                "ffn: expected a tile of core::kFfnTiles for sm_90, got ", tile.block_m, " x ", tile.block_n,
-               " of the ", tile.up ? "up" : "down", " half, fetched by way ", static_cast<int>(tile.fetch));
+               " of the ", tile.up ? "up" : "down", " half, fetched by way ", static_cast<int>(tile.fetch),
+               " in clusters of ", tile.cluster);
 }
 
 }  // namespace

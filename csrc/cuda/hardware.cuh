@@ -37,6 +37,7 @@ struct LaunchConfig {
   // The kernel calls griddepcontrol_wait() before it touches what the previous kernel of the stream wrote, so
   // it may begin while that one ends (sm_90; otherwise ignored).
   bool overlaps_previous = false;
+  int cluster = 1;  // blocks of one, neighbours along x (sm_90); the grid is a multiple of it
 };
 
 // ---- the tensor memory accelerator

@@ -164,7 +164,7 @@ class Ideal:
 
 
 def short_name(kernel: str) -> str:
-    """gemm_sm90 up 112 range, decode_neurons<bfloat16, 1>, ..."""
+    """gemm_sm90 up 112 range, gemm_sm90 up 112 range pairs (in clusters of two), decode_neurons<bfloat16, 1>, ..."""
     name = re.sub(r"flashu::|cuda::|core::|\(anonymous namespace\)::", "", kernel)
     name = re.sub(r"^void ", "", name)
     depth = 0
@@ -173,14 +173,15 @@ def short_name(kernel: str) -> str:
         if letter == "(" and depth == 0:
             name = name[:at]
             break
-    found = re.fullmatch(r"(gemm_sm\d\d)<Config<(\w+), (true|false), (\d+)((?:, \(\w+\)\d)+)> ?>", name)
+    found = re.fullmatch(r"(gemm_sm\d\d)<Config<(\w+), (true|false), (\d+)((?:, \(\w+\)\d)+)(?:, ([12]))?> ?>", name)
     if found is None:
         return name
     half = "up" if found[3] == "true" else "down"
     storage = "" if found[2] == "bfloat16" else f" {found[2]}"
     ways = {"FfnFetch": FETCHES, "Reads": READS}
     fetched = "/".join(ways[kind][int(number)] for kind, number in re.findall(r"\((\w+)\)(\d)", found[5]))
-    return f"{found[1]} {half} {found[4]} {fetched}{storage}"
+    together = " pairs" if found[6] == "2" else ""
+    return f"{found[1]} {half} {found[4]} {fetched}{together}{storage}"
 
 
 def ideal_of(case: Case, launch: Launch, total_bytes: int, first: bool = True) -> Ideal:
@@ -244,10 +245,13 @@ CHECKED = [
     _ffn(16, 512, 2816, 2240, 0),
     _ffn(64, 512, 2816, 2240, 0),
     _ffn(64, 512, 2816, 2240, 0, 80),
-    *(_ffn(256, 256, 8960, 7168, by) for by in range(4)),  # up 112, and the ways of lists
-    _ffn(1024, 256, 5120, 4096, 0),  # up 128, down 128
+    *(_ffn(256, 256, 8960, 7168, by) for by in range(4)),  # up 112 in pairs, and the ways of lists
+    *(_ffn(300, 256, 8960, 7168, by) for by in (1, 3)),  # lists in pairs, one block without rows
+    _ffn(128, 256, 17920, 14336, 0),  # up 112
+    _ffn(128, 256, 17920, 16896, 0),  # up 128
+    _ffn(1024, 256, 5120, 4096, 0),  # up 128 in pairs
     _ffn(1460, 1536, 640, 512, 0),  # up 64, down 192
-    _ffn(1408, 3072, 80, 64, 0),  # down 192 of one part
+    _ffn(1408, 3072, 80, 64, 0),  # down 192 in pairs, one part
     *op_cases(200, 1536),
 ]
 

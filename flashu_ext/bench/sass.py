@@ -27,8 +27,12 @@ from .ptxas import compiled
 
 __all__ = ["Kernel", "find_cuobjdump", "inspect", "problems"]
 
-# Tensor cores of Hopper and of Ampere, TMA loads and stores, cp.async, 16-byte loads and stores, local memory, setmaxnreg.
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL", "USETMAXREG")
+# Tensor cores of Hopper and of Ampere, TMA loads and stores, cp.async, 16-byte loads and stores, local memory, setmaxnreg,
+# fences of the whole device, arrivals at the barrier of a cluster.
+INSTRUCTIONS = (
+    *("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDG.128", "STG.128", "LDL", "STL", "USETMAXREG"),
+    *("MEMBAR.GPU", "UCGABAR_ARV"),
+)
 
 # gemm_sm90 is launched with three warpgroups of so many registers a thread; setmaxnreg then gives one of them 40 and two
 # 232, exactly as many together. With fewer the two would wait for ever, and a block has no more.
@@ -151,6 +155,8 @@ def _counted(instruction: str) -> list[str]:
     parts = instruction.split(".")
     if parts[0] in ("LDG", "STG"):
         return [f"{parts[0]}.128"] if "128" in parts else []
+    if parts[0] == "MEMBAR":
+        return ["MEMBAR.GPU"] if "GPU" in parts else []
     return [parts[0]] if parts[0] in INSTRUCTIONS else []
 
 
@@ -178,6 +184,11 @@ def problems(kernels: list[Kernel]) -> list[str]:
                 found.append(f"{where}: {entry.registers} registers, setmaxnreg counts on {SM90_REGISTERS}")
             if entry.counts["USETMAXREG"] < 2:
                 found.append(f"{where}: setmaxnreg was ignored ({entry.counts['USETMAXREG']} USETMAXREG, expected 2)")
+            if entry.counts["MEMBAR.GPU"] > entry.counts["UCGABAR_ARV"]:
+                found.append(
+                    f"{where}: {entry.counts['MEMBAR.GPU']} fences of the whole device for {entry.counts['UCGABAR_ARV']} "
+                    "arrivals at the barrier of a cluster: arrivals at mbarriers have them too"
+                )
             offset, alignment = entry.dynamic
             if offset % SWIZZLE_BYTES or alignment % SWIZZLE_BYTES:
                 found.append(

@@ -6,6 +6,7 @@ from __future__ import annotations
 from ..mutant import Mutant, Ptx
 
 HOPPER = Ptx("DeviceTiles/0.OfHopper:DeviceFfn/1.EverySelectionOnHopper")
+CLUSTERS = Ptx("DeviceClusters/0.*")
 AMPERE = Ptx("DeviceTiles/0.OfAmpere", capability=80)
 
 MUTANTS = [
@@ -61,6 +62,14 @@ MUTANTS = [
            "\"r\"(phase)\n", "\"r\"(phase ^ 1)\n", HOPPER),
     Mutant("mbarrier: does not wait", "csrc/cuda/primitives/mbarrier.cuh",
            "\"@!done bra FLASHU_WAIT_%=;\\n\\t}\"", "\"}\"", HOPPER),
+    Mutant("cluster: a box for the own block alone", "csrc/cuda/primitives/cluster.cuh",
+           "static_cast<uint16_t>(blocks)", "static_cast<uint16_t>(1u << cluster_rank())", CLUSTERS),
+    Mutant("cluster: arrives at the own barrier alone", "csrc/cuda/primitives/cluster.cuh",
+           '"mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank)',
+           '"mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(barrier)), "r"(rank * 0 + cluster_rank())', CLUSTERS),
+    Mutant("cluster: arrives and does not wait", "csrc/cuda/primitives/cluster.cuh",
+           "barrier.cluster.arrive.release;\\n\\tbarrier.cluster.wait.acquire;", "barrier.cluster.arrive.release;", CLUSTERS),
+    Mutant("cluster: the launch does not ask for one", "csrc/cuda/primitives/launch.cuh", "if (from.cluster > 1) {", "if (from.cluster > 2) {", CLUSTERS),
     Mutant("launch: does not wait for the kernel before", "csrc/cuda/primitives/launch.cuh",
            "griddepcontrol.wait;", "", HOPPER),
     Mutant("platform: halves of a pair exchanged", "csrc/cuda/primitives/platform.cuh",

@@ -25,7 +25,7 @@ NONE = {"requests": 0, "bytes": 0, "sectors": 0}
 QUIET = {"requests": 0, "wavefronts": 0, "least": 0}
 UP = (
     "void flashu::cuda::(anonymous namespace)::gemm_sm90<flashu::cuda::(anonymous namespace)::Config<flashu::bfloat16, "
-    "true, 112, (flashu::core::FfnFetch)1> >(flashu::cuda::FfnGemm, flashu::cuda::(anonymous namespace)::Maps)"
+    "true, 112, (flashu::core::FfnFetch)1, 1> >(flashu::cuda::FfnGemm, flashu::cuda::(anonymous namespace)::Maps)"
 )
 
 
@@ -73,6 +73,7 @@ CASE = Case.of("ffn", rows=128, hidden=64, intermediate=112, neurons=112, by=0)
     ("kernel", "short"),
     [
         (UP, "gemm_sm90 up 112 range"),
+        (UP.replace("FfnFetch)1, 1", "FfnFetch)3, 2"), "gemm_sm90 up 112 eights pairs"),
         (UP.replace("true, 112", "false, 256").replace("bfloat16", "float16"), "gemm_sm90 down 256 range float16"),
         (
             "void flashu::cuda::(anonymous namespace)::move_rows<flashu::bfloat16, long>(long)",

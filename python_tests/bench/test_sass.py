@@ -27,6 +27,7 @@ def hopper(**changes):
         ({"counts": {"USETMAXREG": 0}}, "setmaxnreg was ignored"),
         ({"counts": {"UTMASTG": 0}}, "no UTMASTG"),
         ({"counts": {"STL": 1}}, "uses local memory"),
+        ({"counts": {"MEMBAR.GPU": 4, "UCGABAR_ARV": 3}}, "4 fences of the whole device for 3 arrivals"),
         ({"dynamic": (1056, 1024)}, "dynamic shared memory at 1056 of a base aligned to 1024 bytes"),
         ({"dynamic": (1024, 128)}, "dynamic shared memory at 1024 of a base aligned to 128 bytes"),
     ],

@@ -41,12 +41,17 @@ namespace flashu::test {
 
 // Runs a kernel and returns what the machine says of it, "" if nothing; the device is as new then.
 template <class... Arguments>
-std::string said(void (*kernel)(Arguments...), Arguments... arguments) {
-  kernel<<<1, 64>>>(arguments...);
+std::string said_by(unsigned blocks, void (*kernel)(Arguments...), Arguments... arguments) {
+  kernel<<<blocks, 64>>>(arguments...);
   const cudaError_t status = cudaDeviceSynchronize();
   const std::string message = status == cudaSuccess ? "" : cudaGetErrorString(status);
   check(cudaDeviceReset());
   return message;
+}
+
+template <class... Arguments>
+std::string said(void (*kernel)(Arguments...), Arguments... arguments) {
+  return said_by(1, kernel, arguments...);
 }
 
 class Faults : public testing::TestWithParam<const char*> {
@@ -57,8 +62,8 @@ class Faults : public testing::TestWithParam<const char*> {
     setenv("FLASHU_PTX_TMA", "1", 1);
   }
   std::string said_of(void (*kernel)(uint32_t*)) { return said(kernel, memory_.get()); }
-  void expect(void (*kernel)(uint32_t*), const char* fault) {
-    const std::string message = said_of(kernel);
+  void expect(void (*kernel)(uint32_t*), const char* fault, unsigned blocks = 1) {
+    const std::string message = said_by(blocks, kernel, memory_.get());
     if (*fault == 0) {
       EXPECT_EQ(message, "");
     } else {

@@ -141,22 +141,59 @@ cudaError_t launch_as_declared(void (*kernel)(Parameters...), const cudaLaunchCo
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// A launch as the runtime has it. Not copied: it points into itself.
+struct RuntimeLaunch {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config{};
+
+  RuntimeLaunch(const LaunchConfig& from, bool may_overlap) {
+    config.gridDim = from.grid;
+    config.blockDim = from.block;
+    config.dynamicSmemBytes = static_cast<size_t>(from.shared_bytes);
+    config.stream = from.stream;
+    config.attrs = attributes;
+    if (may_overlap) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (from.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim.x = static_cast<unsigned>(from.cluster);
+      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    }
+  }
+  RuntimeLaunch(const RuntimeLaunch&) = delete;
+  RuntimeLaunch& operator=(const RuntimeLaunch&) = delete;
+};
+
+// The clusters of such a launch that the current device runs at the same time. Asked for once a kernel and
+// device: parts of the chip with fewer multiprocessors than others may leave some without a neighbour.
+template <auto kKernel>
+int resident_clusters(const char* name, const LaunchConfig& config) {
+  static std::atomic<int> counts[kMaxDevices];
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  static_cast<void>(kernel_state<kKernel>(name));
+  int count = counts[device].load(std::memory_order_relaxed);
+  if (count == 0) {
+    const RuntimeLaunch to_runtime(config, false);
+    check_cuda(
+        cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void*>(kKernel), &to_runtime.config),
+        name);
+    counts[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
 // Throws Failure where the launch is refused. The arguments are copied.
 template <auto kKernel, class... Arguments>
 void launch(const char* name, const LaunchConfig& config, const Arguments&... arguments) {
   const bool asks = config.shared_bytes > kSharedWithoutAsking || config.overlaps_previous;
   const uint8_t state = asks ? kernel_state<kKernel>(name) : 0;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t to_runtime{};
-  to_runtime.gridDim = config.grid;
-  to_runtime.blockDim = config.block;
-  to_runtime.dynamicSmemBytes = static_cast<size_t>(config.shared_bytes);
-  to_runtime.stream = config.stream;
-  to_runtime.attrs = &attribute;
-  to_runtime.numAttrs = config.overlaps_previous && (state & kWaits) != 0 ? 1 : 0;
-  check_cuda(launch_as_declared(kKernel, to_runtime, arguments...), name);
+  const RuntimeLaunch to_runtime(config, config.overlaps_previous && (state & kWaits) != 0);
+  check_cuda(launch_as_declared(kKernel, to_runtime.config, arguments...), name);
 }
 
 }  // namespace flashu::cuda

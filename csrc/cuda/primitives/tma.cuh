@@ -41,6 +41,15 @@ inline TensorMap encode_tensor_map(const void* base, int64_t rows, int64_t colum
   return result;
 }
 
+// True in one lane of the warp, all of whose lanes are there. The compiler knows that it is one: of other
+// conditions it does not, and puts each instruction of TMA behind them into a loop over the lanes.
+FLASHU_DEVICE bool elect_one() {
+  uint32_t elected;
+  asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+               : "=r"(elected)::"memory");
+  return elected != 0;
+}
+
 // One thread: begins to copy the box at (row, column) to shared memory; `barrier` counts its bytes.
 FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row, Mbarrier* barrier) {
   asm volatile(

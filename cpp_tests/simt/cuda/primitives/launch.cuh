@@ -33,6 +33,11 @@ std::tuple<std::decay_t<Parameters>...> as_declared(void (*)(Parameters...),
   return {arguments...};
 }
 
+template <auto kKernel>
+int resident_clusters(const char* /*name*/, const LaunchConfig& config) {
+  return simt::settings().multiprocessors / config.cluster;
+}
+
 // A kernel that may overlap the one before must wait for it in every thread.
 template <auto kKernel, class... Arguments>
 void launch(const char* name, const LaunchConfig& config, const Arguments&... arguments) {
@@ -45,10 +50,11 @@ void launch(const char* name, const LaunchConfig& config, const Arguments&... ar
   };
   FLASHU_CHECK(simt::launch({config.grid.x, config.grid.y, config.grid.z},
                             {config.block.x, config.block.y, config.block.z},
-                            static_cast<std::size_t>(config.shared_bytes), body),
+                            static_cast<std::size_t>(config.shared_bytes), body,
+                            static_cast<unsigned>(config.cluster)),
                FLASHU_INTERNAL, name, ": invalid launch of ", config.grid.x, " x ", config.grid.y, " x ",
                config.grid.z, " blocks of ", config.block.x, " threads with ", config.shared_bytes,
-               " bytes of shared memory");
+               " bytes of shared memory, in clusters of ", config.cluster);
 }
 
 }  // namespace flashu::cuda

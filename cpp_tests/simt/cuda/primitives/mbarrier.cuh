@@ -10,23 +10,29 @@ using Mbarrier = uint64_t;
 namespace emulated {
 
 // What the 8 bytes hold here: pending counts arrivals still missing, bytes those still to come, unasked those
-// of them that no copy was begun for yet.
+// of them that no copy was begun for yet. The last two are below zero where another block of the cluster
+// copies before this one expects it.
 struct MbarrierWord {
   uint64_t phase : 1;
   uint64_t pending : 11;
   uint64_t count : 11;
   int64_t bytes : 20;
-  uint64_t unasked : 19;
+  int64_t unasked : 19;
   uint64_t initialised : 2;
 };
 static_assert(sizeof(MbarrierWord) == sizeof(Mbarrier));
 
-inline MbarrierWord& word(Mbarrier* barrier, const simt::Place& where) {
-  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0 || !simt::in_shared(barrier, 8))
-    simt::fail(where, "mbarrier: expected 8 aligned bytes of shared memory");
+inline MbarrierWord& word_anywhere(Mbarrier* barrier, const simt::Place& where) {
   auto& state = *reinterpret_cast<MbarrierWord*>(barrier);
   if (state.initialised != 2) simt::fail(where, "mbarrier: used before it was initialised");
   return state;
+}
+
+// Of this block.
+inline MbarrierWord& word(Mbarrier* barrier, const simt::Place& where) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0 || !simt::in_shared(barrier, 8))
+    simt::fail(where, "mbarrier: expected 8 aligned bytes of shared memory");
+  return word_anywhere(barrier, where);
 }
 
 inline void settle(Mbarrier* barrier) {
@@ -37,15 +43,24 @@ inline void settle(Mbarrier* barrier) {
   simt::wake(barrier);
 }
 
-// A copy of so many bytes begins. The hardware lets bytes come before they are expected; the kernels here do
-// not, since a phase without them would then depend on who arrives last.
-inline void ask_bytes(Mbarrier* barrier, int bytes, const simt::Place& where) {
+inline void arrive(Mbarrier* barrier, MbarrierWord& state, const simt::Place& where) {
+  simt::order_release(barrier);
+  if (state.pending == 0) simt::fail(where, "mbarrier: more arrivals than it was initialised for");
+  --state.pending;
+  settle(barrier);
+  simt::maybe_yield();
+}
+
+// A copy of so many bytes begins. The hardware lets bytes come before they are expected; in its own block the
+// kernels here do not, since a phase without them would then depend on who arrives last. Copies from another
+// block of the cluster cannot know.
+inline void ask_bytes(Mbarrier* barrier, int bytes, bool own, const simt::Place& where) {
   simt::check_initialised(barrier, "TMA", where);
-  MbarrierWord& state = word(barrier, where);
-  if (state.unasked < static_cast<uint64_t>(bytes))
+  MbarrierWord& state = word_anywhere(barrier, where);
+  if (own && state.unasked < bytes)
     simt::fail(where, "mbarrier: a copy of " + std::to_string(bytes) + " bytes, expected are " +
                           std::to_string(state.unasked));
-  state.unasked -= static_cast<uint64_t>(bytes);
+  state.unasked -= bytes;
 }
 
 // Bytes that a copy engine has written; called outside any thread.
@@ -73,19 +88,14 @@ FLASHU_DEVICE void mbarrier_init_fence() { simt::fence_initialised(); }
 
 FLASHU_DEVICE void mbarrier_arrive(Mbarrier* barrier FLASHU_WHERE) {
   const simt::Unseen unseen;
-  emulated::MbarrierWord& state = emulated::word(barrier, where);
-  simt::order_release(barrier);
-  if (state.pending == 0) simt::fail(where, "mbarrier: more arrivals than it was initialised for");
-  --state.pending;
-  emulated::settle(barrier);
-  simt::maybe_yield();
+  emulated::arrive(barrier, emulated::word(barrier, where), where);
 }
 
 FLASHU_DEVICE void mbarrier_expect(Mbarrier* barrier, int bytes FLASHU_WHERE) {
   const simt::Unseen unseen;
   emulated::MbarrierWord& state = emulated::word(barrier, where);
   state.bytes += bytes;
-  state.unasked += static_cast<uint64_t>(bytes);
+  state.unasked += bytes;
   mbarrier_arrive(barrier, where);
 }
 

@@ -42,32 +42,49 @@ inline void check_column(int column, const char* what, const simt::Place& where)
                           std::to_string(column));
 }
 
-}  // namespace emulated
-
-FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row,
-                            Mbarrier* barrier FLASHU_WHERE) {
-  emulated::check_box(to, map, "TMA load", where);
-  emulated::check_column(column, "TMA load", where);
+// What every load checks of its own block.
+inline void check_load(const void* to, const TensorMap& map, int column, const simt::Place& where) {
+  check_box(to, map, "TMA load", where);
+  check_column(column, "TMA load", where);
   if (simt::waited_for_previous() && !simt::fenced_global())
     simt::fail(where, "TMA load: what the kernel before stored is read without fence.proxy.async.global");
+}
+
+// To shared memory of this block (`own`) or of another one of the cluster.
+inline void begin_load(void* to, const TensorMap& map, int column, int row, Mbarrier* barrier, bool own,
+                       const simt::Place& where) {
   const int bytes = map.box_rows * kBoxRowBytes;
   auto* words = static_cast<uint64_t*>(to);
   for (int i = 0; i < bytes / 8; ++i) words[i] = ~uint64_t{0};  // undefined until it is there
   const simt::Unseen unseen;
-  emulated::ask_bytes(barrier, bytes, where);
-  simt::defer(simt::Kind::kLoad, [to, source = map, column, row, barrier, bytes] {
+  ask_bytes(barrier, bytes, own, where);
+  simt::defer(simt::Kind::kLoad, [to, source = map, column, row, barrier, bytes, where] {
+    simt::check_lives(to, "TMA load", where);
     for (int r = 0; r < source.box_rows; ++r) {
       for (int c = 0; c < kBoxColumns; ++c) {
         const int64_t y = int64_t{row} + r;
         const int64_t x = int64_t{column} + c;
         const bool inside = y >= 0 && y < source.rows && x >= 0 && x < source.columns;
-        auto* value =
-            reinterpret_cast<uint16_t*>(emulated::box_chunk(static_cast<char*>(to), r, c / 8)) + c % 8;
+        auto* value = reinterpret_cast<uint16_t*>(box_chunk(static_cast<char*>(to), r, c / 8)) + c % 8;
         *value = inside ? reinterpret_cast<const uint16_t*>(source.base)[y * source.stride + x] : uint16_t{0};
       }
     }
-    emulated::complete_bytes(barrier, bytes);
+    complete_bytes(barrier, bytes);
   });
+}
+
+}  // namespace emulated
+
+// Which lane it is may not matter.
+FLASHU_DEVICE bool elect_one(FLASHU_WHERE_ONLY) {
+  simt::collective(kAllLanes, "elect.sync", nullptr, [](void* const*) {}, false, where);
+  return simt::lane() == simt::settings().seed % kWarp;
+}
+
+FLASHU_DEVICE void tma_load(void* to, const TensorMap& map, int column, int row,
+                            Mbarrier* barrier FLASHU_WHERE) {
+  emulated::check_load(to, map, column, where);
+  emulated::begin_load(to, map, column, row, barrier, true, where);
   simt::maybe_yield();
 }
 
