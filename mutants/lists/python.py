@@ -40,6 +40,7 @@ LOCK = within("parallel/test_folder_lock.py")
 HOSTILE = within("planning/test_hostile_files.py")
 WRITES = within("planning/test_failed_writes.py")
 EDGES = within("showo2/test_edges.py")
+SIZES = within("showo2/test_sizes.py")
 PIPELINE = within("showo2/test_pipeline.py")
 CONFORMANCE = within("showo2/test_conformance.py")
 COMMANDS = within("cli/test_cli.py")
@@ -214,6 +215,10 @@ MUTANTS = [
     Mutant("answers: the span starts late without a time token", "flashu_ext/models/showo2/understanding.py", "late = 1 if parts.has_time_token else 0", "late = 1", SMALL("without_a_time_token")),
     Mutant("pipeline: no guidance is the pipeline's own", "flashu_ext/models/showo2/pipeline.py", "guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale", "guidance_scale=guidance_scale or self.guidance_scale", EDGES("guidance")),
     Mutant("pipeline: layers' ratios of a plan are levelled", "flashu_ext/models/showo2/pipeline.py", "if plan.ratios is not None:", "if plan.ratios is not None and not plan.layers:", CALIBRATE("ratios_of_its_own")),
+    Mutant("parts: a table is resampled from a grid that it has not", "flashu_ext/models/parts.py", "return side if stored and side * side == rows else None", "return side if side * side == rows else None", SIZES("of_one_size")),
+    Mutant("parts: the nearest stored position is taken", "flashu_ext/models/parts.py", 'mode="bicubic", align_corners=False', 'mode="nearest"', SIZES("as_upstream_does")),
+    Mutant("prompts: rows of another size are padded as the model's own", "flashu_ext/models/showo2/prompts.py", "text = self.max_text_len if length is None else length - image_tokens - _MARKS", "text = self.max_text_len", SIZES("long_as_upstreams")),
+    Mutant("folder: the size is not recorded", "flashu_ext/batch/folder.py", '{} if grid == pipe.grid() else {"grid": list(grid)}', "{}", SIZES("folder_records")),
     Mutant("prompts: half a character is returned", "flashu_ext/models/showo2/prompts.py", 'if text.endswith("\\ufffd") or not', "if not", PIPELINE("incomplete_characters")),
     Mutant("pixels: a picture is a pixel too narrow", "flashu_ext/models/showo2/pipeline.py", "max(side, int(width * scale))", "int(width * scale)", EDGES("cropped")),
     Mutant("generate: ranks that are started anew discard", "flashu_ext/cli/generate.py", "discard = overwrite and ranks.attempt == 0", "discard = overwrite", LISTS("started_anew")),

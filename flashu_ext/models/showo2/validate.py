@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parts import stored_table, table_side
 from ..velocity import Scale, guided
 
 __all__ = [
@@ -44,7 +45,7 @@ def _latents(name: str, value: Any, model: Any, device: torch.device) -> tuple[i
         )
     table = model.position_embedding.weight.shape[0]
     patches = (height // patch) * (width // patch)
-    if table == model.image_position_ids.shape[-1] and patches != table:
+    if not stored_table(model, patches) and table_side(model) is None:
         raise ValueError(
             f"{name}: expected {table} patches as the model was built for, got {patches} ({tuple(value.shape)})"
         )
