@@ -21,6 +21,7 @@ CALLERS = within("runtime/test_callers_tensors.py")
 KNOBS = within("runtime/test_skipping_and_caching.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
+SEVERAL = within("runtime/test_several_images.py")
 HANDLE = within("runtime/test_accelerate.py")
 LIVING = within("runtime/test_living.py")
 COPIES = within("runtime/test_living_copies.py")
@@ -211,7 +212,9 @@ MUTANTS = [
     Mutant("validate: an odd number of guided rows", "flashu_ext/models/showo2/validate.py", "if guided and rows % 2:", "if guided and rows < 2:", CONFORMANCE("odd_number")),
     Mutant("sampling: the caller's noise is overwritten", "flashu_ext/models/showo2/sampling.py", "self._latents = self._latents + (", "self._latents += (", CALLERS("dense")),
     Mutant("sampling: a shift of 0 shifts", "flashu_ext/models/showo2/sampling.py", "if shift else u", "if shift is not None else u", CONFORMANCE("time_grid")),
-    Mutant("answers: the caller's list of pictures grows", "flashu_ext/models/showo2/understanding.py", "        images = list(image_latents)\n", "        images = image_latents\n", CALLERS("one and image")),
+    Mutant("answers: later images begin a token early", "flashu_ext/models/showo2/understanding.py", "length += 1 + late + image.shape[1] + 1", "length += late + image.shape[1] + 1", SEVERAL("made_by_hand"), quick=True),
+    Mutant("answers: all images of a question are the first", "flashu_ext/runtime/runner.py", "[[next(embeds) for _ in own] for own in images]", "[[next(embeds)] * len(own) for own in images]", SEVERAL("mixed_batches")),
+    Mutant("answers: only the last image's tokens are dropped", "flashu_ext/runtime/understanding.py", "if first >= start and drop:\n                assert", "if (first, count) == prompt.spans[-1] and drop:\n                assert", SEVERAL("dropped_in_each")),
     Mutant("answers: the span starts late without a time token", "flashu_ext/models/showo2/understanding.py", "late = 1 if parts.has_time_token else 0", "late = 1", SMALL("without_a_time_token")),
     Mutant("pipeline: no guidance is the pipeline's own", "flashu_ext/models/showo2/pipeline.py", "guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale", "guidance_scale=guidance_scale or self.guidance_scale", EDGES("guidance")),
     Mutant("pipeline: layers' ratios of a plan are levelled", "flashu_ext/models/showo2/pipeline.py", "if plan.ratios is not None:", "if plan.ratios is not None and not plan.layers:", CALIBRATE("ratios_of_its_own")),

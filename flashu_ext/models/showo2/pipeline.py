@@ -279,7 +279,7 @@ class Pipeline:
 
     def answer(
         self,
-        image: Image,
+        image: Image | Sequence[Image],
         question: str,
         max_new_tokens: int = 64,
         *,
@@ -289,10 +289,11 @@ class Pipeline:
         seed: int | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """Answer a question about an image, greedily unless a temperature is given.
+        """Answer a question about one or more images, greedily unless a temperature is given.
 
         Args:
-            image: PIL image of any size; it is scaled to cover the model's square and cropped in the middle.
+            image: PIL image of any size; it is scaled to cover the model's square and cropped in the middle. A list of images
+                is put before the question in its order.
             on_text: called with each new part of the answer as it comes; the parts concatenate to the answer.
             temperature, top_k, top_p: as in `answer_tokens`.
             seed: of the draws; None: torch's own generator.
@@ -322,7 +323,7 @@ class Pipeline:
 
     def answer_batch(
         self,
-        images: Sequence[Image],
+        images: Sequence[Image | Sequence[Image]],
         questions: Sequence[str],
         max_new_tokens: int = 64,
         *,
@@ -332,9 +333,10 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Answer questions[i] about images[i], as one batch if the model is accelerated; one image may serve all questions.
+        """Answer questions[i] about images[i], as one batch if the model is accelerated; one entry may serve all questions.
 
         Args:
+            images: for each question an image or a list of images.
             seeds: one for each question, so that its draws do not depend on the others.
             on_token: called with a question's index and its next token id, as it comes.
             The rest is as in `answer`.
@@ -344,7 +346,10 @@ class Pipeline:
         if not isinstance(images, Sequence):
             raise TypeError(f"images: expected a list of PIL images, got {type(images).__name__}")
         if len(images) not in (1, len(questions)):
-            raise ValueError(f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}")
+            raise ValueError(
+                f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}; several images of one "
+                "question are a list of their own"
+            )
         generators = None
         if seeds is not None:
             self._check_seeds(seeds, len(questions), "questions")
@@ -352,7 +357,7 @@ class Pipeline:
         rows = [self.layout.question(question, self._device) for question in questions]
         answers = answer_tokens_batch(
             self.model,
-            [self.encode(image) for image in images],
+            [self._encoded(entry, f"images[{row}]") for row, entry in enumerate(images)],
             [before for before, _ in rows],
             [after for _, after in rows],
             max_new_tokens=max_new_tokens,
@@ -368,6 +373,12 @@ class Pipeline:
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""
         return self.codec.encode(_from_pil(image, self.pixels).to(self._device))
+
+    def _encoded(self, images: Any, name: str) -> list[Tensor]:
+        """Latents of the images of a question. Raises ValueError for an empty list."""
+        if isinstance(images, (list, tuple)) and not images:
+            raise ValueError(f"{name}: expected at least one image, got an empty list")
+        return [self.encode(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
 
     # ---- acceleration
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -148,18 +149,20 @@ def check_sample_inputs(
 
 def check_answer_inputs(
     model: Any,
-    image_latents: Any,
+    images: Sequence[Any],
     tokens_before_image: Any,
     tokens_after_boi: Any,
     max_new_tokens: int,
     eos_token: int | None = None,
     row: str = "",
 ) -> None:
-    """Inputs of `answer_tokens`: one image and one question. row: its index in a batch, as '[3]', for messages."""
+    """Inputs of `answer_tokens`: one question and its images. row: its index in a batch, as '[3]', for messages."""
     device = model.showo.model.embed_tokens.weight.device
-    rows, _ = _latents(f"image_latents{row}", image_latents, model, device)
-    if rows != 1:
-        raise ValueError(f"image_latents{row}: expected one image, got {rows}")
+    for index, latents in enumerate(images):
+        name = f"image_latents{row}" + (f"[{index}]" if len(images) > 1 else "")
+        rows, _ = _latents(name, latents, model, device)
+        if rows != 1:
+            raise ValueError(f"{name}: expected one image, got {rows}; several images of one question are a list")
     _tokens(f"tokens_before_image{row}", tokens_before_image, 1, model, device)
     _tokens(f"tokens_after_boi{row}", tokens_after_boi, 1, model, device)
     if tokens_after_boi.shape[1] < 2:
