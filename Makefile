@@ -104,7 +104,7 @@ api: build ## API reference from the docstrings and the C headers, into build/ap
 	$(PIP) $(call requirements,docs)
 	PYTHONPATH=. $(BIN)/python .ci/api-reference build/api
 	doxygen .ci/Doxyfile
-	@echo build/api/c/index.html
+	.ci/dead-links build/api
 
 info: build ## what this build and this machine support
 	$(BIN)/flashu-ext info
