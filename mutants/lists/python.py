@@ -218,6 +218,7 @@ MUTANTS = [
     Mutant("answers: the span starts late without a time token", "flashu_ext/models/showo2/understanding.py", "late = 1 if parts.has_time_token else 0", "late = 1", SMALL("without_a_time_token")),
     Mutant("pipeline: no guidance is the pipeline's own", "flashu_ext/models/showo2/pipeline.py", "guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale", "guidance_scale=guidance_scale or self.guidance_scale", EDGES("guidance")),
     Mutant("pipeline: layers' ratios of a plan are levelled", "flashu_ext/models/showo2/pipeline.py", "if plan.ratios is not None:", "if plan.ratios is not None and not plan.layers:", CALIBRATE("ratios_of_its_own")),
+    Mutant("known: diffusers' decorator hides the model's own code", "flashu_ext/models/known.py", '("torch", "transformers", "diffusers", "einops")', '("torch", "transformers", "einops")', MODULES("decorated_by_diffusers")),
     Mutant("parts: a table is resampled from a grid that it has not", "flashu_ext/models/parts.py", "return side if stored and side * side == rows else None", "return side if side * side == rows else None", SIZES("of_one_size")),
     Mutant("parts: the nearest stored position is taken", "flashu_ext/models/parts.py", 'mode="bicubic", align_corners=False', 'mode="nearest"', SIZES("as_upstream_does")),
     Mutant("prompts: rows of another size are padded as the model's own", "flashu_ext/models/showo2/prompts.py", "text = self.max_text_len if length is None else length - image_tokens - _MARKS", "text = self.max_text_len", SIZES("long_as_upstreams")),
