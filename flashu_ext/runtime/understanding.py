@@ -208,11 +208,11 @@ class UnderstandingEngine:
         self._images = [(distinct[i], embeds[i]) for i in dict.fromkeys(chosen)]
         return [embeds[i] for i in chosen]
 
-    def question(self, images: Sequence[Tensor], before: Tensor, after: Tensor) -> Prompt:
+    def question(self, images: Tensor | Sequence[Tensor], before: Tensor, after: Tensor) -> Prompt:
         """A question about encoded images.
 
         Args:
-            images: [1, patches, hidden] each, at least one.
+            images: [1, patches, hidden], or a list of them.
             before: tokens before the first image, int64 [1, n].
             after: tokens after the images, int64 [1, m]; boi and eoi come first (see `answer_tokens`).
         """

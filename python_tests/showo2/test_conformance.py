@@ -61,7 +61,7 @@ def test_the_span_of_an_answer_starts_one_token_late():
     [
         ("noise", lambda x: x[:0], ValueError, "noise: expected at least one image"),
         ("noise", lambda x: x[:, :3], ValueError, r"noise: expected \[batch, 16, H, W\]"),
-        ("noise", lambda x: x[:, :, :10, :10], ValueError, "modality_positions.*a span of 26 tokens for these latents"),
+        ("noise", lambda x: x[:, :, :10, :10], ValueError, "noise: expected 36 patches"),
         ("noise", lambda x: x.long(), TypeError, "noise: expected a floating-point tensor"),
         ("noise", lambda x: None, TypeError, "noise: expected a tensor, got NoneType"),
         ("noise", lambda x: x.to("meta"), ValueError, "noise: expected a tensor on cpu"),

@@ -226,6 +226,19 @@ def test_a_model_or_codec_of_one_size_says_so() -> None:
         pipe.generate("abc", size=64)
 
 
+def test_latents_and_spans_of_two_sizes_are_named() -> None:
+    model = pipeline().model
+    own, other = inputs(pipeline(), GRID, GRID, ["a"]), inputs(pipeline(), 3, 3, ["a"])
+    with pytest.raises(
+        ValueError, match=r"noise: expected 16 patches, as many as the span in modality_positions\[0\] has, got 9"
+    ):
+        fx.showo2.sample(model, **{**own, "noise": other["noise"]}, steps=2)
+    with pytest.raises(
+        ValueError, match=r"modality_positions\[0\]: expected a span of 17 tokens for these latents, got 10"
+    ):
+        fx.showo2.sample(model, **{**other, "noise": own["noise"]}, steps=2)
+
+
 def test_a_folder_records_the_size() -> None:
     pipe = pipeline()
     own = settings_record(pipe, None)

@@ -36,13 +36,13 @@ def prompt_embeds(
     return span_embeds(parts, images, tokens_before_image, tokens_after_boi)
 
 
-def span_embeds(parts: Showo2Parts, images: Sequence[Tensor], before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """`prompt_embeds` from encoded images [1, patches, hidden]."""
+def span_embeds(parts: Showo2Parts, images: Images, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """`prompt_embeds` from an encoded image [1, patches, hidden] or a list of them."""
     start, rest = parts.embed_tokens(before), parts.embed_tokens(after)
     _, token = embed_time(parts, torch.ones(1, dtype=torch.float32, device=start.device))
     late = 1 if parts.has_time_token else 0
     pieces, spans, length = [start], [], before.shape[1]
-    for image in images:
+    for image in images_of(images):
         pieces += [rest[:, :1], with_time_token(parts, image, token), rest[:, 1:2]]
         spans.append([length + 1 + late, image.shape[1] + late])
         length += 1 + late + image.shape[1] + 1
