@@ -116,8 +116,10 @@ test-abi: build ## the same library in a CUDA build of the newest torch (downloa
 	PYTHONPATH=. .venv-abi/bin/python -m pytest -p no:cacheprovider python_tests/ops
 	PYTHONPATH=. .venv-abi/bin/python -m flashu_ext.bench.sass --quiet
 
-# One wheel for all of them; name more Pythons where there are any.
-WHEEL_ENVIRONMENTS ?= $(PYTHON)=torch==2.13.0 $(PYTHON)=torch==2.11.0
+# One wheel for all of them. The second torch is tried under another Python where there is one.
+OTHER_PYTHON = $(shell for other in python3.13 python3.12 python3.11; do \
+  $$other -c 'import venv' 2> /dev/null && [ "$$($$other -V)" != "$$($(PYTHON) -V)" ] && echo $$other && break; done)
+WHEEL_ENVIRONMENTS ?= $(PYTHON)=torch==2.13.0 $(or $(OTHER_PYTHON),$(PYTHON))=torch==2.11.0
 wheel-check: ## source archive, wheel, and that wheel under several Pythons and torches (WHEEL_ENVIRONMENTS='PYTHON=TORCH ...')
 	.ci/wheel-check $(WHEEL_ENVIRONMENTS)
 
