@@ -11,6 +11,11 @@ TORCH ?= $(if $(wildcard /proc/driver/nvidia/version /usr/bin/nvidia-smi),torch,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 APT_PACKAGES := g++ make libgtest-dev pkg-config
 SOURCES := $(shell find csrc cpp_tests -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+# $(call apt_get,PACKAGES,WHAT THEY ARE) installs Debian packages, or says what to install.
+apt_get = echo "installing Debian packages: $(1)"; \
+	  if [ "$$(id -u)" = 0 ]; then run=; else run=sudo; fi; \
+	  $$run apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$run apt-get install -y -qq $(1) > /dev/null \
+	    || { echo "make: needs $(2): apt-get install $(1)" >&2; exit 1; }
 # The requirements in pyproject.toml, by extra. Only this file and gpu.sh install them.
 requirements = $(shell $(PYTHON) .ci/requirements $(1) | sed "s/.*/'&'/")
 
@@ -94,9 +99,12 @@ bench: build ## the FFN, whole images and answers, compared with torch
 	$(BIN)/flashu-ext bench ffn
 	$(BIN)/flashu-ext bench e2e --model bench
 
-api: build ## API reference from the docstrings, into build/api
+api: build ## API reference from the docstrings and the C headers, into build/api
+	@command -v doxygen > /dev/null || { $(call apt_get,doxygen,Doxygen); }
 	$(PIP) $(call requirements,docs)
 	PYTHONPATH=. $(BIN)/python .ci/api-reference build/api
+	doxygen .ci/Doxyfile
+	.ci/dead-links build/api
 
 info: build ## what this build and this machine support
 	$(BIN)/flashu-ext info
@@ -108,8 +116,10 @@ test-abi: build ## the same library in a CUDA build of the newest torch (downloa
 	PYTHONPATH=. .venv-abi/bin/python -m pytest -p no:cacheprovider python_tests/ops
 	PYTHONPATH=. .venv-abi/bin/python -m flashu_ext.bench.sass --quiet
 
-# One wheel for all of them; name more Pythons where there are any.
-WHEEL_ENVIRONMENTS ?= $(PYTHON)=torch==2.13.0 $(PYTHON)=torch==2.11.0
+# One wheel for all of them. The second torch is tried under another Python where there is one.
+OTHER_PYTHON = $(shell for other in python3.13 python3.12 python3.11; do \
+  $$other -c 'import venv' 2> /dev/null && [ "$$($$other -V)" != "$$($(PYTHON) -V)" ] && echo $$other && break; done)
+WHEEL_ENVIRONMENTS ?= $(PYTHON)=torch==2.13.0 $(or $(OTHER_PYTHON),$(PYTHON))=torch==2.11.0
 wheel-check: ## source archive, wheel, and that wheel under several Pythons and torches (WHEEL_ENVIRONMENTS='PYTHON=TORCH ...')
 	.ci/wheel-check $(WHEEL_ENVIRONMENTS)
 
@@ -140,10 +150,7 @@ build: $(VENV)/.built ## .venv with the package built in place
 $(VENV)/.tools: pyproject.toml Makefile .ci/requirements
 	@command -v $(PYTHON) > /dev/null || { echo "make: $(PYTHON) was not found; set PYTHON=" >&2; exit 1; }
 	@if [ ! -e /usr/include/gtest/gtest.h ] || ! command -v c++ > /dev/null; then \
-	  echo "installing Debian packages: $(APT_PACKAGES)"; \
-	  if [ "$$(id -u)" = 0 ]; then run=; else run=sudo; fi; \
-	  $$run apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$run apt-get install -y -qq $(APT_PACKAGES) > /dev/null \
-	    || { echo "make: needs a C++20 compiler and GoogleTest: apt-get install $(APT_PACKAGES)" >&2; exit 1; }; fi
+	  $(call apt_get,$(APT_PACKAGES),a C++20 compiler and GoogleTest); fi
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) '$(TORCH)' $(call requirements,build showo2 vae report test lint)
 	mkdir -p build

@@ -22,6 +22,9 @@ int32_t dtype_code(const char* op, const char* name, const Tensor& tensor) {
       return FLASHU_I32;
     case ScalarType::Long:
       return FLASHU_I64;
+    case ScalarType::Bool:
+      STD_TORCH_CHECK(false, "flashu type error: ", op, ": ", name, ": expected numbers, got a bool tensor");
+      break;
     default:
       break;
   }

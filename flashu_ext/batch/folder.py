@@ -22,7 +22,7 @@ from .lock import FolderLock
 from .prompts import Job, check_name
 
 if TYPE_CHECKING:
-    from ..models.showo2.pipeline import Pipeline
+    from ..models.showo2.pipeline import Pipeline, Size
     from ..planning.config import FlashUConfig
     from ..planning.plan import TaskPlan
 
@@ -47,6 +47,7 @@ def settings_record(
     preset: str = "",
     steps: int | None = None,
     guidance_scale: float | None = None,
+    size: Size | None = None,
     batch: int = 1,
     branches_apart: bool = False,
 ) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def settings_record(
         pipe: its model generates the images.
         config, plan: of the acceleration; None: dense.
         preset: its name, for readers.
-        steps, guidance_scale: as for `Pipeline.generate_batch`.
+        steps, guidance_scale, size: as for `Pipeline.generate_batch`.
         batch: images generated together.
         branches_apart: each branch of guidance runs on its own rank.
     """
@@ -66,7 +67,10 @@ def settings_record(
     weight: Any = pipe.model.showo.model.embed_tokens.weight
     fields = None if config is None else json.loads(json.dumps(config.flat()))
     planned = fields.pop("steps") if fields is not None else None
+    # Left out where it is the model's own, as in folders of earlier versions.
+    grid = pipe.grid(size)
     return {
+        **({} if grid == pipe.grid() else {"grid": list(grid)}),
         "model": pipe.name,
         "weights": weights_digest(pipe.model),
         "dtype": str(weight.dtype).removeprefix("torch."),
@@ -254,6 +258,7 @@ def generate(
     batch: int = 1,
     steps: int | None = None,
     guidance_scale: float | None = None,
+    size: Size | None = None,
     sampler: Callable[..., Any] | None = None,
     write: bool = True,
     stop: Callable[[], bool] = lambda: False,
@@ -266,7 +271,7 @@ def generate(
         batches: numbers of the batches to generate, in this order; batch i starts at image i * batch.
         out: an existing folder.
         batch: images per batch.
-        steps, guidance_scale, sampler: as for `Pipeline.generate_batch`.
+        steps, guidance_scale, size, sampler: as for `Pipeline.generate_batch`.
         write: False: generate without writing, on the rank that only computes the other branch.
         stop: called before each batch; True ends the loop.
         progress: show a progress bar on stderr; None: if that is a terminal.
@@ -289,7 +294,12 @@ def generate(
             if stop():
                 break
             images = pipe.generate_batch(
-                [job.prompt for job in group], [job.seed for job in group], steps, guidance_scale, sampler=sampler
+                [job.prompt for job in group],
+                [job.seed for job in group],
+                steps,
+                guidance_scale,
+                size=size,
+                sampler=sampler,
             )
             for job, image in zip(group, images, strict=True):
                 path = Path(out) / job.name

@@ -378,7 +378,7 @@ def _run_generation(observer: _Observer, sample: GenerationSample, t: float, row
 def _run_understanding(observer: _Observer, sample: UnderstandingSample) -> None:
     """One prefill of image, question and answer."""
     parts, after, answer = observer.parts, sample.tokens_after_boi, sample.answer_length
-    validate.check_answer_inputs(parts.model, sample.image_latents, sample.tokens_before_image, after, 0)
+    validate.check_answer_inputs(parts.model, [sample.image_latents], sample.tokens_before_image, after, 0)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer <= after.shape[1] - 2:
         raise ValueError(f"answer_length: expected an integer in [0, {after.shape[1] - 2}], got {answer!r}")
     embeds, allowed = prompt_embeds(parts.model, sample.image_latents, sample.tokens_before_image, after)

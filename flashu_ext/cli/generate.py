@@ -26,6 +26,16 @@ __all__ = ["generate"]
 SHOWN_MISSING = 5
 
 
+def _size(_context: click.Context, _parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    """(height, width) from what --size was given."""
+    if text is None:
+        return None
+    sides = text.split("x") if "x" in text else [text, text]
+    if len(sides) != 2 or not all(side.isascii() and side.isdigit() and len(side) < 8 for side in sides):
+        raise click.BadParameter(f"expected pixels as 512 or height x width as 512x1024, got {text[:80]!r}")
+    return int(sides[0]), int(sides[1])
+
+
 @click.command(
     epilog=example(
         'flashu-ext generate "a red circle above a blue square" --preset paper --seed 0 -o out.png',
@@ -71,6 +81,12 @@ SHOWN_MISSING = 5
     help="Grid points of the sampler (default: the preset's; 50 if it has none).",
 )
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale (default: the model's).")
+@click.option(
+    "--size",
+    callback=_size,
+    metavar="PIXELS",
+    help="Side of the images, or height x width as in 512x1024 (default: the model's).",
+)
 def generate(
     prompt: str | None,
     prompts: Path | None,
@@ -131,7 +147,12 @@ def _opened(
     steps = settings["steps"]
     names = ("model", "preset", "plan_file", "verbose", "tuned")
     with contextlib.ExitStack() as stack:
-        sampling: dict[str, Any] = {"steps": steps, "guidance_scale": settings["guidance"], "sampler": None}
+        sampling: dict[str, Any] = {
+            "steps": steps,
+            "guidance_scale": settings["guidance"],
+            "size": settings["size"],
+            "sampler": None,
+        }
         if apart:
             group = stack.enter_context(guidance_group(heartbeat, device))
             sampling["sampler"] = functools.partial(sample_guided, group=group, stop=heartbeat.stop)
@@ -191,6 +212,7 @@ def _generate_list(
                     preset="tuned" if settings["tuned"] else settings["preset"],
                     steps=sampling["steps"],
                     guidance_scale=sampling["guidance_scale"],
+                    size=sampling["size"],
                     batch=batch,
                     branches_apart=apart,
                 )

@@ -79,11 +79,19 @@ def demo(out: Path, seed: int, images: int, questions: int, repeats: int) -> Non
 @cli.command(
     epilog=example(
         'flashu-ext answer out.png "what color is the circle?" --preset exact',
+        'flashu-ext answer before.png --image after.png "what has changed?"',
         'flashu-ext answer out.png "describe the image" --temperature 0.7 --top-p 0.9 --seed 1',
     )
 )
 @click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("question")
+@click.option(
+    "--image",
+    "more",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Another image that the question is about, after IMAGE (may be repeated).",
+)
 @model_options
 @click.option("--max-new-tokens", default=64, show_default=True, type=click.IntRange(0), help="Longest answer.")
 @click.option(
@@ -104,6 +112,7 @@ def demo(out: Path, seed: int, images: int, questions: int, repeats: int) -> Non
 def answer(
     image: Path,
     question: str,
+    more: tuple[Path, ...],
     model: str,
     preset: str,
     tuned: Path | None,
@@ -116,19 +125,19 @@ def answer(
     seed: int,
     stream: bool,
 ) -> None:
-    """Answer QUESTION about IMAGE."""
+    """Answer QUESTION about IMAGE, and about the images of --image after it."""
     from ..planning.reading import read_image
 
-    picture = read_image(image)
+    pictures = [read_image(path) for path in (image, *more)]
     with open_pipeline(model, preset, plan_file, verbose, tuned) as (pipe, _):
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         if stream:
             pipe.answer(
-                picture, question, max_new_tokens, on_text=lambda piece: click.echo(piece, nl=False), **settings
+                pictures, question, max_new_tokens, on_text=lambda piece: click.echo(piece, nl=False), **settings
             )
             click.echo()
         else:
-            click.echo(pipe.answer(picture, question, max_new_tokens, **settings))
+            click.echo(pipe.answer(pictures, question, max_new_tokens, **settings))
 
 
 @cli.command(

@@ -54,6 +54,10 @@ Known = Mapping[str, tuple[str, ...]]
 _ATTENTION_FUNCTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Transformers' own, which compute the same."""
 
+_LIBRARIES = ("torch", "transformers", "diffusers", "einops")
+"""Packages that decorate methods of known classes, or whose functions these call by name: upstream's model registers the
+arguments of its `__init__` by diffusers, and rearranges tensors by einops."""
+
 _CALLING = ("__call__", "_call_impl")
 """Methods that lead from a call of a module to its forward."""
 
@@ -83,11 +87,9 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
 @functools.cache
 def _replaced_in_class(kind: Any, method: str) -> bool:
     """Whether a method's code, or that of a function which it calls by its name in the module, such as the one that rotates
-    queries and keys, comes from elsewhere than the class's own package or a decorator of torch or transformers around that."""
+    queries and keys, comes from elsewhere than the class's own package or `_LIBRARIES`."""
     function, home = getattr(kind, method), _file_of(kind.__module__)
-    libraries = tuple(
-        f"{Path(file).parent}/" for name in ("torch", "transformers") if (file := _file_of(name)) is not None
-    )
+    libraries = tuple(f"{Path(file).parent}/" for name in _LIBRARIES if (file := _file_of(name)) is not None)
     while (code := getattr(function, "__code__", None)) is not None and code.co_filename != home:
         if not code.co_filename.startswith(libraries):
             return True

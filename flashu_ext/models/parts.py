@@ -5,6 +5,7 @@ The runtime reads a model only through `Showo2Parts`, so differences between mod
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,19 +179,41 @@ def norm_eps(norm: nn.Module) -> float:
     raise TypeError(f"{type(norm).__name__}: expected variance_epsilon or eps")
 
 
+def table_side(model: Any) -> int | None:
+    """Side of the square position table that other grids than the model's own are resampled from.
+
+    None where the table has no square grid: it then serves the model's own grid alone.
+    """
+    rows, config = int(model.position_embedding.weight.shape[0]), model.config
+    side = math.isqrt(rows)
+    own = (config.image_latent_height, config.image_latent_width)
+    stored = rows != model.image_position_ids.shape[-1] or own == (side, side)
+    return side if stored and side * side == rows else None
+
+
+def stored_table(model: Any, patches: int) -> bool:
+    """Whether a grid of so many patches takes the position table as it is: upstream compares the numbers alone."""
+    return model.position_embedding.weight.shape[0] == model.image_position_ids.shape[-1] == patches
+
+
 def position_table(parts: Showo2Parts, height: int, width: int) -> Tensor:
     """SigLIP's position embeddings for a grid of height x width patches: [1, height * width, clip].
 
-    The stored table if the model was built for its size, else resampled bicubically (upstream's `interpolate_pos_encoding`).
+    The stored table where it fits, else resampled bicubically (upstream's `interpolate_pos_encoding`). Upstream resamples only
+    in models whose own grid does not fit the table. Resampling in the others too gives what a model built for this grid
+    gives: one checkpoint draws several sizes, whatever grid its config names (Show-o pull request 104).
+
+    Raises:
+        ValueError: the table has no square grid, and this is not the model's own.
     """
     table = parts.position_embedding.weight
-    if table.shape[0] == parts.model.image_position_ids.shape[-1]:
-        if table.shape[0] != height * width:
-            raise ValueError(
-                f"image_latents: expected a grid of {table.shape[0]} patches, as the model was built for, got {height} x {width}"
-            )
+    if stored_table(parts.model, height * width):
         return table[None]
-    side = int(table.shape[0] ** 0.5)
+    side = table_side(parts.model)
+    if side is None:
+        raise ValueError(
+            f"image_latents: expected a grid of {table.shape[0]} patches, as the model was built for, got {height} x {width}"
+        )
     grid = table.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     grid = nn.functional.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(1, height * width, -1)

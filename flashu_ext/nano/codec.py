@@ -19,7 +19,7 @@ from torch import Tensor
 from ..models.autocast import without_autocast
 from .world import SIZE
 
-__all__ = ["CHANNELS", "LATENT_SHAPE", "decode", "encode", "pictures", "to_unit"]
+__all__ = ["CHANNELS", "LATENT_SHAPE", "decode", "encode", "latent_size", "pictures", "to_unit"]
 
 BLOCK = 4
 CHANNELS = 16
@@ -87,6 +87,15 @@ def decode(latents: Tensor) -> Tensor:
         blocks = codes @ _BASIS.to(latents.device)
     blocks = blocks.view(batch, GRID, GRID, 2, 2, 3, BLOCK, BLOCK)
     return blocks.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(batch, 3, SIZE, SIZE).clamp(-1, 1)
+
+
+def latent_size(height: int, width: int) -> tuple[int, int]:
+    """(72, 2), the latents of the one size of images that there is, 48 x 48 pixels; a ValueError for any other."""
+    if (height, width) != (SIZE, SIZE):
+        raise ValueError(
+            f"size: expected {SIZE} x {SIZE} pixels, all that the embedded model draws, got {height} x {width}"
+        )
+    return LATENT_SHAPE[1:]
 
 
 def to_unit(images: np.ndarray) -> Tensor:

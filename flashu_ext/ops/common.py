@@ -48,24 +48,32 @@ def call_into(packet: Any, *args: Any, out: Tensor | None, **kwargs: Any) -> Ten
     return call(packet.out, *args, out=out, **kwargs)
 
 
-def flatten(name: str, numbers: Iterable[Any], group: int) -> list[int]:
-    """A flat list of integers from a flat sequence or from tuples of `group` integers.
+def flatten(name: str, numbers: Any, group: int) -> list[int]:
+    """A flat list of integers from a flat sequence or from tuples of `group` integers, a tensor or an array.
 
     Raises:
         ValueError: a tuple has another length.
-        TypeError: an entry is neither an integer nor a tuple.
+        TypeError: nothing that can be iterated, or an entry is neither an integer nor a tuple of integers.
     """
+    expected = f"{name}: expected integers or tuples of {group} integers"
+    entries = _plain(numbers)
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        raise TypeError(f"{expected}, got {type(entries).__name__}")
     flat: list[int] = []
-    for entry in numbers.tolist() if hasattr(numbers, "tolist") else numbers:
-        if isinstance(entry, int) and not isinstance(entry, bool):
-            flat.append(entry)
-        elif isinstance(entry, (tuple, list)):
-            if len(entry) != group:
-                raise ValueError(f"{name}: expected tuples of {group} numbers, got one of {len(entry)}")
-            flat.extend(entry)
-        else:
-            raise TypeError(f"{name}: expected integers or tuples of {group} integers, got {type(entry).__name__}")
+    for entry in map(_plain, entries):
+        own = entry if isinstance(entry, (tuple, list)) else (entry,)
+        if own is entry and len(own) != group:
+            raise ValueError(f"{name}: expected tuples of {group} numbers, got one of {len(own)}")
+        for number in map(_plain, own):
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise TypeError(f"{expected}, got {type(number).__name__}")
+            flat.append(number)
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """Tensors, arrays and their numbers as lists and numbers of Python."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def fake(name: str) -> Callable[[F], F]:

@@ -196,7 +196,7 @@ class Runner:
     @torch.no_grad()
     def answer_tokens(
         self,
-        image_latents: Sequence[Tensor],
+        images: Sequence[Sequence[Tensor]],
         befores: Sequence[Tensor],
         afters: Sequence[Tensor],
         max_new_tokens: int,
@@ -204,12 +204,13 @@ class Runner:
         sampler: TokenSampler,
         on_token: OnToken | None = None,
     ) -> list[Tensor]:
-        """`flashu_ext.showo2.answer_tokens_batch` on an accelerated model; one image [1, channels, H, W] per question."""
+        """`flashu_ext.showo2.answer_tokens_batch` on an accelerated model; images [1, channels, H, W] of each question."""
         with self.working():
             self.ready()
             engine = self.understanding
-            images = engine.image_embeds(image_latents)
-            prompts = [engine.question(*inputs) for inputs in zip(images, befores, afters, strict=True)]
+            embeds = iter(engine.image_embeds([latents for own in images for latents in own]))
+            encoded = [[next(embeds) for _ in own] for own in images]
+            prompts = [engine.question(*inputs) for inputs in zip(encoded, befores, afters, strict=True)]
             told = None if on_token is None else self._told_unchanged(on_token)
             answers = engine.decode(prompts, max_new_tokens, sampler, eos_token, told)
             self.check_unchanged("question was being answered", weights_only=True)

@@ -1,8 +1,8 @@
 """Answers questions: one prefill, then a decode over cached keys and values; an image is encoded once.
 
-A prompt reuses the prefix that it shares with another prompt of the last call or of its own batch: a second question about an
-image starts after the image. A shared prefix ends where no earlier token looks past it, so the bidirectional image span is
-reused whole or not at all.
+A prompt reuses the prefix that it shares with another prompt of the last call or of its own batch: a second question about the
+same images starts after them, one about other images after the first ones that are the same. A shared prefix ends where no
+earlier token looks past it, so a bidirectional image span is reused whole or not at all.
 
 Visual tokens are dropped inside the prefill (`token_pruning`). Image tokens do not attend to the question, so the choice does
 not depend on it, and a pruned image is reused like any other; the score 'attention' is the exception. An answer's tokens
@@ -208,15 +208,15 @@ class UnderstandingEngine:
         self._images = [(distinct[i], embeds[i]) for i in dict.fromkeys(chosen)]
         return [embeds[i] for i in chosen]
 
-    def question(self, image: Tensor, before: Tensor, after: Tensor) -> Prompt:
-        """A question about an encoded image.
+    def question(self, images: Tensor | Sequence[Tensor], before: Tensor, after: Tensor) -> Prompt:
+        """A question about encoded images.
 
         Args:
-            image: [1, patches, hidden].
-            before: tokens before the image, int64 [1, n].
-            after: tokens after it, int64 [1, m]; boi and eoi come first (see `answer_tokens`).
+            images: [1, patches, hidden], or a list of them.
+            before: tokens before the first image, int64 [1, n].
+            after: tokens after the images, int64 [1, m]; boi and eoi come first (see `answer_tokens`).
         """
-        return self.prompt(*span_embeds(self.parts, image, before, after))
+        return self.prompt(*span_embeds(self.parts, images, before, after))
 
     def prompt(self, embeds: Tensor, allowed: Tensor) -> Prompt:
         """A prompt from copies of embeddings [1, length, hidden] and visibility bool [length, length]."""

@@ -21,6 +21,7 @@ CALLERS = within("runtime/test_callers_tensors.py")
 KNOBS = within("runtime/test_skipping_and_caching.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
+SEVERAL = within("runtime/test_several_images.py")
 HANDLE = within("runtime/test_accelerate.py")
 LIVING = within("runtime/test_living.py")
 COPIES = within("runtime/test_living_copies.py")
@@ -40,6 +41,7 @@ LOCK = within("parallel/test_folder_lock.py")
 HOSTILE = within("planning/test_hostile_files.py")
 WRITES = within("planning/test_failed_writes.py")
 EDGES = within("showo2/test_edges.py")
+SIZES = within("showo2/test_sizes.py")
 PIPELINE = within("showo2/test_pipeline.py")
 CONFORMANCE = within("showo2/test_conformance.py")
 COMMANDS = within("cli/test_cli.py")
@@ -210,10 +212,17 @@ MUTANTS = [
     Mutant("validate: an odd number of guided rows", "flashu_ext/models/showo2/validate.py", "if guided and rows % 2:", "if guided and rows < 2:", CONFORMANCE("odd_number")),
     Mutant("sampling: the caller's noise is overwritten", "flashu_ext/models/showo2/sampling.py", "self._latents = self._latents + (", "self._latents += (", CALLERS("dense")),
     Mutant("sampling: a shift of 0 shifts", "flashu_ext/models/showo2/sampling.py", "if shift else u", "if shift is not None else u", CONFORMANCE("time_grid")),
-    Mutant("answers: the caller's list of pictures grows", "flashu_ext/models/showo2/understanding.py", "        images = list(image_latents)\n", "        images = image_latents\n", CALLERS("one and image")),
+    Mutant("answers: later images begin a token early", "flashu_ext/models/showo2/understanding.py", "length += 1 + late + image.shape[1] + 1", "length += late + image.shape[1] + 1", SEVERAL("made_by_hand"), quick=True),
+    Mutant("answers: all images of a question are the first", "flashu_ext/runtime/runner.py", "[[next(embeds) for _ in own] for own in images]", "[[next(embeds)] * len(own) for own in images]", SEVERAL("mixed_batches")),
+    Mutant("answers: only the last image's tokens are dropped", "flashu_ext/runtime/understanding.py", "if first >= start and drop:\n                assert", "if (first, count) == prompt.spans[-1] and drop:\n                assert", SEVERAL("dropped_in_each")),
     Mutant("answers: the span starts late without a time token", "flashu_ext/models/showo2/understanding.py", "late = 1 if parts.has_time_token else 0", "late = 1", SMALL("without_a_time_token")),
     Mutant("pipeline: no guidance is the pipeline's own", "flashu_ext/models/showo2/pipeline.py", "guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale", "guidance_scale=guidance_scale or self.guidance_scale", EDGES("guidance")),
     Mutant("pipeline: layers' ratios of a plan are levelled", "flashu_ext/models/showo2/pipeline.py", "if plan.ratios is not None:", "if plan.ratios is not None and not plan.layers:", CALIBRATE("ratios_of_its_own")),
+    Mutant("known: diffusers' decorator hides the model's own code", "flashu_ext/models/known.py", '("torch", "transformers", "diffusers", "einops")', '("torch", "transformers", "einops")', MODULES("decorated_by_diffusers")),
+    Mutant("parts: a table is resampled from a grid that it has not", "flashu_ext/models/parts.py", "return side if stored and side * side == rows else None", "return side if side * side == rows else None", SIZES("of_one_size")),
+    Mutant("parts: the nearest stored position is taken", "flashu_ext/models/parts.py", 'mode="bicubic", align_corners=False', 'mode="nearest"', SIZES("as_upstream_does")),
+    Mutant("prompts: rows of another size are padded as the model's own", "flashu_ext/models/showo2/prompts.py", "text = self.max_text_len if length is None else length - image_tokens - _MARKS", "text = self.max_text_len", SIZES("long_as_upstreams")),
+    Mutant("folder: the size is not recorded", "flashu_ext/batch/folder.py", '{} if grid == pipe.grid() else {"grid": list(grid)}', "{}", SIZES("folder_records")),
     Mutant("prompts: half a character is returned", "flashu_ext/models/showo2/prompts.py", 'if text.endswith("\\ufffd") or not', "if not", PIPELINE("incomplete_characters")),
     Mutant("pixels: a picture is a pixel too narrow", "flashu_ext/models/showo2/pipeline.py", "max(side, int(width * scale))", "int(width * scale)", EDGES("cropped")),
     Mutant("generate: ranks that are started anew discard", "flashu_ext/cli/generate.py", "discard = overwrite and ranks.attempt == 0", "discard = overwrite", LISTS("started_anew")),

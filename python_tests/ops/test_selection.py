@@ -64,8 +64,16 @@ def test_blocks_are_detected(index: list[int], block: int):
 
 @pytest.mark.parametrize(
     "runs",
-    [[2, 7, 20, 5], [(2, 7), (20, 5)], torch.tensor([[2, 7], [20, 5]]), np.array([2, 7, 20, 5]), ((2, 7), [20, 5])],
-    ids=["flat", "tuples", "tensor", "array", "mixed"],
+    [
+        [2, 7, 20, 5],
+        [(2, 7), (20, 5)],
+        torch.tensor([[2, 7], [20, 5]]),
+        np.array([2, 7, 20, 5]),
+        np.array([[2, 7], [20, 5]], dtype=np.int32),
+        [(np.int64(2), np.int64(7)), torch.tensor([20, 5])],
+        ((2, 7), [20, 5]),
+    ],
+    ids=["flat", "tuples", "tensor", "array", "pairs", "numbers", "mixed"],
 )
 def test_runs_may_be_written_in_several_ways(runs: object):
     expected = [*range(2, 9), *range(20, 25)]
@@ -84,6 +92,20 @@ def test_runs_may_be_written_in_several_ways(runs: object):
         (lambda: Selection.from_runs([(4, 2**62)], LIMIT), IndexError, "inside"),
         (lambda: Selection.from_runs([1, 2, 3], LIMIT), ValueError, "pairs, got 3 numbers"),
         (lambda: Selection.from_runs([0.5, 2], LIMIT), TypeError, "runs: expected integers"),
+        (lambda: Selection.from_runs([(0.5, 2)], LIMIT), TypeError, "runs: expected integers or tuples.*got float"),
+        (
+            lambda: Selection.from_runs(torch.tensor([[0.0, 2.0]]), LIMIT),
+            TypeError,
+            "runs: expected integers.*got float",
+        ),
+        (lambda: Selection.from_runs(np.array([[True, True]]), LIMIT), TypeError, "runs: expected integers.*got bool"),
+        (lambda: Selection.from_runs(torch.tensor(3), LIMIT), TypeError, "runs: expected integers.*got int"),
+        (lambda: Selection.from_runs("ab", LIMIT), TypeError, "runs: expected integers.*got str"),
+        (
+            lambda: Selection.from_runs([(0, 4, 1)], LIMIT),
+            ValueError,
+            "runs: expected tuples of 2 numbers, got one of 3",
+        ),
         (lambda: Selection.from_runs([(0, 4)], -1), ValueError, "intermediate: expected at least 0, got -1"),
         (lambda: Selection.from_index([3, 3], LIMIT), IndexError, "got 3 again at position 1"),
         (lambda: Selection.from_index([40], LIMIT), IndexError, r"values in \[0, 40\), got 40 at position 0"),
@@ -106,6 +128,8 @@ def test_wrong_uses_are_named_and_the_next_call_works():
         ops.gathered_ffn(x, *w, selection=Selection.from_runs([2, 7, 20, 5], 41))
     with pytest.raises(TypeError, match="got a bool mask"):
         ops.gathered_ffn(x, *w, index=torch.ones(LIMIT, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="gathered_ffn: index: expected numbers, got a bool tensor"):
+        torch.ops.flashu.gathered_ffn(x, *w, index=torch.ones(LIMIT, dtype=torch.bool))
     assert ops.gathered_ffn(x, *w, selection=selection).isfinite().all()
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from support.models import question_inputs, small_model
 from torch import Tensor, nn
 
 import flashu_ext as fx
+from flashu_ext.models import known
 from flashu_ext.models.accelerated import handle_of
 from flashu_ext.models.stamp import Turns
 
@@ -504,3 +508,50 @@ def test_matrices_far_away_take_turns():
     assert [turns.changed() for _ in range(6)].count(True) == 2
     kinds[1][0] += 1
     assert all(turns.changed() for _ in range(3))
+
+
+STAND_INS = {
+    "diffusers/__init__.py": """
+import functools
+def registered(init):
+    @functools.wraps(init)
+    def inner(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+    return inner
+""",
+    "einops/__init__.py": "def rearrange(x, pattern):\n    return x\n",
+    "mine/__init__.py": "def rearrange(x, pattern):\n    return -x\n",
+    "models/__init__.py": "",
+    "models/modeling_showo2_qwen2_5.py": """
+from torch import nn
+from diffusers import registered
+from {library} import rearrange
+class Showo2Qwen2_5(nn.Module):
+    @registered
+    def __init__(self):
+        super().__init__()
+    def forward(self, x):
+        return rearrange(x, "b c -> b c")
+""",
+}
+
+
+@pytest.mark.parametrize(("library", "refused"), [("einops", False), ("mine", True)])
+def test_a_class_is_decorated_by_diffusers_and_calls_einops_as_upstreams_does(
+    library: str, refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in STAND_INS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text.replace("{library}", library))
+        monkeypatch.delitem(
+            sys.modules, name.removesuffix(".py").removesuffix("/__init__").replace("/", "."), raising=False
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    known._replaced_in_class.cache_clear()
+    try:
+        kind = importlib.import_module("models.modeling_showo2_qwen2_5").Showo2Qwen2_5
+        reasons = [known.why_unknown(kind(), known._MODELS, method) for method in ("__init__", "forward")]
+    finally:
+        for name in ("diffusers", "einops", "mine", "models", "models.modeling_showo2_qwen2_5"):
+            sys.modules.pop(name, None)
+    assert reasons == [None, "its class's forward is replaced" if refused else None]

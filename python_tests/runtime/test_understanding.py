@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.answers import ask, batch, oracle
+from support.answers import ask, batch, decoded, oracle
 from support.conformance import public, relative
 
 import flashu_ext as fx
@@ -25,22 +25,10 @@ def logits_of(handle, asked, new=NEW):
     with torch.no_grad():
         images = engine.image_embeds([a["image_latents"] for a in asked])
         prompts = [
-            engine.question(image, a["tokens_before_image"], a["tokens_after_boi"])
+            engine.question([image], a["tokens_before_image"], a["tokens_after_boi"])
             for image, a in zip(images, asked, strict=True)
         ]
         return decoded(engine, prompts, new)
-
-
-def decoded(engine, prompts, new=NEW):
-    rows = [[] for _ in prompts]
-
-    def pick(logits, numbers):
-        for row, prompt in zip(logits, numbers, strict=True):
-            rows[prompt].append(row.clone())
-        return logits.argmax(-1, keepdim=True)
-
-    tokens = engine.decode(prompts, new, pick, None)
-    return [[int(t) for t in row] for row in tokens], [torch.stack(row) for row in rows]
 
 
 # ---- pruned tokens
@@ -128,7 +116,7 @@ def test_hidden_tokens_stay_hidden(score):
             mask = allowed.clone()
             if hidden is not None:
                 mask[:, hidden] = torch.eye(len(mask), dtype=torch.bool)[:, hidden]
-            (got,), (logits,) = decoded(engine, [engine.prompt(embeds, mask)])
+            (got,), (logits,) = decoded(engine, [engine.prompt(embeds, mask)], NEW)
             tokens, expected, _ = oracle(model, **asked, max_new_tokens=NEW, ratio=0.5, score=score, hidden=hidden)
             assert got == tokens and relative(logits, expected) < LIMIT
 

@@ -135,6 +135,35 @@ def test_a_folder_becomes_a_pipeline(folder: Path):
         assert handle.summary() is not None
 
 
+def test_a_checkpoint_draws_other_sizes_than_its_config_names(folder: Path):
+    pipe = fx.showo2.Pipeline.from_pretrained(folder)
+    dense = pipe.generate("a red circle", seed=3, steps=3, size=(64, 128))
+    assert dense.size == (128, 64) != (pipe.pixels, pipe.pixels)
+    with pipe.accelerate():
+        exact = pipe.generate("a red circle", seed=3, steps=3, size=(64, 128))
+        assert np.abs(np.asarray(exact).astype(int) - np.asarray(dense).astype(int)).max() <= 1
+    for size, message in ((100, "multiples of 8 pixels, got 100 x 100"), (72, "multiples of 16 pixels, a patch")):
+        with pytest.raises(ValueError, match=f"size: expected {message}"):
+            pipe.generate("a red circle", size=size)
+
+
+def test_a_list_is_drawn_in_one_size(folder: Path, tmp_path: Path):
+    from click.testing import CliRunner
+
+    from flashu_ext.cli.main import cli
+
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    arguments = ["generate", "--model", str(folder), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "3"]
+    arguments += ["--out", str(tmp_path / "images"), "--batch", "2", "--size"]
+    for _ in range(2):  # the second time nothing is missing
+        done = CliRunner().invoke(cli, [*arguments, "64x128"])
+        assert done.exit_code == 0, done.output
+    sizes = [Image.open(path).size for path in sorted((tmp_path / "images").glob("*.png"))]
+    assert sizes == [(128, 64)] * 2 and "2 images, 0 of them generated now" in done.output
+    other = CliRunner().invoke(cli, [*arguments, "64"])
+    assert other.exit_code == 1 and "grid: was [4, 8], now [4, 4]" in other.output
+
+
 @pytest.mark.parametrize("planned", [False, True])
 def test_a_pipeline_is_saved_and_loaded(folder: Path, tmp_path: Path, planned: bool):
     pipe = fx.showo2.Pipeline.from_pretrained(folder)

@@ -38,7 +38,7 @@ def _layer(layer: Any, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor, heads:
 @torch.no_grad()
 def oracle(
     model: Any,
-    image_latents: Tensor,
+    image_latents: Tensor | Sequence[Tensor],
     tokens_before_image: Tensor,
     tokens_after_boi: Tensor,
     max_new_tokens: int,
@@ -60,11 +60,12 @@ def oracle(
     embeds, prompt = embeds[0], embeds.shape[1]
     if hidden is not None:
         allowed[:, hidden] = torch.eye(prompt, dtype=torch.bool)[:, hidden]
-    first = tokens_before_image.shape[1] + (2 if model.config.add_time_embeds else 1)
-    visual = torch.arange(first, first + prompt - tokens_before_image.shape[1] - tokens_after_boi.shape[1] - 1)
-    if not model.config.add_time_embeds:
-        visual = torch.arange(first, first + prompt - tokens_before_image.shape[1] - tokens_after_boi.shape[1])
-    drop = int(len(visual) * ratio)
+    visuals, start = [], tokens_before_image.shape[1]
+    for latents in [image_latents] if isinstance(image_latents, Tensor) else image_latents:
+        first = start + (2 if model.config.add_time_embeds else 1)
+        visuals.append(torch.arange(first, first + latents.shape[2] * latents.shape[3] // model.config.patch_size**2))
+        start = int(visuals[-1][-1]) + 2  # after eoi
+    drops = [int(len(visual) * ratio) for visual in visuals]
     dropped = torch.zeros(prompt, dtype=torch.bool)
     skipped: list[int] = []
     tokens: list[int] = []
@@ -78,17 +79,17 @@ def oracle(
         cos, sin = (table[0] for table in llm.rotary_emb(embeds, torch.arange(n)[None]))
         x, angles = embeds, []
         for index, block in enumerate(llm.layers):
-            if index == layer and count == 0 and drop:
+            if index == layer and count == 0 and any(drops):
                 _, weights, value = _layer(block, x, cos, sin, seen, heads)
                 scores = {
                     "value_norm": value.flatten(1).norm(dim=1),
                     "value_norm_small": -value.flatten(1).norm(dim=1),
                     "attention": -weights[:, -1].mean(0),
                 }.get(score)
-                if scores is None:
-                    scores = torch.zeros(n)
-                    scores[visual] = -torch.rand(len(visual), generator=torch.Generator().manual_seed(0))
-                dropped[visual[scores[visual].argsort(descending=True)[:drop]]] = True
+                for visual, drop in zip(visuals, drops, strict=True):
+                    drawn = -torch.rand(len(visual), generator=torch.Generator().manual_seed(0))
+                    own = drawn if scores is None else scores[visual]
+                    dropped[visual[own.argsort(descending=True)[:drop]]] = True
             keys = (
                 torch.cat([dropped, torch.zeros(count, dtype=torch.bool)]) if index >= layer else torch.zeros(n).bool()
             )
@@ -105,6 +106,19 @@ def oracle(
         tokens.append(int(logits[-1].argmax()))
         embeds = torch.cat([embeds, llm.embed_tokens(torch.tensor(tokens[-1:]))])
     return tokens, torch.stack(logits), skipped
+
+
+def decoded(engine: Any, prompts: Sequence[Any], new: int) -> tuple[list[list[int]], list[Tensor]]:
+    """Greedy answers of an accelerated model's engine: (tokens, logits [new, vocab]) of each prompt."""
+    rows: list[list[Tensor]] = [[] for _ in prompts]
+
+    def pick(logits: Tensor, numbers: Sequence[int]) -> Tensor:
+        for row, prompt in zip(logits, numbers, strict=True):
+            rows[prompt].append(row.clone())
+        return logits.argmax(-1, keepdim=True)
+
+    tokens = engine.decode(prompts, new, pick, None)
+    return [[int(t) for t in row] for row in tokens], [torch.stack(row) for row in rows]
 
 
 def ask(seed: int, before: int = 4, after: int = 6) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -31,9 +31,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashu_ext import accelerate
 from flashu_ext.bench import e2e, e2e_gpu
 from flashu_ext.bench.shapes import SHAPES, fill
-from flashu_ext.bench.upstream import build
+from flashu_ext.bench.upstream import UpstreamSubject, build
+from flashu_ext.models.showo2 import answer_tokens, sample
 
 SHAPE = SHAPES["tiny"]
 CONFIG = SHAPE.config
@@ -209,6 +211,61 @@ def measured(root: Path) -> list[list[Any]]:
     return [[row.task, row.variant, row.note] for row in e2e_gpu.run(settings).rows]
 
 
+def other_sizes(subject: UpstreamSubject) -> list[list[Any]]:
+    """[grid, relative difference] of images that the accelerated instance draws at other sizes than its config's, from those
+    that upstream's code draws with the positions that its constructor registers for such a grid."""
+    model, own, found = subject.model, subject.model.image_position_ids, []
+    for height, width in ((6, 6), (3, 5)):
+        generator, span = torch.Generator().manual_seed(height), height * width + 1
+        tokens = torch.randint(0, 100, (2, span + 9), generator=generator)
+        noise = torch.randn(1, CONFIG.image_latent_dim, 2 * height, 2 * width, generator=generator)
+        positions = torch.tensor([[[5, span]], [[2, span]]])
+        inputs = SimpleNamespace(
+            noise=noise,
+            text_tokens=tokens[:1],
+            text_tokens_null=tokens[1:],
+            positions=positions[:1],
+            positions_null=positions[1:],
+        )
+        model.image_position_ids = torch.arange(height * width).expand((1, -1))
+        theirs = subject.generate(inputs, 8, 5.0, 3.0)
+        model.image_position_ids = own
+        with accelerate(model):
+            ours = sample(model, noise, tokens[:1], tokens[1:], positions[:1], positions[1:], steps=8)
+        found.append([[height, width], float((ours - theirs).norm() / theirs.norm())])
+    return found
+
+
+@torch.no_grad()
+def several_images(subject: UpstreamSubject) -> list[list[int]]:
+    """Answers about one to three images: [images, tokens equal to those of upstream's `mmu_generate`], of 8 tokens.
+
+    The prompt is that of inference_mmu.py with its part from boi to eoi once for each image, under upstream's own mask.
+    """
+    model, embed, found = subject.model, subject.model.showo.model.embed_tokens, []
+    side, late = CONFIG.image_latent_height * CONFIG.patch_size, 1
+    for count in (1, 2, 3):
+        generator = torch.Generator().manual_seed(count)
+        before, after = (torch.randint(0, 100, (1, length), generator=generator) for length in (4, 7))
+        images = torch.randn(count, 1, CONFIG.image_latent_dim, side, side, generator=generator).unbind()
+        time = model.time_embed(torch.tensor([[1.0]]), torch.float32)
+        time = model.time_embed_proj(time) if hasattr(model, "time_embed_proj") else time
+        pieces, spans, question = [embed(before)], [], embed(after)
+        for latents in images:
+            semantic = model.image_embedder_und(latents) + model.position_embedding(model.image_position_ids)
+            semantic = model.und_trans(semantic)["last_hidden_state"]
+            image = model.fusion_proj(torch.cat([semantic, model.image_embedder_gen(latents)], dim=-1))
+            spans.append((sum(piece.shape[1] for piece in pieces) + 1 + late, image.shape[1] + late))
+            pieces += [question[:, :1], time.reshape(1, 1, -1), image, question[:, 1:2]]
+        embeds = torch.cat([*pieces, question[:, 2:]], dim=1)
+        mask = subject.checkout.attention.omni_attn_mask_naive(1, embeds.shape[1], torch.tensor([spans]), embeds.device)
+        theirs = model.mmu_generate(embeds, attention_mask=mask.float(), max_new_tokens=8, top_k=1, eos_token=None)
+        with accelerate(model):
+            ours = answer_tokens(model, list(images), before, after, max_new_tokens=8)
+        found.append([count, int((torch.stack(theirs).flatten() == ours).sum())])
+    return found
+
+
 def main(root: Path, readme: Path, out: Path) -> None:
     declare_operators()
     torch.set_num_threads(1)
@@ -246,6 +303,7 @@ def main(root: Path, readme: Path, out: Path) -> None:
         value is parameters[name][0] and torch.equal(value, parameters[name][1])
         for name, value in model.named_parameters()
     )
+    facts["sizes"], facts["several images"] = other_sizes(subject), several_images(subject)
     facts["e2e"], facts["e2e_gpu"] = compared(root), measured(root)
     (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 

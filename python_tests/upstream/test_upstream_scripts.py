@@ -97,6 +97,13 @@ def test_remove_gives_the_model_back(ran: dict[str, Any]) -> None:
 
 
 @upstream
+def test_other_sizes_and_several_images_are_upstreams(ran: dict[str, Any]) -> None:
+    sizes = ran["facts"]["sizes"]
+    assert len(sizes) == 2 and all(difference <= LATENT_TOLERANCE for _, difference in sizes), sizes
+    assert ran["facts"]["several images"] == [[1, 8], [2, 8], [3, 8]]
+
+
+@upstream
 def test_bench_agrees_with_upstream(ran: dict[str, Any]) -> None:
     rows = ran["facts"]["e2e"]
     assert {program for program, *_ in rows} == {"flashu_ext", "Show-o2 (upstream)"}

@@ -1,5 +1,6 @@
-// The C++ API, base part: errors as exceptions and tensor views from plain pointers. Header-only over the C
-// API; each op family adds a header of thin typed wrappers.
+/// @file
+/// The C++ API, base part: errors as exceptions and tensor views from plain pointers. Header-only over the C
+/// API; each op family adds a header of thin typed wrappers.
 #pragma once
 
 #include <cstddef>
@@ -13,24 +14,28 @@
 
 #include "flashu/flashu.h"
 
+/// The C++ API.
 namespace flashu {
 
-// A failed call: status() tells the kind, what() is "op: argument: expected ..., got ...".
+/// A failed call: status() tells the kind, what() is "op: argument: expected ..., got ...".
 class Error : public std::runtime_error {
  public:
+  /// As check() throws it.
   Error(flashu_status status, const std::string& message) : std::runtime_error(message), status_(status) {}
+  /// Its kind, never FLASHU_OK.
   flashu_status status() const { return status_; }
 
  private:
   flashu_status status_;
 };
 
+/// Throws Error with the library's text unless `status`, from a function of the C API, is FLASHU_OK.
 inline void check(int32_t status) {
   if (status != FLASHU_OK) throw Error(static_cast<flashu_status>(status), flashu_last_error());
 }
 
-// A tensor over the caller's memory, on the CPU or on FLASHU_DEVICE_CUDA(ordinal). Strides count elements;
-// without them the tensor is contiguous.
+/// A tensor over the caller's memory, on the CPU or on FLASHU_DEVICE_CUDA(ordinal). Strides count elements;
+/// without them the tensor is contiguous.
 inline flashu_tensor tensor(const void* data, flashu_dtype dtype, const std::vector<int64_t>& sizes,
                             const std::vector<int64_t>& strides = {}, int32_t device = FLASHU_DEVICE_CPU) {
   if (sizes.size() > FLASHU_MAX_DIMS || (!strides.empty() && strides.size() != sizes.size())) {
@@ -52,7 +57,7 @@ inline flashu_tensor tensor(const void* data, flashu_dtype dtype, const std::vec
   return view;
 }
 
-// A zeroed args struct of the C API with its size filled in.
+/// A zeroed args struct of the C API with its size filled in.
 template <class Args>
 Args make_args() {
   Args args{};
@@ -60,11 +65,11 @@ Args make_args() {
   return args;
 }
 
-// Memory for an op that needs some; see "Workspace" in flashu.h. Without one the C++ API allocates it for ops
-// on the CPU; ops on CUDA devices that need one refuse.
+/// Memory for an op that needs some; see flashu.h. Without one the C++ API allocates it for
+/// ops on the CPU; ops on CUDA devices that need one refuse.
 struct Workspace {
-  void* data = nullptr;
-  uint64_t bytes = 0;
+  void* data = nullptr;  ///< on the op's device, aligned to 64 bytes
+  uint64_t bytes = 0;    ///< its size
 };
 
 namespace detail {

@@ -1,4 +1,5 @@
-// C++ API of the step family: typed wrappers over flashu/step.h that throw flashu::Error.
+/// @file
+/// C++ API of the step family: typed wrappers over flashu/step.h that throw flashu::Error.
 #pragma once
 
 #include "flashu/flashu.hpp"
@@ -6,15 +7,16 @@
 
 namespace flashu {
 
+/// Arguments of guided_euler_step(); struct_size is filled in.
 using EulerStepArgs = flashu_guided_euler_step_args;
 
-// latents += dt[step] * guided velocity; fill in `velocity` to receive it
+/// latents += dt[step] * guided velocity; fill in `velocity` to receive it
 inline void guided_euler_step(EulerStepArgs args) {
   args.struct_size = sizeof(args);
   check(flashu_guided_euler_step(&args));
 }
 
-// out = relative L1, relative L2 and cosine of a and b
+/// out = relative L1, relative L2 and cosine of a and b
 inline void feature_delta(const flashu_tensor& a, const flashu_tensor& b, const flashu_tensor& out,
                           Workspace workspace = {}, void* stream = nullptr) {
   auto args = make_args<flashu_feature_delta_args>();
@@ -27,7 +29,7 @@ inline void feature_delta(const flashu_tensor& a, const flashu_tensor& b, const 
   detail::run_with_workspace(args, a.device, flashu_feature_delta_workspace, flashu_feature_delta);
 }
 
-// Takes a feature into a table of finite differences; `count` updates came before
+/// Takes a feature into a table of finite differences; `count` updates came before
 inline void taylor_update(const flashu_tensor& state, const flashu_tensor& feature, double interval,
                           int64_t count, void* stream = nullptr) {
   auto args = make_args<flashu_taylor_update_args>();
@@ -39,7 +41,7 @@ inline void taylor_update(const flashu_tensor& state, const flashu_tensor& featu
   check(flashu_taylor_update(&args));
 }
 
-// out = the feature `ahead` steps after the latest of `count` updates
+/// out = the feature `ahead` steps after the latest of `count` updates
 inline void taylor_predict(const flashu_tensor& state, double ahead, int64_t count, const flashu_tensor& out,
                            void* stream = nullptr) {
   auto args = make_args<flashu_taylor_predict_args>();

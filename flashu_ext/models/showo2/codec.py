@@ -13,6 +13,9 @@ from ..autocast import without_autocast
 
 __all__ = ["ImageCodec", "WanCodec"]
 
+_SCALE = 8
+"""Pixels of an image per latent of Wan 2.1's VAE, in each direction."""
+
 
 class ImageCodec(Protocol):
     """The image codec that a pipeline needs; images are [B, 3, H, W] in [-1, 1]."""
@@ -23,6 +26,10 @@ class ImageCodec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images fp32 [B, 3, H, W], clamped to [-1, 1]."""
+        ...
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the latents of images of height x width pixels; a ValueError that names `size` where there are none."""
         ...
 
 
@@ -70,6 +77,12 @@ class WanCodec:
         except (RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"{directory}: not a Wan VAE: {error}") from error
         return cls(vae)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the latents of images of height x width pixels. Raises ValueError where these are no multiples of 8."""
+        if height % _SCALE or width % _SCALE:
+            raise ValueError(f"size: expected multiples of {_SCALE} pixels, got {height} x {width}")
+        return height // _SCALE, width // _SCALE
 
     @property
     def _like(self) -> Tensor:

@@ -21,6 +21,7 @@ from ...planning.extras import extra
 from ...planning.groups import FfnPruning
 from ...planning.reading import MAX_PIXELS
 from ...planning.safe_files import atomic_path
+from ..parts import table_side
 from .codec import ImageCodec, WanCodec
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline"]
 
-# Sequence lengths that upstream pads generation rows to, by image tokens with the time token (its demo configs).
-_MAX_SEQ_LEN = {730: 1024, 1025: 1280, 4097: 4352}
+Size = int | tuple[int, int]
+"""An image's size in pixels: its side, or (height, width)."""
 
 _EMBEDDED = {"nano": "flashu_ext.nano.pipeline"}
 """Models included in the package: name -> a module with `load_pipeline(dtype, device)`."""
@@ -49,7 +50,7 @@ class Pipeline:
         model: dense, or accelerated at any time.
         layout: prompts and questions to tokens.
         codec: images to latents and back.
-        pixels: side of the images.
+        pixels: side of the images that are drawn where no other size is asked for, and of those that questions are about.
         guidance_scale, time_shifting_factor: defaults of `generate`.
         name: 'nano' or the checkpoint's folder.
         presets: config for a preset name and this model.
@@ -123,10 +124,9 @@ class Pipeline:
             raise ValueError(
                 f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {config.llm_vocab_size}"
             )
-        length = _MAX_SEQ_LEN.get(config.image_tokens, config.image_tokens + 255)
         return cls(
             model=model,
-            layout=PromptLayout.from_tokenizer(tokenizer, config.image_tokens, length),
+            layout=PromptLayout.from_tokenizer(tokenizer, config.image_tokens),
             codec=codec,
             pixels=8 * config.patch_size * config.image_latent_height,
             name=str(directory),
@@ -162,7 +162,13 @@ class Pipeline:
     # ---- generation
 
     def generate(
-        self, prompt: str, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+        self,
+        prompt: str,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        *,
+        size: Size | None = None,
     ) -> Image:
         """Generate an image for a prompt.
 
@@ -170,13 +176,15 @@ class Pipeline:
             seed: of the noise; the same seed gives the same image.
             steps: grid points; None: the accelerated config's, or 50.
             guidance_scale: None: the pipeline's own; 0: no guidance.
+            size: pixels, one number or (height, width); None: the size that the model's config names, `pixels`. Show-o2's
+                1.5B-HQ draws 512 and 1024, and its config names 432.
 
         Raises:
             TypeError, ValueError: an argument is wrong; it is named.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
-        return self.generate_batch([prompt], [seed], steps, guidance_scale)[0]
+        return self.generate_batch([prompt], [seed], steps, guidance_scale, size=size)[0]
 
     def generate_batch(
         self,
@@ -185,18 +193,21 @@ class Pipeline:
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
         *,
+        size: Size | None = None,
         sampler: Callable[..., Any] | None = None,
     ) -> list[Image]:
         """Generate images for several prompts as one batch; image i has the noise of seeds[i] (default: 0, 1, ...).
 
         guidance_scale: one for all images, or one for each.
 
+        size: of all images, as in `generate`.
+
         sampler: called instead of `sample`, with its arguments (such as `flashu_ext.parallel.sample_guided`).
         """
-        inputs = self.layout.generation(prompts, self._device)
+        inputs = self._layout_of(self.grid(size)).generation(prompts, self._device)
         latents = (sampler or sample)(
             self.model,
-            self.noise(list(range(len(prompts))) if seeds is None else seeds, len(prompts)),
+            self.noise(list(range(len(prompts))) if seeds is None else seeds, len(prompts), size),
             **vars(inputs),
             steps=steps,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
@@ -204,16 +215,57 @@ class Pipeline:
         )
         return [_to_pil(image) for image in self.codec.decode(latents)]
 
-    def noise(self, seeds: Sequence[int], count: int | None = None) -> Tensor:
-        """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed."""
+    def noise(self, seeds: Sequence[int], count: int | None = None, size: Size | None = None) -> Tensor:
+        """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed; `size` as in `generate`."""
         self._check_seeds(seeds, len(seeds) if count is None else count, "prompts")
         config = self.model.config
-        patch = config.patch_size
-        shape = (config.image_latent_dim, config.image_latent_height * patch, config.image_latent_width * patch)
+        shape = (config.image_latent_dim, *(patches * config.patch_size for patches in self.grid(size)))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         # Of the dtype and on the device that are promised, not the process's defaults.
         rows = [torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
         return torch.stack(rows).to(self._device)
+
+    def grid(self, size: Size | None = None) -> tuple[int, int]:
+        """(height, width) in patches of an image of `size` pixels, as in `generate`; None: of the model's own size.
+
+        Raises:
+            TypeError, ValueError: `size` is no size, or this model and its codec cannot draw it.
+        """
+        config: Any = self.model.config
+        own = (config.image_latent_height, config.image_latent_width)
+        if size is None:
+            return own
+        height, width = _pixels(size)
+        if not hasattr(self.codec, "latent_size"):
+            raise TypeError(
+                f"codec: expected a method latent_size where a size is asked for, got {type(self.codec).__name__}"
+            )
+        latents, patch = self.codec.latent_size(height, width), config.patch_size
+        if any(length % patch for length in latents):
+            least = height // latents[0] * patch
+            raise ValueError(
+                f"size: expected multiples of {least} pixels, a patch of this model, got {height} x {width}"
+            )
+        grid = (latents[0] // patch, latents[1] // patch)
+        if grid != own and table_side(self.model) is None:
+            raise ValueError(
+                f"size: expected a grid of {own[0]} x {own[1]} patches, because this model's position table is not square, got "
+                f"{grid[0]} x {grid[1]} of {height} x {width} pixels"
+            )
+        limit, tokens = self.model.showo.config.max_position_embeddings, self._layout_of(grid).row_tokens
+        if grid != own and tokens > limit:
+            raise ValueError(
+                f"size: expected rows of at most {limit} tokens, which this language model has positions for, got {tokens} of "
+                f"{height} x {width} pixels"
+            )
+        return grid
+
+    def _layout_of(self, grid: tuple[int, int]) -> PromptLayout:
+        """The layout of prompts whose images have this grid."""
+        config = self.model.config
+        if grid == (config.image_latent_height, config.image_latent_width):
+            return self.layout
+        return self.layout.with_image_tokens(grid[0] * grid[1] + (1 if config.add_time_embeds else 0))
 
     @staticmethod
     def _check_seeds(seeds: Sequence[int], count: int, what: str) -> None:
@@ -227,7 +279,7 @@ class Pipeline:
 
     def answer(
         self,
-        image: Image,
+        image: Image | Sequence[Image],
         question: str,
         max_new_tokens: int = 64,
         *,
@@ -237,10 +289,11 @@ class Pipeline:
         seed: int | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """Answer a question about an image, greedily unless a temperature is given.
+        """Answer a question about one or more images, greedily unless a temperature is given.
 
         Args:
-            image: PIL image of any size; it is scaled to cover the model's square and cropped in the middle.
+            image: PIL image of any size; it is scaled to cover the model's square and cropped in the middle. A list of images
+                is put before the question in its order.
             on_text: called with each new part of the answer as it comes; the parts concatenate to the answer.
             temperature, top_k, top_p: as in `answer_tokens`.
             seed: of the draws; None: torch's own generator.
@@ -270,7 +323,7 @@ class Pipeline:
 
     def answer_batch(
         self,
-        images: Sequence[Image],
+        images: Sequence[Image | Sequence[Image]],
         questions: Sequence[str],
         max_new_tokens: int = 64,
         *,
@@ -280,9 +333,10 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         on_token: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Answer questions[i] about images[i], as one batch if the model is accelerated; one image may serve all questions.
+        """Answer questions[i] about images[i], as one batch if the model is accelerated; one entry may serve all questions.
 
         Args:
+            images: for each question an image or a list of images.
             seeds: one for each question, so that its draws do not depend on the others.
             on_token: called with a question's index and its next token id, as it comes.
             The rest is as in `answer`.
@@ -292,7 +346,10 @@ class Pipeline:
         if not isinstance(images, Sequence):
             raise TypeError(f"images: expected a list of PIL images, got {type(images).__name__}")
         if len(images) not in (1, len(questions)):
-            raise ValueError(f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}")
+            raise ValueError(
+                f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}; several images of one "
+                "question are a list of their own"
+            )
         generators = None
         if seeds is not None:
             self._check_seeds(seeds, len(questions), "questions")
@@ -300,7 +357,7 @@ class Pipeline:
         rows = [self.layout.question(question, self._device) for question in questions]
         answers = answer_tokens_batch(
             self.model,
-            [self.encode(image) for image in images],
+            [self._encoded(entry, f"images[{row}]") for row, entry in enumerate(images)],
             [before for before, _ in rows],
             [after for _, after in rows],
             max_new_tokens=max_new_tokens,
@@ -316,6 +373,12 @@ class Pipeline:
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""
         return self.codec.encode(_from_pil(image, self.pixels).to(self._device))
+
+    def _encoded(self, images: Any, name: str) -> list[Tensor]:
+        """Latents of the images of a question. Raises ValueError for an empty list."""
+        if isinstance(images, (list, tuple)) and not images:
+            raise ValueError(f"{name}: expected at least one image, got an empty list")
+        return [self.encode(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
 
     # ---- acceleration
 
@@ -345,6 +408,17 @@ class Pipeline:
     @property
     def _device(self) -> Any:
         return self.model.showo.model.embed_tokens.weight.device
+
+
+def _pixels(size: Any) -> tuple[int, int]:
+    """(height, width) of a size in pixels. Raises TypeError or ValueError."""
+    sides = list(size) if isinstance(size, (tuple, list)) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
+        raise TypeError(f"size: expected pixels, an integer or (height, width), got {size!r:.80}")
+    height, width = sides
+    if height < 1 or width < 1:
+        raise ValueError(f"size: expected at least one pixel, got {height} x {width}")
+    return height, width
 
 
 def _to_pil(image: Tensor) -> Image:

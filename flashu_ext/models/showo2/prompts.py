@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ _NAMES = {
 }
 _ADDED = ("[PAD]", "<image>", "<|vid_start|>", "<|vid_end|>")
 _END = "<|im_end|>"
+
+# Sequence lengths that upstream pads generation rows to, by image tokens with the time token (its demo configs).
+_MAX_SEQ_LEN = {730: 1024, 1025: 1280, 4097: 4352}
+_TEXT_LEN = 251  # in the two longer ones; also for sizes that upstream has no config for
+_MARKS = 4  # bos, boi, eoi and eos
 
 SYSTEM = "system\nYou are a helpful assistant.<|im_end|>"
 USER = "\n<|im_start|>user\n"
@@ -67,6 +73,23 @@ class PromptLayout:
     max_text_len: int
     before_image: tuple[int, ...]
     after_question: tuple[int, ...]
+
+    def with_image_tokens(self, image_tokens: int) -> PromptLayout:
+        """The layout of images of another size; prompts are padded as upstream does where it has a config for that size.
+
+        Args:
+            image_tokens: tokens of an image span, time token included.
+        """
+        if image_tokens == self.image_tokens:
+            return self
+        length = _MAX_SEQ_LEN.get(image_tokens)
+        text = self.max_text_len if length is None else length - image_tokens - _MARKS
+        return dataclasses.replace(self, image_tokens=image_tokens, max_text_len=text)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row of `generation`."""
+        return self.image_tokens + self.max_text_len + _MARKS
 
     def generation(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> GenerationInputs:
         """`[bos] prompt [boi] image span [eoi] [eos] [pad...]` for each prompt, and the same without a prompt.
@@ -125,16 +148,18 @@ class PromptLayout:
         return "" if text.endswith("\ufffd") or not text.startswith(given) else text[len(given) :]
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, image_tokens: int, max_seq_len: int = 1024) -> PromptLayout:
+    def from_tokenizer(cls, tokenizer: Any, image_tokens: int, max_seq_len: int | None = None) -> PromptLayout:
         """The published layout on a `load_tokenizer` tokenizer. `image_tokens` includes the time token.
 
-        max_seq_len: sequence length that generation rows are padded to (1024 at 432 px).
+        max_seq_len: sequence length that generation rows are padded to; None: upstream's for this size, such as 1024 at 432 px.
         """
+        if max_seq_len is None:
+            max_seq_len = _MAX_SEQ_LEN.get(image_tokens, image_tokens + _TEXT_LEN + _MARKS)
         vocabulary = tokenizer.get_vocab()
         missing = [name for name in (*_NAMES.values(), _END) if name not in vocabulary]
         if missing:
             raise ValueError(f"tokenizer: expected Show-o2's special tokens, {missing[0]!r} is missing")
-        max_text_len = max_seq_len - image_tokens - 4
+        max_text_len = max_seq_len - image_tokens - _MARKS
         if max_text_len < 1:
             raise ValueError(f"max_seq_len: expected more than {image_tokens} image tokens and text, got {max_seq_len}")
 

@@ -138,7 +138,8 @@ def sample(
 
     Args:
         model: a Showo2 (or upstream Showo2Qwen2_5) model, accelerated or not.
-        noise: [B, channels, H, W].
+        noise: [B, channels, H, W]. H and W are the images' size in latents, of any grid that the model has positions for; spans
+            have as many tokens.
         text_tokens, text_tokens_null: int64 [B, length], prompt and empty prompt in Show-o2's layout (`prompts`).
         modality_positions, modality_positions_null: int64 [B, 1, 2], (offset, length) of the image span in each.
         steps: grid points; steps - 1 evaluations. None: the accelerated config's, else 50.

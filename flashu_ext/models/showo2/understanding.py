@@ -1,4 +1,4 @@
-"""Answers about an image in upstream's layout, from a dense or an accelerated model."""
+"""Answers about images in upstream's layout, from a dense or an accelerated model."""
 
 from __future__ import annotations
 
@@ -18,33 +18,50 @@ from .decoding import OnToken, TokenSampler, decode_dense
 __all__ = ["answer_tokens", "answer_tokens_batch", "prompt_embeds"]
 
 
-def prompt_embeds(
-    model: Any, image_latents: Tensor, tokens_before_image: Tensor, tokens_after_boi: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Embeddings [1, length, hidden] and visibility bool [length, length] of a question about an image.
+Images = Tensor | Sequence[Tensor]
+"""The images of a question: latents [1, channels, H, W], or a list of them, whose sizes may differ."""
 
-    Layout: tokens_before_image, boi, time token (t = 1), image, eoi, question. The bidirectional span starts one token late:
-    it covers the image tokens and eoi, not the time token, as in upstream's evaluation (inference_mmu.py).
+
+def prompt_embeds(
+    model: Any, image_latents: Images, tokens_before_image: Tensor, tokens_after_boi: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Embeddings [1, length, hidden] and visibility bool [length, length] of a question about one or more images.
+
+    Layout: tokens_before_image, for every image boi, time token (t = 1), image, eoi, then the question. An image's
+    bidirectional span starts one token late: it covers the image tokens and eoi, not the time token, as in upstream's
+    evaluation (inference_mmu.py), which takes one image. Later images see earlier ones, not the other way round.
     """
     parts = Showo2Parts.from_model(model)
-    return span_embeds(parts, embed_image(parts, image_latents), tokens_before_image, tokens_after_boi)
+    images = [embed_image(parts, latents) for latents in images_of(image_latents)]
+    return span_embeds(parts, images, tokens_before_image, tokens_after_boi)
 
 
-def span_embeds(parts: Showo2Parts, image: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """`prompt_embeds` from an encoded image [1, patches, hidden]."""
-    embed = parts.embed_tokens
-    _, token = embed_time(parts, torch.ones(1, dtype=torch.float32, device=image.device))
-    span = with_time_token(parts, image, token)
-    embeds = torch.cat([embed(before), embed(after[:, :1]), span, embed(after[:, 1:])], dim=1)
+def span_embeds(parts: Showo2Parts, images: Images, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """`prompt_embeds` from an encoded image [1, patches, hidden] or a list of them."""
+    start, rest = parts.embed_tokens(before), parts.embed_tokens(after)
+    _, token = embed_time(parts, torch.ones(1, dtype=torch.float32, device=start.device))
     late = 1 if parts.has_time_token else 0
-    bidirectional = torch.tensor([[[before.shape[1] + 1 + late, image.shape[1] + late]]], device=image.device)
-    return embeds, omni_allowed(bidirectional, embeds.shape[1])[0]
+    pieces, spans, length = [start], [], before.shape[1]
+    for image in images_of(images):
+        pieces += [rest[:, :1], with_time_token(parts, image, token), rest[:, 1:2]]
+        spans.append([length + 1 + late, image.shape[1] + late])
+        length += 1 + late + image.shape[1] + 1
+    embeds = torch.cat([*pieces, rest[:, 2:]], dim=1)
+    return embeds, omni_allowed(torch.tensor([spans], device=embeds.device), embeds.shape[1])[0]
+
+
+def images_of(image_latents: Any, row: str = "") -> list[Any]:
+    """The images of a question as a list. row: its index in a batch, as '[3]', for messages. Raises ValueError for none."""
+    images = list(image_latents) if isinstance(image_latents, (list, tuple)) else [image_latents]
+    if not images:
+        raise ValueError(f"image_latents{row}: expected at least one image, got an empty list")
+    return images
 
 
 @torch.no_grad()
 def answer_tokens(
     model: Any,
-    image_latents: Tensor,
+    image_latents: Images,
     tokens_before_image: Tensor,
     tokens_after_boi: Tensor,
     max_new_tokens: int = 64,
@@ -56,13 +73,14 @@ def answer_tokens(
     generator: torch.Generator | None = None,
     on_token: OnToken | None = None,
 ) -> Tensor:
-    """Answer to a question about an image, greedy unless a temperature is given.
+    """Answer to a question about one or more images, greedy unless a temperature is given.
 
     Args:
         model: a Showo2 (or upstream Showo2Qwen2_5) model, accelerated or not.
-        image_latents: [1, channels, H, W].
-        tokens_before_image: int64 [1, n], everything before boi.
-        tokens_after_boi: int64 [1, m]: boi, eoi, question.
+        image_latents: [1, channels, H, W], or a list of them in the order of their spans (`prompt_embeds`); their sizes may
+            differ if the model allows it.
+        tokens_before_image: int64 [1, n], everything before the first boi.
+        tokens_after_boi: int64 [1, m]: boi, eoi, question. Every image has a boi and an eoi of its own.
         max_new_tokens: upper bound.
         eos_token: stop after this token, which is part of the result.
         temperature: 0 takes the most likely token; above 0 tokens are sampled.
@@ -76,19 +94,20 @@ def answer_tokens(
     Raises:
         TypeError, ValueError, IndexError: an argument is wrong; the message names it, what was expected and what was given.
     """
-    validate.check_answer_inputs(model, image_latents, tokens_before_image, tokens_after_boi, max_new_tokens, eos_token)
+    images = images_of(image_latents)
+    validate.check_answer_inputs(model, images, tokens_before_image, tokens_after_boi, max_new_tokens, eos_token)
     validate.check_sampling(temperature, top_k, top_p)
     if generator is not None:
-        validate.check_generator("generator", generator, image_latents.device)
+        validate.check_generator("generator", generator, images[0].device)
     sampler = TokenSampler(temperature, top_k, top_p, None if generator is None else [generator])
-    inputs = ([image_latents], [tokens_before_image], [tokens_after_boi])
+    inputs = ([images], [tokens_before_image], [tokens_after_boi])
     return _answer(model, *inputs, max_new_tokens, eos_token, sampler, on_token)[0]
 
 
 @torch.no_grad()
 def answer_tokens_batch(
     model: Any,
-    image_latents: Tensor | Sequence[Tensor],
+    image_latents: Tensor | Sequence[Images],
     befores: Sequence[Tensor],
     afters: Sequence[Tensor],
     max_new_tokens: int = 64,
@@ -106,8 +125,8 @@ def answer_tokens_batch(
     other, as upstream.
 
     Args:
-        image_latents: [B, channels, H, W], or a list of [1, channels, H, W], whose sizes may differ if the model allows it;
-            a single image serves all questions.
+        image_latents: [B, channels, H, W], or a list with an image [1, channels, H, W] or a list of images for each question,
+            whose sizes may differ if the model allows it; a single entry serves all questions.
         befores, afters: as `tokens_before_image` and `tokens_after_boi` of `answer_tokens`, one for each question.
         generators: one for each question; None: torch's own, whose draws an accelerated model uses in another order.
         on_token: called with a question's index and its next token id, for every token as it comes.
@@ -124,31 +143,33 @@ def answer_tokens_batch(
             raise TypeError(f"{name}: expected a list, got {type(values).__name__}")
         if values is not None and len(values) != len(befores):
             raise ValueError(f"{name}: expected one for each of {len(befores)} questions, got {len(values)}")
-    images: list[Tensor]
+    entries: Sequence[Any]
     if isinstance(image_latents, Tensor):
-        images = list(image_latents.split(1)) if image_latents.dim() == 4 else [image_latents]
+        entries = image_latents.split(1) if image_latents.dim() == 4 else [image_latents]
     elif isinstance(image_latents, (list, tuple)):
-        images = list(image_latents)
+        entries = image_latents
     else:
         raise TypeError(f"image_latents: expected a tensor or a list, got {type(image_latents).__name__}")
+    images = [images_of(entry, f"[{row}]") for row, entry in enumerate(entries)]
     if len(images) == 1:
         images *= len(befores)
     if len(images) != len(befores):
         raise ValueError(
-            f"image_latents: expected one image, or one for each of {len(befores)} questions, got {len(images)}"
+            f"image_latents: expected one image, or one for each of {len(befores)} questions, got {len(images)}; several images "
+            "of one question are a list of their own"
         )
     for row, inputs in enumerate(zip(images, befores, afters, strict=True)):
         validate.check_answer_inputs(model, *inputs, max_new_tokens, eos_token, f"[{row}]")
     validate.check_sampling(temperature, top_k, top_p)
     for row, generator in enumerate(generators or ()):
-        validate.check_generator(f"generators[{row}]", generator, images[row].device)
+        validate.check_generator(f"generators[{row}]", generator, images[row][0].device)
     sampler = TokenSampler(temperature, top_k, top_p, generators)
     return _answer(model, images, befores, afters, max_new_tokens, eos_token, sampler, on_token)
 
 
 def _answer(
     model: Any,
-    images: Sequence[Tensor],
+    images: Sequence[Sequence[Tensor]],
     befores: Sequence[Tensor],
     afters: Sequence[Tensor],
     max_new_tokens: int,
@@ -156,6 +177,7 @@ def _answer(
     sampler: TokenSampler,
     on_token: OnToken | None,
 ) -> list[Tensor]:
+    """images: of each question."""
     handle = handle_of(model)
     if handle is not None:
         return handle.runner.answer_tokens(images, befores, afters, max_new_tokens, eos_token, sampler, on_token)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..parts import stored_table, table_side
 from ..velocity import Scale, guided
 
 __all__ = [
@@ -44,7 +46,7 @@ def _latents(name: str, value: Any, model: Any, device: torch.device) -> tuple[i
         )
     table = model.position_embedding.weight.shape[0]
     patches = (height // patch) * (width // patch)
-    if table == model.image_position_ids.shape[-1] and patches != table:
+    if not stored_table(model, patches) and table_side(model) is None:
         raise ValueError(
             f"{name}: expected {table} patches as the model was built for, got {patches} ({tuple(value.shape)})"
         )
@@ -62,11 +64,17 @@ def _tokens(name: str, value: Any, rows: int, model: Any, device: torch.device) 
             raise IndexError(f"{name}: expected token ids in [0, {vocabulary}), got {low if low < 0 else high}")
 
 
-def _spans(name: str, value: Any, rows: int, length: int, span: int, device: torch.device) -> None:
+def _spans(name: str, value: Any, latents: tuple[str, int, int], length: int, model: Any, device: torch.device) -> None:
+    """latents: the argument's name, its rows and their patches."""
+    of, rows, patches = latents
+    time = 1 if model.config.add_time_embeds else 0
+    span, own = patches + time, model.image_position_ids.shape[-1]
     _tensor(name, value, 3, "int64", device)
     if tuple(value.shape) != (rows, 1, 2):
         raise ValueError(f"{name}: expected shape ({rows}, 1, 2), one (offset, length) a row, got {tuple(value.shape)}")
     for row, ((offset, got),) in enumerate(value.tolist()):
+        if got == own + time != span:  # a span of the model's own size is rather meant than latents of another
+            raise ValueError(f"{of}: expected {own} patches, as many as the span in {name}[{row}] has, got {patches}")
         if got != span:
             raise ValueError(f"{name}[{row}]: expected a span of {span} tokens for these latents, got {got}")
         if offset < 0 or offset + got > length:
@@ -87,8 +95,8 @@ def check_t2i_inputs(
     if t.shape[0] != rows:
         raise ValueError(f"t: expected {rows} times, one for each row, got {t.shape[0]}")
     _tokens("text_tokens", text_tokens, rows, model, device)
-    span = patches + (1 if model.config.add_time_embeds else 0)
-    _spans("modality_positions", modality_positions, rows, text_tokens.shape[1], span, device)
+    latents = ("image_latents", rows, patches)
+    _spans("modality_positions", modality_positions, latents, text_tokens.shape[1], model, device)
 
 
 def guidance_scale_of(guidance_scale: Any, images: int) -> Scale:
@@ -125,14 +133,14 @@ def check_sample_inputs(
     argument."""
     device = model.showo.model.embed_tokens.weight.device
     rows, patches = _latents("noise", noise, model, device)
-    span = patches + (1 if model.config.add_time_embeds else 0)
+    latents = ("noise", rows, patches)
     scale = guidance_scale_of(guidance_scale, rows)
     if time_shifting_factor is not None and (
         not isinstance(time_shifting_factor, (int, float)) or not 0 <= time_shifting_factor < float("inf")
     ):
         raise ValueError(f"time_shifting_factor: expected None or a finite number >= 0, got {time_shifting_factor!r}")
     _tokens("text_tokens", text_tokens, rows, model, device)
-    _spans("modality_positions", modality_positions, rows, text_tokens.shape[1], span, device)
+    _spans("modality_positions", modality_positions, latents, text_tokens.shape[1], model, device)
     if guided(scale):
         if text_tokens_null is None or modality_positions_null is None:
             raise ValueError("text_tokens_null, modality_positions_null: expected tensors under guidance, got None")
@@ -141,24 +149,26 @@ def check_sample_inputs(
             raise ValueError(
                 f"text_tokens_null: expected shape {tuple(text_tokens.shape)} as text_tokens, got {tuple(text_tokens_null.shape)}"
             )
-        _spans("modality_positions_null", modality_positions_null, rows, text_tokens.shape[1], span, device)
+        _spans("modality_positions_null", modality_positions_null, latents, text_tokens.shape[1], model, device)
     return scale
 
 
 def check_answer_inputs(
     model: Any,
-    image_latents: Any,
+    images: Sequence[Any],
     tokens_before_image: Any,
     tokens_after_boi: Any,
     max_new_tokens: int,
     eos_token: int | None = None,
     row: str = "",
 ) -> None:
-    """Inputs of `answer_tokens`: one image and one question. row: its index in a batch, as '[3]', for messages."""
+    """Inputs of `answer_tokens`: one question and its images. row: its index in a batch, as '[3]', for messages."""
     device = model.showo.model.embed_tokens.weight.device
-    rows, _ = _latents(f"image_latents{row}", image_latents, model, device)
-    if rows != 1:
-        raise ValueError(f"image_latents{row}: expected one image, got {rows}")
+    for index, latents in enumerate(images):
+        name = f"image_latents{row}" + (f"[{index}]" if len(images) > 1 else "")
+        rows, _ = _latents(name, latents, model, device)
+        if rows != 1:
+            raise ValueError(f"{name}: expected one image, got {rows}; several images of one question are a list")
     _tokens(f"tokens_before_image{row}", tokens_before_image, 1, model, device)
     _tokens(f"tokens_after_boi{row}", tokens_after_boi, 1, model, device)
     if tokens_after_boi.shape[1] < 2:
