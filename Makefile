@@ -74,7 +74,7 @@ tsan: $(VENV)/.tools ## the CUDA kernels on the emulator under ThreadSanitizer
 	$(CMAKE) -B build/tsan -DFLASHU_CUDA=OFF -DFLASHU_SANITIZE=thread > build/cmake.log || { cat build/cmake.log; exit 1; }
 	$(BIN)/cmake --build build/tsan --target flashu_emulated_tests
 	FLASHU_SIMT_SEEDS=$(TSAN_SEEDS) TSAN_OPTIONS=halt_on_error=1 build/tsan/cpp_tests/flashu_emulated_tests --gtest_brief=1 \
-	  --gtest_filter='DeviceNorm/1.*:DeviceRotary/1.Slots*:DeviceRouting/1.*:DeviceMovesOf/1.*:DeviceStep/1.*:DeviceFfn/1.RowsDo*:DeviceFfn/1.Norms*:DeviceFfn/0.Norms*'
+	  --gtest_filter='DeviceNorm/1.*:DeviceRotary/1.Slots*:DeviceRouting/1.*:DeviceMovesOf/1.*:DeviceStep/1.*:DeviceFfn/1.RowsDo*:DeviceFfn/1.Norms*:DeviceFfn/0.Norms*:DeviceClusters/0.One*:SimtClusters.BlocksFetch*'
 
 # ONLY: part of the name of a list, a mutant or a file.
 mutants: build ## plant faults in kernels and Python that the tests must notice; ONLY=cpu/ffn plants a part

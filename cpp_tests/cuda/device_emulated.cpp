@@ -32,7 +32,7 @@ void device_synchronize() {}
 
 void begin_test() {
   simt::settings() = {};
-  cuda::ffn_limits().decodes = true;
+  cuda::ffn_limits().decodes = cuda::ffn_limits().pairs = true;
 }
 
 std::vector<uint64_t> schedules(int times) {

@@ -37,7 +37,7 @@ void copy_from_device(void* to, const void* from, std::size_t bytes) {
 }
 void device_synchronize() { check(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
 
-void begin_test() { cuda::ffn_limits().decodes = true; }
+void begin_test() { cuda::ffn_limits().decodes = cuda::ffn_limits().pairs = true; }
 std::vector<uint64_t> schedules(int) { return {0}; }
 void use_schedule(uint64_t) {}
 

@@ -17,7 +17,7 @@ void compare_multiprocessors(int64_t rows, int64_t hidden, int64_t neurons) {
   auto up = normal<bfloat16>({neurons, hidden}, 3);
   auto down = normal<bfloat16>({40, neurons}, 4);
   std::vector<Guarded<bfloat16>> outs;
-  for (const int multiprocessors : {1, 3, 78, 132}) {
+  for (const int multiprocessors : {1, 2, 3, 78, 132}) {
     simt::settings().multiprocessors = multiprocessors;
     Guarded<bfloat16> out({rows, 40});
     FfnArgs args{};
@@ -42,6 +42,7 @@ TEST(DeviceFacts, BitsDoNotFollowTheNumberOfMultiprocessors) {
   begin_test();
   compare_multiprocessors(3, 72, 400);
   compare_multiprocessors(40, 16, 3080);
+  compare_multiprocessors(130, 72, 400);  // in pairs on two of them
 }
 
 // What the tests of the sm_80 kernels rely on, on a GPU too.
@@ -61,6 +62,23 @@ TEST(DeviceFacts, ALimitedCapabilityChoosesTheKernelsOfOlderDevices) {
     EXPECT_EQ(chosen, capability == 90 ? core::FfnKernel::kSm90 : core::FfnKernel::kSm80);
   }
   use_capability(90);
+}
+
+TEST(DeviceFacts, PairsOfBlocksCanBeTurnedOff) {
+  begin_test();
+  simt::settings().multiprocessors = 132;
+  std::vector<uint16_t> memory(64);
+  core::FfnProblem p{};
+  p.type = FLASHU_BF16;
+  p.has_up = true;
+  p.rows = p.hidden = p.intermediate = p.neurons = 2048;
+  p.runs = {{0, 2048}};
+  p.selected_by = FLASHU_SELECT_ALL;
+  p.x = p.w_gate = p.w_up = p.h = {memory.data(), 2048};
+  EXPECT_EQ(cuda::plan_ffn(p).up.tile.cluster, 2);
+  cuda::ffn_limits().pairs = false;
+  EXPECT_EQ(cuda::plan_ffn(p).up.tile.cluster, 1);
+  begin_test();
 }
 
 TEST(DeviceFacts, TheFirstCallWithAnOldDriverSaysBothVersions) {

@@ -159,6 +159,9 @@ TEST(FfnTiles, PairsWhereThereAreManyTiles) {
   const double odd = pairs(true).front().waves;
   q.multiprocessors = 132;
   EXPECT_EQ(pairs(true).front().waves, odd);
+  q.pairs = false;
+  EXPECT_TRUE(pairs(true).empty());
+  q.pairs = true;
   q.multiprocessors = 1;
   EXPECT_TRUE(pairs(true).empty());
 }

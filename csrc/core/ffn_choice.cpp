@@ -142,7 +142,7 @@ bool serves(const FfnQuestion& q, const FfnTile& tile) {
   // Each block of a cluster has rows of its own.
   return sm90_serves(q, tile.up) && tile.fetch == (q.listed && tile.up ? listed : FfnFetch::kRange) &&
          (tile.cluster == 1 ||
-          (q.rows > (tile.cluster - 1) * tile.block_m && q.multiprocessors >= tile.cluster));
+          (q.pairs && q.rows > (tile.cluster - 1) * tile.block_m && q.multiprocessors >= tile.cluster));
 }
 
 const char* name_of(FfnKernel kernel) {

@@ -22,6 +22,7 @@ struct FfnQuestion {
   int capability;  // 90 for sm_90
   bool has_sm90;   // this build has kernels for it
   int multiprocessors;
+  bool pairs = true;  // blocks may take tiles in clusters
 };
 
 // The sums of the down half over K neurons on sm_90 are made of so many parts. It follows from K alone, so

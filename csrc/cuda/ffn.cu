@@ -134,8 +134,12 @@ FfnDecode decode_of(const FfnProblem& p, int64_t lead) {
 }  // namespace
 
 FfnLimits& ffn_limits() {
-  static const char* const wish = std::getenv("FLASHU_FFN_DECODE");
-  static FfnLimits limits{std::numeric_limits<int>::max(), wish == nullptr || std::string_view(wish) != "0"};
+  const auto wanted = [](const char* name) {
+    const char* const wish = std::getenv(name);
+    return wish == nullptr || std::string_view(wish) != "0";
+  };
+  static FfnLimits limits{std::numeric_limits<int>::max(), wanted("FLASHU_FFN_DECODE"),
+                          wanted("FLASHU_FFN_PAIRS")};
   return limits;
 }
 
@@ -159,6 +163,7 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   q.capability = std::min(facts.capability, ffn_limits().capability.load());
   q.has_sm90 = FLASHU_HAS_SM90 != 0;
   q.multiprocessors = facts.multiprocessors;
+  q.pairs = ffn_limits().pairs;
   if (p.neurons == 0 || p.rows == 0) return plan;
   if (p.has_down && q.aligned && !q.listed) plan.lead = p.first() % 8;
   const FfnDecode decode = decode_of(p, plan.lead);

@@ -17,6 +17,8 @@ struct FfnLimits {
   // Whether few rows have a kernel of their own. It sums in another order than those of many rows, so without
   // it a row's bits do not depend on the number of rows. FLASHU_FFN_DECODE=0 in the environment turns it off.
   std::atomic<bool> decodes;
+  // Whether blocks may take tiles in pairs; the bits are the same. FLASHU_FFN_PAIRS=0 turns it off.
+  std::atomic<bool> pairs;
 };
 FfnLimits& ffn_limits();
 

@@ -194,6 +194,12 @@ def _boxes(settings: Settings, result: Result) -> str:
     return _command(settings, "boxes", command, 60)
 
 
+def _pairs(settings: Settings, result: Result) -> str:
+    """In a process of its own: blocks of a cluster that wait for each other in vain would hold up all that follows."""
+    command = [_program(settings, "flashu_gpu_tests"), "--gtest_brief=1", "--gtest_filter=DeviceClusters*"]
+    return _command(settings, "pairs", command, 60)
+
+
 def _sanitizer(tool: str, tests: str) -> Callable[[Settings, Result], str]:
     def part(settings: Settings, result: Result) -> str:
         program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -414,6 +420,7 @@ def predictions(lines: list[Line]) -> list[str]:
 
 PARTS: dict[str, Callable[[Settings, Result], str]] = {
     "boxes": _boxes,
+    "pairs": _pairs,
     "conformance": _conformance,
     "cpp tests": _cpp_tests,
     "ffn": _ffn_lines,

@@ -211,6 +211,7 @@ MUTANTS = [
     Mutant("choice: clusters of which one block has no rows", "csrc/core/ffn_choice.cpp", "q.rows > (tile.cluster - 1) * tile.block_m", "q.rows > 0", Emulated("FfnTiles.*")),
     Mutant("choice: clusters on a single multiprocessor", "csrc/core/ffn_choice.cpp", "q.multiprocessors >= tile.cluster", "q.multiprocessors > 0", Emulated("FfnTiles.*")),
     Mutant("ffn: the capability is not limited", "csrc/cuda/ffn.cu", "std::min(facts.capability, ffn_limits().capability.load())", "facts.capability", Emulated("DeviceFacts*")),
+    Mutant("ffn: pairs are not turned off", "csrc/cuda/ffn.cu", "  q.pairs = ffn_limits().pairs;\n", "", Emulated("DeviceFacts*")),
     Mutant("ffn: few rows have their own kernel nevertheless", "csrc/cuda/ffn.cu", "ffn_limits().decodes && p.width > 0", "p.width > 0", FFN),
     Mutant("decode: parts follow the multiprocessors", "csrc/cuda/ffn.cu", "f.neurons_of_block = decode_neurons_of_block(f.neurons);",
            "f.neurons_of_block = decode_neurons_of_block(f.neurons * device_facts(p.device).multiprocessors / 8);", Emulated("DeviceFacts*")),
