@@ -25,10 +25,11 @@ constexpr Rates kHopper{1755, 2048, 0.62 * 2048, 5120, 64, 3.0e6 / 1755};  // H1
 constexpr Rates kAmpere{1410, 0, 1024, 5120, 64, 1.4e6 / 1410};            // A100
 
 constexpr double kF32Multiplications = 128;
-constexpr double kSharedBytes = 128;   // a cycle
-constexpr double kSpecialLanes = 16;   // values of exp or a reciprocal a cycle
-constexpr double kLatency = 570;       // cycles from asking for a stage to its data
-constexpr double kReadsExposed = 0.1;  // of mma.sync's reads, whose warps also multiply: assumed
+constexpr double kSharedBytes = 128;    // a cycle
+constexpr double kSpecialLanes = 16;    // values of exp or a reciprocal a cycle
+constexpr double kLatency = 570;        // cycles from asking for a stage to its data
+constexpr double kPairBarriers = 1000;  // cycles of a cluster's two barriers and their fences: assumed
+constexpr double kReadsExposed = 0.1;   // of mma.sync's reads, whose warps also multiply: assumed
 constexpr double kSumLaunchUs = 2.0;
 // Half of an H100's: what is written by one half of the device and read by the other is there twice.
 constexpr double kL2Bytes = 2.5e7;
@@ -108,7 +109,8 @@ FfnCandidate candidate(const FfnQuestion& q, const FfnTile& tile, int blocks_of_
   const double stored = blocks_of_tile > 1                ? tile_values * 4 / 32
                         : tile.kernel == FfnKernel::kSm90 ? tile_values * 2 / kSharedBytes
                                                           : tile_values * value / 32;
-  const double exposed = kLatency + of_busiest * (stored + stage.special);
+  const double exposed =
+      kLatency + (tile.cluster > 1 ? kPairBarriers : 0) + of_busiest * (stored + stage.special);
 
   FfnCandidate c{tile,
                  blocks_of_tile,
