@@ -2,7 +2,7 @@
  * some of its neurons left out, classifier-free guidance, and Euler steps. Prints the latents, a number a
  * line.
  *
- * Build it in one of three ways (README.md): find_package(flashu), pkg-config, or the folders of the wheel.
+ * Build it in one of two ways (README.md): find_package(flashu) or pkg-config.
  */
 #include <flashu/ffn.h>
 #include <flashu/norm.h>

@@ -3,7 +3,7 @@
 // chosen tokens, the hidden states and how far each token has moved; to stderr, how often its threads were
 // used.
 //
-// Build it in one of three ways (README.md): find_package(flashu), pkg-config, or the folders of the wheel.
+// Build it in one of two ways (README.md): find_package(flashu) or pkg-config.
 #include <algorithm>
 #include <atomic>
 #include <cstdint>

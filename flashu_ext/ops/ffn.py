@@ -93,6 +93,7 @@ def gathered_ffn(
     """The whole FFN over the selected neurons, without a tensor for the intermediate activations.
 
     They stay in fp32, or are rounded once to bf16 for bf16 weights on CPUs with bf16 dot products.
+    fp32, bf16 or fp16, the same for all but index and norms, on one device; rows may be strided, values within a row may not.
 
     Args:
         x: [..., hidden].
