@@ -149,9 +149,9 @@ def _measure(rows: int, variants: dict[str, Callable[[], Tensor]], seconds: floa
     return Row(rows, rounds, {name: statistics.median(times) for name, times in samples.items()})
 
 
-LEGEND = """* is chosen. Tiles: rows x columns of the result (of the up half: neurons). Waves: blocks to each multiprocessor. In pairs: two
-blocks fetch the weights for both. Predicted in closed form by the model of docs/predicted.md, which is off by 5 % on average for published
-kernels (at most 22 %); its times from exact counts stand there."""
+LEGEND = """* is chosen. Tiles: rows x columns of the result (of the up half: neurons). Waves: blocks to each multiprocessor. In
+pairs: two blocks fetch the weights for both. Predicted in closed form by the model of docs/predicted.md, which is off by 5 %
+on average for published kernels (at most 22 %); its times from exact counts stand there."""
 
 
 def explain(settings: Settings, device: str = "cpu") -> str:
