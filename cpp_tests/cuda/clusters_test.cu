@@ -82,6 +82,7 @@ struct Half {
     g.b = b_d.data;
     g.b_stride = b_d.strides[0];
     g.b2 = up ? b2_d.data : nullptr;
+    g.gated = up;
     g.b2_stride = b2_d.strides[0];
     g.n = c.n;
     g.k = c.k;

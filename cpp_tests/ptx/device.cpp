@@ -200,7 +200,10 @@ cudaError_t cudaRuntimeGetVersion(int* v) {
 }
 
 // Multiprocessors of one GPC are not told apart: every pair may be a cluster.
-cudaError_t cudaOccupancyMaxActiveClusters(int* n, const void*, const cudaLaunchConfig_t* c) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* n, const void* key, const cudaLaunchConfig_t* c) {
+  const auto f = runtime().functions.find(key);
+  if (f == runtime().functions.end()) return cudaErrorInvalidDeviceFunction;
+  if (c->dynamicSmemBytes > f->second.shared_limit) return cudaErrorInvalidValue;
   unsigned blocks = 1;
   for (unsigned a = 0; a < c->numAttrs; ++a) {
     if (c->attrs[a].id == cudaLaunchAttributeClusterDimension) blocks = c->attrs[a].val.clusterDim.x;

@@ -12,8 +12,15 @@ using core::FfnFetch;
 using core::FfnKernel;
 using core::FfnTile;
 
-constexpr int64_t kRows = 136, kDepth = 104, kIntermediate = 400;
-constexpr int64_t kFirst = 8;  // of a range
+constexpr int64_t kRows = 136, kDepth = 232, kIntermediate = 400;
+constexpr int64_t kFirst = 8;  // of a range, whose first neurons are not selected
+constexpr int64_t kLead = 3;
+
+// Neurons in front of the selection may hold anything.
+template <class T>
+T unselected() {
+  return from_float<T>(std::numeric_limits<float>::quiet_NaN());
+}
 
 template <class T>
 class DeviceTiles : public DeviceOf<T> {};
@@ -67,6 +74,9 @@ void up_half(const FfnTile& tile, FfnFetch fetch) {
   auto up = normal<T>({kIntermediate, kDepth}, 3, 8, 0.2f);
   Guarded<T> out({kRows, columns}, fetch == FfnFetch::kRows ? 11 : 8);
   const std::vector<int32_t> list = list_for(fetch, columns);
+  for (int64_t n = kFirst; n < kFirst + kLead && list.empty(); ++n) {
+    for (int64_t k = 0; k < kDepth; ++k) gate[n * kDepth + k] = up[n * kDepth + k] = unselected<T>();
+  }
   Guarded<int32_t> listed({std::max<int64_t>(1, static_cast<int64_t>(list.size()))});
   for (size_t j = 0; j < list.size(); ++j) listed[static_cast<int64_t>(j)] = list[j];
   const flashu_tensor a_d = a.upload(), gate_d = gate.upload(), up_d = up.upload(), out_d = out.upload();
@@ -76,11 +86,13 @@ void up_half(const FfnTile& tile, FfnFetch fetch) {
   g.m = kRows;
   g.b = gate_d.data;
   g.b2 = up_d.data;
+  g.gated = true;
   g.n = columns;
   g.k = kDepth;
   g.intermediate = kIntermediate;
   g.list = list.empty() ? nullptr : static_cast<const int32_t*>(listed.upload().data);
   g.first = list.empty() ? kFirst : 0;
+  g.lead = list.empty() ? kLead : 0;
   g.block = fetch == FfnFetch::kRuns ? 64 : fetch == FfnFetch::kBlocks ? 8 : 1;
   g.out = out_d.data;
   g.out_stride = columns + (fetch == FfnFetch::kRows ? 11 : 8);
@@ -89,6 +101,10 @@ void up_half(const FfnTile& tile, FfnFetch fetch) {
   std::vector<double> want;
   for (int64_t r = 0; r < kRows; ++r) {
     for (int64_t j = 0; j < columns; ++j) {
+      if (list.empty() && j < kLead) {
+        want.push_back(0);
+        continue;
+      }
       const int64_t n = list.empty() ? kFirst + j : list[static_cast<size_t>(j)];
       const double z =
           dot(&x[static_cast<size_t>(r * kDepth)], &gates[static_cast<size_t>(n * kDepth)], kDepth);
@@ -108,7 +124,14 @@ struct DownHalf {
   Guarded<T> out{{kRows, kColumns}, 10};
   Guarded<float> partial{{kMostParts, kRows, kColumns}};
 
-  static constexpr int64_t kMostParts = 2;
+  static constexpr int64_t kMostParts = 3;
+
+  DownHalf() {
+    for (int64_t j = 0; j < kLead; ++j) {
+      for (int64_t r = 0; r < kRows; ++r) a[r * kDepth + j] = T{};
+      for (int64_t c = 0; c < kColumns; ++c) down[c * kIntermediate + kFirst + j] = unselected<T>();
+    }
+  }
 
   Guarded<T> run(const FfnTile& tile, int parts, bool spread) {
     const flashu_tensor a_d = a.upload(), down_d = down.upload(), residual_d = residual.upload(),
@@ -123,6 +146,7 @@ struct DownHalf {
     g.k = kDepth;
     g.intermediate = kIntermediate;
     g.first = kFirst;
+    g.lead = kLead;
     g.residual = residual_d.data;
     g.residual_stride = kColumns + 8;
     g.out_stride = kColumns + 10;
@@ -147,8 +171,8 @@ struct DownHalf {
     for (int64_t r = 0; r < kRows; ++r) {
       for (int64_t c = 0; c < kColumns; ++c)
         want[static_cast<size_t>(r * kColumns + c)] +=
-            dot(&x[static_cast<size_t>(r * kDepth)],
-                &weights[static_cast<size_t>(c * kIntermediate + kFirst)], kDepth);
+            dot(&x[static_cast<size_t>(r * kDepth + kLead)],
+                &weights[static_cast<size_t>(c * kIntermediate + kFirst + kLead)], kDepth - kLead);
     }
     return want;
   }
@@ -161,9 +185,9 @@ void down_half(const FfnTile& tile) {
   const std::vector<double> want = half.reference();
   expect_close(half.run(tile, 1, false), want);
   if (tile.kernel != FfnKernel::kSm90) return;
-  const auto together = half.run(tile, 2, false);
+  const auto together = half.run(tile, half.kMostParts, false);
   expect_close(together, want);
-  expect_equal(half.run(tile, 2, true), together);
+  expect_equal(half.run(tile, half.kMostParts, true), together);
 }
 
 template <class T>
@@ -189,6 +213,11 @@ TYPED_TEST(DeviceTiles, SumsOfParts) {
     SCOPED_TRACE(std::to_string(count) + " parts of " + std::to_string(rows) + " x " + std::to_string(width));
     const int64_t stride = (width + 3) / 4 * 4;
     auto parts = normal<float>({count, rows, stride}, 1);
+    // Each part takes most of the one before away: what is left tells the order in which they were added.
+    for (int64_t i = 0; i < parts.count(); ++i) {
+      const int64_t of_part = rows * stride;
+      parts[i] = i / of_part % 2 == 1 ? parts[i] - parts[i - of_part] : 1e6f * parts[i];
+    }
     auto residual = normal<TypeParam>({rows, width}, 2, 1);
     Guarded<TypeParam> out({rows, width}, 3);
     const flashu_tensor parts_d = parts.upload(), residual_d = residual.upload(), out_d = out.upload();

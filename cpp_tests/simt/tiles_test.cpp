@@ -29,6 +29,7 @@ struct Half {
     g.a = a.data();
     g.b = b.data();
     g.b2 = up ? b.data() : nullptr;
+    g.gated = up;
     g.out = out.data();
     g.a_stride = g.b_stride = g.b2_stride = g.out_stride = kSize;
     g.m = g.n = g.k = g.intermediate = kSize;
@@ -118,6 +119,33 @@ TEST(FfnTiles, WideTilesOfAmpere) {
   q.aligned = false;
   EXPECT_EQ(width(true), 64);
   EXPECT_EQ(width(false), 128);
+}
+
+// One family of instructions for all rows: the two may add in different orders.
+TEST(FfnTiles, RowsDoNotChooseTheInstructions) {
+  for (const int32_t block : {0, 1, 8, 64}) {
+    for (const int64_t rows : {17, 128, 129, 300, 512, 5000}) {
+      core::FfnQuestion q{rows,      1536,  1536, 4480,  true, true, FLASHU_BF16,
+                          block > 0, block, true, false, 90,   true, 132};
+      for (const bool up : {true, false}) {
+        const bool served = up || block == 0 || block == 64;
+        for (const auto& candidate : core::ffn_candidates(q, up))
+          EXPECT_EQ(candidate.tile.kernel == FfnKernel::kSm90, served) << rows << " rows, lists of " << block;
+      }
+    }
+  }
+}
+
+// Three tiles of rows are four in pairs.
+TEST(FfnTiles, PairsHaveAnEvenNumberOfTiles) {
+  core::FfnQuestion q{300, 1536, 1536, 7168, true, true, FLASHU_BF16, false, 1, true, false, 90, true, 132};
+  for (const bool up : {true, false}) {
+    for (const auto& candidate : core::ffn_candidates(q, up)) {
+      const int64_t columns =
+          ((up ? q.neurons : q.width) + candidate.tile.block_n - 1) / candidate.tile.block_n;
+      EXPECT_EQ(candidate.tiles, columns * (candidate.tile.cluster == 2 ? 4 : 3));
+    }
+  }
 }
 
 // Where the tiles alone do not fill the device, their parts do; whether they do or not does not change how

@@ -135,6 +135,8 @@ bool sm90_serves(const FfnQuestion& q, bool up) {
 bool serves(const FfnQuestion& q, const FfnTile& tile) {
   if (q.type == FLASHU_F32) return tile.kernel == FfnKernel::kF32;
   if (tile.kernel == FfnKernel::kSm80) {
+    // mma.sync and wgmma may add in different orders: which of them runs does not follow the rows.
+    if (sm90_serves(q, tile.up)) return false;
     return tile.fetch == FfnFetch::kThreads || (q.aligned && (tile.up || !q.listed || q.block >= 8));
   }
   if (tile.kernel != FfnKernel::kSm90) return false;

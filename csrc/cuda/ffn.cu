@@ -193,7 +193,7 @@ namespace {
 // ---- running
 
 void run_gemm(const FfnGemm& g, const FfnPlan& plan, int32_t type, Stream stream) {
-  const core::FfnTile& tile = g.gated() ? plan.up.tile : plan.down.tile;
+  const core::FfnTile& tile = g.gated ? plan.up.tile : plan.down.tile;
   switch (tile.kernel) {
     case core::FfnKernel::kF32:
       return ffn_gemm_f32(g, stream);
@@ -337,6 +337,7 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
     up.a_stride = p.x.stride;
     up.b = p.w_gate.data;
     up.b2 = p.w_up.data;
+    up.gated = true;
     up.b_stride = p.w_gate.stride;
     up.b2_stride = p.w_up.stride;
     up.n = plan.lead + p.neurons;

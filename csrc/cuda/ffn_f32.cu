@@ -98,7 +98,7 @@ void ffn_gemm_f32(const FfnGemm& g, Stream stream) {
   const LaunchConfig config{
       dim3(static_cast<unsigned>(divide_up(g.m, kBlockM)), static_cast<unsigned>(divide_up(g.n, kBlockN))),
       dim3(kThreads), 0, stream};
-  if (g.gated()) return launch<gemm_f32<true>>("gemm_f32", config, g);
+  if (g.gated) return launch<gemm_f32<true>>("gemm_f32", config, g);
   launch<gemm_f32<false>>("gemm_f32", config, g);
 }
 

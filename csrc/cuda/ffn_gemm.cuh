@@ -19,9 +19,10 @@ struct FfnGemm {
   const void* a;
   int64_t a_stride, m;
   const void* b;   // gate, or down
-  const void* b2;  // up, or null: which half this is
+  const void* b2;  // up
   int64_t b_stride, b2_stride;
   int64_t n, k;
+  bool gated;  // the up half. Not told by b2, which is null where hidden is zero
   int64_t intermediate;
   const int32_t* list;
   int64_t first;
@@ -37,8 +38,6 @@ struct FfnGemm {
   int parts = 1;
   float* partial = nullptr;
   int64_t partial_stride = 0;
-
-  bool gated() const { return b2 != nullptr; }
 };
 
 // The neuron at a place of a list. Clamped: whatever a list holds, it leads to no row outside the weights.

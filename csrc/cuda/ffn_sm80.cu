@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) gemm_sm80(const FfnGemm 
       } else {
         // Columns of down that a list names by eights.
         const bool listed = !kGated && C::kReadsB == Reads::kVectors && g.list != nullptr && values > 0;
-        fetch_chunk<T, C::kReadsB>(to, b_rows[i], listed ? block_at(g.list, k, g.intermediate) : k,
+        fetch_chunk<T, C::kReadsB>(to, b_rows[i], listed ? block_at(g.list, k, g.intermediate - 7) : k,
                                    b_inside[i] ? values : 0, g);
       }
     }
@@ -273,8 +273,8 @@ template <class T>
 void run(const FfnTile& tile, const FfnGemm& g, Stream stream) {
   const auto* const b = static_cast<const T*>(g.b);
   const bool a_vectors = takes_vectors(static_cast<const T*>(g.a), {g.a_stride});
-  bool b_vectors = takes_vectors(g.gated() ? b : b + g.first, {g.b_stride});
-  if (g.gated()) {
+  bool b_vectors = takes_vectors(g.gated ? b : b + g.first, {g.b_stride});
+  if (g.gated) {
     b_vectors = b_vectors && takes_vectors(static_cast<const T*>(g.b2), {g.b2_stride});
   } else if (g.list != nullptr) {
     b_vectors = b_vectors && g.block >= 8;

@@ -507,6 +507,16 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class C>
 void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
+  LaunchConfig config{dim3(C::kCluster), dim3(kThreads), C::kSharedBytes, stream, true, C::kCluster};
+  int clusters = multiprocessors;
+  if constexpr (C::kCluster > 1) {
+    clusters = std::min(clusters / C::kCluster, resident_clusters<gemm_sm90<C>>("gemm_sm90", config));
+    // A slice of a device may have no two neighbours. The bits are the same.
+    if (clusters == 0) {
+      using Alone = Config<typename C::T, C::kGated, C::kBlockN, C::kFetch, 1>;
+      return launch_tile<Alone>(g, stream, multiprocessors);
+    }
+  }
   Maps maps{};
   maps.a = encode_tensor_map(g.a, g.m, g.k, g.a_stride, kBlockM);
   // Where there is no whole chunk nothing is stored by this map.
@@ -529,13 +539,7 @@ void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
   const WorkOrder order{
       tiles_m, tiles, spread ? tiles * g.parts : tiles, static_cast<int>(divide_up(g.k, kBlockK)),
       g.parts, spread};
-  LaunchConfig config{dim3(C::kCluster), dim3(kThreads), C::kSharedBytes, stream, true, C::kCluster};
-  int clusters = multiprocessors / C::kCluster;
-  if constexpr (C::kCluster > 1) {
-    clusters = std::min(clusters, resident_clusters<gemm_sm90<C>>("gemm_sm90", config));
-  }
-  // At least one: where none fits, the launch says so.
-  const int64_t blocks = int64_t{std::max(clusters, 1)} * C::kCluster;
+  const int64_t blocks = int64_t{clusters} * C::kCluster;
   config.grid = dim3(static_cast<unsigned>(std::min(order.pieces, blocks)));
   launch<gemm_sm90<C>>("gemm_sm90", config, g, maps, order);
 }
@@ -562,7 +566,7 @@ bool launch_any(const FfnTile& tile, const FfnGemm& g, Stream stream, int multip
 // Whether a way to fetch brings the neurons that the selection names.
 bool fetch_serves(Fetch fetch, const FfnGemm& g) {
   if (g.list == nullptr) return fetch == Fetch::kRange;
-  if (!g.gated()) return fetch == Fetch::kRange && g.block == 64;
+  if (!g.gated) return fetch == Fetch::kRange && g.block == 64;
   return fetch == Fetch::kRows || (fetch == Fetch::kBlocks && g.block >= 8) ||
          (fetch == Fetch::kRuns && g.block == 64);
 }
@@ -579,7 +583,7 @@ void run(const FfnTile& tile, const FfnGemm& g, Stream stream, int multiprocesso
 }  // namespace
 
 void ffn_gemm_sm90(const FfnTile& tile, const FfnGemm& g, int32_t type, Stream stream, int multiprocessors) {
-  FLASHU_CHECK(tile.up == g.gated() && fetch_serves(tile.fetch, g), FLASHU_INTERNAL,
+  FLASHU_CHECK(tile.up == g.gated && fetch_serves(tile.fetch, g), FLASHU_INTERNAL,
                "ffn: expected a tile of the half that runs, and of its way to name neurons");
   if (type == FLASHU_BF16) return run<bfloat16>(tile, g, stream, multiprocessors);
   run<float16>(tile, g, stream, multiprocessors);
