@@ -481,9 +481,9 @@ TYPED_TEST(DeviceFfn, FewRowsHaveTheBitsOfManyWithoutTheirOwnKernel) {
 
 // Sums over many neurons are made of parts, by one block or by several.
 TYPED_TEST(DeviceFfn, PartsOfManyNeurons) {
-  // Of odd width; the odd ranges also have one neuron too few for another part, until those in front are
-  // counted.
-  constexpr int64_t kIntermediate = 3100, kWidth = 71;
+  // Of odd width, and one tile, so that each part is a block of its own. The odd ranges also have one neuron
+  // too few for another part, until those in front are counted.
+  constexpr int64_t kIntermediate = 3100, kWidth = 61;
   auto w = whole<TypeParam>({kWidth, kIntermediate}, 1, 4);
   for (const Chosen& chosen : {Chosen{"range", {{0, 2064}}, {}}, Chosen{"odd range", {{5, 2047}}, {}},
                                Chosen{"odd range, more parts", {{5, 3071}}, {}},
@@ -491,11 +491,12 @@ TYPED_TEST(DeviceFfn, PartsOfManyNeurons) {
     SCOPED_TRACE(chosen.name);
     const std::vector<int64_t> list = chosen.list(kIntermediate);
     for (const int64_t rows : {1, 40}) {
-      auto h = whole<TypeParam>({rows, static_cast<int64_t>(list.size())}, 2);
+      const auto n = static_cast<int64_t>(list.size());
+      auto h = whole<TypeParam>({rows, n}, 2, (8 - n % 8) % 8);
       auto residual = whole<TypeParam>({rows, kWidth}, 3, 2);
       const std::vector<double> values = h.values();
       this->under_every_schedule([&] {
-        const auto out = run_down(h, w, chosen, &residual, 1);
+        const auto out = run_down(h, w, chosen, &residual, 64 - kWidth);
         expect_down(out, values, w, list, &residual, rows, kIntermediate, kWidth, true);
       });
     }

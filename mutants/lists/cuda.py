@@ -247,4 +247,12 @@ MUTANTS = [
     Mutant("ffn: partial norms are added before they are written", "csrc/cuda/ffn.cu",
            "= sum;\n  __syncthreads();", "= sum;", Emulated("DeviceFfn*Norms*")),
     Mutant("ffn: a part of the rows is left out", "csrc/cuda/ffn.cu", "for (int s = 0; s < kNormShares; ++s) total", "for (int s = 1; s < kNormShares; ++s) total", FFN),
+    # ---- what survived once
+    Mutant("parts: those of the neurons in front are counted", "csrc/cuda/ffn.cu", "core::ffn_parts(p.neurons)", "core::ffn_parts(down.k)", FFN),
+    Mutant("parts: rows of odd width follow each other", "csrc/cuda/ffn.cu", "divide_up(p.width, 4) * 4", "p.width", FFN),
+    Mutant("sum: four columns at a time, whatever the stride", "csrc/cuda/ffn_sum.cu", " && takes_vectors(s.parts, {s.stride})", "", FFN),
+    Mutant("choice: h may lie anywhere", "csrc/cuda/ffn.cu", " && takes_tma(p.h, p.neurons)", "", FFN),
+    Mutant("choice: pairs of tiles without the one that is added", "csrc/core/ffn_choice.cpp",
+           "divide_up(q.rows, tile.block_m * tile.cluster) * tile.cluster;", "divide_up(q.rows, tile.block_m);", Emulated("FfnTiles*")),
+    Mutant("choice: rows choose the instructions", "csrc/core/ffn_choice.cpp", "    if (sm90_serves(q, tile.up)) return false;\n", "", Emulated("FfnTiles*")),
 ]  # fmt: skip

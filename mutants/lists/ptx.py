@@ -78,4 +78,8 @@ MUTANTS = [
            "constexpr int kRowsB = C::kProductN / kFetchedRows;", "constexpr int kRowsB = 2;", AMPERE),
     Mutant("sm80: the last columns of a warp are those before", "csrc/cuda/ffn_sm80.cu",
            "b + chunk_offset(warp_column + j * 16 + lane % 16,", "b + chunk_offset(warp_column + j % 3 * 16 + lane % 16,", AMPERE),
+    Mutant("clusters: asked for before the kernel may have its memory", "csrc/cuda/primitives/launch.cuh",
+           "  static_cast<void>(kernel_state<kKernel>(name));\n  int count", "  int count", HOPPER),
+    Mutant("sm90: NaN in front of a run passes one tile", "csrc/cuda/ffn_sm90.cu",
+           "if (j == 0 && c < g.lead) value.x = 0;", "if (C::kBlockN != 112 && j == 0 && c < g.lead) value.x = 0;", HOPPER),
 ]  # fmt: skip
