@@ -1,7 +1,8 @@
-// C API of the linear layer: every check, then the kernels of the CPU.
+// C API of the linear layer: every check, then the kernels of the device.
 #include "flashu/linear.h"
 
 #include "api/calls.hpp"
+#include "api/dispatch.hpp"
 #include "api/linear_plan.hpp"
 #include "api/operands.hpp"
 #include "core/rows.hpp"
@@ -12,9 +13,6 @@ namespace {
 core::LinearProblem checked(const flashu_linear_args& a) {
   check_all(
       {{"x", &a.x}, {"weight", &a.weight}, {"bias", &a.bias}, {"residual", &a.residual}, {"out", &a.out}});
-  FLASHU_CHECK(a.x.device == FLASHU_DEVICE_CPU, FLASHU_UNSUPPORTED,
-               "x: expected a CPU tensor, as this op has no kernel for CUDA devices, got CUDA device ",
-               core::cuda_ordinal(a.x.device));
   core::check_floating("x", a.x);
   FLASHU_CHECK(a.epilogue >= FLASHU_EPILOGUE_NONE && a.epilogue <= FLASHU_EPILOGUE_SILU, FLASHU_INVALID_VALUE,
                "epilogue: expected none, gelu, gelu_tanh or silu (0 to 3), got ", a.epilogue);
@@ -29,6 +27,7 @@ core::LinearProblem checked(const flashu_linear_args& a) {
   p.n = a.weight.sizes[0];
   p.k = x.width;
   p.epilogue = a.epilogue;
+  p.stream = a.stream;
   if (core::present(a.bias)) {
     core::check_same_dtype("bias", a.bias, "x", a.x);
     core::check_rank("bias", a.bias, 1);
@@ -45,13 +44,22 @@ core::LinearProblem checked(const flashu_linear_args& a) {
 }  // namespace
 
 LinearPlan::LinearPlan(const flashu_linear_args& args) : problem_(checked(args)) {
-  if (!empty()) plan_ = cpu::plan_linear(problem_);
+  if (empty()) return;
+  run_on(
+      problem_.device, [&] { plan_ = cpu::plan_linear(problem_); },
+      [&] { plan_ = cuda::plan_linear(problem_); });
+}
+
+uint64_t LinearPlan::workspace_bytes() const {
+  return std::visit([](const auto& plan) { return static_cast<uint64_t>(plan.bytes()); }, plan_);
 }
 
 void LinearPlan::run(void* workspace, uint64_t bytes) const {
   if (empty()) return;
   core::check_workspace(workspace, bytes, workspace_bytes());
-  cpu::linear(problem_, plan_, workspace);
+  run_on(
+      problem_.device, [&] { cpu::linear(problem_, std::get<cpu::LinearPlan>(plan_), workspace); },
+      [&] { cuda::linear(problem_, std::get<cuda::LinearPlan>(plan_), workspace); });
 }
 
 }  // namespace flashu::api

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <variant>
 
 #include "core/linear_problem.hpp"
 #include "cpu/linear.hpp"
+#include "cuda/linear.hpp"
 #include "flashu/linear.h"
 
 namespace flashu::api {
@@ -15,8 +17,8 @@ class LinearPlan {
   // returns.
   explicit LinearPlan(const flashu_linear_args& args);
 
-  // Depends on shapes and the number of threads.
-  uint64_t workspace_bytes() const { return static_cast<uint64_t>(plan_.bytes()); }
+  // Depends on shapes, the device and the number of threads.
+  uint64_t workspace_bytes() const;
 
   // Throws FLASHU_WORKSPACE for a workspace that is too small or misaligned.
   void run(void* workspace, uint64_t bytes) const;
@@ -25,7 +27,7 @@ class LinearPlan {
   bool empty() const { return problem_.m == 0 || problem_.n == 0; }
 
   core::LinearProblem problem_;
-  cpu::LinearPlan plan_;
+  std::variant<cpu::LinearPlan, cuda::LinearPlan> plan_;
 };
 
 }  // namespace flashu::api

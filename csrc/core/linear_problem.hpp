@@ -14,6 +14,7 @@ struct LinearProblem {
   Matrix x, weight, residual, out;
   const void* bias;  // [n] of the storage type, or null
   int32_t epilogue;  // flashu_epilogue
+  void* stream;
 };
 
 }  // namespace flashu::core

@@ -3,8 +3,7 @@
 Storage is fp32, bf16 or fp16. Sums are fp32 in an order that K alone decides, so a row's result does not depend on other
 rows, on its place among them or on the number of threads.
 
-Errors: ValueError for shapes, strides, aliasing, devices and the epilogue, TypeError for dtypes, NotImplementedError for
-CUDA tensors.
+Errors: ValueError for shapes, strides, aliasing, devices and the epilogue, TypeError for dtypes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ EPILOGUES = ("none", "gelu", "gelu_tanh", "silu")
 """What is applied to x W^T + bias: nothing, GELU (exact, by erf), GELU by tanh, or SiLU."""
 
 
-@capability(devices=("cpu",))
+@capability()
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -45,7 +44,6 @@ def linear(
     Raises:
         ValueError: a shape, stride, overlap, device or the epilogue is wrong.
         TypeError: a dtype is wrong.
-        NotImplementedError: a tensor is on a CUDA device.
     """
     if epilogue not in EPILOGUES:
         raise ValueError(f"linear: epilogue: expected one of {', '.join(EPILOGUES)}, got {epilogue!r}")

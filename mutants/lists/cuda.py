@@ -9,6 +9,7 @@ ROTARY = Emulated("DeviceRotary*")
 ROUTING = Emulated("DeviceRouting*:DeviceMoves*")
 STEP = Emulated("DeviceStep*")
 FFN = Emulated("DeviceFfn*")
+LINEAR = Emulated("DeviceLinear*")
 CLUSTERS = Emulated("DeviceClusters/0.*", sanitizers=("",))
 
 # Accesses within a warp that only hardware could reorder: no order of whole threads shows the fault, ThreadSanitizer does.
@@ -246,4 +247,10 @@ MUTANTS = [
     Mutant("ffn: partial norms are added before they are written", "csrc/cuda/ffn.cu",
            "= sum;\n  __syncthreads();", "= sum;", Emulated("DeviceFfn*Norms*")),
     Mutant("ffn: a part of the rows is left out", "csrc/cuda/ffn.cu", "for (int s = 0; s < kNormShares; ++s) total", "for (int s = 1; s < kNormShares; ++s) total", FFN),
+    # ---- linear
+    Mutant("linear: the bias is read past the last column", "csrc/cuda/epilogue.cuh", "if (c < n) sums[i] +=", "if (c <= n) sums[i] +=", LINEAR),
+    Mutant("linear: the sum of parts is not finished", "csrc/cuda/projection.cu", "down.out_stride, down.epilogue}", "down.out_stride}", LINEAR),
+    Mutant("linear: both columns of a pair have the first one's bias", "csrc/cuda/ffn_sm90.cu",
+           "i / 4 * 8 + lane % 4 * 2 + i % 2; });", "i / 4 * 8 + lane % 4 * 2; });", LINEAR),
+    Mutant("linear: an empty K is given to TMA", "csrc/cuda/linear.cu", "p.k > 0 && takes_tma(p.x, p.k)", "takes_tma(p.x, p.k)", LINEAR),
 ]  # fmt: skip

@@ -21,8 +21,8 @@ typedef enum flashu_epilogue {
  *
  * Storage types are f32, bf16 or f16, the same for all tensors of a call. Sums are taken in float, in an
  * order that K alone decides, and rounded once at the end: a row's result has the same bits whatever the
- * number of rows and of threads, and whichever row it is. K = 0 gives epilogue(bias) + residual. CPU only: a
- * CUDA device is FLASHU_UNSUPPORTED. */
+ * number of rows and of threads, and whichever row it is (on CUDA in tensors of equal strides and alignment).
+ * K = 0 gives epilogue(bias) + residual. */
 typedef struct flashu_linear_args {
   uint32_t struct_size;
   int32_t epilogue;       /* flashu_epilogue */
@@ -33,7 +33,7 @@ typedef struct flashu_linear_args {
   flashu_tensor out;      /* [..., N] as rows like x; shares no memory with the others */
   void* workspace;
   uint64_t workspace_bytes;
-  void* stream; /* not used on the CPU */
+  void* stream;
 } flashu_linear_args;
 FLASHU_API int32_t flashu_linear(const flashu_linear_args* args);
 FLASHU_API int32_t flashu_linear_workspace(const flashu_linear_args* args, uint64_t* bytes);
