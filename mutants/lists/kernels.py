@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..mutant import Cpp, Mutant
 
 FFN = Cpp("*Ffn*:Silu*")
+LINEAR = Cpp("Linear*")
 ROWS = Cpp("*Rows*")
 CHECKS = Cpp("*Checks*:*Errors*:Base*:RunList*")
 
@@ -40,6 +41,21 @@ MUTANTS = [
            "(x_floats + h_floats + slots * slot_floats) * 4;", "(x_floats + h_floats + slot_floats) * 4;", FFN),
     Mutant("ffn: the residual is left out of a row's last columns", "csrc/cpu/epilogue_kernels.cpp",
            "from_float<T>(from == nullptr ? row[j] : row[j] + to_float(from[j]));", "from_float<T>(row[j]);", FFN),
+    # ---- linear
+    Mutant("linear: the input of the first chunk in all of them", "csrc/cpu/linear.cpp",
+           "row_of(p.x, row, p.type)", "row_of(p.x, 0, p.type)", LINEAR),
+    Mutant("linear: every panel has the first one's bias", "csrc/cpu/projection.cpp",
+           "static_cast<const decltype(tag)*>(p.bias) + first;", "static_cast<const decltype(tag)*>(p.bias);", LINEAR),
+    Mutant("linear: the bias of a row's right half is left out", "csrc/cpu/epilogue_kernels.cpp",
+           "load(row + kWidth) + right", "load(row + kWidth)", LINEAR),
+    Mutant("linear: scratch of one thread for all", "csrc/cpu/linear.hpp",
+           "(x_floats + slots * slot_floats) * 4;", "(x_floats + slot_floats) * 4;", LINEAR),
+    Mutant("gelu: the tail is cut off too early", "csrc/cpu/simd.hpp",
+           "a > 16.0f ? Floats{} + 16.0f : a;", "a > 3.5f ? Floats{} + 3.5f : a;", LINEAR),
+    Mutant("gelu: a coefficient is a little off", "csrc/cpu/simd.hpp", "8.2028005280e-02f", "8.2029005280e-02f", LINEAR),
+    Mutant("api: linear's output may be its residual", "csrc/api/linear.cpp",
+           '{"bias", &a.bias}, {"residual", &a.residual}});', '{"bias", &a.bias}});', LINEAR),
+    # ---- the GEMM
     Mutant("gemm: the second block of bf16 pairs", "csrc/cpu/gemm.cpp",
            "(tile * packed.tile_rows * stride + begin) * bytes", "(tile * packed.tile_rows * stride + slot) * bytes", FFN),
     Mutant("gemm: a block's length in slots, not in numbers", "csrc/cpu/gemm.cpp",
