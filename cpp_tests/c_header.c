@@ -1,6 +1,7 @@
 /* Compiles the public C headers as C: no C++ may slip into them. */
 #include "flashu/ffn.h"
 #include "flashu/flashu.h"
+#include "flashu/linear.h"
 #include "flashu/norm.h"
 #include "flashu/routing.h"
 #include "flashu/step.h"

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "flashu/ffn.h"
+#include "flashu/linear.h"
 #include "flashu/norm.h"
 #include "flashu/routing.h"
 #include "flashu/step.h"
@@ -24,6 +25,7 @@ int32_t record(const Args* args) {
 #define flashu_gathered_down record<flashu_down_args>
 #define flashu_gathered_ffn record<flashu_ffn_args>
 #define flashu_neuron_norms record<flashu_neuron_norms_args>
+#define flashu_linear record<flashu_linear_args>
 #define flashu_rms_norm record<flashu_rms_norm_args>
 #define flashu_add_rms_norm record<flashu_add_rms_norm_args>
 #define flashu_gate_add record<flashu_gate_add_args>
@@ -40,6 +42,7 @@ int32_t record(const Args* args) {
 #define flashu_taylor_update record<flashu_taylor_update_args>
 #define flashu_taylor_predict record<flashu_taylor_predict_args>
 #include "flashu/ffn.hpp"
+#include "flashu/linear.hpp"
 #include "flashu/norm.hpp"
 #include "flashu/routing.hpp"
 #include "flashu/step.hpp"
@@ -72,6 +75,9 @@ TEST(Streams, EveryWrapperTakesOne) {
   hands_over("gathered_swiglu", [&] { gathered_swiglu(swiglu); });
   hands_over("gathered_down", [&] { gathered_down(down); });
   hands_over("gathered_ffn", [&] { gathered_ffn(ffn); });
+  auto dense = on<LinearArgs>(stream);
+  dense.x = x;
+  hands_over("linear", [&] { linear(dense); });
   hands_over("neuron_norms", [&] { neuron_norms(x, x, stream); });
   hands_over("rms_norm", [&] { rms_norm(x, x, 1e-6, x, {}, {}, stream); });
   hands_over("add_rms_norm", [&] { add_rms_norm(x, x, x, 1e-6, stream); });

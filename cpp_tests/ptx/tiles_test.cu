@@ -122,6 +122,7 @@ struct DownHalf {
   Guarded<T> down = normal<T>({kColumns, kIntermediate}, 2, 8, 0.2f);
   Guarded<T> residual = normal<T>({kRows, kColumns}, 3, 8);
   Guarded<T> out{{kRows, kColumns}, 10};
+  Guarded<T> bias = normal<T>({kColumns}, 4);
   Guarded<float> partial{{kMostParts, kRows, kColumns}};
 
   static constexpr int64_t kMostParts = 3;
@@ -133,7 +134,8 @@ struct DownHalf {
     }
   }
 
-  Guarded<T> run(const FfnTile& tile, int parts, bool spread) {
+  // finished: with a bias and SiLU.
+  Guarded<T> run(const FfnTile& tile, int parts, bool spread, bool finished = false) {
     const flashu_tensor a_d = a.upload(), down_d = down.upload(), residual_d = residual.upload(),
                         out_d = out.upload(), partial_d = partial.upload();
     cuda::FfnGemm g{};
@@ -154,25 +156,29 @@ struct DownHalf {
     g.parts = parts;
     if (spread) g.partial = static_cast<float*>(partial_d.data);
     g.partial_stride = kColumns;
+    if (finished) g.epilogue = {bias.upload().data, FLASHU_EPILOGUE_SILU};
     launch<T>(tile, g);
     if (spread) {
-      cuda::ffn_sum(
-          {g.partial, parts, g.m, g.n, g.partial_stride, g.residual, g.residual_stride, g.out, g.out_stride},
-          dtype_of<T>(), nullptr);
+      cuda::ffn_sum({g.partial, parts, g.m, g.n, g.partial_stride, g.residual, g.residual_stride, g.out,
+                     g.out_stride, g.epilogue},
+                    dtype_of<T>(), nullptr);
       device_synchronize();
       partial.download();
     }
     return out.download();
   }
 
-  std::vector<double> reference() const {
-    const auto x = a.values(), weights = down.values();
+  std::vector<double> reference(bool finished = false) const {
+    const auto x = a.values(), weights = down.values(), added = bias.values();
     std::vector<double> want = residual.values();
     for (int64_t r = 0; r < kRows; ++r) {
-      for (int64_t c = 0; c < kColumns; ++c)
-        want[static_cast<size_t>(r * kColumns + c)] +=
+      for (int64_t c = 0; c < kColumns; ++c) {
+        const double sum =
             dot(&x[static_cast<size_t>(r * kDepth + kLead)],
                 &weights[static_cast<size_t>(c * kIntermediate + kFirst + kLead)], kDepth - kLead);
+        const double z = sum + added[static_cast<size_t>(c)];
+        want[static_cast<size_t>(r * kColumns + c)] += finished ? z / (1 + std::exp(-z)) : sum;
+      }
     }
     return want;
   }
@@ -180,14 +186,14 @@ struct DownHalf {
 
 // A part to each block, or all of them in one: the same bits.
 template <class T>
-void down_half(const FfnTile& tile) {
+void down_half(const FfnTile& tile, bool finished) {
   DownHalf<T> half;
-  const std::vector<double> want = half.reference();
-  expect_close(half.run(tile, 1, false), want);
+  const std::vector<double> want = half.reference(finished);
+  expect_close(half.run(tile, 1, false, finished), want);
   if (tile.kernel != FfnKernel::kSm90) return;
-  const auto together = half.run(tile, half.kMostParts, false);
+  const auto together = half.run(tile, half.kMostParts, false, finished);
   expect_close(together, want);
-  expect_equal(half.run(tile, half.kMostParts, true), together);
+  expect_equal(half.run(tile, half.kMostParts, true, finished), together);
 }
 
 template <class T>
@@ -197,7 +203,7 @@ void every_tile(FfnKernel kernel) {
     SCOPED_TRACE(std::string(tile.up ? "up, " : "down, ") + std::to_string(tile.block_n) +
                  " columns, fetch " + std::to_string(static_cast<int>(tile.fetch)));
     if (!tile.up) {
-      down_half<T>(tile);
+      for (const bool finished : {false, true}) down_half<T>(tile, finished);
     } else {
       up_half<T>(tile, tile.fetch);
       // Threads fetch ranges and lists alike.
@@ -239,6 +245,40 @@ TYPED_TEST(DeviceTiles, SumsOfParts) {
       }
       ASSERT_EQ(to_float(got[i]), to_float(from_float<TypeParam>(total + to_float(residual[i]))))
           << "element " << i;
+    }
+  }
+}
+
+// The sum of parts with a bias and an activation is what ends it; SiLU of large numbers is the number itself.
+TYPED_TEST(DeviceTiles, SumsOfPartsAreFinished) {
+  for (const auto& [count, rows, width] : {std::array<int64_t, 3>{3, 7, 37}, {2, 132, 1025}}) {
+    const int64_t stride = (width + 3) / 4 * 4;
+    auto parts = whole<float>({count, rows, stride}, 1);
+    auto bias = whole<TypeParam>({width}, 2);
+    bias.fill([&](int64_t c) { return from_float<TypeParam>(static_cast<float>(40 + c % 5)); });
+    auto residual = whole<TypeParam>({rows, width}, 3, 1);
+    Guarded<TypeParam> out({rows, width}, 3);
+    const flashu_tensor parts_d = parts.upload(), bias_d = bias.upload(), residual_d = residual.upload(),
+                        out_d = out.upload();
+    cuda::ffn_sum({static_cast<const float*>(parts_d.data),
+                   static_cast<int>(count),
+                   rows,
+                   width,
+                   stride,
+                   residual_d.data,
+                   width + 1,
+                   out_d.data,
+                   width + 3,
+                   {bias_d.data, FLASHU_EPILOGUE_SILU}},
+                  dtype_of<TypeParam>(), nullptr);
+    device_synchronize();
+    const auto got = out.download();
+    for (int64_t i = 0; i < rows * width; ++i) {
+      double sum =
+          static_cast<double>(to_float(residual[i])) + static_cast<double>(to_float(bias[i % width]));
+      for (int64_t p = 0; p < count; ++p)
+        sum += static_cast<double>(parts[p * rows * stride + i / width * stride + i % width]);
+      ASSERT_NEAR(static_cast<double>(to_float(got[i])), sum, spacing<TypeParam>(sum)) << "element " << i;
     }
   }
 }

@@ -5,48 +5,16 @@
 #include <limits>
 #include <span>
 
+#include "api/calls.hpp"
 #include "api/dispatch.hpp"
 #include "api/ffn_plan.hpp"
+#include "api/operands.hpp"
 #include "core/rows.hpp"
 
 namespace flashu::api {
 namespace {
 
 using core::FfnProblem;
-using core::Matrix;
-
-// A weight matrix of x's dtype with contiguous rows.
-Matrix weight(const char* name, const flashu_tensor& tensor, const char* like_name,
-              const flashu_tensor& like) {
-  core::check_rank(name, tensor, 2);
-  core::check_same_dtype(name, tensor, like_name, like);
-  core::check_inner_contiguous(name, tensor);
-  return {tensor.data, tensor.strides[0]};
-}
-
-// A tensor of rows that must have the leading dimensions of `like` and `width` columns.
-Matrix rows_like(const char* name, const flashu_tensor& tensor, const char* like_name,
-                 const flashu_tensor& like, int64_t width) {
-  core::check_same_dtype(name, tensor, like_name, like);
-  core::check_rank(name, tensor, like.ndim);
-  for (int d = 0; d < like.ndim - 1; ++d) core::check_size(name, tensor, d, like.sizes[d]);
-  core::check_size(name, tensor, like.ndim - 1, width);
-  return {tensor.data, core::as_rows(name, tensor).stride};
-}
-
-Matrix output(const flashu_tensor& out, const char* like_name, const flashu_tensor& like, int64_t width,
-              std::initializer_list<std::pair<const char*, const flashu_tensor*>> inputs) {
-  const Matrix matrix = rows_like("out", out, like_name, like, width);
-  core::check_output("out", out, inputs);
-  return matrix;
-}
-
-void check_all(std::initializer_list<std::pair<const char*, const flashu_tensor*>> tensors) {
-  for (const auto& [name, tensor] : tensors) {
-    if (core::present(*tensor)) core::check_tensor(name, *tensor);
-  }
-  core::check_device(tensors);
-}
 
 // x or h: the operand whose dtype and leading dimensions the others follow.
 template <class Args>
@@ -211,23 +179,6 @@ FfnProblem checked(const flashu_ffn_args& a) {
   return p;
 }
 
-template <class Args>
-int32_t run(const char* op, const Args* args) {
-  return core::guarded(op, [&] {
-    const Args& a = core::read_args(args);
-    FfnPlan(a).run(a.workspace, a.workspace_bytes);
-  });
-}
-
-template <class Args>
-int32_t workspace(const char* op, const Args* args, uint64_t* bytes) {
-  return core::guarded(op, [&] {
-    const Args& a = core::read_args(args);
-    FLASHU_CHECK(bytes != nullptr, FLASHU_INVALID_VALUE, "bytes: expected a pointer, got NULL");
-    *bytes = FfnPlan(a).workspace_bytes();
-  });
-}
-
 void list_neurons(const flashu_list_args& a) {
   FLASHU_CHECK(a.intermediate >= 0, FLASHU_INVALID_VALUE, "intermediate: expected at least 0, got ",
                a.intermediate);
@@ -287,18 +238,22 @@ void FfnPlan::run(void* workspace, uint64_t bytes) const {
 extern "C" {
 
 int32_t flashu_gathered_swiglu(const flashu_swiglu_args* args) {
-  return flashu::api::run("gathered_swiglu", args);
+  return flashu::api::run<flashu::api::FfnPlan>("gathered_swiglu", args);
 }
 int32_t flashu_gathered_swiglu_workspace(const flashu_swiglu_args* args, uint64_t* bytes) {
-  return flashu::api::workspace("gathered_swiglu", args, bytes);
+  return flashu::api::workspace<flashu::api::FfnPlan>("gathered_swiglu", args, bytes);
 }
-int32_t flashu_gathered_down(const flashu_down_args* args) { return flashu::api::run("gathered_down", args); }
+int32_t flashu_gathered_down(const flashu_down_args* args) {
+  return flashu::api::run<flashu::api::FfnPlan>("gathered_down", args);
+}
 int32_t flashu_gathered_down_workspace(const flashu_down_args* args, uint64_t* bytes) {
-  return flashu::api::workspace("gathered_down", args, bytes);
+  return flashu::api::workspace<flashu::api::FfnPlan>("gathered_down", args, bytes);
 }
-int32_t flashu_gathered_ffn(const flashu_ffn_args* args) { return flashu::api::run("gathered_ffn", args); }
+int32_t flashu_gathered_ffn(const flashu_ffn_args* args) {
+  return flashu::api::run<flashu::api::FfnPlan>("gathered_ffn", args);
+}
 int32_t flashu_gathered_ffn_workspace(const flashu_ffn_args* args, uint64_t* bytes) {
-  return flashu::api::workspace("gathered_ffn", args, bytes);
+  return flashu::api::workspace<flashu::api::FfnPlan>("gathered_ffn", args, bytes);
 }
 int32_t flashu_list_neurons(const flashu_list_args* args) {
   using namespace flashu;

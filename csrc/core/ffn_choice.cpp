@@ -166,6 +166,12 @@ int ffn_parts(int64_t neurons) {
   return static_cast<int>(std::clamp<int64_t>(neurons / kNeuronsOfPart, 1, kMaxParts));
 }
 
+FfnPartials ffn_partials(const FfnCandidate& down, int64_t rows, int64_t width) {
+  if (down.blocks_of_tile <= 1) return {};
+  const int64_t stride = divide_up(width, 4) * 4;  // four values are read at a time
+  return {stride, divide_up(down.blocks_of_tile * rows * stride * 4, 64) * 64};
+}
+
 std::vector<FfnCandidate> ffn_candidates(const FfnQuestion& q, bool up) {
   std::vector<FfnCandidate> candidates;
   for (const FfnTile& tile : kFfnTiles) {

@@ -39,6 +39,13 @@ struct FfnCandidate {
   const char* bound;  // what takes the longest
 };
 
+// The sums that several blocks make of one result of the down half: [blocks_of_tile][rows][stride] floats.
+struct FfnPartials {
+  int64_t stride = 0;
+  int64_t bytes = 0;  // a multiple of 64; 0 where a tile has one block
+};
+FfnPartials ffn_partials(const FfnCandidate& down, int64_t rows, int64_t width);
+
 // All tiles that can serve the up (or the down) half, best predicted first.
 std::vector<FfnCandidate> ffn_candidates(const FfnQuestion& question, bool up);
 

@@ -4,16 +4,11 @@
 
 #include <cstdint>
 
+#include "core/matrix.hpp"
 #include "core/run_list.hpp"
 #include "flashu/ffn.h"
 
 namespace flashu::core {
-
-// A matrix of the problem's storage type, rows `stride` elements apart; null when absent.
-struct Matrix {
-  void* data = nullptr;
-  int64_t stride = 0;
-};
 
 struct FfnProblem {
   int32_t type;  // flashu_dtype F32, BF16 or F16

@@ -6,18 +6,16 @@
 #include "core/checks.hpp"
 #include "core/parallel.hpp"
 #include "core/tiles.hpp"
+#include "cpu/epilogue_kernels.hpp"
 #include "cpu/ffn_kernels.hpp"
 #include "cpu/gemm.hpp"
+#include "cpu/projection.hpp"
 #include "cpu/selection.hpp"
 
 namespace flashu::cpu {
 namespace {
 
-// Below this many multiplications another thread costs more than it brings (about 10 us of work).
-constexpr double kWorkPerSlot = 400e3;
-
 using core::FfnProblem;
-using core::Matrix;
 
 // Scratch of one call, carved out of the caller's workspace.
 struct Buffers {
@@ -26,13 +24,6 @@ struct Buffers {
   float* slots;
 };
 
-const char* row_of(const Matrix& matrix, int64_t row, int32_t type) {
-  return static_cast<const char*>(matrix.data) + row * matrix.stride * element_bytes(type);
-}
-char* row_of_mutable(const Matrix& matrix, int64_t row, int32_t type) {
-  return static_cast<char*>(matrix.data) + row * matrix.stride * element_bytes(type);
-}
-
 // Rows [first_row, first_row + a.rows) of the up half: panels of kWidth gate and kWidth up columns.
 void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t first_row,
              const PackedRows* packed_h, const Buffers& buffers) {
@@ -40,7 +31,6 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
   const int64_t width = gemm.panel_columns / 2;
-  const int64_t size = element_bytes(p.type);
 
   const auto rows_of = [&](int64_t panel, const void** rows) {
     for (int64_t j = 0; j < width; ++j) {
@@ -67,8 +57,9 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
       }
     }
     if (packed_h == nullptr) {
-      ffn.store_rows[p.type](row_of_mutable(p.h, first_row, p.type) + first * size, p.h.stride, nullptr, 0, c,
-                             a.rows, count);
+      FLASHU_PICK_ISA(epilogue_kernels)
+          .store_rows[p.type](row_of(p.h, first_row, p.type) + first * element_bytes(p.type), p.h.stride,
+                              nullptr, 0, c, a.rows, count);
       return;
     }
     const int64_t slot = first / gemm.slot_values[p.type];  // whole: a panel has an even number of neurons
@@ -86,26 +77,9 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
 void down_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t first_row,
                const Buffers& buffers) {
   const Selection& selected = s.selected;
-  const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
-  const int64_t size = element_bytes(p.type);
-
-  const auto rows_of = [&](int64_t panel, const void** rows) {
-    for (int64_t j = 0; j < gemm.panel_columns; ++j) {
-      rows[j] = row_of(p.w_down, std::min(panel * gemm.panel_columns + j, p.width - 1), p.type);
-    }
-  };
-  const auto finish = [&](int64_t panel, float* c) {
-    const int64_t first = panel * gemm.panel_columns;
-    const int64_t count = std::min<int64_t>(gemm.panel_columns, p.width - first);
-    const char* residual =
-        p.residual.data == nullptr ? nullptr : row_of(p.residual, first_row, p.type) + first * size;
-    ffn.store_rows[p.type](row_of_mutable(p.out, first_row, p.type) + first * size, p.out.stride, residual,
-                           p.residual.stride, c, a.rows, count);
-  };
   const Weights weights{p.type, p.intermediate, selected.count, selected.first, selected.list()};
-  multiply_panels(gemm, s.down, a, divide_up(p.width, gemm.panel_columns), weights, buffers.slots, s.slots,
-                  rows_of, finish);
+  project({p.w_down, weights, p.width, nullptr, FLASHU_EPILOGUE_NONE, p.residual, p.out}, s.down, a,
+          first_row, buffers.slots, s.slots);
 }
 
 }  // namespace
@@ -114,10 +88,7 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   FfnPlan s;
   s.selected = resolve(p);
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  const int64_t values = gemm.slot_values[p.type];
-  const core::GemmProblem up{p.rows, 2 * p.neurons,       p.hidden,       element_bytes(p.type),
-                             values, core::num_threads(), gemm.tile_rows, gemm.panel_columns,
-                             false};
+  const core::GemmProblem up = gemm_problem(gemm, p.type, p.rows, 2 * p.neurons, p.hidden);
   core::GemmProblem down = up;
   down.n = p.width;
   down.k = p.neurons;
@@ -125,13 +96,13 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   s.up = core::choose_gemm_tiles(up);
   s.down = core::choose_gemm_tiles(down);
   const int64_t chunk = std::min(p.rows, s.up.chunk_m);  // both halves chunk alike: it depends on rows only
-  if (p.has_up) s.x_floats = PackedRows::floats(chunk, divide_up(p.hidden, values), gemm.tile_rows);
-  if (p.has_down) s.h_floats = PackedRows::floats(chunk, divide_up(p.neurons, values), gemm.tile_rows);
+  if (p.has_up) s.x_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.hidden), gemm.tile_rows);
+  if (p.has_down) s.h_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.neurons), gemm.tile_rows);
   if (p.has_up) s.slot_floats = panel_scratch_floats(gemm, s.up);
   if (p.has_down) s.slot_floats = std::max(s.slot_floats, panel_scratch_floats(gemm, s.down));
   const double work = static_cast<double>(p.rows) * static_cast<double>(p.neurons) *
                       static_cast<double>((p.has_up ? 2 * p.hidden : 0) + (p.has_down ? p.width : 0));
-  s.slots = std::clamp<int64_t>(static_cast<int64_t>(work / kWorkPerSlot), 1, up.threads);
+  s.slots = slots_for(work);
   return s;
 }
 

@@ -53,26 +53,9 @@ void pack_tile(float* out, const float* c, int64_t rows, int64_t count) {
   pack_float_tile(out, c, rows, count);
 }
 
-template <class T>
-void store_rows(void* out, int64_t stride, const void* residual, int64_t residual_stride, const float* c,
-                int64_t rows, int64_t count) {
-  for (int64_t r = 0; r < rows; ++r) {
-    T* to = static_cast<T*>(out) + r * stride;
-    const T* from = residual == nullptr ? nullptr : static_cast<const T*>(residual) + r * residual_stride;
-    const float* row = c + r * kColumns;
-    int64_t j = 0;
-    for (; j + kWidth <= count; j += kWidth) {
-      store(to + j, from == nullptr ? load(row + j) : load(row + j) + load(from + j));
-    }
-    for (; j < count; ++j) to[j] = from_float<T>(from == nullptr ? row[j] : row[j] + to_float(from[j]));
-  }
-}
-
 }  // namespace
 
-extern const FfnKernels ffn_kernels{swiglu,
-                                    add_squares,
-                                    {pack_tile<float>, pack_tile<bfloat16>, pack_tile<float16>},
-                                    {store_rows<float>, store_rows<bfloat16>, store_rows<float16>}};
+extern const FfnKernels ffn_kernels{
+    swiglu, add_squares, {pack_tile<float>, pack_tile<bfloat16>, pack_tile<float16>}};
 
 }  // namespace flashu::cpu::FLASHU_ISA

@@ -19,11 +19,6 @@ struct FfnKernels {
   // c[r][j], j < count -> tile order, as GemmKernels::pack_rows has it: rounded to bf16 where the slots are
   // pairs of them, in float otherwise.
   void (*pack_tile[kStorageTypes])(float* out, const float* c, int64_t rows, int64_t count);
-
-  // out[r * stride + j] = c[r][j] (+ residual[r * residual_stride + j]), r < rows, j < count <=
-  // panel_columns. The residual has out's storage type and may be null.
-  void (*store_rows[kStorageTypes])(void* out, int64_t stride, const void* residual, int64_t residual_stride,
-                                    const float* c, int64_t rows, int64_t count);
 };
 FLASHU_DECLARE_ISA(FfnKernels, ffn_kernels)
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/divide_up.hpp"
+#include "core/matrix.hpp"
 #include "core/parallel.hpp"
 #include "core/tiles.hpp"
 #include "cpu/gemm_kernels.hpp"
@@ -19,9 +20,36 @@ inline constexpr int64_t kMaxPanelColumns = 64;  // of any instruction set
 
 inline int64_t element_bytes(int32_t type) { return type == FLASHU_F32 ? 4 : 2; }
 
+// Where a row of a matrix of storage type `type` (flashu_dtype) begins.
+inline char* row_of(const core::Matrix& matrix, int64_t row, int32_t type) {
+  return static_cast<char*>(matrix.data) + row * matrix.stride * element_bytes(type);
+}
+
 // Slots that hold `k` values of a row.
 inline int64_t slots_of(const GemmKernels& kernels, int32_t type, int64_t k) {
   return divide_up(k, kernels.slot_values[type]);
+}
+
+// [m, k] x [k, n] in one range of K, on all threads; what the choice of tiles is asked.
+inline core::GemmProblem gemm_problem(const GemmKernels& kernels, int32_t type, int64_t m, int64_t n,
+                                      int64_t k) {
+  return {m,
+          n,
+          k,
+          element_bytes(type),
+          kernels.slot_values[type],
+          core::num_threads(),
+          kernels.tile_rows,
+          kernels.panel_columns,
+          false};
+}
+
+// Below this many multiplications another thread costs more than it brings (about 10 us of work).
+inline constexpr double kWorkPerSlot = 400e3;
+
+// How many tasks share so many multiplications.
+inline int64_t slots_for(double multiplications) {
+  return std::clamp<int64_t>(static_cast<int64_t>(multiplications / kWorkPerSlot), 1, core::num_threads());
 }
 
 // The left operand in register-tile order: for each block of block_k slots, for each tile of rows,

@@ -101,4 +101,32 @@ FLASHU_INLINE Floats exponential(Floats x) {
 // x / (1 + e^-x)
 FLASHU_INLINE Floats silu(Floats x) { return x / (1.0f + exponential(-x)); }
 
+// x (1 + tanh(u)) / 2 = x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+FLASHU_INLINE Floats gelu_tanh(Floats x) {
+  const Floats twice_u = x * (1.59576912160573071f + 0.0713548162726002527f * (x * x));
+  return x / (1.0f + exponential(-twice_u));
+}
+
+// x (1 + erf(x / sqrt(2))) / 2, from the tail erfc(a) / 2 of a = |x| / sqrt(2), which loses no digits where x
+// is negative. (1 + 2 a) e^(a^2) erfc(a) is nearly constant, and a polynomial in q = (a - 2) / (a + 2): the
+// form of Shepherd and Laframboise, Math. Comp. 36 (1981); the coefficients are fitted, within 2e-8. The
+// error is below 1.2e-7 max(1, |x|).
+FLASHU_INLINE Floats gelu(Floats x) {
+  Floats a = (x < 0.0f ? -x : x) * 0.707106781186547524f;
+  a = a > 16.0f ? Floats{} + 16.0f : a;  // the tail is 0 there
+  const Floats q = (a - 2.0f) / (a + 2.0f);
+  Floats p = Floats{} - 1.9534161122e-04f;
+  p = p * q - 6.0665297205e-04f;
+  p = p * q + 6.5552015607e-04f;
+  p = p * q + 4.3087698643e-03f;
+  p = p * q - 4.0309703335e-03f;
+  p = p * q - 2.7100237209e-02f;
+  p = p * q + 8.2028005280e-02f;
+  p = p * q - 8.3015882872e-02f;
+  p = p * q - 4.6382008684e-02f;
+  p = p * q + 6.3848919918e-01f;
+  const Floats tail = exponential(a * -a) * (p / (1.0f + 2.0f * a));
+  return x * (x > 0.0f ? 1.0f - tail : tail);
+}
+
 }  // namespace flashu::cpu::FLASHU_ISA

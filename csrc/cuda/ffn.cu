@@ -11,15 +11,8 @@
 #include "core/typed.hpp"
 #include "cuda/ffn.hpp"
 #include "cuda/ffn_decode.hpp"
-#include "cuda/ffn_gemm.cuh"
-#include "cuda/ffn_sm90.hpp"
-#include "cuda/ffn_sum.hpp"
-#include "cuda/primitives/tma.cuh"
+#include "cuda/projection.hpp"
 #include "cuda/vector.cuh"
-
-#if !defined(FLASHU_HAS_SM90)
-#define FLASHU_HAS_SM90 0
-#endif
 
 namespace flashu::cuda {
 namespace {
@@ -102,10 +95,6 @@ int64_t aligned(int64_t bytes) { return divide_up(bytes, kAlign) * kAlign; }
 
 int64_t element_bytes(int32_t type) { return type == FLASHU_F32 ? 4 : 2; }
 
-bool takes_tma(const core::Matrix& matrix, int64_t columns) {
-  return matrix.data == nullptr || tensor_map_can(matrix.data, columns, matrix.stride);
-}
-
 FfnDecode decode_of(const FfnProblem& p, int64_t lead) {
   FfnDecode f{};
   f.x = p.x.data;
@@ -171,7 +160,7 @@ FfnPlan plan_ffn(const FfnProblem& p) {
       ffn_limits().decodes && p.width > 0 && ffn_decodes(q) && decode_fits(decode, facts.shared_bytes);
   if (q.listed && p.selected_by != FLASHU_SELECT_LIST) plan.list_bytes = aligned(p.neurons * 4);
   if (plan.decodes) {
-    plan.partial_bytes = aligned(decode_blocks(decode) * p.rows * p.width * 4);
+    plan.partials.bytes = aligned(decode_blocks(decode) * p.rows * p.width * 4);
     return plan;
   }
   if (p.has_up) plan.up = core::ffn_candidates(q, true).front();
@@ -181,33 +170,13 @@ FfnPlan plan_ffn(const FfnProblem& p) {
     plan.h_stride = divide_up(plan.lead + p.neurons, 8) * 8;
     plan.h_bytes = aligned(p.rows * plan.h_stride * element_bytes(p.type));
   }
-  if (plan.down.blocks_of_tile > 1) {
-    plan.partial_stride = divide_up(p.width, 4) * 4;  // four values are read at a time
-    plan.partial_bytes = aligned(plan.down.blocks_of_tile * p.rows * plan.partial_stride * 4);
-  }
+  plan.partials = core::ffn_partials(plan.down, p.rows, p.width);
   return plan;
 }
 
 namespace {
 
 // ---- running
-
-void run_gemm(const FfnGemm& g, const FfnPlan& plan, int32_t type, Stream stream) {
-  const core::FfnTile& tile = g.gated ? plan.up.tile : plan.down.tile;
-  switch (tile.kernel) {
-    case core::FfnKernel::kF32:
-      return ffn_gemm_f32(g, stream);
-    case core::FfnKernel::kSm80:
-      return ffn_gemm_sm80(tile, g, type, stream);
-    case core::FfnKernel::kSm90:
-#if FLASHU_HAS_SM90
-      return ffn_gemm_sm90(tile, g, type, stream, plan.question.multiprocessors);
-#else
-      break;
-#endif
-  }
-  core::fail(FLASHU_INTERNAL, "ffn: the kernel that was chosen is not in this build");
-}
 
 // to[r] = `lead` zeros and then from[r]; all zeros where `from` is null. width: of `to`.
 template <class T>
@@ -344,7 +313,7 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
     up.k = p.hidden;
     up.out = h.data;
     up.out_stride = h.stride;
-    run_gemm(up, plan, p.type, stream);
+    run_gemm(up, plan.up.tile, p.type, stream, plan.question.multiprocessors);
     if (core::present(p.norms)) {
       const auto* const values = static_cast<const char*>(h.data) + plan.lead * element_bytes(p.type);
       add_norms(p.norms, p.type, values, p.rows, h.stride, p.neurons, stream);
@@ -364,17 +333,8 @@ void ffn(const FfnProblem& p, const FfnPlan& plan, void* workspace) {
     down.residual_stride = p.residual.stride;
     down.out = p.out.data;
     down.out_stride = p.out.stride;
-    down.parts = core::ffn_parts(p.neurons);
-    if (plan.partial_bytes > 0) {
-      down.partial = reinterpret_cast<float*>(memory + plan.list_bytes + plan.h_bytes);
-      down.partial_stride = plan.partial_stride;
-    }
-    run_gemm(down, plan, p.type, stream);
-    if (down.partial != nullptr) {
-      ffn_sum({down.partial, down.parts, p.rows, p.width, down.partial_stride, down.residual,
-               down.residual_stride, down.out, down.out_stride},
-              p.type, stream);
-    }
+    project(down, plan.down.tile, plan.partials, memory + plan.list_bytes + plan.h_bytes, p.type, stream,
+            plan.question.multiprocessors);
   }
 }
 

@@ -31,10 +31,9 @@ struct FfnPlan {
   int64_t list_bytes = 0;
   int64_t h_bytes = 0;
   int64_t h_stride = 0;
-  int64_t partial_stride = 0;  // of the rows of a half's parts
-  int64_t partial_bytes = 0;
+  core::FfnPartials partials;  // of the down half, or of blocks that decode
 
-  int64_t bytes() const { return list_bytes + h_bytes + partial_bytes; }
+  int64_t bytes() const { return list_bytes + h_bytes + partials.bytes; }
 };
 
 // Depends on shapes, the kind and alignment of the selection, and the device.

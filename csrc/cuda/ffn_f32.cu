@@ -1,6 +1,7 @@
 // Gathered FFN halves in fp32: a plain tiled product, for models that are checked rather than served. Sums
 // run over K in order.
 #include "core/ffn_tiles.hpp"
+#include "cuda/epilogue.cuh"
 #include "cuda/ffn_gemm.cuh"
 #include "cuda/vector.cuh"
 
@@ -15,7 +16,7 @@ constexpr int kThreads = 256;
 constexpr int kOfThread = 4;  // in M, and in N, of a thread
 
 // kGated: the up half, two products at once.
-template <bool kGated>
+template <bool kGated, bool kFinishes = false>
 __global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
   FLASHU_SHARED(float, left, kBlockK*(kBlockM + 1));
   FLASHU_SHARED(float, right, (kGated ? 2 : 1) * kBlockK * (kBlockM + 1));
@@ -77,6 +78,9 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_f32(const FfnGemm g) {
 #pragma unroll
   for (int i = 0; i < kOfThread; ++i) {
     const int64_t r = first_m + row + i;
+    if constexpr (kFinishes) {
+      finish<float>(sums[i], g.epilogue, g.n, [&](int j) { return first_n + column + j; });
+    }
 #pragma unroll
     for (int j = 0; j < kOfThread; ++j) {
       const int64_t c = first_n + column + j;
@@ -99,6 +103,7 @@ void ffn_gemm_f32(const FfnGemm& g, Stream stream) {
       dim3(static_cast<unsigned>(divide_up(g.m, kBlockM)), static_cast<unsigned>(divide_up(g.n, kBlockN))),
       dim3(kThreads), 0, stream};
   if (g.gated) return launch<gemm_f32<true>>("gemm_f32", config, g);
+  if (g.epilogue.finishes()) return launch<gemm_f32<false, true>>("gemm_f32", config, g);
   launch<gemm_f32<false>>("gemm_f32", config, g);
 }
 

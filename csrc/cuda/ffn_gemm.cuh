@@ -1,7 +1,8 @@
 // One half of a gathered FFN as a matrix product, the way its kernels see it:
 //   up:   out[r, j] = silu(a[r] . gate[n(j)]) * (a[r] . up[n(j)])         N = neurons, K = hidden
 //   down: out[r, c] = sum over j of a[r, j] * down[c, n(j)] (+ residual)   N = width, K = neurons
-// where n(j) = list[j], or first + j without a list. M = rows.
+// The linear layer is the down half of all neurons, with an epilogue where it has bias or activation. Here
+//  n(j) = list[j], or first + j without a list. M = rows.
 //
 // TMA and 16-byte loads begin at neurons that are multiples of eight. A run that begins elsewhere is extended
 // to the one before, by `lead` neurons that are not selected and may hold anything: up stores zeros for them,
@@ -11,6 +12,7 @@
 #include <cstdint>
 
 #include "core/ffn_tiles.hpp"
+#include "cuda/epilogue.hpp"
 #include "cuda/primitives/launch.cuh"
 
 namespace flashu::cuda {
@@ -38,6 +40,7 @@ struct FfnGemm {
   int parts = 1;
   float* partial = nullptr;
   int64_t partial_stride = 0;
+  Epilogue epilogue;  // of down without a list: the linear layer
 };
 
 // The neuron at a place of a list. Clamped: whatever a list holds, it leads to no row outside the weights.
@@ -59,9 +62,10 @@ FLASHU_DEVICE uint4 without_first(uint4 bits, int64_t count) {
   return {bits.x & kept(0), bits.y & kept(1), bits.z & kept(2), bits.w & kept(3)};
 }
 
-// Within 4 units in the last place of fp32; a divisor that is too large for __fdividef stands for a result
-// below 1e-35.
-FLASHU_DEVICE float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
+// x sigmoid(z) = x / (1 + e^-z), within 4 units in the last place of fp32; a divisor that is too large for
+// __fdividef stands for a result below 1e-35.
+FLASHU_DEVICE float times_sigmoid(float x, float z) { return __fdividef(x, 1.0f + __expf(-z)); }
+FLASHU_DEVICE float silu(float x) { return times_sigmoid(x, x); }
 
 // Host entry points of the kernels, one file each. `type` is a flashu_dtype.
 void ffn_gemm_f32(const FfnGemm& gemm, Stream stream);

@@ -10,6 +10,7 @@
 
 #include "core/ffn_tiles.hpp"
 #include "core/typed.hpp"
+#include "cuda/epilogue.cuh"
 #include "cuda/ffn_gemm.cuh"
 #include "cuda/primitives/mma.cuh"
 #include "cuda/vector.cuh"
@@ -71,6 +72,7 @@ template <class T_, bool kGated_, int kProductN_, Reads kReadsA_, Reads kReadsB_
 struct Config {
   using T = T_;
   static constexpr bool kGated = kGated_;
+  static constexpr bool kFinishes = false;
   static constexpr int kProductN = kProductN_;
   static constexpr int kBlockN = kGated ? kProductN / 2 : kProductN;
   static constexpr Reads kReadsA = kReadsA_;
@@ -189,6 +191,16 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) gemm_sm80(const FfnGemm 
   }
   cp_async_wait<0>();
 
+  if constexpr (C::kFinishes) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < C::kWarpN / 8; ++j) {
+        finish<T>(sums[i][j], g.epilogue, g.n,
+                  [&](int e) { return first_n + warp_column + j * 8 + lane % 4 * 2 + e % 2; });
+      }
+    }
+  }
   const auto* const residual = static_cast<const T*>(g.residual);
   auto* const out = static_cast<T*>(g.out);
   // Whether two neighbours may be stored as one word.
@@ -231,6 +243,9 @@ void launch_gemm(const FfnGemm& g, Stream stream) {
   const LaunchConfig config{
       dim3(static_cast<unsigned>(divide_up(g.m, kBlockM)), static_cast<unsigned>(divide_up(g.n, C::kBlockN))),
       dim3(kThreads), C::kSharedBytes, stream};
+  if constexpr (!C::kGated && C::kReadsB != Reads::kListed) {
+    if (g.epilogue.finishes()) return launch<gemm_sm80<Finished<C>>>("gemm_sm80", config, g);
+  }
   launch<gemm_sm80<C>>("gemm_sm80", config, g);
 }
 

@@ -20,6 +20,7 @@
 
 #include "core/ffn_tiles.hpp"
 #include "core/typed.hpp"
+#include "cuda/epilogue.cuh"
 #include "cuda/ffn_gemm.cuh"
 #include "cuda/ffn_sm90.hpp"
 #include "cuda/primitives/cluster.cuh"
@@ -47,6 +48,7 @@ template <class T_, bool kGated_, int kBlockN_, Fetch kFetch_, int kCluster_>
 struct Config {
   using T = T_;
   static constexpr bool kGated = kGated_;
+  static constexpr bool kFinishes = false;
   static constexpr int kBlockN = kBlockN_;
   static constexpr Fetch kFetch = kFetch_;
   static constexpr int kCluster = kCluster_;
@@ -403,6 +405,9 @@ FLASHU_DEVICE void multiply_tiles(const FfnGemm& g, const Maps& maps, const Work
         continue;
       }
     }
+    if constexpr (C::kFinishes) {
+      finish<T>(totals, g.epilogue, g.n, [&](int i) { return first_n + i / 4 * 8 + lane % 4 * 2 + i % 2; });
+    }
     // Columns of this tile that TMA stores: it writes eight at a time. The others are stored one by one.
     const int whole = static_cast<int>(min(stored_by_tma(g.n) - first_n, int64_t{C::kBlockN}));
 #pragma unroll
@@ -506,7 +511,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class C>
-void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
+void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors);
+
+template <class C>
+void launch_tiles(const FfnGemm& g, Stream stream, int multiprocessors) {
   LaunchConfig config{dim3(C::kCluster), dim3(kThreads), C::kSharedBytes, stream, true, C::kCluster};
   int clusters = multiprocessors;
   if constexpr (C::kCluster > 1) {
@@ -542,6 +550,17 @@ void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
   const int64_t blocks = int64_t{clusters} * C::kCluster;
   config.grid = dim3(static_cast<unsigned>(std::min(order.pieces, blocks)));
   launch<gemm_sm90<C>>("gemm_sm90", config, g, maps, order);
+}
+
+// Parts are not finished: their sum is.
+template <class C>
+void launch_tile(const FfnGemm& g, Stream stream, int multiprocessors) {
+  if constexpr (!C::kGated) {
+    if (g.epilogue.finishes() && g.partial == nullptr) {
+      return launch_tiles<Finished<C>>(g, stream, multiprocessors);
+    }
+  }
+  launch_tiles<C>(g, stream, multiprocessors);
 }
 
 // Launches the entry of the table that is `tile`; false where that is not one of this kernel.

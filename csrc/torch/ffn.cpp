@@ -4,8 +4,7 @@
 #include <algorithm>
 
 #include "api/ffn_plan.hpp"
-#include "core/checks.hpp"
-#include "torch/common.hpp"
+#include "torch/planned.hpp"
 
 namespace flashu::torch_ops {
 namespace {
@@ -53,23 +52,6 @@ int64_t selected(const flashu_selection& selection, const Tensor& weight) {
   return std::min(count, limit);
 }
 
-Tensor output(const Tensor& like, int64_t width) {
-  std::vector<int64_t> sizes = sizes_of(like);
-  if (!sizes.empty()) sizes.back() = width;
-  return new_empty(like, sizes);
-}
-
-int64_t size_or_zero(const Tensor& tensor, int dim) { return tensor.dim() > dim ? tensor.size(dim) : 0; }
-
-// Checks once, takes the workspace that the plan asks for, and runs.
-template <class Args>
-void run(const char* op, const Args& args, const Tensor& like) {
-  std::optional<api::FfnPlan> plan;
-  check_status(core::guarded(op, [&] { plan.emplace(args); }));
-  const Workspace workspace(like, plan->workspace_bytes());
-  check_status(core::guarded(op, [&] { plan->run(workspace.data(), workspace.bytes()); }));
-}
-
 void run_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Neurons& neurons,
                 const Tensor& out) {
   const char* op = "gathered_swiglu";
@@ -80,13 +62,13 @@ void run_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const
   args.w_up = view(op, "w_up", w_up);
   args.selection = select(op, neurons);
   args.out = view(op, "out", out);
-  run(op, args, x);
+  run_planned<api::FfnPlan>(op, args, x);
 }
 
 Tensor gathered_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
                        OptionalTensor index, bool listed, int64_t block) {
   const Neurons neurons{runs, index, listed, block};
-  const Tensor out = output(x, selected(select("gathered_swiglu", neurons), w_gate));
+  const Tensor out = new_rows(x, selected(select("gathered_swiglu", neurons), w_gate));
   run_swiglu(x, w_gate, w_up, neurons, out);
   return out;
 }
@@ -108,12 +90,12 @@ void run_down(const Tensor& h, const Tensor& w_down, const Neurons& neurons, con
   args.selection = select(op, neurons);
   args.residual = view(op, "residual", added);
   args.out = view(op, "out", out);
-  run(op, args, h);
+  run_planned<api::FfnPlan>(op, args, h);
 }
 
 Tensor gathered_down(const Tensor& h, const Tensor& w_down, Runs runs, OptionalTensor index,
                      OptionalTensor residual, bool listed, int64_t block) {
-  const Tensor out = output(h, size_or_zero(w_down, 0));
+  const Tensor out = new_rows(h, size_or_zero(w_down, 0));
   run_down(h, w_down, {runs, index, listed, block}, residual, out);
   return out;
 }
@@ -146,12 +128,12 @@ void run_ffn(const FfnTensors& t, const Neurons& neurons, const OptionalTensor& 
   args.residual = view(op, "residual", added);
   args.norms = view(op, "norms", norms);
   args.out = view(op, "out", out);
-  run(op, args, t.x);
+  run_planned<api::FfnPlan>(op, args, t.x);
 }
 
 Tensor gathered_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
                     Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, int64_t block) {
-  const Tensor out = output(x, size_or_zero(w_down, 0));
+  const Tensor out = new_rows(x, size_or_zero(w_down, 0));
   run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, std::nullopt, out);
   return out;
 }
@@ -166,7 +148,7 @@ Tensor gathered_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_
 Tensor gathered_ffn_norms(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
                           const Tensor& norms, Runs runs, OptionalTensor index, OptionalTensor residual,
                           bool listed, int64_t block) {
-  const Tensor out = output(x, size_or_zero(w_down, 0));
+  const Tensor out = new_rows(x, size_or_zero(w_down, 0));
   run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, norms, out);
   return out;
 }

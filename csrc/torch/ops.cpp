@@ -31,6 +31,13 @@ STABLE_TORCH_LIBRARY(flashu, m) {
       "int block=1) -> Tensor");
   m.def("neuron_norms_(Tensor(a!) acc, Tensor h) -> ()");
 
+  // linear: epilogue is 0 none, 1 gelu, 2 gelu_tanh, 3 silu
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, int epilogue=0) -> Tensor");
+  m.def(
+      "linear.out(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, int epilogue=0, *, "
+      "Tensor(a!) out) -> Tensor(a!)");
+
   // routing: reduce is 0 none, 1 mean, 2 last; an index of -1 is padding
   m.def("cosine_importance(Tensor x_in, Tensor x_out, int reduce=0) -> Tensor");
   m.def("cosine_importance.out(Tensor x_in, Tensor x_out, int reduce=0, *, Tensor(a!) out) -> Tensor(a!)");

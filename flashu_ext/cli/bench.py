@@ -1,4 +1,4 @@
-"""The commands `flashu-ext bench ffn` and `bench e2e`. Imports only click until one runs."""
+"""The commands `flashu-ext bench ffn`, `bench linear` and `bench e2e`. Imports only click until one runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["bench"]
 
 @click.group(cls=Group)
 def bench() -> None:
-    """Benchmark one op (ffn) or whole images and answers (e2e)."""
+    """Benchmark one op (ffn, linear) or whole images and answers (e2e)."""
 
 
 @bench.command(
@@ -108,6 +108,60 @@ def ffn(
             write_text(json_file, counting.to_json(counted))
         return
     report = module.run(settings)
+    click.echo(report.table())
+    if json_file is not None:
+        write_text(json_file, report.to_json())
+
+
+@bench.command(
+    epilog=example(
+        "flashu-ext bench linear --rows 1 --rows 1460 --dtype bf16",
+        "flashu-ext bench linear --shape q --epilogue gelu --json linear.json",
+    )
+)
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    default=("q", "kv", "head q"),
+    show_default=True,
+    type=click.Choice(("q", "kv", "head q", "7b q", "7b kv")),
+    help="Projections of Show-o2 1.5B, its head, and 7B (may be repeated).",
+)
+@click.option(
+    "--dtype", default="fp32", show_default=True, type=click.Choice(("fp32", "bf16", "fp16")), help="Storage."
+)
+@click.option(
+    "--rows",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1, 16, 128, 512, 1460),
+    show_default=True,
+    help="Tokens (may be repeated).",
+)
+@click.option(
+    "--epilogue",
+    default="none",
+    show_default=True,
+    type=click.Choice(("none", "gelu", "gelu_tanh", "silu")),
+    help="Activation; torch applies it by an operator of its own.",
+)
+@click.option(
+    "--seconds", default=2.0, show_default=True, type=click.FloatRange(0), help="Time spent on each shape and rows."
+)
+@click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write all figures to this file.",
+)
+def linear(json_file: Path | None, **options: Any) -> None:
+    """Compare the linear layer with torch.nn.functional.linear, on the CPU."""
+    from ..bench import linear as module
+    from ..planning.safe_files import write_text
+
+    report = module.run(module.Settings(**options))
     click.echo(report.table())
     if json_file is not None:
         write_text(json_file, report.to_json())

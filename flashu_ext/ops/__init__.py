@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .ffn import gathered_down, gathered_ffn, gathered_swiglu, neuron_norms_
+    from .linear import linear
     from .norm import add_rms_norm_, gate_add_, rms_norm, rotary_cache_
     from .routing import (
         cosine_importance,
@@ -38,6 +39,7 @@ __all__ = [
     "gathered_ffn",
     "gathered_swiglu",
     "guided_euler_step_",
+    "linear",
     "neuron_norms_",
     "rms_norm",
     "rotary_cache_",
@@ -57,7 +59,7 @@ OPS = tuple(name for name in __all__ if name != "Selection")
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for family in ("ffn", "norm", "routing", "selection", "step"):
+    for family in ("ffn", "linear", "norm", "routing", "selection", "step"):
         globals().update(
             {op: value for op, value in vars(import_module(f".{family}", __name__)).items() if op in __all__}
         )

@@ -25,6 +25,7 @@ __all__ = [
     "gathered_ffn",
     "gathered_swiglu",
     "guided_euler_step_",
+    "linear",
     "neuron_norms_",
     "rms_norm",
     "rotary_cache_",
@@ -122,6 +123,30 @@ def gathered_ffn(
 def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
     """See `flashu_ext.ops.neuron_norms_`."""
     return acc.add_(h.reshape(-1, h.shape[-1]).double().square().sum(0))
+
+
+# ---- linear
+
+_EPILOGUES = {
+    "none": lambda y: y,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    epilogue: str = "none",
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.linear`. The GEMM runs in the storage dtype, as in torch."""
+    y = _EPILOGUES[epilogue](F.linear(x, weight, bias))
+    return _into(out, y if residual is None else y + residual)
 
 
 # ---- routing

@@ -9,6 +9,7 @@ ROTARY = Emulated("DeviceRotary*")
 ROUTING = Emulated("DeviceRouting*:DeviceMoves*")
 STEP = Emulated("DeviceStep*")
 FFN = Emulated("DeviceFfn*")
+LINEAR = Emulated("DeviceLinear*")
 CLUSTERS = Emulated("DeviceClusters/0.*", sanitizers=("",))
 
 # Accesses within a warp that only hardware could reorder: no order of whole threads shows the fault, ThreadSanitizer does.
@@ -197,14 +198,14 @@ MUTANTS = [
     Mutant("sm90: clusters: an odd number of rows of tiles", "csrc/cuda/ffn_sm90.cu",
            "divide_up(g.m, kBlockM * C::kCluster) * C::kCluster;", "divide_up(g.m, kBlockM);", CLUSTERS),
     Mutant("sm90: clusters: as many blocks as there may be clusters", "csrc/cuda/ffn_sm90.cu",
-           "int64_t{std::max(clusters, 1)} * C::kCluster;", "int64_t{std::max(clusters, 1)};", CLUSTERS),
+           "const int64_t blocks = int64_t{clusters} * C::kCluster;", "const int64_t blocks = clusters;", CLUSTERS),
     Mutant("sm90: clusters: the launch has none", "csrc/cuda/ffn_sm90.cu", "stream, true, C::kCluster};", "stream, true};", CLUSTERS),
     Mutant("sm90: reads behind the end of a row", "csrc/cuda/ffn_sm90.cu",
            "inside ? static_cast<int>(values) * 2 : 0);", "inside ? 16 : 0);", FFN),
     Mutant("tiles: another tile where the one that was asked for is not compiled", "csrc/cuda/ffn_sm90.cu",
            "if (tile != kTile) return false;", "if (tile.up != kTile.up) return false;", Emulated("FfnTiles.*:DeviceFfn*")),
     Mutant("tiles: a tile of the other half", "csrc/cuda/ffn_sm90.cu",
-           "tile.up == g.gated() && ", "",
+           "tile.up == g.gated && ", "",
            Emulated("FfnTiles.*")),
     Mutant("tiles: a tile that does not read the list", "csrc/cuda/ffn_sm90.cu", "return fetch == Fetch::kRange;", "return true;", Emulated("FfnTiles.*")),
     Mutant("choice: no tensor map of no columns", "csrc/core/ffn_choice.cpp", "q.hidden > 0 && q.neurons > 0", "q.neurons > 0", FFN),
@@ -247,9 +248,15 @@ MUTANTS = [
     Mutant("ffn: partial norms are added before they are written", "csrc/cuda/ffn.cu",
            "= sum;\n  __syncthreads();", "= sum;", Emulated("DeviceFfn*Norms*")),
     Mutant("ffn: a part of the rows is left out", "csrc/cuda/ffn.cu", "for (int s = 0; s < kNormShares; ++s) total", "for (int s = 1; s < kNormShares; ++s) total", FFN),
+    # ---- linear
+    Mutant("linear: the bias is read past the last column", "csrc/cuda/epilogue.cuh", "if (c < n) sums[i] +=", "if (c <= n) sums[i] +=", LINEAR),
+    Mutant("linear: the sum of parts is not finished", "csrc/cuda/projection.cu", "down.out_stride, down.epilogue}", "down.out_stride}", LINEAR),
+    Mutant("linear: both columns of a pair have the first one's bias", "csrc/cuda/ffn_sm90.cu",
+           "i / 4 * 8 + lane % 4 * 2 + i % 2; });", "i / 4 * 8 + lane % 4 * 2; });", LINEAR),
+    Mutant("linear: an empty K is given to TMA", "csrc/cuda/linear.cu", "p.k > 0 && takes_tma(p.x, p.k)", "takes_tma(p.x, p.k)", LINEAR),
     # ---- what survived once
-    Mutant("parts: those of the neurons in front are counted", "csrc/cuda/ffn.cu", "core::ffn_parts(p.neurons)", "core::ffn_parts(down.k)", FFN),
-    Mutant("parts: rows of odd width follow each other", "csrc/cuda/ffn.cu", "divide_up(p.width, 4) * 4", "p.width", FFN),
+    Mutant("parts: those of the neurons in front are counted", "csrc/cuda/projection.cu", "core::ffn_parts(down.k - down.lead)", "core::ffn_parts(down.k)", FFN),
+    Mutant("parts: rows of odd width follow each other", "csrc/core/ffn_choice.cpp", "divide_up(width, 4) * 4;", "width;", FFN),
     Mutant("sum: four columns at a time, whatever the stride", "csrc/cuda/ffn_sum.cu", " && takes_vectors(s.parts, {s.stride})", "", FFN),
     Mutant("choice: h may lie anywhere", "csrc/cuda/ffn.cu", " && takes_tma(p.h, p.neurons)", "", FFN),
     Mutant("choice: pairs of tiles without the one that is added", "csrc/core/ffn_choice.cpp",

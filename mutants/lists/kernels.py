@@ -5,13 +5,14 @@ from __future__ import annotations
 from ..mutant import Cpp, Mutant
 
 FFN = Cpp("*Ffn*:Silu*")
+LINEAR = Cpp("Linear*")
 ROWS = Cpp("*Rows*")
 CHECKS = Cpp("*Checks*:*Errors*:Base*:RunList*")
 
 MUTANTS = [
     # ---- FFN: chunks of rows, blocks of K, panels of columns
-    Mutant("ffn: the residual of the first chunk in all of them", "csrc/cpu/ffn.cpp",
-           "row_of(p.residual, first_row, p.type) + first * size;", "row_of(p.residual, 0, p.type) + first * size;", FFN, quick=True),
+    Mutant("ffn: the residual of the first chunk in all of them", "csrc/cpu/projection.cpp",
+           "row_of(p.residual, first_row, type) + first * size;", "row_of(p.residual, 0, type) + first * size;", FFN, quick=True),
     Mutant("ffn: the input of the first chunk in all of them", "csrc/cpu/ffn.cpp",
            "pack_rows(gemm, x, row_of(p.x, row, p.type)", "pack_rows(gemm, x, row_of(p.x, 0, p.type)", FFN),
     Mutant("ffn: a given h of the first chunk in all of them", "csrc/cpu/ffn.cpp",
@@ -20,14 +21,14 @@ MUTANTS = [
            "const int64_t rows = std::min(s.up.chunk_m, p.rows - row);", "const int64_t rows = std::min(s.up.chunk_m, p.rows);", FFN),
     Mutant("ffn: up is read with gate's stride", "csrc/cpu/ffn.cpp",
            "rows[width + j] = row_of(p.w_up, neuron, p.type);", "rows[width + j] = row_of({p.w_up.data, p.w_gate.stride}, neuron, p.type);", FFN),
-    Mutant("ffn: the residual is read with the output's stride", "csrc/cpu/ffn.cpp",
+    Mutant("ffn: the residual is read with the output's stride", "csrc/cpu/projection.cpp",
            "p.residual.stride, c, a.rows, count);", "p.out.stride, c, a.rows, count);", FFN),
     Mutant("ffn: padded rows of x are read as dense ones", "csrc/cpu/ffn.cpp",
            "p.type, p.x.stride, p.hidden);", "p.type, p.hidden, p.hidden);", FFN),
     Mutant("ffn: the last neuron is another one", "csrc/cpu/ffn.cpp",
            "std::min(panel * width + j, selected.count - 1)", "std::min(panel * width + j, std::max<int64_t>(selected.count - 2, 0))", FFN),
-    Mutant("ffn: the last column of an odd width", "csrc/cpu/ffn.cpp",
-           "std::min(panel * gemm.panel_columns + j, p.width - 1)", "std::min(panel * gemm.panel_columns + j, (p.width - 1) & ~int64_t{1})", FFN),
+    Mutant("ffn: the last column of an odd width", "csrc/cpu/projection.cpp",
+           "std::min(panel * gemm.panel_columns + j, p.n - 1)", "std::min(panel * gemm.panel_columns + j, (p.n - 1) & ~int64_t{1})", FFN),
     Mutant("ffn: norms of every panel in the first one's place", "csrc/cpu/ffn.cpp",
            "static_cast<double*>(p.norms.data)[first + j] += sums[j];", "static_cast<double*>(p.norms.data)[j] += sums[j];", FFN),
     Mutant("ffn: norms in float forget what was there", "csrc/cpu/ffn.cpp",
@@ -38,8 +39,23 @@ MUTANTS = [
            "gemm.tile_rows, s.down.block_k};", "gemm.tile_rows, s.up.block_k};", FFN),
     Mutant("ffn: scratch of one thread for all", "csrc/cpu/ffn.hpp",
            "(x_floats + h_floats + slots * slot_floats) * 4;", "(x_floats + h_floats + slot_floats) * 4;", FFN),
-    Mutant("ffn: the residual is left out of a row's last columns", "csrc/cpu/ffn_kernels.cpp",
+    Mutant("ffn: the residual is left out of a row's last columns", "csrc/cpu/epilogue_kernels.cpp",
            "from_float<T>(from == nullptr ? row[j] : row[j] + to_float(from[j]));", "from_float<T>(row[j]);", FFN),
+    # ---- linear
+    Mutant("linear: the input of the first chunk in all of them", "csrc/cpu/linear.cpp",
+           "row_of(p.x, row, p.type)", "row_of(p.x, 0, p.type)", LINEAR),
+    Mutant("linear: every panel has the first one's bias", "csrc/cpu/projection.cpp",
+           "static_cast<const decltype(tag)*>(p.bias) + first;", "static_cast<const decltype(tag)*>(p.bias) + (first - first);", LINEAR),
+    Mutant("linear: half the bias in a row's right half", "csrc/cpu/epilogue_kernels.cpp",
+           "load(row + kWidth) + right", "load(row + kWidth) + 0.5f * right", LINEAR),
+    Mutant("linear: scratch of one thread for all", "csrc/cpu/linear.hpp",
+           "(x_floats + slots * slot_floats) * 4;", "(x_floats + slot_floats) * 4;", LINEAR),
+    Mutant("gelu: the tail is cut off too early", "csrc/cpu/simd.hpp",
+           "a > 16.0f ? Floats{} + 16.0f : a;", "a > 3.5f ? Floats{} + 3.5f : a;", LINEAR),
+    Mutant("gelu: a coefficient is a little off", "csrc/cpu/simd.hpp", "8.2028005280e-02f", "8.2128005280e-02f", LINEAR),
+    Mutant("api: linear's output may be its residual", "csrc/api/linear.cpp",
+           '{"bias", &a.bias}, {"residual", &a.residual}});', '{"bias", &a.bias}});', LINEAR),
+    # ---- the GEMM
     Mutant("gemm: the second block of bf16 pairs", "csrc/cpu/gemm.cpp",
            "(tile * packed.tile_rows * stride + begin) * bytes", "(tile * packed.tile_rows * stride + slot) * bytes", FFN),
     Mutant("gemm: a block's length in slots, not in numbers", "csrc/cpu/gemm.cpp",

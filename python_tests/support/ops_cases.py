@@ -205,6 +205,42 @@ FFN = [
 ]
 
 
+# ---- linear
+
+
+def _linear(
+    epilogue: str, added: bool = True, rows: tuple[int, ...] = (5,), depth: int = 24, columns: int = 37
+) -> Make:
+    def make(dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "x": randn(1, *rows, depth, dtype=dtype),
+            "weight": randn(2, columns, depth, dtype=dtype, scale=0.2),
+            "bias": randn(3, columns, dtype=dtype) if added else None,
+            "residual": randn(4, *rows, columns, dtype=dtype) if added else None,
+            "epilogue": epilogue,
+        }
+
+    return make
+
+
+LINEAR = _of(
+    "linear",
+    {"": _linear("none"), "alone": _linear("none", added=False)}
+    | {epilogue: _linear(epilogue) for epilogue in ("gelu", "gelu_tanh", "silu")}
+    | {
+        "gelu alone": _linear("gelu", added=False),
+        "of one row": _linear("silu", rows=(1, 1)),
+        "of no row": _linear("gelu", rows=(2, 0)),
+        "of pages": _linear("gelu_tanh", rows=(2, 3)),
+        "of one dimension": _linear("gelu", rows=()),
+        "of no depth": _linear("gelu", depth=0),
+        "of no column": _linear("gelu", columns=0),
+    },
+    folding=("out",),
+    schema=lambda a: {**a, "epilogue": ("none", "gelu", "gelu_tanh", "silu").index(a["epilogue"])},
+)
+
+
 # ---- routing
 
 
@@ -480,7 +516,7 @@ STEP = [
     *_of("taylor_predict", {o: m[1] for o, m in TAYLOR.items()}, contiguous=("state", "out")),
 ]
 
-CASES = [*FFN, *ROUTING, *NORM, *STEP]
+CASES = [*FFN, *LINEAR, *ROUTING, *NORM, *STEP]
 FIRST = [case for case in CASES if not case.option]
 """One case of every op, for what does not depend on its options."""
 

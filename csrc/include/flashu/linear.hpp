@@ -1,0 +1,16 @@
+// C++ API of the linear layer: a typed wrapper over flashu/linear.h that throws flashu::Error.
+#pragma once
+
+#include "flashu/flashu.hpp"
+#include "flashu/linear.h"
+
+namespace flashu {
+
+using LinearArgs = flashu_linear_args;
+
+// out = epilogue(x weight^T + bias) + residual
+inline void linear(const LinearArgs& args) {
+  detail::run_with_workspace(args, args.x.device, flashu_linear_workspace, flashu_linear);
+}
+
+}  // namespace flashu
