@@ -47,7 +47,7 @@ def call(op: Any, *args: Any, **kwargs: Any) -> Any:
         return op(*args, **kwargs)
     try:
         return op(*args, **kwargs)
-    except (RuntimeError, OverflowError) as error:
+    except RuntimeError as error:
         named = _misfit(op._schema, args, kwargs) or native.translate(error)
         if named is error:
             raise
