@@ -48,7 +48,10 @@ class Service:
 
     def __init__(self, pipe: fx.showo2.Pipeline):
         self.pipe = pipe
-        self.routes: dict[str, Callable[[dict[str, Any]], Reply]] = {"/generate": self.generate, "/answer": self.answer}
+        self.routes: dict[str, tuple[Callable[[dict[str, Any]], Reply], tuple[str, ...]]] = {
+            "/generate": (self.generate, ("prompt", "seed")),
+            "/answer": (self.answer, ("image", "question")),
+        }
 
     def reply(self, path: str, body: bytes) -> Reply:
         if path not in self.routes:
@@ -60,7 +63,11 @@ class Service:
                 raise ValueError(f"body: expected a JSON object, got none: {error}") from error
             if not isinstance(fields, dict):
                 raise TypeError(f"body: expected a JSON object, got {type(fields).__name__}")
-            return self.routes[path](fields)
+            run, names = self.routes[path]
+            unknown = [name for name in fields if name not in names]
+            if unknown:
+                raise ValueError(f"{unknown[0][:100]!r}: unknown field; expected {', '.join(names)}")
+            return run(fields)
         except KeyError as error:
             return _json(400, error=f"body: {error} is missing")
         except (ValueError, TypeError, OSError, RecursionError) as error:

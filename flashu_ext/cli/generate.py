@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..planning.extras import extra
-from .support import EXPECTED_ERRORS, example, model_options, open_pipeline
+from .support import EXPECTED_ERRORS, check_writable, example, model_options, open_pipeline
 
 if TYPE_CHECKING:
+    import torch
+
     from ..batch import Heartbeat, Ranks
     from ..batch.lock import FolderLock
     from ..batch.prompts import Job
@@ -145,7 +147,7 @@ def _opened(
     from ..batch import guidance_group, sample_guided
 
     steps = settings["steps"]
-    names = ("model", "preset", "plan_file", "verbose", "tuned")
+    names = ("model", "preset", "plan_file", "verbose", "tuned", "dtype")
     with contextlib.ExitStack() as stack:
         sampling: dict[str, Any] = {
             "steps": steps,
@@ -162,9 +164,19 @@ def _opened(
         yield pipe, handle, sampling
 
 
+def _device(ranks: Ranks, settings: dict[str, Any]) -> torch.device:
+    """Of this rank: --device, or the GPU with its local number where that is left out or only says cuda."""
+    from ..models.showo2.validate import check_device
+
+    asked = settings["device"]
+    device = None if asked is None else check_device(asked)
+    if device is not None and device.type == "cuda" and device.index is not None and ranks.world > 1:
+        raise click.UsageError(f"--device: expected cuda or cpu on {ranks.world} ranks, got {asked!r}")
+    return ranks.device() if device is None or (device.type == "cuda" and device.index is None) else device
+
+
 def _generate_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience: float, **settings: Any) -> None:
-    if not output.resolve().parent.is_dir():
-        raise click.UsageError(f"--output: expected a file in an existing folder, got {str(output)!r}")
+    check_writable("--output", output)
     with extra("showo2"):
         from PIL import Image
 
@@ -173,10 +185,9 @@ def _generate_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience
 
     if output.suffix.lower() not in Image.registered_extensions():
         raise click.UsageError(f"--output: expected a name that ends as images' do, as in .png, got {str(output)!r}")
-    device = ranks.device() if apart else "cpu"
     with (
         Heartbeat.join(ranks, patience) as heartbeat,
-        _opened(heartbeat, apart, settings, device) as (pipe, _, sampling),
+        _opened(heartbeat, apart, settings, _device(ranks, settings)) as (pipe, _, sampling),
     ):
         start = time.perf_counter()
         image = pipe.generate_batch([prompt], [settings["seed"]], **sampling)[0]
@@ -204,7 +215,7 @@ def _generate_list(
             FolderLock(out) as lock,
             Heartbeat.join(ranks, patience, stop=stop) as heartbeat,
         ):
-            with _opened(heartbeat, apart, settings, ranks.device()) as (pipe, handle, sampling):
+            with _opened(heartbeat, apart, settings, _device(ranks, settings)) as (pipe, handle, sampling):
                 record = folder.settings_record(
                     pipe,
                     handle and handle.config,

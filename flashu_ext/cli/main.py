@@ -18,7 +18,7 @@ from .. import __version__
 from .bench import bench
 from .generate import generate
 from .studies import COMMANDS
-from .support import PRESETS, Group, example, model_options, open_pipeline, read_config
+from .support import PRESETS, Group, check_writable, example, model_options, open_pipeline, read_config
 
 __all__ = ["cli", "main"]
 
@@ -118,6 +118,8 @@ def answer(
     tuned: Path | None,
     plan_file: Path | None,
     verbose: bool,
+    device: str | None,
+    dtype: str | None,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
@@ -129,7 +131,7 @@ def answer(
     from ..planning.reading import read_image
 
     pictures = [read_image(path) for path in (image, *more)]
-    with open_pipeline(model, preset, plan_file, verbose, tuned) as (pipe, _):
+    with open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype) as (pipe, _):
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         if stream:
             pipe.answer(
@@ -210,8 +212,8 @@ def calibrate(
     either.
     """
     for name, path in (("--out", out), ("--checkpoint", checkpoint)):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise click.UsageError(f"{name}: expected a file in an existing folder, got {str(path)!r}")
+        if path is not None:
+            check_writable(name, path)
     if data is None and model != "nano":
         raise click.UsageError("--data: expected a folder with samples; only nano generates its own")
     from ..calibration.calibrate import DEFAULT_TIMES

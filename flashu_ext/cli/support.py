@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,20 @@ import click
 from ..planning.config import PRESETS, FlashUConfig
 from ..planning.reading import printable, read_text, refusal
 
-__all__ = ["EXPECTED_ERRORS", "PRESETS", "Group", "example", "model_options", "open_pipeline", "read_config"]
+__all__ = [
+    "EXPECTED_ERRORS",
+    "PRESETS",
+    "Group",
+    "check_writable",
+    "example",
+    "model_options",
+    "open_pipeline",
+    "read_config",
+]
 
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Names of --dtype and of torch."""
 
 # Errors caused by input or machine. Others are bugs and keep their tracebacks.
 EXPECTED_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, MemoryError)
@@ -35,7 +49,9 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning  # type: ignore[assignment]
+                return super().invoke(ctx)
         except click.exceptions.Exit:  # --help and --version; click derives it from RuntimeError
             raise
         except click.Abort:
@@ -47,9 +63,27 @@ class Group(click.Group):
             raise click.ClickException(text) from error
 
 
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    click.echo(f"Warning: {printable(' '.join(str(message).split()))}", err=True)
+
+
 def example(*lines: str) -> str:
     """A help epilog that keeps its line breaks."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """That a file can be written to this place, found out before the work for it is done. Raises click.UsageError."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise click.UsageError(f"{option}: expected a file in an existing folder, got {str(path)!r}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise click.UsageError(
+            f"{option}: expected a file in a folder that can be written to, got {str(path)!r}: {error.strerror}"
+        ) from error
 
 
 def model_options(command: Any) -> Any:
@@ -79,6 +113,16 @@ def model_options(command: Any) -> Any:
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="Task plan for a pruning preset (nano has its own).",
         ),
+        click.option(
+            "--device",
+            metavar="DEVICE",
+            help="Where the model runs, as cpu or cuda.  [default: cuda where torch sees a GPU, else cpu]",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(tuple(DTYPES)),
+            help="Of the model's weights.  [default: bf16 on a GPU, fp32 on the CPU]",
+        ),
         click.option("--verbose", "-v", is_flag=True, help="Print what the accelerated model did."),
     ):
         command = option(command)
@@ -104,20 +148,28 @@ def open_pipeline(
     plan_file: Path | None,
     verbose: bool,
     tuned: Path | None = None,
-    device: Any = "cpu",
+    device: Any = None,
+    dtype: str | None = None,
     steps: int | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """A context with a pipeline, accelerated by preset or tuned folder, and its handle (None: dense).
 
+    device: None: a GPU where torch sees one, else the CPU.
+    dtype: a key of `DTYPES`; None: bf16 on a GPU, else fp32.
     steps: grid points of the config, if not passed for every image; None: the config's own.
     """
+    import torch
+
     from ..models.showo2 import Pipeline
+    from ..models.showo2.validate import check_device
     from ..planning.plan import TaskPlan
     from ..runtime.handle import accelerate
 
     if tuned is not None and plan_file is not None:
         raise click.UsageError("--plan: expected none with --tuned, which has its own")
-    pipe = Pipeline.from_pretrained(model, device=device)
+    where = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    weights = getattr(torch, DTYPES[dtype or ("bf16" if where.type == "cuda" else "fp32")])
+    pipe = Pipeline.from_pretrained(model, weights, where)
     if tuned is not None:
         config: FlashUConfig | None = read_config(tuned / "config.json")
         plan: TaskPlan | None = TaskPlan.load(tuned / "plan.safetensors", model=pipe.model)

@@ -31,8 +31,11 @@ def omni_allowed(spans: Tensor, length: int) -> Tensor:
     """
     position = torch.arange(length, device=spans.device)
     start = spans[..., :1]
-    inside = (position >= start) & (position < start + spans[..., 1:])
-    return causal(length, spans.device) | (inside[..., :, None] & inside[..., None, :]).any(dim=1)
+    end = start + spans[..., 1:]
+    inside = (position >= start) & (position < end)
+    # What a token may attend to ends with itself, or with a span that it is in: no [rows, spans, length, length] is needed.
+    ends = torch.where(inside, end, position + 1).amax(dim=1)
+    return position < ends[..., None]
 
 
 def slot_mask(seen: Tensor, slots: int, dtype: torch.dtype) -> Tensor:

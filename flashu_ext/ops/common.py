@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -20,20 +21,71 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # The library registers all ops for every device that it was built for.
 DEVICES = ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("flashu::rms_norm", "CUDA") else ("cpu",)
 
+_KNOWN = (*FLOATING, torch.float64, torch.int32, torch.int64, torch.bool)
+"""Dtypes that the adapters know; the kernels say themselves which of them they take."""
+
+_OTHER_DTYPES = {
+    "acc": "float32 or float64",
+    "count": "int32",
+    "index": "int64",
+    "list": "int32",
+    "norms": "float32 or float64",
+    "start": "int64",
+    "step": "int64",
+}
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def call(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a torch.ops.flashu overload; failed C++ checks raise ValueError, TypeError, IndexError or NotImplementedError."""
+    """Call a torch.ops.flashu overload; failed C++ checks raise ValueError, TypeError, IndexError or NotImplementedError.
+
+    Arguments that torch's dispatcher or its stable ABI refuses are looked for only once they have been refused, so that a
+    call that is right pays nothing.
+    """
     if torch.compiler.is_compiling():
         return op(*args, **kwargs)
     try:
         return op(*args, **kwargs)
     except RuntimeError as error:
-        translated = native.translate(error)
-        if translated is error:
+        named = _misfit(op._schema, args, kwargs) or native.translate(error)
+        if named is error:
             raise
-        raise translated from None
+        raise named from None
+
+
+def _misfit(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
+    """The error for the first argument of a kind that no kernel takes; None if there is none."""
+    given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
+    for argument in schema.arguments:
+        kind, value = str(argument.type), given.get(argument.name, argument.default_value)
+        where = f"{schema.name.removeprefix('flashu::')}: {argument.name}: expected"
+        if kind == "Tensor" or (kind == "Optional[Tensor]" and value is not None):
+            if not isinstance(value, Tensor):
+                return TypeError(f"{where} a tensor, got {type(value).__name__}")
+            if value.layout is not torch.strided or value.is_nested:
+                layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+                return TypeError(f"{where} a dense tensor, got {layout}")
+            if value.dtype not in _KNOWN:
+                return TypeError(f"{where} {_dtypes(argument)}, got {str(value.dtype).removeprefix('torch.')}")
+        elif kind == "int" and not hasattr(value, "__index__"):
+            return TypeError(f"{where} an integer, got {type(value).__name__}")
+        elif kind == "int" and not fits_int64(value):
+            return ValueError(f"{where} an integer of 64 bits, got one of {int(value).bit_length()}")
+        elif kind == "float" and not isinstance(value, numbers.Real):
+            return TypeError(f"{where} a number, got {type(value).__name__}")
+    return None
+
+
+def _dtypes(argument: Any) -> str:
+    """The dtypes of an argument in words."""
+    if argument.name == "index" and argument.alias_info is None:
+        return "int32 or int64"
+    return _OTHER_DTYPES.get(argument.name, "float32, bfloat16 or float16")
+
+
+def fits_int64(number: Any) -> bool:
+    return -(2**63) <= number < 2**63
 
 
 def call_into(packet: Any, *args: Any, out: Tensor | None, **kwargs: Any) -> Tensor:
@@ -54,6 +106,7 @@ def flatten(name: str, numbers: Any, group: int) -> list[int]:
     Raises:
         ValueError: a tuple has another length.
         TypeError: nothing that can be iterated, or an entry is neither an integer nor a tuple of integers.
+        IndexError: a number needs more than 64 bits.
     """
     expected = f"{name}: expected integers or tuples of {group} integers"
     entries = _plain(numbers)
@@ -67,6 +120,8 @@ def flatten(name: str, numbers: Any, group: int) -> list[int]:
         for number in map(_plain, own):
             if not isinstance(number, int) or isinstance(number, bool):
                 raise TypeError(f"{expected}, got {type(number).__name__}")
+            if not fits_int64(number):
+                raise IndexError(f"{name}: expected integers of 64 bits, got one of {number.bit_length()}")
             flat.append(number)
     return flat
 

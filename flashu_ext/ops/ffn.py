@@ -137,11 +137,15 @@ def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
 def _neurons(weight: Tensor, dim: int, runs: Any, index: Any, selection: Selection | None) -> dict[str, Any]:
     """The neurons as arguments of the operators; `dim` is the weight's neuron dimension."""
     if selection is None:
-        numbers = None if index is None else index_tensor(index, weight.device)
+        numbers = None if index is None else index_tensor(index, weight)
         return {"runs": None if runs is None else flatten("runs", runs, 2), "index": numbers}
     if runs is not None or index is not None:
         raise ValueError("selection: expected neither runs nor index with it")
-    if weight.shape[dim] != selection.limit:
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"selection: expected a Selection, got {type(selection).__name__} (Selection.from_runs makes one)"
+        )
+    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[dim] != selection.limit:
         raise ValueError(
             f"selection: expected one of {weight.shape[dim]} neurons as the weights have, got one of {selection.limit}"
         )

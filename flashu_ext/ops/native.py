@@ -26,7 +26,24 @@ def missing() -> list[str]:
         causes.append(
             f"{LIBRARY.name} is not in {PACKAGE} ({where}). Build it with: pip install -e . in the source folder."
         )
+        built = _built_elsewhere()
+        if built is not None:
+            causes.append(
+                f"A built flashu_ext is installed in {built}, but {PACKAGE.parent} comes before it in sys.path: run outside of "
+                "that folder."
+            )
     return causes
+
+
+def _built_elsewhere() -> Path | None:
+    """The folder of another, built copy of this package that a path of sys.path has."""
+    from importlib.metadata import distributions
+
+    for found in distributions(name="flashu_ext"):
+        folder = Path(str(found.locate_file("flashu_ext"))).resolve()
+        if folder != PACKAGE and (folder / LIBRARY.name).is_file():
+            return folder.parent
+    return None
 
 
 @functools.cache

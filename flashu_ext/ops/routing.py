@@ -11,10 +11,13 @@ Source: dynamic layer skipping and value-norm token pruning of FlashU (arXiv 260
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .common import call, call_into, capability, fake, fake_out
+from .selection import index_tensor
 
 _ops = torch.ops.flashu
 
@@ -93,43 +96,43 @@ def select_threshold(
 
 
 @capability()
-def gather_rows(rows: Tensor, index: Tensor, *, out: Tensor | None = None) -> Tensor:
+def gather_rows(rows: Tensor, index: Any, *, out: Tensor | None = None) -> Tensor:
     """rows[index], zeros for an index of -1.
 
     Args:
         rows: [tokens, width] or [batch, tokens, width].
-        index: int32 or int64 [n] or [batch, n], each in [-1, tokens).
+        index: int32 or int64 [n] or [batch, n], each in [-1, tokens): a tensor, a list or an array.
         out: [n, width] or [batch, n, width], shares no memory with rows.
 
     Returns:
         [n, width] or [batch, n, width] in rows' dtype.
     """
-    return call_into(_ops.gather_rows, rows, index, out=out)
+    return call_into(_ops.gather_rows, rows, index_tensor(index, rows), out=out)
 
 
 @capability()
-def scatter_rows_(rows: Tensor, index: Tensor, moved: Tensor) -> Tensor:
+def scatter_rows_(rows: Tensor, index: Any, moved: Tensor) -> Tensor:
     """rows[index] = moved in place; the last of repeated entries wins, entries of -1 are skipped.
 
     Args:
         rows: [tokens, width] or [batch, tokens, width].
-        index: int32 or int64 [n] or [batch, n].
+        index: int32 or int64 [n] or [batch, n]: a tensor, a list or an array.
         moved: [n, width] or [batch, n, width].
 
     Returns:
         rows.
     """
-    call(_ops.scatter_rows_.default, rows, index, moved)
+    call(_ops.scatter_rows_.default, rows, index_tensor(index, rows), moved)
     return rows
 
 
 @capability()
-def scatter_add_rows_(rows: Tensor, index: Tensor, moved: Tensor) -> Tensor:
+def scatter_add_rows_(rows: Tensor, index: Any, moved: Tensor) -> Tensor:
     """rows[index] += moved in place, in order of the entries, each sum rounded; entries of -1 are skipped.
 
     Args and returns: as `scatter_rows_`.
     """
-    call(_ops.scatter_add_rows_.default, rows, index, moved)
+    call(_ops.scatter_add_rows_.default, rows, index_tensor(index, rows), moved)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,9 @@ class Selection:
 
     @classmethod
     def _resolved(cls, count: int, limit: int, device: torch.device | str, **neurons: Any) -> Selection:
+        if isinstance(limit, bool) or not hasattr(limit, "__index__"):
+            raise TypeError(f"limit: expected an integer, got {type(limit).__name__}")
+        limit = operator.index(limit)
         numbers = torch.empty(min(count, max(limit, 0)), dtype=torch.int32, device="cpu")
         block = call(torch.ops.flashu.list_neurons.default, numbers, limit, **neurons)
         if count == 0:
@@ -85,13 +89,13 @@ class Selection:
         return dataclasses.replace(self, list=self.list.to(device))
 
 
-def index_tensor(index: Any, device: torch.device | str = "cpu") -> Tensor:
-    """Neuron numbers as a tensor; a list or array is put on `device`.
+def index_tensor(index: Any, like: Any = None) -> Tensor:
+    """Numbers of neurons or rows as a tensor; a list or array is put on the device of the tensor `like`, or on the CPU.
 
     Raises:
         TypeError: a bool mask, or not integers.
     """
-    numbers = index if isinstance(index, Tensor) else _as_tensor(index, device)
+    numbers = index if isinstance(index, Tensor) else _as_tensor(index, getattr(like, "device", "cpu"))
     if numbers.dtype == torch.bool:
         raise TypeError("index: expected int32 or int64 numbers, got a bool mask (mask.nonzero().flatten() has them)")
     return numbers

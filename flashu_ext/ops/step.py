@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out
+from .common import call, call_into, capability, fake, fake_out, fits_int64
 
 _ops = torch.ops.flashu
 
@@ -37,8 +37,10 @@ def guided_euler_step_(
     Returns:
         latents.
     """
-    if isinstance(step, int):
-        step = torch.tensor(step, dtype=torch.int64, device=latents.device)
+    if not isinstance(step, Tensor) and hasattr(step, "__index__"):
+        if not fits_int64(step):
+            raise IndexError(f"step: expected an integer of 64 bits, got one of {step.bit_length()}")
+        step = torch.tensor(step, dtype=torch.int64, device=getattr(latents, "device", "cpu"))
     call(_ops.guided_euler_step_.default, latents, v, s, dt, step, velocity)
     return latents
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,14 @@ Check = Callable[[str, Any], Any]
 
 def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def whole(value: Any) -> int | None:
+    """An integer as Python's, also NumPy's; None for a bool and for all that is no integer."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def is_real(value: object) -> bool:

@@ -293,7 +293,10 @@ class TaskPlan:
         return replace(self, scores=self.calibration.scores(name), estimator=name)
 
     def check_model(self, model: Any) -> None:
-        """Raise ValueError if the plan was made for another model."""
+        """Raise ValueError if the plan was made for another model, TypeError if it is none."""
+        if isinstance(model, type) or not hasattr(model, "showo"):
+            got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            raise TypeError(f"model: expected a Show-o2 model, got {got}")
         layers = model.showo.model.layers
         shape = (len(layers), layers[0].mlp.down_proj.weight.shape[1])
         if shape != (self.layers, self.intermediate):

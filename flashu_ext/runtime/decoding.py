@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from ..models.masks import additive
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..ops.kernel_sets import KernelSet
-from .answer_memory import ANSWER_STEP, AnswerMemory, GrowingMemory, layer_of
+from .answer_memory import ANSWER_STEP, AnswerMemory, Buffers, GrowingMemory, layer_of
 from .graphs import GraphCache
 from .memory import MemoryPool
 from .modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
@@ -85,8 +85,7 @@ class _GrowingPass:
 
     def reserve(self) -> None:
         """Make room for the next token. A longer answer is a copy, so the cache stays as it is for the next question."""
-        free = min(buffer.shape[4] - end for buffer, end in zip(self.buffers, self.ends, strict=True)) - self.count
-        if free < 1:
+        if _room(self.buffers, self.ends) - self.count < 1:
             more = max(ANSWER_STEP, self.count)
             first, second = (pad(buffer, (0, 0, 0, more)) for buffer in self.buffers)
             self.buffers = (first, second)
@@ -180,10 +179,10 @@ class Decoder:
 
     def _run_growing(self, cache: PromptCache, request: AnswerRequest, token: Tensor, answers: _Answers) -> None:
         dtype = cache.buffers[0].dtype
-        masks = [
-            None if bool(allowed.all()) else additive(allowed, dtype)
-            for allowed in _visible(cache, request.max_new_tokens - 1)
-        ]
+        room = _room(
+            cache.buffers, cache.ends
+        )  # not `max_new_tokens`, which may be any number: masks grow with the buffers
+        masks = [None if bool(allowed.all()) else additive(allowed, dtype) for allowed in _visible(cache, room)]
         attention = _GrowingPass(cache, masks, self.kernels)
         readback = Readback()
         live = list(answers.live)
@@ -294,6 +293,11 @@ class Decoder:
         memory.logits.copy_(self.parts.lm_head(hidden))
         memory.slots += 1
         memory.position += 1
+
+
+def _room(buffers: Buffers, ends: Sequence[int]) -> int:
+    """Slots for an answer's tokens that both buffers have."""
+    return min(buffer.shape[4] - end for buffer, end in zip(buffers, ends, strict=True))
 
 
 def _visible(cache: PromptCache, answer_slots: int) -> list[Tensor]:

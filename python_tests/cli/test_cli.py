@@ -68,6 +68,9 @@ def test_version() -> None:
         ("generate",),
         ("generate", "a circle", "--steps", "many"),
         ("generate", "a circle", "-o", "/no/such/folder/out.png"),
+        ("generate", "a circle", "-o", "/proc/out.png"),
+        ("calibrate", "nano", "--out", "/proc/plan.safetensors"),
+        ("generate", "a circle", "--dtype", "int8"),
         ("answer", "/no/such/image.png", "what colour is it?"),
         ("calibrate", "nano", "--data", "/no/such/folder"),
         ("calibrate", "nano", "--out", "/no/such/folder/plan.safetensors"),
@@ -109,6 +112,52 @@ def test_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.output.count("\n") == 1 and "absent" in result.output
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashu_ext.cli.generate.open_pipeline", None)
+    result = run("generate", "a circle", "-o", "/proc/out.png")
+    assert result.exit_code == 2 and "--output: expected a file in a folder that can be written to" in result.output
+
+
+def test_a_cut_prompt_is_one_line(tmp_path: Path) -> None:
+    result = run("generate", "a " * 100, "--steps", "2", "-o", str(tmp_path / "out.png"))
+    assert result.exit_code == 0
+    assert [line for line in result.output.splitlines() if line.startswith("Warning: prompts[0]: cut to the first")]
+    assert "UserWarning" not in result.output
+
+
+@pytest.mark.parametrize("command", ["generate", "answer"])
+def test_device_and_dtype_are_chosen(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from flashu_ext.models.showo2 import Pipeline
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    image = tmp_path / "image.png"
+    pytest.importorskip("PIL.Image").new("RGB", (48, 48), "red").save(image)
+    own = {
+        "generate": ("generate", "a circle", "--steps", "2", "-o", str(tmp_path / "out.png")),
+        "answer": ("answer", str(image), "what color is the circle?", "--max-new-tokens", "1"),
+    }[command]
+    seen = []
+    load = Pipeline.from_pretrained
+
+    def recorded(*arguments):
+        pipe = load(*arguments)
+        weight = pipe.model.showo.model.embed_tokens.weight
+        seen.append((weight.device.type, weight.dtype))
+        return pipe
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", recorded)
+    for more in ([], ["--device", "cpu"], ["--dtype", "bf16"]):
+        result = run(*own, *more)
+        assert result.exit_code == 0, result.output
+    assert seen == [("cpu", torch.float32), ("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    for device in ("gpu", "cuda"):
+        result = run(*own, "--device", device)
+        assert result.exit_code == 1 and result.output.startswith("Error: device: expected"), result.output
+    shown = run(command, "--help").output
+    assert "--device" in shown and "--dtype [fp32|bf16|fp16]" in shown
 
 
 def test_answers_are_sampled_as_asked(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def test_wrong_requests_are_named_and_the_next_one_works(url: str) -> None:
         ("generate", {"prompt": "a red circle", "seed": -1}, "seed: "),
         ("generate", {"prompt": "a red circle", "seed": "1"}, "seed: "),
         ("generate", {"prompt": 3}, "prompt: "),
+        ("generate", {"prompt": "a", "steps": 2}, "'steps': unknown field; expected prompt, seed"),
+        ("answer", {"image": "", "question": "?", "x" * 999: 1}, ": unknown field; expected image, question"),
         ("answer", {"image": "no base64!", "question": "?"}, "image: expected base64"),
         ("answer", {"image": 3, "question": "?"}, "image: expected a string of base64, got int"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.guard import Guarded
@@ -179,6 +180,70 @@ def test_a_wrong_tensor_is_named_and_nothing_is_written(case: OpCase, name: str)
             if tensor.device.type != "meta":
                 assert torch.equal(tensor, before[n]), f"{kind}: {n} was written"
         assert same(outcome(case, case.make(torch.float32)), expected), "the next valid call is affected"
+
+
+def _no_tensors(tensor: Tensor) -> dict[str, tuple[Any, str]]:
+    """What is given in place of a tensor, and what the error says that it got."""
+    return {
+        "nothing": (None, "a tensor.*got NoneType"),
+        "list": (tensor.tolist() if tensor.dim() else [3], "a tensor, got list"),
+        "array": (np.ones((2000, 100)), "a tensor, got ndarray"),
+        "text": ("x", "a tensor.*got str"),
+        "sparse": (tensor.to_sparse(), "a dense tensor, got layout torch.sparse_coo"),
+        "short": (tensor.to(torch.int16), "(float32|int64|int32 or int64).*, got int16"),
+    }
+
+
+@pytest.mark.parametrize(("case", "name"), TENSOR_ARGUMENTS, ids=lambda x: x if isinstance(x, str) else repr(x))
+def test_what_is_no_tensor_is_named_in_a_short_error(case: OpCase, name: str):
+    """torch's own errors hold the argument's contents, or every backend that there is."""
+    optional = {a.name for a in case.overload._schema.arguments if str(a.type) == "Optional[Tensor]"}
+    for kind, (bad, message) in _no_tensors(case.make(torch.float32)[name]).items():
+        arguments = {**case.make(torch.float32), name: bad}
+        if (kind == "nothing" and name in optional) or (name in ("index", "step") and kind in ("list", "array")):
+            continue
+        before = {n: t.clone() for n, t in given(arguments).items()}
+        with pytest.raises(TypeError, match=f"{name}: expected {message}") as raised:
+            case.function(**arguments)
+        assert len(str(raised.value)) < 120, kind
+        assert all(torch.equal(t.to_dense(), before[n].to_dense()) for n, t in given(arguments).items()), kind
+    assert outcome(case, case.make(torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: ops.rms_norm(x, x[0], "a"), "rms_norm: eps: expected a number, got str"),
+        (lambda x: ops.select_topk(x, 2.5), "select_topk: k: expected an integer, got float"),
+        (lambda x: ops.select_topk(x, 2**70), "select_topk: k: expected an integer of 64 bits, got one of 71"),
+        (lambda x: ops.select_topk(x, 1, index=[1], count=[1]), "select_topk: index: expected a tensor, got list"),
+        (lambda x: ops.rms_norm(x, x[0], 1e-6, out=x.numpy()), "rms_norm: out: expected a tensor, got ndarray"),
+        (lambda x: ops.feature_delta(x, x, out=x.to_sparse()), "feature_delta: out: expected a dense tensor"),
+        (lambda x: ops.gathered_ffn(x, x, x, x, selection=[(0, 4)]), "selection: expected a Selection, got list"),
+        (
+            lambda x: ops.gathered_ffn(x, x, x, x, runs=[(2**63, 4)]),
+            "runs: expected integers of 64 bits, got one of 64",
+        ),
+        (lambda x: ops.gathered_ffn(x, [1], x, x, index=[0]), "gathered_ffn: w_gate: expected a tensor, got list"),
+    ],
+)
+def test_other_wrong_kinds_are_named(call: Any, message: str):
+    with pytest.raises((TypeError, ValueError, IndexError), match=message):
+        call(torch.ones(4, 4))
+
+
+def test_rows_are_moved_by_lists_and_arrays_too():
+    rows, numbers = torch.randn(5, 8), [3, 0, -1]
+    expected = ops.gather_rows(rows, torch.tensor(numbers))
+    for index in (numbers, np.array(numbers), np.array(numbers, dtype=np.int32)):
+        assert torch.equal(ops.gather_rows(rows, index), expected)
+        for scatter in (ops.scatter_rows_, ops.scatter_add_rows_):
+            mine, theirs = rows.clone(), rows.clone()
+            assert torch.equal(scatter(mine, index, expected), scatter(theirs, torch.tensor(numbers), expected))
+    with pytest.raises(TypeError, match="gather_rows: index: expected int32 or int64, got float64"):
+        ops.gather_rows(rows, np.ones(3))
+    with pytest.raises(TypeError, match="index: expected a tensor or a list of integers, got str"):
+        ops.gather_rows(rows, "ab")
 
 
 def _copies(case: OpCase, arguments: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,24 @@ with FakeTensorMode():
 
 def test_torch_is_not_imported_by_us():
     assert python("import sys, flashu_ext; print('torch' in sys.modules)").strip() == "False"
+
+
+def test_a_source_folder_before_a_built_copy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from flashu_ext.ops import native
+
+    source, site = tmp_path / "source" / "flashu_ext", tmp_path / "site"
+    for folder in (source, site / "flashu_ext", site / "flashu_ext-0.1.0.dist-info"):
+        folder.mkdir(parents=True)
+    (site / "flashu_ext-0.1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: flashu_ext\nVersion: 0.1.0\n"
+    )
+    monkeypatch.setattr(native, "PACKAGE", source)
+    monkeypatch.setattr(native, "LIBRARY", source / native.LIBRARY.name)
+    monkeypatch.setattr(sys, "path", [str(source.parent), str(site)])
+    assert len(native.missing()) == 1  # the copy is not built either
+    (site / "flashu_ext" / native.LIBRARY.name).touch()
+    said = native.missing()[1]
+    assert f"A built flashu_ext is installed in {site}, but {source.parent} comes before it" in said
 
 
 MISSING = """

@@ -75,6 +75,22 @@ def test_a_gpu_for_each_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Ranks(3, 4, 3).device() == torch.device("cpu")
 
 
+def test_each_rank_draws_on_the_gpu_of_its_number_or_as_asked(monkeypatch):
+    from click import UsageError
+
+    from flashu_ext.cli.generate import _device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for asked, device in ((None, "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu")):
+        assert _device(Ranks(1, 2, 1), {"device": asked}) == torch.device(device)
+    assert _device(Ranks(), {"device": "cuda:1"}) == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"device: expected a GPU in \[0, 2\), got 'cuda:2'"):
+        _device(Ranks(), {"device": "cuda:2"})
+    with pytest.raises(UsageError, match="--device: expected cuda or cpu on 2 ranks, got 'cuda:0'"):
+        _device(Ranks(1, 2, 1), {"device": "cuda:0"})
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 8])
 @pytest.mark.parametrize("world", [1, 2, 3, 9])
 def test_shards_have_every_item_once(count: int, world: int) -> None:

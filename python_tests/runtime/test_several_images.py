@@ -13,9 +13,11 @@ from support.answers import decoded, oracle
 from support.conformance import relative
 from support.models import GRID, VOCABULARY, small_model
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashu_ext as fx
 from flashu_ext.models.embedding import embed_image
+from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.parts import Showo2Parts
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
 from flashu_ext.models.showo2.understanding import prompt_embeds
@@ -193,6 +195,51 @@ def test_wrong_images_are_named(images: Any, error: type, message: str, accelera
     assert torch.equal(answer_tokens(model, **good, max_new_tokens=2), expected)
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_question_longer_than_the_models_positions_is_named(accelerated: bool) -> None:
+    model, asked = small_model(), ask([0, 1])
+    length = prompt_embeds(model, **asked)[0].shape[1]
+    if accelerated:
+        fx.accelerate(model)
+    model.showo.config.max_position_embeddings = length
+    expected = answer_tokens(model, **asked, max_new_tokens=2)
+    model.showo.config.max_position_embeddings = length - 1
+    with pytest.raises(ValueError, match=f"at most {length - 1} tokens.*got {length} of 2 images"):
+        answer_tokens(model, **asked, max_new_tokens=2)
+    model.showo.config.max_position_embeddings = length
+    assert torch.equal(answer_tokens(model, **asked, max_new_tokens=2), expected)
+
+
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6)), min_size=1, max_size=4), st.integers(1, 12))
+def test_the_mask_is_that_of_its_spans(spans: list[tuple[int, int]], length: int) -> None:
+    """Also of spans that overlap, are empty or end outside."""
+    allowed = omni_allowed(torch.tensor([spans]), length)[0]
+    for i in range(length):
+        for j in range(length):
+            together = any(start <= i < start + count and start <= j < start + count for start, count in spans)
+            assert bool(allowed[i, j]) == (j <= i or together)
+
+
+def test_the_mask_of_many_images_needs_no_cube() -> None:
+    spans = torch.arange(0, 3000, 10)[:, None] + torch.tensor([0, 9])
+    spans[:, 1] = 9
+    with Largest() as largest:
+        omni_allowed(spans[None], 3000)
+    assert largest.elements <= 3000 * 3000
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
 def test_a_wrong_image_of_a_batch_is_named() -> None:
     model, asked = small_model(), [ask([0, 1]), ask([2])]
     for images, message in (
@@ -226,9 +273,9 @@ def test_a_pipeline_is_asked_about_lists_of_images(tmp_path: Path) -> None:
         assert pipe.answer_batch([[first, second]], questions, 8) == [expected[1]] * 3
         pieces: list[str] = []
         assert pipe.answer([first, second], question, 8, on_text=pieces.append) == "".join(pieces) == expected[1]
-        with pytest.raises(ValueError, match=r"images\[0\]: expected at least one image, got an empty list"):
+        with pytest.raises(ValueError, match="image: expected at least one image, got an empty list"):
             pipe.answer([], question)
-        with pytest.raises(TypeError, match="image: expected a PIL image, got str"):
+        with pytest.raises(TypeError, match=r"image\[1\]: expected a PIL image, got str"):
             pipe.answer([first, "b.png"], question)  # type: ignore[list-item]
     for name, image in (("a", first), ("b", second)):
         image.save(tmp_path / f"{name}.png")

@@ -354,6 +354,25 @@ def test_answers_that_outgrow_their_memory_are_the_same(monkeypatch, ratio):
             assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
 
 
+@pytest.mark.parametrize("limit", [10**12, 2**63, 2**70])
+def test_any_number_of_new_tokens_may_be_allowed(limit):
+    model, asked = public().model(), batch([ask(1), ask(2, after=9)])
+    first = int(answer_tokens_batch(model, *asked, max_new_tokens=1)[0])
+    expected = answer_tokens_batch(model, *asked, max_new_tokens=3)
+
+    def stop(question: int, token: int) -> None:
+        tokens[question].append(token)
+        if len(tokens[1]) == 3:
+            raise KeyboardInterrupt
+
+    with fx.accelerate(model):
+        tokens: list[list[int]] = [[], []]
+        with pytest.raises(KeyboardInterrupt):
+            answer_tokens_batch(model, *asked, max_new_tokens=limit, on_token=stop)
+        assert tokens == [each.tolist() for each in expected]
+        assert answer_tokens(model, **ask(1), max_new_tokens=limit, eos_token=first).tolist() == [first]
+
+
 def test_no_memory_is_reserved_for_tokens_that_do_not_come():
     model, asked = public().model(), ask(1)
     with fx.accelerate(model) as handle:

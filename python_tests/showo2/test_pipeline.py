@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +101,8 @@ def test_special_tokens_and_layout(tmp_path: Path):
     # Upstream's inference_mmu.py closes the system message, but not the question.
     words = ("<|vision_start|>", "<|vision_end|>", "what", "?", "<|im_start|>", "assistant")
     assert after[0].tolist() == [ids[w] for w in words]
-    long = layout.generation(["red " * 50])
+    with pytest.warns(UserWarning, match=r"prompts\[0\]: cut to the first 7 of its 50 tokens"):
+        long = layout.generation(["red " * 50])
     assert long.text_tokens.shape == (1, 16)  # the prompt is cut to fit the sequence
 
 
@@ -142,7 +146,10 @@ def test_a_checkpoint_draws_other_sizes_than_its_config_names(folder: Path):
     with pipe.accelerate():
         exact = pipe.generate("a red circle", seed=3, steps=3, size=(64, 128))
         assert np.abs(np.asarray(exact).astype(int) - np.asarray(dense).astype(int)).max() <= 1
-    for size, message in ((100, "multiples of 8 pixels, got 100 x 100"), (72, "multiples of 16 pixels, a patch")):
+    for size, message in (
+        (100, "multiples of 16 pixels, a patch of this model, got 100"),
+        (72, "multiples of 16 pixels, a patch"),
+    ):
         with pytest.raises(ValueError, match=f"size: expected {message}"):
             pipe.generate("a red circle", size=size)
 
@@ -329,3 +336,104 @@ def test_bad_input_is_named():
         pipe.answer_batch(image, ["what ?"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="preset"):
         pipe.preset("fastest")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe, image: pipe.generate_batch(["a", "a"], seeds=1), "seeds: expected a list of integers, got int"),
+        (lambda pipe, image: pipe.generate_batch(["a"], seeds="1"), "seeds: expected a list of integers, got str"),
+        (lambda pipe, image: pipe.generate("a", seed=True), "seed: expected an integer"),
+        (lambda pipe, image: pipe.generate("a", seed=np.float64(1)), "seed: expected an integer"),
+        (lambda pipe, image: pipe.generate("a", seed=10**5000), "seed: expected an integer"),
+        (lambda pipe, image: pipe.generate("a", size=10**5000), "size: expected at most"),
+        (lambda pipe, image: pipe.answer([], "what ?"), "^image: expected at least one image, got an empty list"),
+        (lambda pipe, image: pipe.answer([image, np.zeros((8, 8, 3))], "what ?"), r"^image\[1\]: expected a PIL image"),
+        (
+            lambda pipe, image: pipe.answer_batch([image, 3], ["what ?"] * 2),
+            r"^images\[1\]: expected a PIL image, got int",
+        ),
+        (
+            lambda pipe, image: pipe.answer_batch([[image, closed()]], ["what ?"]),
+            r"^images\[0\]\[1\]: expected an image that can be read: .*closed",
+        ),
+        (lambda pipe, image: pipe.answer(image, "what ?", on_text=5), "on_text: expected None or a function, got int"),
+        (lambda pipe, image: pipe.answer_batch([image], ["a"], on_token=5), "on_token: expected None or a function"),
+        (lambda pipe, image: pipe.answer_batch([image], ["a"], seeds=1), "seeds: expected a list of integers, got int"),
+        (
+            lambda pipe, image: pipe.own_plan(None).check_model(fx.showo2.Showo2),
+            "model: expected .* got the class Showo2",
+        ),
+        (lambda pipe, image: pipe.own_plan(None).check_model(pipe), "model: expected a Show-o2 model, got Pipeline"),
+        (lambda pipe, image: sampled(pipe, callback=5), "callback: expected None or a function, got int"),
+        (lambda pipe, image: pipe.answer([image] * 300, "what ?"), "at most 256 tokens.* got .* of 300 images"),
+    ],
+)
+def test_bad_input_is_named_before_work(call: Any, message: str, monkeypatch: pytest.MonkeyPatch):
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    monkeypatch.setattr(pipe.model, "forward", None)
+    monkeypatch.setattr(pipe.model, "mmu_generate", None)
+    with pytest.raises((TypeError, ValueError), match=message) as raised:
+        call(pipe, Image.new("RGB", (8, 8)))
+    assert len(str(raised.value)) < 200
+
+
+def sampled(pipe: Any, **more: Any) -> Any:
+    return fx.showo2.sample(pipe.model, pipe.noise([0]), **vars(pipe.layout.generation(["a"])), steps=2, **more)
+
+
+def closed() -> Image.Image:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    image = Image.open(io.BytesIO(file.getvalue()))
+    image.close()
+    return image
+
+
+def test_integers_of_numpy_are_taken():
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    plain = pipe.generate_batch(["a circle"] * 2, [3, 4], 2, size=48)
+    for seeds in (np.array([3, 4]), [np.int64(3), np.uint8(4)], range(3, 5)):
+        images = pipe.generate_batch(["a circle"] * 2, seeds, 2, size=(np.int64(48), np.int32(48)))
+        assert [image.tobytes() for image in images] == [image.tobytes() for image in plain]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16"}, "dtype: expected None or a floating dtype.*got 'bf16'"),
+        ({"dtype": torch.int8}, "dtype: expected None or a floating dtype.*got torch.int8"),
+        ({"device": "gpu"}, "device: expected one of torch's, as 'cpu' or 'cuda', got 'gpu'"),
+        ({"device": 1.5}, "device: expected one of torch's, as 'cpu' or 'cuda', got 1.5"),
+        ({"device": "cuda"}, "device: expected 'cpu', as torch sees no GPU here, got 'cuda'"),
+    ],
+)
+def test_a_dtype_or_device_that_is_not_there_is_named(
+    folder: Path, options: Any, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("nano", folder):
+        with pytest.raises((TypeError, ValueError), match=message):
+            fx.showo2.Pipeline.from_pretrained(name, **options)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_file_of_a_tokenizer_is_named(tmp_path: Path, name: str):
+    write_tokenizer(tmp_path)
+    (tmp_path / name).write_text('{"version": ')
+    with pytest.raises(ValueError, match=f"{name}: not a tokenizer's file"):
+        load_tokenizer(tmp_path)
+
+
+def test_prompts_that_are_cut_are_said_once_a_call():
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    limit = pipe.layout.max_text_len
+    long = "a " * (limit + 1)
+    with pytest.warns(UserWarning) as warned:
+        pipe.generate_batch(["a", long, long * 2], steps=2)
+    said = rf"prompts\[1\]: cut to the first {limit} of its {limit + 1} tokens.*; 1 more cut too"
+    assert len(warned) == 1 and re.match(said, str(warned[0].message))
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.layout.generation(["a " * limit])

@@ -81,8 +81,7 @@ def load(directory: str | os.PathLike[str], build: Callable[[Showo2Config], M], 
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: expected a folder with a Show-o2 checkpoint")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"dtype: expected None or a floating dtype of {_listed(_DTYPES)}, got {shown(dtype)}")
+    check_dtype(dtype)
     config_path = directory / "config.json"
     if not exists(config_path):
         raise FileNotFoundError(f"{directory}: expected config.json in the checkpoint folder")
@@ -103,6 +102,12 @@ def load(directory: str | os.PathLike[str], build: Callable[[Showo2Config], M], 
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
+
+
+def check_dtype(dtype: Any) -> None:
+    """Of a model's weights. Raises ValueError, naming `dtype`."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected None or a floating dtype of {_listed(_DTYPES)}, got {shown(dtype)}")
 
 
 def save(model: Any, directory: str | os.PathLike[str]) -> None:

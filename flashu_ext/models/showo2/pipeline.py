@@ -18,10 +18,12 @@ from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
 from ...planning.extras import extra
-from ...planning.groups import FfnPruning
-from ...planning.reading import MAX_PIXELS
+from ...planning.groups import FfnPruning, whole
+from ...planning.reading import MAX_PIXELS, shown
 from ...planning.safe_files import atomic_path
 from ..parts import table_side
+from . import validate
+from .checkpoint import check_dtype
 from .codec import ImageCodec, WanCodec
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
@@ -104,9 +106,11 @@ class Pipeline:
 
         Raises:
             FileNotFoundError: a part is missing.
-            ValueError: a file is malformed.
+            ValueError: a file is malformed, `dtype` is none of a model's, or `device` is not there.
             ImportError: an optional package is missing.
         """
+        check_dtype(dtype)
+        device = validate.check_device(device)
         if name in _EMBEDDED:
             return import_module(_EMBEDDED[str(name)]).load_pipeline(dtype, device)
         directory = Path(name)
@@ -217,7 +221,7 @@ class Pipeline:
 
     def noise(self, seeds: Sequence[int], count: int | None = None, size: Size | None = None) -> Tensor:
         """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed; `size` as in `generate`."""
-        self._check_seeds(seeds, len(seeds) if count is None else count, "prompts")
+        seeds = self._seeds(seeds, count, "prompts")
         config = self.model.config
         shape = (config.image_latent_dim, *(patches * config.patch_size for patches in self.grid(size)))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -240,12 +244,12 @@ class Pipeline:
             raise TypeError(
                 f"codec: expected a method latent_size where a size is asked for, got {type(self.codec).__name__}"
             )
-        latents, patch = self.codec.latent_size(height, width), config.patch_size
-        if any(length % patch for length in latents):
-            least = height // latents[0] * patch
+        least, patch = self._patch_pixels(), config.patch_size
+        if least and (height % least or width % least):
             raise ValueError(
                 f"size: expected multiples of {least} pixels, a patch of this model, got {height} x {width}"
             )
+        latents = self.codec.latent_size(height, width)
         grid = (latents[0] // patch, latents[1] // patch)
         if grid != own and table_side(self.model) is None:
             raise ValueError(
@@ -260,6 +264,15 @@ class Pipeline:
             )
         return grid
 
+    def _patch_pixels(self) -> int | None:
+        """The side of a patch in pixels; None for a codec whose latents do not lie as the pixels do."""
+        config: Any = self.model.config
+        try:
+            height, width = self.codec.latent_size(self.pixels, self.pixels)
+        except ValueError:
+            return None
+        return self.pixels // height * config.patch_size if height == width else None
+
     def _layout_of(self, grid: tuple[int, int]) -> PromptLayout:
         """The layout of prompts whose images have this grid."""
         config = self.model.config
@@ -268,12 +281,23 @@ class Pipeline:
         return self.layout.with_image_tokens(grid[0] * grid[1] + (1 if config.add_time_embeds else 0))
 
     @staticmethod
-    def _check_seeds(seeds: Sequence[int], count: int, what: str) -> None:
-        if len(seeds) != count:
-            raise ValueError(f"seeds: expected one for each of {count} {what}, got {len(seeds)}")
-        for seed in seeds:
-            if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-                raise ValueError(f"seed: expected an integer in [0, 2^63), got {seed!r}")
+    def _seeds(seeds: Any, count: int | None, what: str) -> list[int]:
+        """Seeds as integers of Python, `count` of them. Raises TypeError or ValueError."""
+        try:
+            given = None if isinstance(seeds, (str, bytes)) else list(seeds)
+        except TypeError:
+            given = None
+        if given is None:
+            raise TypeError(f"seeds: expected a list of integers, got {type(seeds).__name__}")
+        if count is not None and len(given) != count:
+            raise ValueError(f"seeds: expected one for each of {count} {what}, got {len(given)}")
+        numbers = []
+        for seed in given:
+            number = whole(seed)
+            if number is None or not 0 <= number < 2**63:
+                raise ValueError(f"seed: expected an integer in [0, 2^63), got {shown(seed)}")
+            numbers.append(number)
+        return numbers
 
     # ---- understanding
 
@@ -302,9 +326,10 @@ class Pipeline:
             TypeError, ValueError: an argument is wrong; it is named.
         """
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        seeds = None if seed is None else [seed]
+        sampling["seeds"] = None if seed is None else [seed]
+        validate.check_callback("on_text", on_text)
         if on_text is None:
-            return self.answer_batch([image], [question], max_new_tokens, seeds=seeds, **sampling)[0]
+            return self._answers({"image": image}, [question], max_new_tokens, **sampling)[0]
         tokens: list[int] = []
         given = ""
 
@@ -316,7 +341,7 @@ class Pipeline:
             if text:
                 on_text(text)
 
-        answer = self.answer_batch([image], [question], max_new_tokens, seeds=seeds, on_token=on_token, **sampling)[0]
+        answer = self._answers({"image": image}, [question], max_new_tokens, on_token=on_token, **sampling)[0]
         if answer != given and answer.startswith(given):
             on_text(answer[len(given) :])
         return answer
@@ -350,35 +375,54 @@ class Pipeline:
                 f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}; several images of one "
                 "question are a list of their own"
             )
+        named = {f"images[{row}]": entry for row, entry in enumerate(images)}
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seeds": seeds}
+        return self._answers(named, questions, max_new_tokens, on_token=on_token, **sampling)
+
+    def _answers(
+        self,
+        images: dict[str, Any],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        seeds: Any,
+        on_token: Callable[[int, int], None] | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """images: the name of each entry, for messages, and the entry."""
+        validate.check_callback("on_token", on_token)
         generators = None
         if seeds is not None:
-            self._check_seeds(seeds, len(questions), "questions")
-            generators = [torch.Generator(self._device).manual_seed(seed) for seed in seeds]
+            numbers = self._seeds(seeds, len(questions), "questions")
+            generators = [torch.Generator(self._device).manual_seed(number) for number in numbers]
         rows = [self.layout.question(question, self._device) for question in questions]
         answers = answer_tokens_batch(
             self.model,
-            [self._encoded(entry, f"images[{row}]") for row, entry in enumerate(images)],
+            [self._encoded(entry, name) for name, entry in images.items()],
             [before for before, _ in rows],
             [after for _, after in rows],
             max_new_tokens=max_new_tokens,
             eos_token=self.layout.eos,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
             generators=generators,
             on_token=on_token,
+            **sampling,
         )
         return [self.layout.answer(tokens) for tokens in answers]
 
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""
-        return self.codec.encode(_from_pil(image, self.pixels).to(self._device))
+        return self.codec.encode(_from_pil(image, self.pixels, "image").to(self._device))
 
     def _encoded(self, images: Any, name: str) -> list[Tensor]:
-        """Latents of the images of a question. Raises ValueError for an empty list."""
-        if isinstance(images, (list, tuple)) and not images:
+        """Latents of the images of a question, all of which are checked first. Raises TypeError or ValueError."""
+        if not isinstance(images, (list, tuple)):
+            images, names = [images], [name]
+        elif images:
+            names = [f"{name}[{index}]" for index in range(len(images))]
+        else:
             raise ValueError(f"{name}: expected at least one image, got an empty list")
-        return [self.encode(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+        pixels = [_from_pil(image, self.pixels, own) for image, own in zip(images, names, strict=True)]
+        return [self.codec.encode(each.to(self._device)) for each in pixels]
 
     # ---- acceleration
 
@@ -412,12 +456,15 @@ class Pipeline:
 
 def _pixels(size: Any) -> tuple[int, int]:
     """(height, width) of a size in pixels. Raises TypeError or ValueError."""
-    sides = list(size) if isinstance(size, (tuple, list)) else [size, size]
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in sides):
-        raise TypeError(f"size: expected pixels, an integer or (height, width), got {size!r:.80}")
-    height, width = sides
+    sides = [whole(side) for side in (size if isinstance(size, (tuple, list)) else [size, size])]
+    numbers = [side for side in sides if side is not None]
+    if len(sides) != 2 or len(numbers) != 2:
+        raise TypeError(f"size: expected pixels, an integer or (height, width), got {shown(size, 80)}")
+    height, width = numbers
     if height < 1 or width < 1:
-        raise ValueError(f"size: expected at least one pixel, got {height} x {width}")
+        raise ValueError(f"size: expected at least one pixel, got {shown(height)} x {shown(width)}")
+    if max(height, width) > MAX_PIXELS:
+        raise ValueError(f"size: expected at most {MAX_PIXELS} pixels a side, got {shown(height)} x {shown(width)}")
     return height, width
 
 
@@ -430,24 +477,29 @@ def _to_pil(image: Tensor) -> Image:
     return images.fromarray(pixels.numpy())
 
 
-def _from_pil(image: Image, side: int) -> Tensor:
-    """PIL image -> [1, 3, side, side] in [-1, 1]."""
+def _from_pil(image: Image, side: int, name: str) -> Tensor:
+    """PIL image -> [1, 3, side, side] in [-1, 1]. Raises TypeError or ValueError, naming it."""
     import numpy as np
 
     with extra("showo2"):
         from PIL import Image as images
 
     if not isinstance(image, images.Image):
-        raise TypeError(f"image: expected a PIL image, got {type(image).__name__}")
-    image = image.convert("RGB")
+        raise TypeError(f"{name}: expected a PIL image, got {type(image).__name__}")
+    try:
+        image = image.convert("RGB")
+    except (
+        Exception
+    ) as error:  # damaged files end in errors of all kinds; a closed one in an AttributeError or ValueError
+        raise ValueError(f"{name}: expected an image that can be read: {error}") from error
     width, height = image.size
     if width < 1 or height < 1:
-        raise ValueError(f"image: expected at least one pixel, got {width} x {height}")
+        raise ValueError(f"{name}: expected at least one pixel, got {width} x {height}")
     if (width, height) != (side, side):
         scale = side / min(width, height)
         width, height = max(side, int(width * scale)), max(side, int(height * scale))
         if width * height > MAX_PIXELS:
-            raise ValueError(f"image: expected sides of a like length, got {image.size[0]} x {image.size[1]}")
+            raise ValueError(f"{name}: expected sides of a like length, got {image.size[0]} x {image.size[1]}")
         image = image.resize((width, height), images.Resampling.BICUBIC)
         left, top = round((width - side) / 2), round((height - side) / 2)
         image = image.crop((left, top, left + side, top + side))

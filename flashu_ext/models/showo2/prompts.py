@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...planning.extras import extra
+from ...planning.reading import refusal
 
 __all__ = ["GenerationInputs", "PromptLayout", "load_tokenizer"]
 
@@ -94,6 +97,8 @@ class PromptLayout:
     def generation(self, prompts: Sequence[str], device: torch.device | str = "cpu") -> GenerationInputs:
         """`[bos] prompt [boi] image span [eoi] [eos] [pad...]` for each prompt, and the same without a prompt.
 
+        Prompts of more than `max_text_len` tokens are cut, with a UserWarning.
+
         Raises:
             ValueError: no prompts, or one that is not a string.
 
@@ -101,7 +106,9 @@ class PromptLayout:
         """
         if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r:.100}")
-        rows = [self._row(self.encode(prompt)[: self.max_text_len]) for prompt in prompts]
+        encoded = [self.encode(prompt) for prompt in prompts]
+        self._warn_of_cuts([len(tokens) for tokens in encoded])
+        rows = [self._row(tokens[: self.max_text_len]) for tokens in encoded]
         null, null_offset = self._row([])
         count = len(prompts)
 
@@ -114,6 +121,17 @@ class PromptLayout:
             tensor([[[offset, self.image_tokens]] for _, offset in rows]),
             tensor([[[null_offset, self.image_tokens]]] * count),
         )
+
+    def _warn_of_cuts(self, counts: Sequence[int]) -> None:
+        """One warning for all prompts that do not fit; upstream cuts them without a word."""
+        long = [index for index, count in enumerate(counts) if count > self.max_text_len]
+        if long:
+            more = f"; {len(long) - 1} more cut too" if len(long) > 1 else ""
+            warnings.warn(
+                f"prompts[{long[0]}]: cut to the first {self.max_text_len} of its {counts[long[0]]} tokens, as many as a row has "
+                f"room for{more}",
+                stacklevel=4,
+            )
 
     def _row(self, text: list[int]) -> tuple[list[int], int]:
         span = [self.img_pad] * self.image_tokens
@@ -184,6 +202,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
 
     Raises:
         FileNotFoundError: no tokenizer there; nothing is downloaded.
+        ValueError: a file is malformed; it is named.
     """
     with extra("showo2"):
         from transformers import AutoTokenizer
@@ -191,7 +210,22 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
     path = Path(directory)
     if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise FileNotFoundError(f"{path}: expected tokenizer.json or vocab.json of Qwen2.5")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
+        raise refusal(_malformed(path), f"not a tokenizer's file: {error}") from error
     tokenizer.add_special_tokens({"pad_token": _ADDED[0]})
     tokenizer.add_tokens(list(_ADDED[1:]))
     return tokenizer
+
+
+def _malformed(directory: Path) -> Path:
+    """The first of a tokenizer's files that holds no JSON; the folder if each does."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError, OSError):
+            return path
+    return directory

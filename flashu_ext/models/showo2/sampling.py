@@ -166,6 +166,7 @@ def sample(
         guidance_scale,
         time_shifting_factor,
     )
+    validate.check_callback("callback", callback)
     handle = handle_of(model)
     stepper = handle.stepper(inputs) if handle is not None else DenseStepper(model, inputs)
     return integrate(stepper, callback, return_velocity)

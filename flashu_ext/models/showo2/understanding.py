@@ -97,6 +97,7 @@ def answer_tokens(
     images = images_of(image_latents)
     validate.check_answer_inputs(model, images, tokens_before_image, tokens_after_boi, max_new_tokens, eos_token)
     validate.check_sampling(temperature, top_k, top_p)
+    validate.check_callback("on_token", on_token)
     if generator is not None:
         validate.check_generator("generator", generator, images[0].device)
     sampler = TokenSampler(temperature, top_k, top_p, None if generator is None else [generator])
@@ -161,6 +162,7 @@ def answer_tokens_batch(
     for row, inputs in enumerate(zip(images, befores, afters, strict=True)):
         validate.check_answer_inputs(model, *inputs, max_new_tokens, eos_token, f"[{row}]")
     validate.check_sampling(temperature, top_k, top_p)
+    validate.check_callback("on_token", on_token)
     for row, generator in enumerate(generators or ()):
         validate.check_generator(f"generators[{row}]", generator, images[row][0].device)
     sampler = TokenSampler(temperature, top_k, top_p, generators)

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...planning.reading import shown
 from ..parts import stored_table, table_side
 from ..velocity import Scale, guided
 
 __all__ = [
     "check_answer_inputs",
+    "check_callback",
+    "check_device",
     "check_generator",
     "check_mmu_inputs",
     "check_sample_inputs",
@@ -164,9 +167,11 @@ def check_answer_inputs(
 ) -> None:
     """Inputs of `answer_tokens`: one question and its images. row: its index in a batch, as '[3]', for messages."""
     device = model.showo.model.embed_tokens.weight.device
+    length = 0
     for index, latents in enumerate(images):
         name = f"image_latents{row}" + (f"[{index}]" if len(images) > 1 else "")
-        rows, _ = _latents(name, latents, model, device)
+        rows, patches = _latents(name, latents, model, device)
+        length += patches + (3 if model.config.add_time_embeds else 2)  # with boi and eoi
         if rows != 1:
             raise ValueError(f"{name}: expected one image, got {rows}; several images of one question are a list")
     _tokens(f"tokens_before_image{row}", tokens_before_image, 1, model, device)
@@ -174,6 +179,13 @@ def check_answer_inputs(
     if tokens_after_boi.shape[1] < 2:
         raise ValueError(
             f"tokens_after_boi{row}: expected boi, eoi and a question, got {tokens_after_boi.shape[1]} tokens"
+        )
+    length += tokens_before_image.shape[1] + tokens_after_boi.shape[1] - 2
+    limit = model.showo.config.max_position_embeddings
+    if length > limit:
+        raise ValueError(
+            f"image_latents{row}, tokens_after_boi{row}: expected images and a question of at most {limit} tokens, which this "
+            f"language model has positions for, got {length} of {len(images)} image{'s' if len(images) > 1 else ''}"
         )
     _count("max_new_tokens", max_new_tokens)
     if eos_token is not None and (isinstance(eos_token, bool) or not isinstance(eos_token, int)):
@@ -221,6 +233,27 @@ def check_generator(name: str, value: Any, device: torch.device) -> None:
         raise TypeError(f"{name}: expected a torch.Generator, got {type(value).__name__}")
     if value.device.type != device.type:
         raise ValueError(f"{name}: expected a generator on {device} as the model, got {value.device}")
+
+
+def check_callback(name: str, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected None or a function, got {type(value).__name__}")
+
+
+def check_device(value: Any) -> torch.device:
+    """A device that torch has here. Raises TypeError or ValueError, naming `device`."""
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"device: expected one of torch's, as 'cpu' or 'cuda', got {shown(value)}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError(f"device: expected 'cpu', as torch sees no GPU here, got {shown(value)}")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"device: expected a GPU in [0, {count}), got {shown(value)}")
+    return device
 
 
 def _count(name: str, value: Any) -> None:
