@@ -121,7 +121,7 @@ def model_options(command: Any) -> Any:
         click.option(
             "--dtype",
             type=click.Choice(tuple(DTYPES)),
-            help="Of the model's weights.  [default: bf16 on a GPU, fp32 on the CPU]",
+            help="Of the model's weights.  [default: bf16 on a GPU, the checkpoint's on the CPU]",
         ),
         click.option("--verbose", "-v", is_flag=True, help="Print what the accelerated model did."),
     ):
@@ -155,7 +155,7 @@ def open_pipeline(
     """A context with a pipeline, accelerated by preset or tuned folder, and its handle (None: dense).
 
     device: None: a GPU where torch sees one, else the CPU.
-    dtype: a key of `DTYPES`; None: bf16 on a GPU, else fp32.
+    dtype: a key of `DTYPES`; None: bf16 on a GPU, else the checkpoint's.
     steps: grid points of the config, if not passed for every image; None: the config's own.
     """
     import torch
@@ -168,7 +168,9 @@ def open_pipeline(
     if tuned is not None and plan_file is not None:
         raise click.UsageError("--plan: expected none with --tuned, which has its own")
     where = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    weights = getattr(torch, DTYPES[dtype or ("bf16" if where.type == "cuda" else "fp32")])
+    if dtype is None and where.type == "cuda":
+        dtype = "bf16"
+    weights = None if dtype is None else getattr(torch, DTYPES[dtype])
     pipe = Pipeline.from_pretrained(model, weights, where)
     if tuned is not None:
         config: FlashUConfig | None = read_config(tuned / "config.json")
