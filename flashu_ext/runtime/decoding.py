@@ -179,9 +179,8 @@ class Decoder:
 
     def _run_growing(self, cache: PromptCache, request: AnswerRequest, token: Tensor, answers: _Answers) -> None:
         dtype = cache.buffers[0].dtype
-        room = _room(
-            cache.buffers, cache.ends
-        )  # not `max_new_tokens`, which may be any number: masks grow with the buffers
+        # Not max_new_tokens, which may be any number: masks grow with the buffers.
+        room = _room(cache.buffers, cache.ends)
         masks = [None if bool(allowed.all()) else additive(allowed, dtype) for allowed in _visible(cache, room)]
         attention = _GrowingPass(cache, masks, self.kernels)
         readback = Readback()

@@ -107,7 +107,7 @@ MUTANTS = [
     Mutant("decoding: a token is sampled ahead of the end", "flashu_ext/runtime/decoding.py", "pick.temperature > 0 else 1", "pick.temperature < 0 else 1", RUNNER("samples_advance")),
     Mutant("decoding: positions count the kept tokens", "flashu_ext/runtime/decoding.py", "positions = torch.tensor([[prompt.length]", "positions = torch.tensor([[prompt.slots(prompt.length)]", ANSWERS("masking_the_dropped")),
     Mutant("decoding: captured positions count the kept tokens", "flashu_ext/runtime/decoding.py", "memory.position.copy_(torch.tensor([[prompt.length]", "memory.position.copy_(torch.tensor([[prompt.slots(prompt.length)]", RUNNER("replayed_answers")),
-    Mutant("answers: memory is a slot too small", "flashu_ext/runtime/decoding.py", "if free < 1:", "if free < 0:", ANSWERS("outgrow_their_memory"), quick=True),
+    Mutant("answers: memory is a slot too small", "flashu_ext/runtime/decoding.py", "self.ends) - self.count < 1:", "self.ends) - self.count < 0:", ANSWERS("outgrow_their_memory"), quick=True),
     Mutant("answers: memory of one slot less fits", "flashu_ext/runtime/answer_memory.py", "asked <= mine <=", "asked <= mine + 1 <=", SMALL("capacity_of_captured")),
     Mutant("answers: full memory is a step larger", "flashu_ext/runtime/image_memory.py", "return -(-count // step) * step", "return (count // step + 1) * step", SMALL("capacity_of_captured")),
     Mutant("answers: the caller's picture is kept", "flashu_ext/runtime/understanding.py", "distinct.append(latents.clone())", "distinct.append(latents)", CALLERS("answer_tokens"), quick=True),
