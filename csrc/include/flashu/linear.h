@@ -1,4 +1,5 @@
-/* C API of the linear layer. Every function checks its arguments before touching memory and returns a
+/** @file
+ * C API of the linear layer. Every function checks its arguments before touching memory and returns a
  * flashu_status. */
 #ifndef FLASHU_LINEAR_H
 #define FLASHU_LINEAR_H
@@ -9,33 +10,35 @@
 extern "C" {
 #endif
 
-/* What is applied to a sum before the residual is added. */
+/** What is applied to a sum before the residual is added. */
 typedef enum flashu_epilogue {
-  FLASHU_EPILOGUE_NONE = 0,
-  FLASHU_EPILOGUE_GELU = 1,      /* v (1 + erf(v / sqrt(2))) / 2 */
-  FLASHU_EPILOGUE_GELU_TANH = 2, /* v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))) / 2 */
-  FLASHU_EPILOGUE_SILU = 3       /* v / (1 + e^-v) */
+  FLASHU_EPILOGUE_NONE = 0,      /**< v */
+  FLASHU_EPILOGUE_GELU = 1,      /**< v (1 + erf(v / sqrt(2))) / 2 */
+  FLASHU_EPILOGUE_GELU_TANH = 2, /**< v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))) / 2 */
+  FLASHU_EPILOGUE_SILU = 3       /**< v / (1 + e^-v) */
 } flashu_epilogue;
 
-/* out = epilogue(x weight^T + bias) + residual
+/** Arguments of flashu_linear(). */
+typedef struct flashu_linear_args {
+  uint32_t struct_size;     /**< sizeof this struct */
+  int32_t epilogue;         /**< flashu_epilogue */
+  flashu_tensor x;          /**< [..., K], last stride 1; leading dimensions as rows of one stride */
+  flashu_tensor weight;     /**< [N, K], last stride 1 */
+  flashu_tensor bias;       /**< [N], stride 1, or absent */
+  flashu_tensor residual;   /**< [..., N] as rows like x, or absent */
+  flashu_tensor out;        /**< [..., N] as rows like x; shares no memory with the others */
+  void* workspace;          /**< of at least workspace_bytes, a multiple of 64 */
+  uint64_t workspace_bytes; /**< see flashu_linear_workspace() */
+  void* stream;             /**< CUDA stream; ignored on the CPU */
+} flashu_linear_args;
+/** out = epilogue(x weight^T + bias) + residual
  *
  * Storage types are f32, bf16 or f16, the same for all tensors of a call. Sums are taken in float, in an
  * order that K alone decides, and rounded once at the end: a row's result has the same bits whatever the
  * number of rows and of threads, and whichever row it is (on CUDA in tensors of equal strides and alignment).
  * K = 0 gives epilogue(bias) + residual. */
-typedef struct flashu_linear_args {
-  uint32_t struct_size;
-  int32_t epilogue;       /* flashu_epilogue */
-  flashu_tensor x;        /* [..., K], last stride 1; leading dimensions as rows of one stride */
-  flashu_tensor weight;   /* [N, K], last stride 1 */
-  flashu_tensor bias;     /* [N], stride 1, or absent */
-  flashu_tensor residual; /* [..., N] as rows like x, or absent */
-  flashu_tensor out;      /* [..., N] as rows like x; shares no memory with the others */
-  void* workspace;
-  uint64_t workspace_bytes;
-  void* stream;
-} flashu_linear_args;
 FLASHU_API int32_t flashu_linear(const flashu_linear_args* args);
+/** Bytes of workspace that these arguments need with the present number of threads. */
 FLASHU_API int32_t flashu_linear_workspace(const flashu_linear_args* args, uint64_t* bytes);
 
 #ifdef __cplusplus

@@ -1,4 +1,5 @@
-// C++ API of the linear layer: a typed wrapper over flashu/linear.h that throws flashu::Error.
+/// @file
+/// C++ API of the linear layer: a typed wrapper over flashu/linear.h that throws flashu::Error.
 #pragma once
 
 #include "flashu/flashu.hpp"
@@ -6,9 +7,10 @@
 
 namespace flashu {
 
+/// Arguments of linear(), which fills in struct_size and the workspace.
 using LinearArgs = flashu_linear_args;
 
-// out = epilogue(x weight^T + bias) + residual
+/// out = epilogue(x weight^T + bias) + residual
 inline void linear(const LinearArgs& args) {
   detail::run_with_workspace(args, args.x.device, flashu_linear_workspace, flashu_linear);
 }
