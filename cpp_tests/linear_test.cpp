@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "epilogues.hpp"
 #include "guarded.hpp"
 
 namespace flashu::test {
@@ -14,22 +15,6 @@ template <class T>
 class Linear : public ::testing::Test {};
 using Storage = ::testing::Types<float, bfloat16, float16>;
 TYPED_TEST_SUITE(Linear, Storage);
-
-constexpr flashu_epilogue kAll[] = {FLASHU_EPILOGUE_NONE, FLASHU_EPILOGUE_GELU, FLASHU_EPILOGUE_GELU_TANH,
-                                    FLASHU_EPILOGUE_SILU};
-
-double activation(int32_t epilogue, double v) {
-  switch (epilogue) {
-    case FLASHU_EPILOGUE_GELU:
-      return v * std::erfc(-v / std::sqrt(2.0)) / 2;
-    case FLASHU_EPILOGUE_GELU_TANH:
-      return v * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (v + 0.044715 * v * v * v))) / 2;
-    case FLASHU_EPILOGUE_SILU:
-      return v / (1 + std::exp(-v));
-    default:
-      return v;
-  }
-}
 
 // Every tensor with a stride of its own.
 template <class T>

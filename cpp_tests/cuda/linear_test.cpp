@@ -6,25 +6,10 @@
 
 #include "core/ffn_choice.hpp"
 #include "cuda/support.hpp"
+#include "epilogues.hpp"
 
 namespace flashu::test {
 namespace {
-
-constexpr flashu_epilogue kAll[] = {FLASHU_EPILOGUE_NONE, FLASHU_EPILOGUE_GELU, FLASHU_EPILOGUE_GELU_TANH,
-                                    FLASHU_EPILOGUE_SILU};
-
-double activation(int32_t epilogue, double v) {
-  switch (epilogue) {
-    case FLASHU_EPILOGUE_GELU:
-      return v * std::erfc(-v / std::sqrt(2.0)) / 2;
-    case FLASHU_EPILOGUE_GELU_TANH:
-      return v * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (v + 0.044715 * v * v * v))) / 2;
-    case FLASHU_EPILOGUE_SILU:
-      return v / (1 + std::exp(-v));
-    default:
-      return v;
-  }
-}
 
 template <class T>
 struct Operands {
