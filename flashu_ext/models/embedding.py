@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from .parts import Showo2Parts, position_table
 
-__all__ = ["early_signal", "embed_image", "embed_time", "semantic_features", "with_time_token"]
+__all__ = ["early_signal", "embed_image", "embed_time", "semantic_features", "sinusoids", "with_time_token"]
+
+MAX_PERIOD = 10000
 
 
 def semantic_features(parts: Showo2Parts, latents: Tensor, positions: Tensor) -> Tensor:
@@ -40,6 +44,17 @@ def embed_time(parts: Showo2Parts, t: Tensor) -> tuple[Tensor, Tensor]:
     """t [rows] -> the head's time embedding [rows, head width] and the time token [rows, hidden]."""
     time = parts.time_embed(t, parts.dtype)
     return time, time if parts.time_proj is None else parts.time_proj(time)
+
+
+def sinusoids(t: Tensor, width: int) -> Tensor:
+    """Times [rows] -> fp32 [rows, width]: cosines and sines of t by frequencies from 1 down to 1 / MAX_PERIOD.
+
+    Source: upstream `TimestepEmbedder.timestep_embedding`.
+    """
+    half = width // 2
+    frequency = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequency
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def early_signal(parts: Showo2Parts, latents: Tensor, time_token: Tensor) -> Tensor:

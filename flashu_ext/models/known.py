@@ -21,7 +21,20 @@ from torch.nn.modules import module as torch_module
 from .parts import AttentionShape, Showo2Parts, norm_eps
 from .stamp import COMPUTED, GLOBAL_HOOKS, called_functions, registered_attention
 
-__all__ = ["METHODS", "check_model", "untracked", "why_not_ffn", "why_not_norm"]
+__all__ = [
+    "METHODS",
+    "check_model",
+    "epilogue_of",
+    "untracked",
+    "why_not_attention_kernel",
+    "why_not_chain",
+    "why_not_ffn",
+    "why_not_linear",
+    "why_not_norm",
+    "why_not_patches",
+    "why_not_time",
+    "why_not_vision",
+]
 
 _HEAD = ("flashu_ext.models.showo2.head", "models.modules")
 _QWEN2 = ("transformers.models.qwen2.modeling_qwen2", "models.qwen2")
@@ -37,11 +50,22 @@ _ATTENTIONS = {
 }
 _FINAL = {"FinalLayer": _HEAD}
 _ROPES = {"RotaryEmbedding": _HEAD}
+_PATCHES = {"PatchEmbed": ("flashu_ext.models.showo2.embedders", "models.modules")}
+_TIMES = {"TimestepEmbedder": ("flashu_ext.models.showo2.embedders", "models.modules")}
+_SIGLIP = ("transformers.models.siglip.modeling_siglip", "models.modeling_siglip")
+_VISION = {"SiglipEncoder": _SIGLIP}
+_VISION_LAYERS = {"SiglipEncoderLayer": _SIGLIP}
+_VISION_ATTENTIONS = dict.fromkeys(("SiglipAttention", "SiglipSdpaAttention", "SiglipFlashAttention2"), _SIGLIP)
+_VISION_MLPS = {"SiglipMLP": _SIGLIP}
 _EMBEDDING = {"Embedding": ("torch.nn.modules.sparse",)}
 _LINEAR = {"Linear": ("torch.nn.modules.linear",)}
-_SILU = {
-    "SiLU": ("torch.nn.modules.activation",),
-    "SiLUActivation": ("transformers.activations",),
+_CONVOLUTION = {"Conv2d": ("torch.nn.modules.conv",)}
+_CHAIN = {"Sequential": ("torch.nn.modules.container",)}
+_TORCH_ACTIVATION, _ACTIVATION = ("torch.nn.modules.activation",), ("transformers.activations",)
+_SILU = {"SiLU": _TORCH_ACTIVATION, "SiLUActivation": _ACTIVATION}
+_GELU = {
+    "GELU": _TORCH_ACTIVATION,
+    **dict.fromkeys(("GELUActivation", "GELUTanh", "PytorchGELUTanh"), _ACTIVATION),
 }
 """Class name -> modules that define it; upstream's are matched by the end of their path."""
 
@@ -61,8 +85,12 @@ arguments of its `__init__` by diffusers, and rearranges tensors by einops."""
 _CALLING = ("__call__", "_call_impl")
 """Methods that lead from a call of a module to its forward."""
 
-_COMPUTED = {name: getattr(nn.functional, name) for name in COMPUTED}
-"""As they are when this library is imported."""
+_FUNCTIONS = {
+    name: getattr(nn.functional, name)
+    for name in (*COMPUTED, "gelu", "conv2d", "layer_norm", "scaled_dot_product_attention")
+}
+"""As they are when this library is imported. Where one of `COMPUTED` is replaced, no model is accelerated; where another is,
+the modules that call it run as themselves."""
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Of rotary embeddings whose frequencies do not depend on the sequence's length; upstream's length is not the runtime's."""
@@ -187,6 +215,115 @@ def why_not_norm(norm: Any, like: Tensor) -> str | None:
     return why_replaced(norm, _NORMS) or why_not_weight(norm.weight, tuple(norm.weight.shape), like)
 
 
+def why_not_linear(linear: Any, like: Tensor) -> str | None:
+    """Why the kernel does not compute this linear layer, or None."""
+    if reason := why_replaced(linear, _LINEAR):
+        return reason
+    return why_not_weight(linear.weight, (linear.out_features, linear.in_features), like) or _why_not_bias(linear, like)
+
+
+def _why_not_bias(module: Any, like: Tensor) -> str | None:
+    bias = module.bias
+    if bias is None:
+        return None
+    reason = why_not_weight(bias, tuple(module.weight.shape[:1]), like)
+    return reason and reason.replace("its weight", "its bias")
+
+
+def epilogue_of(activation: Any) -> str | None:
+    """The epilogue of `ops.linear` that computes an activation, or None."""
+    if why_replaced(activation, _SILU) is None:
+        return "silu"
+    if why_replaced(activation, _GELU) is not None or not _is_torch_s("gelu"):
+        return None
+    if type(activation).__name__ == "GELU":
+        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
+    if getattr(activation, "act", nn.functional.gelu) is nn.functional.gelu:
+        return "gelu" if type(activation).__name__ == "GELUActivation" else "gelu_tanh"
+    act = activation.act
+    plain = isinstance(act, functools.partial) and act.func is nn.functional.gelu and not act.args
+    return "gelu_tanh" if plain and act.keywords == {"approximate": "tanh"} else None
+
+
+def _is_torch_s(function: str) -> bool:
+    """Whether nobody has replaced a function of torch.nn.functional."""
+    return getattr(nn.functional, function) is _FUNCTIONS[function]
+
+
+def why_not_attention_kernel() -> str | None:
+    """Why attention runs torch's function: another library's is in its place, which users want; or None."""
+    name = "scaled_dot_product_attention"
+    return None if _is_torch_s(name) else f"torch.nn.functional.{name} is replaced"
+
+
+def why_not_chain(module: Any) -> str | None:
+    """Why a Sequential is called as it is, or None. Its layers may be anything."""
+    return why_replaced(module, _CHAIN)
+
+
+def why_not_patches(embedder: Any, like: Tensor) -> str | None:
+    """Why the kernel does not compute a patch embedding, or None."""
+    if reason := why_replaced(embedder, _PATCHES):
+        return reason
+    convolution, norm = embedder.proj, getattr(embedder, "norm", None)
+    if reason := why_replaced(convolution, _CONVOLUTION):
+        return f"proj {reason}"
+    if not _is_torch_s("conv2d"):
+        return "torch.nn.functional.conv2d is replaced"
+    if norm is not None and (type(norm) is not nn.Identity or why_hooked(norm)):
+        return "has a norm"
+    if not getattr(embedder, "flatten", True):
+        return "does not flatten"
+    plain = convolution.padding in ((0, 0), "valid") and convolution.dilation == (1, 1) and convolution.groups == 1
+    if convolution.kernel_size != convolution.stride or not plain:
+        return "proj is not a convolution of patches side by side"
+    shape = (convolution.out_channels, convolution.in_channels, *convolution.kernel_size)
+    return why_not_weight(convolution.weight, shape, like) or _why_not_bias(convolution, like)
+
+
+def why_not_time(embedder: Any) -> str | None:
+    """Why a time embedding is called as it is, or None."""
+    if reason := why_replaced(embedder, _TIMES) or why_not_chain(embedder.mlp):
+        return reason
+    width = getattr(embedder.mlp[0], "in_features", 1)
+    if "timestep_embedding" in vars(embedder) or getattr(embedder, "frequency_embedding_size", width) != width:
+        return "its sinusoids are others"
+    return "has sinusoids of odd width" if width % 2 else None
+
+
+def why_not_vision(encoder: Any) -> str | None:
+    """Why the image encoder is called as it is, or None. Its linear layers may be anything."""
+    if reason := why_replaced(encoder, _VISION):
+        return reason
+    if not _is_torch_s("layer_norm"):
+        return "torch.nn.functional.layer_norm is replaced"
+    for index, layer in enumerate(encoder.layers):
+        if reason := _why_not_vision_layer(layer):
+            return f"layers.{index}{reason}"
+    return None
+
+
+def _why_not_vision_layer(layer: Any) -> str | None:
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    for name, module, known in (
+        ("", layer, _VISION_LAYERS),
+        (".self_attn", attention, _VISION_ATTENTIONS),
+        (".mlp", mlp, _VISION_MLPS),
+    ):
+        if reason := why_replaced(module, known):
+            return f"{name} {reason}"
+    assert attention is not None and mlp is not None
+    if reason := _why_other_function(attention):
+        return f".self_attn {reason}"
+    if abs(attention.scale * attention.head_dim**0.5 - 1) > 1e-9 or getattr(attention, "is_causal", False):
+        return ".self_attn is scaled or masked in another way"
+    if attention.training and attention.dropout:
+        return f".self_attn is in train mode with dropout {attention.dropout}"
+    if epilogue_of(mlp.activation_fn) is None:
+        return f".mlp has the activation {type(mlp.activation_fn).__qualname__}"
+    return None
+
+
 def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> str | None:
     """Why the attention passes do not compute this module around its projections, or None."""
     reason = why_replaced(attention, _ATTENTIONS)
@@ -195,12 +332,8 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
     scaling = getattr(attention, "scaling", None)
     if scaling is not None and abs(scaling * shape.head_dim**0.5 - 1) > 1e-9:
         return f"its scaling is {scaling}, expected 1 / sqrt({shape.head_dim})"
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    if implementation not in _ATTENTION_FUNCTIONS:
-        return f"its attention function is {implementation!r}"
-    function = registered_attention().get(implementation)
-    if function is not None and not str(getattr(function, "__module__", "")).startswith("transformers."):
-        return f"its attention function {implementation!r} is replaced"
+    if reason := _why_other_function(attention):
+        return reason
     if getattr(attention, "sliding_window", None) is not None:
         return "has a sliding window"
     dropout = getattr(attention, "attention_dropout", 0.0)
@@ -216,6 +349,17 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
         linear = getattr(attention, name)
         if type(linear) is nn.Linear and tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
             return f"{name}'s weight is {list(linear.weight.shape)} {linear.weight.dtype}, packed by a quantizer"
+    return None
+
+
+def _why_other_function(attention: Any) -> str | None:
+    """Why an attention module may call a function that computes something else, or None."""
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation not in _ATTENTION_FUNCTIONS:
+        return f"its attention function is {implementation!r}"
+    function = registered_attention().get(implementation)
+    if function is not None and not str(getattr(function, "__module__", "")).startswith("transformers."):
+        return f"its attention function {implementation!r} is replaced"
     return None
 
 
@@ -245,8 +389,8 @@ def check_model(parts: Showo2Parts) -> None:
             raise TypeError(
                 "model: a hook is registered on all modules (register_module_forward_hook); remove it first"
             )
-    for name, function in _COMPUTED.items():
-        if getattr(nn.functional, name) is not function:
+    for name in COMPUTED:
+        if not _is_torch_s(name):
             raise TypeError(
                 f"model: torch.nn.functional.{name} is replaced, which the kernels compute; put it back first"
             )

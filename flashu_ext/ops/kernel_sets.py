@@ -20,6 +20,8 @@ __all__ = ["FAMILIES", "KernelSet", "resolve"]
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "ffn": ("gathered_ffn",),
+    "linear": ("linear", "linears"),
+    "attention": ("attention",),
     "routing": ("cosine_importance", "value_norms", "select_topk", "gather_rows", "scatter_rows_"),
     "norm": ("rms_norm", "add_rms_norm_", "gate_add_", "rotary_cache_"),
     "step": ("guided_euler_step_", "feature_delta", "taylor_update_", "taylor_predict"),
@@ -37,6 +39,9 @@ class KernelSet:
     """
 
     gathered_ffn: Callable[..., Any]
+    linear: Callable[..., Any]
+    linears: Callable[..., Any]
+    attention: Callable[..., Any]
     cosine_importance: Callable[..., Any]
     value_norms: Callable[..., Any]
     select_topk: Callable[..., Any]
@@ -54,22 +59,26 @@ class KernelSet:
     fallbacks: Mapping[str, str] = field(default_factory=dict)
 
 
-def resolve(config: FlashUConfig, device: torch.device, dtype: torch.dtype) -> KernelSet:
+def resolve(
+    config: FlashUConfig, device: torch.device, dtype: torch.dtype, why_not_attention: str | None = None
+) -> KernelSet:
     """Choose an implementation for every op.
 
     Args:
         config: its `*_kernels` switches turn whole families off.
         device, dtype: of the model's weights.
+        why_not_attention: why attention must run torch's function, or None.
     """
     functions: dict[str, Callable[..., Any]] = {}
     chosen: dict[str, str] = {}
     fallbacks: dict[str, str] = {}
     for family, names in FAMILIES.items():
         for name in names:
-            reason = _why_not(config, family, name, device, dtype)
+            reason = why_not_attention if name == "attention" else None
+            reason = reason or _why_not(config, family, name, device, dtype)
             functions[name] = getattr(ops if reason is None else reference, name)
             chosen[name] = "flashu" if reason is None else "torch"
-            if reason is not None:
+            if reason is not None and reason != "not yet":
                 fallbacks[name] = reason
     return KernelSet(**functions, chosen=chosen, fallbacks=fallbacks)
 
@@ -77,6 +86,10 @@ def resolve(config: FlashUConfig, device: torch.device, dtype: torch.dtype) -> K
 def _why_not(config: FlashUConfig, family: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if not getattr(config.execution, f"{family}_kernels"):
         return f"FlashUConfig.{family}_kernels is False"
+    if name not in ops.OPS:
+        return "not yet"
+    if family == "linear" and device.type == "cuda" and not config.execution.batch_invariant:
+        return "cuBLAS runs; FlashUConfig.batch_invariant takes the kernel"
     if not getattr(ops, name).is_supported(device, dtype):
         return f"no {name} kernel for {dtype} on {device.type} in this build (see flashu-ext info)"
     return None

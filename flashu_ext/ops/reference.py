@@ -145,8 +145,61 @@ def linear(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `flashu_ext.ops.linear`. The GEMM runs in the storage dtype, as in torch."""
-    y = _EPILOGUES[epilogue](F.linear(x, weight, bias))
-    return _into(out, y if residual is None else y + residual)
+    return _into(out, finish_linear(F.linear(x, weight, bias), residual, epilogue))
+
+
+def finish_linear(y: Tensor, residual: Tensor | None, epilogue: str) -> Tensor:
+    """What follows a linear layer that is not on the kernel: activation and residual."""
+    y = _EPILOGUES[epilogue](y)
+    return y if residual is None else y + residual
+
+
+def linears(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None, *, out: Tensor | None = None
+) -> Tensor:
+    """See `flashu_ext.ops.linears`."""
+    pairs = zip(weights, biases or [None] * len(weights), strict=True)
+    return _into(out, torch.cat([F.linear(x, weight, bias) for weight, bias in pairs], dim=-1))
+
+
+# ---- attention
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.attention`.
+
+    The query heads that share a key head are folded into its token axis, so keys and values are never repeated in memory.
+    Adjacent rows of one length are one call, without a mask.
+    """
+    if lengths is not None:
+        counts = lengths.tolist()
+        firsts = [row for row in range(len(counts)) if row == 0 or counts[row] != counts[row - 1]]
+        parts = [
+            attention(query[a:b], key[a:b, :, : counts[a]], value[a:b, :, : counts[a]], mask=_of_rows(mask, a, b))
+            for a, b in zip(firsts, [*firsts[1:], len(counts)], strict=True)
+        ]
+        return _into(out, torch.cat(parts) if len(parts) > 1 else parts[0])
+    rows, heads, n, d = query.shape
+    kv_heads = key.shape[1]
+    folded = query.reshape(rows, kv_heads, heads // kv_heads * n, d)
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        mask = mask.repeat(1, 1, heads // kv_heads, 1) if mask.shape[2] > 1 else mask
+    # Looked up at each call: other libraries replace it in torch, for dense models too.
+    attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
+    return _into(out, attended.view(rows, heads, n, d).transpose(1, 2))
+
+
+def _of_rows(mask: Tensor | None, first: int, last: int) -> Tensor | None:
+    return mask if mask is None or mask.shape[0] == 1 else mask[first:last]
 
 
 # ---- routing

@@ -140,11 +140,14 @@ class FlashUConfig:
     token_prune_score = _Flat("answers", "token_prune_score", "value_norm")
     answer_layer_skip_ratio = _Flat("answers", "layer_skip_ratio", 0.0)
     ffn_kernels = _Flat("execution", "ffn_kernels", True)
+    linear_kernels = _Flat("execution", "linear_kernels", True)
+    attention_kernels = _Flat("execution", "attention_kernels", True)
     routing_kernels = _Flat("execution", "routing_kernels", True)
     norm_kernels = _Flat("execution", "norm_kernels", True)
     step_kernels = _Flat("execution", "step_kernels", True)
     step_graphs = _Flat("execution", "step_graphs", True)
     skip_unit_guidance = _Flat("execution", "skip_unit_guidance", False)
+    batch_invariant = _Flat("execution", "batch_invariant", None)
 
     def __init__(
         self,

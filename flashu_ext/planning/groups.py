@@ -313,16 +313,27 @@ class Execution(_Group):
     """How the same results are computed; only rounding depends on it.
 
     Attributes:
-        ffn_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels of that family; False runs
-            plain torch instead, so that a difference can be bisected.
+        ffn_kernels, linear_kernels, attention_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels
+            of that family; False runs plain torch instead, so that a difference can be bisected.
+        batch_invariant: an image's or an answer's bits do not depend on what else is in its batch, on threads or on what was
+            asked before. None: on the CPU.
         step_graphs: on a GPU, evaluations are captured in CUDA graphs and replayed; False launches every operator each time.
         skip_unit_guidance: an evaluation whose guidance scale is exactly 1 runs the conditional branch alone, as
             v_null + 1 (v - v_null) = v.
     """
 
     ffn_kernels: Switch = True
+    linear_kernels: Switch = True
+    attention_kernels: Switch = True
     routing_kernels: Switch = True
     norm_kernels: Switch = True
     step_kernels: Switch = True
     step_graphs: Switch = True
     skip_unit_guidance: Switch = False
+    batch_invariant: Annotated[
+        bool | None, expect("True, False or None", lambda v: v is None or isinstance(v, bool))
+    ] = None
+
+    def invariant_on(self, device_type: str) -> bool:
+        """`batch_invariant` on a kind of device ('cpu', 'cuda')."""
+        return device_type == "cpu" if self.batch_invariant is None else self.batch_invariant

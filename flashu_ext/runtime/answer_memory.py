@@ -96,7 +96,7 @@ class AnswerMemory(GrowingMemory):
         self.runs = torch.zeros(len(parts.layers), rows, 1, 1, dtype=torch.bool, device=device)
         self.token, self.position = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(2))
         self.slots = torch.zeros(2, dtype=torch.int64, device=device)
-        self.logits = torch.zeros(rows, parts.lm_head.weight.shape[0], dtype=shape.dtype, device=device)
+        self.logits = torch.zeros(rows, parts.lm_head.module.weight.shape[0], dtype=shape.dtype, device=device)
         positions = torch.arange(shape.capacities[0], device=device)[None]
         self.rope = rope_table(parts.llm_rope, positions, shape.dtype)
 

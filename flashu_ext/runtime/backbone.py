@@ -10,7 +10,7 @@ from ..models.embedding import early_signal, embed_image, semantic_features, wit
 from ..models.masks import additive, omni_allowed
 from .head import Head
 from .image_memory import ImageMemory
-from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass, fold_mask
+from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass
 from .modules.decoder_layer import decoder_layer, routed_decoder_layer
 from .network import Network
 from .work import BackboneWork, PrefixWork, Variant, WatchWork
@@ -41,7 +41,7 @@ class Backbone:
         if tokens == 0:
             return
         hidden = self.parts.embed_tokens(memory.text_tokens[:rows, :tokens])
-        attention = CausalPass(tokens, self.parts.llm_attention, memory.prefix(rows)[0], self.kernels)
+        attention = CausalPass(tokens, memory.prefix(rows)[0], self.kernels)
         hidden = self._layers(hidden, attention, self._text_rope(memory, tokens), work.variant)
         self.head.prefix(memory, rows, self.network.final_norm(hidden))
 
@@ -134,7 +134,7 @@ class Backbone:
         x = kernels.scatter_rows_(parts.embed_tokens(memory.text_tokens[:rows]), places, span)
         # All layers share one scratch buffer for keys and values: only the prompt's are stored.
         scratch = x.new_empty(1, 2, rows, length, llm.kv_heads, llm.head_dim).expand(len(parts.layers), *[-1] * 5)
-        mask = fold_mask(additive(omni_allowed(memory.spans[:rows], length)[:, None], x.dtype), llm)
+        mask = additive(omni_allowed(memory.spans[:rows], length)[:, None], x.dtype)
         attention = MaskedPass(mask, scratch, kernels, store=memory.prefix(rows)[0])
         rope = self._text_rope(memory, length)
         of_tokens: list[Tensor] = []

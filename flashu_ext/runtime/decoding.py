@@ -21,7 +21,7 @@ from ..ops.kernel_sets import KernelSet
 from .answer_memory import ANSWER_STEP, AnswerMemory, Buffers, GrowingMemory, layer_of
 from .graphs import GraphCache
 from .memory import MemoryPool
-from .modules.attention import HeadNorms, Rope, attend_folded, rope_table, rotate_into
+from .modules.attention import HeadNorms, Rope, rope_table, rotate_into
 from .modules.decoder_layer import decoder_layer
 from .network import Network
 from .prompt_cache import PromptCache
@@ -70,8 +70,8 @@ class _FixedPass:
         keys, values = layer_of(memory.buffers, split, layer)
         start = memory.slots[region : region + 1]
         cache = (keys.transpose(1, 2), values.transpose(1, 2))
-        folded = rotate_into(self.kernels, query, key, value, rope, norms, *cache, start)
-        return attend_folded(folded, keys, values, 1, memory.masks[region])
+        rotated = rotate_into(self.kernels, query, key, value, rope, norms, *cache, start)
+        return self.kernels.attention(rotated, keys, values, mask=memory.masks[region]).flatten(2)
 
 
 class _GrowingPass:
@@ -104,9 +104,10 @@ class _GrowingPass:
         keys, values = layer_of(self.buffers, self.split, layer)
         slot, mask = self.ends[region] + self.count, self.masks[region]
         new = (each[:, :, slot : slot + 1].transpose(1, 2) for each in (keys, values))
-        folded = rotate_into(self.kernels, query, key, value, rope, norms, *new)
+        rotated = rotate_into(self.kernels, query, key, value, rope, norms, *new)
+        keys, values = keys[:, :, : slot + 1], values[:, :, : slot + 1]
         seen = None if mask is None else mask[..., : slot + 1]
-        return attend_folded(folded, keys[:, :, : slot + 1], values[:, :, : slot + 1], 1, seen)
+        return self.kernels.attention(rotated, keys, values, mask=seen).flatten(2)
 
 
 @dataclass

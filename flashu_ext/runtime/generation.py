@@ -46,6 +46,7 @@ class GenerationEngine:
     """Evaluates the velocity of images in progress. Each image has its own `ImageState`; memory comes from one pool."""
 
     def __init__(self, network: Network, config: FlashUConfig, capture: GraphCapture):
+        self.network = network
         self.parts = network.parts
         self.config = config
         self.layers = config.layers or LayerSkip(0.0, 0)
@@ -118,7 +119,7 @@ class GenerationEngine:
     def _fill_times(self, memory: ImageMemory, t: Tensor) -> None:
         time, token = embed_time(self.parts, t)
         memory.time_token[: t.shape[0]] = token
-        memory.modulation[: t.shape[0]] = modulation_table(self.parts.blocks, self.parts.final_layer, time)
+        memory.modulation[: t.shape[0]] = modulation_table(self.network.modulations, time)
 
     def end(self, state: ImageState) -> None:
         """Release a finished or abandoned image's memory; its record stays."""

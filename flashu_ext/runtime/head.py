@@ -24,7 +24,7 @@ class Head:
     def prefix(self, memory: ImageMemory, rows: int, hidden: Tensor) -> None:
         """The prompt's final hidden states [rows, tokens, hidden], consumed -> its keys and values, in memory."""
         tokens = hidden.shape[1]
-        attention = CausalPass(tokens, self.parts.head_attention, memory.prefix(rows)[1], self.kernels)
+        attention = CausalPass(tokens, memory.prefix(rows)[1], self.kernels)
         rope = (memory.head_text_rope[0][:, :tokens], memory.head_text_rope[1][:, :tokens])
         x = self._input(hidden)
         for index, block in enumerate(self.network.blocks):
@@ -36,7 +36,7 @@ class Head:
         modulation = memory.modulation.index_select(0, memory.time_rows[:rows])
         x = self._predict(memory, work) if work.prediction is not None else self._compute(memory, work, modulation)
         skip = 1 if self.parts.has_time_token else 0
-        memory.velocity[:rows] = final_layer(self.parts.final_layer, self.network.head_norm, x[:, skip:], modulation)
+        memory.velocity[:rows] = final_layer(self.network.head_out, self.network.head_norm, x[:, skip:], modulation)
         if work.stepped:
             latents = memory.latents[: work.stepped]
             self.kernels.guided_euler_step_(

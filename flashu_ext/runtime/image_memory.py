@@ -190,7 +190,7 @@ class ImageMemory:
 
     def groups(self, rows: int) -> int | None:
         """Attention calls that the first `rows` rows need; None where prompt lengths are read on the device."""
-        return None if self.mask is not None else len(self.geometry.first(rows).groups())
+        return None if self.mask is not None else self.geometry.first(rows).groups()
 
     def span_pass(self, cache: Tensor, rows: int, kernels: KernelSet) -> SpanPass:
         """The attention pass for the spans of the first `rows` rows. cache: `llm` or `head`."""

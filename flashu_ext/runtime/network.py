@@ -10,9 +10,12 @@ from ..models.known import why_not_ffn, why_not_norm
 from ..models.parts import Showo2Parts
 from ..ops.kernel_sets import KernelSet
 from ..planning.neurons import NeuronLayout
+from .modules.embedders import PatchEmbedder, TimeEmbedder
 from .modules.ffn import FFN
-from .modules.layer import Layer
+from .modules.layer import Layer, Projections
+from .modules.linear import Chain, Linear, Linears
 from .modules.norm import Norm
+from .modules.vision import VisionEncoder, VisionLayer
 
 __all__ = ["Network"]
 
@@ -21,12 +24,18 @@ __all__ = ["Network"]
 class Network:
     """A model's layers on one set of kernels."""
 
+    source: Showo2Parts
+    """The model's own modules."""
     parts: Showo2Parts
+    """The same, with the runtime's embedders, image encoder and projections in place of the model's: called alike."""
     kernels: KernelSet
     layers: tuple[Layer, ...]
     final_norm: Norm
     blocks: tuple[Layer, ...]
     head_norm: Norm
+    head_out: Linear
+    modulations: tuple[Chain, ...]
+    """The adaLN projections of every block, and of the final layer."""
 
     @classmethod
     def build(cls, parts: Showo2Parts, kernels: KernelSet) -> Network:
@@ -38,15 +47,20 @@ class Network:
 
         def layer(module: Any) -> Layer:
             ffn = FFN(module.mlp, kernels, why_not_ffn(module.mlp, like))
-            return Layer(module.self_attn, norm(module.input_layernorm), norm(module.post_attention_layernorm), ffn)
+            projections = Projections.build(module.self_attn, module.self_attn.o_proj, kernels, like)
+            return Layer(projections, norm(module.input_layernorm), norm(module.post_attention_layernorm), ffn)
 
+        modulated = [each.adaLN_modulation for each in (*parts.blocks, parts.final_layer)]
         return cls(
             parts,
+            _on_kernels(parts, kernels),
             kernels,
             tuple(map(layer, parts.layers)),
             norm(parts.final_norm),
             tuple(map(layer, parts.blocks)),
             norm(parts.final_layer.norm_final),
+            Linear(parts.final_layer.linear, kernels, like),
+            tuple(Chain(each, kernels, like) for each in modulated),
         )
 
     def over(self, layouts: Sequence[NeuronLayout | None]) -> Network:
@@ -60,13 +74,40 @@ class Network:
 
     def run_as_themselves(self) -> dict[str, str]:
         """Path in the model -> why the module is not on a kernel."""
-        return {name: each.why_itself for name, each in self._named() if each.why_itself is not None}
+        names = {module: name for name, module in self.source.model.named_modules()}
+        return {names[each.module]: each.why_itself for each in _all(vars(self)) if each.why_itself is not None}
 
-    def _named(self) -> Iterator[tuple[str, Norm | FFN]]:
-        for stack, layers in (("showo.model.layers", self.layers), ("diffusion_head_a", self.blocks)):
-            for index, layer in enumerate(layers):
-                yield f"{stack}.{index}.input_layernorm", layer.before_attention
-                yield f"{stack}.{index}.post_attention_layernorm", layer.before_ffn
-                yield f"{stack}.{index}.mlp", layer.ffn
-        yield "showo.model.norm", self.final_norm
-        yield "diffusion_head_b.norm_final", self.head_norm
+
+def _on_kernels(parts: Showo2Parts, kernels: KernelSet) -> Showo2Parts:
+    like = parts.embed_tokens.weight
+
+    def linear(module: Any) -> Linear | None:
+        return None if module is None else Linear(module, kernels, like)
+
+    return replace(
+        parts,
+        lm_head=linear(parts.lm_head),
+        patch_und=PatchEmbedder(parts.patch_und, kernels, like),
+        patch_gen=PatchEmbedder(parts.patch_gen, kernels, like),
+        vision=VisionEncoder(parts.vision, kernels, like),
+        fusion=Chain(parts.fusion, kernels, like),
+        time_embed=TimeEmbedder(parts.time_embed, kernels, like),
+        time_proj=linear(parts.time_proj),
+        diff_proj=None if parts.diff_proj is None else Chain(parts.diff_proj, kernels, like),
+    )
+
+
+Itself = Norm | FFN | Linear | Chain | VisionEncoder | PatchEmbedder | TimeEmbedder
+
+
+def _all(inside: Any) -> Iterator[Itself]:
+    """Every part of the network that may run as the model's module."""
+    if isinstance(inside, Itself):
+        yield inside
+    if isinstance(inside, (Layer, VisionLayer, Projections, Linears, Chain, TimeEmbedder, VisionEncoder, Showo2Parts)):
+        inside = vars(inside)
+    if isinstance(inside, dict):
+        inside = tuple(inside.values())
+    if isinstance(inside, (tuple, list)):
+        for each in inside:
+            yield from _all(each)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.autocast import without_autocast
-from ..models.known import check_model, untracked
+from ..models.known import check_model, untracked, why_not_attention_kernel
 from ..models.parts import Showo2Parts
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..models.showo2.sampling import SampleInputs
@@ -130,7 +130,7 @@ class Runner:
         check_model(parts)
         if self.layouts is not None and len(self.layouts) != len(parts.layers):
             raise RuntimeError(f"plan: made for {len(self.layouts)} layers, the model has {len(parts.layers)} now")
-        kernels = resolve(self.config, parts.device, parts.dtype)
+        kernels = resolve(self.config, parts.device, parts.dtype, why_not_attention_kernel())
         network = Network.build(parts, kernels)
         placement = Placement.choose(network, self.layouts or (), self.orders, self.lock)
         self.orders = placement.move(self.orders)
@@ -145,7 +145,7 @@ class Runner:
         if capture is None or capture.device != network.parts.device:
             self.capture = GraphCapture(network.parts.device, self.config.execution.step_graphs)
         self.reset()
-        self.parts, self.network = network.parts, network
+        self.parts, self.network = network.source, network
         self.capture.disabled = f"model.{unknown[0]} may depend on more than its weights" if unknown else None
         self.generation = GenerationEngine(network, self.config, self.capture)
         self.understanding = UnderstandingEngine(network, self.config, self.capture)

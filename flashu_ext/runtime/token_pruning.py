@@ -82,7 +82,7 @@ class TokenPruner:
         """The last token's attention weight on each new token of its prompt, averaged over heads: fp32 [n].
 
         Args:
-            attention: the layer's attention module.
+            attention: the layer's projections.
             normed: [1, n, hidden], the prompt's new tokens.
             rope: their rotary table, [1, n, d].
             before: rotated keys of earlier tokens, [kv_heads, m, d].
@@ -90,10 +90,10 @@ class TokenPruner:
         """
         shape = self.parts.llm_attention
         last = rotate(
-            attention.q_proj(normed[:, -1:]).view(1, 1, shape.heads, shape.head_dim),
+            attention.query(normed[:, -1:]).view(1, 1, shape.heads, shape.head_dim),
             (rope[0][:, -1:], rope[1][:, -1:]),
         )
-        key = rotate(attention.k_proj(normed).view(1, -1, shape.kv_heads, shape.head_dim), rope)
+        key = rotate(attention.query_key.layers[1](normed).view(1, -1, shape.kv_heads, shape.head_dim), rope)
         keys = torch.cat([before, key[0].transpose(0, 1)], dim=1).float()
         query = last.float().view(shape.kv_heads, -1, shape.head_dim)
         logits = (query @ keys.transpose(1, 2)) / shape.head_dim**0.5

@@ -31,7 +31,7 @@ from .answer_memory import ANSWER_STEP, FIXED_TOKENS, AnswerMemory, GrowingMemor
 from .decoding import TASK, AnswerRequest, Decoder, Pick
 from .graphs import GraphCapture
 from .memory import Lease, MemoryPool
-from .modules.attention import HeadNorms, Rope, attend_folded, fold_mask, rope_table, rotate_into
+from .modules.attention import HeadNorms, Rope, rope_table, rotate_into
 from .modules.decoder_layer import decoder_layer, pruning_layer
 from .network import Network
 from .prompt_cache import Prompt, PromptCache, common_prefix
@@ -50,7 +50,7 @@ class _PrefillPass:
     """New tokens of several prompts, concatenated in one row: each attends within its own prompt and its cached prefix."""
 
     def __init__(self, cache: PromptCache, chunks: Sequence[tuple[int, int, Tensor]], kernels: KernelSet):
-        """chunks: (row of the cache, slots filled before, folded mask [1, 1, group * n, filled + n])."""
+        """chunks: (row of the cache, slots filled before, mask [1, 1, n, filled + n])."""
         self.cache = cache
         self.chunks = chunks
         self.kernels = kernels
@@ -65,7 +65,7 @@ class _PrefillPass:
             end = mask.shape[3]
             n = end - start
             new, one = slice(at, at + n), slice(row, row + 1)
-            folded = rotate_into(
+            rotated = rotate_into(
                 self.kernels,
                 query[:, new],
                 key[:, new],
@@ -75,7 +75,8 @@ class _PrefillPass:
                 keys[one, :, start:end].transpose(1, 2),
                 values[one, :, start:end].transpose(1, 2),
             )
-            attended.append(attend_folded(folded, keys[one, :, :end], values[one, :, :end], n, mask))
+            seen = (keys[one, :, :end], values[one, :, :end])
+            attended.append(self.kernels.attention(rotated, *seen, mask=mask).flatten(2))
             at += n
         return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
 
@@ -124,7 +125,7 @@ class _Narrowing:
             reused = kept[:0] if prompt.kept is None else prompt.kept[: prompt.slots(start)]
             prompt.kept = torch.cat([reused, kept])
             allowed = prompt.allowed[kept][:, prompt.kept]
-            mask = fold_mask(additive(allowed, prompt.embeds.dtype)[None, None], self.pruner.parts.llm_attention)
+            mask = additive(allowed, prompt.embeds.dtype)[None, None]
             chunks.append((row, reused.shape[0], mask))
             at = new.stop
         return torch.cat(keep), _PrefillPass(self.cache, chunks, self.pruner.kernels)
@@ -353,7 +354,7 @@ class UnderstandingEngine:
         attention = _PrefillPass(
             cache,
             [
-                (row, start, fold_mask(additive(p.allowed[start:], x.dtype)[None, None], shape))
+                (row, start, additive(p.allowed[start:], x.dtype)[None, None])
                 for p, (row, start) in zip(prompts, chunks, strict=True)
             ],
             kernels,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from ..embedding import sinusoids
+
 __all__ = ["PatchEmbed", "TimestepEmbedder"]
 
-MAX_PERIOD = 10000
 FREQUENCIES = 256
 
 
@@ -33,7 +32,4 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        half = FREQUENCIES // 2
-        frequency = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * frequency
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+        return self.mlp(sinusoids(t, FREQUENCIES).to(dtype))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from ...ops.kernel_sets import KernelSet
 from .attention import AttentionPass, Rope, SpanPass
 from .layer import Layer
 
-__all__ = ["decoder_layer", "project_qkv", "pruning_layer", "routed_decoder_layer"]
+__all__ = ["decoder_layer", "in_heads", "pruning_layer", "routed_decoder_layer"]
 
 Pass = TypeVar("Pass", bound=AttentionPass)
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Pass]]
@@ -20,25 +20,9 @@ Choose = Callable[[Tensor, Tensor], tuple[Tensor, Pass]]
 attention pass."""
 
 
-def project_qkv(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor, Tensor]:
-    """x [rows, n, hidden] -> query [rows, n, heads, d], key and value [rows, n, kv_heads, d], not yet rotated."""
-    query, key = _project_qk(attention, x, shape)
-    return query, key, _project_value(attention, x, shape)
-
-
-def _project_qk(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    query = attention.q_proj(x).view(*x.shape[:2], shape.heads, shape.head_dim)
-    return query, attention.k_proj(x).view(*x.shape[:2], shape.kv_heads, shape.head_dim)
-
-
-def _project_value(attention: Any, x: Tensor, shape: AttentionShape) -> Tensor:
-    value: Tensor = attention.v_proj(x).view(*x.shape[:2], shape.kv_heads, shape.head_dim)
-    return value
-
-
-def _project_kv(attention: Any, x: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    key = attention.k_proj(x).view(*x.shape[:2], shape.kv_heads, shape.head_dim)
-    return key, _project_value(attention, x, shape)
+def in_heads(projected: Sequence[Tensor], shape: AttentionShape) -> Iterator[Tensor]:
+    """Projections [rows, n, heads * d] -> [rows, n, heads, d] each."""
+    return (each.unflatten(-1, (-1, shape.head_dim)) for each in projected)
 
 
 def decoder_layer(
@@ -57,7 +41,7 @@ def decoder_layer(
         task: whose neuron set the FFN uses; None: all neurons.
     """
     normed = layer.before_attention(x)
-    query, key, value = project_qkv(layer.attention, normed, shape)
+    query, key, value = in_heads(layer.attention.query_key_value(normed), shape)
     return _after_attention(layer, x, attention(index, query, key, value, rope), task)
 
 
@@ -77,19 +61,18 @@ def pruning_layer(
     costs one of the layer's seven matrix products.
     """
     normed = layer.before_attention(x)
-    value = layer.attention.v_proj(normed)
-    keep, attention = choose(normed, value.view(*value.shape[:2], shape.kv_heads, shape.head_dim))
+    value = layer.attention.value(normed)
+    keep, attention = choose(normed, *in_heads((value,), shape))
     x, normed, value = (kernels.gather_rows(rows[0], keep)[None] for rows in (x, normed, value))
     rope = (rope[0][:, keep], rope[1][:, keep])
-    query, key = _project_qk(layer.attention, normed, shape)
-    value = value.view(*value.shape[:2], shape.kv_heads, shape.head_dim)
+    query, key, value = in_heads((*layer.attention.query_key(normed), value), shape)
     attended = attention(index, query, key, value, rope)
     return _after_attention(layer, x, attended, task), rope, attention
 
 
 def _after_attention(layer: Layer, x: Tensor, attended: Tensor, task: str | None) -> Tensor:
     """Output projection, residual, norm and FFN; `x` is overwritten."""
-    attended = layer.attention.o_proj(attended)
+    attended = layer.attention.out(attended)
     return layer.ffn(layer.before_ffn.after_adding(attended, x), task, x)
 
 
@@ -114,12 +97,11 @@ def routed_decoder_layer(
         active: int64 [rows, k], the tokens to compute, distinct.
         rope: for all n tokens. The others: as for `decoder_layer`.
     """
-    rows, k = active.shape
     normed = layer.before_attention(x)
-    key, value = _project_kv(layer.attention, normed, shape)
+    key, value = in_heads(layer.attention.key_value(normed), shape)
     residual = kernels.gather_rows(x, active)
-    query = layer.attention.q_proj(kernels.gather_rows(normed, active)).view(rows, k, shape.heads, shape.head_dim)
+    (query,) = in_heads((layer.attention.query(kernels.gather_rows(normed, active)),), shape)
     own = tuple(kernels.gather_rows(table, active) for table in rope)
-    attended = layer.attention.o_proj(attention.routed(index, query, key, value, rope, (own[0], own[1])))
+    attended = layer.attention.out(attention.routed(index, query, key, value, rope, (own[0], own[1])))
     normed = layer.before_ffn.after_adding(attended, residual)
     return kernels.scatter_rows_(x, active, layer.ffn(normed, task, residual))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +10,9 @@ from torch import Tensor
 from ...models.parts import AttentionShape
 from ...ops.kernel_sets import KernelSet
 from .attention import AttentionPass, Rope, head_norms
-from .decoder_layer import project_qkv
+from .decoder_layer import in_heads
 from .layer import Layer
+from .linear import Chain, Linear
 from .norm import Norm
 
 __all__ = ["block_modulation", "final_layer", "head_block", "modulation_table"]
@@ -21,7 +21,7 @@ BLOCK_PARTS, FINAL_PARTS = 6, 2
 """Shift, scale and gate of attention and FFN in a block; shift and scale in the final layer."""
 
 
-def modulation_table(blocks: Sequence[Any], final: Any, time: Tensor) -> Tensor:
+def modulation_table(projections: Sequence[Chain], time: Tensor) -> Tensor:
     """The adaLN projections of every block, and of the final layer, for time embeddings [times, width].
 
     One product per block for all times of an image, so weights are read once per image, not once per evaluation.
@@ -29,7 +29,7 @@ def modulation_table(blocks: Sequence[Any], final: Any, time: Tensor) -> Tensor:
     Returns:
         [times, (6 * blocks + 2) * width].
     """
-    return torch.cat([layer.adaLN_modulation(time) for layer in (*blocks, final)], dim=1)
+    return torch.cat([project(time) for project in projections], dim=1)
 
 
 def block_modulation(modulation: Tensor, index: int, width: int) -> list[Tensor]:
@@ -61,18 +61,18 @@ def head_block(
     shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = parts
 
     normed = block.before_attention(x, shift_attn, scale_attn)
-    query, key, value = project_qkv(block.attention, normed, shape)
-    attended = attention(index, query, key, value, rope, head_norms(block.attention))
-    kernels.gate_add_(x, block.attention.o_proj(attended), gate_attn)
+    query, key, value = in_heads(block.attention.query_key_value(normed), shape)
+    attended = attention(index, query, key, value, rope, head_norms(block.attention.module))
+    kernels.gate_add_(x, block.attention.out(attended), gate_attn)
 
     kernels.gate_add_(x, block.ffn(block.before_ffn(x, shift_ffn, scale_ffn)), gate_ffn)
     return x
 
 
-def final_layer(layer: Any, norm: Norm, x: Tensor, modulation: Tensor) -> Tensor:
+def final_layer(linear: Linear, norm: Norm, x: Tensor, modulation: Tensor) -> Tensor:
     """x [rows, tokens, width], rows of a `modulation_table` -> velocity rows [rows, tokens, patch * patch * channels].
 
     Source: Show-o2 `FinalLayer`.
     """
     shift, scale = modulation[:, -FINAL_PARTS * x.shape[-1] :].chunk(FINAL_PARTS, dim=1)
-    return layer.linear(norm(x, shift, scale))
+    return linear(norm(x, shift, scale))

@@ -5,18 +5,52 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from ...ops.kernel_sets import KernelSet
 from .ffn import FFN
+from .linear import Linear, Linears
 from .norm import Norm
 
-__all__ = ["Layer"]
+__all__ = ["Layer", "Projections"]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The linear layers of an attention. A layer that drops tokens needs some of them for all tokens, others for a few."""
+
+    module: Any
+    """The model's attention."""
+    query: Linear
+    value: Linear
+    out: Linear
+    query_key: Linears
+    key_value: Linears
+    query_key_value: Linears
+
+    @classmethod
+    def build(cls, module: Any, out: Any, kernels: KernelSet, like: Tensor) -> Projections:
+        """Args:
+        out: the output projection, which has a name of its own in every model.
+        like: a weight of the model, for dtype and device.
+        """
+        query, key, value = (Linear(each, kernels, like) for each in (module.q_proj, module.k_proj, module.v_proj))
+        return cls(
+            module,
+            query,
+            value,
+            Linear(out, kernels, like),
+            Linears((query, key), kernels),
+            Linears((key, value), kernels),
+            Linears((query, key, value), kernels),
+        )
 
 
 @dataclass(frozen=True)
 class Layer:
     """A decoder layer of the language model, or a block of the diffusion head."""
 
-    attention: Any
-    """The model's module; the runtime calls its projections."""
+    attention: Projections
     before_attention: Norm
     before_ffn: Norm
     ffn: FFN

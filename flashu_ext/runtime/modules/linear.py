@@ -1,0 +1,106 @@
+"""Linear layers of the model as the runtime runs them: on the kernel, fused with what follows, or as the modules themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models.known import epilogue_of, why_not_chain, why_not_linear, why_not_norm
+from ...ops.kernel_sets import KernelSet
+from ...ops.reference import finish_linear
+from .norm import Norm
+
+__all__ = ["Chain", "Linear", "Linears"]
+
+
+class Linear:
+    """Attributes:
+    module: the model's own.
+    why_itself: why the kernel does not compute this module, which is then called as it is; or None.
+    """
+
+    def __init__(self, module: Any, kernels: KernelSet, like: Tensor):
+        """like: a weight of the model, for dtype and device."""
+        self.module = module
+        self.why_itself = why_not_linear(module, like)
+        self._kernels = kernels
+
+    def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N]: the layer, an activation (`ops.linear`), plus `residual` of that shape where given."""
+        if self.why_itself is None:
+            return self._kernels.linear(x, self.module.weight, self.module.bias, residual, epilogue)
+        return finish_linear(self.module(x), residual, epilogue)
+
+
+class Linears:
+    """Linear layers of the same input, such as the projections to queries, keys and values: one call where all are on the
+    kernel."""
+
+    def __init__(self, layers: Sequence[Linear], kernels: KernelSet):
+        self.layers = layers
+        self._kernels = kernels
+        self._together = kernels.chosen["linears"] == "flashu" and all(layer.why_itself is None for layer in layers)
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., K] -> [..., N] of every layer; they may be columns of one tensor."""
+        if not self._together:
+            return [layer(x) for layer in self.layers]
+        weights = [layer.module.weight for layer in self.layers]
+        out = self._kernels.linears(x, weights, [layer.module.bias for layer in self.layers])
+        return list(out.split([weight.shape[0] for weight in weights], dim=-1))
+
+
+class Chain:
+    """A Sequential, of which every activation after a linear layer is part of that layer's call.
+
+    Attributes:
+        module: the model's own.
+        why_itself: why it is called as it is, or None; its linear layers and norms may have reasons of their own.
+    """
+
+    def __init__(self, module: Any, kernels: KernelSet, like: Tensor):
+        self.module = module
+        self.why_itself = why_not_chain(module)
+        self.layers: list[Linear | Norm] = []
+        self._calls = [module] if self.why_itself is not None else list(self._fused(list(module), kernels, like))
+
+    def _fused(self, modules: list[Any], kernels: KernelSet, like: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        while modules:
+            module = modules.pop(0)
+            if isinstance(module, nn.Linear):
+                linear = Linear(module, kernels, like)
+                self.layers.append(linear)
+                epilogue = epilogue_of(modules[0]) if modules else None
+                if epilogue is None:
+                    yield linear
+                else:
+                    modules.pop(0)
+                    yield _with_epilogue(linear, epilogue)
+            elif type(module).__name__ == "RMSNorm":
+                norm = Norm(module, kernels, why_not_norm(module, like))
+                self.layers.append(norm)
+                yield norm
+            else:
+                yield module if epilogue_of(module) is None else _by_rows(module)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for call in self._calls:
+            x = call(x)
+        return x
+
+
+def _with_epilogue(linear: Linear, epilogue: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: linear(x, epilogue)
+
+
+def _by_rows(activation: Any) -> Callable[[Tensor], Tensor]:
+    """An activation of rows [rows, width], one at a time: torch computes a tensor's last elements, and those at the end of a
+    thread's share, by another function, so bits would depend on the number of rows."""
+
+    def call(x: Tensor) -> Tensor:
+        return torch.stack([activation(row) for row in x]) if x.device.type == "cpu" and len(x) else activation(x)
+
+    return call
