@@ -22,7 +22,9 @@ class AttentionPlan {
   void run(void* workspace, uint64_t bytes) const;
 
  private:
-  bool empty() const { return problem_.rows == 0 || problem_.heads == 0 || problem_.n == 0 || problem_.d == 0; }
+  bool empty() const {
+    return problem_.rows == 0 || problem_.heads == 0 || problem_.n == 0 || problem_.d == 0;
+  }
 
   core::AttentionProblem problem_;
   cpu::AttentionPlan plan_;

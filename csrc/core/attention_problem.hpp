@@ -17,9 +17,9 @@ struct AttentionProblem {
   Heads query, key, value, out;
   const int64_t* lengths;  // of each row, lengths_stride apart, or null: all tokens
   int64_t lengths_stride;
-  const void* mask;                   // of the storage type, or null
-  int64_t mask_row, mask_query;       // strides; 0 where one serves all
-  int64_t mask_queries;               // how many there are, 1 or n
+  const void* mask;              // of the storage type, or null
+  int64_t mask_row, mask_query;  // strides; 0 where one serves all
+  int64_t mask_queries;          // how many there are, 1 or n
 };
 
 }  // namespace flashu::core

@@ -1,4 +1,5 @@
-// Attention on the CPU: tasks of a few panels of queries, which meet the keys of their head block after block.
+// Attention on the CPU: tasks of a few panels of queries, which meet the keys of their head block after
+// block.
 #include "cpu/attention.hpp"
 
 #include <algorithm>
@@ -211,8 +212,8 @@ AttentionPlan plan_attention(const AttentionProblem& p) {
     s.lanes = lanes;
     if (lanes >= queries) break;
   }
-  s.slots = slots_for(2.0 * static_cast<double>(p.rows * p.heads * p.n) *
-                      static_cast<double>(p.tokens) * static_cast<double>(p.d));
+  s.slots = slots_for(2.0 * static_cast<double>(p.rows * p.heads * p.n) * static_cast<double>(p.tokens) *
+                      static_cast<double>(p.d));
   // Threads should find several tasks each.
   const int64_t panels = divide_up(queries, s.lanes);
   const int64_t per_thread = p.rows * p.kv_heads * panels / (4 * s.slots);

@@ -56,8 +56,9 @@ FLASHU_INLINE typename Vector::F weight(typename Vector::F x) {
   return x < kLeast ? F{} : p * power;
 }
 
-// c[r * lanes + j] (+)= sum over s of a(r, s) * b[s * lanes + j], r < kRows, s < slots, the products added one
-// by one. kAcross: a(r, s) is a[s * stride + r], else a[r * stride + s].
+// c[r * lanes + j] (+)= sum over s of a(r, s) * b[s * lanes + j], r < kRows, s < slots. kAcross: a(r, s) is
+// a[s * stride + r] and c is added to, else a[r * stride + s] and c is overwritten. Summed in blocks of
+// kSumBlock, each from zero.
 template <class Vector, int kVectors, int kRows, bool kAcross>
 void tile(float* c, const float* a, int64_t stride, const float* b, int64_t slots) {
   using F = typename Vector::F;
@@ -66,32 +67,37 @@ void tile(float* c, const float* a, int64_t stride, const float* b, int64_t slot
   constexpr int kThrees = (kRows + 2) / 3;
   const float* row[kThrees];
   for (int i = 0; i < kThrees; ++i) row[i] = a + 3 * i * stride;
-  F sums[kRows][kVectors] = {};
-  for (int64_t s = 0; s < slots; ++s) {
-    F right[kVectors];
+  int64_t s = 0;
+  do {
+    const int64_t end = s + kSumBlock < slots ? s + kSumBlock : slots;
+    const bool overwrite = !kAcross && s == 0;
+    F sums[kRows][kVectors] = {};
+    for (; s < end; ++s) {
+      F right[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) right[v] = load_as<F>(b + s * kLanes + v * Vector::kLanes);
+      for (int v = 0; v < kVectors; ++v) right[v] = load_as<F>(b + s * kLanes + v * Vector::kLanes);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const float left = kAcross ? a[r] : row[r / 3][r % 3 * stride];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = sums[r][v] + right[v] * left;
+      }
+      if constexpr (kAcross) {
+        a += stride;
+      } else {
+#pragma GCC unroll 4
+        for (int i = 0; i < kThrees; ++i) ++row[i];
+      }
+    }
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const float left = kAcross ? a[r] : row[r / 3][r % 3 * stride];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = sums[r][v] + right[v] * left;
+      for (int v = 0; v < kVectors; ++v) {
+        float* const to = c + r * kLanes + v * Vector::kLanes;
+        store_as(to, overwrite ? sums[r][v] : load_as<F>(to) + sums[r][v]);
+      }
     }
-    if constexpr (kAcross) {
-      a += stride;
-    } else {
-#pragma GCC unroll 4
-      for (int i = 0; i < kThrees; ++i) ++row[i];
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      float* const to = c + r * kLanes + v * Vector::kLanes;
-      store_as(to, kAcross ? load_as<F>(to) + sums[r][v] : sums[r][v]);
-    }
-  }
+  } while (s < slots);
 }
 
 // `rows` rows of c in register tiles.
@@ -101,7 +107,8 @@ void multiply(float* c, const float* a, int64_t stride, const float* b, int64_t 
   int64_t r = 0;
   const auto tiles = [&]<int kRows>(std::integral_constant<int, kRows>) {
     for (; r + kRows <= rows; r += kRows)
-      tile<Vector, kVectors, kRows, kAcross>(c + r * kVectors * Vector::kLanes, a + r * step, stride, b, slots);
+      tile<Vector, kVectors, kRows, kAcross>(c + r * kVectors * Vector::kLanes, a + r * step, stride, b,
+                                             slots);
   };
 #if defined(__AVX512F__)
   tiles(std::integral_constant<int, 12>{});
@@ -143,17 +150,27 @@ void attend(const QueryPanel& panel, const KeyRows& rows, const float* mask, flo
     store_as(panel.most + v * kStep, most[v]);
     for (int j = 0; j < kStep; ++j) rescaled |= factor[v][j] != 1.0f;
   }
-  F added[kVectors] = {};
-  for (int64_t i = 0; i < rows.count; ++i) {
+  // Every fourth key into one sum, which is more accurate than one after another.
+  F added[4][kVectors] = {};
+  const auto weigh = [&](int64_t i, F(&sums)[kVectors]) {
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       float* const at = scores + i * kLanes + v * kStep;
       const F p = weight<Vector>(load_as<F>(at) - most[v]);
       store_as(at, p);
-      added[v] = added[v] + p;
+      sums[v] = sums[v] + p;
     }
+  };
+  int64_t key = 0;
+  for (; key + 4 <= rows.count; key += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) weigh(key + i, added[i]);
   }
-  for (int v = 0; v < kVectors; ++v) store_as(panel.total + v * kStep, total[v] + added[v]);
+  for (int i = 0; key < rows.count; ++key, ++i) weigh(key, added[i]);
+  for (int v = 0; v < kVectors; ++v) {
+    const F sum = (added[0][v] + added[1][v]) + (added[2][v] + added[3][v]);
+    store_as(panel.total + v * kStep, total[v] + sum);
+  }
   if (rescaled) {
     for (int64_t i = 0; i < rows.d; ++i) {
 #pragma GCC unroll 2

@@ -42,9 +42,10 @@ struct KeyRows {
 struct AttentionKernels {
   int32_t lanes[kPanelShapes];  // ascending
 
-  // Adds the keys to the panel's sums. mask: [count][lanes], or null. scores: scratch of [count][lanes]. A lane
-  // is computed without the others, and a key whose score is minus infinity changes no bit of it.
-  void (*attend[kPanelShapes])(const QueryPanel& panel, const KeyRows& rows, const float* mask, float* scores);
+  // Adds the keys to the panel's sums. mask: [count][lanes], or null. scores: scratch of [count][lanes]. A
+  // lane is computed without the others, and a key whose score is minus infinity changes no bit of it.
+  void (*attend[kPanelShapes])(const QueryPanel& panel, const KeyRows& rows, const float* mask,
+                               float* scores);
 
   // out[i] = from[i] * scale
   void (*widen[kStorageTypes])(float* out, const void* from, int64_t count, float scale);

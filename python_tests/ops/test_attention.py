@@ -70,8 +70,9 @@ def torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 @pytest.mark.parametrize("d", [1, 3, 16, 64, 72, 80, 128, 131, 300])
 def test_is_as_accurate_as_torch(d: int, dtype: torch.dtype):
     for n, tokens in ((1, 1), (1, 70), (5, 129), (40, 300)):
-        query, key, value = inputs(2, 4, 2, n, tokens, d, dtype)
-        mask = drawn_mask(4, 2, 1, n, tokens, dtype=dtype)
+        rows = 2 if n > 5 else 60  # the errors of a query's columns are not independent
+        query, key, value = inputs(rows, 4, 2, n, tokens, d, dtype)
+        mask = drawn_mask(4, rows, 1, n, tokens, dtype=dtype)
         mask[..., 0] = 0
         for added in (None, mask, mask[:1], mask[:, :, :1]):
             y = ops.attention(query, key, value, mask=added)
