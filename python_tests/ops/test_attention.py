@@ -106,7 +106,7 @@ def test_equal_keys_give_the_average_and_one_key_its_value(dtype: torch.dtype):
 
 def pieces(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, lengths: list[int], whole: Tensor) -> None:
     """Parts of the call that gave `whole` have the same bits."""
-    rows, heads, n, _ = query.shape
+    _, heads, n, _ = query.shape
     group = heads // key.shape[1]
 
     def same(y: Tensor, part: Tensor) -> None:
