@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..models.showo2.decoding import TokenSampler
 from .answering import Answer, Answering, AnswerRequest
+from .decoding import Pick
 from .understanding import UnderstandingEngine
 
 __all__ = ["AnswerScheduler"]
@@ -48,14 +48,14 @@ class AnswerScheduler:
         before: Tensor,
         after: Tensor,
         max_new_tokens: int,
-        sampler: TokenSampler,
+        pick: Pick,
         eos_token: int | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Answer:
         """Begin an answer. Arguments are those of `showo2.answer_tokens`, checked by the caller.
 
         Args:
-            sampler: its generators, if any, are one.
+            pick: chooses tokens, such as a `TokenSampler` of at most one generator.
             on_token: called with each token of the answer as it comes, in `step`.
 
         Raises:
@@ -66,7 +66,7 @@ class AnswerScheduler:
         engine = self._ready()
         answering = self._current(engine)
         prompt = engine.question(engine.image_embeds(images), before, after)
-        request = AnswerRequest(prompt, max_new_tokens, sampler, eos_token, told=True)
+        request = AnswerRequest(prompt, max_new_tokens, pick, eos_token, told=True)
         if max_new_tokens == 0:
             answer = Answer(request, (), done=True)
         else:
