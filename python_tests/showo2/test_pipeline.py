@@ -285,6 +285,49 @@ def test_an_answer_is_streamed_in_parts(preset):
     assert "".join(pieces) == answer == pipe.answer(image, "describe the image", **sampling) and len(pieces) > 2
 
 
+@pytest.mark.parametrize("preset", ["dense", "exact"])
+def test_questions_are_answered_as_they_come(preset: str):
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    images = [pipe.generate("a red circle", seed, steps=2) for seed in range(3)]
+    asked = [
+        fx.showo2.AskRequest(images[0], "what color is the circle ?"),
+        fx.showo2.AskRequest(images[0], ""),
+        fx.showo2.AskRequest(images[1:], "what is in the image ?", 9, temperature=1.0, top_k=8, seed=3),
+        fx.showo2.AskRequest("no image", "what ?"),
+        fx.showo2.AskRequest(images[1], "what shape is red ?", 0),
+        *(fx.showo2.AskRequest(images[2], f"is the circle {color} ?", 5) for color in ("red", "blue", "green")),
+        "what ?",
+    ]
+    handle = pipe.accelerate() if preset == "exact" else None
+    alone = []
+    for each in asked:
+        try:
+            fields = dict(vars(each))
+            alone.append(pipe.answer(fields.pop("images"), fields.pop("question"), **fields))
+        except Exception as error:
+            alone.append(error)
+    taken: list[int] = []
+    got: dict[int, Any] = {}
+    for index, answer in pipe.ask_many((taken.append(i) or each for i, each in enumerate(asked)), at_once=3):  # type: ignore[func-returns-value]
+        assert len(taken) - len(got) <= 3, "no more are taken than there is room for"
+        got[index] = answer
+    assert sorted(got) == list(range(len(asked)))
+    for index, expected in enumerate(alone[:-1]):
+        if isinstance(expected, Exception):
+            assert type(got[index]) is type(expected)
+        else:
+            assert got[index] == expected
+    assert str(got[len(asked) - 1]) == "requests: expected AskRequest, got str"
+    with pytest.raises(ValueError, match="at_once: expected an integer >= 1, got 0"):
+        pipe.ask_many([], 0)
+    stopped = pipe.ask_many(asked[:1] * 3)
+    next(stopped)
+    stopped.close()
+    if handle is not None:
+        assert pipe.answer(images[0], asked[0].question) == alone[0]
+        handle.remove()
+
+
 def test_incomplete_characters_are_held_back():
     layout = fx.showo2.Pipeline.from_pretrained("nano").layout
     raw = "né 😀".encode()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Showo2Config as Showo2Config
     from .model import Showo2 as Showo2
+    from .pipeline import AskRequest as AskRequest
     from .pipeline import Pipeline as Pipeline
     from .sampling import sample as sample
     from .understanding import answer_tokens as answer_tokens
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Showo2Config": "config",
     "Showo2": "model",
+    "AskRequest": "pipeline",
     "Pipeline": "pipeline",
     "sample": "sampling",
     "answer_tokens": "understanding",

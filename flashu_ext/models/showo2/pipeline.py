@@ -6,12 +6,12 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +21,12 @@ from ...planning.extras import extra
 from ...planning.groups import FfnPruning, whole
 from ...planning.reading import MAX_PIXELS, shown
 from ...planning.safe_files import atomic_path
+from ..accelerated import handle_of
 from ..parts import table_side
 from . import validate
 from .checkpoint import check_dtype
 from .codec import ImageCodec, WanCodec
+from .decoding import TokenSampler
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
 from .sampling import sample
@@ -35,13 +37,28 @@ if TYPE_CHECKING:
 
     from ...planning.plan import TaskPlan
 
-__all__ = ["Pipeline"]
+__all__ = ["AskRequest", "Pipeline"]
+
+T = TypeVar("T")
 
 Size = int | tuple[int, int]
 """An image's size in pixels: its side, or (height, width)."""
 
 _EMBEDDED = {"nano": "flashu_ext.nano.pipeline"}
 """Models included in the package: name -> a module with `load_pipeline(dtype, device)`."""
+
+
+@dataclass(frozen=True, eq=False)
+class AskRequest:
+    """A question of `Pipeline.ask_many`; the fields are arguments of `Pipeline.answer`."""
+
+    images: Image | Sequence[Image]
+    question: str
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
 
 
 @dataclass
@@ -409,6 +426,74 @@ class Pipeline:
         )
         return [self.layout.answer(tokens) for tokens in answers]
 
+    def ask_many(
+        self, requests: Iterable[AskRequest], at_once: int = 8
+    ) -> Generator[tuple[int, str | Exception], None, None]:
+        """Answer questions as they come: the index of each, and its answer, or the error that ended it, when it has ended.
+
+        An accelerated model works on up to `at_once` answers together and takes another request from the iterator as soon as
+        there is room; a dense one answers one after the other. Every answer is that of `answer`.
+
+        Raises:
+            TypeError, ValueError: `at_once` is wrong. What an iterator raises ends all answers.
+        """
+        count = whole(at_once)
+        if count is None or count < 1:
+            raise ValueError(f"at_once: expected an integer >= 1, got {shown(at_once)}")
+        return self._ask_many(enumerate(requests), count)
+
+    def _ask_many(
+        self, requests: Iterator[tuple[int, AskRequest]], at_once: int
+    ) -> Generator[tuple[int, str | Exception], None, None]:
+        handle = handle_of(self.model)
+        if handle is None:
+            for index, request in requests:
+                yield index, _or_error(self._answered_alone, request)
+            return
+        runner = handle.runner
+        scheduler = runner.answering(at_once)
+        under_way: dict[Any, int] = {}
+        try:
+            more = True
+            while more or under_way:
+                while more and scheduler.room:
+                    taken = next(requests, None)
+                    if taken is None:
+                        more = False
+                        break
+                    index, request = taken
+                    begun = _or_error(self._begun, request, runner, scheduler)
+                    if isinstance(begun, Exception):
+                        yield index, begun
+                    else:
+                        under_way[begun] = index
+                with runner.working():
+                    ended = scheduler.step()
+                for answer in ended:
+                    yield under_way.pop(answer), answer.error or self.layout.answer(answer.tokens)
+        finally:
+            with runner.working():
+                scheduler.close()
+
+    def _answered_alone(self, request: AskRequest) -> str:
+        _check_asked(request)
+        fields = {field: value for field, value in vars(request).items() if field not in ("images", "question")}
+        return self.answer(request.images, request.question, **fields)
+
+    def _begun(self, request: AskRequest, runner: Any, scheduler: Any) -> Any:
+        """A request's answer, which has begun."""
+        _check_asked(request)
+        generators = None
+        if request.seed is not None:
+            generators = [torch.Generator(self._device).manual_seed(*self._seeds([request.seed], 1, "questions"))]
+        validate.check_sampling(request.temperature, request.top_k, request.top_p)
+        sampler = TokenSampler(request.temperature, request.top_k, request.top_p, generators)
+        images = self._encoded(request.images, "images")
+        asked = (images, *self.layout.question(request.question, self._device), request.max_new_tokens)
+        validate.check_answer_inputs(self.model, *asked, self.layout.eos)
+        with runner.working():
+            return scheduler.admit(*asked, sampler, self.layout.eos)
+
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""
         return self.codec.encode(_from_pil(image, self.pixels, "image").to(self._device))
@@ -452,6 +537,18 @@ class Pipeline:
     @property
     def _device(self) -> Any:
         return self.model.showo.model.embed_tokens.weight.device
+
+
+def _or_error(call: Callable[..., T], *arguments: Any) -> T | Exception:
+    try:
+        return call(*arguments)
+    except Exception as error:
+        return error
+
+
+def _check_asked(request: Any) -> None:
+    if not isinstance(request, AskRequest):
+        raise TypeError(f"requests: expected AskRequest, got {type(request).__name__}")
 
 
 def _pixels(size: Any) -> tuple[int, int]:
