@@ -190,7 +190,7 @@ class Runner:
         with self.working():
             self.ready()
             stepper = AcceleratedStepper(self.generation, inputs, self.working, self.check_unchanged)
-            self.last_image = stepper.state.record
+            self.last_image = stepper.states[0].record
             return stepper
 
     @torch.no_grad()
