@@ -387,7 +387,9 @@ class AcceleratedStepper:
             self._unchanged(weights_only=True)
 
     def check(self) -> None:
-        """Raise RuntimeError where a callback has changed the model."""
+        """Raise RuntimeError where this cannot go on: its memory was taken away, or a callback has changed the model."""
+        for state in self.states:
+            self.engine.pool.check(state.lease, "this image was being generated")
         if self._seen:
             self._unchanged()
             self._seen = False
