@@ -131,7 +131,7 @@ class RowGeometry:
 
     def seen(self) -> Tensor:
         """int64 [rows] on the CPU: keys that each row attends to."""
-        return torch.tensor([self.span + length for length in self.prefix], dtype=torch.int64)
+        return torch.tensor([self.span + length for length in self.prefix], dtype=torch.int64, device="cpu")
 
     def groups(self) -> int:
         """Runs of adjacent rows that attend to the same number of keys."""
