@@ -28,6 +28,7 @@ _OTHER_DTYPES = {
     "acc": "float32 or float64",
     "count": "int32",
     "index": "int64",
+    "lengths": "int64",
     "list": "int32",
     "norms": "float32 or float64",
     "start": "int64",

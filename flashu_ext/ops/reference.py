@@ -17,6 +17,7 @@ from .selection import Selection
 
 __all__ = [
     "add_rms_norm_",
+    "attention",
     "cosine_importance",
     "feature_delta",
     "gate_add_",
@@ -200,6 +201,35 @@ def attention(
 
 def _of_rows(mask: Tensor | None, first: int, last: int) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[first:last]
+
+
+# ---- attention
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.attention`. Scores and weights are held whole."""
+    q, k, v = _wide(query), _wide(key), _wide(value)
+    group = query.shape[1] // max(key.shape[1], 1)
+    scores = q @ k.repeat_interleave(group, 1).mT * max(query.shape[-1], 1) ** -0.5
+    if mask is not None:
+        # The lowest number makes keys alike in every dtype: fp16's alone is too small to swallow the scores.
+        lowest = mask == torch.finfo(mask.dtype).min
+        scores = scores + mask.to(scores.dtype).masked_fill(lowest, torch.finfo(scores.dtype).min)
+    if lengths is not None:
+        behind = torch.arange(key.shape[2], device=key.device) >= lengths.to(key.device)[:, None]
+        scores = scores.masked_fill(behind[:, None, None], float("-inf"))
+        v = v.masked_fill(behind[:, None, :, None], 0)
+    blind = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = scores.softmax(-1).masked_fill(blind, 0)
+    return _into(out, (weights @ v.repeat_interleave(group, 1)).transpose(1, 2).to(query.dtype).contiguous())
 
 
 # ---- routing

@@ -6,6 +6,7 @@ from ..mutant import Cpp, Mutant
 
 FFN = Cpp("*Ffn*:Silu*")
 LINEAR = Cpp("Linear*")
+ATTENTION = Cpp("Attention*")
 ROWS = Cpp("*Rows*")
 CHECKS = Cpp("*Checks*:*Errors*:Base*:RunList*")
 
@@ -41,6 +42,33 @@ MUTANTS = [
            "(x_floats + h_floats + slots * slot_floats) * 4;", "(x_floats + h_floats + slot_floats) * 4;", FFN),
     Mutant("ffn: the residual is left out of a row's last columns", "csrc/cpu/epilogue_kernels.cpp",
            "from_float<T>(from == nullptr ? row[j] : row[j] + to_float(from[j]));", "from_float<T>(row[j]);", FFN),
+    # ---- attention
+    Mutant("attention: sums keep an older maximum's scale", "csrc/cpu/attention_kernels.cpp",
+           "store_as(at, load_as<F>(at) * factor[v]);", "store_as(at, load_as<F>(at));", ATTENTION, quick=True),
+    Mutant("attention: totals keep an older maximum's scale", "csrc/cpu/attention_kernels.cpp",
+           "load_as<F>(panel.total + v * kStep) * factor[v];", "load_as<F>(panel.total + v * kStep);", ATTENTION),
+    Mutant("attention: one query's maximum for its neighbours", "csrc/cpu/attention_kernels.cpp",
+           "store_as(panel.most + v * kStep, most[v]);", "most[v] = F{} + most[v][0];\n    store_as(panel.most + v * kStep, most[v]);", ATTENTION),
+    Mutant("attention: the last keys of a block weigh nothing", "csrc/cpu/attention_kernels.cpp",
+           "for (int i = 0; key < rows.count; ++key, ++i) weigh(key, added[i]);", "", ATTENTION),
+    Mutant("attention: hidden keys weigh a little", "csrc/cpu/attention_kernels.cpp",
+           "return x < kLeast ? F{} : p * power;", "return p * power;", ATTENTION),
+    Mutant("attention: the lowest number hides where nothing else is seen", "csrc/cpu/attention_kernels.cpp",
+           "return {0, count, -std::numeric_limits<float>::max()};", "return {0, count, -kInfinity};", ATTENTION),
+    Mutant("attention: the lowest number is a number like others", "csrc/cpu/attention_kernels.cpp",
+           "store(out + i, value == kLowest<T> ? Floats{} + hidden : value);", "store(out + i, value);", ATTENTION),
+    Mutant("attention: blocks begin at the first key that is seen", "csrc/cpu/attention.cpp",
+           "for (int64_t key = begin / kKeyBlock * kKeyBlock; key < end;", "for (int64_t key = begin; key < end;", ATTENTION),
+    Mutant("attention: a block is left out if a panel ends in it", "csrc/cpu/attention.cpp",
+           "seen[i].end <= key) continue;", "seen[i].end <= key + count / 2) continue;", ATTENTION),
+    Mutant("attention: values are read with the keys' stride", "csrc/cpu/attention.cpp", "              p_.value.token,\n", "              p_.key.token,\n", ATTENTION),
+    Mutant("attention: a head has its neighbour's keys", "csrc/cpu/attention.cpp",
+           "task.run(head / p.kv_heads, head % p.kv_heads,", "task.run(head / p.kv_heads, (head + 1) % p.kv_heads,", ATTENTION),
+    Mutant("attention: scratch of one thread for all", "csrc/cpu/attention.hpp",
+           "(span_floats + slots * slot_floats) * 4;", "(span_floats + slot_floats) * 4;", ATTENTION),
+    Mutant("api: attention may have a length of one too many", "csrc/api/attention.cpp", "length >= 0 && length <= p.tokens", "length >= 0 && length <= p.tokens + 1", ATTENTION),
+    Mutant("api: attention's output may be its mask", "csrc/api/attention.cpp",
+           '{"lengths", &a.lengths},\n                      {"mask", &a.mask}});', '{"lengths", &a.lengths}});', ATTENTION),
     # ---- linear
     Mutant("linear: the input of the first chunk in all of them", "csrc/cpu/linear.cpp",
            "row_of(p.x, row, p.type)", "row_of(p.x, 0, p.type)", LINEAR),
