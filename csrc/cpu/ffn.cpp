@@ -78,8 +78,8 @@ void down_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64
                const Buffers& buffers) {
   const Selection& selected = s.selected;
   const Weights weights{p.type, p.intermediate, selected.count, selected.first, selected.list()};
-  project({p.w_down, weights, p.width, nullptr, FLASHU_EPILOGUE_NONE, p.residual, p.out}, s.down, a,
-          first_row, buffers.slots, s.slots);
+  const core::LinearPart part{p.w_down, p.width, nullptr, p.residual, p.out};
+  project({&part, 1, weights, FLASHU_EPILOGUE_NONE}, s.down, a, first_row, buffers.slots, s.slots);
 }
 
 }  // namespace

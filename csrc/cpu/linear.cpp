@@ -1,4 +1,4 @@
-// The linear layer on the CPU: rows in chunks, each packed once and projected.
+// Linear layers on the CPU: rows in chunks, each packed once and projected.
 #include "cpu/linear.hpp"
 
 #include <algorithm>
@@ -22,8 +22,7 @@ LinearPlan plan_linear(const core::LinearProblem& p) {
 void linear(const core::LinearProblem& p, const LinearPlan& s, void* workspace) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   float* const packed = static_cast<float*>(workspace);
-  const Projection projection{p.weight, {p.type, p.k, p.k, 0, nullptr}, p.n, p.bias, p.epilogue, p.residual,
-                              p.out};
+  const Projection projection{p.parts, p.count, {p.type, p.k, p.k, 0, nullptr}, p.epilogue};
   for (int64_t row = 0; row < p.m; row += s.tiles.chunk_m) {
     const PackedRows x{packed, std::min(s.tiles.chunk_m, p.m - row), slots_of(gemm, p.type, p.k),
                        gemm.tile_rows, s.tiles.block_k};

@@ -37,6 +37,12 @@ STABLE_TORCH_LIBRARY(flashu, m) {
   m.def(
       "linear.out(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, int epilogue=0, *, "
       "Tensor(a!) out) -> Tensor(a!)");
+  m.def(
+      "linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, int epilogue=0) -> "
+      "Tensor");
+  m.def(
+      "linears.out(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, int epilogue=0, *, "
+      "Tensor(a!) out) -> Tensor(a!)");
 
   // routing: reduce is 0 none, 1 mean, 2 last; an index of -1 is padding
   m.def("cosine_importance(Tensor x_in, Tensor x_out, int reduce=0) -> Tensor");

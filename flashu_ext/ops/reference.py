@@ -26,6 +26,7 @@ __all__ = [
     "gathered_swiglu",
     "guided_euler_step_",
     "linear",
+    "linears",
     "neuron_norms_",
     "rms_norm",
     "rotary_cache_",
@@ -146,6 +147,21 @@ def linear(
 ) -> Tensor:
     """See `flashu_ext.ops.linear`. The GEMM runs in the storage dtype, as in torch."""
     y = _EPILOGUES[epilogue](F.linear(x, weight, bias))
+    return _into(out, y if residual is None else y + residual)
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    epilogue: str = "none",
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.linears`."""
+    given = biases or [None] * len(weights)
+    y = torch.cat([linear(x, w, b, None, epilogue) for w, b in zip(weights, given, strict=True)], dim=-1)
     return _into(out, y if residual is None else y + residual)
 
 
