@@ -86,6 +86,7 @@ TYPED_TEST(Linear, IsExactOnIntegersAtEveryEdge) {
     for (const int64_t m : {1, 3, 13}) exact(m, 9, k);
   }
   exact(200, 260, 400);
+  exact(300, 35, 521);
   exact(0, 3, 4);
   exact(3, 0, 4);
 }

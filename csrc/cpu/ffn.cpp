@@ -100,9 +100,9 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   if (p.has_down) s.h_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.neurons), gemm.tile_rows);
   if (p.has_up) s.slot_floats = panel_scratch_floats(gemm, s.up);
   if (p.has_down) s.slot_floats = std::max(s.slot_floats, panel_scratch_floats(gemm, s.down));
-  const double work = static_cast<double>(p.rows) * static_cast<double>(p.neurons) *
-                      static_cast<double>((p.has_up ? 2 * p.hidden : 0) + (p.has_down ? p.width : 0));
-  s.slots = slots_for(work);
+  const double weights = static_cast<double>(p.neurons) *
+                         static_cast<double>((p.has_up ? 2 * p.hidden : 0) + (p.has_down ? p.width : 0));
+  s.slots = slots_for(p.rows, weights);
   return s;
 }
 

@@ -15,7 +15,7 @@ LinearPlan plan_linear(const core::LinearProblem& p) {
   s.x_floats =
       PackedRows::floats(std::min(p.m, s.tiles.chunk_m), slots_of(gemm, p.type, p.k), gemm.tile_rows);
   s.slot_floats = panel_scratch_floats(gemm, s.tiles);
-  s.slots = slots_for(static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k));
+  s.slots = slots_for(p.m, static_cast<double>(p.n) * static_cast<double>(p.k));
   return s;
 }
 
