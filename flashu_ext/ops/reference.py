@@ -27,6 +27,7 @@ __all__ = [
     "gathered_swiglu",
     "guided_euler_step_",
     "linear",
+    "linears",
     "neuron_norms_",
     "rms_norm",
     "rotary_cache_",
@@ -155,18 +156,10 @@ def finish_linear(y: Tensor, residual: Tensor | None, epilogue: str) -> Tensor:
     return y if residual is None else y + residual
 
 
-def linears(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None = None, *, out: Tensor | None = None
-) -> Tensor:
-    """See `flashu_ext.ops.linears`."""
-    pairs = zip(weights, biases or [None] * len(weights), strict=True)
-    return _into(out, torch.cat([F.linear(x, weight, bias) for weight, bias in pairs], dim=-1))
-
-
 # ---- attention
 
 
-def attention(
+def torch_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -175,7 +168,7 @@ def attention(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `flashu_ext.ops.attention`.
+    """`attention` by torch's function, which is what runs where there is no kernel.
 
     The query heads that share a key head are folded into its token axis, so keys and values are never repeated in memory.
     Adjacent rows of one length are one call, without a mask.
@@ -184,10 +177,10 @@ def attention(
         counts = lengths.tolist()
         firsts = [row for row in range(len(counts)) if row == 0 or counts[row] != counts[row - 1]]
         parts = [
-            attention(query[a:b], key[a:b, :, : counts[a]], value[a:b, :, : counts[a]], mask=_of_rows(mask, a, b))
+            torch_attention(query[a:b], key[a:b, :, : counts[a]], value[a:b, :, : counts[a]], mask=_of_rows(mask, a, b))
             for a, b in zip(firsts, [*firsts[1:], len(counts)], strict=True)
         ]
-        return _into(out, torch.cat(parts) if len(parts) > 1 else parts[0])
+        return _into(out, torch.cat(parts)) if parts else query.transpose(1, 2)
     rows, heads, n, d = query.shape
     kv_heads = key.shape[1]
     folded = query.reshape(rows, kv_heads, heads // kv_heads * n, d)
@@ -230,6 +223,21 @@ def attention(
     blind = (scores == float("-inf")).all(-1, keepdim=True)
     weights = scores.softmax(-1).masked_fill(blind, 0)
     return _into(out, (weights @ v.repeat_interleave(group, 1)).transpose(1, 2).to(query.dtype).contiguous())
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    epilogue: str = "none",
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.linears`."""
+    given = biases or [None] * len(weights)
+    y = torch.cat([linear(x, w, b, None, epilogue) for w, b in zip(weights, given, strict=True)], dim=-1)
+    return _into(out, y if residual is None else y + residual)
 
 
 # ---- routing
