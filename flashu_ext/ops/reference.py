@@ -198,6 +198,24 @@ def attention(
     return _into(out, attended.view(rows, heads, n, d).transpose(1, 2))
 
 
+def attention_by_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`attention` one row at a time: the other rows do not change the shape of a call, by which torch chooses kernels."""
+    counts = [key.shape[2]] * query.shape[0] if lengths is None else lengths.tolist()
+    rows = [
+        attention(query[r : r + 1], key[r : r + 1, :, :n], value[r : r + 1, :, :n], mask=_of_rows(mask, r, r + 1))
+        for r, n in enumerate(counts)
+    ]
+    return _into(out, torch.cat(rows))
+
+
 def _of_rows(mask: Tensor | None, first: int, last: int) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[first:last]
 

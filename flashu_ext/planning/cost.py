@@ -49,6 +49,21 @@ class LayerShape:
     head_dim: int
     modulation: float = 0.0
 
+    @property
+    def width(self) -> int:
+        """Of the hidden state."""
+        return round(self.attention / (4 * self.heads * self.head_dim))
+
+    @property
+    def key_value_width(self) -> int:
+        """Of all key heads together."""
+        return round(self.key_value / (4 * self.width))
+
+    @property
+    def neurons(self) -> int:
+        """Of the FFN."""
+        return round(self.ffn / (6 * self.width))
+
     def products(self, queries: float, keys: float) -> float:
         """Operations of both attention products for one row."""
         return 4.0 * self.heads * self.head_dim * queries * keys

@@ -46,12 +46,11 @@ class GenerationEngine:
     """Evaluates the velocity of images in progress. Each image has its own `ImageState`; memory comes from one pool."""
 
     def __init__(self, network: Network, config: FlashUConfig, capture: GraphCapture):
-        self.network = network
-        self.parts = network.parts
+        self.network = network.at(TASK, "embed")
+        self.parts = self.network.parts
         self.config = config
         self.layers = config.layers or LayerSkip(0.0, 0)
         self.caching = config.head or HeadCaching()
-        self.kernels = network.kernels
         self.head = Head(network)
         self.backbone = Backbone(network, self.head)
         self.pool: MemoryPool[ImageMemory] = MemoryPool(capture, IDLE_IMAGE_MEMORIES)
