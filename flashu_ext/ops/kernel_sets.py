@@ -415,21 +415,26 @@ def resolve(
     """
     sets: dict[tuple[str, str], KernelSet] = {}
     choices: list[Choice] = []
+    unmet: dict[str, str] = {}
     for task, phase in ((task, phase) for task, phases in PHASES.items() for phase in phases):
         found: dict[str, Choice] = {}
         called = {use.op: use for use in USES if (use.task, use.phase) == (task, phase) and use.when(config)}
         for op in FAMILY_OF:
             replaced = why_not_attention if op == "attention" else None
             case = Case(task, phase, op, config, device, dtype, (layers or {}).get((task, phase)), replaced)
-            found[op] = _choose(case, must=op in called)
+            found[op], why = _choose(case)
+            if why is not None and op in called:
+                unmet.setdefault(op, f"{case}: expected an implementation that meets the settings, got none ({why})")
         choices += (found[op] for op in called)
         own = _kernel_set(found)
         sets[task, phase] = next((each for each in sets.values() if each == own), own)
+    if unmet:
+        raise KernelUnavailableError("; ".join(unmet.values()))
     return KernelSets(sets, tuple(choices))
 
 
-def _choose(case: Case, must: bool) -> Choice:
-    """must: raise where nothing serves; an op that no call reaches may be anything."""
+def _choose(case: Case) -> tuple[Choice, str | None]:
+    """The first implementation that serves; where none does, any, and why none does."""
     rows = [each for each in KERNELS if each.op == case.op and case.phase in each.phases]
     refused: dict[str, str] = {}
     use = Use(case.task, case.phase, case.op)
@@ -437,14 +442,10 @@ def _choose(case: Case, must: bool) -> Choice:
         why = kernel.refuses(case)
         if why is None:
             fell_back = refused.get("flashu", NOT_YET) != NOT_YET
-            return Choice(use, kernel, next(iter(refused.values()), kernel.reason), fell_back)
+            return Choice(use, kernel, next(iter(refused.values()), kernel.reason), fell_back), None
         refused[kernel.implementation] = why
-    if must:
-        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
-        raise KernelUnavailableError(
-            f"{case}: expected an implementation that meets the settings, got none ({reasons})"
-        )
-    return Choice(use, rows[-1], "not called", False)
+    why_none = ", ".join(f"{name}: {why}" for name, why in refused.items())
+    return Choice(use, rows[-1], why_none, False), why_none
 
 
 def _kernel_set(found: Mapping[str, Choice]) -> KernelSet:
