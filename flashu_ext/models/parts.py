@@ -260,6 +260,8 @@ def _layer_shape(layer: Any, attention: AttentionShape, modulation: float = 0.0)
         ffn=_linear(layer.mlp),
         heads=attention.heads,
         head_dim=attention.head_dim,
+        width=int(layer.input_layernorm.weight.shape[0]),
+        key_value_width=attention.kv_heads * attention.head_dim,
         modulation=modulation,
     )
 

@@ -40,6 +40,8 @@ class LayerShape:
         ffn: operations per token of the FFN.
         modulation: operations per row.
         heads, head_dim: of the queries.
+        width: of the hidden state.
+        key_value_width: of all key heads together.
     """
 
     key_value: float
@@ -47,17 +49,9 @@ class LayerShape:
     ffn: float
     heads: int
     head_dim: int
+    width: int
+    key_value_width: int
     modulation: float = 0.0
-
-    @property
-    def width(self) -> int:
-        """Of the hidden state."""
-        return round(self.attention / (4 * self.heads * self.head_dim))
-
-    @property
-    def key_value_width(self) -> int:
-        """Of all key heads together."""
-        return round(self.key_value / (4 * self.width))
 
     @property
     def neurons(self) -> int:

@@ -265,7 +265,7 @@ def _embedding(parts: Showo2Parts, shape: ModelShape, images: int, patches: int)
     """The image encoder, and the times' layers: a head's modulation and the time token."""
     encoder = shape.encoder
     square, heads = 4.0 * encoder.width**2, int(getattr(parts.vision.config, "num_attention_heads", 1))
-    layer = LayerShape(square, square, ffn=0.0, heads=heads, head_dim=encoder.width // heads)
+    layer = LayerShape(square, square, 0.0, heads, encoder.width // heads, encoder.width, encoder.width)
     modulation = sum(block.modulation for block in shape.blocks) + shape.final_modulation
     others = ((images * patches, encoder.linear - encoder.layers * 2 * square), (1, modulation))
     return PhaseShape(layer, encoder.layers, images, patches, patches, others=others)
