@@ -156,7 +156,48 @@ def finish_linear(y: Tensor, residual: Tensor | None, epilogue: str) -> Tensor:
     return y if residual is None else y + residual
 
 
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    epilogue: str = "none",
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.linears`."""
+    given = biases or [None] * len(weights)
+    y = torch.cat([linear(x, w, b, None, epilogue) for w, b in zip(weights, given, strict=True)], dim=-1)
+    return _into(out, y if residual is None else y + residual)
+
+
 # ---- attention
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.attention`. Scores and weights are held whole."""
+    q, k, v = _wide(query), _wide(key), _wide(value)
+    group = query.shape[1] // max(key.shape[1], 1)
+    scores = q @ k.repeat_interleave(group, 1).mT * max(query.shape[-1], 1) ** -0.5
+    if mask is not None:
+        # The lowest number makes keys alike in every dtype: fp16's alone is too small to swallow the scores.
+        lowest = mask == torch.finfo(mask.dtype).min
+        scores = scores + mask.to(scores.dtype).masked_fill(lowest, torch.finfo(scores.dtype).min)
+    if lengths is not None:
+        behind = torch.arange(key.shape[2], device=key.device) >= lengths.to(key.device)[:, None]
+        scores = scores.masked_fill(behind[:, None, None], float("-inf"))
+        v = v.masked_fill(behind[:, None, :, None], 0)
+    blind = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = scores.softmax(-1).masked_fill(blind, 0)
+    return _into(out, (weights @ v.repeat_interleave(group, 1)).transpose(1, 2).to(query.dtype).contiguous())
 
 
 def torch_attention(
@@ -196,10 +237,7 @@ def _of_rows(mask: Tensor | None, first: int, last: int) -> Tensor | None:
     return mask if mask is None or mask.shape[0] == 1 else mask[first:last]
 
 
-# ---- attention
-
-
-def attention(
+def attention_by_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -208,36 +246,13 @@ def attention(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `flashu_ext.ops.attention`. Scores and weights are held whole."""
-    q, k, v = _wide(query), _wide(key), _wide(value)
-    group = query.shape[1] // max(key.shape[1], 1)
-    scores = q @ k.repeat_interleave(group, 1).mT * max(query.shape[-1], 1) ** -0.5
-    if mask is not None:
-        # The lowest number makes keys alike in every dtype: fp16's alone is too small to swallow the scores.
-        lowest = mask == torch.finfo(mask.dtype).min
-        scores = scores + mask.to(scores.dtype).masked_fill(lowest, torch.finfo(scores.dtype).min)
-    if lengths is not None:
-        behind = torch.arange(key.shape[2], device=key.device) >= lengths.to(key.device)[:, None]
-        scores = scores.masked_fill(behind[:, None, None], float("-inf"))
-        v = v.masked_fill(behind[:, None, :, None], 0)
-    blind = (scores == float("-inf")).all(-1, keepdim=True)
-    weights = scores.softmax(-1).masked_fill(blind, 0)
-    return _into(out, (weights @ v.repeat_interleave(group, 1)).transpose(1, 2).to(query.dtype).contiguous())
-
-
-def linears(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None = None,
-    residual: Tensor | None = None,
-    epilogue: str = "none",
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """See `flashu_ext.ops.linears`."""
-    given = biases or [None] * len(weights)
-    y = torch.cat([linear(x, w, b, None, epilogue) for w, b in zip(weights, given, strict=True)], dim=-1)
-    return _into(out, y if residual is None else y + residual)
+    """`torch_attention` one row at a time: the other rows do not change the shape of a call, by which torch chooses kernels."""
+    counts = [key.shape[2]] * query.shape[0] if lengths is None else lengths.tolist()
+    rows = [
+        torch_attention(query[r : r + 1], key[r : r + 1, :, :n], value[r : r + 1, :, :n], mask=_of_rows(mask, r, r + 1))
+        for r, n in enumerate(counts)
+    ]
+    return _into(out, torch.cat(rows))
 
 
 # ---- routing

@@ -26,9 +26,10 @@ class Backbone:
     """Runs the language model on an `ImageMemory`: device work only, which depends on nothing but the memory and the work."""
 
     def __init__(self, network: Network, head: Head):
-        self.network = network
-        self.parts = network.parts
-        self.kernels = network.kernels
+        self.parts = network.at(TASK, "embed").parts
+        self.network = network.at(TASK, "backbone")
+        self.measuring = network.at(TASK, "measuring")
+        self.kernels = self.network.kernels
         self.head = head
 
     # ---- the text before the image
@@ -136,7 +137,7 @@ class Backbone:
                 assert isinstance(attention, RoutedPass), "tokens are routed in an image span"
                 x = routed_decoder_layer(layer, index, x, active[index], rope, attention, shape, kernels, task)
             if importance is not None:
-                importance.append(kernels.cosine_importance(before, x))
+                importance.append(self.measuring.kernels.cosine_importance(before, x))
         return x
 
     # ---- layer importance
@@ -149,7 +150,7 @@ class Backbone:
         Token importance is measured on the span only, in the last layer before the final norm. Also writes what `_run_span`
         and `prefix` write.
         """
-        parts, kernels, rows = self.parts, self.kernels, work.rows
+        parts, kernels, rows = self.parts, self.measuring.kernels, work.rows
         llm, length, n = parts.llm_attention, memory.shape.length, memory.span
         places = memory.offsets[:rows, None] + torch.arange(n, device=memory.offsets.device)
         x = kernels.scatter_rows_(parts.embed_tokens(memory.text_tokens[:rows]), places, span)
@@ -160,10 +161,10 @@ class Backbone:
         rope = self._text_rope(memory, length)
         of_tokens: list[Tensor] = []
         last = len(parts.layers) - 1
-        for index, layer in enumerate(self.network.layers):
+        for index, layer in enumerate(self.measuring.layers):
             before = x.clone()
             x = decoder_layer(layer, index, x, rope, attention, llm, work.variant.task)
-            after = self.network.final_norm(x) if index == last else x
+            after = self.measuring.final_norm(x) if index == last else x
             importance = kernels.cosine_importance(before, after)
             memory.importance[index] = importance.float().mean()
             if work.token_slot is not None:

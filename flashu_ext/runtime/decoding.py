@@ -149,13 +149,15 @@ class Decoder:
 
     Attributes:
         waits: times that the host waited for a token of the last batch.
+        ran: whether it has computed any.
     """
 
     def __init__(self, network: Network, pool: MemoryPool[GrowingMemory]):
-        self.network = network
-        self.parts = network.parts
-        self.kernels = network.kernels
+        self.network = network.at(TASK, "decode")
+        self.parts = self.network.parts
+        self.kernels = self.network.kernels
         self.pool = pool
+        self.ran = False
         self.waits = 0
 
     def run(self, cache: PromptCache, request: AnswerRequest) -> list[list[Tensor]]:
@@ -224,6 +226,7 @@ class Decoder:
         self, x: Tensor, rope: Rope, attention: _FixedPass | _GrowingPass, runs: Sequence[bool | Tensor]
     ) -> Tensor:
         """One token per row, x [rows, 1, hidden] -> final hidden states [rows, hidden]."""
+        self.ran = True
         for index, (layer, run) in enumerate(zip(self.network.layers, runs, strict=True)):
             if run is False:
                 continue

@@ -47,11 +47,10 @@ class GenerationEngine:
     """Evaluates the velocity of images in progress. Each image has its own `ImageState`; memory comes from one pool."""
 
     def __init__(self, network: Network, config: FlashUConfig, capture: GraphCapture):
-        self.network = network
-        self.parts = network.parts
+        self.network = network.at(TASK, "embed")
+        self.parts = self.network.parts
         self.config = config
         self.invariant = config.execution.invariant_on(network.parts.device.type)
-        self.kernels = network.kernels
         self.head = Head(network)
         self.backbone = Backbone(network, self.head)
         self.capture = capture

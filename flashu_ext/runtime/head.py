@@ -19,9 +19,9 @@ class Head:
     """Runs the diffusion head on an `ImageMemory`: device work only, which depends on nothing but the memory and the work."""
 
     def __init__(self, network: Network):
-        self.network = network
-        self.parts = network.parts
-        self.kernels = network.kernels
+        self.network = network.at("generation", "head")
+        self.parts = self.network.parts
+        self.kernels = self.network.kernels
 
     def prefix(self, memory: ImageMemory, rows: int, hidden: Tensor) -> None:
         """The prompt's final hidden states [rows, tokens, hidden], consumed -> its keys and values, in memory."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models.autocast import without_autocast
 from ..models.known import check_model, untracked, why_not_attention_kernel
-from ..models.parts import Showo2Parts
+from ..models.parts import Showo2Parts, layer_shapes
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..models.showo2.sampling import SampleInputs
 from ..models.stamp import Stamp
@@ -69,7 +69,8 @@ class Runner:
 
     @property
     def kernels(self) -> KernelSet:
-        return self.network.kernels
+        """Of the step that ends an evaluation."""
+        return self.network.sets.of("generation", "head")
 
     # ---- following the model
 
@@ -130,8 +131,9 @@ class Runner:
         check_model(parts)
         if self.layouts is not None and len(self.layouts) != len(parts.layers):
             raise RuntimeError(f"plan: made for {len(self.layouts)} layers, the model has {len(parts.layers)} now")
-        kernels = resolve(self.config, parts.device, parts.dtype, why_not_attention_kernel())
-        network = Network.build(parts, kernels)
+        sets = resolve(self.config, parts.device, parts.dtype, why_not_attention_kernel(), layer_shapes(parts))
+        network = Network.build(parts, sets)
+        network.check_explicit(self.config)
         placement = Placement.choose(network, self.layouts or (), self.orders, self.lock)
         self.orders = placement.move(self.orders)
         self.in_place = placement.reasons
