@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
+from flashu_ext.showo2 import ImageRequest
 
 import flashu_ext as fx
-from flashu_ext.showo2 import ImageRequest
 
 STEPS = 7
 PROMPTS = (
@@ -192,7 +192,9 @@ def test_requests_are_read_when_there_is_room(pipeline):
     def stream():
         for index in range(5):
             read.append(index)
-            yield ImageRequest("a circle", seed=index, steps=3 if not pipeline.model._flashu_handle.config.approximates else None)
+            yield ImageRequest(
+                "a circle", seed=index, steps=3 if not pipeline.model._flashu_handle.config.approximates else None
+            )
 
     many = pipeline.generate_many(stream(), at_most=2)
     many.step()
