@@ -134,7 +134,7 @@ def test_images_that_began_at_different_times(pipeline, seed):
         if step == 2:
             raise ZeroDivisionError("of the caller's")
 
-    many = pipeline.generate_many(at_most=4)
+    many = pipeline.generate_many(at_once=4)
     waiting = list(enumerate(asked))
     results = {}
     while waiting or many.in_progress or len(results) < len(asked) - 1:
@@ -172,7 +172,7 @@ def test_a_config_that_needs_other_weights_is_refused(pipeline):
 def test_a_dense_model_draws_many():
     pipe = fx.showo2.Pipeline.from_pretrained("nano")
     asked = [ImageRequest(prompt, seed=index, steps=4) for index, prompt in enumerate(PROMPTS[:3])]
-    for result in pipe.generate_many(asked, at_most=2):
+    for result in pipe.generate_many(asked, at_once=2):
         assert torch.equal(result.latents, latents(pipe, [result.index], steps=4, guidance_scale=5.0)[0])
 
 
@@ -196,7 +196,7 @@ def test_requests_are_read_when_there_is_room(pipeline):
                 "a circle", seed=index, steps=3 if not pipeline.model._flashu_handle.config.approximates else None
             )
 
-    many = pipeline.generate_many(stream(), at_most=2)
+    many = pipeline.generate_many(stream(), at_once=2)
     many.step()
     assert read == [0, 1]
     assert sorted(result.index for result in many) == list(range(5))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Drawings", "ImageRequest", "ImageResult"]
 
-AT_MOST = 8
+AT_ONCE = 8
 """Images in progress at once, where the caller does not say."""
 
 
@@ -102,17 +102,17 @@ class Drawings(Iterator[ImageResult]):
     called from other threads; `step` and iteration belong to one.
     """
 
-    def __init__(self, pipe: Pipeline, requests: Iterable[Any] = (), at_most: int = AT_MOST):
+    def __init__(self, pipe: Pipeline, requests: Iterable[Any] = (), at_once: int = AT_ONCE):
         """Args:
         requests: read one by one, whenever there is room.
-        at_most: images in progress at once.
+        at_once: images in progress at once.
         """
-        if not isinstance(at_most, int) or isinstance(at_most, bool) or at_most < 1:
-            raise ValueError(f"at_most: expected an integer >= 1, got {at_most!r}")
+        if not isinstance(at_once, int) or isinstance(at_once, bool) or at_once < 1:
+            raise ValueError(f"at_once: expected an integer >= 1, got {at_once!r}")
         if isinstance(requests, (str, Mapping)) or not isinstance(requests, Iterable):
             raise TypeError(f"requests: expected an iterable of requests, got {type(requests).__name__}")
         self.pipe = pipe
-        self.at_most = at_most
+        self.at_once = at_once
         self._requests = iter(requests)
         self._added: deque[tuple[int, Any]] = deque()
         self._cancelled: set[int] = set()
@@ -186,7 +186,7 @@ class Drawings(Iterator[ImageResult]):
             if drawing.index in self._cancelled:
                 drawing.stepper.close()
         self._live = [drawing for drawing in self._live if drawing.index not in self._cancelled]
-        while len(self._live) < self.at_most and (waiting := self._waiting()) is not None:
+        while len(self._live) < self.at_once and (waiting := self._waiting()) is not None:
             index, request = waiting
             try:
                 self._live.append(self._begun(index, ImageRequest.of(request)))

@@ -25,7 +25,7 @@ from ..parts import table_side
 from . import validate
 from .checkpoint import check_dtype
 from .codec import ImageCodec, WanCodec
-from .many import AT_MOST, Drawings
+from .many import AT_ONCE, Drawings
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
 from .sampling import sample
@@ -219,12 +219,12 @@ class Pipeline:
         )
         return self.pictures(latents)
 
-    def generate_many(self, requests: Iterable[Any] = (), at_most: int = AT_MOST) -> Drawings:
+    def generate_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Drawings:
         """Draw images that may begin at any time; those in progress share evaluations.
 
         Args:
             requests: `ImageRequest`s, mappings of their fields, or prompts; read one by one, whenever there is room.
-            at_most: images in progress at once.
+            at_once: images in progress at once.
 
         Returns:
             An iterator of `ImageResult`s, in the order in which images finish. A wrong request, or what an `on_step` raises,
@@ -234,7 +234,7 @@ class Pipeline:
             for result in pipe.generate_many(["a red circle", {"prompt": "a blue square", "steps": 20}]):
                 result.image.save(f"{result.index}.png")
         """
-        return Drawings(self, requests, at_most)
+        return Drawings(self, requests, at_once)
 
     def prompt_tokens(self, prompts: Sequence[str], size: Size | None = None) -> dict[str, Any]:
         """The tokens and positions of `sample`'s arguments for prompts whose images have `size`."""
