@@ -80,6 +80,7 @@ class Use:
     """An op that the runtime calls in a phase of a task.
 
     Attributes:
+        task, phase, op: which.
         when: whether it does so under a config.
 
     Raises:
@@ -168,12 +169,15 @@ USES: tuple[Use, ...] = (
 
 # ---- which implementations there are
 
+_ALL_PHASES = tuple(dict.fromkeys(phase for phases in PHASES.values() for phase in phases))
+
 
 @dataclass(frozen=True)
 class Case:
     """What the choice of an implementation depends on.
 
     Attributes:
+        task, phase, op: for which it is chosen.
         config: its switches, and with them what the plan prunes.
         device, dtype: of the model's weights.
         layer: sizes of the phase's transformer layers; None: unknown.
@@ -203,10 +207,11 @@ class Kernel:
     """An implementation of an op.
 
     Attributes:
+        op: which.
         implementation: its name, 'flashu' and 'torch' among others.
         function: called as `ops.<op>`; None: that function itself, which also knows what this build supports.
         devices, dtypes: that it serves; None: all.
-        phases: of either task, that it serves.
+        tasks, phases: that it serves.
         switches: values of the family's switch under which it may run.
         invariant: a row's bits do not depend on the other rows of a call, nor on their number.
         why_not: a further condition on settings and sizes: why it does not serve a case, or None.
@@ -214,7 +219,7 @@ class Kernel:
         microseconds: predicted for one run of a phase on an idle H100; None: not known.
 
     Raises:
-        ValueError: an unknown op, phase or device; the message lists the known ones.
+        ValueError: an unknown op, task, phase or device; the message lists the known ones.
     """
 
     op: str
@@ -222,7 +227,8 @@ class Kernel:
     function: Callable[..., Any] | None = None
     devices: tuple[str, ...] | None = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] | None = (torch.float32, torch.bfloat16, torch.float16)
-    phases: tuple[str, ...] = tuple(dict.fromkeys(phase for phases in PHASES.values() for phase in phases))
+    tasks: tuple[str, ...] = tuple(PHASES)
+    phases: tuple[str, ...] = _ALL_PHASES
     switches: tuple[bool | str, ...] = (True, "flashu")
     invariant: bool = True
     why_not: Callable[[Case], str | None] = lambda case: None
@@ -231,8 +237,10 @@ class Kernel:
 
     def __post_init__(self) -> None:
         _check("op", self.op, FAMILY_OF)
+        for task in self.tasks:
+            _check("task", task, PHASES)
         for phase in self.phases:
-            _check("phase", phase, dict.fromkeys(each for phases in PHASES.values() for each in phases))
+            _check("phase", phase, _ALL_PHASES)
         for device in self.devices or ():
             _check("device", device, ("cpu", "cuda"))
 
@@ -314,13 +322,18 @@ KERNELS: tuple[Kernel, ...] = (
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation of one op in one phase, and why it is that one."""
+    """The implementation of one op in one phase, and why it is that one.
+
+    Attributes:
+        use, kernel: rows of the two tables.
+        reason: the kernel's own, or why the preferred one does not serve.
+        fell_back: whether this library's kernel was wanted and does not serve.
+    """
 
     use: Use
     kernel: Kernel
     reason: str
     fell_back: bool
-    """Whether this library's kernel was wanted and does not serve."""
 
     @property
     def implementation(self) -> str:
@@ -363,6 +376,7 @@ class KernelSets:
     """The kernel set of every phase. Phases with the same functions have the same set.
 
     Attributes:
+        sets: by (task, phase).
         choices: of the ops that the config makes each phase call.
     """
 
@@ -435,7 +449,7 @@ def resolve(
 
 def _choose(case: Case) -> tuple[Choice, str | None]:
     """The first implementation that serves; where none does, any, and why none does."""
-    rows = [each for each in KERNELS if each.op == case.op and case.phase in each.phases]
+    rows = [each for each in KERNELS if each.op == case.op and case.task in each.tasks and case.phase in each.phases]
     refused: dict[str, str] = {}
     use = Use(case.task, case.phase, case.op)
     for kernel in rows:

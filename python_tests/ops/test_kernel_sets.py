@@ -117,6 +117,7 @@ def test_another_kernel_is_another_row(monkeypatch):
         assert calls and len(handle.runner.network.built) == 1
     assert summary.ran["understanding decode"]["rms_norm"] == "mine"
     assert summary.ran["understanding prefill"]["rms_norm"] == summary.ran["generation head"]["rms_norm"] == "flashu"
+    assert summary.ran["understanding embed"]["rms_norm"] == "flashu"
     assert summary.kernels["rms_norm"] == "flashu, mine" and "rms_norm: it is wide" not in summary.fallbacks
 
 
@@ -242,6 +243,7 @@ def test_rows_one_at_a_time_do_not_depend_on_each_other():
     [
         (lambda: Kernel("rmsnorm", "mine"), "rms_norm"),
         (lambda: Kernel("rms_norm", "mine", phases=("drawing",)), "backbone"),
+        (lambda: Kernel("rms_norm", "mine", tasks=("drawing",)), "understanding"),
         (lambda: Kernel("rms_norm", "mine", devices=("tpu",)), "cuda"),
         (lambda: Use("drawing", "backbone", "rms_norm"), "generation"),
         (lambda: Use("generation", "decode", "rms_norm"), "measuring"),
