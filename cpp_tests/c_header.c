@@ -1,4 +1,5 @@
 /* Compiles the public C headers as C: no C++ may slip into them. */
+#include "flashu/attention.h"
 #include "flashu/ffn.h"
 #include "flashu/flashu.h"
 #include "flashu/linear.h"

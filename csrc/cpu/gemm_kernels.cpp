@@ -2,8 +2,10 @@
 #include "cpu/gemm_kernels.hpp"
 
 #include <bit>
+#include <cstring>
 
 #include "cpu/simd.hpp"
+#include "cpu/transpose.hpp"
 
 namespace flashu::cpu::FLASHU_ISA {
 namespace {
@@ -15,48 +17,6 @@ constexpr int kTileRows = 12;
 constexpr int kTileRows = 6;
 #endif
 constexpr int kColumns = 2 * kWidth;
-
-// Transposes a kWidth x kWidth block in registers: rows[i][j] -> rows[j][i].
-#if defined(__AVX2__) && !defined(__AVX512F__)
-FLASHU_INLINE void transpose(Floats (&rows)[kWidth]) {
-  __m256 pairs[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm256_unpacklo_ps((__m256)rows[i], (__m256)rows[i + 1]);
-    pairs[i + 1] = _mm256_unpackhi_ps((__m256)rows[i], (__m256)rows[i + 1]);
-  }
-  __m256 quads[8];
-  for (int i = 0; i < 8; i += 4) {
-    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
-    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    rows[i] = (Floats)_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
-    rows[i + 4] = (Floats)_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
-  }
-}
-#else
-// Swaps the off-diagonal halves of ever smaller blocks.
-FLASHU_INLINE void transpose(Floats (&rows)[kWidth]) {
-#pragma GCC unroll 4
-  for (int step = kWidth / 2; step >= 1; step /= 2) {
-    Ints low{};
-    Ints high{};
-    for (int lane = 0; lane < kWidth; ++lane) {
-      low[lane] = (lane & step) ? kWidth + lane - step : lane;
-      high[lane] = (lane & step) ? kWidth + lane : lane + step;
-    }
-    for (int i = 0; i < kWidth; ++i) {
-      if (i & step) continue;
-      const Floats a = rows[i];
-      const Floats b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
-    }
-  }
-}
-#endif
 
 // What a slot of a storage type holds and how two slots are multiplied into a sum.
 struct FloatSlot {
@@ -91,11 +51,52 @@ FLASHU_INLINE float pair_slot(const bfloat16* values, bool both) {
   return std::bit_cast<float>(high | values[0].bits);
 }
 
+// kWidth slots from `source` on, as one row of a transpose.
+template <class T>
+FLASHU_INLINE Floats load_slots(const T* source) {
+  if constexpr (kValues<T> == 2) {
+    return load_as<Floats>(source);
+  } else {
+    return load(source);
+  }
+}
+
+// kWidth slots of all rows of a tile. A store writes a whole vector, of which the next slots overwrite what
+// is not theirs; only the last one must not reach into memory of another tile.
+template <class T>
+FLASHU_INLINE void pack_row_block(float* out, const T* source, int64_t stride, int64_t rows) {
+  constexpr int kGroups = (kTileRows + kWidth - 1) / kWidth;
+  constexpr int kLastGroup = kTileRows - (kGroups - 1) * kWidth;
+  Floats slots[kGroups][kWidth];
+#pragma GCC unroll 2
+  for (int group = 0; group < kGroups; ++group) {
+    for (int i = 0; i < kWidth; ++i) {
+      const int r = group * kWidth + i;
+      slots[group][i] = r < rows ? load_slots(source + r * stride) : Floats{};
+    }
+    transpose(slots[group]);
+  }
+  for (int s = 0; s < kWidth; ++s) {
+    float* const to = out + s * kTileRows;
+    for (int group = 0; group + 1 < kGroups; ++group) store(to + group * kWidth, slots[group][s]);
+    float* const last = to + (kGroups - 1) * kWidth;
+    if (s + 1 < kWidth) {
+      store(last, slots[kGroups - 1][s]);
+    } else {
+      std::memcpy(last, &slots[kGroups - 1][s], kLastGroup * sizeof(float));
+    }
+  }
+}
+
 template <class T>
 void pack_rows(float* out, const void* x, int64_t stride, int64_t rows, int64_t count) {
   const T* source = static_cast<const T*>(x);
-  for (int64_t r = 0; r < kTileRows; ++r) {
-    for (int64_t k = 0; k < count; k += kValues<T>) {
+  constexpr int64_t kBlock = kWidth * kValues<T>;
+  int64_t k = 0;
+  for (; k + kBlock <= count; k += kBlock)
+    pack_row_block(out + k / kValues<T> * kTileRows, source + k, stride, rows);
+  for (; k < count; k += kValues<T>) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
       float& slot = out[k / kValues<T> * kTileRows + r];
       if (r >= rows) {
         slot = 0.0f;

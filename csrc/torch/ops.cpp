@@ -37,6 +37,19 @@ STABLE_TORCH_LIBRARY(flashu, m) {
   m.def(
       "linear.out(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, int epilogue=0, *, "
       "Tensor(a!) out) -> Tensor(a!)");
+  m.def(
+      "linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, int epilogue=0) -> "
+      "Tensor");
+  m.def(
+      "linears.out(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, int epilogue=0, *, "
+      "Tensor(a!) out) -> Tensor(a!)");
+
+  // attention: softmax(query key^T / sqrt(d) + mask) value of each row's first keys
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? lengths=None, Tensor? mask=None) -> Tensor");
+  m.def(
+      "attention.out(Tensor query, Tensor key, Tensor value, Tensor? lengths=None, Tensor? mask=None, *, "
+      "Tensor(a!) out) -> Tensor(a!)");
 
   // routing: reduce is 0 none, 1 mean, 2 last; an index of -1 is padding
   m.def("cosine_importance(Tensor x_in, Tensor x_out, int reduce=0) -> Tensor");

@@ -13,8 +13,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import attention
     from .ffn import gathered_down, gathered_ffn, gathered_swiglu, neuron_norms_
-    from .linear import linear
+    from .linear import linear, linears
     from .norm import add_rms_norm_, gate_add_, rms_norm, rotary_cache_
     from .routing import (
         cosine_importance,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Selection",
     "add_rms_norm_",
+    "attention",
     "cosine_importance",
     "feature_delta",
     "gate_add_",
@@ -40,6 +42,7 @@ __all__ = [
     "gathered_swiglu",
     "guided_euler_step_",
     "linear",
+    "linears",
     "neuron_norms_",
     "rms_norm",
     "rotary_cache_",
@@ -59,7 +62,7 @@ OPS = tuple(name for name in __all__ if name != "Selection")
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for family in ("ffn", "linear", "norm", "routing", "selection", "step"):
+    for family in ("attention", "ffn", "linear", "norm", "routing", "selection", "step"):
         globals().update(
             {op: value for op, value in vars(import_module(f".{family}", __name__)).items() if op in __all__}
         )

@@ -63,9 +63,6 @@ decode: an answer's tokens."""
 ONE_BY_ONE = "one by one"
 """The implementation of `linears` that calls `linear` for each."""
 
-NOT_YET = "not yet"
-"""The reason for torch where this library has no such kernel on any device."""
-
 
 class KernelUnavailableError(ValueError):
     """A setting asks for a kernel or a promise that cannot be had here; the message names the op, its phase and what is
@@ -251,8 +248,6 @@ class Kernel:
             return f"FlashUConfig.{FAMILY_OF[self.op]}_kernels is {switch!r}"
         if self.function is None and case.replaced is not None:
             return case.replaced
-        if self.function is None and self.op not in ops.OPS:
-            return NOT_YET
         served = self.devices is None or case.device.type in self.devices
         served &= self.dtypes is None or case.dtype in self.dtypes
         if served and self.function is None:
@@ -289,6 +284,9 @@ def _ffn_microseconds(shape: PhaseShape, dtype: torch.dtype) -> float | None:
     return shape.layers * float(sum(map(int, halves))) if len(halves) == 2 else None
 
 
+_TORCH = {"attention": reference.torch_attention}
+"""Functions for plain torch where the reference of the tests is another."""
+
 _EXACT = ("select_topk", "gather_rows", "scatter_rows_")
 """Ops that compare and move numbers, so that torch's functions have the same bits for any batch."""
 
@@ -308,7 +306,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     *(
         Kernel(
-            op, "torch", getattr(reference, op), devices=None, dtypes=None, switches=(True, False),
+            op, "torch", _TORCH.get(op) or getattr(reference, op), devices=None, dtypes=None, switches=(True, False),
             invariant=op in _EXACT, reason="plain torch",
         )
         for op in FAMILY_OF
@@ -455,8 +453,7 @@ def _choose(case: Case) -> tuple[Choice, str | None]:
     for kernel in rows:
         why = kernel.refuses(case)
         if why is None:
-            fell_back = refused.get("flashu", NOT_YET) != NOT_YET
-            return Choice(use, kernel, next(iter(refused.values()), kernel.reason), fell_back), None
+            return Choice(use, kernel, next(iter(refused.values()), kernel.reason), "flashu" in refused), None
         refused[kernel.implementation] = why
     why_none = ", ".join(f"{name}: {why}" for name, why in refused.items())
     return Choice(use, rows[-1], why_none, False), why_none

@@ -124,15 +124,22 @@ class Handle:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("handle: it belongs to one model and cannot be pickled; a pickled model is dense")
 
-    def stepper(self, inputs: SampleInputs) -> AcceleratedStepper | DenseStepper:
+    def stepper(self, inputs: SampleInputs, config: FlashUConfig | None = None) -> AcceleratedStepper | DenseStepper:
         """The steps of `flashu_ext.showo2.sample`: each a call of the model's `t2i_generate` where somebody has wrapped that
-        since, or where images have guidance scales of their own.
+        since, or where images that share their state have guidance scales of their own.
+
+        Args:
+            config: of these images; None: the handle's.
 
         Raises:
-            ValueError: such calls cannot have another number of steps than the config plans.
+            ValueError: such calls cannot have another number of steps or another config than the model's, or this config
+                needs other weights or kernels.
         """
-        if not isinstance(inputs.guidance_scale, tuple) and self._overrides.intact("t2i_generate"):
-            return self.runner.stepper(inputs)
+        own_scales = isinstance(inputs.guidance_scale, tuple) and not self.runner.generation.invariant
+        if not own_scales and self._overrides.intact("t2i_generate"):
+            return self.runner.stepper(inputs, config)
+        if config is not None and config != self.config:
+            raise ValueError("preset: expected None, with a scale for each image or a wrapped t2i_generate")
         planned = self.config.steps or DEFAULT_STEPS
         if self.config.approximates and inputs.steps not in (None, planned):
             raise ValueError(
@@ -140,6 +147,14 @@ class Handle:
                 f"t2i_generate, got {inputs.steps}"
             )
         return DenseStepper(self.model, dataclasses.replace(inputs, steps=inputs.steps or planned))
+
+    def step_together(self, steppers: Sequence[AcceleratedStepper]) -> list[Exception | None]:
+        """Run the next evaluation of several images or batches, in one call where they need the same work.
+
+        Returns:
+            For each what went wrong, or None. One that cannot go on, because the model changed after it began, stops no other.
+        """
+        return self.runner.step_together(steppers)
 
     # ---- summary
 

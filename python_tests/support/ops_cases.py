@@ -241,6 +241,105 @@ LINEAR = _of(
 )
 
 
+def _linears(
+    *columns: int, epilogue: str = "none", biased: bool = True, rows: tuple[int, ...] = (5,), one: bool = False
+) -> Make:
+    """`one`: the weights and the biases are slices of one matrix and one vector."""
+
+    def make(dtype: torch.dtype) -> dict[str, Any]:
+        weights = randn(2, sum(columns), 24, dtype=dtype, scale=0.2).split(columns)
+        biases = list(randn(3, sum(columns), dtype=dtype).split(columns))
+        if not one:
+            weights, biases = [w.clone() for w in weights], [b.clone() for b in biases]
+            biases[1:2] = [None] * len(biases[1:2])
+        return {
+            "x": randn(1, *rows, 24, dtype=dtype),
+            "weights": list(weights),
+            "biases": biases if biased else None,
+            "residual": randn(4, *rows, sum(columns), dtype=dtype) if epilogue != "none" else None,
+            "epilogue": epilogue,
+        }
+
+    return make
+
+
+LINEARS = _of(
+    "linears",
+    {
+        "": _linears(37, 8, 16, epilogue="silu"),
+        "alone": _linears(37, 8, 16, biased=False),
+        "of one matrix": _linears(48, 8, 16, one=True),
+        "of one weight": _linears(37, epilogue="gelu"),
+        "of four": _linears(1, 33, 0, 7, epilogue="gelu_tanh", rows=(2, 3)),
+        "of one row": _linears(40, 8, 8, rows=(1, 1)),
+        "of no row": _linears(40, 8, rows=(2, 0)),
+    },
+    folding=("out",),
+    schema=lambda a: {
+        **a,
+        "biases": a["biases"] or [],
+        "epilogue": ("none", "gelu", "gelu_tanh", "silu").index(a["epilogue"]),
+    },
+)
+
+
+# ---- attention
+
+
+def _attention(
+    n: int = 5,
+    tokens: int = 150,
+    rows: int = 2,
+    heads: int = 6,
+    kv_heads: int = 2,
+    d: int = 20,
+    lengths: tuple[int, ...] | None = None,
+    mask: tuple[int, int] | None = None,
+) -> Make:
+    """mask: how many rows and queries it has. The last key that every query sees is not the last key."""
+
+    def make(dtype: torch.dtype) -> dict[str, Any]:
+        added = None
+        if mask is not None:
+            added = randn(5, mask[0], 1, mask[1], tokens, dtype=dtype)
+            hidden = randn(6, *added.shape) > 0.5
+            hidden[..., tokens - tokens // 4 :] = True
+            hidden[:, :, :1] = True  # the average of all
+            added = added.masked_fill(hidden, torch.finfo(dtype).min)
+        return {
+            "query": randn(1, rows, heads, n, d, dtype=dtype),
+            "key": randn(2, rows, kv_heads, tokens, d, dtype=dtype),
+            "value": randn(3, rows, kv_heads, tokens, d, dtype=dtype),
+            "lengths": None if lengths is None else torch.tensor(lengths),
+            "mask": added,
+        }
+
+    return make
+
+
+ATTENTION = _of(
+    "attention",
+    {
+        "": _attention(lengths=(131, 40), mask=(2, 5)),
+        "plain": _attention(),
+        "with lengths": _attention(lengths=(0, 150)),
+        "with a mask": _attention(mask=(2, 5)),
+        "with one mask": _attention(mask=(1, 1)),
+        "with a mask for a row": _attention(mask=(2, 1)),
+        "of one query": _attention(n=1, lengths=(17, 129)),
+        "of many queries": _attention(n=70, tokens=300, mask=(1, 70)),
+        "of as many heads": _attention(kv_heads=6, d=72),
+        "of one head": _attention(heads=1, kv_heads=1, rows=1, d=1),
+        "of no row": _attention(rows=0),
+        "of no query": _attention(n=0),
+        "of no key": _attention(tokens=0),
+        "of no column": _attention(d=0),
+    },
+    fixed=("lengths",),
+    strided=("lengths",),
+)
+
+
 # ---- routing
 
 
@@ -516,7 +615,7 @@ STEP = [
     *_of("taylor_predict", {o: m[1] for o, m in TAYLOR.items()}, contiguous=("state", "out")),
 ]
 
-CASES = [*FFN, *LINEAR, *ROUTING, *NORM, *STEP]
+CASES = [*FFN, *LINEAR, *LINEARS, *ATTENTION, *ROUTING, *NORM, *STEP]
 FIRST = [case for case in CASES if not case.option]
 """One case of every op, for what does not depend on its options."""
 

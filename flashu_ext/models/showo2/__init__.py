@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import Showo2Config as Showo2Config
+    from .many import Drawings as Drawings
+    from .many import ImageRequest as ImageRequest
+    from .many import ImageResult as ImageResult
     from .model import Showo2 as Showo2
     from .pipeline import Pipeline as Pipeline
     from .sampling import sample as sample
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Showo2Config": "config",
     "Showo2": "model",
+    "Drawings": "many",
+    "ImageRequest": "many",
+    "ImageResult": "many",
     "Pipeline": "pipeline",
     "sample": "sampling",
     "answer_tokens": "understanding",

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..parts import table_side
 from . import validate
 from .checkpoint import check_dtype
 from .codec import ImageCodec, WanCodec
+from .many import AT_MOST, Drawings
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
 from .sampling import sample
@@ -208,16 +209,40 @@ class Pipeline:
 
         sampler: called instead of `sample`, with its arguments (such as `flashu_ext.parallel.sample_guided`).
         """
-        inputs = self._layout_of(self.grid(size)).generation(prompts, self._device)
         latents = (sampler or sample)(
             self.model,
             self.noise(list(range(len(prompts))) if seeds is None else seeds, len(prompts), size),
-            **vars(inputs),
+            **self.prompt_tokens(prompts, size),
             steps=steps,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             time_shifting_factor=self.time_shifting_factor,
         )
-        return [_to_pil(image) for image in self.codec.decode(latents)]
+        return self.pictures(latents)
+
+    def generate_many(self, requests: Iterable[Any] = (), at_most: int = AT_MOST) -> Drawings:
+        """Draw images that may begin at any time; those in progress share evaluations.
+
+        Args:
+            requests: `ImageRequest`s, mappings of their fields, or prompts; read one by one, whenever there is room.
+            at_most: images in progress at once.
+
+        Returns:
+            An iterator of `ImageResult`s, in the order in which images finish. A wrong request, or what an `on_step` raises,
+            is the result of that image alone. `add` and `cancel` may be called at any time.
+
+        Example:
+            for result in pipe.generate_many(["a red circle", {"prompt": "a blue square", "steps": 20}]):
+                result.image.save(f"{result.index}.png")
+        """
+        return Drawings(self, requests, at_most)
+
+    def prompt_tokens(self, prompts: Sequence[str], size: Size | None = None) -> dict[str, Any]:
+        """The tokens and positions of `sample`'s arguments for prompts whose images have `size`."""
+        return dict(vars(self._layout_of(self.grid(size)).generation(prompts, self._device)))
+
+    def pictures(self, latents: Tensor) -> list[Image]:
+        """Latents [B, channels, H, W] -> images. One at a time: a convolution's bits may depend on its batch."""
+        return [_to_pil(self.codec.decode(one)[0]) for one in latents.split(1)]
 
     def noise(self, seeds: Sequence[int], count: int | None = None, size: Size | None = None) -> Tensor:
         """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed; `size` as in `generate`."""
