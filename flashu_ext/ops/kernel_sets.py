@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..planning.config import FlashUConfig
@@ -23,6 +24,7 @@ from ..planning.cost import LayerShape
 from ..planning.groups import Answers, HeadCaching
 from ..planning.op_cost import OP_COSTS, OpCost, PhaseShape
 from . import reference
+from .selection import Selection
 
 __all__ = [
     "FAMILIES",
@@ -272,6 +274,37 @@ def _where_asked(case: Case) -> str | None:
     return None if case.config.execution.batch_invariant else "FlashUConfig.batch_invariant is not True"
 
 
+MANY = 17
+"""Rows from which the CUDA kernels of the FFN sum in one order; in 16 bits fewer have a kernel of their own."""
+
+
+def _ffn_of_many_rows(
+    x: Tensor, *weights: Tensor, residual: Tensor | None = None, selection: Selection | None = None
+) -> Tensor:
+    """`ops.gathered_ffn`, of rows of zeros too where there are few."""
+
+    def padded(t: Tensor) -> Tensor:
+        return torch.cat([t.reshape(count, t.shape[-1]), t.new_zeros(MANY - count, t.shape[-1])])
+
+    count = x.shape[:-1].numel()
+    if count >= MANY:
+        return ops.gathered_ffn(x, *weights, residual=residual, selection=selection)
+    more = None if residual is None else padded(residual)
+    out = ops.gathered_ffn(padded(x), *weights, residual=more, selection=selection)
+    return out[:count].reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _unless_few_rows_differ(case: Case) -> str | None:
+    few_differ = case.device.type == "cuda" and case.dtype != torch.float32
+    return f"fewer than {MANY} rows are summed in another order" if few_differ and _where_asked(case) is None else None
+
+
+def _padded_where_asked(case: Case) -> str | None:
+    if not ops.gathered_ffn.is_supported(case.device, case.dtype):
+        return "this build has no such kernel"
+    return _where_asked(case)
+
+
 _STAR = re.compile(r"^ +\S+ +\* .* (\d+) us predicted", re.MULTILINE)
 
 
@@ -291,7 +324,11 @@ _EXACT = ("select_topk", "gather_rows", "scatter_rows_")
 """Ops that compare and move numbers, so that torch's functions have the same bits for any batch."""
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("gathered_ffn", "flashu", microseconds=_ffn_microseconds),
+    Kernel("gathered_ffn", "flashu", why_not=_unless_few_rows_differ, microseconds=_ffn_microseconds),
+    Kernel(
+        "gathered_ffn", "flashu padded", _ffn_of_many_rows, devices=("cuda",), dtypes=(torch.bfloat16, torch.float16),
+        why_not=_padded_where_asked, reason=f"with rows of zeros where there are fewer than {MANY}",
+    ),
     Kernel("linear", "flashu", why_not=_unless_cublas),
     Kernel("linears", "flashu", why_not=_unless_cublas),
     Kernel("attention", "flashu"),
@@ -453,7 +490,8 @@ def _choose(case: Case) -> tuple[Choice, str | None]:
     for kernel in rows:
         why = kernel.refuses(case)
         if why is None:
-            return Choice(use, kernel, next(iter(refused.values()), kernel.reason), "flashu" in refused), None
+            fell_back = "flashu" in refused and not kernel.implementation.startswith("flashu")
+            return Choice(use, kernel, next(iter(refused.values()), kernel.reason), fell_back), None
         refused[kernel.implementation] = why
     why_none = ", ".join(f"{name}: {why}" for name, why in refused.items())
     return Choice(use, rows[-1], why_none, False), why_none

@@ -236,4 +236,5 @@ MUTANTS = [
     Mutant("kernels: measuring runs on the backbone's", "flashu_ext/runtime/backbone.py", "enumerate(self.measuring.layers)", "enumerate(self.network.layers)", KERNELS("the_table_has and paper")),
     Mutant("kernels: a phase of its own has all neurons", "flashu_ext/runtime/network.py", "network if self.layouts is None else network.over(self.layouts)", "network", KERNELS("plans_neurons")),
     Mutant("kernels: every row attends as many keys as the first", "flashu_ext/ops/reference.py", "for r, n in enumerate(counts)\n    ]\n", "for r, n in enumerate(counts[:1] * len(counts))\n    ]\n", KERNELS("one_at_a_time")),
+    Mutant("kernels: sixteen rows are many", "flashu_ext/ops/kernel_sets.py", "MANY = 17\n", "MANY = 16\n", KERNELS("padded_to_many")),
 ]  # fmt: skip
