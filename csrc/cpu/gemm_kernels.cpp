@@ -155,8 +155,13 @@ FLASHU_INLINE void pack_column(float* out, const void* const* source, int64_t co
   for (int c = 0; c < kColumns; ++c) out[c] = to_float(static_cast<const T*>(source[c])[column]);
 }
 
-// Far enough for memory to answer, near enough for 32 rows to stay in L2.
+// Far enough for memory to answer, near enough for all rows to stay in the caches: with 32 rows of AVX-512
+// half the distance was 5 % faster, with 16 of AVX2 14 % slower.
+#if defined(__AVX512F__)
+constexpr int64_t kPrefetchBytes = 512;
+#else
 constexpr int64_t kPrefetchBytes = 1024;
+#endif
 constexpr int64_t kLine = 64;
 
 // Asks for what lies at element `at` of every panel row, 2 * kWidth elements of it.

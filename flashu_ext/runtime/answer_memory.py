@@ -9,15 +9,12 @@ from torch import Tensor
 
 from ..models.parts import Showo2Parts
 from .image_memory import rounded_up
-from .modules.attention import rope_table
+from .modules.attention import Rope
 
-__all__ = ["ANSWER_STEP", "FIXED_TOKENS", "AnswerMemory", "AnswerShape", "Buffers", "GrowingMemory", "layer_of"]
+__all__ = ["FIXED_TOKENS", "AnswerMemory", "AnswerShape", "Buffers", "layer_of"]
 
 CAPACITY_STEP = 256
 """Reusable memory rounds its capacity up to a multiple of this, so most later calls fit."""
-
-ANSWER_STEP = 256
-"""New tokens of each answer that memory which can grow has room for at first."""
 
 FIXED_TOKENS = 4096
 """New tokens of an answer up to which memory at fixed addresses is reserved; a longer answer has memory that grows."""
@@ -50,55 +47,45 @@ class AnswerShape:
         capacities = zip(self.capacities, other.capacities, other.rounded().capacities, strict=True)
         return same and all(asked <= mine <= 2 * rounded for mine, asked, rounded in capacities)
 
-    def buffers(self, parts: Showo2Parts) -> Buffers:
-        """Zeros, because unused slots are only masked: a NaN there would spread."""
-        kv = parts.llm_attention
-        first, second = (
-            torch.zeros(count, 2, self.rows, kv.kv_heads, capacity, kv.head_dim, dtype=self.dtype, device=parts.device)
-            for count, capacity in zip((self.split, len(parts.layers) - self.split), self.capacities, strict=True)
-        )
-        return first, second
 
-
-def layer_of(buffers: Buffers, split: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of a layer, [rows, kv_heads, capacity, head_dim] each."""
-    pair = buffers[0][layer] if layer < split else buffers[1][layer - split]
-    return pair[0], pair[1]
-
-
-class GrowingMemory:
-    """Memory of exactly the requested shape, for answers run operator by operator; the answer's part is enlarged on the way."""
-
-    def __init__(self, shape: AnswerShape, parts: Showo2Parts):
-        self.shape = shape
-        self.buffers = shape.buffers(parts)
-
-    def nbytes(self) -> dict[str, int]:
-        return {"answers' keys and values": sum(buffer.nbytes for buffer in self.buffers)}
-
-
-class AnswerMemory(GrowingMemory):
-    """Memory at fixed addresses, on which work is captured.
+class AnswerMemory:
+    """Keys and values of several rows, and what the next token of each is computed from.
 
     Attributes:
-        masks: additive [rows, 1, 1, capacity], one for each buffer.
+        fixed: work is captured on this memory: every number in it is read on the device, and `masks` hide the slots that a row
+            does not use. Else the host knows the rows' `lengths`.
+        buffers: keys and values.
+        lengths: for each buffer int64 [live rows] on the CPU, the slots that a row attends to, with the next token's; None
+            where fixed.
+        masks: for each buffer additive [rows, 1, 1, capacity], or None where every row sees its whole prompt.
         runs: bool [layers, rows, 1, 1], read for layers that only some rows run.
         token, position: int64 [rows, 1].
-        slots: int64 [2], the slot of the new token in each buffer.
+        slots: int64 [2, rows], where a row's next token is stored in each buffer.
         logits: [rows, vocab].
-        rope: rotary tables of all positions.
+        rope: rotary table of all positions, [positions, head_dim] each.
     """
 
-    def __init__(self, shape: AnswerShape, parts: Showo2Parts):
-        super().__init__(shape, parts)
-        rows, device = shape.rows, parts.device
-        self.masks = [torch.zeros(rows, 1, 1, count, dtype=shape.dtype, device=device) for count in shape.capacities]
+    def __init__(self, shape: AnswerShape, parts: Showo2Parts, rope: Rope, fixed: bool):
+        self.shape = shape
+        self.fixed = fixed
+        kv, rows, device = parts.llm_attention, shape.rows, parts.device
+        # Without lengths unused slots are only masked: a NaN there would spread.
+        make = torch.zeros if fixed else torch.empty
+        first, second = (
+            make(count, 2, rows, kv.kv_heads, capacity, kv.head_dim, dtype=shape.dtype, device=device)
+            for count, capacity in zip((shape.split, len(parts.layers) - shape.split), shape.capacities, strict=True)
+        )
+        self.buffers: Buffers = (first, second)
+        self.lengths: list[Tensor] | None = None
+        self.masks: list[Tensor | None] = [
+            torch.zeros(rows, 1, 1, count, dtype=shape.dtype, device=device) if fixed else None
+            for count in shape.capacities
+        ]
         self.runs = torch.zeros(len(parts.layers), rows, 1, 1, dtype=torch.bool, device=device)
         self.token, self.position = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(2))
-        self.slots = torch.zeros(2, dtype=torch.int64, device=device)
+        self.slots = torch.zeros(2, rows, dtype=torch.int64, device=device)
         self.logits = torch.zeros(rows, parts.lm_head.module.weight.shape[0], dtype=shape.dtype, device=device)
-        positions = torch.arange(shape.capacities[0], device=device)[None]
-        self.rope = rope_table(parts.llm_rope, positions, shape.dtype)
+        self.rope = rope
 
     def clear(self) -> None:
         """Zero the buffers: an earlier prompt may have left a NaN in a slot that is only masked now."""
@@ -106,6 +93,12 @@ class AnswerMemory(GrowingMemory):
             buffer.zero_()
 
     def nbytes(self) -> dict[str, int]:
-        tensors = (*self.masks, *self.rope, self.runs, self.token, self.position, self.slots, self.logits)
-        own = sum(tensor.nbytes for tensor in tensors)
-        return {purpose: count + own for purpose, count in super().nbytes().items()}
+        masks = [mask for mask in self.masks if mask is not None]
+        tensors = (*self.buffers, *masks, self.runs, self.token, self.position, self.slots, self.logits)
+        return {"answers' keys and values": sum(tensor.nbytes for tensor in tensors)}
+
+
+def layer_of(buffers: Buffers, split: int, layer: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer, [rows, kv_heads, capacity, head_dim] each."""
+    pair = buffers[0][layer] if layer < split else buffers[1][layer - split]
+    return pair[0], pair[1]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .answer_memory import AnswerShape, Buffers, GrowingMemory, layer_of
-from .memory import Lease
+from ..models.parts import Showo2Parts
+from .answer_memory import AnswerMemory, AnswerShape, layer_of
+from .memory import Lease, MemoryPool
+from .modules.attention import RopeTable
 
-__all__ = ["Prompt", "PromptCache", "Span", "common_prefix", "reach"]
+__all__ = ["Prompt", "PromptCache", "PromptStore", "Span", "common_prefix", "reach"]
+
+T = TypeVar("T")
 
 Span = tuple[int, int]
 """(first position, count) of an image's tokens in a prompt."""
@@ -45,60 +50,180 @@ class Prompt:
         drops = (drop for (start, count), drop in zip(self.spans, self.dropped, strict=True) if start + count <= tokens)
         return tokens - sum(drops)
 
+    def seen(self, late: bool) -> Tensor:
+        """bool [slots]: what the prompt's last token, and so its answer, may attend to; late: from the pruning layer on."""
+        return self.allowed[-1, self.kept] if late and self.kept is not None else self.allowed[-1]
+
     def nbytes(self) -> int:
         return self.embeds.nbytes + self.allowed.nbytes + (self.kept.nbytes if self.kept is not None else 0)
 
 
 class PromptCache:
-    """Keys and values of several prompts, one per row, with capacity for their answers.
+    """Keys and values of several prompts and their answers, one of each per row.
 
     Layers before the pruning layer store every token of a prompt, the others only kept tokens. A row's prompt begins at slot
-    0. All answers begin at the same slot, after the longest prompt, so a new token has the same slot in every row.
+    0, and its answer follows directly, so what a row holds does not depend on the others.
 
     Attributes:
+        prompts: of each row; None: the row holds nothing that can be used.
+        written: answer tokens stored in each row.
+        ended: for each row when its answer ended, by a count of ends; 0: never.
         lease: the memory.
-        ends: the first answer slot in each of the two buffers.
-        decoding: answers are being written.
+        in_use: answers are being written.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], lease: Lease[GrowingMemory]):
-        self.prompts = list(prompts)
+    def __init__(self, rows: int, lease: Lease[AnswerMemory]):
+        self.prompts: list[Prompt | None] = [None] * rows
+        self.written = [0] * rows
+        self.ended = [0] * rows
         self.lease = lease
-        self.ends = _ends(prompts)
-        self.decoding = False
-
-    @staticmethod
-    def shape(prompts: Sequence[Prompt], new_tokens: int, split: int) -> AnswerShape:
-        """The memory needed for prompts and `new_tokens` more tokens of each. split: the pruning layer."""
-        first, second = (end + new_tokens for end in _ends(prompts))
-        return AnswerShape(len(prompts), (first, second), split, prompts[0].embeds.dtype)
+        self.in_use = True
 
     @property
-    def buffers(self) -> Buffers:
-        return self.lease.memory.buffers
+    def memory(self) -> AnswerMemory:
+        return self.lease.memory
 
     @property
     def split(self) -> int:
-        return self.lease.memory.shape.split
+        return self.memory.shape.split
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, [rows, kv_heads, capacity, head_dim] each."""
-        return layer_of(self.buffers, self.split, layer)
+        return layer_of(self.memory.buffers, self.split, layer)
 
-    def reuse(self, row: int, source: PromptCache, source_row: int, tokens: int) -> None:
-        """Copy the first `tokens` tokens of another cache's row, or of another row of this one."""
-        prompt = source.prompts[source_row]
-        self.prompts[row].kept = prompt.kept
-        for mine, theirs, slots in zip(self.buffers, source.buffers, (tokens, prompt.slots(tokens)), strict=True):
-            mine[:, :, row, :, :slots] = theirs[:, :, source_row, :, :slots]
+    def prompt(self, row: int) -> Prompt:
+        """The prompt of a row that has one."""
+        prompt = self.prompts[row]
+        assert prompt is not None
+        return prompt
+
+    def filled(self) -> list[int]:
+        """The rows that have a prompt."""
+        return [row for row, prompt in enumerate(self.prompts) if prompt is not None]
+
+    def used(self, row: int) -> tuple[int, int]:
+        """Slots that a row's prompt and answer fill in each of the two buffers."""
+        prompt = self.prompts[row]
+        if prompt is None:
+            return 0, 0
+        return prompt.length + self.written[row], prompt.slots(prompt.length) + self.written[row]
+
+    def put(self, row: int, prompt: Prompt | None) -> None:
+        """Give a row to another prompt, which is yet to be filled, or to none."""
+        self.prompts[row], self.written[row] = prompt, 0
+
+    def end(self, row: int) -> None:
+        """The answer of a row has ended."""
+        self.ended[row] = 1 + max(self.ended)
+
+    def free(self, row: int, wanted: int | None) -> None:
+        """Make a row behind the live ones free for another prompt: its own goes where an answer ended longest ago, or, if
+        another row behind is `wanted` for its prefix, changes places with that."""
+        behind = range(row, len(self.prompts))
+        if wanted is not None:
+            self.swap(row, wanted)
+        elif self.prompts[row] is not None:
+            self.swap(row, min(behind, key=lambda each: (self.prompts[each] is not None, self.ended[each])))
+
+    def reuse(self, row: int, prompt: Prompt, source: PromptCache, source_row: int, tokens: int) -> None:
+        """Give a row to a prompt whose first `tokens` tokens are those of a row of this or another cache, maybe the same row."""
+        other = source.prompt(source_row)
+        prompt.kept = other.kept
+        self.put(row, prompt)
+        if source is not self or source_row != row:
+            self._copy(row, source, source_row, (tokens, other.slots(tokens)))
+
+    def take(self, row: int, source: PromptCache, source_row: int) -> None:
+        """Copy a whole row."""
+        used = source.used(source_row)
+        self.prompts[row], self.written[row] = source.prompts[source_row], source.written[source_row]
+        self.ended[row] = source.ended[source_row]
+        self._copy(row, source, source_row, used)
+
+    def swap(self, row: int, other: int) -> None:
+        if row == other:
+            return
+        filled = tuple(max(pair) for pair in zip(self.used(row), self.used(other), strict=True))
+        for buffer, slots in zip(self.memory.buffers, filled, strict=True):
+            one, two = (buffer[:, :, each, :, :slots] for each in (row, other))
+            kept = one.clone()
+            one.copy_(two)
+            two.copy_(kept)
+        _swap(self.prompts, row, other)
+        _swap(self.written, row, other)
+        _swap(self.ended, row, other)
+
+    def _copy(self, row: int, source: PromptCache, source_row: int, slots: tuple[int, int]) -> None:
+        for mine, theirs, count in zip(self.memory.buffers, source.memory.buffers, slots, strict=True):
+            mine[:, :, row, :, :count] = theirs[:, :, source_row, :, :count]
 
     def nbytes(self) -> int:
         """Bytes of the prompts; the memory is counted by its pool."""
-        return sum(prompt.nbytes() for prompt in self.prompts)
+        return sum(prompt.nbytes() for prompt in self.prompts if prompt is not None)
 
 
-def _ends(prompts: Sequence[Prompt]) -> tuple[int, int]:
-    return max(p.length for p in prompts), max(p.slots(p.length) for p in prompts)
+def _swap(each: list[T], one: int, other: int) -> None:
+    each[one], each[other] = each[other], each[one]
+
+
+class PromptStore:
+    """The memory of answers, and the prompts whose prefixes the next question can reuse.
+
+    Attributes:
+        last: the cache filled last.
+    """
+
+    def __init__(self, parts: Showo2Parts, pool: MemoryPool[AnswerMemory], split: int):
+        """split: the pruning layer."""
+        self.pool = pool
+        self.split = split
+        self.last: PromptCache | None = None
+        self.rope = RopeTable(parts.llm_rope, parts.device)
+        self._parts = parts
+
+    def acquire(self, shape: AnswerShape, fixed: bool) -> Lease[AnswerMemory]:
+        """Memory of a shape; if fixed, memory of an earlier call where it fits."""
+        if not fixed:
+            return self.pool.acquire(lambda memory: False, lambda: self._make(shape, fixed))
+        lease = self.pool.acquire(
+            lambda memory: memory.fixed and memory.shape.holds(shape), lambda: self._make(shape.rounded(), fixed)
+        )
+        lease.memory.clear()
+        return lease
+
+    def _make(self, shape: AnswerShape, fixed: bool) -> AnswerMemory:
+        return AnswerMemory(shape, self._parts, self.rope.upto(shape.capacities[0], shape.dtype), fixed)
+
+    def read_last(self) -> None:
+        """The current stream will read the last cache."""
+        if self.last is not None:
+            self.pool.join(self.last.lease)
+
+    def keep(self, cache: PromptCache) -> None:
+        """Make this the cache whose prefixes are reused. The old one's memory is released now, or when its answers end."""
+        old, self.last = self.last, cache
+        if old is not None and old is not cache and not old.in_use:
+            self.pool.release(old.lease)
+
+    def end(self, cache: PromptCache) -> None:
+        """A cache's answers have ended, or it has moved to other memory."""
+        cache.in_use = False
+        self.pool.mark(cache.lease)
+        if self.last is not cache:
+            self.pool.release(cache.lease)
+
+    def forget(self) -> None:
+        """Drop what the next question could reuse."""
+        if self.last is not None and not self.last.in_use:
+            self.pool.release(self.last.lease)
+        self.last = None
+        self.rope.forget()
+
+    def nbytes(self) -> Counter[str]:
+        """Bytes held, by purpose."""
+        prompts = self.last.nbytes() if self.last is not None else 0
+        own = {"answers' keys and values": prompts, "answers' rotary table": self.rope.nbytes()}
+        return self.pool.nbytes() + Counter(own)
 
 
 def common_prefix(source: Prompt, prompt: Prompt, limit: int) -> int:

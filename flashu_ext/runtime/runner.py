@@ -19,6 +19,7 @@ from ..models.stamp import Stamp
 from ..ops.kernel_sets import KernelSet, resolve
 from ..planning.config import FlashUConfig
 from ..planning.neurons import NeuronLayout
+from .answer_scheduler import AnswerScheduler
 from .forked import ForkedLock
 from .generation import AcceleratedStepper, GenerationEngine
 from .graphs import GraphCapture
@@ -257,6 +258,15 @@ class Runner:
             self.check_unchanged("question was being answered")
 
         return told
+
+    def answering(self, most: int = 8) -> AnswerScheduler:
+        """For up to `most` answers at once that begin and end at any time; to be closed."""
+
+        def ready() -> UnderstandingEngine:
+            self.ready()
+            return self.understanding
+
+        return AnswerScheduler(ready, self.check_unchanged, most)
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes held now besides the model's weights, by purpose."""

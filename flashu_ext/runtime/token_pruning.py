@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ..models.parts import Showo2Parts
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
-from .modules.attention import rotate
+from .modules.attention import rotated
 from .prompt_cache import Span, reach
 
 __all__ = ["TokenPruner", "visual_spans"]
@@ -88,14 +89,13 @@ class TokenPruner:
             before: rotated keys of earlier tokens, [kv_heads, m, d].
             visible: bool [m + n], where the last token may attend.
         """
-        shape = self.parts.llm_attention
-        last = rotate(
-            attention.query(normed[:, -1:]).view(1, 1, shape.heads, shape.head_dim),
-            (rope[0][:, -1:], rope[1][:, -1:]),
-        )
-        key = rotate(attention.query_key.layers[1](normed).view(1, -1, shape.kv_heads, shape.head_dim), rope)
-        keys = torch.cat([before, key[0].transpose(0, 1)], dim=1).float()
-        query = last.float().view(shape.kv_heads, -1, shape.head_dim)
-        logits = (query @ keys.transpose(1, 2)) / shape.head_dim**0.5
-        weights = torch.softmax(logits.masked_fill(~visible, float("-inf")), dim=-1)
-        return weights.mean(dim=(0, 1))[before.shape[1] :]
+        shape, kernels = self.parts.llm_attention, self.kernels
+        query = attention.query(normed[:, -1:]).view(1, 1, shape.heads, shape.head_dim)
+        key = attention.query_key.layers[1](normed).view(1, -1, shape.kv_heads, shape.head_dim)
+        last = rotated(kernels, query, (rope[0][:, -1:], rope[1][:, -1:]))
+        keys = torch.cat([before, rotated(kernels, key, rope)[0]], dim=1).float()
+        # A key's products do not depend on the others, nor the sum over heads on threads.
+        queries = last.float().view(shape.kv_heads, -1, shape.head_dim)
+        logits = torch.cat([kernels.linear(own, query).t() for own, query in zip(keys, queries, strict=True)])
+        weights = torch.softmax((logits / shape.head_dim**0.5).masked_fill(~visible, float("-inf")), dim=-1)
+        return functools.reduce(torch.add, weights.unbind())[before.shape[1] :] / shape.heads

@@ -27,14 +27,15 @@ from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
 from ..planning.schedule import least_important
-from .answer_memory import ANSWER_STEP, FIXED_TOKENS, AnswerMemory, GrowingMemory
-from .decoding import TASK, AnswerRequest, Decoder, Pick
+from .answer_memory import AnswerMemory
+from .answering import Answering, AnswerRequest
+from .decoding import TASK, Decoder, Pick
 from .graphs import GraphCapture
-from .memory import Lease, MemoryPool
-from .modules.attention import HeadNorms, Rope, rope_table, rotate_into
+from .memory import MemoryPool
+from .modules.attention import HeadNorms, Rope, rotate_into
 from .modules.decoder_layer import decoder_layer, pruning_layer
 from .network import Network
-from .prompt_cache import Prompt, PromptCache, common_prefix
+from .prompt_cache import Prompt, PromptCache, PromptStore, common_prefix
 from .token_pruning import TokenPruner, visual_spans
 
 __all__ = ["TASK", "UnderstandingEngine"]
@@ -101,7 +102,7 @@ class _Narrowing:
         self.drops = any(
             drop and first >= start
             for row, start in chunks
-            for (first, _), drop in zip(cache.prompts[row].spans, cache.prompts[row].dropped, strict=True)
+            for (first, _), drop in zip(cache.prompt(row).spans, cache.prompt(row).dropped, strict=True)
         )
 
     def __call__(self, normed: Tensor | None, value: Tensor | None) -> tuple[Tensor, _PrefillPass]:
@@ -114,7 +115,7 @@ class _Narrowing:
         keep, chunks = [], []
         at = 0
         for row, start in self.chunks:
-            prompt = self.cache.prompts[row]
+            prompt = self.cache.prompt(row)
             new = slice(at, at + prompt.length - start)
             own = scores[new] if scores is not None else None
             if self.drops and own is None:
@@ -154,15 +155,23 @@ class _Narrowing:
 
 
 class UnderstandingEngine:
-    """Answers batches of prompts; the last batch's cache is held for the next question."""
+    """Answers questions; the cache filled last is held for the next question.
+
+    Attributes:
+        prefilled, reused: prompt tokens computed, and found in a cache, so far.
+        visual, visual_kept: image tokens in the prompts that began last, and how many of them the pruning layer left.
+        skipped: for each of these prompts the layers that its answer skips.
+        waits: times that the host waited for a token of the last batch.
+    """
 
     def __init__(self, network: Network, config: FlashUConfig, capture: GraphCapture):
         self.network = network.at(TASK, "prefill")
         self.parts = parts = network.at(TASK, "embed").parts
         self.kernels = kernels = self.network.kernels
         self.pruner = TokenPruner(parts, config, kernels)
-        self.pool: MemoryPool[GrowingMemory] = MemoryPool(capture, IDLE_MEMORIES)
-        self.decoder = Decoder(network, self.pool)
+        self.pool: MemoryPool[AnswerMemory] = MemoryPool(capture, IDLE_MEMORIES)
+        self.store = PromptStore(parts, self.pool, self.pruner.layer)
+        self.decoder = Decoder(network)
         self.layers_to_skip = (config.answers or Answers()).layers_skipped(len(parts.layers))
         self.encoded = 0
         self.prefilled = 0
@@ -170,7 +179,7 @@ class UnderstandingEngine:
         self.visual = 0
         self.visual_kept = 0
         self.skipped: tuple[tuple[int, ...], ...] = ()
-        self._cache: PromptCache | None = None
+        self.waits = 0
         self._images: list[tuple[Tensor, Tensor]] = []
 
     def reset(self) -> None:
@@ -180,16 +189,13 @@ class UnderstandingEngine:
 
     def forget(self) -> None:
         """Drop what the next question could reuse."""
-        if self._cache is not None and not self._cache.decoding:
-            self.pool.release(self._cache.lease)
-        self._cache = None
+        self.store.forget()
         self._images = []
 
     def nbytes(self) -> Counter[str]:
         """Bytes held for the next question, by purpose."""
         images = sum(latents.nbytes + embeds.nbytes for latents, embeds in self._images)
-        prompts = self._cache.nbytes() if self._cache is not None else 0
-        return self.pool.nbytes() + Counter({"answers' keys and values": images + prompts})
+        return self.store.nbytes() + Counter({"answers' keys and values": images})
 
     # ---- inputs
 
@@ -248,111 +254,121 @@ class UnderstandingEngine:
         """
         if max_new_tokens == 0 or not prompts:
             return [[] for _ in prompts]
-        # The old cache is only read until the new one is filled, so an error in the prefill leaves it usable.
-        cache = PromptCache(prompts, self._acquire(prompts, max_new_tokens - 1))
+        answers = self.answering(len(prompts))
+        told = on_token is not None
         try:
-            if self._cache is not None:
-                self.pool.join(self._cache.lease)
-            hidden, skipped = self._prefill(cache)
-        except BaseException:
-            self.pool.release(cache.lease)
-            raise
-        self._replace_cache(cache)
-        self.skipped = skipped
-        self.visual = sum(prompt.visual for prompt in prompts)
-        self.visual_kept = self.visual - sum(sum(prompt.dropped) for prompt in prompts)
-        return self._decode(cache, AnswerRequest(hidden, skipped, max_new_tokens, pick, eos_token, on_token))
-
-    def _acquire(self, prompts: Sequence[Prompt], new_tokens: int) -> Lease[GrowingMemory]:
-        fixed = self.pool.fixed and new_tokens <= FIXED_TOKENS
-        shape = PromptCache.shape(prompts, new_tokens if fixed else min(new_tokens, ANSWER_STEP), self.pruner.layer)
-        if not fixed:
-            return self.pool.acquire(lambda memory: False, lambda: GrowingMemory(shape, self.parts))
-        lease = self.pool.acquire(
-            lambda memory: isinstance(memory, AnswerMemory) and memory.shape.holds(shape),
-            lambda: AnswerMemory(shape.rounded(), self.parts),
-        )
-        assert isinstance(lease.memory, AnswerMemory)
-        lease.memory.clear()
-        return lease
-
-    def _replace_cache(self, cache: PromptCache) -> None:
-        """Make this the cache whose prefixes are reused. The old one is released now, or by its decode when that ends."""
-        old, self._cache = self._cache, cache
-        if old is not None and not old.decoding:
-            self.pool.release(old.lease)
-
-    def _decode(self, cache: PromptCache, request: AnswerRequest) -> list[list[Tensor]]:
-        cache.decoding = True  # a callback may ask another question meanwhile
-        try:
-            return self.decoder.run(cache, request)
+            begun = answers.admit(
+                [
+                    AnswerRequest(prompt, max_new_tokens, pick, eos_token, number, told)
+                    for number, prompt in enumerate(prompts)
+                ]
+            )
+            while answers.under_way:
+                for answer, token in answers.step():
+                    if on_token is not None:  # it may ask another question meanwhile
+                        on_token(answer.request.number, token)
+            answers.check()
         finally:
-            cache.decoding = False
-            self.pool.mark(cache.lease)
-            if self._cache is not cache:
-                self.pool.release(cache.lease)
+            answers.close()
+            self.waits = answers.waits
+        return [answer.tokens for answer in begun]
 
-    def _rope(self, x: Tensor, positions: Tensor) -> Rope:
-        return rope_table(self.parts.llm_rope, positions, x.dtype)
+    def answering(self, rows: int) -> Answering:
+        """For up to `rows` answers at once, none of which has begun; to be closed."""
+        return Answering(self.store, self.decoder, self._prefill, rows)
 
     # ---- prefill
 
-    def _prefill(self, cache: PromptCache) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
-        """Fill a cache's prompts -> final hidden states of their last tokens [rows, hidden], and the layers their answers skip.
+    def _prefill(
+        self, cache: PromptCache, prompts: Sequence[Prompt], live: int
+    ) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
+        """Fill rows of a cache from `live` on with prompts -> final hidden states of their last tokens [prompts, hidden], and
+        the layers their answers skip.
 
-        Prompts that share at least half with another one of the batch are filled in a second pass, from where they differ.
+        Prompts that share at least half with another one of these are filled in a second pass, from where they differ.
         """
+        try:
+            filled = self._fill_rows(cache, prompts, live)
+        except BaseException:
+            for row in range(live, live + len(prompts)):
+                cache.put(row, None)
+            raise
+        self.skipped = filled[1]
+        self.visual = sum(prompt.visual for prompt in prompts)
+        self.visual_kept = self.visual - sum(sum(prompt.dropped) for prompt in prompts)
+        return filled
+
+    def _fill_rows(
+        self, cache: PromptCache, prompts: Sequence[Prompt], live: int
+    ) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
         first: list[tuple[int, int]] = []
         second: list[tuple[int, int]] = []
-        reused: list[tuple[int, int, int]] = []
-        for row, prompt in enumerate(cache.prompts):
-            shared, source = self._best_source(self._cache, range(MAX_SOURCES), prompt)
-            within, other = self._best_source(cache, [row for row, _ in first[:MAX_SOURCES]], prompt)
+        reused: list[tuple[int, Prompt, int, int]] = []
+        for row, prompt in enumerate(prompts, live):
+            within, other = self._best_source(cache, [row for row, _ in first], prompt)
+            shared, source, at = self._best_earlier(cache, live, row, prompt)
             if within > shared and within >= prompt.length // 2:
+                cache.free(row, None)
+                cache.put(row, None)
                 second.append((row, within))
-                reused.append((row, other, within))
+                reused.append((row, prompt, other, within))
+                continue
+            first.append((row, shared))
+            if shared:
+                behind = source is cache and at >= row
+                cache.free(row, at if behind else None)
+                cache.reuse(row, prompt, source, row if behind else at, shared)
             else:
-                first.append((row, shared))
-                if shared:
-                    assert self._cache is not None
-                    cache.reuse(row, self._cache, source, shared)
-        hidden = torch.empty(
-            len(cache.prompts), self.parts.hidden, dtype=cache.buffers[0].dtype, device=self.parts.device
-        )
+                cache.free(row, None)
+                cache.put(row, prompt)
+        hidden = torch.empty(len(prompts), self.parts.hidden, dtype=cache.memory.shape.dtype, device=self.parts.device)
         layers = len(self.parts.layers)
-        importance = torch.zeros(len(cache.prompts), layers, dtype=torch.float32, device=self.parts.device)
-        self._fill(cache, first, hidden, importance)
-        for row, other, shared in reused:
-            cache.reuse(row, cache, other, shared)
+        importance = torch.zeros(len(prompts), layers, dtype=torch.float32, device=self.parts.device)
+        self._fill(cache, first, live, hidden, importance)
+        for row, prompt, other, shared in reused:
+            cache.reuse(row, prompt, cache, other, shared)
         if second:
-            self._fill(cache, second, hidden, importance)
-        self.prefilled += sum(cache.prompts[row].length - shared for row, shared in (*first, *second))
+            self._fill(cache, second, live, hidden, importance)
+        self.prefilled += sum(cache.prompt(row).length - shared for row, shared in (*first, *second))
         self.reused += sum(shared for _, shared in (*first, *second))
         return hidden, self._choose_layers(importance)
 
-    def _best_source(self, cache: PromptCache | None, rows: Sequence[int], prompt: Prompt) -> tuple[int, int]:
+    def _best_earlier(self, cache: PromptCache, live: int, row: int, prompt: Prompt) -> tuple[int, PromptCache, int]:
+        """The longest prefix of a prompt in a row filled earlier: of this cache, or of the last one. Rows from `live` up to
+        `row` belong to prompts that are yet to be filled."""
+        own = [each for each in cache.filled() if not live <= each < row]
+        shared, at = self._best_source(cache, own, prompt)
+        last = self.store.last
+        if last is not None and last is not cache:
+            other, there = self._best_source(last, last.filled(), prompt)
+            if other > shared:
+                return other, last, there
+        return shared, cache, at
+
+    def _best_source(self, cache: PromptCache, rows: Sequence[int], prompt: Prompt) -> tuple[int, int]:
         """The longest prefix that a prompt can reuse from one of a cache's rows, and the row."""
-        if cache is None:
-            return 0, 0
         limit = prompt.spans[0][0] if prompt.spans and self.pruner.sees_question else prompt.length - 1
         # Only a question follows the last image: no other row shares much more.
         enough = min(limit, sum(prompt.spans[-1]) if prompt.spans else limit)
         best = (0, 0)
-        for row in rows:
-            if row < len(cache.prompts) and best[0] < enough:
-                best = max(best, (common_prefix(cache.prompts[row], prompt, limit), row), key=lambda found: found[0])
+        for row in rows[:MAX_SOURCES]:
+            if best[0] < enough:
+                best = max(best, (common_prefix(cache.prompt(row), prompt, limit), row), key=lambda found: found[0])
         return best
 
-    def _fill(self, cache: PromptCache, chunks: Sequence[tuple[int, int]], hidden: Tensor, importance: Tensor) -> None:
-        """Run chunks (row, tokens that it already has) through the model, concatenated; fill their rows of the outputs."""
+    def _fill(
+        self, cache: PromptCache, chunks: Sequence[tuple[int, int]], live: int, hidden: Tensor, importance: Tensor
+    ) -> None:
+        """Run chunks (row, tokens that it already has) through the model, concatenated; the outputs' first row is that of row
+        `live`."""
         kernels, shape = self.kernels, self.parts.llm_attention
-        prompts = [cache.prompts[row] for row, _ in chunks]
+        prompts = [cache.prompt(row) for row, _ in chunks]
         device = hidden.device
         x = torch.cat([prompt.embeds[:, start:] for prompt, (_, start) in zip(prompts, chunks, strict=True)], dim=1)
         positions = [
             torch.arange(start, p.length, device=device) for p, (_, start) in zip(prompts, chunks, strict=True)
         ]
-        rope = self._rope(x, torch.cat(positions)[None])
+        rope = self.store.rope.at(torch.cat(positions), max(prompt.length for prompt in prompts), x.dtype)
         attention = _PrefillPass(
             cache,
             [
@@ -361,7 +377,7 @@ class UnderstandingEngine:
             ],
             kernels,
         )
-        rows = torch.tensor([row for row, _ in chunks], device=device)
+        rows = torch.tensor([row - live for row, _ in chunks], device=device)
         last = torch.tensor([position.shape[0] for position in positions], device=device).cumsum(0) - 1
         for index, layer in enumerate(self.network.layers):
             before = x[0, last] if self.layers_to_skip else None

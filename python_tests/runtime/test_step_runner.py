@@ -13,7 +13,7 @@ from support.tape import READ_METHODS, TapeCapture, no_reads
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
 from flashu_ext.models.showo2 import answer_tokens_batch
-from flashu_ext.runtime import understanding, upstream
+from flashu_ext.runtime import answering, upstream
 from flashu_ext.runtime.counting import DispatchCounter
 from flashu_ext.runtime.graphs import MAX_GRAPHS, RARE_USES, GraphCache
 from flashu_ext.runtime.readback import Readback
@@ -277,7 +277,7 @@ def test_an_answer_too_long_for_fixed_memory_is_the_same(monkeypatch):
     model, asked = public().model(), batch([ask(1), ask(2)])
     with capturing(fx.accelerate(model)):
         expected = answer_tokens_batch(model, *asked, max_new_tokens=6)
-        monkeypatch.setattr(understanding, "FIXED_TOKENS", 2)
+        monkeypatch.setattr(answering, "FIXED_TOKENS", 2)
         for _ in range(2):
             tokens = answer_tokens_batch(model, *asked, max_new_tokens=6)
             assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))
@@ -464,7 +464,7 @@ def test_replayed_answers_equal_eager_ones(changes):
             assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
         graphs = handle.runner.understanding.pool.graphs()
         assert len(graphs) == 2 and all(each.captured for each in graphs)
-        assert handle.runner.understanding.decoder.waits == 0, "without an end token the host reads no token"
+        assert handle.runner.understanding.waits == 0, "without an end token the host reads no token"
 
 
 @pytest.mark.parametrize("captured", [False, True])

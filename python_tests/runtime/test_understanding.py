@@ -11,7 +11,7 @@ import flashu_ext as fx
 from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
 from flashu_ext.models.showo2.decoding import TokenSampler
-from flashu_ext.runtime import decoding, understanding
+from flashu_ext.runtime import answering
 from flashu_ext.runtime.token_pruning import TokenPruner, visual_spans
 
 LIMIT = 1e-4
@@ -347,8 +347,7 @@ def test_answers_that_outgrow_their_memory_are_the_same(monkeypatch, ratio):
     with fx.accelerate(model, fx.FlashUConfig(token_prune_ratio=ratio)) as handle:
         expected = answer_tokens_batch(model, *asked, max_new_tokens=12)
         handle.runner.reset()
-        for module in (decoding, understanding):
-            monkeypatch.setattr(module, "ANSWER_STEP", 2)
+        monkeypatch.setattr(answering, "ANSWER_STEP", 2)
         for _ in range(2):  # the second time the prompts are reused
             tokens = answer_tokens_batch(model, *asked, max_new_tokens=12)
             assert all(torch.equal(a, b) for a, b in zip(tokens, expected, strict=True))

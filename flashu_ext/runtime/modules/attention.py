@@ -25,12 +25,13 @@ __all__ = [
     "MaskedPass",
     "Rope",
     "RoutedPass",
+    "RopeTable",
     "RowGeometry",
     "SpanPass",
     "head_norms",
     "rope_table",
-    "rotate",
     "rotate_into",
+    "rotated",
     "span_pass",
 ]
 
@@ -68,12 +69,46 @@ def rope_table(module: Callable[..., tuple[Tensor, Tensor]], position_ids: Tenso
     return module(torch.empty(0, dtype=dtype, device=position_ids.device), position_ids)
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary embedding of x [rows, n, heads, d] by cos and sin [rows or 1, n, d]; dimension i is paired with i + d / 2."""
-    cos, sin = (table[:, :, None] for table in rope)
-    half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, rotated, sin)
+ROPE_BLOCK = 128
+"""Positions whose table is computed at once: always as many, and below the size from which torch shares a cosine out over
+threads, so that a position's numbers depend on nothing else."""
+
+
+class RopeTable:
+    """cos and sin of all positions needed so far, computed once."""
+
+    def __init__(self, module: Callable[..., tuple[Tensor, Tensor]], device: torch.device):
+        self._module = module
+        self._device = device
+        self._table: Rope | None = None
+
+    def upto(self, count: int, dtype: torch.dtype) -> Rope:
+        """cos and sin [at least count, head_dim] each."""
+        table = self._table
+        if table is None or table[0].dtype != dtype or table[0].shape[0] < count:
+            starts = range(0, max(count, 1), ROPE_BLOCK)
+            positions = [torch.arange(ROPE_BLOCK, device=self._device)[None] + start for start in starts]
+            blocks = [rope_table(self._module, each, dtype) for each in positions]
+            cos, sin = (torch.cat([block[part][0] for block in blocks]) for part in (0, 1))
+            self._table = table = (cos, sin)
+        return table
+
+    def at(self, positions: Tensor, count: int, dtype: torch.dtype) -> Rope:
+        """The table of positions int64 [n], all below `count`: [1, n, head_dim] each."""
+        cos, sin = (table.index_select(0, positions)[None] for table in self.upto(count, dtype))
+        return cos, sin
+
+    def forget(self) -> None:
+        self._table = None
+
+    def nbytes(self) -> int:
+        return sum(table.nbytes for table in self._table or ())
+
+
+def rotated(kernels: KernelSet, x: Tensor, rope: Rope) -> Tensor:
+    """Rotary embedding of x [rows, n, heads, d] by cos and sin [rows or 1, n, d] -> [rows, heads, n, d]."""
+    none = x[:, :, :0]
+    return rotate_into(kernels, x, none, none, rope, None, none, none)
 
 
 def rotate_into(
@@ -168,8 +203,7 @@ class SpanPass:
         keys, values = self.cache[layer]
         kernels, none = self.kernels, slice(0)
         rotate_into(kernels, key[:, :, none], key, value, rope, None, keys, values)
-        rest = (key[:, : query.shape[1], none], value[:, : query.shape[1], none], query_rope, None)
-        return self._attend(layer, rotate_into(kernels, query, *rest, keys[:, :, none], values[:, :, none]))
+        return self._attend(layer, rotated(kernels, query, query_rope))
 
     def _attend(self, layer: int, query: Tensor) -> Tensor:
         """Over each row's span and prefix."""
