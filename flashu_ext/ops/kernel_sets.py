@@ -279,7 +279,13 @@ MANY = 17
 
 
 def _ffn_of_many_rows(
-    x: Tensor, *weights: Tensor, residual: Tensor | None = None, selection: Selection | None = None
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    residual: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """`ops.gathered_ffn`, of rows of zeros too where there are few."""
 
@@ -288,9 +294,9 @@ def _ffn_of_many_rows(
 
     count = x.shape[:-1].numel()
     if count >= MANY:
-        return ops.gathered_ffn(x, *weights, residual=residual, selection=selection)
+        return ops.gathered_ffn(x, w_gate, w_up, w_down, residual=residual, selection=selection)
     more = None if residual is None else padded(residual)
-    out = ops.gathered_ffn(padded(x), *weights, residual=more, selection=selection)
+    out = ops.gathered_ffn(padded(x), w_gate, w_up, w_down, residual=more, selection=selection)
     return out[:count].reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -300,7 +306,7 @@ def _unless_few_rows_differ(case: Case) -> str | None:
 
 
 def _padded_where_asked(case: Case) -> str | None:
-    if not ops.gathered_ffn.is_supported(case.device, case.dtype):
+    if not getattr(ops, case.op).is_supported(case.device, case.dtype):
         return "this build has no such kernel"
     return _where_asked(case)
 
