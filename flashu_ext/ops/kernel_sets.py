@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..planning.config import FlashUConfig
@@ -23,6 +24,7 @@ from ..planning.cost import LayerShape
 from ..planning.groups import Answers, HeadCaching
 from ..planning.op_cost import OP_COSTS, OpCost, PhaseShape
 from . import reference
+from .selection import Selection
 
 __all__ = [
     "FAMILIES",
@@ -77,6 +79,7 @@ class Use:
     """An op that the runtime calls in a phase of a task.
 
     Attributes:
+        task, phase, op: which.
         when: whether it does so under a config.
 
     Raises:
@@ -165,12 +168,15 @@ USES: tuple[Use, ...] = (
 
 # ---- which implementations there are
 
+_ALL_PHASES = tuple(dict.fromkeys(phase for phases in PHASES.values() for phase in phases))
+
 
 @dataclass(frozen=True)
 class Case:
     """What the choice of an implementation depends on.
 
     Attributes:
+        task, phase, op: for which it is chosen.
         config: its switches, and with them what the plan prunes.
         device, dtype: of the model's weights.
         layer: sizes of the phase's transformer layers; None: unknown.
@@ -200,10 +206,11 @@ class Kernel:
     """An implementation of an op.
 
     Attributes:
+        op: which.
         implementation: its name, 'flashu' and 'torch' among others.
         function: called as `ops.<op>`; None: that function itself, which also knows what this build supports.
         devices, dtypes: that it serves; None: all.
-        phases: of either task, that it serves.
+        tasks, phases: that it serves.
         switches: values of the family's switch under which it may run.
         invariant: a row's bits do not depend on the other rows of a call, nor on their number.
         why_not: a further condition on settings and sizes: why it does not serve a case, or None.
@@ -211,7 +218,7 @@ class Kernel:
         microseconds: predicted for one run of a phase on an idle H100; None: not known.
 
     Raises:
-        ValueError: an unknown op, phase or device; the message lists the known ones.
+        ValueError: an unknown op, task, phase or device; the message lists the known ones.
     """
 
     op: str
@@ -219,7 +226,8 @@ class Kernel:
     function: Callable[..., Any] | None = None
     devices: tuple[str, ...] | None = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] | None = (torch.float32, torch.bfloat16, torch.float16)
-    phases: tuple[str, ...] = tuple(dict.fromkeys(phase for phases in PHASES.values() for phase in phases))
+    tasks: tuple[str, ...] = tuple(PHASES)
+    phases: tuple[str, ...] = _ALL_PHASES
     switches: tuple[bool | str, ...] = (True, "flashu")
     invariant: bool = True
     why_not: Callable[[Case], str | None] = lambda case: None
@@ -228,8 +236,10 @@ class Kernel:
 
     def __post_init__(self) -> None:
         _check("op", self.op, FAMILY_OF)
+        for task in self.tasks:
+            _check("task", task, PHASES)
         for phase in self.phases:
-            _check("phase", phase, dict.fromkeys(each for phases in PHASES.values() for each in phases))
+            _check("phase", phase, _ALL_PHASES)
         for device in self.devices or ():
             _check("device", device, ("cpu", "cuda"))
 
@@ -264,6 +274,43 @@ def _where_asked(case: Case) -> str | None:
     return None if case.config.execution.batch_invariant else "FlashUConfig.batch_invariant is not True"
 
 
+MANY = 17
+"""Rows from which the CUDA kernels of the FFN sum in one order; in 16 bits fewer have a kernel of their own."""
+
+
+def _ffn_of_many_rows(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    residual: Tensor | None = None,
+    selection: Selection | None = None,
+) -> Tensor:
+    """`ops.gathered_ffn`, of rows of zeros too where there are few."""
+
+    def padded(t: Tensor) -> Tensor:
+        return torch.cat([t.reshape(count, t.shape[-1]), t.new_zeros(MANY - count, t.shape[-1])])
+
+    count = x.shape[:-1].numel()
+    if count >= MANY:
+        return ops.gathered_ffn(x, w_gate, w_up, w_down, residual=residual, selection=selection)
+    more = None if residual is None else padded(residual)
+    out = ops.gathered_ffn(padded(x), w_gate, w_up, w_down, residual=more, selection=selection)
+    return out[:count].reshape(*x.shape[:-1], out.shape[-1])
+
+
+def _unless_few_rows_differ(case: Case) -> str | None:
+    few_differ = case.device.type == "cuda" and case.dtype != torch.float32
+    return f"fewer than {MANY} rows are summed in another order" if few_differ and _where_asked(case) is None else None
+
+
+def _padded_where_asked(case: Case) -> str | None:
+    if not getattr(ops, case.op).is_supported(case.device, case.dtype):
+        return "this build has no such kernel"
+    return _where_asked(case)
+
+
 _STAR = re.compile(r"^ +\S+ +\* .* (\d+) us predicted", re.MULTILINE)
 
 
@@ -283,7 +330,11 @@ _EXACT = ("select_topk", "gather_rows", "scatter_rows_")
 """Ops that compare and move numbers, so that torch's functions have the same bits for any batch."""
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("gathered_ffn", "flashu", microseconds=_ffn_microseconds),
+    Kernel("gathered_ffn", "flashu", why_not=_unless_few_rows_differ, microseconds=_ffn_microseconds),
+    Kernel(
+        "gathered_ffn", "flashu padded", _ffn_of_many_rows, devices=("cuda",), dtypes=(torch.bfloat16, torch.float16),
+        why_not=_padded_where_asked, reason=f"with rows of zeros where there are fewer than {MANY}",
+    ),
     Kernel("linear", "flashu", why_not=_unless_cublas),
     Kernel("linears", "flashu", why_not=_unless_cublas),
     Kernel("attention", "flashu"),
@@ -312,13 +363,18 @@ KERNELS: tuple[Kernel, ...] = (
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation of one op in one phase, and why it is that one."""
+    """The implementation of one op in one phase, and why it is that one.
+
+    Attributes:
+        use, kernel: rows of the two tables.
+        reason: the kernel's own, or why the preferred one does not serve.
+        fell_back: whether this library's kernel was wanted and does not serve.
+    """
 
     use: Use
     kernel: Kernel
     reason: str
     fell_back: bool
-    """Whether this library's kernel was wanted and does not serve."""
 
     @property
     def implementation(self) -> str:
@@ -361,6 +417,7 @@ class KernelSets:
     """The kernel set of every phase. Phases with the same functions have the same set.
 
     Attributes:
+        sets: by (task, phase).
         choices: of the ops that the config makes each phase call.
     """
 
@@ -433,13 +490,14 @@ def resolve(
 
 def _choose(case: Case) -> tuple[Choice, str | None]:
     """The first implementation that serves; where none does, any, and why none does."""
-    rows = [each for each in KERNELS if each.op == case.op and case.phase in each.phases]
+    rows = [each for each in KERNELS if each.op == case.op and case.task in each.tasks and case.phase in each.phases]
     refused: dict[str, str] = {}
     use = Use(case.task, case.phase, case.op)
     for kernel in rows:
         why = kernel.refuses(case)
         if why is None:
-            return Choice(use, kernel, next(iter(refused.values()), kernel.reason), "flashu" in refused), None
+            fell_back = "flashu" in refused and not kernel.implementation.startswith("flashu")
+            return Choice(use, kernel, next(iter(refused.values()), kernel.reason), fell_back), None
         refused[kernel.implementation] = why
     why_none = ", ".join(f"{name}: {why}" for name, why in refused.items())
     return Choice(use, rows[-1], why_none, False), why_none

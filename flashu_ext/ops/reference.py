@@ -247,6 +247,8 @@ def attention_by_rows(
     out: Tensor | None = None,
 ) -> Tensor:
     """`torch_attention` one row at a time: the other rows do not change the shape of a call, by which torch chooses kernels."""
+    if query.shape[0] == 0:
+        return _into(out, torch_attention(query, key, value))
     counts = [key.shape[2]] * query.shape[0] if lengths is None else lengths.tolist()
     rows = [
         torch_attention(query[r : r + 1], key[r : r + 1, :, :n], value[r : r + 1, :, :n], mask=_of_rows(mask, r, r + 1))

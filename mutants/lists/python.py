@@ -230,10 +230,11 @@ MUTANTS = [
     Mutant("cli: samples have no seed", "flashu_ext/cli/main.py", '"top_p": top_p, "seed": seed}', '"top_p": top_p, "seed": None}', COMMANDS("answers_are_sampled")),
     Mutant("cli: a plan beside tuned settings is ignored", "flashu_ext/cli/support.py", "if tuned is not None and plan_file is not None:", "if tuned is not None and plan_file is None and False:", COMMANDS("tuned")),
     Mutant("cli: --adaptive is ignored", "flashu_ext/cli/main.py", "    if adaptive:\n", "    if adaptive and data is None:\n", COMMANDS("calibrate_a_folder")),
-    Mutant("kernels: a row for one phase is taken in all", "flashu_ext/ops/kernel_sets.py", "each.op == case.op and case.phase in each.phases", "each.op == case.op", KERNELS("another_row"), quick=True),
+    Mutant("kernels: a row for one phase is taken in all", "flashu_ext/ops/kernel_sets.py", "case.task in each.tasks and case.phase in each.phases", "case.task in each.tasks", KERNELS("another_row"), quick=True),
     Mutant("kernels: batch invariance is not asked of a row", "flashu_ext/ops/kernel_sets.py", "if execution.batch_invariant and not self.invariant:", "if execution.batch_invariant and not self.implementation:", KERNELS("invariance_needs")),
     Mutant("kernels: an op that is never called must be met", "flashu_ext/ops/kernel_sets.py", "if why is not None and op in called:", "if why is not None:", KERNELS("not_called")),
     Mutant("kernels: measuring runs on the backbone's", "flashu_ext/runtime/backbone.py", "enumerate(self.measuring.layers)", "enumerate(self.network.layers)", KERNELS("the_table_has and paper")),
     Mutant("kernels: a phase of its own has all neurons", "flashu_ext/runtime/network.py", "network if self.layouts is None else network.over(self.layouts)", "network", KERNELS("plans_neurons")),
     Mutant("kernels: every row attends as many keys as the first", "flashu_ext/ops/reference.py", "for r, n in enumerate(counts)\n    ]\n", "for r, n in enumerate(counts[:1] * len(counts))\n    ]\n", KERNELS("one_at_a_time")),
+    Mutant("kernels: sixteen rows are many", "flashu_ext/ops/kernel_sets.py", "MANY = 17\n", "MANY = 16\n", KERNELS("padded_to_many")),
 ]  # fmt: skip

@@ -117,6 +117,7 @@ def test_another_kernel_is_another_row(monkeypatch):
         assert calls and len(handle.runner.network.built) == 1
     assert summary.ran["understanding decode"]["rms_norm"] == "mine"
     assert summary.ran["understanding prefill"]["rms_norm"] == summary.ran["generation head"]["rms_norm"] == "flashu"
+    assert summary.ran["understanding embed"]["rms_norm"] == "flashu"
     assert summary.kernels["rms_norm"] == "flashu, mine" and "rms_norm: it is wide" not in summary.fallbacks
 
 
@@ -194,6 +195,14 @@ def test_batch_invariance_on_a_gpu_takes_rows_one_at_a_time():
     found = chosen(fx.FlashUConfig(batch_invariant=True), CUDA, torch.bfloat16)
     assert found["generation backbone linear"].implementation == "flashu"
     assert found["generation backbone attention"].implementation == "torch by rows"
+    padded = found["understanding decode gathered_ffn"]
+    assert (
+        padded.implementation == "flashu padded"
+        and padded.reason.startswith("fewer than 17 rows")
+        and not padded.fell_back
+    )
+    full = chosen(fx.FlashUConfig(batch_invariant=True), CUDA, torch.float32)
+    assert full["understanding decode gathered_ffn"].implementation == "flashu"
     found = chosen(fx.FlashUConfig(), CUDA, torch.bfloat16)
     assert found["generation backbone linear"].reason.startswith("cuBLAS runs")
     assert found["generation backbone attention"].implementation == "torch"
@@ -234,6 +243,27 @@ def test_rows_one_at_a_time_do_not_depend_on_each_other():
             assert torch.equal(alone[0], together[1])
 
 
+@pytest.mark.parametrize("rows", [(0,), (1, 3), (2, 8), (17,), (4, 5)])
+def test_few_rows_are_padded_to_many(monkeypatch, rows):
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, residual = torch.randn(2, *rows, 8, generator=generator, device="cpu")
+    up, down = (
+        torch.randn(2, 24, 8, generator=generator, device="cpu"),
+        torch.randn(8, 24, generator=generator, device="cpu"),
+    )
+    expected = [fx.ops.gathered_ffn(x, *up, down), fx.ops.gathered_ffn(x, *up, down, residual=residual)]
+    counts: list[int] = []
+    ffn = fx.ops.gathered_ffn
+    monkeypatch.setattr(
+        fx.ops, "gathered_ffn", lambda x, *a, **k: (counts.append(x.shape[:-1].numel()), ffn(x, *a, **k))[1]
+    )
+    padded = next(kernel.function for kernel in KERNELS if kernel.implementation == "flashu padded")
+    assert padded is not None
+    assert torch.equal(padded(x, *up, down), expected[0])
+    assert torch.equal(padded(x, *up, down, residual=residual), expected[1])
+    assert min(counts) >= 17  # kMaxDecodeRows of csrc/core/ffn_choice.cpp, and one
+
+
 # ---- names
 
 
@@ -242,6 +272,7 @@ def test_rows_one_at_a_time_do_not_depend_on_each_other():
     [
         (lambda: Kernel("rmsnorm", "mine"), "rms_norm"),
         (lambda: Kernel("rms_norm", "mine", phases=("drawing",)), "backbone"),
+        (lambda: Kernel("rms_norm", "mine", tasks=("drawing",)), "understanding"),
         (lambda: Kernel("rms_norm", "mine", devices=("tpu",)), "cuda"),
         (lambda: Use("drawing", "backbone", "rms_norm"), "generation"),
         (lambda: Use("generation", "decode", "rms_norm"), "measuring"),
