@@ -191,7 +191,9 @@ def linear(json_file: Path | None, **options: Any) -> None:
 )
 @click.option("--requests", default=24, show_default=True, type=click.IntRange(1), help="Requests of a run.")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(2), help="Grid points of an image.")
-@click.option("--tokens", default=16, show_default=True, type=click.IntRange(1), help="New tokens of an answer, at most.")
+@click.option(
+    "--tokens", default=16, show_default=True, type=click.IntRange(1), help="New tokens of an answer, at most."
+)
 @click.option("--at-once", default=8, show_default=True, type=click.IntRange(1), help="Under way together, at most.")
 @click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="Runs of each way, interleaved.")
 @click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")

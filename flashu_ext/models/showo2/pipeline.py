@@ -25,7 +25,7 @@ from ..parts import table_side
 from . import validate
 from .checkpoint import check_dtype
 from .codec import ImageCodec, WanCodec
-from .many import AT_ONCE, Drawings
+from .many import AT_ONCE, Answers, Drawings
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
 from .sampling import sample
@@ -416,10 +416,7 @@ class Pipeline:
     ) -> list[str]:
         """images: the name of each entry, for messages, and the entry."""
         validate.check_callback("on_token", on_token)
-        generators = None
-        if seeds is not None:
-            numbers = self._seeds(seeds, len(questions), "questions")
-            generators = [torch.Generator(self._device).manual_seed(number) for number in numbers]
+        generators = None if seeds is None else self.generators(seeds, len(questions), "questions")
         rows = [self.layout.question(question, self._device) for question in questions]
         answers = answer_tokens_batch(
             self.model,
@@ -433,6 +430,31 @@ class Pipeline:
             **sampling,
         )
         return [self.layout.answer(tokens) for tokens in answers]
+
+    def answer_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Answers:
+        """Answer questions that may come at any time; a step computes a token of every answer under way.
+
+        Args:
+            requests: `QuestionRequest`s, or mappings of their fields; read one by one, whenever there is room.
+            at_once: answers under way at once.
+
+        Returns:
+            An iterator of `QuestionResult`s, in the order in which answers end. A wrong request, or what an `on_token` raises,
+            is the result of that answer alone. `add` and `cancel` may be called at any time.
+
+        Example:
+            for result in pipe.answer_many({"images": image, "question": each} for each in questions):
+                print(result.index, result.answer)
+        """
+        return Answers(self, requests, at_once)
+
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The latents [1, channels, H, W] of a question's images, and the tokens before and after them (`answer_tokens`)."""
+        return self._encoded(images, "images"), *self.layout.question(question, self._device)
+
+    def generators(self, seeds: Any, count: int, what: str) -> list[torch.Generator]:
+        """A generator on the model's device for each of `count` seeds. Raises TypeError or ValueError."""
+        return [torch.Generator(self._device).manual_seed(seed) for seed in self._seeds(seeds, count, what)]
 
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""
