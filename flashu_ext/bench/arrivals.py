@@ -116,9 +116,6 @@ class _Work:
             return ImageRequest(choose.choice(PROMPTS), seed=index, steps=self.settings.steps)
         return QuestionRequest(self.picture, choose.choice(QUESTIONS), max_new_tokens=self.settings.tokens)
 
-    def alone(self, request: Any) -> None:
-        self.batch([request])
-
     def batch(self, requests: Sequence[Any]) -> None:
         if self.picture is None:
             prompts, seeds = [each.prompt for each in requests], [each.seed for each in requests]
@@ -137,11 +134,11 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     pipe = Pipeline.from_pretrained(settings.model)
-    results = []
+    results: list[Row] = []
     with pipe.accelerate(*pipe.preset(settings.preset)):
         work = _Work(pipe, settings)
-        work.alone(work.requests[0])
-        alone = statistics.median(_took(lambda: work.alone(each)) for each in work.requests[:5])
+        work.batch([work.requests[0]])
+        alone = statistics.median(_took(work, each) for each in work.requests[:5])
         for load in settings.loads:
             gaps = random.Random(settings.seed + 1)
             arrivals, now = [], 0.0
@@ -164,7 +161,7 @@ def serve(work: Any, arrivals: Sequence[float], way: str, at_once: int) -> list[
     """Serve a run's requests; returns the latency of each in seconds.
 
     Args:
-        work: has `requests`, `alone`, `batch` and `many`.
+        work: has `requests`, `batch` and `many`.
         arrivals: seconds from the start, ascending.
         way: one of WAYS.
     """
@@ -197,7 +194,7 @@ def serve(work: Any, arrivals: Sequence[float], way: str, at_once: int) -> list[
     return [ended[index] - arrival for index, arrival in enumerate(arrivals)]
 
 
-def _took(action: Callable[[], None]) -> float:
+def _took(work: _Work, request: Any) -> float:
     start = time.perf_counter()
-    action()
+    work.batch([request])
     return time.perf_counter() - start

@@ -111,7 +111,7 @@ class QuestionResult:
     answer: str | None = None
 
 
-R = TypeVar("R", ImageResult, QuestionResult)
+R = TypeVar("R", bound=ImageResult | QuestionResult)
 
 
 @dataclass(eq=False)
@@ -358,21 +358,23 @@ class Answers(Many[QuestionResult]):
     def __init__(self, pipe: Any, requests: Iterable[Any] = (), at_once: int = AT_ONCE):
         super().__init__(pipe, requests, at_once)
         handle = handle_of(pipe.model)
-        self._runner = None if handle is None else handle.runner
-        self._scheduler = None if handle is None else self._runner.answering(at_once)
+        self._runner: Any = None if handle is None else handle.runner
+        self._scheduler: Any = None if handle is None else handle.runner.answering(at_once)
 
     def _begun(self, request: Any) -> Any:
         pipe = self.pipe
         validate.check_callback("on_token", request.on_token)
         validate.check_sampling(request.temperature, request.top_k, request.top_p)
         generators = None if request.seed is None else pipe.generators([request.seed], 1, "questions")
-        inputs = (*pipe.question_inputs(request.images, request.question), request.max_new_tokens)
-        validate.check_answer_inputs(pipe.model, *inputs, pipe.layout.eos)
+        images, before, after = pipe.question_inputs(request.images, request.question)
+        validate.check_answer_inputs(pipe.model, images, before, after, request.max_new_tokens, pipe.layout.eos)
         if self._scheduler is None:
             return None
         sampler = TokenSampler(request.temperature, request.top_k, request.top_p, generators)
         with self._runner.working():
-            return self._scheduler.admit(*inputs, sampler, pipe.layout.eos, request.on_token)
+            return self._scheduler.admit(
+                images, before, after, request.max_new_tokens, sampler, pipe.layout.eos, request.on_token
+            )
 
     def _advance(self) -> list[QuestionResult]:
         if self._scheduler is None:
