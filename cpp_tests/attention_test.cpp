@@ -214,6 +214,17 @@ TYPED_TEST(Attention, WhatIsNotSeenCountsForNothing) {
   }
 }
 
+// Beside queries that see keys: they are in the same panel.
+TYPED_TEST(Attention, AQueryThatSeesNothingGetsZeros) {
+  Operands<TypeParam> o(Shape{1, 2, 1, 6, 200, 5});
+  o.mask.fill([&](int64_t i, int64_t t) {
+    return i == 2 ? -kInfinity : i == 4 ? (t < 150 ? lowest<TypeParam>() : -kInfinity) : 0.0f;
+  });
+  attention(o.args(true));
+  o.expect_exact(true);
+  for (int64_t c = 0; c < o.s.d; ++c) EXPECT_EQ(o.result(0, 1, 2, c), 0.0f);
+}
+
 TEST(AttentionMask, OneForAllRowsOrQueriesIsReadForEach) {
   Operands<float> o(Shape{2, 2, 1, 5, 40, 6});
   Guarded<float> shared({1, 1, 1, 40});

@@ -1,9 +1,10 @@
-// The linear layer on the CPU: exact integers around every edge of its blocking, activations against double,
+// Linear layers on the CPU: exact integers around every edge of its blocking, activations against double,
 // rows that do not depend on anything else, empty sizes, errors.
 #include "flashu/linear.hpp"
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "epilogues.hpp"
 #include "guarded.hpp"
@@ -85,6 +86,7 @@ TYPED_TEST(Linear, IsExactOnIntegersAtEveryEdge) {
     for (const int64_t m : {1, 3, 13}) exact(m, 9, k);
   }
   exact(200, 260, 400);
+  exact(300, 35, 521);
   exact(0, 3, 4);
   exact(3, 0, 4);
 }
@@ -194,6 +196,127 @@ TYPED_TEST(Linear, AValueHasTheSameBitsInAnyCompany) {
       }
     }
   }
+}
+
+// Weights side by side against a call for each. `one`: all are slices of one matrix, and the biases of one
+// vector.
+template <class T>
+void expect_columns_of_separate_calls(int64_t m, const std::vector<int64_t>& columns, bool one, bool biased,
+                                      int32_t epilogue) {
+  const int64_t n = std::accumulate(columns.begin(), columns.end(), int64_t{0});
+  constexpr int64_t kDepth = 83;
+  auto o = Operands<T>(m, n, kDepth).real();
+  Operands<T> separate(m, n, kDepth);
+  std::vector<Guarded<T>> weights, biases;  // of their own memory
+  weights.reserve(columns.size());
+  biases.reserve(columns.size());
+  LinearsArgs args{};
+  args.epilogue = epilogue;
+  args.count = static_cast<int32_t>(columns.size());
+  args.x = o.x;
+  args.residual = o.residual;
+  args.out = o.out;
+  int64_t first = 0;
+  for (size_t i = 0; i < columns.size(); ++i) {
+    const auto rows_from = [&](const flashu_tensor& whole, int64_t dimension) {
+      flashu_tensor part = whole;
+      part.sizes[dimension] = columns[i];
+      part.data = static_cast<T*>(whole.data) + first * whole.strides[dimension];
+      return part;
+    };
+    args.weights[i] = rows_from(o.weight, 0);
+    args.biases[i] = rows_from(o.bias, 0);
+    if (!one) {
+      Guarded<T>& weight = weights.emplace_back(std::vector<int64_t>{columns[i], kDepth}, 2);
+      Guarded<T>& bias = biases.emplace_back(std::vector<int64_t>{columns[i]});
+      for (int64_t c = 0; c < columns[i]; ++c) {
+        bias(0, c) = o.bias(0, first + c);
+        for (int64_t k = 0; k < kDepth; ++k) weight(c, k) = o.weight(first + c, k);
+      }
+      args.weights[i] = weight;
+      args.biases[i] = bias;
+    }
+    if (!biased || (!one && i % 2 == 1)) args.biases[i] = flashu_tensor{};
+    LinearArgs alone{};
+    alone.epilogue = epilogue;
+    alone.x = o.x;
+    alone.weight = args.weights[i];
+    alone.bias = args.biases[i];
+    alone.residual = rows_from(o.residual, 1);
+    alone.out = rows_from(separate.out, 1);
+    linear(alone);
+    first += columns[i];
+  }
+  for (const int32_t count : kThreadCounts) {
+    const Threads threads(count);
+    o.out.fill([](int64_t, int64_t) { return 7; });
+    linears(args);
+    for (int64_t r = 0; r < m; ++r) {
+      for (int64_t c = 0; c < n; ++c) {
+        ASSERT_EQ(o.out.value(r, c), separate.out.value(r, c))
+            << "row " << r << ", column " << c << ", " << count << " threads";
+      }
+    }
+    ASSERT_TRUE(o.out.intact());
+  }
+}
+
+TYPED_TEST(Linear, SeveralWeightsGiveTheColumnsOfSeparateCalls) {
+  const std::vector<int64_t> widths[] = {{5},           {32, 64},       {40, 7, 33}, {64, 32, 32},
+                                         {16, 0, 3, 8}, {1, 1, 1, 130}, {0, 9}};
+  for (const auto& columns : widths) {
+    for (const int64_t m : {1, 3, 13, 130}) {
+      for (const bool one : {true, false}) {
+        for (const bool biased : {true, false}) {
+          const std::string place = std::to_string(m) + " rows, " + std::to_string(columns.size()) +
+                                    " weights of " + std::to_string(columns[0]) + " columns and on";
+          SCOPED_TRACE(place + (one ? ", one matrix" : "") + (biased ? ", biases" : ""));
+          expect_columns_of_separate_calls<TypeParam>(m, columns, one, biased,
+                                                      biased ? FLASHU_EPILOGUE_SILU : FLASHU_EPILOGUE_NONE);
+        }
+      }
+    }
+  }
+  expect_columns_of_separate_calls<TypeParam>(1500, {33, 20}, false, true, FLASHU_EPILOGUE_GELU);
+}
+
+TEST(LinearErrors, OfSeveralWeightsNameTheirPlaces) {
+  auto o = Operands<float>(3, 10, 7).integers();
+  LinearsArgs valid{};
+  valid.count = 2;
+  valid.x = o.x;
+  for (int i = 0; i < 2; ++i) {
+    valid.weights[i] = o.weight;
+    valid.biases[i] = o.bias;
+    valid.weights[i].sizes[0] = valid.biases[i].sizes[0] = 5;
+  }
+  valid.out = o.out;
+  const auto expect = [&](const char* part, auto change) {
+    LinearsArgs args = valid;
+    change(args);
+    const std::string said = error_of([&] { linears(args); });
+    EXPECT_NE(said.find(std::string("linears: ") + part), std::string::npos)
+        << part << " is not in: " << said;
+  };
+  expect("count: expected 1 to 4 weights, got 0", [](LinearsArgs& a) { a.count = 0; });
+  expect("count: expected 1 to 4 weights, got 5", [](LinearsArgs& a) { a.count = 5; });
+  expect("weights[2]: expected 2 dimensions", [](LinearsArgs& a) { a.count = 3; });
+  expect("weights[1]: expected size 7", [](LinearsArgs& a) { a.weights[1].sizes[1] = 6; });
+  expect("weights[1]: expected float32", [](LinearsArgs& a) { a.weights[1].dtype = FLASHU_F16; });
+  expect("biases[1]: expected size 5", [](LinearsArgs& a) { a.biases[1].sizes[0] = 4; });
+  expect("biases[0]: expected float32", [](LinearsArgs& a) { a.biases[0].dtype = FLASHU_F16; });
+  expect("out: expected size 10", [](LinearsArgs& a) { a.out.sizes[1] = 9; });
+  expect("residual: expected size 10", [&](LinearsArgs& a) {
+    a.residual = o.residual;
+    a.residual.sizes[1] = 9;
+  });
+  expect("out: expected memory of its own, got one that overlaps weights[1]",
+         [](LinearsArgs& a) { a.weights[1].data = a.out.data; });
+  expect("out: expected memory of its own, got one that overlaps biases[1]",
+         [](LinearsArgs& a) { a.biases[1].data = a.out.data; });
+  LinearsArgs args = valid;
+  args.weights[2].ndim = 99;  // behind `count`, so it is not looked at
+  EXPECT_EQ(error_of([&] { linears(args); }), "");
 }
 
 TEST(LinearErrors, AreNamedAndWriteNothing) {

@@ -26,6 +26,7 @@ int32_t record(const Args* args) {
 #define flashu_gathered_ffn record<flashu_ffn_args>
 #define flashu_neuron_norms record<flashu_neuron_norms_args>
 #define flashu_linear record<flashu_linear_args>
+#define flashu_linears record<flashu_linears_args>
 #define flashu_rms_norm record<flashu_rms_norm_args>
 #define flashu_add_rms_norm record<flashu_add_rms_norm_args>
 #define flashu_gate_add record<flashu_gate_add_args>
@@ -78,6 +79,9 @@ TEST(Streams, EveryWrapperTakesOne) {
   auto dense = on<LinearArgs>(stream);
   dense.x = x;
   hands_over("linear", [&] { linear(dense); });
+  auto several = on<LinearsArgs>(stream);
+  several.x = x;
+  hands_over("linears", [&] { linears(several); });
   hands_over("neuron_norms", [&] { neuron_norms(x, x, stream); });
   hands_over("rms_norm", [&] { rms_norm(x, x, 1e-6, x, {}, {}, stream); });
   hands_over("add_rms_norm", [&] { add_rms_norm(x, x, x, 1e-6, stream); });

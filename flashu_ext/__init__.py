@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .calibration.calibrate import calibrate as calibrate
     from .models import showo2 as showo2
     from .models.accelerated import handle_of as handle_of
-    from .ops import kernel_sets as kernel_sets
     from .ops import reference as reference
     from .planning.config import FlashUConfig as FlashUConfig
     from .planning.groups import Answers as Answers
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from .planning.groups import TokenSkip as TokenSkip
     from .planning.plan import TaskPlan as TaskPlan
     from .planning.schedule import StepPlan as StepPlan
+    from .runtime import kernel_sets as kernel_sets
     from .runtime.handle import Handle as Handle
     from .runtime.handle import accelerate as accelerate
     from .runtime.order import EditedWeightsError as EditedWeightsError
@@ -65,7 +65,7 @@ _HOMES = {
 _MODULES = ("bench", "nano", "ops")
 # Public modules that lie in a folder: `import flashu_ext.showo2.sampling` finds `flashu_ext.models.showo2.sampling`.
 _ALIASES = {
-    "kernel_sets": "ops.kernel_sets",
+    "kernel_sets": "runtime.kernel_sets",
     "parallel": "batch",
     "reference": "ops.reference",
     "showo2": "models.showo2",

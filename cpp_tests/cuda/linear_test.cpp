@@ -3,6 +3,7 @@
 #include "flashu/linear.hpp"
 
 #include <algorithm>
+#include <numeric>
 
 #include "core/ffn_choice.hpp"
 #include "cuda/support.hpp"
@@ -141,6 +142,67 @@ TYPED_TEST(DeviceLinear, RowsDoNotDependOnEachOther) {
         const auto alone = part.run(FLASHU_EPILOGUE_GELU, true, true);
         for (int64_t i = 0; i < count * 40; ++i)
           ASSERT_EQ(to_float(alone[i]), to_float(together[first * 40 + i])) << "element " << i;
+      }
+    }
+  }
+}
+
+// One launch where the weights are one matrix, and one for each otherwise.
+TYPED_TEST(DeviceLinear, SeveralWeightsGiveTheColumnsOfSeparateCalls) {
+  constexpr int64_t kRows = 37;
+  const std::vector<int64_t> widths[] = {{40, 8, 24}, {33, 7, 24}};
+  for (const int capability : {90, 80}) {
+    if (!use_capability(capability)) continue;
+    for (const auto& columns : widths) {
+      for (const int64_t k : {72, 2104}) {
+        for (const bool one : {true, false}) {
+          const int64_t n = std::accumulate(columns.begin(), columns.end(), int64_t{0});
+          Operands<TypeParam> o(kRows, n, k);
+          Guarded<TypeParam> separate({kRows, n});
+          LinearsArgs args{};
+          args.struct_size = sizeof(args);
+          args.epilogue = FLASHU_EPILOGUE_GELU;
+          args.count = static_cast<int32_t>(columns.size());
+          args.x = o.x.upload();
+          args.residual = o.residual.upload();
+          args.out = o.out.upload();
+          const flashu_tensor weight = o.weight.upload(), bias = o.bias.upload(), apart = separate.upload();
+          int64_t first = 0;
+          for (size_t i = 0; i < columns.size(); ++i) {
+            const auto rows_from = [&](const flashu_tensor& whole, int64_t dimension, int64_t from) {
+              flashu_tensor part = whole;
+              part.sizes[dimension] = columns[i];
+              part.data = static_cast<TypeParam*>(whole.data) + from * whole.strides[dimension];
+              return part;
+            };
+            // In another order they are not one behind the other.
+            const int64_t from = one ? first : n - first - columns[i];
+            args.weights[i] = rows_from(weight, 0, from);
+            if (one || i != 1) args.biases[i] = rows_from(bias, 0, from);
+            LinearArgs alone{};
+            alone.struct_size = sizeof(alone);
+            alone.epilogue = args.epilogue;
+            alone.x = args.x;
+            alone.weight = args.weights[i];
+            alone.bias = args.biases[i];
+            alone.residual = rows_from(args.residual, 1, first);
+            alone.out = rows_from(apart, 1, first);
+            check(flashu_linear_workspace(&alone, &alone.workspace_bytes));
+            const DeviceWorkspace workspace(alone.workspace_bytes);
+            alone.workspace = workspace.get().data;
+            linear(alone);
+            device_synchronize();
+            first += columns[i];
+          }
+          check(flashu_linears_workspace(&args, &args.workspace_bytes));
+          const DeviceWorkspace workspace(args.workspace_bytes);
+          args.workspace = workspace.get().data;
+          linears(args);
+          device_synchronize();
+          const auto together = o.out.download(), expected = separate.download();
+          for (int64_t i = 0; i < together.count(); ++i)
+            ASSERT_EQ(to_float(together[i]), to_float(expected[i])) << "element " << i;
+        }
       }
     }
   }

@@ -1,4 +1,4 @@
-// A call of the linear layer after its checks: what runs and the workspace that it needs, worked out once.
+// A call of linear layers after its checks: what runs and the workspace that it needs, worked out once.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,7 @@ class LinearPlan {
   // The workspace of `args` is not looked at. Throws Failure. The tensors' memory is used until run()
   // returns.
   explicit LinearPlan(const flashu_linear_args& args);
+  explicit LinearPlan(const flashu_linears_args& args);
 
   // Depends on shapes, the device and the number of threads.
   uint64_t workspace_bytes() const;
@@ -24,6 +25,7 @@ class LinearPlan {
   void run(void* workspace, uint64_t bytes) const;
 
  private:
+  void plan();
   bool empty() const { return problem_.m == 0 || problem_.n == 0; }
 
   core::LinearProblem problem_;

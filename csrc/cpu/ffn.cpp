@@ -78,8 +78,8 @@ void down_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64
                const Buffers& buffers) {
   const Selection& selected = s.selected;
   const Weights weights{p.type, p.intermediate, selected.count, selected.first, selected.list()};
-  project({p.w_down, weights, p.width, nullptr, FLASHU_EPILOGUE_NONE, p.residual, p.out}, s.down, a,
-          first_row, buffers.slots, s.slots);
+  const core::LinearPart part{p.w_down, p.width, nullptr, p.residual, p.out};
+  project({&part, 1, weights, FLASHU_EPILOGUE_NONE}, s.down, a, first_row, buffers.slots, s.slots);
 }
 
 }  // namespace
@@ -100,9 +100,9 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   if (p.has_down) s.h_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.neurons), gemm.tile_rows);
   if (p.has_up) s.slot_floats = panel_scratch_floats(gemm, s.up);
   if (p.has_down) s.slot_floats = std::max(s.slot_floats, panel_scratch_floats(gemm, s.down));
-  const double work = static_cast<double>(p.rows) * static_cast<double>(p.neurons) *
-                      static_cast<double>((p.has_up ? 2 * p.hidden : 0) + (p.has_down ? p.width : 0));
-  s.slots = slots_for(work);
+  const double weights = static_cast<double>(p.neurons) *
+                         static_cast<double>((p.has_up ? 2 * p.hidden : 0) + (p.has_down ? p.width : 0));
+  s.slots = slots_for(p.rows, weights);
   return s;
 }
 

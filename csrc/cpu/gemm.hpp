@@ -52,6 +52,14 @@ inline int64_t slots_for(double multiplications) {
   return std::clamp<int64_t>(static_cast<int64_t>(multiplications / kWorkPerSlot), 1, core::num_threads());
 }
 
+// To fetch and pack a weight takes as long as to multiply so many rows with it.
+inline constexpr double kRowsPerPack = 8;
+
+// How many tasks share the product of so many rows with so many weights.
+inline int64_t slots_for(int64_t rows, double weights) {
+  return slots_for((static_cast<double>(rows) + kRowsPerPack) * weights);
+}
+
 // The left operand in register-tile order: for each block of block_k slots, for each tile of rows,
 // [slot][tile_rows].
 struct PackedRows {

@@ -2,6 +2,7 @@
 #include "cpu/gemm_kernels.hpp"
 
 #include <bit>
+#include <cstring>
 
 #include "cpu/simd.hpp"
 #include "cpu/transpose.hpp"
@@ -50,11 +51,52 @@ FLASHU_INLINE float pair_slot(const bfloat16* values, bool both) {
   return std::bit_cast<float>(high | values[0].bits);
 }
 
+// kWidth slots from `source` on, as one row of a transpose.
+template <class T>
+FLASHU_INLINE Floats load_slots(const T* source) {
+  if constexpr (kValues<T> == 2) {
+    return load_as<Floats>(source);
+  } else {
+    return load(source);
+  }
+}
+
+// kWidth slots of all rows of a tile. A store writes a whole vector, of which the next slots overwrite what
+// is not theirs; only the last one must not reach into memory of another tile.
+template <class T>
+FLASHU_INLINE void pack_row_block(float* out, const T* source, int64_t stride, int64_t rows) {
+  constexpr int kGroups = (kTileRows + kWidth - 1) / kWidth;
+  constexpr int kLastGroup = kTileRows - (kGroups - 1) * kWidth;
+  Floats slots[kGroups][kWidth];
+#pragma GCC unroll 2
+  for (int group = 0; group < kGroups; ++group) {
+    for (int i = 0; i < kWidth; ++i) {
+      const int r = group * kWidth + i;
+      slots[group][i] = r < rows ? load_slots(source + r * stride) : Floats{};
+    }
+    transpose(slots[group]);
+  }
+  for (int s = 0; s < kWidth; ++s) {
+    float* const to = out + s * kTileRows;
+    for (int group = 0; group + 1 < kGroups; ++group) store(to + group * kWidth, slots[group][s]);
+    float* const last = to + (kGroups - 1) * kWidth;
+    if (s + 1 < kWidth) {
+      store(last, slots[kGroups - 1][s]);
+    } else {
+      std::memcpy(last, &slots[kGroups - 1][s], kLastGroup * sizeof(float));
+    }
+  }
+}
+
 template <class T>
 void pack_rows(float* out, const void* x, int64_t stride, int64_t rows, int64_t count) {
   const T* source = static_cast<const T*>(x);
-  for (int64_t r = 0; r < kTileRows; ++r) {
-    for (int64_t k = 0; k < count; k += kValues<T>) {
+  constexpr int64_t kBlock = kWidth * kValues<T>;
+  int64_t k = 0;
+  for (; k + kBlock <= count; k += kBlock)
+    pack_row_block(out + k / kValues<T> * kTileRows, source + k, stride, rows);
+  for (; k < count; k += kValues<T>) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
       float& slot = out[k / kValues<T> * kTileRows + r];
       if (r >= rows) {
         slot = 0.0f;
@@ -113,8 +155,13 @@ FLASHU_INLINE void pack_column(float* out, const void* const* source, int64_t co
   for (int c = 0; c < kColumns; ++c) out[c] = to_float(static_cast<const T*>(source[c])[column]);
 }
 
-// Far enough for memory to answer, near enough for 32 rows to stay in L2.
+// Far enough for memory to answer, near enough for all rows to stay in the caches: with 32 rows of AVX-512
+// half the distance was 5 % faster, with 16 of AVX2 14 % slower.
+#if defined(__AVX512F__)
+constexpr int64_t kPrefetchBytes = 512;
+#else
 constexpr int64_t kPrefetchBytes = 1024;
+#endif
 constexpr int64_t kLine = 64;
 
 // Asks for what lies at element `at` of every panel row, 2 * kWidth elements of it.

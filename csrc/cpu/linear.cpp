@@ -1,4 +1,4 @@
-// The linear layer on the CPU: rows in chunks, each packed once and projected.
+// Linear layers on the CPU: rows in chunks, each packed once and projected.
 #include "cpu/linear.hpp"
 
 #include <algorithm>
@@ -15,15 +15,14 @@ LinearPlan plan_linear(const core::LinearProblem& p) {
   s.x_floats =
       PackedRows::floats(std::min(p.m, s.tiles.chunk_m), slots_of(gemm, p.type, p.k), gemm.tile_rows);
   s.slot_floats = panel_scratch_floats(gemm, s.tiles);
-  s.slots = slots_for(static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k));
+  s.slots = slots_for(p.m, static_cast<double>(p.n) * static_cast<double>(p.k));
   return s;
 }
 
 void linear(const core::LinearProblem& p, const LinearPlan& s, void* workspace) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   float* const packed = static_cast<float*>(workspace);
-  const Projection projection{p.weight, {p.type, p.k, p.k, 0, nullptr}, p.n, p.bias, p.epilogue, p.residual,
-                              p.out};
+  const Projection projection{p.parts, p.count, {p.type, p.k, p.k, 0, nullptr}, p.epilogue};
   for (int64_t row = 0; row < p.m; row += s.tiles.chunk_m) {
     const PackedRows x{packed, std::min(s.tiles.chunk_m, p.m - row), slots_of(gemm, p.type, p.k),
                        gemm.tile_rows, s.tiles.block_k};

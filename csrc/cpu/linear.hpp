@@ -1,4 +1,4 @@
-// The linear layer on the CPU, after all checks (csrc/api/linear.cpp).
+// Linear layers on the CPU, after all checks (csrc/api/linear.cpp).
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Packed rows times a matrix of weights, a panel of its rows at a time.
+// Packed rows times matrices of weights, a panel of their rows at a time.
 #include "cpu/projection.hpp"
 
 #include <algorithm>
@@ -9,14 +9,29 @@
 namespace flashu::cpu {
 namespace {
 
-// `count` values of the bias from column `first` on as floats; null where there is none.
-const float* widened(const Projection& p, int64_t first, int64_t count, float* to) {
-  if (p.bias == nullptr) return nullptr;
-  core::with_type(p.weights.type, [&](auto tag) {
-    const auto* const from = static_cast<const decltype(tag)*>(p.bias) + first;
+// `count` values of a bias of storage type `type` from column `first` on as floats; null where there is none.
+const float* widened(const void* bias, int32_t type, int64_t first, int64_t count, float* to) {
+  if (bias == nullptr) return nullptr;
+  core::with_type(type, [&](auto tag) {
+    const auto* const from = static_cast<const decltype(tag)*>(bias) + first;
     for (int64_t j = 0; j < count; ++j) to[j] = to_float(from[j]);
   });
   return to;
+}
+
+// Where a panel lies: a part never shares a panel with the next one.
+struct Place {
+  const core::LinearPart& part;
+  int64_t first;  // column of the part
+};
+
+Place place_of(const Projection& p, int64_t panel, int64_t panel_columns) {
+  const core::LinearPart* part = p.parts;
+  for (;; ++part) {
+    const int64_t panels = divide_up(part->n, panel_columns);
+    if (panel < panels) return {*part, panel * panel_columns};
+    panel -= panels;
+  }
 }
 
 }  // namespace
@@ -29,23 +44,25 @@ void project(const Projection& p, const core::GemmTiles& tiles, const PackedRows
   const int64_t size = element_bytes(type);
 
   const auto rows_of = [&](int64_t panel, const void** rows) {
+    const auto [part, first] = place_of(p, panel, gemm.panel_columns);
     // Columns past the last one repeat it; what they give is not stored.
     for (int64_t j = 0; j < gemm.panel_columns; ++j)
-      rows[j] = row_of(p.w, std::min(panel * gemm.panel_columns + j, p.n - 1), type);
+      rows[j] = row_of(part.weight, std::min(first + j, part.n - 1), type);
   };
   const auto finish = [&](int64_t panel, float* c) {
-    const int64_t first = panel * gemm.panel_columns;
-    const int64_t count = std::min<int64_t>(gemm.panel_columns, p.n - first);
+    const auto [part, first] = place_of(p, panel, gemm.panel_columns);
+    const int64_t count = std::min<int64_t>(gemm.panel_columns, part.n - first);
     float memory[kMaxPanelColumns] = {};
-    const float* const bias = widened(p, first, count, memory);
+    const float* const bias = widened(part.bias, type, first, count, memory);
     if (bias != nullptr || p.epilogue != FLASHU_EPILOGUE_NONE) epilogue.activate[p.epilogue](c, bias, a.rows);
     const char* const residual =
-        p.residual.data == nullptr ? nullptr : row_of(p.residual, first_row, type) + first * size;
-    epilogue.store_rows[type](row_of(p.out, first_row, type) + first * size, p.out.stride, residual,
-                              p.residual.stride, c, a.rows, count);
+        part.residual.data == nullptr ? nullptr : row_of(part.residual, first_row, type) + first * size;
+    epilogue.store_rows[type](row_of(part.out, first_row, type) + first * size, part.out.stride, residual,
+                              part.residual.stride, c, a.rows, count);
   };
-  multiply_panels(gemm, tiles, a, divide_up(p.n, gemm.panel_columns), p.weights, scratch, slots, rows_of,
-                  finish);
+  int64_t panels = 0;
+  for (int32_t i = 0; i < p.count; ++i) panels += divide_up(p.parts[i].n, gemm.panel_columns);
+  multiply_panels(gemm, tiles, a, panels, p.weights, scratch, slots, rows_of, finish);
 }
 
 }  // namespace flashu::cpu

@@ -25,6 +25,34 @@ FLASHU_INLINE void transpose(Floats (&rows)[kWidth]) {
     rows[i + 4] = (Floats)_mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
   }
 }
+#elif defined(__AVX512F__)
+FLASHU_INLINE void transpose(Floats (&rows)[kWidth]) {
+  __m512 pairs[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+  }
+  __m512 quads[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    quads[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 even0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0x88);
+    const __m512 odd0 = _mm512_shuffle_f32x4(quads[i], quads[i + 4], 0xdd);
+    const __m512 even1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0x88);
+    const __m512 odd1 = _mm512_shuffle_f32x4(quads[i + 8], quads[i + 12], 0xdd);
+    rows[i] = (Floats)_mm512_shuffle_f32x4(even0, even1, 0x88);
+    rows[i + 8] = (Floats)_mm512_shuffle_f32x4(even0, even1, 0xdd);
+    rows[i + 4] = (Floats)_mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    rows[i + 12] = (Floats)_mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
+}
 #else
 // Swaps the off-diagonal halves of ever smaller blocks.
 FLASHU_INLINE void transpose(Floats (&rows)[kWidth]) {

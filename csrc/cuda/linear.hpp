@@ -1,6 +1,7 @@
-// The linear layer on CUDA devices, after all checks (csrc/api/linear.cpp).
+// Linear layers on CUDA devices, after all checks (csrc/api/linear.cpp).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/ffn_choice.hpp"
@@ -8,13 +9,22 @@
 
 namespace flashu::cuda {
 
-// How a problem is run: the tile, and the workspace for the parts of K where blocks share a tile.
+// How a problem is run: for each of its parts the tile, and the workspace for the parts of K where blocks
+// share a tile.
 struct LinearPlan {
-  core::FfnCandidate tile{};
+  struct Part {
+    core::FfnCandidate tile{};
+    core::FfnPartials partials;
+  };
+  Part parts[FLASHU_LINEAR_WEIGHTS];
   int multiprocessors = 0;
-  core::FfnPartials partials;
 
-  int64_t bytes() const { return partials.bytes; }
+  // The parts run one after another and use the same memory.
+  int64_t bytes() const {
+    int64_t most = 0;
+    for (const Part& part : parts) most = std::max(most, part.partials.bytes);
+    return most;
+  }
 };
 
 // Of at least one row and one column. Depends on shapes, alignment and the device.

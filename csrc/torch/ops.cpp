@@ -37,6 +37,12 @@ STABLE_TORCH_LIBRARY(flashu, m) {
   m.def(
       "linear.out(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, int epilogue=0, *, "
       "Tensor(a!) out) -> Tensor(a!)");
+  m.def(
+      "linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, int epilogue=0) -> "
+      "Tensor");
+  m.def(
+      "linears.out(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, int epilogue=0, *, "
+      "Tensor(a!) out) -> Tensor(a!)");
 
   // attention: softmax(query key^T / sqrt(d) + mask) value of each row's first keys
   m.def(

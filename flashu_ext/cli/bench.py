@@ -169,6 +169,53 @@ def linear(json_file: Path | None, **options: Any) -> None:
 
 @bench.command(
     epilog=example(
+        "flashu-ext bench arrivals",
+        "flashu-ext bench arrivals --task answers --preset paper --load 0.9 --load 2 --json arrivals.json",
+    )
+)
+@click.option(
+    "--task", default="images", show_default=True, type=click.Choice(("images", "answers")), help="What is asked for."
+)
+@click.option("--model", default="nano", show_default=True, help="'nano', or a folder with a Show-o2 checkpoint.")
+@click.option(
+    "--preset", default="exact", show_default=True, type=click.Choice(("exact", "paper", "fast")), help="Of the model."
+)
+@click.option(
+    "--load",
+    "loads",
+    multiple=True,
+    type=click.FloatRange(0, min_open=True),
+    default=(0.5, 0.9),
+    show_default=True,
+    help="Rate of arrival, as a share of what one by one can serve (may be repeated).",
+)
+@click.option("--requests", default=24, show_default=True, type=click.IntRange(1), help="Requests of a run.")
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(2), help="Grid points of an image.")
+@click.option(
+    "--tokens", default=16, show_default=True, type=click.IntRange(1), help="New tokens of an answer, at most."
+)
+@click.option("--at-once", default=8, show_default=True, type=click.IntRange(1), help="Under way together, at most.")
+@click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="Runs of each way, interleaved.")
+@click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write all figures to this file.",
+)
+def arrivals(json_file: Path | None, **options: Any) -> None:
+    """Compare serving requests together as they come with whole batches and with one by one, under Poisson arrivals."""
+    from ..bench import arrivals as module
+    from ..planning.safe_files import write_text
+
+    report = module.run(module.Settings(**options), lambda text: click.echo(text, err=True))
+    click.echo(report.table())
+    if json_file is not None:
+        write_text(json_file, report.to_json())
+
+
+@bench.command(
+    epilog=example(
         "flashu-ext bench e2e --model bench --repeats 3 --json e2e.json",
         "flashu-ext bench e2e --upstream path/to/Show-o/show-o2",
         "flashu-ext bench e2e --gpu --json e2e_gpu.json --plot e2e_gpu.png",

@@ -18,7 +18,7 @@ from .. import __version__
 from .bench import bench
 from .generate import generate
 from .studies import COMMANDS
-from .support import PRESETS, Group, check_writable, example, model_options, open_pipeline, read_config
+from .support import DTYPES, PRESETS, Group, check_writable, example, model_options, open_pipeline, read_config
 
 __all__ = ["cli", "main"]
 
@@ -250,7 +250,12 @@ def calibrate(
 # ---- schedule, info
 
 
-@cli.command(epilog=example("flashu-ext schedule --preset paper --steps 35"))
+@cli.command(
+    epilog=example(
+        "flashu-ext schedule --preset paper --steps 35",
+        "flashu-ext schedule --kernels --model 1.5b --device cuda --dtype bf16",
+    )
+)
 @click.option(
     "--preset",
     default="paper",
@@ -275,6 +280,26 @@ def calibrate(
     type=click.FloatRange(0),
     help="The caller's guidance scale.",
 )
+@click.option(
+    "--kernels",
+    is_flag=True,
+    help="Print which kernel runs every op of images and answers, why, and its predicted cost, instead of the evaluations.",
+)
+@click.option(
+    "--model",
+    help="With --kernels: 'nano', '1.5b', '7b', or a folder with a Show-o2 checkpoint, whose weights are not read.  "
+    "[default: nano]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(("cpu", "cuda")),
+    help="With --kernels: where it would run.  [default: cuda where torch sees a GPU, else cpu]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(tuple(DTYPES)),
+    help="With --kernels: of the model's weights.  [default: bf16 on a GPU, fp32 on the CPU]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def schedule(
     preset: str,
@@ -282,22 +307,58 @@ def schedule(
     steps: int | None,
     layers: int | None,
     guidance: float,
+    kernels: bool,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Print the work of every evaluation of an image, without dead work."""
+    """Print the work of every evaluation of an image, without dead work; or the kernels that it would run on."""
     from ..planning.config import FlashUConfig
     from ..planning.schedule import StepPlan
 
+    for name, value in (("--model", model), ("--device", device), ("--dtype", dtype)):
+        if value is not None and not kernels:
+            raise click.UsageError(f"{name}: expected with --kernels only")
     if config_file is not None:
         config = read_config(config_file)
     else:
         overrides = {"steps": steps} if steps is not None else {}
         config = getattr(FlashUConfig, preset)(**overrides)
+    if kernels:
+        _print_kernels(model or "nano", config, steps, device, dtype, as_json)
+        return
     step_plan = StepPlan.build(config, steps, layers, guidance)
     if as_json:
         click.echo(json.dumps(_schedule_record(step_plan, guidance), indent=1))
     else:
         click.echo(step_plan.describe(guidance))
+
+
+def _print_kernels(
+    model: str, config: Any, steps: int | None, device: str | None, dtype: str | None, as_json: bool
+) -> None:
+    import dataclasses
+
+    import torch
+
+    from ..models.showo2.checkpoint import read_config as read_model_config
+    from ..models.showo2.config import Showo2Config
+    from ..models.showo2.model import Showo2
+    from ..nano.model import nano_config
+    from ..runtime.kernel_sets import describe
+
+    known = {"nano": nano_config, "1.5b": Showo2Config.show_o2_1_5b, "7b": Showo2Config.show_o2_7b}
+    sizes = known[model]() if model in known else read_model_config(model)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    weights = getattr(torch, DTYPES[dtype or ("bf16" if where == "cuda" else "fp32")])
+    with torch.device("meta"):
+        shell = Showo2(sizes)
+    description = describe(shell, config, device=where, dtype=weights, steps=steps)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(row) for row in description.rows], indent=1))
+    else:
+        click.echo(str(description))
 
 
 def _schedule_record(step_plan: Any, guidance: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from ..planning.config import PRESETS, FlashUConfig
 from ..planning.reading import printable, read_text, refusal
 
 __all__ = [
+    "DTYPES",
     "EXPECTED_ERRORS",
     "PRESETS",
     "Group",

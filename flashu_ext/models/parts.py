@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..planning.cost import EncoderShape, LayerShape, ModelShape
 
-__all__ = ["Showo2Parts", "model_shape"]
+__all__ = ["Showo2Parts", "layer_shapes", "model_shape"]
 
 _REQUIRED = (
     "showo.model.embed_tokens",
@@ -240,6 +240,18 @@ def model_shape(parts: Showo2Parts) -> ModelShape:
     )
 
 
+def layer_shapes(parts: Showo2Parts) -> dict[tuple[str, str], LayerShape]:
+    """Sizes of the transformer layers of every (task, phase) but the image encoder's."""
+    llm, block = _layer_shape(parts.layers[0], parts.llm_attention), _layer_shape(parts.blocks[0], parts.head_attention)
+    return {
+        ("generation", "backbone"): llm,
+        ("generation", "head"): block,
+        ("generation", "measuring"): llm,
+        ("understanding", "prefill"): llm,
+        ("understanding", "decode"): llm,
+    }
+
+
 def _layer_shape(layer: Any, attention: AttentionShape, modulation: float = 0.0) -> LayerShape:
     key_value = _linear(layer.self_attn.k_proj) + _linear(layer.self_attn.v_proj)
     return LayerShape(
@@ -248,6 +260,8 @@ def _layer_shape(layer: Any, attention: AttentionShape, modulation: float = 0.0)
         ffn=_linear(layer.mlp),
         heads=attention.heads,
         head_dim=attention.head_dim,
+        width=int(layer.input_layernorm.weight.shape[0]),
+        key_value_width=attention.kv_heads * attention.head_dim,
         modulation=modulation,
     )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import attention
     from .ffn import gathered_down, gathered_ffn, gathered_swiglu, neuron_norms_
-    from .linear import linear
+    from .linear import linear, linears
     from .norm import add_rms_norm_, gate_add_, rms_norm, rotary_cache_
     from .routing import (
         cosine_importance,
@@ -42,6 +42,7 @@ __all__ = [
     "gathered_swiglu",
     "guided_euler_step_",
     "linear",
+    "linears",
     "neuron_norms_",
     "rms_norm",
     "rotary_cache_",

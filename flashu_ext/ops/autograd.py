@@ -11,7 +11,7 @@ Under torch.no_grad() and torch.inference_mode() nothing requires grad, as every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def _functional(op: OpOverload) -> Callable[..., Any]:
         if forward_ad._current_level >= 0:
             _refuse_tangents(op, args, {})
         if is_grad_enabled() and any_requires_grad(*args):
-            return _NoBackward.apply(op, keyset & below_autograd, *args)
+            return _NoBackward.apply(op, keyset & below_autograd, args, *(t for _, t in _tensors(op, args, {})))
         return redispatch(keyset & below_autograd, *args)
 
     return kernel
@@ -68,8 +68,8 @@ def _functional(op: OpOverload) -> Callable[..., Any]:
 class _NoBackward(torch.autograd.Function):
     @staticmethod
     @_untraced
-    def forward(ctx: Any, op: OpOverload, keyset: Any, *args: Any) -> Any:
-        ctx.op = op
+    def forward(ctx: Any, op: OpOverload, keyset: Any, args: tuple[Any, ...], *_: Tensor) -> Any:
+        ctx.op = op  # the tensors come by themselves too: torch does not look into lists
         return op.redispatch(keyset, *args)
 
     @staticmethod
@@ -139,9 +139,16 @@ def _refuse_inference_tensor(op: OpOverload, written: Tensor, args: tuple[Any, .
     )
 
 
+def named_tensors(names: Iterable[str], values: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among arguments, those in lists too, with the names that errors give them."""
+    for name, value in zip(names, values, strict=False):
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, (list, tuple)):
+            yield from named_tensors([f"{name}[{i}]" for i in range(len(value))], value)
+
+
 def _tensors(op: OpOverload, args: tuple[Any, ...], outputs: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a call with the names of their arguments."""
     names = [argument.name for argument in op._schema.arguments]
-    for name, value in (*zip(names, args, strict=False), *outputs.items()):
-        if isinstance(value, Tensor):
-            yield name, value
+    yield from named_tensors([*names[: len(args)], *outputs], [*args, *outputs.values()])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, native
+from .autograd import named_tensors
 
 native.load()
 autograd.register()
@@ -60,21 +61,38 @@ def _misfit(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excep
     given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
     for argument in schema.arguments:
         kind, value = str(argument.type), given.get(argument.name, argument.default_value)
-        where = f"{schema.name.removeprefix('flashu::')}: {argument.name}: expected"
-        if kind == "Tensor" or (kind == "Optional[Tensor]" and value is not None):
-            if not isinstance(value, Tensor):
-                return TypeError(f"{where} a tensor, got {type(value).__name__}")
-            if value.layout is not torch.strided or value.is_nested:
-                layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
-                return TypeError(f"{where} a dense tensor, got {layout}")
-            if value.dtype not in _KNOWN:
-                return TypeError(f"{where} {_dtypes(argument)}, got {str(value.dtype).removeprefix('torch.')}")
+        name = f"{schema.name.removeprefix('flashu::')}: {argument.name}"
+        where = f"{name}: expected"
+        if kind in ("Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]"):
+            entries = {name: value}
+            if kind.startswith("List"):
+                if not isinstance(value, (list, tuple)):
+                    return TypeError(f"{where} a list of tensors, got {type(value).__name__}")
+                entries = {f"{name}[{i}]": entry for i, entry in enumerate(value)}
+            for place, entry in entries.items():
+                if entry is None and "Optional" in kind:
+                    continue
+                error = _tensor_misfit(place, entry, argument)
+                if error is not None:
+                    return error
         elif kind == "int" and not hasattr(value, "__index__"):
             return TypeError(f"{where} an integer, got {type(value).__name__}")
         elif kind == "int" and not fits_int64(value):
             return ValueError(f"{where} an integer of 64 bits, got one of {int(value).bit_length()}")
         elif kind == "float" and not isinstance(value, numbers.Real):
             return TypeError(f"{where} a number, got {type(value).__name__}")
+    return None
+
+
+def _tensor_misfit(place: str, value: Any, argument: Any) -> Exception | None:
+    where = f"{place}: expected"
+    if not isinstance(value, Tensor):
+        return TypeError(f"{where} a tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        return TypeError(f"{where} a dense tensor, got {layout}")
+    if value.dtype not in _KNOWN:
+        return TypeError(f"{where} {_dtypes(argument)}, got {str(value.dtype).removeprefix('torch.')}")
     return None
 
 
@@ -144,14 +162,13 @@ def fake(name: str) -> Callable[[F], F]:
 
         @functools.wraps(function)
         def checked(*args: Any, **kwargs: Any) -> Any:
-            first: tuple[str, Tensor] | None = None
-            for argument, value in (*zip(names, args, strict=False), *kwargs.items()):
-                if isinstance(value, Tensor):
-                    first = first or (argument, value)
-                    if value.device != first[1].device:
-                        raise ValueError(
-                            f"{op}: {argument}: expected device {first[1].device} as {first[0]} has, got {value.device}"
-                        )
+            given = named_tensors([*names[: len(args)], *kwargs], [*args, *kwargs.values()])
+            first = next(given, None)
+            for argument, value in given:
+                if first is not None and value.device != first[1].device:
+                    raise ValueError(
+                        f"{op}: {argument}: expected device {first[1].device} as {first[0]} has, got {value.device}"
+                    )
             return function(*args, **kwargs)
 
         torch.library.register_fake(f"flashu::{name}", checked)

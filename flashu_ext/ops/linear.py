@@ -1,4 +1,4 @@
-"""A linear layer with bias, activation and residual in one pass.
+"""Linear layers with bias, activation and residual in one pass: one, or several of one input.
 
 Storage is fp32, bf16 or fp16. Sums are fp32 in an order that K alone decides, so a row's result does not depend on other
 rows, on its place among them or on the number of threads.
@@ -7,6 +7,8 @@ Errors: ValueError for shapes, strides, aliasing, devices and the epilogue, Type
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -45,9 +47,46 @@ def linear(
         ValueError: a shape, stride, overlap, device or the epilogue is wrong.
         TypeError: a dtype is wrong.
     """
+    return call_into(_ops.linear, x, weight, bias, residual, _code("linear", epilogue), out=out)
+
+
+@capability()
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    epilogue: str = "none",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Several linear layers of one input side by side, such as queries, keys and values: x is prepared once.
+
+    Each weight's columns have the bits that `linear` gives them. On CUDA weights that are slices of one matrix, one behind the
+    other, with biases that are so too or none, are one launch; others follow each other.
+
+    Args:
+        x: [..., K].
+        weights: 1 to 4 of [N_i, K].
+        biases: for each weight [N_i] or None.
+        residual: [..., sum of N_i].
+        epilogue: one of EPILOGUES, of all columns.
+        out: [..., sum of N_i] to write into; shares no memory with the inputs.
+
+    Returns:
+        [..., sum of N_i] in x's dtype, the columns in the order of the weights.
+
+    Raises:
+        ValueError: a number of weights or biases, a shape, stride, overlap, device or the epilogue is wrong.
+        TypeError: a dtype is wrong, or something is not a sequence of tensors.
+    """
+    none = [] if biases is None else biases
+    return call_into(_ops.linears, x, weights, none, residual, _code("linears", epilogue), out=out)
+
+
+def _code(op: str, epilogue: str) -> int:
     if epilogue not in EPILOGUES:
-        raise ValueError(f"linear: epilogue: expected one of {', '.join(EPILOGUES)}, got {epilogue!r}")
-    return call_into(_ops.linear, x, weight, bias, residual, EPILOGUES.index(epilogue), out=out)
+        raise ValueError(f"{op}: epilogue: expected one of {', '.join(EPILOGUES)}, got {epilogue!r}")
+    return EPILOGUES.index(epilogue)
 
 
 @fake("linear")
@@ -58,3 +97,17 @@ def _linear_fake(
 
 
 fake_out("linear", _linear_fake)
+
+
+@fake("linears")
+def _linears_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None = None,
+    epilogue: int = 0,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
+
+
+fake_out("linears", _linears_fake)

@@ -40,6 +40,8 @@ class LayerShape:
         ffn: operations per token of the FFN.
         modulation: operations per row.
         heads, head_dim: of the queries.
+        width: of the hidden state.
+        key_value_width: of all key heads together.
     """
 
     key_value: float
@@ -47,7 +49,14 @@ class LayerShape:
     ffn: float
     heads: int
     head_dim: int
+    width: int
+    key_value_width: int
     modulation: float = 0.0
+
+    @property
+    def neurons(self) -> int:
+        """Of the FFN."""
+        return round(self.ffn / (6 * self.width))
 
     def products(self, queries: float, keys: float) -> float:
         """Operations of both attention products for one row."""

@@ -92,6 +92,7 @@ Budget = Annotated[float, expect("a finite number >= 0", lambda v: is_real(v) an
 Order = Annotated[int, expect("0, 1 or 2", lambda v: is_int(v) and v in (0, 1, 2))]
 Score = Annotated[str, expect(f"one of {', '.join(TOKEN_SCORES)}", lambda v: v in TOKEN_SCORES)]
 Switch = Annotated[bool, expect("True or False", lambda v: isinstance(v, bool))]
+KernelChoice = Annotated[bool | str, expect("True, False or 'flashu'", lambda v: isinstance(v, bool) or v == "flashu")]
 Phases = Annotated[tuple[GuidancePhase, ...], check_phases]
 
 
@@ -314,20 +315,22 @@ class Execution(_Group):
 
     Attributes:
         ffn_kernels, linear_kernels, attention_kernels, routing_kernels, norm_kernels, step_kernels: use this library's kernels
-            of that family; False runs plain torch instead, so that a difference can be bisected.
+            of that family. True: where there are any, else plain torch, and `handle.summary()` says why. 'flashu': everywhere,
+            or `accelerate` raises `fx.kernel_sets.KernelUnavailableError`. False runs plain torch instead, so that a difference
+            can be bisected.
         batch_invariant: an image's or an answer's bits do not depend on what else is in its batch, on threads or on what was
-            asked before. None: on the CPU.
+            asked before. True: or `accelerate` raises. None: on the CPU, where every kernel is this library's.
         step_graphs: on a GPU, evaluations are captured in CUDA graphs and replayed; False launches every operator each time.
         skip_unit_guidance: an evaluation whose guidance scale is exactly 1 runs the conditional branch alone, as
             v_null + 1 (v - v_null) = v.
     """
 
-    ffn_kernels: Switch = True
-    linear_kernels: Switch = True
-    attention_kernels: Switch = True
-    routing_kernels: Switch = True
-    norm_kernels: Switch = True
-    step_kernels: Switch = True
+    ffn_kernels: KernelChoice = True
+    linear_kernels: KernelChoice = True
+    attention_kernels: KernelChoice = True
+    routing_kernels: KernelChoice = True
+    norm_kernels: KernelChoice = True
+    step_kernels: KernelChoice = True
     step_graphs: Switch = True
     skip_unit_guidance: Switch = False
     batch_invariant: Annotated[

@@ -3,14 +3,16 @@ choose which layers and tokens to skip."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..models.embedding import early_signal, embed_image, semantic_features, with_time_token
 from ..models.masks import additive, omni_allowed
 from .head import Head
-from .image_memory import ImageMemory
-from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, SpanPass
+from .image_memory import ImageMemory, joined, joined_rope
+from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, RoutedPass, span_pass
 from .modules.decoder_layer import decoder_layer, routed_decoder_layer
 from .network import Network
 from .work import BackboneWork, PrefixWork, Variant, WatchWork
@@ -24,9 +26,10 @@ class Backbone:
     """Runs the language model on an `ImageMemory`: device work only, which depends on nothing but the memory and the work."""
 
     def __init__(self, network: Network, head: Head):
-        self.network = network
-        self.parts = network.parts
-        self.kernels = network.kernels
+        self.parts = network.at(TASK, "embed").parts
+        self.network = network.at(TASK, "backbone")
+        self.measuring = network.at(TASK, "measuring")
+        self.kernels = self.network.kernels
         self.head = head
 
     # ---- the text before the image
@@ -55,39 +58,58 @@ class Backbone:
         token = memory.time_token.index_select(0, memory.time_rows[: work.rows])
         memory.gate.watch(work, early_signal(self.parts, memory.latents[: work.rows], token), self.kernels)
 
-    def run(self, memory: ImageMemory, work: BackboneWork) -> None:
-        """Latents, times and prefix in memory -> final hidden states of the span, in memory."""
-        span = self._embed(memory, work)
-        if work.measure:
-            self._measure(memory, work, span)
+    def run(self, memories: Sequence[ImageMemory], works: Sequence[BackboneWork]) -> None:
+        """Latents, times and prefix in each memory -> final hidden states of its span, in memory. Several works compute the same
+        (`BackboneWork.computes`)."""
+        span = self._embed(memories, works)
+        if works[0].measure:
+            self._measure(memories[0], works[0], span)
         else:
-            self._run_span(memory, work, span)
+            self._run_span(memories, works, span)
 
-    def _embed(self, memory: ImageMemory, work: BackboneWork) -> Tensor:
-        """Embeddings of time token and image, [rows, span, hidden]."""
-        parts, images, latents = self.parts, work.images, memory.latents[: work.images]
-        if not work.encode:
-            assert memory.semantic is not None, "only a config with an encoder cache plans steps without the encoder"
-            semantic = memory.semantic[:images]
+    def _embed(self, memories: Sequence[ImageMemory], works: Sequence[BackboneWork]) -> Tensor:
+        """Embeddings of time token and image, [all rows, span, hidden]."""
+        parts, pairs = self.parts, list(zip(memories, works, strict=True))
+        images = [work.images for work in works]
+        latents = joined([memory.latents[:count] for memory, count in zip(memories, images, strict=True)])
+        if works[0].encode:
+            semantic = semantic_features(parts, latents, memories[0].positions)
+            for (memory, work), own in zip(pairs, semantic.split(images), strict=True):
+                if memory.semantic is not None:
+                    memory.semantic[: work.images] = own
         else:
-            semantic = semantic_features(parts, latents, memory.positions)
-            if memory.semantic is not None:
-                memory.semantic[:images] = semantic
-        token = memory.time_token.index_select(0, memory.time_rows[:images])
-        span = with_time_token(parts, embed_image(parts, latents, semantic), token)
-        return torch.cat([span, span]) if images != work.rows else span
+            # Only a config with an encoder cache plans steps without the encoder.
+            stored = [memory.semantic[: work.images] for memory, work in pairs if memory.semantic is not None]
+            semantic = joined(stored)
+        tokens = [memory.time_token.index_select(0, memory.time_rows[: work.images]) for memory, work in pairs]
+        span = with_time_token(parts, embed_image(parts, latents, semantic), joined(tokens))
+        if all(work.rows == work.images for work in works):
+            return span
+        # Both branches of guidance have the same image.
+        of_rows = [[own] * (work.rows // work.images) for own, work in zip(span.split(images), works, strict=True)]
+        return torch.cat([each for own in of_rows for each in own])
 
-    def _run_span(self, memory: ImageMemory, work: BackboneWork, span: Tensor) -> None:
-        """Run the span [rows, span, hidden], which is consumed, over the prefix; skip layers and tokens as planned."""
-        rows = work.rows
-        active = memory.router.active(work.routing, rows, self.kernels) if work.routing is not None else None
-        importance: list[Tensor] | None = [] if work.token_slot is not None else None
-        attention = memory.span_pass(memory.llm, rows, self.kernels)
-        rope = (memory.llm_rope[0][:rows], memory.llm_rope[1][:rows])
-        x = self._layers(span, attention, rope, work.variant, active, importance)
-        if importance is not None and work.token_slot is not None:
-            memory.router.store(work.token_slot, importance)
-        memory.hidden[:rows] = self.network.final_norm(x)
+    def _run_span(self, memories: Sequence[ImageMemory], works: Sequence[BackboneWork], span: Tensor) -> None:
+        """Run the span [all rows, span, hidden], which is consumed, over the prefixes; skip layers and tokens as planned."""
+        pairs = list(zip(memories, works, strict=True))
+        actives = [
+            memory.router.active(work.routing, work.rows, self.kernels)
+            for memory, work in pairs
+            if work.routing is not None
+        ]
+        importance: list[Tensor] | None = [] if works[0].token_slot is not None else None
+        attention = span_pass([memory.span_pass(memory.llm, work.rows, self.kernels) for memory, work in pairs])
+        rope = joined_rope([(memory.llm_rope, work.rows) for memory, work in pairs])
+        active = joined(actives, dim=1) if actives else None
+        x = self._layers(span, attention, rope, works[0].variant, active, importance)
+        rows = [work.rows for work in works]
+        if importance is not None:
+            by_memory = zip(*(layer.split(rows) for layer in importance), strict=True)
+            for (memory, work), own in zip(pairs, by_memory, strict=True):
+                assert work.token_slot is not None
+                memory.router.store(work.token_slot, own)
+        for (memory, work), own in zip(pairs, self.network.final_norm(x).split(rows), strict=True):
+            memory.hidden[: work.rows] = own
 
     def _layers(
         self,
@@ -112,10 +134,10 @@ class Backbone:
             if active is None:
                 x = decoder_layer(layer, index, x, rope, attention, shape, task)
             else:
-                assert isinstance(attention, SpanPass), "tokens are routed in an image span"
+                assert isinstance(attention, RoutedPass), "tokens are routed in an image span"
                 x = routed_decoder_layer(layer, index, x, active[index], rope, attention, shape, kernels, task)
             if importance is not None:
-                importance.append(kernels.cosine_importance(before, x))
+                importance.append(self.measuring.kernels.cosine_importance(before, x))
         return x
 
     # ---- layer importance
@@ -128,7 +150,7 @@ class Backbone:
         Token importance is measured on the span only, in the last layer before the final norm. Also writes what `_run_span`
         and `prefix` write.
         """
-        parts, kernels, rows = self.parts, self.kernels, work.rows
+        parts, kernels, rows = self.parts, self.measuring.kernels, work.rows
         llm, length, n = parts.llm_attention, memory.shape.length, memory.span
         places = memory.offsets[:rows, None] + torch.arange(n, device=memory.offsets.device)
         x = kernels.scatter_rows_(parts.embed_tokens(memory.text_tokens[:rows]), places, span)
@@ -139,10 +161,10 @@ class Backbone:
         rope = self._text_rope(memory, length)
         of_tokens: list[Tensor] = []
         last = len(parts.layers) - 1
-        for index, layer in enumerate(self.network.layers):
+        for index, layer in enumerate(self.measuring.layers):
             before = x.clone()
             x = decoder_layer(layer, index, x, rope, attention, llm, work.variant.task)
-            after = self.network.final_norm(x) if index == last else x
+            after = self.measuring.final_norm(x) if index == last else x
             importance = kernels.cosine_importance(before, after)
             memory.importance[index] = importance.float().mean()
             if work.token_slot is not None:

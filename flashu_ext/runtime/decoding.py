@@ -53,12 +53,17 @@ class _TokenPass:
 
 
 class Decoder:
-    """Computes tokens of answers whose prompts are cached."""
+    """Computes tokens of answers whose prompts are cached.
+
+    Attributes:
+        ran: whether it has computed any.
+    """
 
     def __init__(self, network: Network):
-        self.network = network
-        self.parts = network.parts
-        self.kernels = network.kernels
+        self.network = network.at(TASK, "decode")
+        self.parts = self.network.parts
+        self.kernels = self.network.kernels
+        self.ran = False
 
     def load(self, cache: PromptCache, skipped: Sequence[tuple[int, ...]]) -> TokenWork:
         """Write what the first rows of a cache need into its memory, and return the work of their next tokens.
@@ -114,6 +119,7 @@ class Decoder:
 
     def run(self, graphs: GraphCache[Any], work: TokenWork) -> None:
         """From the token of each row to the logits of the next one, all in memory."""
+        self.ran = True
         graphs.run(self._token, work)
 
     def _token(self, memory: AnswerMemory, work: TokenWork) -> None:

@@ -1,6 +1,7 @@
 """Generates images: runs every evaluation as its step plan says, with text computed once and dead work omitted.
 
-An evaluation is two or three works (`work`) on an `ImageMemory`, and the bookkeeping on the host. Two values are read back from
+An evaluation is two or three works (`work`) on an `ImageMemory`, and the bookkeeping on the host. Images that need the same
+work at the same time run it together, whenever they began: every row's bits are its own. Two values are read back from
 the device, both here: the adaptive cache's flag, and the layer importance after a measurement. The head is launched
 before the host waits for the latter.
 """
@@ -8,7 +9,7 @@ before the host waits for the latter.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from .counting import Counts
 from .graphs import GraphCapture
 from .head import Head
 from .history import HeadHistory
-from .image_memory import ImageMemory, ImageShape
+from .image_memory import ImageMemory, ImageShape, joined
 from .memory import MemoryPool
 from .modules.attention import RowGeometry
 from .modules.head_block import modulation_table
@@ -36,24 +37,23 @@ from .work import BackboneWork, HeadWork, PrefixWork, Variant, WatchWork
 
 __all__ = ["TASK", "AcceleratedStepper", "GenerationEngine"]
 
+W = TypeVar("W", BackboneWork, HeadWork)
+
 IDLE_IMAGE_MEMORIES = 2
 """Memories pooled between images: for the current batch size, and for the smaller last batch of a list."""
-
-W = TypeVar("W", bound=Hashable)
 
 
 class GenerationEngine:
     """Evaluates the velocity of images in progress. Each image has its own `ImageState`; memory comes from one pool."""
 
     def __init__(self, network: Network, config: FlashUConfig, capture: GraphCapture):
-        self.network = network
-        self.parts = network.parts
+        self.network = network.at(TASK, "embed")
+        self.parts = self.network.parts
         self.config = config
-        self.layers = config.layers or LayerSkip(0.0, 0)
-        self.caching = config.head or HeadCaching()
-        self.kernels = network.kernels
+        self.invariant = config.execution.invariant_on(network.parts.device.type)
         self.head = Head(network)
         self.backbone = Backbone(network, self.head)
+        self.capture = capture
         self.pool: MemoryPool[ImageMemory] = MemoryPool(capture, IDLE_IMAGE_MEMORIES)
 
     # ---- an image begins and ends
@@ -65,8 +65,10 @@ class GenerationEngine:
         modality_positions: Tensor,
         guidance_scale: Scale,
         latent_size: tuple[int, int],
-    ) -> ImageState:
-        """Set up an image (or a batch of them).
+        config: FlashUConfig | None = None,
+    ) -> list[ImageState]:
+        """Set up a batch of images: a state for each, so that none depends on its neighbours, or where the config is not
+        `batch_invariant` one state for all.
 
         Args:
             steps: grid points; None takes the config's, or 50.
@@ -74,8 +76,36 @@ class GenerationEngine:
             modality_positions: int64 [rows, 1, 2], (offset, length) of each row's span.
             guidance_scale: the caller's; above 0 the second half of the rows is unconditional.
             latent_size: (H, W) of the latents.
+            config: of these images; None: the model's.
         """
-        parts, config = self.parts, self.config
+        config = self.config if config is None else config
+        if not self.invariant:
+            return [self._begin(steps, text_tokens, modality_positions, guidance_scale, latent_size, config)]
+        branches = 2 if guided(guidance_scale) else 1
+        images = text_tokens.shape[0] // branches
+        scales = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,) * images
+        states: list[ImageState] = []
+        try:
+            for image, scale in enumerate(scales):
+                rows = slice(image, None, images)  # the image's row in every branch
+                tokens, positions = text_tokens[rows], modality_positions[rows]
+                states.append(self._begin(steps, tokens, positions, scale, latent_size, config))
+        except BaseException:
+            for state in states:
+                self.end(state)
+            raise
+        return states
+
+    def _begin(
+        self,
+        steps: int | None,
+        text_tokens: Tensor,
+        modality_positions: Tensor,
+        guidance_scale: Scale,
+        latent_size: tuple[int, int],
+        config: FlashUConfig,
+    ) -> ImageState:
+        parts = self.parts
         with_guidance = guided(guidance_scale)
         rows, length = text_tokens.shape
         patches = (latent_size[0] // parts.patch_size) * (latent_size[1] // parts.patch_size)
@@ -85,23 +115,23 @@ class GenerationEngine:
         where = modality_positions[:, 0].tolist()
         geometry = RowGeometry(tuple(offset for offset, _ in where), int(where[0][1]))
         images = rows // 2 if with_guidance else rows
-        lease = self._acquire(ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows)))
+        shape = ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows))
+        lease = self._acquire(shape, config)
         try:
             lease.memory.load(parts, text_tokens, modality_positions, geometry)
         except BaseException:
             self.pool.release(lease)
             raise
-        head = HeadHistory(self.caching.order, restarts=self.caching.adaptive)
-        skipped = lease.memory.router.skipped
-        return ImageState(
-            lease, ImageRecord(plan, with_guidance, geometry, length, skipped, lease.memory.nbytes()), head
-        )
+        caching = config.head or HeadCaching()
+        head = HeadHistory(caching.order, restarts=caching.adaptive)
+        record = ImageRecord(plan, with_guidance, geometry, length, lease.memory.router.skipped, lease.memory.nbytes())
+        return ImageState(lease, record, config, caching, head)
 
-    def _acquire(self, shape: ImageShape) -> Any:
+    def _acquire(self, shape: ImageShape, config: FlashUConfig) -> Any:
         fixed = self.pool.fixed
         return self.pool.acquire(
-            lambda memory: memory.shape.holds(shape),
-            lambda: ImageMemory(self.parts, self.config, shape.rounded() if fixed else shape, fixed),
+            lambda memory: memory.shape.holds(shape) and memory.config == config,
+            lambda: ImageMemory(self.parts, config, shape.rounded() if fixed else shape, fixed),
         )
 
     def load_times(self, state: ImageState, t: Tensor, scale: Tensor, dt: Tensor) -> None:
@@ -128,86 +158,105 @@ class GenerationEngine:
 
     # ---- one evaluation
 
-    def step(self, state: ImageState) -> None:
-        """Run the next evaluation of an image whose times are loaded, and its Euler step."""
-        self._evaluate(state, state.images, stepped=state.images)
+    def step(self, states: Sequence[ImageState]) -> None:
+        """Run the next evaluation, with its Euler step, of images whose times are loaded."""
+        self._evaluate([_Evaluation(state, state.images) for state in states], stepped=True)
 
-    def velocity_at(self, state: ImageState, latents: Tensor, t: Tensor) -> Tensor:
+    def velocity_at(
+        self, states: Sequence[ImageState], latents: Sequence[Tensor], times: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Run the next evaluation at given latents and times.
 
         Args:
-            latents: [images, channels, H, W], or [rows, ...] where the two guidance branches have separate latents.
-            t: fp32 [images or rows].
+            latents: for each state [images, channels, H, W], or [rows, ...] where the two guidance branches have separate
+                latents.
+            times: for each state fp32 [images or rows].
 
         Returns:
-            Velocity rows before guidance, [rows, patches, patch * patch * channels]; [images, ...] where the step plan runs
-            the conditional branch only. Overwritten by the next evaluation.
+            Velocity rows before guidance of each state, [rows, patches, patch * patch * channels]; [images, ...] where the
+            step plan runs the conditional branch only. Overwritten by the next evaluation.
         """
-        memory = state.memory
-        count = latents.shape[0]
-        memory.latents[:count] = latents
-        memory.time_rows.copy_(torch.arange(memory.shape.rows, device=latents.device) % count)
-        self._fill_times(memory, t.to(torch.float32))
-        rows = self._evaluate(state, count, stepped=0)
-        return memory.velocity[:rows]
+        for state, own, t in zip(states, latents, times, strict=True):
+            memory, count = state.memory, own.shape[0]
+            memory.latents[:count] = own
+            memory.time_rows.copy_(torch.arange(memory.shape.rows, device=own.device) % count)
+            self._fill_times(memory, t.to(torch.float32))
+        evaluations = [_Evaluation(state, own.shape[0]) for state, own in zip(states, latents, strict=True)]
+        self._evaluate(evaluations, stepped=False)
+        return [each.state.memory.velocity[: each.rows] for each in evaluations]
 
-    def _evaluate(self, state: ImageState, latents: int, stepped: int) -> int:
-        """One evaluation; latents: how many are in use. Returns the number of rows that ran."""
-        self.pool.check(state.lease, "this image was being generated")
-        planned = state.plan.at(state.step + 1)
-        rows = state.rows(planned)
-        images = min(latents, rows)
-        run = _Runs(state)
-        step = self._decide(state, planned, images, run)
-        if step.backbone:
-            step = self._run_backbone(state, step, rows, images, run)
-        self._run_head(state, step, rows, stepped, run)
-        state.record.ran.append(step)
-        state.record.counts.append(run.counted(step.kind))
-        return rows
+    def _evaluate(self, evaluations: Sequence[_Evaluation], stepped: bool) -> None:
+        for each in evaluations:
+            self.pool.check(each.state.lease, "this image was being generated")
+        for each in evaluations:
+            self._decide(each)
+        backbones = [(each, self._plan_backbone(each)) for each in evaluations if each.step.backbone]
+        self._run_together(self.backbone.run, backbones)
+        for each, work in backbones:
+            self._after_backbone(each, work)
+        self._run_together(self.head.run, [(each, self._plan_head(each, stepped)) for each in evaluations])
+        for each in evaluations:
+            each.record()
 
-    def _decide(self, state: ImageState, step: Step, images: int, run: _Runs) -> Step:
-        """The step, with the adaptive cache's decision whether the head is cached: one decision for the whole batch.
+    def _run_together(
+        self, execute: Callable[[Sequence[ImageMemory], Sequence[W]], None], works: Sequence[tuple[_Evaluation, W]]
+    ) -> None:
+        """Execute works; those that agree in what they compute in one call."""
+        groups: dict[Hashable, list[tuple[_Evaluation, W]]] = {}
+        for each, work in works:
+            alone = work.alone or not self.invariant
+            key = id(each) if alone else (work.computes, each.state.memory.shape.latent_size)
+            groups.setdefault(key, []).append((each, work))
+        for group in groups.values():
+            if len(group) == 1:
+                group[0][0].run(lambda memory, work: execute([memory], [work]), group[0][1])
+                continue
+            memories = [each.state.memory for each, _ in group]
+            counts = self.capture.run_together(execute, memories, tuple(work for _, work in group))
+            for each, _ in group:
+                each.done.append(counts)
+
+    def _decide(self, each: _Evaluation) -> None:
+        """The adaptive cache's decision whether the head is cached: one for each state.
 
         The drift is summed and compared on the device. The host must read the resulting flag, for it decides what to launch.
         """
-        if not self.caching.adaptive or not (step.adaptive or step.keep_head):
-            return step
+        state, step, images, caching = each.state, each.step, each.images, each.state.caching
+        if not caching.adaptive or not (step.adaptive or step.keep_head):
+            return
         gate, steps = state.memory.gate, state.head.steps
-        run(self.backbone.watch, WatchWork(images, min(images, state.watched)))
+        each.run(self.backbone.watch, WatchWork(images, min(images, state.watched)))
         state.watched = images
         if step.adaptive:
-            interval = self.caching.interval
-            too_old = interval > 0 and step.index - steps[-1] >= interval
+            too_old = caching.interval > 0 and step.index - steps[-1] >= caching.interval
             if not too_old:
                 state.flag.post(gate.due().float())
                 if not state.flag.wait()[0]:
                     state.encode_due |= step.encode
-                    return step.cached(steps[-1], self.caching.residual)
+                    each.step = step.cached(steps[-1], caching.residual)
+                    return
         gate.computed()
-        return step
 
-    def _run_backbone(self, state: ImageState, step: Step, rows: int, images: int, run: _Runs) -> Step:
-        """Embed the image and run the language model; returns the step, with `encode` saying whether the encoder ran."""
-        encode = step.encode or state.encode_due or state.semantic_rows < images
-        step = dataclasses.replace(step, encode=encode)
+    def _plan_backbone(self, each: _Evaluation) -> BackboneWork:
+        """What embeds the image and runs the language model. Decides whether the encoder runs, and computes the prefix."""
+        state = each.state
+        encode = each.step.encode or state.encode_due or state.semantic_rows < each.images
+        each.step = step = dataclasses.replace(each.step, encode=encode)
         variant = self._variant(state, step)
         if not step.measure:
-            self._load_prefix(state, rows, variant, run)
-        work = BackboneWork(
-            rows,
-            images,
+            self._load_prefix(each, variant)
+        return BackboneWork(
+            each.rows,
+            each.images,
             encode,
             variant,
             step.measure,
             stores_prefix=step.measure and step.head,
             token_slot=state.tokens.measure(step.index) if step.measure_tokens else None,
             routing=state.tokens.routing(step.tokens_from, step.index) if step.tokens_from else None,
-            groups=state.memory.groups(rows),
+            skipped_tokens=state.record.skipped_tokens if step.tokens_from else 0,
+            groups=state.memory.groups(each.rows),
         )
-        run(self.backbone.run, work)
-        self._after_backbone(state, step, work)
-        return step
 
     def _variant(self, state: ImageState, step: Step) -> Variant:
         """The network of a step; waits for a measurement under way and chooses the skipped layers from it."""
@@ -216,59 +265,72 @@ class GenerationEngine:
             return Variant(task)
         if state.measured is not None:
             scores = state.importance.wait()
-            state.skipped = least_important(scores, self.layers.count(len(scores)))
+            layers = state.config.layers or LayerSkip(0.0, 0)
+            state.skipped = least_important(scores, layers.count(len(scores)))
             state.record.choices.append((state.measured, state.skipped))
             state.measured = None
         return Variant(task, state.skipped or ())
 
-    def _load_prefix(self, state: ImageState, rows: int, variant: Variant, run: _Runs) -> None:
-        """Make sure that memory holds a variant's prefix, of at least `rows` rows."""
-        if not state.load_prefix(variant, rows):
-            run(self.backbone.prefix, PrefixWork(rows, variant))
-            state.prefix = (variant, rows)
-            state.store_prefix()
+    def _load_prefix(self, each: _Evaluation, variant: Variant) -> None:
+        """Make sure that memory holds a variant's prefix, of as many rows as run."""
+        if not each.state.load_prefix(variant, each.rows):
+            each.run(self.backbone.prefix, PrefixWork(each.rows, variant))
+            each.state.prefix = (variant, each.rows)
+            each.state.store_prefix()
 
-    def _after_backbone(self, state: ImageState, step: Step, work: BackboneWork) -> None:
+    def _after_backbone(self, each: _Evaluation, work: BackboneWork) -> None:
         """Record what later steps need to know."""
+        state = each.state
         if work.encode and state.memory.semantic is not None:
             state.semantic_rows = work.images
         state.encode_due &= not work.encode
         if work.measure:
             state.prefix = (work.variant, work.rows) if work.stores_prefix else None
             state.importance.post(state.memory.importance)
-            state.measured = step.index
-        skipped = state.record.skipped_tokens if work.routing is not None else 0
+            state.measured = each.step.index
         layers = (len(self.parts.layers) - len(work.variant.skipped)) * work.rows
-        state.record.routed["computed"] += layers * (state.memory.span - skipped)
-        state.record.routed["skipped"] += layers * skipped
+        state.record.routed["computed"] += layers * (state.memory.span - work.skipped_tokens)
+        state.record.routed["skipped"] += layers * work.skipped_tokens
 
-    def _run_head(self, state: ImageState, step: Step, rows: int, stepped: int, run: _Runs) -> None:
+    def _plan_head(self, each: _Evaluation, stepped: bool) -> HeadWork:
         """Blocks and final layer, or the final layer on a prediction of the blocks' output."""
-        work = HeadWork(
-            rows,
-            update=state.head.update(step.index, rows) if step.keep_head else None,
-            prediction=None if step.head else state.head.predict(step.index, rows),
-            residual=self.caching.residual and step.keep_head if step.head else step.residual,
-            stepped=stepped,
-            groups=state.memory.groups(rows),
+        state, step = each.state, each.step
+        return HeadWork(
+            each.rows,
+            update=state.head.update(step.index, each.rows) if step.keep_head else None,
+            prediction=None if step.head else state.head.predict(step.index, each.rows),
+            residual=state.caching.residual and step.keep_head if step.head else step.residual,
+            stepped=state.images if stepped else 0,
+            groups=state.memory.groups(each.rows),
         )
-        run(self.head.run, work)
 
 
-class _Runs:
-    """Runs the works of one evaluation and counts their launches, syncs and waits."""
+class _Evaluation:
+    """One evaluation of a state, under way.
 
-    def __init__(self, state: ImageState):
-        self._state = state
+    Attributes:
+        step: as planned, then as it runs.
+        rows, images: of the state, that run.
+        done: launches and syncs of its works.
+    """
+
+    def __init__(self, state: ImageState, latents: int):
+        """latents: how many of the state's latents are in use."""
+        self.state = state
+        self.step = state.plan.at(state.step + 1)
+        self.rows = state.rows(self.step)
+        self.images = min(latents, self.rows)
+        self.done: list[Counts] = []
         self._waited = state.waits
-        self._done: list[Counts] = []
 
-    def __call__(self, execute: Callable[[ImageMemory, W], None], work: W) -> None:
-        self._done.append(self._state.lease.graphs.run(execute, work))
+    def run(self, execute: Callable[[ImageMemory, Any], None], work: Any) -> None:
+        self.done.append(self.state.lease.graphs.run(execute, work))
 
-    def counted(self, kind: str) -> StepCounts:
-        launched, synced = (sum(counts) for counts in zip(*((c.launched, c.synced) for c in self._done), strict=True))
-        return StepCounts(kind, launched, synced, self._state.waits - self._waited)
+    def record(self) -> None:
+        launched, synced = (sum(counts) for counts in zip(*((c.launched, c.synced) for c in self.done), strict=True))
+        record = self.state.record
+        record.ran.append(self.step)
+        record.counts.append(StepCounts(self.step.kind, launched, synced, self.state.waits - self._waited))
 
 
 class AcceleratedStepper:
@@ -280,11 +342,13 @@ class AcceleratedStepper:
         inputs: SampleInputs,
         working: Callable[[], AbstractContextManager[None]],
         unchanged: Callable[..., None],
+        config: FlashUConfig | None = None,
     ):
         """Args:
         working: `Runner.working`, entered for each step, so that steps of different threads never overlap.
         unchanged: `Runner.check_unchanged`: after a callback, which may have changed the model, and after each step, in which
             another thread may have written to weights.
+        config: of these images; None: the model's.
         """
         self.engine = engine
         self._working = working
@@ -292,8 +356,9 @@ class AcceleratedStepper:
         self._seen = False
         self.inputs = inputs
         height, width = inputs.noise.shape[2:]
-        self.state = engine.begin(inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, (height, width))
-        self.evaluations = len(self.state.plan)
+        size = (height, width)
+        self.states = engine.begin(inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, size, config)
+        self.evaluations = len(self.states[0].plan)
         try:
             self._load()
         except BaseException:
@@ -301,36 +366,54 @@ class AcceleratedStepper:
             raise
 
     def _load(self) -> None:
-        inputs, state = self.inputs, self.state
-        at = self.engine.config.guidance_at
+        inputs = self.inputs
+        times = inputs.times(self.states[0].plan.grid_points)
         asked = inputs.guidance_scale
-        assert not isinstance(asked, tuple), "Handle.stepper has another stepper for scales of each image"
-        self._scales = [at(i + 1, asked) if inputs.guided else 0.0 for i in range(self.evaluations)]
-        times = inputs.times(state.plan.grid_points)
-        scales = torch.tensor(self._scales, dtype=torch.float32, device=times.device)
-        self.engine.load_times(state, times[:-1], scales, times[1:] - times[:-1])
-        state.memory.latents[: state.images].copy_(inputs.noise)
+        self._scales = []
+        images = inputs.noise.split([state.images for state in self.states])
+        for index, (state, noise) in enumerate(zip(self.states, images, strict=True)):
+            own = asked[index] if isinstance(asked, tuple) else asked
+            scales = [state.config.guidance_at(i + 1, own) if inputs.guided else 0.0 for i in range(self.evaluations)]
+            self._scales.append(scales)
+            on_device = torch.tensor(scales, dtype=torch.float32, device=times.device)
+            self.engine.load_times(state, times[:-1], on_device, times[1:] - times[:-1])
+            state.memory.latents[: state.images].copy_(noise)
 
     def step(self, index: int) -> None:
         with self._working():
-            if self._seen:
-                self._unchanged()
-                self._seen = False
-            self.engine.step(self.state)
+            self.check()
+            self.engine.step(self.states)
             self._unchanged(weights_only=True)
 
+    def check(self) -> None:
+        """Raise RuntimeError where this cannot go on: its memory was taken away, or a callback has changed the model."""
+        for state in self.states:
+            self.engine.pool.check(state.lease, "this image was being generated")
+        if self._seen:
+            self._unchanged()
+            self._seen = False
+
     def velocity(self) -> Tensor:
-        state = self.state
-        rows = state.memory.velocity[: state.rows(state.record.ran[-1])]
-        return guided_velocity(rows, self._scales[state.step - 1], self.inputs.noise.shape)
+        shape = self.inputs.noise.shape
+        return joined(
+            [
+                guided_velocity(
+                    state.memory.velocity[: state.rows(state.record.ran[-1])],
+                    scales[state.step - 1],
+                    torch.Size((state.images, *shape[1:])),
+                )
+                for state, scales in zip(self.states, self._scales, strict=True)
+            ]
+        )
 
     def latents(self) -> Tensor:
         self._seen = True
-        return self.state.memory.latents[: self.state.images].clone()
+        return torch.cat([state.memory.latents[: state.images] for state in self.states])
 
     def close(self) -> None:
         with self._working():
-            self.engine.end(self.state)
+            for state in self.states:
+                self.engine.end(state)
 
 
 def guided_velocity(rows: Tensor, scale: Scale, shape: torch.Size) -> Tensor:

@@ -52,11 +52,27 @@ class CudaCapture:
         return graph.replay
 
 
+MAX_COUNTS = 1024
+
+
 @functools.cache
 def _capture_stream(device: torch.device) -> Any:
     """One capture stream per device, because libraries hold memory per stream. Torch's own capture stream belongs to whichever
     device was current first."""
     return torch.cuda.Stream(device)
+
+
+def counted(known: dict[Hashable, Counts], work: Hashable, run: Callable[[], Any]) -> Counts:
+    """Run work operator by operator; its launches and syncs, which are counted the first time."""
+    if work in known:
+        run()
+        return known[work]
+    with DispatchCounter() as counter:
+        run()
+    if len(known) > MAX_COUNTS:
+        known.clear()
+    known[work] = counter.counts
+    return counter.counts
 
 
 class GraphCapture:
@@ -94,14 +110,16 @@ class GraphCapture:
         make = self.make if self.active else None
         return GraphCache(memory, make() if make else None, self.counts, self._failed)
 
+    def run_together(self, execute: Callable[[Any, Any], None], memories: Any, works: Hashable) -> Counts:
+        """Execute the work of several memories in one call, operator by operator; returns its launches and syncs."""
+        return counted(self.counts, works, functools.partial(execute, memories, works))
+
     def _failed(self, why: str) -> None:
         self.make, self.failure = None, why
 
 
 MAX_GRAPHS = 48
 """Graphs per memory; the least recently used is evicted. Skipped layers depend on the prompt, so distinct works are unbounded."""
-
-MAX_COUNTS = 1024
 
 RARE_USES = 3
 """Runs of rare work before it is captured: a capture costs as much as a few runs."""
@@ -161,14 +179,7 @@ class GraphCache(Generic[M]):
         return self._counts[work]
 
     def _run_eagerly(self, execute: Callable[[M, W], Any], work: W) -> None:
-        if work in self._counts:
-            execute(self._memory, work)
-            return
-        with DispatchCounter() as counter:
-            execute(self._memory, work)
-        if len(self._counts) > MAX_COUNTS:
-            self._counts.clear()
-        self._counts[work] = counter.counts
+        counted(self._counts, work, functools.partial(execute, self._memory, work))
 
     def _captured(self, execute: Callable[[M, W], Any], work: W) -> Callable[[], None] | None:
         assert self._capture is not None

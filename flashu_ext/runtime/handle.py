@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
+from ..planning.schedule import Step
 from .forked import ForkedLock
 from .generation import TASK as GENERATION
 from .generation import AcceleratedStepper
@@ -123,15 +124,22 @@ class Handle:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("handle: it belongs to one model and cannot be pickled; a pickled model is dense")
 
-    def stepper(self, inputs: SampleInputs) -> AcceleratedStepper | DenseStepper:
+    def stepper(self, inputs: SampleInputs, config: FlashUConfig | None = None) -> AcceleratedStepper | DenseStepper:
         """The steps of `flashu_ext.showo2.sample`: each a call of the model's `t2i_generate` where somebody has wrapped that
-        since, or where images have guidance scales of their own.
+        since, or where images that share their state have guidance scales of their own.
+
+        Args:
+            config: of these images; None: the handle's.
 
         Raises:
-            ValueError: such calls cannot have another number of steps than the config plans.
+            ValueError: such calls cannot have another number of steps or another config than the model's, or this config
+                needs other weights or kernels.
         """
-        if not isinstance(inputs.guidance_scale, tuple) and self._overrides.intact("t2i_generate"):
-            return self.runner.stepper(inputs)
+        own_scales = isinstance(inputs.guidance_scale, tuple) and not self.runner.generation.invariant
+        if not own_scales and self._overrides.intact("t2i_generate"):
+            return self.runner.stepper(inputs, config)
+        if config is not None and config != self.config:
+            raise ValueError("preset: expected None, with a scale for each image or a wrapped t2i_generate")
         planned = self.config.steps or DEFAULT_STEPS
         if self.config.approximates and inputs.steps not in (None, planned):
             raise ValueError(
@@ -139,6 +147,14 @@ class Handle:
                 f"t2i_generate, got {inputs.steps}"
             )
         return DenseStepper(self.model, dataclasses.replace(inputs, steps=inputs.steps or planned))
+
+    def step_together(self, steppers: Sequence[AcceleratedStepper]) -> list[Exception | None]:
+        """Run the next evaluation of several images or batches, in one call where they need the same work.
+
+        Returns:
+            For each what went wrong, or None. One that cannot go on, because the model changed after it began, stops no other.
+        """
+        return self.runner.step_together(steppers)
 
     # ---- summary
 
@@ -158,7 +174,7 @@ class Handle:
             geometry = image.geometry
             tail = image.length - min(geometry.prefix) - geometry.span
             tokens |= {"prefix": geometry.longest, "span": geometry.span, "tail": tail}
-        kernels = runner.network.kernels
+        kernels = runner.network.sets
         reasons = Counter(f"{name}: {why}" for name, why in kernels.fallbacks.items()) + runner.fallbacks
         for name, why in (runner.network.run_as_themselves() | runner.in_place).items():
             reasons[f"model.{name}: {why}"] += 1
@@ -192,7 +208,8 @@ class Handle:
             if (why_not := capture.why_not or capture.failure or capture.disabled)
             else "graphs",
             graphs=_graphs(runner),
-            kernels=dict(kernels.chosen),
+            kernels=kernels.chosen,
+            ran=_ran(runner, done),
             fallbacks=dict(reasons),
         )
 
@@ -220,6 +237,8 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
             on a layer, a subclass that overrides a method, ...); the message names it.
         ValueError: pruning neurons without a plan, or with a plan for another model, ratio or multiple (where ratios differ per
             layer, `plan.ratio` is their mean); pruning tokens at a layer that the model does not have.
+        KernelUnavailableError: a kernel that the config asks for, or batch invariance, cannot be had
+            (`flashu_ext.kernel_sets`).
         RuntimeError: the model is already accelerated.
     In each case, and after an interrupt, the model is unchanged.
     """
@@ -265,6 +284,25 @@ def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None, b
 def _launches(image: ImageRecord) -> dict[str, int]:
     """Launches of the last evaluation of every kind: the first one also computes the prompt's keys and values."""
     return {counts.kind: counts.launches for counts in image.counts}
+
+
+def _ran(runner: Runner, done: Sequence[Step]) -> dict[str, dict[str, str]]:
+    """The implementations of every phase that ran."""
+    answers = runner.understanding
+    phases = {
+        ("generation", "embed"): bool(done),
+        ("generation", "backbone"): any(step.backbone and not step.measure for step in done),
+        ("generation", "head"): bool(done),
+        ("generation", "measuring"): any(step.measure or step.measure_tokens for step in done),
+        ("understanding", "embed"): answers.encoded > 0,
+        ("understanding", "prefill"): answers.prefilled > 0,
+        ("understanding", "decode"): answers.decoder.ran,
+    }
+    ran: dict[str, dict[str, str]] = {f"{task} {phase}": {} for (task, phase), yes in phases.items() if yes}
+    for choice in runner.network.sets.choices:
+        if phases[choice.use.task, choice.use.phase]:
+            ran[f"{choice.use.task} {choice.use.phase}"][choice.use.op] = choice.implementation
+    return ran
 
 
 def _graphs(runner: Runner) -> dict[str, int]:

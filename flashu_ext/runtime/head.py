@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from .image_memory import ImageMemory
-from .modules.attention import CausalPass
+from .image_memory import ImageMemory, joined, joined_rope
+from .modules.attention import CausalPass, span_pass
 from .modules.head_block import final_layer, head_block
 from .network import Network
 from .work import HeadWork
@@ -17,9 +19,9 @@ class Head:
     """Runs the diffusion head on an `ImageMemory`: device work only, which depends on nothing but the memory and the work."""
 
     def __init__(self, network: Network):
-        self.network = network
-        self.parts = network.parts
-        self.kernels = network.kernels
+        self.network = network.at("generation", "head")
+        self.parts = self.network.parts
+        self.kernels = self.network.kernels
 
     def prefix(self, memory: ImageMemory, rows: int, hidden: Tensor) -> None:
         """The prompt's final hidden states [rows, tokens, hidden], consumed -> its keys and values, in memory."""
@@ -30,35 +32,43 @@ class Head:
         for index, block in enumerate(self.network.blocks):
             x = head_block(block, index, x, None, rope, attention, self.parts.head_attention, self.kernels)
 
-    def run(self, memory: ImageMemory, work: HeadWork) -> None:
-        """The language model's output in memory -> the step's velocity rows, in memory; then the Euler step."""
-        rows = work.rows
-        modulation = memory.modulation.index_select(0, memory.time_rows[:rows])
-        x = self._predict(memory, work) if work.prediction is not None else self._compute(memory, work, modulation)
+    def run(self, memories: Sequence[ImageMemory], works: Sequence[HeadWork]) -> None:
+        """The language model's output in each memory -> the step's velocity rows, in memory; then the Euler steps. Several works
+        compute the same (`HeadWork.computes`)."""
+        pairs = list(zip(memories, works, strict=True))
+        modulation = joined([m.modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs])
+        if works[0].prediction is not None:
+            x = joined([self._predict(memory, work) for memory, work in pairs])
+        else:
+            x = self._compute(memories, works, modulation)
         skip = 1 if self.parts.has_time_token else 0
-        memory.velocity[:rows] = final_layer(self.network.head_out, self.network.head_norm, x[:, skip:], modulation)
-        if work.stepped:
-            latents = memory.latents[: work.stepped]
-            self.kernels.guided_euler_step_(
-                latents, memory.velocity[:rows], memory.scale, memory.dt, memory.time_rows[:1]
-            )
-            memory.time_rows.add_(1)
+        velocity = final_layer(self.network.head_out, self.network.head_norm, x[:, skip:], modulation)
+        for (memory, work), own in zip(pairs, velocity.split([work.rows for work in works]), strict=True):
+            memory.velocity[: work.rows] = own
+            if work.stepped:
+                latents = memory.latents[: work.stepped]
+                self.kernels.guided_euler_step_(
+                    latents, memory.velocity[: work.rows], memory.scale, memory.dt, memory.time_rows[:1]
+                )
+                memory.time_rows.add_(1)
 
     def _predict(self, memory: ImageMemory, work: HeadWork) -> Tensor:
         assert work.prediction is not None
         x = memory.cache.predict(work.prediction, work.rows, self.kernels)
         return self._input(memory.hidden[: work.rows]) + x if work.residual else x
 
-    def _compute(self, memory: ImageMemory, work: HeadWork, modulation: Tensor) -> Tensor:
-        rows = work.rows
-        x = self._input(memory.hidden[:rows])
-        before = x.clone() if work.residual else x  # the blocks write into x
-        attention = memory.span_pass(memory.head, rows, self.kernels)
-        rope = (memory.head_rope[0][:rows], memory.head_rope[1][:rows])
+    def _compute(self, memories: Sequence[ImageMemory], works: Sequence[HeadWork], modulation: Tensor) -> Tensor:
+        pairs = list(zip(memories, works, strict=True))
+        x = self._input(joined([memory.hidden[: work.rows] for memory, work in pairs]))
+        before = x.clone() if any(work.residual for work in works) else x  # the blocks write into x
+        attention = span_pass([memory.span_pass(memory.head, work.rows, self.kernels) for memory, work in pairs])
+        rope = joined_rope([(memory.head_rope, work.rows) for memory, work in pairs])
         for index, block in enumerate(self.network.blocks):
             x = head_block(block, index, x, modulation, rope, attention, self.parts.head_attention, self.kernels)
-        if work.update is not None:
-            memory.cache.update(work.update, x - before if work.residual else x, self.kernels)
+        rows = [work.rows for work in works]
+        for (memory, work), own, first in zip(pairs, x.split(rows), before.split(rows), strict=True):
+            if work.update is not None:
+                memory.cache.update(work.update, own - first if work.residual else own, self.kernels)
         return x
 
     def _input(self, hidden: Tensor) -> Tensor:

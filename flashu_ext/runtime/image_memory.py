@@ -6,7 +6,7 @@ prompt and image. Prompt lengths and the step number are therefore values in thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from .history import MEASUREMENTS
 from .modules.attention import Rope, RowGeometry, SpanPass, rope_table
 from .token_router import TokenRouter
 
-__all__ = ["ImageShape", "ImageMemory"]
+__all__ = ["ImageMemory", "ImageShape", "joined", "joined_rope"]
 
 PREFIX_STEP, TIMES_STEP = 64, 64
 """Reusable memory rounds its capacity for prompts and times up to multiples of these, so most later images fit."""
@@ -34,6 +34,16 @@ SLOT_STEP = 16
 def rounded_up(count: int, step: int) -> int:
     """The smallest multiple of step >= count."""
     return -(-count // step) * step
+
+
+def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Tensors of several images in one; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
+
+
+def joined_rope(tables: Sequence[tuple[Rope, int]]) -> Rope:
+    """The first rows of several rotary tables in one."""
+    return joined([rope[0][:rows] for rope, rows in tables]), joined([rope[1][:rows] for rope, rows in tables])
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class ImageMemory:
 
     Attributes:
         shape: what it was allocated for.
+        config: of its images.
         span: tokens of the image span.
         grid: patches, (rows, columns).
         text_tokens: int64 [rows, length].
@@ -106,6 +117,7 @@ class ImageMemory:
         """fixed: prompt lengths are read on the device, so captured work can be replayed for other prompts."""
         dtype, device = parts.dtype, parts.device
         self.shape = shape
+        self.config = config
         height, width = shape.latent_size
         self.grid = (height // parts.patch_size, width // parts.patch_size)
         patches = self.grid[0] * self.grid[1]

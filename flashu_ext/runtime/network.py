@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..models.known import why_not_ffn, why_not_norm
 from ..models.parts import Showo2Parts
-from ..ops.kernel_sets import KernelSet
+from ..ops.kernel_sets import KernelSet, KernelSets, KernelUnavailableError
+from ..planning.config import FlashUConfig
 from ..planning.neurons import NeuronLayout
 from .modules.embedders import PatchEmbedder, TimeEmbedder
 from .modules.ffn import FFN
@@ -22,12 +23,13 @@ __all__ = ["Network"]
 
 @dataclass(frozen=True)
 class Network:
-    """A model's layers on one set of kernels."""
+    """A model's layers on one set of kernels; `at` gives the same model on the set of a phase."""
 
     source: Showo2Parts
     """The model's own modules."""
     parts: Showo2Parts
     """The same, with the runtime's embedders, image encoder and projections in place of the model's: called alike."""
+    sets: KernelSets
     kernels: KernelSet
     layers: tuple[Layer, ...]
     final_norm: Norm
@@ -36,10 +38,15 @@ class Network:
     head_out: Linear
     modulations: tuple[Chain, ...]
     """The adaLN projections of every block, and of the final layer."""
+    layouts: Sequence[NeuronLayout | None] | None = None
+    """See `over`."""
+    built: list[Network] = field(default_factory=list)
+    """The same model on the other sets, as far as they were asked for."""
 
     @classmethod
-    def build(cls, parts: Showo2Parts, kernels: KernelSet) -> Network:
-        """The model's layers; every task uses all neurons."""
+    def build(cls, parts: Showo2Parts, sets: KernelSets, kernels: KernelSet | None = None) -> Network:
+        """The model's layers; every task uses all neurons. kernels: one of the sets; None: any."""
+        kernels = kernels or next(iter(sets.sets.values()))
         like = parts.embed_tokens.weight
 
         def norm(module: Any) -> Norm:
@@ -54,6 +61,7 @@ class Network:
         return cls(
             parts,
             _on_kernels(parts, kernels),
+            sets,
             kernels,
             tuple(map(layer, parts.layers)),
             norm(parts.final_norm),
@@ -70,12 +78,39 @@ class Network:
             layouts: for each layer, in the order in which its weights lie; None: all neurons.
         """
         layers = [replace(layer, ffn=layer.ffn.over(own)) for layer, own in zip(self.layers, layouts, strict=True)]
-        return replace(self, layers=tuple(layers))
+        return replace(self, layers=tuple(layers), layouts=layouts, built=[])
+
+    def at(self, task: str, phase: str) -> Network:
+        """The network of a phase; phases with the same kernels share one."""
+        kernels = self.sets.of(task, phase)
+        for network in (self, *self.built):
+            if network.kernels is kernels:
+                return network
+        network = Network.build(self.source, self.sets, kernels)
+        self.built.append(network if self.layouts is None else network.over(self.layouts))
+        return self.built[-1]
+
+    def check_explicit(self, config: FlashUConfig) -> None:
+        """Raise KernelUnavailableError where a module runs as itself and a setting asks for kernels there."""
+        names = self._names()
+        for each in _all(vars(self)):
+            asked = [f"{family}_kernels" for family in _FAMILIES[type(each)]]
+            asked = [name for name in asked if getattr(config.execution, name) == "flashu"]
+            asked += ["batch_invariant"] if config.execution.batch_invariant else []
+            if each.why_itself is not None and asked:
+                value = getattr(config.execution, asked[0])
+                raise KernelUnavailableError(
+                    f"model.{names[each.module]}: FlashUConfig.{asked[0]} is {value!r}, and no kernel computes this module: "
+                    f"{each.why_itself}"
+                )
 
     def run_as_themselves(self) -> dict[str, str]:
         """Path in the model -> why the module is not on a kernel."""
-        names = {module: name for name, module in self.source.model.named_modules()}
+        names = self._names()
         return {names[each.module]: each.why_itself for each in _all(vars(self)) if each.why_itself is not None}
+
+    def _names(self) -> dict[Any, str]:
+        return {module: name for name, module in self.source.model.named_modules()}
 
 
 def _on_kernels(parts: Showo2Parts, kernels: KernelSet) -> Showo2Parts:
@@ -98,6 +133,17 @@ def _on_kernels(parts: Showo2Parts, kernels: KernelSet) -> Showo2Parts:
 
 
 Itself = Norm | FFN | Linear | Chain | VisionEncoder | PatchEmbedder | TimeEmbedder
+
+_FAMILIES: Mapping[type, tuple[str, ...]] = {
+    Norm: ("norm",),
+    FFN: ("ffn",),
+    Linear: ("linear",),
+    Chain: ("linear",),
+    VisionEncoder: ("linear", "attention"),
+    PatchEmbedder: ("linear",),
+    TimeEmbedder: ("linear",),
+}
+"""Families of the kernels that compute a module."""
 
 
 def _all(inside: Any) -> Iterator[Itself]:

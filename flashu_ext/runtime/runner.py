@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models.autocast import without_autocast
 from ..models.known import check_model, untracked, why_not_attention_kernel
-from ..models.parts import Showo2Parts
+from ..models.parts import Showo2Parts, layer_shapes
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..models.showo2.sampling import SampleInputs
 from ..models.stamp import Stamp
@@ -70,7 +70,8 @@ class Runner:
 
     @property
     def kernels(self) -> KernelSet:
-        return self.network.kernels
+        """Of the step that ends an evaluation."""
+        return self.network.sets.of("generation", "head")
 
     # ---- following the model
 
@@ -131,8 +132,9 @@ class Runner:
         check_model(parts)
         if self.layouts is not None and len(self.layouts) != len(parts.layers):
             raise RuntimeError(f"plan: made for {len(self.layouts)} layers, the model has {len(parts.layers)} now")
-        kernels = resolve(self.config, parts.device, parts.dtype, why_not_attention_kernel())
-        network = Network.build(parts, kernels)
+        sets = resolve(self.config, parts.device, parts.dtype, why_not_attention_kernel(), layer_shapes(parts))
+        network = Network.build(parts, sets)
+        network.check_explicit(self.config)
         placement = Placement.choose(network, self.layouts or (), self.orders, self.lock)
         self.orders = placement.move(self.orders)
         self.in_place = placement.reasons
@@ -186,13 +188,43 @@ class Runner:
                 self.reset()
             yield
 
-    def stepper(self, inputs: SampleInputs) -> AcceleratedStepper:
-        """The steps of `flashu_ext.showo2.sample`."""
+    def stepper(self, inputs: SampleInputs, config: FlashUConfig | None = None) -> AcceleratedStepper:
+        """The steps of `flashu_ext.showo2.sample`. config: of these images; None: the model's."""
+        if config is not None:
+            self._check_config(config)
         with self.working():
             self.ready()
-            stepper = AcceleratedStepper(self.generation, inputs, self.working, self.check_unchanged)
-            self.last_image = stepper.state.record
+            stepper = AcceleratedStepper(self.generation, inputs, self.working, self.check_unchanged, config)
+            self.last_image = stepper.states[0].record
             return stepper
+
+    def _check_config(self, config: FlashUConfig) -> None:
+        """Raise ValueError where images cannot have a config of their own: weights and kernels are the model's."""
+        ffn = config.ffn
+        if ffn is not None and ffn.ratio > 0 and (ffn != self.config.ffn or self.layouts is None):
+            raise ValueError(
+                f"preset: expected neurons pruned as the model's, {self.config.ffn}, or none pruned; got {ffn}"
+            )
+        if config.execution != self.config.execution:
+            raise ValueError(f"preset: expected the model's {self.config.execution}, got {config.execution}")
+
+    def step_together(self, steppers: Sequence[AcceleratedStepper]) -> list[Exception | None]:
+        """See `Handle.step_together`."""
+        errors: list[Exception | None] = [None] * len(steppers)
+        with self.working():
+            for index, stepper in enumerate(steppers):
+                try:
+                    stepper.check()
+                except Exception as error:
+                    errors[index] = error
+            going = [index for index, error in enumerate(errors) if error is None]
+            try:
+                self.generation.step([state for index in going for state in steppers[index].states])
+                self.check_unchanged(weights_only=True)
+            except Exception as error:
+                for index in going:
+                    errors[index] = error
+        return errors
 
     @torch.no_grad()
     def answer_tokens(

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..planning.config import FlashUConfig
+from ..planning.groups import HeadCaching
 from ..planning.schedule import Step, StepPlan
 from .history import HeadHistory, TokenHistory
 from .image_memory import ImageMemory
@@ -71,6 +73,8 @@ class ImageState:
 
     lease: Lease[ImageMemory]
     record: ImageRecord
+    config: FlashUConfig
+    caching: HeadCaching
     head: HeadHistory
     tokens: TokenHistory = field(default_factory=TokenHistory)
     skipped: tuple[int, ...] | None = None

@@ -39,7 +39,8 @@ class Summary:
         evicted: images in progress that were ended to make room for others, over all calls.
         step_runner: 'graphs', or 'eager: ' and why.
         graphs: image 'memories' held now, work 'captured' on them, its 'replays', and work 'run eagerly'.
-        kernels: op -> backend.
+        kernels: op -> implementation, or several where phases differ.
+        ran: 'task phase' -> op -> implementation, for phases that ran: of the last image, and of all answers.
         fallbacks: reason -> occurrences.
     """
 
@@ -67,6 +68,7 @@ class Summary:
     graphs: Mapping[str, int]
     kernels: Mapping[str, str]
     fallbacks: Mapping[str, int]
+    ran: Mapping[str, Mapping[str, str]]
     plan_unused: bool = False
 
     def __str__(self) -> str:
@@ -96,8 +98,14 @@ class Summary:
             f"step runner   {self.step_runner}"
             + ("" if self.step_runner.startswith("eager") else f": {listed(self.graphs)}"),
             f"kernels       {listed(self.kernels)}",
+            *(f"  {phase:<22} {_by_implementation(ops)}" for phase, ops in self.ran.items()),
             f"fallbacks     {listed(self.fallbacks)}",
         ]
         if self.plan_unused:
             lines.append("plan          not used, the config prunes nothing")
         return "\n".join(lines)
+
+
+def _by_implementation(ops: Mapping[str, str]) -> str:
+    names = dict.fromkeys(ops.values())
+    return "; ".join(f"{name}: {', '.join(op for op in ops if ops[op] == name)}" for name in names)

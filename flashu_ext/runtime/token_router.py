@@ -3,6 +3,8 @@ importance."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,9 +27,9 @@ class TokenRouter:
         self.has_time_token = has_time_token
         self._measured = measured
 
-    def store(self, slot: int, importance: list[Tensor]) -> None:
+    def store(self, slot: int, importance: Sequence[Tensor]) -> None:
         """Store a measurement: fp32 [measured rows, span] per layer."""
-        stacked = torch.stack(importance)
+        stacked = torch.stack(list(importance))
         self._measured[slot, :, : stacked.shape[1]] = stacked
 
     def active(self, work: Routing, rows: int, kernels: KernelSet) -> Tensor:

@@ -165,14 +165,15 @@ class UnderstandingEngine:
     """
 
     def __init__(self, network: Network, config: FlashUConfig, capture: GraphCapture):
-        self.network = network
-        self.parts = parts = network.parts
-        self.kernels = kernels = network.kernels
+        self.network = network.at(TASK, "prefill")
+        self.parts = parts = network.at(TASK, "embed").parts
+        self.kernels = kernels = self.network.kernels
         self.pruner = TokenPruner(parts, config, kernels)
         self.pool: MemoryPool[AnswerMemory] = MemoryPool(capture, IDLE_MEMORIES)
         self.store = PromptStore(parts, self.pool, self.pruner.layer)
         self.decoder = Decoder(network)
         self.layers_to_skip = (config.answers or Answers()).layers_skipped(len(parts.layers))
+        self.encoded = 0
         self.prefilled = 0
         self.reused = 0
         self.visual = 0
@@ -211,6 +212,7 @@ class UnderstandingEngine:
         for shape in {latents.shape for latents in distinct[len(embeds) :]}:
             new = [i for i, latents in enumerate(distinct) if i >= len(self._images) and latents.shape == shape]
             encoded = embed_image(self.parts, torch.cat([distinct[i] for i in new]))
+            self.encoded += len(new)
             embeds.update(zip(new, encoded.split(1), strict=True))
         self._images = [(distinct[i], embeds[i]) for i in dict.fromkeys(chosen)]
         return [embeds[i] for i in chosen]

@@ -16,6 +16,7 @@ from ..models.showo2 import validate
 from ..models.showo2.decoding import TokenSampler
 from ..models.velocity import Scale, guided
 from .generation import guided_velocity
+from .image_memory import joined
 from .readback import Readback
 from .runner import Runner
 from .state import ImageState
@@ -89,8 +90,8 @@ class _Image:
     """That are planned."""
     first: float
     """Time of its first call."""
-    state: ImageState | None
-    """None once it has ended, so that its memory is free."""
+    states: list[ImageState]
+    """Of the batch's images; empty once they have ended, so that their memory is free."""
     conditioning: Conditioning | None = None
     """Of its last call."""
     thread: int = 0
@@ -193,23 +194,35 @@ class UpstreamMethods:
             time, shared = _read_time(image_latents, t, with_guidance)
             with self.runner.working():
                 image = self._image(known, text_tokens, modality_positions, scale, image_latents, time)
-                assert image.state is not None
-                velocity = self._velocity(image.state, image_latents, t, scale, shared)
-                done = image.state.step >= image.steps
+                velocity = self._velocity(image.states, image_latents, t, scale, shared)
+                done = image.states[0].step >= image.steps
             image.time, image.conditioning, image.thread = time, call, threading.get_ident()
             if done:
                 self._end(image, f"its {image.steps} planned steps are done")
             return torch.cat([velocity, velocity]) if with_guidance else velocity
 
-    def _velocity(self, state: ImageState, latents: Tensor, t: Tensor, asked: Scale, shared: bool) -> Tensor:
+    def _velocity(self, states: Sequence[ImageState], latents: Tensor, t: Tensor, asked: Scale, shared: bool) -> Tensor:
         """Guided velocity [images, channels, H, W]. shared: both guidance branches have the same latents and time."""
         engine = self.runner.generation
-        index = state.step + 1
-        own, times = (latents.chunk(2)[0], t[: state.images]) if shared else (latents, t)
-        rows = engine.velocity_at(state, own, times)
+        index = states[0].step + 1
+        images = [state.images for state in states]
+        branches = 1 if shared else latents.shape[0] // sum(images)
+        own, times = (
+            [joined(each) for each in zip(*(branch.split(images) for branch in of_rows), strict=True)]
+            for of_rows in (
+                latents.chunk(2 if shared else branches)[:branches],
+                t.chunk(2 if shared else branches)[:branches],
+            )
+        )
+        velocities = engine.velocity_at(states, own, times)
         at = engine.config.guidance_at
-        scale: Scale = tuple(at(index, each) for each in asked) if isinstance(asked, tuple) else at(index, asked)
-        return guided_velocity(rows, scale, torch.Size((state.images, *latents.shape[1:])))
+        scales = [at(index, each) for each in asked] if isinstance(asked, tuple) else [at(index, asked)] * sum(images)
+        guided_ones = []
+        for state, rows in zip(states, velocities, strict=True):
+            mine, scales = scales[: state.images], scales[state.images :]
+            scale: Scale = tuple(mine) if isinstance(asked, tuple) else mine[0]
+            guided_ones.append(guided_velocity(rows, scale, torch.Size((state.images, *latents.shape[1:]))))
+        return joined(guided_ones)
 
     def _image(
         self,
@@ -242,11 +255,10 @@ class UpstreamMethods:
             self._check_begins(rows, size, time)
             if known is not None and not known.ended and known.thread == threading.get_ident():
                 self._end(known, "another image began with its tensors")
-            state = self._begin(tokens, positions, guidance_scale, size)
-            image = _Image(rows, with_guidance, size, planned_scale, len(state.plan), time, state)
+            states = self._begin(tokens, positions, guidance_scale, size)
+            image = _Image(rows, with_guidance, size, planned_scale, len(states[0].plan), time, states)
             self._images = [each for each in self._images if each not in same or not each.ended] + [image]
-        assert image.state is not None
-        self.runner.last_image = image.state.record
+        self.runner.last_image = image.states[0].record
         return image
 
     def _check_begins(self, rows: Rows, size: tuple[int, int], time: float) -> None:
@@ -266,8 +278,10 @@ class UpstreamMethods:
                     "use as many steps as planned, a first-order solver, or FlashUConfig.exact()"
                 )
 
-    def _begin(self, tokens: Tensor, positions: Tensor, guidance_scale: Scale, size: tuple[int, int]) -> ImageState:
-        """A new image's state. The oldest image in progress makes room where there are too many."""
+    def _begin(
+        self, tokens: Tensor, positions: Tensor, guidance_scale: Scale, size: tuple[int, int]
+    ) -> list[ImageState]:
+        """New images' states. The oldest image in progress makes room where there are too many."""
         engine = self.runner.generation
         while len(running := self._running()) >= self._most_images(running):
             self.evicted += 1
@@ -278,23 +292,24 @@ class UpstreamMethods:
         return [image for image in self._images if not image.ended]
 
     def _most_images(self, running: Sequence[_Image]) -> int:
-        largest = max((sum(image.state.nbytes().values()) for image in running if image.state is not None), default=1)
+        held = [sum(sum(state.nbytes().values()) for state in image.states) for image in running]
+        largest = max(held, default=1)
         return max(MIN_IN_PROGRESS, min(MAX_IN_PROGRESS, _room(self.runner.parts.device) // largest))
 
     def _drop_ended(self) -> None:
         """End images whose memory was taken away, and forget the oldest of those that have ended."""
         pool = self.runner.generation.pool
         for image in self._running():
-            if image.state is not None and not pool.leased(image.state.lease):
-                image.state, image.ended = None, "the model changed, or its handle was reset, while it was in progress"
+            if not all(pool.leased(state.lease) for state in image.states):
+                image.states, image.ended = [], "the model changed, or its handle was reset, while it was in progress"
         ended = [image for image in self._images if image.ended]
         for image in ended[:-MAX_ENDED]:
             self._images.remove(image)
 
     def _end(self, image: _Image, why: str) -> None:
-        assert image.state is not None
-        self.runner.generation.end(image.state)
-        image.state, image.conditioning, image.ended = None, None, why
+        for state in image.states:
+            self.runner.generation.end(state)
+        image.states, image.conditioning, image.ended = [], None, why
 
     # ---- understanding
 

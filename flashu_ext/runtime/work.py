@@ -6,6 +6,7 @@ executes each type of work; its inputs are the memory and the value, and nothing
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 __all__ = [
@@ -89,12 +90,25 @@ class BackboneWork(Work):
     """Slot for the measured token importance; None: tokens are not measured."""
     routing: Routing | None
     """How the tokens that each layer computes are chosen; None: all tokens."""
+    skipped_tokens: int
+    """Of every row, where they are routed."""
     groups: int | None
     """Attention calls per layer; None where prompt lengths are read on the device."""
 
     @property
     def rare(self) -> bool:
         return bool(self.variant.skipped)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it cannot run with another image's: a measurement is of whole sequences, whose lengths differ."""
+        return self.measure
+
+    @property
+    def computes(self) -> Hashable:
+        """What images must agree in to run together."""
+        routed = None if self.routing is None else self.skipped_tokens
+        return self.encode, self.variant, self.token_slot is None, routed
 
 
 @dataclass(frozen=True)
@@ -137,6 +151,15 @@ class HeadWork(Work):
     """Images that take the Euler step here; 0: the caller does it."""
     groups: int | None
     """As in `BackboneWork`."""
+
+    @property
+    def alone(self) -> bool:
+        return False
+
+    @property
+    def computes(self) -> Hashable:
+        """What images must agree in to run together."""
+        return self.prediction is None
 
 
 @dataclass(frozen=True)

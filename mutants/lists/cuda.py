@@ -253,6 +253,7 @@ MUTANTS = [
     Mutant("linear: the sum of parts is not finished", "csrc/cuda/projection.cu", "down.out_stride, down.epilogue}", "down.out_stride}", LINEAR),
     Mutant("linear: both columns of a pair have the first one's bias", "csrc/cuda/ffn_sm90.cu",
            "i / 4 * 8 + lane % 4 * 2 + i % 2; });", "i / 4 * 8 + lane % 4 * 2; });", LINEAR),
+    Mutant("linears: every weight has the first one's bias", "csrc/cuda/linear.cu", "{part.bias, p.epilogue}", "{p.parts[0].bias, p.epilogue}", LINEAR),
     Mutant("linear: an empty K is given to TMA", "csrc/cuda/linear.cu", "p.k > 0 && takes_tma(p.x, p.k)", "takes_tma(p.x, p.k)", LINEAR),
     # ---- what survived once
     Mutant("parts: those of the neurons in front are counted", "csrc/cuda/projection.cu", "core::ffn_parts(down.k - down.lead)", "core::ffn_parts(down.k)", FFN),

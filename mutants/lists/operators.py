@@ -26,7 +26,7 @@ MUTANTS = [
     Mutant("fake: as many rows as before are gathered", "flashu_ext/ops/routing.py", "(*rows.shape[:-2], index.shape[-1], rows.shape[-1])", "rows.shape", contract("gather_rows")),
     Mutant("fake: a predicted feature keeps the order", "flashu_ext/ops/step.py", "state.new_empty(state.shape[1:])", "state.new_empty(state.shape[:1] + state.shape[2:])", contract("taylor_predict")),
     Mutant("fake: queries are not transposed", "flashu_ext/ops/norm.py", "query.new_empty(query.transpose(1, 2).shape)", "query.new_empty(query.shape)", contract("rotary")),
-    Mutant("fake: devices may be mixed", "flashu_ext/ops/common.py", "if value.device != first[1].device:", "if value.device.type != first[1].device.type == 'cuda':", contract("gather_rows")),
+    Mutant("fake: devices may be mixed", "flashu_ext/ops/common.py", "and value.device != first[1].device:", "and value.device.type != first[1].device.type == 'cuda':", contract("gather_rows")),
     # ---- the Python functions
     Mutant("ops: compiled, out stays as it was", "flashu_ext/ops/common.py", "return out.copy_(packet.default(*args, **kwargs))", "return packet.default(*args, **kwargs)", contract("compiled_call"), quick=True),
     Mutant("ops: a tuple of three is a run", "flashu_ext/ops/common.py", "if own is entry and len(own) != group:", "if own is entry and len(own) < group:", Pytest("python_tests/ops/test_ffn.py", "-k", "bad_selections")),

@@ -45,6 +45,7 @@ SIZES = within("showo2/test_sizes.py")
 PIPELINE = within("showo2/test_pipeline.py")
 CONFORMANCE = within("showo2/test_conformance.py")
 COMMANDS = within("cli/test_cli.py")
+KERNELS = within("ops/test_kernel_sets.py")
 
 MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "            temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
@@ -90,11 +91,11 @@ MUTANTS = [
     Mutant("state: a stored prefix is overwritten", "flashu_ext/runtime/state.py", "(llm.clone(), head.clone())", "(llm, head)", KNOBS("a_knob and layers and sample")),
     Mutant("state: waits for the flag are not counted", "flashu_ext/runtime/state.py", "return self.importance.waits + self.flag.waits", "return self.importance.waits", KNOBS("flag"), quick=True),
     Mutant("generation: a cached step's turn to encode is lost", "flashu_ext/runtime/generation.py", "                    state.encode_due |= step.encode\n", "", KNOBS("defers_its_encoding")),
-    Mutant("generation: features of fewer rows are used again", "flashu_ext/runtime/generation.py", " or state.semantic_rows < images", "", KNOBS("latents_of_their_own")),
-    Mutant("generation: a cached state may be a step older", "flashu_ext/runtime/generation.py", "step.index - steps[-1] >= interval", "step.index - steps[-1] > interval", KNOBS("defers_its_encoding")),
+    Mutant("generation: features of fewer rows are used again", "flashu_ext/runtime/generation.py", " or state.semantic_rows < each.images", "", KNOBS("latents_of_their_own")),
+    Mutant("generation: a cached state may be a step older", "flashu_ext/runtime/generation.py", "step.index - steps[-1] >= caching.interval", "step.index - steps[-1] > caching.interval", KNOBS("defers_its_encoding")),
     Mutant("generation: the signal's sum is not reset", "flashu_ext/runtime/generation.py", "        gate.computed()\n", "", KNOBS("a_knob and adaptive and sample")),
     Mutant("generation: the steps that the caller asks for are ignored", "flashu_ext/runtime/generation.py", "config, steps, len(parts.layers), None if", "config, None, len(parts.layers), None if", HANDLE("exact_equals_upstream")),
-    Mutant("head: the residual is measured up to the output", "flashu_ext/runtime/head.py", "before = x.clone() if work.residual else x", "before = x", KNOBS("a_knob and residual and sample")),
+    Mutant("head: the residual is measured up to the output", "flashu_ext/runtime/head.py", "before = x.clone() if any(work.residual for work in works) else x", "before = x", KNOBS("a_knob and residual and sample")),
     Mutant("history: differences are a step apart", "flashu_ext/runtime/history.py", "interval = float(step - self.steps[-1]) if self.order and self.steps else 1.0", "interval = 1.0", KNOBS("a_knob and forecast and sample")),
     Mutant("history: a prediction of one order less", "flashu_ext/runtime/history.py", "min(len(self.steps), self.order + 1)", "min(len(self.steps), max(self.order, 1))", KNOBS("a_knob and forecast and sample")),
     Mutant("history: differences begin anew where rows leave", "flashu_ext/runtime/history.py", "rows > self.rows", "rows != self.rows", KNOBS("grows_and_shrinks")),
@@ -119,7 +120,7 @@ MUTANTS = [
     Mutant("upstream: the same time again is the same image", "flashu_ext/runtime/upstream.py", "if image.time < time and", "if image.time <= time and", RUNNER("written_to_in_place")),
     Mutant("upstream: another scale is the same image", "flashu_ext/runtime/upstream.py", "guidance_scale if self.runner.config.execution.skip_unit_guidance else None", "None", KNOBS("another_scale")),
     Mutant("upstream: halves with latents of their own share one", "flashu_ext/runtime/upstream.py", "same = (first == second).all() & (t == t[0]).all() if", "same = (t == t[0]).all() if", KNOBS("latents_of_their_own")),
-    Mutant("upstream: guidance is a step late", "flashu_ext/runtime/upstream.py", "index = state.step + 1", "index = max(state.step, 1)", HANDLE("paper_equals_flashu")),
+    Mutant("upstream: guidance is a step late", "flashu_ext/runtime/upstream.py", "index = states[0].step + 1", "index = max(states[0].step, 1)", HANDLE("paper_equals_flashu")),
     Mutant("upstream: the newest image is evicted", "flashu_ext/runtime/upstream.py", "self._end(running[0],", "self._end(running[-1],", RUNNER("oldest_image")),
     Mutant("memory: memory in use is leased again", "flashu_ext/runtime/memory.py", "            self._idle.remove(lease)\n", "", RUNNER("memory_of_their_own")),
     Mutant("memory: the oldest is kept", "flashu_ext/runtime/memory.py", "[*self._idle, lease][-self._most_idle :]", "[*self._idle, lease][: self._most_idle]", RUNNER("memory_of_answers or memory_for_answers")),
@@ -151,7 +152,7 @@ MUTANTS = [
     Mutant("stamp: matrices on a GPU have no turns", "flashu_ext/models/stamp.py", "        self._turn += 1\n        now", "        now", MODULES("take_turns")),
     Mutant("order: writes to a copy are lost", "flashu_ext/runtime/order.py", "return any(watched._version for _, watched in self._copies)", "return False", LIVING("not_lost_silently")),
     Mutant("order: memory in another plan's order is taken", "flashu_ext/runtime/order.py", "            if any(low < end and start < high for low, high in taken):\n", "            if not taken and taken:\n", LIVING("another_plans_order")),
-    Mutant("upstream: ended images keep their memory", "flashu_ext/runtime/upstream.py", "        image.state, image.conditioning, image.ended = None, None, why\n", "        image.ended = why\n", SCHEDULES("free_their_memory")),
+    Mutant("upstream: ended images keep their memory", "flashu_ext/runtime/upstream.py", "        image.states, image.conditioning, image.ended = [], None, why\n", "        image.ended = why\n", SCHEDULES("free_their_memory")),
     Mutant("runner: autocast reaches the kernels", "flashu_ext/runtime/runner.py", "with self.lock.held, without_autocast(self.parts.device):", "with self.lock.held:", CONTEXTS("changes_no_bit and autocast")),
     Mutant("runner: threads step at the same time", "flashu_ext/runtime/runner.py", "with self.lock.held, without_autocast(self.parts.device):", "with without_autocast(self.parts.device):", SHARED("bits_of_a_serial_run")),
     Mutant("runner: an image goes on in a forked process", "flashu_ext/runtime/runner.py", "            if self.lock.abandoned:\n                self.reset()\n", "", SHARED("another_thread_held")),
@@ -229,4 +230,11 @@ MUTANTS = [
     Mutant("cli: samples have no seed", "flashu_ext/cli/main.py", '"top_p": top_p, "seed": seed}', '"top_p": top_p, "seed": None}', COMMANDS("answers_are_sampled")),
     Mutant("cli: a plan beside tuned settings is ignored", "flashu_ext/cli/support.py", "if tuned is not None and plan_file is not None:", "if tuned is not None and plan_file is None and False:", COMMANDS("tuned")),
     Mutant("cli: --adaptive is ignored", "flashu_ext/cli/main.py", "    if adaptive:\n", "    if adaptive and data is None:\n", COMMANDS("calibrate_a_folder")),
+    Mutant("kernels: a row for one phase is taken in all", "flashu_ext/ops/kernel_sets.py", "case.task in each.tasks and case.phase in each.phases", "case.task in each.tasks", KERNELS("another_row"), quick=True),
+    Mutant("kernels: batch invariance is not asked of a row", "flashu_ext/ops/kernel_sets.py", "if execution.batch_invariant and not self.invariant:", "if execution.batch_invariant and not self.implementation:", KERNELS("invariance_needs")),
+    Mutant("kernels: an op that is never called must be met", "flashu_ext/ops/kernel_sets.py", "if why is not None and op in called:", "if why is not None:", KERNELS("not_called")),
+    Mutant("kernels: measuring runs on the backbone's", "flashu_ext/runtime/backbone.py", "enumerate(self.measuring.layers)", "enumerate(self.network.layers)", KERNELS("the_table_has and paper")),
+    Mutant("kernels: a phase of its own has all neurons", "flashu_ext/runtime/network.py", "network if self.layouts is None else network.over(self.layouts)", "network", KERNELS("plans_neurons")),
+    Mutant("kernels: every row attends as many keys as the first", "flashu_ext/ops/reference.py", "for r, n in enumerate(counts)\n    ]\n", "for r, n in enumerate(counts[:1] * len(counts))\n    ]\n", KERNELS("one_at_a_time")),
+    Mutant("kernels: sixteen rows are many", "flashu_ext/ops/kernel_sets.py", "MANY = 17\n", "MANY = 16\n", KERNELS("padded_to_many")),
 ]  # fmt: skip

@@ -65,6 +65,8 @@ def test_version() -> None:
         ("nonsense",),
         ("schedule", "--preset", "nonsense"),
         ("schedule", "--steps", "1"),
+        ("schedule", "--model", "7b"),
+        ("schedule", "--kernels", "--device", "tpu"),
         ("generate",),
         ("generate", "a circle", "--steps", "many"),
         ("generate", "a circle", "-o", "/no/such/folder/out.png"),
@@ -199,6 +201,27 @@ def test_plan_from_a_config_file(tmp_path: Path) -> None:
     path.write_text(FlashUConfig(head_cache_interval=3, steps=12).to_json())
     record = json.loads(run("schedule", "--config", str(path), "--json").output)
     assert record["grid_points"] == 12 and record["head"] < record["evaluations"]
+
+
+def test_kernels_are_printed_before_anything_runs() -> None:
+    pytest.importorskip("transformers")
+    result = run("schedule", "--kernels", "--preset", "exact", "--model", "1.5b", "--device", "cpu", "--dtype", "bf16")
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert lines[0].split() == ["task", "phase", "op", "kernel", "runs", "shape", "GFLOP", "GB", "reason"]
+    assert any(line.split()[:4] == ["understanding", "decode", "gathered_ffn", "flashu"] for line in lines)
+    assert lines[-1].startswith("bfloat16 on cpu; GFLOP, GB are predicted")
+    rows = json.loads(run("schedule", "--kernels", "--steps", "11", "--json").output)
+    assert {row["runs"] for row in rows if row["phase"] == "decode"} == {1}
+    assert {"task", "phase", "op", "implementation", "reason", "gflop", "gb"} <= set(rows[0])
+
+
+def test_kernels_that_cannot_be_had_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(FlashUConfig(attention_kernels="flashu").to_json())
+    result = run("schedule", "--kernels", "--config", str(path), "--device", "cuda")
+    assert result.exit_code == 1
+    assert result.output.count("\n") == 1 and "attention" in result.output
 
 
 def test_layers_that_round_down_to_none_are_known() -> None:

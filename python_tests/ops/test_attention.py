@@ -69,14 +69,14 @@ def torchs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 
 @every_dtype
-@pytest.mark.parametrize("d", [1, 3, 16, 64, 72, 80, 128, 131, 300])
+@pytest.mark.parametrize("d", [3, 16, 72, 128, 300])
 def test_is_as_accurate_as_torch(d: int, dtype: torch.dtype):
     for n, tokens in ((1, 1), (1, 70), (5, 129), (40, 300)):
-        rows = (400 if d > 16 else 2000) // (n + 1)  # enough queries: the errors of one's columns are not independent
+        rows = (200 if d > 16 else 1000) // (n + 1)  # enough queries: the errors of one's columns are not independent
         query, key, value = inputs(rows, 4, 2, n, tokens, d, dtype)
         mask = drawn_mask(4, rows, 1, n, tokens, dtype=dtype)
         mask[..., 0] = 0
-        for added in (None, mask, mask[:1], mask[:, :, :1]):
+        for added in (None, mask):
             y = ops.attention(query, key, value, mask=added)
             assert y.is_contiguous()
             assert_accurate(y, exact(query, key, value, mask=added), torchs(query, key, value, added))

@@ -1,9 +1,10 @@
-"""The linear layer: exact integers, accuracy relative to torch's own error, bits that depend on nothing else, errors."""
+"""Linear layers: exact integers, accuracy relative to torch's own error, bits that depend on nothing else, errors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -141,6 +142,74 @@ def test_bad_values_stay_in_their_row(epilogue: str, dtype: torch.dtype):
     keep = [0, 1, 3, 4, 5, 6, 8]
     assert torch.equal(got[keep], expected[keep])
     assert got[2].isnan().all() and not got[7].isfinite().all()
+
+
+@every_dtype
+@pytest.mark.parametrize("one", [True, False], ids=["one matrix", "apart"])
+def test_several_weights_give_the_columns_of_separate_calls(one: bool, dtype: torch.dtype):
+    """In any company and on any number of threads, with biases and without, from rows that are strided."""
+    x = randn(1, 150, 301 + 5, dtype=dtype)[:, :301]
+    for columns in ((67,), (64, 16), (96, 33, 20), (5, 40, 0, 8)):
+        weights = list(randn(2, sum(columns), 301, dtype=dtype, scale=301**-0.5).split(columns))
+        biases = list(randn(3, sum(columns), dtype=dtype).split(columns))
+        if not one:
+            weights, biases = [w.clone() for w in weights], [b.clone() for b in biases]
+        mixed = [bias if i % 2 == 0 else None for i, bias in enumerate(biases)]
+        for some in (None, biases, mixed):
+            own = some or [None] * len(weights)
+            expected = torch.cat([ops.linear(x, w, b) for w, b in zip(weights, own, strict=True)], dim=-1)
+            for count in (1, 2, 3, 4):
+                with threads(count):
+                    for rows in (1, 2, 3, 12, 13, 150):
+                        assert torch.equal(ops.linears(x[-rows:], weights, some), expected[-rows:])
+                    out = torch.empty(150, sum(columns) + 3, dtype=dtype)[:, : sum(columns)]
+                    assert ops.linears(x, tuple(weights), some, out=out) is out and torch.equal(out, expected)
+
+
+def test_several_weights_share_epilogue_and_residual():
+    x, residual = randn(1, 2, 7, 40), randn(4, 2, 7, 50)
+    weights, biases = [randn(2, n, 40) for n in (33, 17)], [randn(3, 33), None]
+    for epilogue in EPILOGUES:
+        each = zip(weights, biases, residual.split((33, 17), -1), strict=True)
+        expected = torch.cat([ops.linear(x, w, b, r, epilogue) for w, b, r in each], dim=-1)
+        assert torch.equal(ops.linears(x, weights, biases, residual, epilogue), expected)
+
+
+W = torch.zeros(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "biases", "error", "message"),
+    [
+        ([], None, ValueError, "weights: expected 1 to 4 tensors, got 0"),
+        ([W] * 5, None, ValueError, "weights: expected 1 to 4 tensors, got 5"),
+        ([W, W], [None], ValueError, "biases: expected 2 entries, one for each weight, got 1"),
+        (W, None, TypeError, "weights: expected a list of tensors, got Tensor"),
+        ([W, None], None, TypeError, r"weights\[1\]: expected a tensor, got NoneType"),
+        ([W, W], [None, 3], TypeError, r"biases\[1\]: expected a tensor, got int"),
+        ([W, W.to_sparse()], None, TypeError, r"weights\[1\]: expected a dense tensor, got layout torch.sparse_coo"),
+        ([W, W.to(torch.int16)], None, TypeError, r"weights\[1\]: expected float32, bfloat16 or float16, got int16"),
+        ([W, W.half()], None, TypeError, r"weights\[1\]: expected float32 as x has, got float16"),
+        ([W, W[0]], None, ValueError, r"weights\[1\]: expected 2 dimensions, got 1"),
+        ([W, W[:, :2]], None, ValueError, r"weights\[1\]: expected size 3 in dimension 1, got 2"),
+        ([W, W.t().contiguous().t()], None, ValueError, r"weights\[1\]: expected stride 1"),
+        ([W, W.to("meta")], None, ValueError, r"weights\[1\]: expected device cpu as x has, got meta"),
+        ([W, W], [None, W[:3, 0]], ValueError, r"biases\[1\]: expected stride 1|biases\[1\]: expected size 4"),
+    ],
+)
+def test_errors_of_several_weights_name_their_places(weights: Any, biases: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match="linears: " + message) as raised:
+        ops.linears(torch.zeros(2, 3), weights, biases)
+    assert len(str(raised.value)) < 120
+
+
+def test_a_gradient_through_a_list_is_not_lost():
+    weight = torch.zeros(4, 3, requires_grad=True)
+    y = ops.linears(torch.zeros(2, 3), [W, weight])
+    with pytest.raises(NotImplementedError, match="linears has no backward"):
+        y.sum().backward()
+    with pytest.raises(NotImplementedError, match=r"weights\[1\]: expected a tensor that does not require grad"):
+        ops.linears(torch.zeros(2, 3), [W, weight], out=torch.zeros(2, 8))
 
 
 def test_a_wrong_epilogue_is_named():

@@ -243,7 +243,10 @@ def test_compiles_with_transposed_caches_and_without_start(with_out: bool):
 
 def test_the_kernel_set_has_it_and_a_fallback():
     cpu = torch.device("cpu")
-    kernels, plain = (resolve(FlashUConfig.exact(norm_kernels=on), cpu, torch.float32) for on in (True, False))
+    kernels, plain = (
+        resolve(FlashUConfig.exact(norm_kernels=on), cpu, torch.float32).of("generation", "head")
+        for on in (True, False)
+    )
     assert kernels.rotary_cache_ is ops.rotary_cache_ and kernels.chosen["rotary_cache_"] == "flashu"
     assert plain.rotary_cache_ is reference.rotary_cache_ and "norm_kernels" in plain.fallbacks["rotary_cache_"]
 

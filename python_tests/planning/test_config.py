@@ -39,6 +39,7 @@ NAMES = {"FlashUConfig": FlashUConfig} | {kind.__name__: kind for kind in GROUPS
 
 # Every flat keyword, its default, and other valid values.
 ratios = st.sampled_from([0.0, 0.02, 0.2, 0.25, 0.5])
+kernel_choices = st.sampled_from([True, False, "flashu"])
 FLAT = {
     "ffn_prune_ratio": (0.0, ratios),
     "full_network_steps": (0, st.integers(0, 9) | st.sampled_from([0.15, 0.3])),
@@ -67,11 +68,14 @@ FLAT = {
     "encoder_cache": (False, st.booleans()),
     "encoder_cache_interval": (2, st.integers(1, 4)),
     "skip_unit_guidance": (False, st.booleans()),
-    "ffn_kernels": (True, st.booleans()),
-    "routing_kernels": (True, st.booleans()),
-    "norm_kernels": (True, st.booleans()),
-    "step_kernels": (True, st.booleans()),
+    "ffn_kernels": (True, kernel_choices),
+    "linear_kernels": (True, kernel_choices),
+    "attention_kernels": (True, kernel_choices),
+    "routing_kernels": (True, kernel_choices),
+    "norm_kernels": (True, kernel_choices),
+    "step_kernels": (True, kernel_choices),
     "step_graphs": (True, st.booleans()),
+    "batch_invariant": (None, st.sampled_from([None, True, False])),
 }
 DEFAULTS = {name: default for name, (default, _) in FLAT.items()}
 
@@ -141,6 +145,8 @@ BAD = [
     ("answer_layer_skip_ratio", 1),
     ("prune_multiple", 0),
     ("norm_kernels", 1),
+    ("linear_kernels", "cublas"),
+    ("batch_invariant", 1),
     ("token_skip", 1),
     ("token_skip_ratio", 1.0),
     ("token_skip_interval", 0),

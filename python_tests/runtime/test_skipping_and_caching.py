@@ -22,7 +22,7 @@ from flashu_ext.runtime.work import WatchWork
 LIMIT = 1e-4
 LAYERS, SPAN, ROWS = 8, 37, 4  # of the fixture's model and inputs, both branches counted
 
-KERNELS = resolve(FlashUConfig.exact(), torch.device("cpu"), torch.float32)
+KERNELS = resolve(FlashUConfig.exact(), torch.device("cpu"), torch.float32).of("generation", "backbone")
 
 
 def run(config, **changes):

@@ -289,43 +289,62 @@ def test_an_answer_is_streamed_in_parts(preset):
 def test_questions_are_answered_as_they_come(preset: str):
     pipe = fx.showo2.Pipeline.from_pretrained("nano")
     images = [pipe.generate("a red circle", seed, steps=2) for seed in range(3)]
-    asked = [
-        fx.showo2.AskRequest(images[0], "what color is the circle ?"),
-        fx.showo2.AskRequest(images[0], ""),
-        fx.showo2.AskRequest(images[1:], "what is in the image ?", 9, temperature=1.0, top_k=8, seed=3),
-        fx.showo2.AskRequest("no image", "what ?"),
-        fx.showo2.AskRequest(images[1], "what shape is red ?", 0),
-        *(fx.showo2.AskRequest(images[2], f"is the circle {color} ?", 5) for color in ("red", "blue", "green")),
+    ask = fx.showo2.QuestionRequest
+    asked: list[Any] = [
+        ask(images[0], "what color is the circle ?"),
+        ask(images[0], ""),
+        ask(images[1:], "what is in the image ?", 9, temperature=1.0, top_k=8, seed=3),
+        ask("no image", "what ?"),  # type: ignore[arg-type]
+        ask(images[1], "what shape is red ?", 0),
+        *(ask(images[2], f"is the circle {color} ?", 5) for color in ("red", "blue", "green")),
         "what ?",
     ]
     handle = pipe.accelerate() if preset == "exact" else None
-    alone = []
-    for each in asked:
+    alone: list[Any] = []
+    for each in asked[:-1]:
         try:
-            fields = dict(vars(each))
+            fields = {name: value for name, value in vars(each).items() if name != "on_token"}
             alone.append(pipe.answer(fields.pop("images"), fields.pop("question"), **fields))
         except Exception as error:
             alone.append(error)
     taken: list[int] = []
     got: dict[int, Any] = {}
-    for index, answer in pipe.ask_many((taken.append(i) or each for i, each in enumerate(asked)), at_once=3):  # type: ignore[func-returns-value]
-        assert len(taken) - len(got) <= 3, "no more are taken than there is room for"
-        got[index] = answer
-    assert sorted(got) == list(range(len(asked)))
-    for index, expected in enumerate(alone[:-1]):
+    for result in pipe.answer_many((taken.append(i) or each for i, each in enumerate(asked)), at_once=3):  # type: ignore[func-returns-value]
+        assert result.request is asked[result.index]
+        got[result.index] = result.error or result.answer
+    assert taken == sorted(got) == list(range(len(asked)))
+    for index, expected in enumerate(alone):
         if isinstance(expected, Exception):
             assert type(got[index]) is type(expected)
         else:
             assert got[index] == expected
-    assert str(got[len(asked) - 1]) == "requests: expected AskRequest, got str"
+    assert "expected a QuestionRequest or its fields" in str(got[len(asked) - 1])
     with pytest.raises(ValueError, match="at_once: expected an integer >= 1, got 0"):
-        pipe.ask_many([], 0)
-    stopped = pipe.ask_many(asked[:1] * 3)
+        pipe.answer_many([], 0)
+    stopped = pipe.answer_many(asked[:1] * 3)
     next(stopped)
     stopped.close()
     if handle is not None:
         assert pipe.answer(images[0], asked[0].question) == alone[0]
         handle.remove()
+
+
+def test_an_answer_that_is_cancelled_or_fails_ends_alone():
+    pipe = fx.showo2.Pipeline.from_pretrained("nano")
+    image = pipe.generate("a red circle", 0, steps=2)
+    told: list[int] = []
+
+    def fail(token: int) -> None:
+        raise ZeroDivisionError("of the caller's")
+
+    with pipe.accelerate():
+        alone = pipe.answer(image, "what color is the circle ?")
+        many = pipe.answer_many()
+        for on_token in (told.append, fail, None):
+            many.add({"images": image, "question": "what color is the circle ?", "on_token": on_token})
+        many.cancel(2)
+        first, second = sorted(many, key=lambda result: result.index)
+        assert first.answer == alone and told and isinstance(second.error, ZeroDivisionError)
 
 
 def test_incomplete_characters_are_held_back():

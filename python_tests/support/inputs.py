@@ -17,7 +17,7 @@ VECTORS = (4, 8, 16)  # floats of a vector, by instruction set
 PANELS = (8, 16, 32)  # columns of a packed panel: two vectors
 TILES = (6, 12)  # rows of a register tile
 SUM_BLOCK = 32  # slots of K that are summed from zero; 64 numbers if bf16 is multiplied in pairs
-K_BLOCKS = (128, 384)  # slots of K that are packed together: streaming, panels
+K_BLOCKS = (128, 256, 384)  # slots of K that are packed together: streaming few rows, many, panels
 ROW_BLOCKS = (96, 192)  # rows whose packed operand stays in L2
 ROW_CHUNK = 1020  # rows that share one packing of the FFN's weights
 KEY_BLOCK = 128  # keys that attention takes at a time
@@ -31,7 +31,13 @@ SAID = {
     "cpu/gemm_kernels.cpp": ("kTileRows = 12;", "kTileRows = 6;", "kColumns = 2 * kWidth;", "kStrip = 32;"),
     "cpu/gemm_kernels.hpp": ("kSumBlock = 32;",),
     "cpu/attention_kernels.hpp": ("kKeyBlock = 128;",),
-    "core/tiles.cpp": ("kRowChunk = 1020;", "chunk, chunk, 128, 1}", "p.tile_rows)), 384, panels}", "{96, 192}"),
+    "core/tiles.cpp": (
+        "kRowChunk = 1020;",
+        "kLongPieceRows = 256;",
+        "? 128 : 256;",
+        "p.tile_rows)), 384, panels}",
+        "{96, 192}",
+    ),
     "cpu/neuron_norms.cpp": ("kColumns = 128;",),
     "cpu/routing_kernels.cpp": ("kLanes = 8;",),
     "cpu/norm_kernels.cpp": ("kLanes = 8;",),
@@ -46,7 +52,7 @@ def around(*edges: int) -> list[int]:
 
 
 ROWS = around(*TILES, *ROW_BLOCKS, ROW_CHUNK)
-DEPTHS = around(*VECTORS, *PANELS, 2 * SUM_BLOCK, *K_BLOCKS, 2 * K_BLOCKS[1])
+DEPTHS = around(*VECTORS, *PANELS, 2 * SUM_BLOCK, *K_BLOCKS, 2 * K_BLOCKS[-1])
 WIDTHS = around(*VECTORS, *PANELS, 4 * PANELS[2], 8 * PANELS[2])
 
 

@@ -241,6 +241,48 @@ LINEAR = _of(
 )
 
 
+def _linears(
+    *columns: int, epilogue: str = "none", biased: bool = True, rows: tuple[int, ...] = (5,), one: bool = False
+) -> Make:
+    """`one`: the weights and the biases are slices of one matrix and one vector."""
+
+    def make(dtype: torch.dtype) -> dict[str, Any]:
+        weights = randn(2, sum(columns), 24, dtype=dtype, scale=0.2).split(columns)
+        biases = list(randn(3, sum(columns), dtype=dtype).split(columns))
+        if not one:
+            weights, biases = [w.clone() for w in weights], [b.clone() for b in biases]
+            biases[1:2] = [None] * len(biases[1:2])
+        return {
+            "x": randn(1, *rows, 24, dtype=dtype),
+            "weights": list(weights),
+            "biases": biases if biased else None,
+            "residual": randn(4, *rows, sum(columns), dtype=dtype) if epilogue != "none" else None,
+            "epilogue": epilogue,
+        }
+
+    return make
+
+
+LINEARS = _of(
+    "linears",
+    {
+        "": _linears(37, 8, 16, epilogue="silu"),
+        "alone": _linears(37, 8, 16, biased=False),
+        "of one matrix": _linears(48, 8, 16, one=True),
+        "of one weight": _linears(37, epilogue="gelu"),
+        "of four": _linears(1, 33, 0, 7, epilogue="gelu_tanh", rows=(2, 3)),
+        "of one row": _linears(40, 8, 8, rows=(1, 1)),
+        "of no row": _linears(40, 8, rows=(2, 0)),
+    },
+    folding=("out",),
+    schema=lambda a: {
+        **a,
+        "biases": a["biases"] or [],
+        "epilogue": ("none", "gelu", "gelu_tanh", "silu").index(a["epilogue"]),
+    },
+)
+
+
 # ---- attention
 
 
@@ -573,7 +615,7 @@ STEP = [
     *_of("taylor_predict", {o: m[1] for o, m in TAYLOR.items()}, contiguous=("state", "out")),
 ]
 
-CASES = [*FFN, *LINEAR, *ATTENTION, *ROUTING, *NORM, *STEP]
+CASES = [*FFN, *LINEAR, *LINEARS, *ATTENTION, *ROUTING, *NORM, *STEP]
 FIRST = [case for case in CASES if not case.option]
 """One case of every op, for what does not depend on its options."""
 

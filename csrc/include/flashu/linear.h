@@ -1,5 +1,5 @@
 /** @file
- * C API of the linear layer. Every function checks its arguments before touching memory and returns a
+ * C API of linear layers. Every function checks its arguments before touching memory and returns a
  * flashu_status. */
 #ifndef FLASHU_LINEAR_H
 #define FLASHU_LINEAR_H
@@ -40,6 +40,32 @@ typedef struct flashu_linear_args {
 FLASHU_API int32_t flashu_linear(const flashu_linear_args* args);
 /** Bytes of workspace that these arguments need with the present number of threads. */
 FLASHU_API int32_t flashu_linear_workspace(const flashu_linear_args* args, uint64_t* bytes);
+
+/** The most weights that flashu_linears() takes. */
+#define FLASHU_LINEAR_WEIGHTS 4
+
+/** Arguments of flashu_linears(). */
+typedef struct flashu_linears_args {
+  uint32_t struct_size; /**< sizeof this struct */
+  int32_t epilogue;     /**< flashu_epilogue, of all weights */
+  int32_t count;        /**< of weights, 1 to FLASHU_LINEAR_WEIGHTS */
+  int32_t reserved;     /**< zero */
+  flashu_tensor x;      /**< [..., K], last stride 1; leading dimensions as rows of one stride */
+  flashu_tensor weights[FLASHU_LINEAR_WEIGHTS]; /**< `count` of [N_i, K], last stride 1 */
+  flashu_tensor biases[FLASHU_LINEAR_WEIGHTS];  /**< of each weight: [N_i], stride 1, or absent */
+  flashu_tensor residual;                       /**< [..., sum of N_i] as rows like x, or absent */
+  flashu_tensor out;        /**< [..., sum of N_i] as rows like x; shares no memory with the others */
+  void* workspace;          /**< of at least workspace_bytes, a multiple of 64 */
+  uint64_t workspace_bytes; /**< see flashu_linears_workspace() */
+  void* stream;             /**< CUDA stream; ignored on the CPU */
+} flashu_linears_args;
+/** Several linear layers of one input, such as queries, keys and values: each weight gives the next N_i
+ * columns of out, the bits that flashu_linear() writes there. On the CPU x is packed once. On CUDA weights
+ * that lie one behind the other in memory, with biases that do so too or none, are one launch; others follow
+ * each other. */
+FLASHU_API int32_t flashu_linears(const flashu_linears_args* args);
+/** Bytes of workspace that these arguments need with the present number of threads. */
+FLASHU_API int32_t flashu_linears_workspace(const flashu_linears_args* args, uint64_t* bytes);
 
 #ifdef __cplusplus
 } /* extern "C" */

@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import Showo2Config as Showo2Config
+    from .many import Answers as Answers
+    from .many import Drawings as Drawings
+    from .many import ImageRequest as ImageRequest
+    from .many import ImageResult as ImageResult
+    from .many import QuestionRequest as QuestionRequest
+    from .many import QuestionResult as QuestionResult
     from .model import Showo2 as Showo2
-    from .pipeline import AskRequest as AskRequest
     from .pipeline import Pipeline as Pipeline
     from .sampling import sample as sample
     from .understanding import answer_tokens as answer_tokens
@@ -21,7 +26,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Showo2Config": "config",
     "Showo2": "model",
-    "AskRequest": "pipeline",
+    "Answers": "many",
+    "Drawings": "many",
+    "ImageRequest": "many",
+    "ImageResult": "many",
+    "QuestionRequest": "many",
+    "QuestionResult": "many",
     "Pipeline": "pipeline",
     "sample": "sampling",
     "answer_tokens": "understanding",

@@ -6,12 +6,12 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -21,12 +21,11 @@ from ...planning.extras import extra
 from ...planning.groups import FfnPruning, whole
 from ...planning.reading import MAX_PIXELS, shown
 from ...planning.safe_files import atomic_path
-from ..accelerated import handle_of
 from ..parts import table_side
 from . import validate
 from .checkpoint import check_dtype
 from .codec import ImageCodec, WanCodec
-from .decoding import TokenSampler
+from .many import AT_ONCE, Answers, Drawings
 from .model import Showo2
 from .prompts import PromptLayout, load_tokenizer
 from .sampling import sample
@@ -37,28 +36,13 @@ if TYPE_CHECKING:
 
     from ...planning.plan import TaskPlan
 
-__all__ = ["AskRequest", "Pipeline"]
-
-T = TypeVar("T")
+__all__ = ["Pipeline"]
 
 Size = int | tuple[int, int]
 """An image's size in pixels: its side, or (height, width)."""
 
 _EMBEDDED = {"nano": "flashu_ext.nano.pipeline"}
 """Models included in the package: name -> a module with `load_pipeline(dtype, device)`."""
-
-
-@dataclass(frozen=True, eq=False)
-class AskRequest:
-    """A question of `Pipeline.ask_many`; the fields are arguments of `Pipeline.answer`."""
-
-    images: Image | Sequence[Image]
-    question: str
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
 
 
 @dataclass
@@ -225,16 +209,40 @@ class Pipeline:
 
         sampler: called instead of `sample`, with its arguments (such as `flashu_ext.parallel.sample_guided`).
         """
-        inputs = self._layout_of(self.grid(size)).generation(prompts, self._device)
         latents = (sampler or sample)(
             self.model,
             self.noise(list(range(len(prompts))) if seeds is None else seeds, len(prompts), size),
-            **vars(inputs),
+            **self.prompt_tokens(prompts, size),
             steps=steps,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             time_shifting_factor=self.time_shifting_factor,
         )
-        return [_to_pil(image) for image in self.codec.decode(latents)]
+        return self.pictures(latents)
+
+    def generate_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Drawings:
+        """Draw images that may begin at any time; those in progress share evaluations.
+
+        Args:
+            requests: `ImageRequest`s, mappings of their fields, or prompts; read one by one, whenever there is room.
+            at_once: images in progress at once.
+
+        Returns:
+            An iterator of `ImageResult`s, in the order in which images finish. A wrong request, or what an `on_step` raises,
+            is the result of that image alone. `add` and `cancel` may be called at any time.
+
+        Example:
+            for result in pipe.generate_many(["a red circle", {"prompt": "a blue square", "steps": 20}]):
+                result.image.save(f"{result.index}.png")
+        """
+        return Drawings(self, requests, at_once)
+
+    def prompt_tokens(self, prompts: Sequence[str], size: Size | None = None) -> dict[str, Any]:
+        """The tokens and positions of `sample`'s arguments for prompts whose images have `size`."""
+        return dict(vars(self._layout_of(self.grid(size)).generation(prompts, self._device)))
+
+    def pictures(self, latents: Tensor) -> list[Image]:
+        """Latents [B, channels, H, W] -> images. One at a time: a convolution's bits may depend on its batch."""
+        return [_to_pil(self.codec.decode(one)[0]) for one in latents.split(1)]
 
     def noise(self, seeds: Sequence[int], count: int | None = None, size: Size | None = None) -> Tensor:
         """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed; `size` as in `generate`."""
@@ -408,10 +416,7 @@ class Pipeline:
     ) -> list[str]:
         """images: the name of each entry, for messages, and the entry."""
         validate.check_callback("on_token", on_token)
-        generators = None
-        if seeds is not None:
-            numbers = self._seeds(seeds, len(questions), "questions")
-            generators = [torch.Generator(self._device).manual_seed(number) for number in numbers]
+        generators = None if seeds is None else self.generators(seeds, len(questions), "questions")
         rows = [self.layout.question(question, self._device) for question in questions]
         answers = answer_tokens_batch(
             self.model,
@@ -426,73 +431,30 @@ class Pipeline:
         )
         return [self.layout.answer(tokens) for tokens in answers]
 
-    def ask_many(
-        self, requests: Iterable[AskRequest], at_once: int = 8
-    ) -> Generator[tuple[int, str | Exception], None, None]:
-        """Answer questions as they come: the index of each, and its answer, or the error that ended it, when it has ended.
+    def answer_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Answers:
+        """Answer questions that may come at any time; a step computes a token of every answer under way.
 
-        An accelerated model works on up to `at_once` answers together and takes another request from the iterator as soon as
-        there is room; a dense one answers one after the other. Every answer is that of `answer`.
+        Args:
+            requests: `QuestionRequest`s, or mappings of their fields; read one by one, whenever there is room.
+            at_once: answers under way at once.
 
-        Raises:
-            TypeError, ValueError: `at_once` is wrong. What an iterator raises ends all answers.
+        Returns:
+            An iterator of `QuestionResult`s, in the order in which answers end. A wrong request, or what an `on_token` raises,
+            is the result of that answer alone. `add` and `cancel` may be called at any time.
+
+        Example:
+            for result in pipe.answer_many({"images": image, "question": each} for each in questions):
+                print(result.index, result.answer)
         """
-        count = whole(at_once)
-        if count is None or count < 1:
-            raise ValueError(f"at_once: expected an integer >= 1, got {shown(at_once)}")
-        return self._ask_many(enumerate(requests), count)
+        return Answers(self, requests, at_once)
 
-    def _ask_many(
-        self, requests: Iterator[tuple[int, AskRequest]], at_once: int
-    ) -> Generator[tuple[int, str | Exception], None, None]:
-        handle = handle_of(self.model)
-        if handle is None:
-            for index, request in requests:
-                yield index, _or_error(self._answered_alone, request)
-            return
-        runner = handle.runner
-        scheduler = runner.answering(at_once)
-        under_way: dict[Any, int] = {}
-        try:
-            more = True
-            while more or under_way:
-                while more and scheduler.room:
-                    taken = next(requests, None)
-                    if taken is None:
-                        more = False
-                        break
-                    index, request = taken
-                    begun = _or_error(self._begun, request, runner, scheduler)
-                    if isinstance(begun, Exception):
-                        yield index, begun
-                    else:
-                        under_way[begun] = index
-                with runner.working():
-                    ended = scheduler.step()
-                for answer in ended:
-                    yield under_way.pop(answer), answer.error or self.layout.answer(answer.tokens)
-        finally:
-            with runner.working():
-                scheduler.close()
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The latents [1, channels, H, W] of a question's images, and the tokens before and after them (`answer_tokens`)."""
+        return self._encoded(images, "images"), *self.layout.question(question, self._device)
 
-    def _answered_alone(self, request: AskRequest) -> str:
-        _check_asked(request)
-        fields = {field: value for field, value in vars(request).items() if field not in ("images", "question")}
-        return self.answer(request.images, request.question, **fields)
-
-    def _begun(self, request: AskRequest, runner: Any, scheduler: Any) -> Any:
-        """A request's answer, which has begun."""
-        _check_asked(request)
-        generators = None
-        if request.seed is not None:
-            generators = [torch.Generator(self._device).manual_seed(*self._seeds([request.seed], 1, "questions"))]
-        validate.check_sampling(request.temperature, request.top_k, request.top_p)
-        sampler = TokenSampler(request.temperature, request.top_k, request.top_p, generators)
-        images = self._encoded(request.images, "images")
-        asked = (images, *self.layout.question(request.question, self._device), request.max_new_tokens)
-        validate.check_answer_inputs(self.model, *asked, self.layout.eos)
-        with runner.working():
-            return scheduler.admit(*asked, sampler, self.layout.eos)
+    def generators(self, seeds: Any, count: int, what: str) -> list[torch.Generator]:
+        """A generator on the model's device for each of `count` seeds. Raises TypeError or ValueError."""
+        return [torch.Generator(self._device).manual_seed(seed) for seed in self._seeds(seeds, count, what)]
 
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""
@@ -537,18 +499,6 @@ class Pipeline:
     @property
     def _device(self) -> Any:
         return self.model.showo.model.embed_tokens.weight.device
-
-
-def _or_error(call: Callable[..., T], *arguments: Any) -> T | Exception:
-    try:
-        return call(*arguments)
-    except Exception as error:
-        return error
-
-
-def _check_asked(request: Any) -> None:
-    if not isinstance(request, AskRequest):
-        raise TypeError(f"requests: expected AskRequest, got {type(request).__name__}")
 
 
 def _pixels(size: Any) -> tuple[int, int]:

@@ -7,7 +7,7 @@ masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ __all__ = [
     "HeadNorms",
     "MaskedPass",
     "Rope",
+    "RoutedPass",
     "RopeTable",
     "RowGeometry",
     "SpanPass",
@@ -31,6 +32,7 @@ __all__ = [
     "rope_table",
     "rotate_into",
     "rotated",
+    "span_pass",
 ]
 
 Rope = tuple[Tensor, Tensor]
@@ -207,6 +209,37 @@ class SpanPass:
         """Over each row's span and prefix."""
         keys, values = (each.transpose(1, 2) for each in self.cache[layer])
         return self.kernels.attention(query, keys, values, self._seen, self._mask).flatten(2)
+
+
+class JoinedPass:
+    """Image spans of several memories in one evaluation: rows are projected together, and attend within their memory."""
+
+    def __init__(self, passes: Sequence[SpanPass]):
+        self.passes = passes
+        self._rows = [each.cache.shape[2] for each in passes]
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, norms: HeadNorms | None = None
+    ) -> Tensor:
+        return self._each(lambda own, *rows: own(layer, *rows[:3], rows[3:], norms), query, key, value, *rope)
+
+    def routed(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, query_rope: Rope) -> Tensor:
+        return self._each(
+            lambda own, *rows: own.routed(layer, *rows[:3], rows[3:5], rows[5:]), query, key, value, *rope, *query_rope
+        )
+
+    def _each(self, attend: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        rows = zip(*(tensor.split(self._rows) for tensor in tensors), strict=True)
+        return torch.cat([attend(own, *each) for own, each in zip(self.passes, rows, strict=True)])
+
+
+RoutedPass = SpanPass | JoinedPass
+"""Passes whose queries may be of some tokens only."""
+
+
+def span_pass(passes: Sequence[SpanPass]) -> RoutedPass:
+    """The pass for the rows of several memories, one after another."""
+    return passes[0] if len(passes) == 1 else JoinedPass(passes)
 
 
 class MaskedPass:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...models.parts import AttentionShape
 from ...ops.kernel_sets import KernelSet
-from .attention import AttentionPass, Rope, SpanPass
+from .attention import AttentionPass, Rope, RoutedPass
 from .layer import Layer
 
 __all__ = ["decoder_layer", "in_heads", "pruning_layer", "routed_decoder_layer"]
@@ -82,7 +82,7 @@ def routed_decoder_layer(
     x: Tensor,
     active: Tensor,
     rope: Rope,
-    attention: SpanPass,
+    attention: RoutedPass,
     shape: AttentionShape,
     kernels: KernelSet,
     task: str | None,

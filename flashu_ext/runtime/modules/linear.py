@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.known import epilogue_of, why_not_chain, why_not_linear, why_not_norm
-from ...ops.kernel_sets import KernelSet
+from ...ops.kernel_sets import ONE_BY_ONE, KernelSet
 from ...ops.reference import finish_linear
 from .norm import Norm
 
@@ -42,7 +42,7 @@ class Linears:
     def __init__(self, layers: Sequence[Linear], kernels: KernelSet):
         self.layers = layers
         self._kernels = kernels
-        self._together = kernels.chosen["linears"] == "flashu" and all(layer.why_itself is None for layer in layers)
+        self._together = kernels.chosen["linears"] != ONE_BY_ONE and all(layer.why_itself is None for layer in layers)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., K] -> [..., N] of every layer; they may be columns of one tensor."""

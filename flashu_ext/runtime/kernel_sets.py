@@ -1,0 +1,271 @@
+"""Which kernel runs each op in each phase of each task, before anything runs: `fx.kernel_sets.describe(model, config, plan)`.
+
+The two tables and the choice are in `ops.kernel_sets`, whose names are here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..models.accelerated import unwrapped
+from ..models.known import why_not_attention_kernel
+from ..models.parts import Showo2Parts, layer_shapes, model_shape
+from ..ops.kernel_sets import (
+    FAMILIES,
+    KERNELS,
+    PHASES,
+    USES,
+    Case,
+    Choice,
+    Kernel,
+    KernelSet,
+    KernelSets,
+    KernelUnavailableError,
+    Use,
+    resolve,
+)
+from ..planning.config import FlashUConfig
+from ..planning.cost import LayerShape, ModelShape
+from ..planning.groups import Answers, HeadCaching, LayerSkip, TokenSkip
+from ..planning.op_cost import PhaseShape
+from ..planning.plan import TaskPlan
+from ..planning.schedule import StepPlan
+from ..planning.tables import text_table
+from .network import Network
+
+__all__ = [
+    "FAMILIES",
+    "KERNELS",
+    "PHASES",
+    "USES",
+    "Case",
+    "Choice",
+    "Description",
+    "Kernel",
+    "KernelSet",
+    "KernelSets",
+    "KernelUnavailableError",
+    "Row",
+    "Use",
+    "describe",
+    "resolve",
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One op in one phase.
+
+    Attributes:
+        task, phase, op: what runs.
+        implementation: 'flashu', 'torch' or another name of `KERNELS`.
+        reason: why that one.
+        runs: of the phase, per image, question or token.
+        shape: of one call, or of most.
+        gflop, gb: predicted for one run of the phase, all its calls together. gflop is 0 for ops that memory alone bounds.
+        microseconds: the same, predicted for an idle H100; None where the project has no prediction.
+    """
+
+    task: str
+    phase: str
+    op: str
+    implementation: str
+    reason: str
+    runs: int
+    shape: str
+    gflop: float
+    gb: float
+    microseconds: float | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found; `str()` is a table.
+
+    Attributes:
+        device, dtype: that the choice is for.
+        rows: one per (task, phase, op).
+        itself: path in the model -> why the module runs as itself instead of on a kernel.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: tuple[Row, ...]
+    itself: Mapping[str, str]
+
+    def __str__(self) -> str:
+        timed = any(row.microseconds is not None for row in self.rows)
+        table = [["task", "phase", "op", "kernel", "runs", "shape", "GFLOP", "GB", *["us"] * timed, "reason"]]
+        for row in self.rows:
+            us = "-" if row.microseconds is None else f"{row.microseconds:.0f}"
+            cells = [row.task, row.phase, row.op, row.implementation, str(row.runs), row.shape]
+            table.append([*cells, _number(row.gflop), _number(row.gb), *[us] * timed, row.reason])
+        last = (
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}; GFLOP, GB{' and us' if timed else ''} are "
+            "predicted for one run of the phase (an evaluation, a question, a token), all calls together"
+        )
+        itself = [f"model.{name} runs as itself: {why}" for name, why in self.itself.items()]
+        return "\n".join([text_table(table, rule=True), *itself, last])
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value else "-"
+
+
+def describe(
+    model: Any,
+    config: FlashUConfig | None = None,
+    plan: TaskPlan | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    steps: int | None = None,
+    images: int = 1,
+    prompt: int = 40,
+    question: int = 24,
+) -> Description:
+    """What `accelerate` would run, op by op, with the reason and the predicted cost. Runs nothing and changes nothing.
+
+    Costs are of images of the model's own size under guidance, and of a question about one of them. Skipped layers, tokens and
+    neurons are left out; visual tokens that a prefill drops are counted.
+
+    Args:
+        model: a Show-o2 model, or its `Showo2Parts`; its weights may be on the meta device.
+        config: the settings; None is `FlashUConfig.exact()`.
+        plan: whose neurons are kept where the config prunes; None: as many as the config says, in every task.
+        device, dtype: where and in what it would run; None: the model's, and for the meta device a GPU where torch sees one, else
+            the CPU.
+        steps: grid points; None: the config's, or 50.
+        images: drawn at once.
+        prompt: tokens of a prompt.
+        question: tokens of a question without its image.
+
+    Raises:
+        KernelUnavailableError: a kernel that the config asks for, or batch invariance, cannot be had.
+        TypeError: not a Show-o2 model, or config or plan of another type.
+        ValueError: a number below 1.
+    """
+    config = FlashUConfig.exact() if config is None else config
+    for name, value, kind in (("config", config, FlashUConfig), ("plan", plan, TaskPlan | None)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a {getattr(kind, '__name__', 'TaskPlan')}, got {type(value).__name__}")
+    for name, count in (("images", images), ("prompt", prompt), ("question", question)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
+    parts = model if isinstance(model, Showo2Parts) else Showo2Parts.from_model(unwrapped(model))
+    where = torch.device(device) if device is not None else parts.device
+    if where.type == "meta":
+        where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sets = resolve(config, where, dtype or parts.dtype, why_not_attention_kernel(), layer_shapes(parts))
+    network = Network.build(parts, sets)
+    network.check_explicit(config)
+    shapes = _Shapes(parts, config, plan, steps, images, prompt, question)
+    rows = tuple(_row(choice, shapes, where, dtype or parts.dtype) for choice in sets.choices)
+    return Description(where, dtype or parts.dtype, rows, network.run_as_themselves())
+
+
+def _row(choice: Choice, shapes: _Shapes, device: torch.device, dtype: torch.dtype) -> Row:
+    use, kernel = choice.use, choice.kernel
+    shape = shapes.of[use.task, use.phase]
+    cost = use.cost(shape)
+    return Row(
+        task=use.task,
+        phase=use.phase,
+        op=use.op,
+        implementation=choice.implementation,
+        reason=choice.reason,
+        runs=shapes.runs[use.task, use.phase],
+        shape=cost.shape,
+        gflop=cost.flops / 1e9,
+        gb=cost.values * dtype.itemsize / 1e9,
+        microseconds=kernel.microseconds(shape, dtype) if device.type == "cuda" else None,
+    )
+
+
+class _Shapes:
+    """The size of every phase, and how often it runs.
+
+    Attributes:
+        of: by (task, phase).
+        runs: of the phase per image, question or token.
+    """
+
+    def __init__(
+        self,
+        parts: Showo2Parts,
+        config: FlashUConfig,
+        plan: TaskPlan | None,
+        steps: int | None,
+        images: int,
+        prompt: int,
+        question: int,
+    ):
+        shape = model_shape(parts)
+        patches = int(parts.model.config.image_latent_height) * int(parts.model.config.image_latent_width)
+        span, layers, llm, block = patches + shape.time_token, len(shape.layers), shape.layers[0], shape.blocks[0]
+        skipped = (config.layers or LayerSkip(0.0, 0)).count(layers) if config.layers else 0
+        routed = (config.tokens or TokenSkip(0.0, on=False)).count(patches) if config.tokens else 0
+        rows, keys, asked = 2 * images, prompt + span, span + question
+        drawing, answering = (_neurons(llm, config, plan, task) for task in PHASES)
+        projected = ((rows * span, shape.head_input), (rows * patches, shape.final))
+        out = round(shape.final / (2 * block.width))
+        tables = 1 + (config.head or HeadCaching()).order
+        answered = layers - (config.answers or Answers()).layers_skipped(layers)
+        self.of = {
+            ("generation", "embed"): _embedding(parts, shape, images, patches),
+            ("generation", "backbone"): PhaseShape(
+                llm, layers - skipped, rows, span - routed, keys, drawing, layers + 1
+            ),
+            ("generation", "head"): PhaseShape(
+                block,
+                len(shape.blocks),
+                rows,
+                span,
+                keys,
+                block.neurons,
+                2 * len(shape.blocks) + 1,
+                projected,
+                out,
+                tables,
+            ),
+            ("generation", "measuring"): PhaseShape(llm, layers, rows, keys, keys, drawing, layers + 1),
+            ("understanding", "embed"): _embedding(parts, shape, 1, patches),
+            ("understanding", "prefill"): PhaseShape(llm, layers, 1, asked, asked, answering, layers + 1),
+            ("understanding", "decode"): PhaseShape(
+                llm, answered, 1, 1, asked + 1, answering, answered + 1, ((1, shape.lm_head),)
+            ),
+        }
+        planned = StepPlan.build(config, steps, layers, None, patches)
+        measuring = sum(step.measure or step.measure_tokens for step in planned.steps)
+        self.runs = {
+            ("generation", "embed"): planned.backbone_evaluations,
+            ("generation", "backbone"): sum(step.backbone and not step.measure for step in planned.steps),
+            ("generation", "head"): planned.head_evaluations,
+            ("generation", "measuring"): measuring,
+            ("understanding", "embed"): 1,
+            ("understanding", "prefill"): 1,
+            ("understanding", "decode"): 1,
+        }
+
+
+def _neurons(layer: LayerShape, config: FlashUConfig, plan: TaskPlan | None, task: str) -> int:
+    """FFN neurons of a layer that a task keeps."""
+    if config.ffn is None or not config.needs_plan or (plan is not None and task not in plan.tasks):
+        return layer.neurons
+    if plan is not None:
+        return plan.kept_neurons
+    return int(layer.neurons * (1 - config.ffn.ratio)) // config.ffn.multiple * config.ffn.multiple
+
+
+def _embedding(parts: Showo2Parts, shape: ModelShape, images: int, patches: int) -> PhaseShape:
+    """The image encoder, and the times' layers: a head's modulation and the time token."""
+    encoder = shape.encoder
+    square, heads = 4.0 * encoder.width**2, int(getattr(parts.vision.config, "num_attention_heads", 1))
+    layer = LayerShape(square, square, 0.0, heads, encoder.width // heads, encoder.width, encoder.width)
+    modulation = sum(block.modulation for block in shape.blocks) + shape.final_modulation
+    others = ((images * patches, encoder.linear - encoder.layers * 2 * square), (1, modulation))
+    return PhaseShape(layer, encoder.layers, images, patches, patches, others=others)
