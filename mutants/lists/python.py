@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant("head cache: differences are lost where rows come or go", "flashu_ext/runtime/head_cache.py", "            table[:, :common] = self._tables[work.copied_from][:, :common]\n", "", KNOBS("grows_and_shrinks")),
     Mutant("gate: the rows of the image before it are compared", "flashu_ext/runtime/head_cache.py", "            self.drift.zero_()\n        self.signal", "            pass\n        self.signal", KNOBS("gate_sums")),
     Mutant("router: the time token of the first row alone is kept", "flashu_ext/runtime/token_router.py", "importance[:, :, 0]", "importance[:, :1, 0]", KNOBS("a_knob and tokens and sample")),
-    Mutant("decoding: an answer sees what its prompt's last token does not", "flashu_ext/runtime/decoding.py", "if all(bool(each.all()) for each in seen):", "if seen:", COMPANY("any_company and exact-False")),
+    Mutant("decoding: an answer sees what its prompt's last token does not", "flashu_ext/runtime/decoding.py", "if all(bool(each.all()) for each in seen):", "if seen:", ANSWERS("hidden_tokens")),
     Mutant("decoding: captured answers do not see their first token", "flashu_ext/runtime/decoding.py", "(0, cache.written[row]), value=True)", "(0, cache.written[row]), value=False)", COMPANY("begin_and_end and True")),
     Mutant("decoding: rows store their tokens where the first one does", "flashu_ext/runtime/decoding.py", "*cache, self.slots[region])", "*cache, self.slots[region, :1])", COMPANY("any_company and exact-False")),
     Mutant("decoding: positions count the kept tokens", "flashu_ext/runtime/decoding.py", "positions = [first for first, _ in used]", "positions = [second for _, second in used]", ANSWERS("masking_the_dropped")),

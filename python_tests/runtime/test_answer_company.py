@@ -182,8 +182,8 @@ def test_answers_that_begin_and_end_at_any_time_are_those_alone(name: str, captu
                 count = fails or new
                 assert told == tokens[: len(told)] and (cancelled or len(told) == count)
                 assert [int(token) for token in answer.tokens] == told
-                if not captured:
-                    assert all(torch.equal(a, b) for a, b in zip(picks.logits[0], logits, strict=False))
+                for a, b in zip(picks.logits[0], logits, strict=False):  # captured, masks hide what lengths do else
+                    assert torch.allclose(a, b, rtol=0, atol=1e-5) if captured else torch.equal(a, b)
             with runner.working():
                 scheduler.close()
         threads(1)
