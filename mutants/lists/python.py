@@ -21,6 +21,7 @@ CALLERS = within("runtime/test_callers_tensors.py")
 KNOBS = within("runtime/test_skipping_and_caching.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
+COMPANY = within("runtime/test_answer_company.py")
 SEVERAL = within("runtime/test_several_images.py")
 HANDLE = within("runtime/test_accelerate.py")
 LIVING = within("runtime/test_living.py")
@@ -103,12 +104,15 @@ MUTANTS = [
     Mutant("head cache: differences are lost where rows come or go", "flashu_ext/runtime/head_cache.py", "            table[:, :common] = self._tables[work.copied_from][:, :common]\n", "", KNOBS("grows_and_shrinks")),
     Mutant("gate: the rows of the image before it are compared", "flashu_ext/runtime/head_cache.py", "            self.drift.zero_()\n        self.signal", "            pass\n        self.signal", KNOBS("gate_sums")),
     Mutant("router: the time token of the first row alone is kept", "flashu_ext/runtime/token_router.py", "importance[:, :, 0]", "importance[:, :1, 0]", KNOBS("a_knob and tokens and sample")),
-    Mutant("decoding: a shorter prompt's answer sees the longer one's slots", "flashu_ext/runtime/decoding.py", "(0, end - seen.shape[0]))", "(0, end - seen.shape[0]), value=True)", ANSWERS("equals_its_questions_alone")),
-    Mutant("decoding: rows that go on have the first rows' masks", "flashu_ext/runtime/decoding.py", "else mask[rows] for mask", "else mask[: len(rows)] for mask", ANSWERS("equals_its_questions_alone")),
-    Mutant("decoding: a token is sampled ahead of the end", "flashu_ext/runtime/decoding.py", "pick.temperature > 0 else 1", "pick.temperature < 0 else 1", RUNNER("samples_advance")),
-    Mutant("decoding: positions count the kept tokens", "flashu_ext/runtime/decoding.py", "positions = torch.tensor([[prompt.length]", "positions = torch.tensor([[prompt.slots(prompt.length)]", ANSWERS("masking_the_dropped")),
-    Mutant("decoding: captured positions count the kept tokens", "flashu_ext/runtime/decoding.py", "memory.position.copy_(torch.tensor([[prompt.length]", "memory.position.copy_(torch.tensor([[prompt.slots(prompt.length)]", RUNNER("replayed_answers")),
-    Mutant("answers: memory is a slot too small", "flashu_ext/runtime/decoding.py", "self.ends) - self.count < 1:", "self.ends) - self.count < 0:", ANSWERS("outgrow_their_memory"), quick=True),
+    Mutant("decoding: an answer sees what its prompt's last token does not", "flashu_ext/runtime/decoding.py", "if all(bool(each.all()) for each in seen):", "if seen:", COMPANY("any_company and exact-False")),
+    Mutant("decoding: captured answers do not see their first token", "flashu_ext/runtime/decoding.py", "(0, cache.written[row]), value=True)", "(0, cache.written[row]), value=False)", COMPANY("begin_and_end and True")),
+    Mutant("decoding: rows store their tokens where the first one does", "flashu_ext/runtime/decoding.py", "*cache, self.slots[region])", "*cache, self.slots[region, :1])", COMPANY("any_company and exact-False")),
+    Mutant("decoding: positions count the kept tokens", "flashu_ext/runtime/decoding.py", "positions = [first for first, _ in used]", "positions = [second for _, second in used]", ANSWERS("masking_the_dropped")),
+    Mutant("answers: a token is sampled ahead of the end", "flashu_ext/runtime/answering.py", "not any(each.request.draws for each in self._live)", "self._live", RUNNER("samples_advance")),
+    Mutant("answers: rows that go on have the first rows' tokens", "flashu_ext/runtime/answering.py", "self._token[torch.tensor(order, dtype=torch.int64, device=self._token.device)]", "self._token[: len(order)]", COMPANY("rows_that_end")),
+    Mutant("answers: a row that ends takes the last one's prompt with it", "flashu_ext/runtime/prompt_cache.py", "            two.copy_(kept)\n", "", COMPANY("rows_that_end")),
+    Mutant("answers: a prompt is put over one that goes on", "flashu_ext/runtime/answering.py", "live = len(self._live)\n        try:", "live = max(len(self._live) - 1, 0)\n        try:", COMPANY("begin_and_end and exact-False")),
+    Mutant("answers: memory is a slot too small", "flashu_ext/runtime/answering.py", "max(each) < capacity for", "max(each) <= capacity for", ANSWERS("outgrow_their_memory"), quick=True),
     Mutant("answers: memory of one slot less fits", "flashu_ext/runtime/answer_memory.py", "asked <= mine <=", "asked <= mine + 1 <=", SMALL("capacity_of_captured")),
     Mutant("answers: full memory is a step larger", "flashu_ext/runtime/image_memory.py", "return -(-count // step) * step", "return (count // step + 1) * step", SMALL("capacity_of_captured")),
     Mutant("answers: the caller's picture is kept", "flashu_ext/runtime/understanding.py", "distinct.append(latents.clone())", "distinct.append(latents)", CALLERS("answer_tokens"), quick=True),

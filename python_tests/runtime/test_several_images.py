@@ -21,6 +21,7 @@ from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.parts import Showo2Parts
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
 from flashu_ext.models.showo2.understanding import prompt_embeds
+from flashu_ext.runtime import understanding
 from flashu_ext.runtime.token_pruning import visual_spans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -163,9 +164,9 @@ def test_the_prefix_is_reused_up_to_the_first_other_image() -> None:
 def test_an_image_is_encoded_once_for_all_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     seen: list[int] = []
+    encode = understanding.embed_image
+    monkeypatch.setattr(understanding, "embed_image", lambda *a: (seen.append(len(a[1])), encode(*a))[1])
     with fx.accelerate(model) as handle:
-        encode = handle.runner.parts.vision.forward
-        monkeypatch.setattr(handle.runner.parts.vision, "forward", lambda x: (seen.append(len(x)), encode(x))[1])
         engine = handle.runner.understanding
         with torch.no_grad():
             engine.image_embeds([picture(n) for n in (0, 1, 0, 2, 1)])
