@@ -1,8 +1,8 @@
 """An HTTP server that generates images and answers questions about them, from one accelerated model (standard library only).
 
-asyncio reads and writes; a pool of threads generates and answers. The model's lock lets them take turns, an evaluation or an
-answer at a time, so every client gets what it would get alone. More threads do not make more of them; they keep a long answer
-or image from blocking the connections.
+asyncio reads and writes. One thread draws and one answers: images of all clients share evaluations, and answers steps, whenever
+they were asked for; the model's lock lets the two threads take turns, a step at a time. Every client gets what it would get
+alone, bit for bit on a CPU.
 
     POST /generate  {"prompt": "...", "seed": 0}                 -> a PNG
     POST /answer    {"image": "<base64>", "question": "..."}     -> {"answer": "..."}
@@ -17,8 +17,9 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any
 
 from PIL import Image
@@ -43,17 +44,59 @@ Reply = tuple[int, str, bytes]
 """Status, content type, body."""
 
 
-class Service:
-    """What the server does, in threads of the pool."""
+class Worker:
+    """A thread that serves requests together as they come."""
 
-    def __init__(self, pipe: fx.showo2.Pipeline):
-        self.pipe = pipe
-        self.routes: dict[str, tuple[Callable[[dict[str, Any]], Reply], tuple[str, ...]]] = {
+    def __init__(self, many: Any):
+        """many: `generate_many` or `answer_many` of a pipeline."""
+        self._many = many
+        self._waiting: dict[int, Future[Any]] = {}
+        self._changed = threading.Condition()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    async def result(self, request: dict[str, Any]) -> Any:
+        """The result of a request. One whose client has left is given up."""
+        with self._changed:
+            index = self._many.add(request)
+            future = self._waiting[index] = Future()
+            self._changed.notify()
+        try:
+            result = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self._many.cancel(index)
+            raise
+        if result.error is not None:
+            raise result.error
+        return result
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._many.in_progress)
+            ended = self._many.step()
+            with self._changed:
+                for result in ended:
+                    future = self._waiting.pop(result.index)
+                    if not future.cancelled():
+                        future.set_result(result)
+                for index in [index for index, future in self._waiting.items() if future.cancelled()]:
+                    del self._waiting[index]
+
+
+class Service:
+    """What the server does."""
+
+    def __init__(self, pipe: fx.showo2.Pipeline, at_once: int):
+        self.drawing, self.answering = (
+            Worker(pipe.generate_many(at_once=at_once)),
+            Worker(pipe.answer_many(at_once=at_once)),
+        )
+        self.routes: dict[str, tuple[Callable[[dict[str, Any]], Awaitable[Reply]], tuple[str, ...]]] = {
             "/generate": (self.generate, ("prompt", "seed")),
             "/answer": (self.answer, ("image", "question")),
         }
 
-    def reply(self, path: str, body: bytes) -> Reply:
+    async def reply(self, path: str, body: bytes) -> Reply:
         if path not in self.routes:
             return _json(404, error=f"expected POST to one of {', '.join(self.routes)}, got {path[:100]!r}")
         try:
@@ -67,7 +110,7 @@ class Service:
             unknown = [name for name in fields if name not in names]
             if unknown:
                 raise ValueError(f"{unknown[0][:100]!r}: unknown field; expected {', '.join(names)}")
-            return run(fields)
+            return await run(fields)
         except KeyError as error:
             return _json(400, error=f"body: {error} is missing")
         except (ValueError, TypeError, OSError, RecursionError) as error:
@@ -75,14 +118,16 @@ class Service:
         except RuntimeError as error:
             return _json(500, error=str(error)[:500])
 
-    def generate(self, fields: dict[str, Any]) -> Reply:
-        image = self.pipe.generate(fields["prompt"], seed=fields.get("seed", 0))
+    async def generate(self, fields: dict[str, Any]) -> Reply:
+        result = await self.drawing.result({"prompt": fields["prompt"], "seed": fields.get("seed", 0)})
         png = io.BytesIO()
-        image.save(png, "PNG")
+        result.image.save(png, "PNG")
         return 200, "image/png", png.getvalue()
 
-    def answer(self, fields: dict[str, Any]) -> Reply:
-        return _json(200, answer=self.pipe.answer(_image(fields["image"]), fields["question"]))
+    async def answer(self, fields: dict[str, Any]) -> Reply:
+        image, question = await asyncio.to_thread(_image, fields["image"]), fields["question"]
+        result = await self.answering.result({"images": image, "question": question})
+        return _json(200, answer=result.answer)
 
 
 def _image(text: Any) -> Image.Image:
@@ -123,9 +168,9 @@ async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:
     return rest.split(" ")[0], await reader.readexactly(int(length))
 
 
-async def serve(pipe: fx.showo2.Pipeline, host: str, port: int, threads: int) -> asyncio.Server:
+async def serve(pipe: fx.showo2.Pipeline, host: str, port: int, at_once: int) -> asyncio.Server:
     """Start serving on an accelerated (or dense) pipeline; the caller closes the server."""
-    service, pool = Service(pipe), ThreadPoolExecutor(threads)
+    service = Service(pipe, at_once)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -134,7 +179,7 @@ async def serve(pipe: fx.showo2.Pipeline, host: str, port: int, threads: int) ->
             except (ValueError, asyncio.LimitOverrunError) as error:
                 reply = _json(400, error=str(error))
             else:
-                reply = await asyncio.get_running_loop().run_in_executor(pool, service.reply, path, body)
+                reply = await service.reply(path, body)
             status, kind, content = reply
             head = f"HTTP/1.1 {status} -\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
             writer.write(head.encode() + content)
@@ -155,11 +200,11 @@ async def main() -> None:
     parser.add_argument("--preset", default="exact", choices=("exact", "paper", "fast"))
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
-    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--at-once", type=int, default=8, help="images, and answers, under way together")
     options = parser.parse_args()
     pipe = fx.showo2.Pipeline.from_pretrained(options.model)
     with pipe.accelerate(*pipe.preset(options.preset)):
-        server = await serve(pipe, options.host, options.port, options.threads)
+        server = await serve(pipe, options.host, options.port, options.at_once)
         host, port = server.sockets[0].getsockname()[:2]
         print(f"http://{host}:{port}", flush=True)
         async with server:

@@ -151,6 +151,37 @@ def _e2e_gpu(record: dict[str, Any]) -> str:
     return _table(header, rows) + _source(record)
 
 
+def _linear(record: dict[str, Any]) -> str:
+    from .linear import SHAPES
+
+    rows = []
+    for row in record["results"]:
+        n, k = SHAPES[row["shape"]]
+        ours = row["linear_us"]
+        cells = [f"{row['torch_us']:.0f}", f"{ours:.0f}", f"{row['torch_us'] / ours:.2f}x"]
+        rows.append(
+            [f"{row['shape']}, {n} x {k}", str(row["rows"]), *cells, f"{2e-3 * row['rows'] * n * k / ours:.0f}"]
+        )
+    title = f"Linear layer with bias, {record['settings']['dtype']}: microseconds\n\n"
+    return title + _table(["shape", "tokens", "torch", "linear", "speed-up", "GFLOP/s"], rows) + _source(record)
+
+
+def _arrivals(record: dict[str, Any]) -> str:
+    from .arrivals import Row
+
+    rows = []
+    for given in record["results"]:
+        row = Row(**given)
+        shares = [f"{row.percentile(share):.2f}" for share in (0.5, 0.95)]
+        rows.append([f"{row.load:g}", row.way, f"{row.per_second:.2f}", *shares])
+    settings = record["settings"]
+    title = (
+        f"{settings['task'].capitalize()} of {settings['model']} ({settings['preset']}), {settings['requests']} in each run; one "
+        f"alone takes {record['alone']:.2f} s. Load 1 is as many as can be served one by one\n\n"
+    )
+    return title + _table(["load", "served", "per second", "p50 latency, s", "p95 latency, s"], rows) + _source(record)
+
+
 def _steps(record: dict[str, Any]) -> str:
     from .steps import tables
 
@@ -158,10 +189,12 @@ def _steps(record: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "arrivals": _arrivals,
     "ffn": _ffn,
     "e2e": _e2e,
     "e2e_gpu": _e2e_gpu,
     "headline": _headline,
+    "linear": _linear,
     "nano": _nano,
     "fidelity": _fidelity,
     "gpu": _gpu,
