@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashu_ext.planning.groups import Execution
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def shared_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of a batch share one state, as on a GPU, where the config does not say otherwise."""
+    monkeypatch.setattr(Execution, "invariant_on", lambda self, device: self.batch_invariant is True)
 
 
 @pytest.fixture

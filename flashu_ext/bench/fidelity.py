@@ -129,17 +129,17 @@ class _Images:
             latents = sample(
                 self.pipe.model, self.noise[:prompts], **inputs, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT
             )
-            return latents, handle.runner.last_image, handle.summary()
+            return latents, handle.runner.last_images, handle.summary()
 
     def cost(self, **changes: Any) -> float:
         """Operations under a setting without any tail; they depend on shapes alone, so one prompt tells them."""
-        return llm_flops(self.pipe.model, self._latents(1, **changes)[1], tail=False)
+        return llm_flops(self.pipe.model, self._latents(1, **changes)[1][0], tail=False)
 
     def row(self, name: str, **changes: Any) -> Row:
         from ..nano import codec
         from ..nano.judge import judge
 
-        latents, image, summary = self._latents(len(self.scenes), **changes)
+        latents, images, summary = self._latents(len(self.scenes), **changes)
         far = (latents - self.exact).flatten(1).norm(dim=1) / self.exact.flatten(1).norm(dim=1)
         right = [
             judge(picture, scene).right for picture, scene in zip(codec.pictures(latents), self.scenes, strict=True)
@@ -147,7 +147,7 @@ class _Images:
         return Row(
             name=name,
             changes=changes,
-            llm_gflops=llm_flops(self.pipe.model, image) / 1e9,
+            llm_gflops=sum(llm_flops(self.pipe.model, image) for image in images) / 1e9,
             backbone=summary.backbone_evaluations,
             head=summary.head_evaluations,
             encoder=summary.encoder_evaluations,

@@ -204,7 +204,7 @@ class GenerationEngine:
         """Execute works; those that agree in what they compute in one call."""
         groups: dict[Hashable, list[tuple[_Evaluation, W]]] = {}
         for each, work in works:
-            alone = work.alone or not self.invariant
+            alone = work.alone or self.capture.active  # a graph is of one memory
             key = id(each) if alone else (work.computes, each.state.memory.shape.latent_size)
             groups.setdefault(key, []).append((each, work))
         for group in groups.values():

@@ -41,7 +41,7 @@ class Runner:
         suspended: why nothing may run now, or None.
         orders: of the FFNs whose neurons lie in plan order.
         fallbacks: reason -> calls that ran the model's own methods.
-        last_image: the record of the image begun last.
+        last_images: the records of the images begun last, one for each state of the batch.
     """
 
     network: Network
@@ -63,10 +63,15 @@ class Runner:
         self.orders: list[FfnOrder] = []
         self.in_place: dict[str, str] = {}
         self.fallbacks: Counter[str] = Counter()
-        self.last_image: ImageRecord | None = None
+        self.last_images: list[ImageRecord] = []
         self._told = False
         self._unfinished = True
         self._process = os.getpid()
+
+    @property
+    def last_image(self) -> ImageRecord | None:
+        """The record of the first of them."""
+        return self.last_images[0] if self.last_images else None
 
     @property
     def kernels(self) -> KernelSet:
@@ -195,7 +200,7 @@ class Runner:
         with self.working():
             self.ready()
             stepper = AcceleratedStepper(self.generation, inputs, self.working, self.check_unchanged, config)
-            self.last_image = stepper.states[0].record
+            self.last_images = [state.record for state in stepper.states]
             return stepper
 
     def _check_config(self, config: FlashUConfig) -> None:

@@ -258,7 +258,7 @@ class UpstreamMethods:
             states = self._begin(tokens, positions, guidance_scale, size)
             image = _Image(rows, with_guidance, size, planned_scale, len(states[0].plan), time, states)
             self._images = [each for each in self._images if each not in same or not each.ended] + [image]
-        self.runner.last_image = image.states[0].record
+        self.runner.last_images = [state.record for state in image.states]
         return image
 
     def _check_begins(self, rows: Rows, size: tuple[int, int], time: float) -> None:

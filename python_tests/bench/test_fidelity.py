@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from flashu_ext import FlashUConfig, accelerate
 from flashu_ext.bench import fidelity
 from flashu_ext.models.showo2 import Pipeline, sample
+from flashu_ext.ops.kernel_sets import FAMILIES
 
 
 def flops(pipe: Pipeline, **changes) -> tuple[float, float]:
     """(torch's count of all operations, our count of the language model) for one image, in plain torch."""
-    kernels = dict.fromkeys(("ffn_kernels", "routing_kernels", "norm_kernels", "step_kernels"), False)
+    kernels = dict.fromkeys(tuple(f"{family}_kernels" for family in FAMILIES), False)
     inputs = vars(pipe.layout.generation(["a red circle"]))
     noise = torch.randn(1, 16, 72, 2, generator=torch.Generator().manual_seed(0))
     with accelerate(pipe.model, FlashUConfig(steps=7, **kernels, **changes)) as handle:

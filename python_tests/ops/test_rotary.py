@@ -17,7 +17,6 @@ from flashu_ext import ops
 from flashu_ext.ops import reference
 from flashu_ext.ops.kernel_sets import resolve
 from flashu_ext.planning.config import FlashUConfig
-from flashu_ext.runtime.modules.attention import rotate
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 FAR = 2**63 - 1
@@ -113,8 +112,13 @@ def test_sizes_and_empty_inputs(sizes: dict[str, int], dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32])
 def test_is_the_rotation_of_the_modules(dtype: torch.dtype):
     arguments = arguments_of(dtype, d=64, tables=1)
-    rope = (arguments["cos"], arguments["sin"])
-    expected, keys = rotate(arguments["query"], rope), rotate(arguments["key"], rope)
+    cos, sin = (arguments[name][:, :, None] for name in ("cos", "sin"))
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+    expected, keys = rotate(arguments["query"]), rotate(arguments["key"])
     torch.testing.assert_close(ops.rotary_cache_(**arguments), expected.transpose(1, 2))
     torch.testing.assert_close(arguments["keys"][:, :3], keys)
 

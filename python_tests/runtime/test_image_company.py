@@ -31,11 +31,29 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["exact", "paper", "fast"], scope="module")
+ALL = fx.FlashUConfig(
+    token_skip=True,
+    token_skip_ratio=0.5,
+    token_skip_interval=3,
+    token_skip_forecast=True,
+    layer_skip_ratio=0.3,
+    layer_skip_interval=4,
+    adaptive_cache=True,
+    adaptive_cache_budget=0.3,
+    head_residual_reuse=True,
+    head_forecast_order=1,
+    encoder_cache=True,
+    guidance=[(3, 2.0), (2, 1.0)],
+    skip_unit_guidance=True,
+)
+"""Whatever can make images of a batch differ in what they compute."""
+
+
+@pytest.fixture(params=["exact", "paper", "fast", "all of it"], scope="module")
 def drawn(request):
     """A pipeline under a preset, and every prompt's latents alone."""
     pipe = fx.showo2.Pipeline.from_pretrained("nano")
-    with pipe.accelerate(*pipe.preset(request.param)):
+    with pipe.accelerate(*((ALL, None) if request.param == "all of it" else pipe.preset(request.param))):
         torch.set_num_threads(2)
         yield pipe, [latents(pipe, [index])[0] for index in range(len(PROMPTS))]
 
@@ -173,7 +191,9 @@ def test_a_dense_model_draws_many():
     pipe = fx.showo2.Pipeline.from_pretrained("nano")
     asked = [ImageRequest(prompt, seed=index, steps=4) for index, prompt in enumerate(PROMPTS[:3])]
     for result in pipe.generate_many(asked, at_once=2):
-        assert torch.equal(result.latents, latents(pipe, [result.index], steps=4, guidance_scale=5.0)[0])
+        assert torch.equal(
+            result.latents, latents(pipe, [result.index], steps=4, guidance_scale=pipe.guidance_scale)[0]
+        )
 
 
 def test_a_removed_handle_ends_its_images():

@@ -19,6 +19,8 @@ from flashu_ext.runtime.history import HeadHistory, TokenHistory
 from flashu_ext.runtime.token_router import TokenRouter
 from flashu_ext.runtime.work import WatchWork
 
+pytestmark = pytest.mark.usefixtures("shared_state")
+
 LIMIT = 1e-4
 LAYERS, SPAN, ROWS = 8, 37, 4  # of the fixture's model and inputs, both branches counted
 

@@ -21,7 +21,7 @@ from flashu_ext.planning.schedule import least_important
 from flashu_ext.runtime import generation, understanding
 from flashu_ext.runtime.answer_memory import CAPACITY_STEP, AnswerShape
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "shared_state")
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},

@@ -19,7 +19,7 @@ from flashu_ext.runtime.graphs import MAX_GRAPHS, RARE_USES, GraphCache
 from flashu_ext.runtime.readback import Readback
 from flashu_ext.runtime.work import PrefixWork, Variant
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "shared_state")
 
 LIMIT = 1e-4
 STEPS = 10
@@ -216,9 +216,9 @@ def test_a_finished_image_holds_no_memory():
         engine, seen = handle.runner.generation, []
         original = engine.step
 
-        def step(state):
-            seen.append(weakref.ref(state.memory.llm))
-            original(state)
+        def step(states):
+            seen.append(weakref.ref(states[0].memory.llm))
+            original(states)
 
         engine.step = step
         sample(model, fixture)

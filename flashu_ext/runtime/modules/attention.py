@@ -65,13 +65,17 @@ class AttentionPass(Protocol):
 
 
 def rope_table(module: Callable[..., tuple[Tensor, Tensor]], position_ids: Tensor, dtype: torch.dtype) -> Rope:
-    """cos and sin [rows or 1, n, d] of a model's rotary module for position_ids [rows or 1, n]."""
-    return module(torch.empty(0, dtype=dtype, device=position_ids.device), position_ids)
+    """cos and sin [rows or 1, n, d] of a model's rotary module for position_ids [rows or 1, n]. In blocks: torch shares a long
+    sine out over threads, and computes the ends of their shares by another function."""
+    like = torch.empty(0, dtype=dtype, device=position_ids.device)
+    blocks = [module(like, each) for each in position_ids.split(ROPE_BLOCK, dim=1)]
+    if len(blocks) == 1:
+        return blocks[0]
+    return torch.cat([cos for cos, _ in blocks], dim=1), torch.cat([sin for _, sin in blocks], dim=1)
 
 
-ROPE_BLOCK = 128
-"""Positions whose table is computed at once: always as many, and below the size from which torch shares a cosine out over
-threads, so that a position's numbers depend on nothing else."""
+ROPE_BLOCK = 64
+"""Positions whose rotary table is computed at once."""
 
 
 class RopeTable:
@@ -86,11 +90,11 @@ class RopeTable:
         """cos and sin [at least count, head_dim] each."""
         table = self._table
         if table is None or table[0].dtype != dtype or table[0].shape[0] < count:
-            starts = range(0, max(count, 1), ROPE_BLOCK)
-            positions = [torch.arange(ROPE_BLOCK, device=self._device)[None] + start for start in starts]
-            blocks = [rope_table(self._module, each, dtype) for each in positions]
-            cos, sin = (torch.cat([block[part][0] for block in blocks]) for part in (0, 1))
-            self._table = table = (cos, sin)
+            whole = (
+                -(-max(count, 1) // ROPE_BLOCK) * ROPE_BLOCK
+            )  # a position has the same place in its block for any count
+            cos, sin = rope_table(self._module, torch.arange(whole, device=self._device)[None], dtype)
+            self._table = table = (cos[0], sin[0])
         return table
 
     def at(self, positions: Tensor, count: int, dtype: torch.dtype) -> Rope:
