@@ -279,10 +279,11 @@ class Drawings(Many[ImageResult]):
         if not isinstance(request.prompt, str):
             raise TypeError(f"prompt: expected a string, got {type(request.prompt).__name__}")
         validate.check_callback("on_step", request.on_step)
+        tokens = pipe.prompt_tokens([request.prompt], request.size)
         inputs = SampleInputs.build(
             model,
             pipe.noise([request.seed], 1, request.size),
-            **pipe.prompt_tokens([request.prompt], request.size),
+            **tokens,
             steps=request.steps,
             guidance_scale=pipe.guidance_scale if request.guidance_scale is None else request.guidance_scale,
             time_shifting_factor=pipe.time_shifting_factor,

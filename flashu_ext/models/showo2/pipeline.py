@@ -209,10 +209,11 @@ class Pipeline:
 
         sampler: called instead of `sample`, with its arguments (such as `flashu_ext.parallel.sample_guided`).
         """
+        tokens = self.prompt_tokens(prompts, size)
         latents = (sampler or sample)(
             self.model,
             self.noise(list(range(len(prompts))) if seeds is None else seeds, len(prompts), size),
-            **self.prompt_tokens(prompts, size),
+            **tokens,
             steps=steps,
             guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             time_shifting_factor=self.time_shifting_factor,

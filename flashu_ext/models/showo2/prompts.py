@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import warnings
@@ -130,7 +131,7 @@ class PromptLayout:
             warnings.warn(
                 f"prompts[{long[0]}]: cut to the first {self.max_text_len} of its {counts[long[0]]} tokens, as many as a row has "
                 f"room for{more}",
-                stacklevel=4,
+                stacklevel=_callers_level(),
             )
 
     def _row(self, text: list[int]) -> tuple[list[int], int]:
@@ -229,3 +230,12 @@ def _malformed(directory: Path) -> Path:
         except (ValueError, RecursionError, OSError):
             return path
     return directory
+
+
+def _callers_level() -> int:
+    """The stack level, for a warning of this module's function that calls this, of the first frame outside this package."""
+    level, frame = 1, inspect.currentframe()
+    frame = frame.f_back if frame is not None else None
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("flashu_ext."):
+        level, frame = level + 1, frame.f_back
+    return level
