@@ -165,7 +165,7 @@ class Handle:
 
     def _summary(self) -> Summary:
         runner, model = self.runner, self.runner.parts.model
-        image = runner.last_image
+        images, image = runner.last_images, runner.last_image
         done = image.ran if image else []
         answers = runner.understanding
         tokens = {"prefilled": answers.prefilled, "reused": answers.reused}
@@ -173,7 +173,8 @@ class Handle:
         if image is not None:
             geometry = image.geometry
             tail = image.length - min(geometry.prefix) - geometry.span
-            tokens |= {"prefix": geometry.longest, "span": geometry.span, "tail": tail}
+            longest = max(each.geometry.longest for each in images)
+            tokens |= {"prefix": longest, "span": geometry.span, "tail": tail}
         kernels = runner.network.sets
         reasons = Counter(f"{name}: {why}" for name, why in kernels.fallbacks.items()) + runner.fallbacks
         for name, why in (runner.network.run_as_themselves() | runner.in_place).items():
@@ -188,7 +189,9 @@ class Handle:
             head_evaluations=sum(step.head for step in done),
             encoder_evaluations=sum(step.encode for step in done),
             decided=_decided(image) if image and self.config.head and self.config.head.adaptive else {},
-            routed=dict(image.routed) if image and self.config.tokens and self.config.tokens.on else {},
+            routed=dict(sum((each.routed for each in images), Counter()))
+            if image and self.config.tokens and self.config.tokens.on
+            else {},
             layers_skipped=tuple(image.choices) if image else (),
             answer_layers_skipped=answers.skipped,
             neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and runner.layouts else {},
@@ -199,7 +202,7 @@ class Handle:
             extra_weight_bytes=sum(layout.permutation.nbytes for layout in runner.layouts or ()),
             cache_bytes=sum(held.values()),
             memory=held,
-            last_image_memory=dict(image.memory) if image else {},
+            last_image_memory=dict(sum((Counter(each.memory) for each in images), Counter())),
             launches=_launches(image) if image else {},
             evicted=self._upstream.evicted,
             syncs=sum(counts.syncs for counts in image.counts) if image else 0,

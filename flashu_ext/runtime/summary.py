@@ -13,7 +13,8 @@ class Summary:
     """A snapshot of a handle. Counts of the last image are empty before the first one.
 
     Attributes:
-        steps: evaluations of the last image by kind (see `schedule.Step.kind`).
+        steps: evaluations of the last image by kind (see `schedule.Step.kind`). In a batch whose images decide on their own, the
+            last image is its first one; `routed`, 'prefix' and `last_image_memory` are of the whole batch.
         backbone_evaluations: how many of them ran the language model.
         head_evaluations: how many ran the head's blocks.
         encoder_evaluations: how many ran the SigLIP encoder.
