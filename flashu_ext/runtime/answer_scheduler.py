@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,22 @@ from .answering import Answer, Answering, AnswerRequest
 from .decoding import Pick
 from .understanding import UnderstandingEngine
 
-__all__ = ["AnswerScheduler"]
+__all__ = ["AnswerScheduler", "Question"]
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """A question and how to answer it: arguments of `showo2.answer_tokens`, checked by the caller."""
+
+    images: Sequence[Tensor]
+    before: Tensor
+    after: Tensor
+    max_new_tokens: int
+    pick: Pick
+    """Chooses tokens, such as a `TokenSampler` of at most one generator."""
+    eos_token: int | None = None
+    on_token: Callable[[int], None] | None = None
+    """Called with each token of the answer as it comes, in `step`."""
 
 
 class AnswerScheduler:
@@ -41,7 +58,6 @@ class AnswerScheduler:
         """How many more answers can begin."""
         return self.most - len(self.under_way)
 
-    @torch.no_grad()
     def admit(
         self,
         images: Sequence[Tensor],
@@ -52,29 +68,48 @@ class AnswerScheduler:
         eos_token: int | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Answer:
-        """Begin an answer. Arguments are those of `showo2.answer_tokens`, checked by the caller.
+        """Begin one answer; the arguments are those of a `Question`."""
+        (answer,) = self.admit_all([(images, before, after, max_new_tokens, pick, eos_token, on_token)])
+        return answer
+
+    @torch.no_grad()
+    def admit_all(self, asked: Sequence[tuple[Any, ...]]) -> list[Answer]:
+        """Begin answers; their prompts are computed together.
 
         Args:
-            pick: chooses tokens, such as a `TokenSampler` of at most one generator.
-            on_token: called with each token of the answer as it comes, in `step`.
+            asked: for each the arguments of `admit`.
 
         Raises:
-            RuntimeError: the model cannot answer now, or there is no room.
+            RuntimeError: the model cannot answer now, or there is no room. None of them has begun then.
         """
-        if not self.room:
+        questions = [Question(*each) for each in asked]
+        if len(questions) > self.room:
             raise RuntimeError(f"answers: expected at most {self.most} at once")
         engine = self._ready()
         answering = self._current(engine)
-        prompt = engine.question(engine.image_embeds(images), before, after)
-        request = AnswerRequest(prompt, max_new_tokens, pick, eos_token, told=True)
-        if max_new_tokens == 0:
-            answer = Answer(request, (), done=True)
-        else:
-            (answer,) = answering.admit([request])
-        self.under_way.append(answer)
-        if on_token is not None:
-            self._on_token[answer] = on_token
-        return answer
+        embeds = iter(engine.image_embeds([latents for question in questions for latents in question.images]))
+        requests = [
+            AnswerRequest(
+                engine.question([next(embeds) for _ in each.images], each.before, each.after),
+                each.max_new_tokens,
+                each.pick,
+                each.eos_token,
+                told=True,
+            )
+            for each in questions
+        ]
+        begun = [request for request in requests if request.max_new_tokens > 0]
+        by_request = {id(answer.request): answer for answer in (answering.admit(begun) if begun else ())}
+        answers = [by_request.get(id(request)) or Answer(request, (), done=True) for request in requests]
+        self.under_way += answers
+        self._on_token.update(
+            {
+                answer: each.on_token
+                for answer, each in zip(answers, questions, strict=True)
+                if each.on_token is not None
+            }
+        )
+        return answers
 
     @torch.no_grad()
     def step(self) -> list[Answer]:

@@ -48,7 +48,7 @@ def test_commands() -> None:
         "report",
         "tune",
     }
-    assert set(cli.commands["bench"].commands) == {"ffn", "linear", "e2e"}
+    assert set(cli.commands["bench"].commands) == {"arrivals", "ffn", "linear", "e2e"}
 
 
 def test_version() -> None:

@@ -369,18 +369,21 @@ class Answers(Many[QuestionResult]):
         generators = None if request.seed is None else pipe.generators([request.seed], 1, "questions")
         images, before, after = pipe.question_inputs(request.images, request.question)
         validate.check_answer_inputs(pipe.model, images, before, after, request.max_new_tokens, pipe.layout.eos)
-        if self._scheduler is None:
-            return None
         sampler = TokenSampler(request.temperature, request.top_k, request.top_p, generators)
-        with self._runner.working():
-            return self._scheduler.admit(
-                images, before, after, request.max_new_tokens, sampler, pipe.layout.eos, request.on_token
-            )
+        return images, before, after, request.max_new_tokens, sampler, pipe.layout.eos, request.on_token
 
     def _advance(self) -> list[QuestionResult]:
         if self._scheduler is None:
             return [self._alone(each) for each in self._live[:1]]
+        new = [each for each in self._live if isinstance(each.work, tuple)]
         with self._runner.working():
+            try:
+                answers = self._scheduler.admit_all([each.work for each in new])
+            except Exception as error:
+                self._live = [each for each in self._live if each not in new]
+                return [QuestionResult(each.index, each.request, error) for each in new]
+            for each, answer in zip(new, answers, strict=True):
+                each.work = answer
             ended = set(self._scheduler.step())
         return [self._result(each) for each in self._live if each.work in ended]
 
@@ -403,7 +406,7 @@ class Answers(Many[QuestionResult]):
         return QuestionResult(each.index, each.request, None, answer)
 
     def _abandon(self, each: _UnderWay) -> None:
-        if self._scheduler is not None:
+        if self._scheduler is not None and not isinstance(each.work, tuple):
             with self._runner.working():
                 self._scheduler.cancel(each.work)
 
