@@ -317,6 +317,8 @@ def _why_not_vision_layer(layer: Any) -> str | None:
         return f".self_attn {reason}"
     if abs(attention.scale * attention.head_dim**0.5 - 1) > 1e-9 or getattr(attention, "is_causal", False):
         return ".self_attn is scaled or masked in another way"
+    if attention.num_heads * attention.head_dim != attention.embed_dim:
+        return ".self_attn has heads that are not its width"
     if attention.training and attention.dropout:
         return f".self_attn is in train mode with dropout {attention.dropout}"
     if epilogue_of(mlp.activation_fn) is None:

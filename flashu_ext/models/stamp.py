@@ -26,6 +26,17 @@ __all__ = ["COMPUTED", "GLOBAL_HOOKS", "Stamp", "Turns", "called_functions", "re
 
 _SCALARS = (
     "scaling",
+    "scale",
+    "num_heads",
+    "head_dim",
+    "is_causal",
+    "dropout",
+    "approximate",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "flatten",
     "rope_type",
     "attention_dropout",
     "sliding_window",

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support.conformance import relative
 from support.living import CALLS, LIMIT, NEW, PRUNED, UP, accelerated, equal, outputs, plan, pruned_outputs, same, state
-from support.models import question_inputs, small_model
+from support.models import generation_inputs, question_inputs, small_model
 from torch import Tensor, nn
 
 import flashu_ext as fx
@@ -555,3 +555,27 @@ def test_a_class_is_decorated_by_diffusers_and_calls_einops_as_upstreams_does(
         for name in ("diffusers", "einops", "mine", "models", "models.modeling_showo2_qwen2_5"):
             sys.modules.pop(name, None)
     assert reasons == [None, "its class's forward is replaced" if refused else None]
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name, value", [("scale", 0.9), ("is_causal", True), ("head_dim", 24)])
+def test_an_attribute_of_the_image_encoder_that_changes_is_noticed(name: str, value: Any, late: bool):
+    def change(model: Any) -> None:
+        attention = model.und_trans.layers[0].self_attn
+        assert getattr(attention, name) != value
+        setattr(attention, name, value)
+
+    def drawn(model: Any) -> Tensor:
+        return fx.showo2.sample(model, **generation_inputs(model) | {"steps": 3})
+
+    changed, model = small_model(), small_model()
+    before = drawn(model)
+    change(changed)
+    assert relative(drawn(changed), before) > LIMIT, "the change changes the image"
+    if not late:
+        change(model)
+    with fx.accelerate(model):
+        if late:
+            drawn(model)
+            change(model)
+        assert relative(drawn(model), drawn(changed)) < LIMIT

@@ -40,9 +40,9 @@ class VisionEncoder:
         if self.why_itself is not None:
             return {"last_hidden_state": self.module(x)["last_hidden_state"]}
         for layer in self.layers:
-            heads = layer.module.self_attn.num_heads
+            head_dim = layer.module.self_attn.head_dim
             projected = layer.attention.query_key_value(layer.module.layer_norm1(x))
-            query, key, value = (each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projected)
+            query, key, value = (each.unflatten(-1, (-1, head_dim)).transpose(1, 2) for each in projected)
             attended = self._kernels.attention(query, key, value).flatten(2)
             x = layer.attention.out(attended, residual=x)
             raised = layer.up(layer.module.layer_norm2(x), epilogue_of(layer.module.mlp.activation_fn) or "none")
