@@ -85,13 +85,6 @@ arguments of its `__init__` by diffusers, and rearranges tensors by einops."""
 _CALLING = ("__call__", "_call_impl")
 """Methods that lead from a call of a module to its forward."""
 
-_FUNCTIONS = {
-    name: getattr(nn.functional, name)
-    for name in (*COMPUTED, "gelu", "conv2d", "layer_norm", "scaled_dot_product_attention")
-}
-"""As they are when this library is imported. Where one of `COMPUTED` is replaced, no model is accelerated; where another is,
-the modules that call it run as themselves."""
-
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Of rotary embeddings whose frequencies do not depend on the sequence's length; upstream's length is not the runtime's."""
 
@@ -246,8 +239,13 @@ def epilogue_of(activation: Any) -> str | None:
 
 
 def _is_torch_s(function: str) -> bool:
-    """Whether nobody has replaced a function of torch.nn.functional."""
-    return getattr(nn.functional, function) is _FUNCTIONS[function]
+    """Whether nobody has replaced a function of torch.nn.functional, before this library was loaded or after. Where one of
+    `COMPUTED` is replaced, no model is accelerated; where another is, the modules that call it run as themselves."""
+    found = getattr(nn.functional, function)
+    code = getattr(found, "__code__", None)
+    if code is not None:
+        return bool(code.co_filename == nn.functional.__file__ and code.co_name == function)
+    return found is getattr(torch._C._nn, function, None) or found is getattr(torch, function, None)
 
 
 def why_not_attention_kernel() -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import subprocess
 import sys
 import warnings
 from collections import OrderedDict
@@ -579,3 +580,35 @@ def test_an_attribute_of_the_image_encoder_that_changes_is_noticed(name: str, va
             drawn(model)
             change(model)
         assert relative(drawn(model), drawn(changed)) < LIMIT
+
+
+REPLACED = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch
+from torch import nn
+
+name = {name!r}
+function = getattr(nn.functional, name)
+setattr(nn.functional, name, lambda *args, **kwargs: function(*args, **kwargs) * 1.1)
+import flashu_ext as fx
+from support.models import generation_inputs, small_model
+
+torch.set_num_threads(1)
+model = small_model()
+inputs = generation_inputs(model) | {{"steps": 3}}
+dense = fx.showo2.sample(model, **inputs)
+try:
+    with fx.accelerate(model):
+        far = fx.showo2.sample(model, **inputs) - dense
+    print(float(far.norm() / dense.norm()) < 1e-4)
+except TypeError as error:
+    print("is replaced" in str(error))
+"""
+
+
+@pytest.mark.parametrize("name", ["linear", "silu", "gelu", "layer_norm", "conv2d", "scaled_dot_product_attention"])
+def test_a_function_replaced_before_the_import_is_noticed(name: str):
+    code = REPLACED.format(folder=str(Path(__file__).parents[1]), name=name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
