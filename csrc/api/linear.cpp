@@ -34,15 +34,18 @@ core::Matrix from_column(const core::Matrix& matrix, int64_t column, int32_t typ
   return {static_cast<char*>(matrix.data) + column * core::dtype_size(type), matrix.stride};
 }
 
-// Whether `next` continues the rows of `part`, so that both are one matrix. Its columns of `out` must begin
-// where a vector may, or the one matrix would be read and written otherwise than the two.
-bool continues(const core::LinearPart& part, const core::LinearPart& next, int64_t column, int32_t type) {
-  constexpr int64_t kVectorBytes = 16;
+// Whether `next` continues the rows of `part`, so that both are one matrix. The columns of `out` of both must
+// begin where a vector may, or one of them alone would be written, and summed, by another kernel.
+bool continues(const core::LinearPart& part, const core::LinearPart& next, int32_t type) {
+  constexpr uintptr_t kVectorBytes = 16;
+  const auto vector = [](const core::Matrix& matrix) {
+    return reinterpret_cast<uintptr_t>(matrix.data) % kVectorBytes == 0;
+  };
   const bool biases = (part.bias == nullptr) == (next.bias == nullptr) &&
                       (part.bias == nullptr || bytes_behind(part.bias, part.n, type) == next.bias);
   return biases && part.weight.stride == next.weight.stride &&
          bytes_behind(part.weight.data, part.n * part.weight.stride, type) == next.weight.data &&
-         column * core::dtype_size(type) % kVectorBytes == 0;
+         vector(part.out) && vector(next.out);
 }
 
 core::LinearProblem checked(const flashu_linears_args& a, const Names* names) {
@@ -98,11 +101,11 @@ core::LinearProblem checked(const flashu_linears_args& a, const Names* names) {
   for (int32_t i = 0; i < a.count; ++i) {
     core::LinearPart part = given[i];
     if (part.n == 0) continue;
-    if (p.count > 0 && continues(p.parts[p.count - 1], part, column, p.type)) {
+    part.residual = from_column(residual, column, p.type);
+    part.out = from_column(out, column, p.type);
+    if (p.count > 0 && continues(p.parts[p.count - 1], part, p.type)) {
       p.parts[p.count - 1].n += part.n;
     } else {
-      part.residual = from_column(residual, column, p.type);
-      part.out = from_column(out, column, p.type);
       p.parts[p.count++] = part;
     }
     column += part.n;
