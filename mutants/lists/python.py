@@ -18,7 +18,7 @@ def within(file: str) -> Callable[[str], Pytest]:
 
 SMALL = within("runtime/test_small_models.py")
 CALLERS = within("runtime/test_callers_tensors.py")
-COMPANY = within("runtime/test_image_company.py")
+IMAGES = within("runtime/test_image_company.py")
 KNOBS = within("runtime/test_skipping_and_caching.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
@@ -121,11 +121,11 @@ MUTANTS = [
     Mutant("answers: a pruned image is shared by its unpruned length", "flashu_ext/runtime/understanding.py", "prompt.kept[: prompt.slots(start)]", "prompt.kept[:start]", ANSWERS("share_a_pruned_image")),
     Mutant("prompts shared: an image is cut in the middle", "flashu_ext/runtime/prompt_cache.py", "farthest < torch.arange(1, limit + 1", "farthest <= torch.arange(1, limit + 1", ANSWERS("whole_or_not_at_all")),
     Mutant("prompts shared: the attention mask does not matter", "flashu_ext/runtime/prompt_cache.py", "    same &= (source.allowed[:limit, :limit] == prompt.allowed[:limit, :limit]).all(dim=-1)\n", "", ANSWERS("hidden_tokens")),
-    Mutant("company: images of a batch share their decisions", "flashu_ext/runtime/generation.py", "        if not self.invariant:\n", "        if True:\n", COMPANY("any_batch and fast")),
-    Mutant("company: rows attend in another image's memory", "flashu_ext/runtime/modules/attention.py", "for own, each in zip(self.passes, rows, strict=True)", "for own, each in zip(self.passes[::-1], rows, strict=True)", COMPANY("any_batch and exact"), quick=True),
-    Mutant("company: the first image's time serves all", "flashu_ext/runtime/head.py", "m.modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", "memories[0].modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", COMPANY("different_times and exact")),
-    Mutant("many: what was cancelled goes on", "flashu_ext/models/showo2/many.py", "        self._live = [each for each in self._live if each.index not in self._cancelled]\n", "", COMPANY("different_times and exact")),
-    Mutant("many: an image of another config is planned as the model's", "flashu_ext/runtime/generation.py", "config = self.config if config is None else config", "config = self.config", COMPANY("different_times and fast")),
+    Mutant("company: images of a batch share their decisions", "flashu_ext/runtime/generation.py", "        if not self.invariant:\n", "        if True:\n", IMAGES("any_batch and fast")),
+    Mutant("company: rows attend in another image's memory", "flashu_ext/runtime/modules/attention.py", "for own, each in zip(self.passes, rows, strict=True)", "for own, each in zip(self.passes[::-1], rows, strict=True)", IMAGES("any_batch and exact"), quick=True),
+    Mutant("company: the first image's time serves all", "flashu_ext/runtime/head.py", "m.modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", "memories[0].modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", IMAGES("different_times and exact")),
+    Mutant("many: what was cancelled goes on", "flashu_ext/models/showo2/many.py", "        self._live = [each for each in self._live if each.index not in self._cancelled]\n", "", IMAGES("different_times and exact")),
+    Mutant("many: an image of another config is planned as the model's", "flashu_ext/runtime/generation.py", "config = self.config if config is None else config", "config = self.config", IMAGES("different_times and fast")),
     Mutant("embedders: a patch's pixels by columns", "flashu_ext/runtime/modules/embedders.py", ".permute(0, 2, 4, 1, 3, 5)", ".permute(0, 2, 4, 1, 5, 3)", HANDLE("exact_equals_upstream")),
     Mutant("vision: an FFN without its residual", "flashu_ext/runtime/modules/vision.py", "x = layer.down(raised, residual=x)", "x = layer.down(raised)", HANDLE("exact_equals_upstream")),
     Mutant("known: any GELU is by tanh", "flashu_ext/models/known.py", 'return "gelu_tanh" if activation.approximate == "tanh" else "gelu"', 'return "gelu_tanh"', HANDLE("exact_equals_upstream")),
