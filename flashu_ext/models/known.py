@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .parts import AttentionShape, Showo2Parts, norm_eps
-from .stamp import COMPUTED, GLOBAL_HOOKS, called_functions, registered_attention
+from .stamp import COMPUTED, GLOBAL_HOOKS, called_functions, registered_attention, tracked
 
 __all__ = [
     "METHODS",
     "check_model",
     "epilogue_of",
     "untracked",
+    "why_not_activation",
     "why_not_attention_kernel",
     "why_not_chain",
     "why_not_ffn",
@@ -59,6 +60,7 @@ _VISION_ATTENTIONS = dict.fromkeys(("SiglipAttention", "SiglipSdpaAttention", "S
 _VISION_MLPS = {"SiglipMLP": _SIGLIP}
 _EMBEDDING = {"Embedding": ("torch.nn.modules.sparse",)}
 _LINEAR = {"Linear": ("torch.nn.modules.linear",)}
+_LAYER_NORM = {"LayerNorm": ("torch.nn.modules.normalization",)}
 _CONVOLUTION = {"Conv2d": ("torch.nn.modules.conv",)}
 _CHAIN = {"Sequential": ("torch.nn.modules.container",)}
 _TORCH_ACTIVATION, _ACTIVATION = ("torch.nn.modules.activation",), ("transformers.activations",)
@@ -68,10 +70,6 @@ _GELU = {
     **dict.fromkeys(("GELUActivation", "GELUTanh", "PytorchGELUTanh"), _ACTIVATION),
 }
 """Class name -> modules that define it; upstream's are matched by the end of their path."""
-
-_TRACKED = ("torch.nn.modules.", "transformers.", "flashu_ext.models.")
-_TRACKED_UPSTREAM = ("models.qwen2", "models.modules", "models.modeling_siglip", "models.modeling_showo2_qwen2_5")
-"""Where classes are defined whose results depend on nothing but weights, flags and inputs."""
 
 Known = Mapping[str, tuple[str, ...]]
 
@@ -142,9 +140,13 @@ def _methods(kind: type) -> list[str]:
 
 
 def _replaced_methods(module: Any) -> list[str]:
-    """Methods of the class that an attribute of the instance hides."""
-    kind = type(module)
-    return [name for name in vars(module) if not name.startswith("_") and callable(getattr(kind, name, None))]
+    """Methods of the class that an attribute of the instance hides. Of private ones those that compute: others save and load."""
+    kind, computing = type(module), ("_call_impl", "_conv_forward")
+    return [
+        name
+        for name in vars(module)
+        if (not name.startswith("_") or name in computing) and callable(getattr(kind, name, None))
+    ]
 
 
 def why_replaced(module: Any, known: Known) -> str | None:
@@ -152,7 +154,7 @@ def why_replaced(module: Any, known: Known) -> str | None:
     reason = why_unknown(module, known)
     if reason is not None:
         return reason
-    if names := _replaced_methods(module) or [name for name in _CALLING[1:] if name in vars(module)]:
+    if names := _replaced_methods(module):
         return f"its {names[0]} is replaced"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "is compiled in place, by a backend that may compute something else"
@@ -223,6 +225,13 @@ def _why_not_bias(module: Any, like: Tensor) -> str | None:
     return reason and reason.replace("its weight", "its bias")
 
 
+def why_not_activation(module: Any) -> str:
+    """Why a module is not an activation of the kernels (`epilogue_of` gives None)."""
+    reasons = [why_replaced(module, known) for known in (_SILU, _GELU)]
+    known = [reason for reason in reasons if reason is None or not reason.startswith("is a ")]
+    return (known[0] if known else reasons[0]) or "torch.nn.functional.gelu is replaced, or its own function is another"
+
+
 def epilogue_of(activation: Any) -> str | None:
     """The epilogue of `ops.linear` that computes an activation, or None."""
     if why_replaced(activation, _SILU) is None:
@@ -264,7 +273,7 @@ def why_not_patches(embedder: Any, like: Tensor) -> str | None:
     if reason := why_replaced(embedder, _PATCHES):
         return reason
     convolution, norm = embedder.proj, getattr(embedder, "norm", None)
-    if reason := why_replaced(convolution, _CONVOLUTION):
+    if reason := why_replaced(convolution, _CONVOLUTION) or why_unknown(convolution, _CONVOLUTION, "_conv_forward"):
         return f"proj {reason}"
     if not _is_torch_s("conv2d"):
         return "torch.nn.functional.conv2d is replaced"
@@ -313,6 +322,9 @@ def _why_not_vision_layer(layer: Any) -> str | None:
     assert attention is not None and mlp is not None
     if reason := _why_other_function(attention):
         return f".self_attn {reason}"
+    for name in ("layer_norm1", "layer_norm2"):
+        if reason := why_replaced(getattr(layer, name), _LAYER_NORM):
+            return f".{name} {reason}"
     if abs(attention.scale * attention.head_dim**0.5 - 1) > 1e-9 or getattr(attention, "is_causal", False):
         return ".self_attn is scaled or masked in another way"
     if attention.num_heads * attention.head_dim != attention.embed_dim:
@@ -369,12 +381,7 @@ def untracked(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in vars(module)
-        or (
-            not type(module).__module__.startswith(_TRACKED) and not type(module).__module__.endswith(_TRACKED_UPSTREAM)
-        )
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or not tracked(module)
     ]
 
 

@@ -156,17 +156,17 @@ class Showo2Parts:
 
 def _attention_shape(attention: Any, head_dim: int) -> AttentionShape:
     return AttentionShape(
-        _out_features(attention.q_proj) // head_dim, _out_features(attention.k_proj) // head_dim, head_dim
+        out_features(attention.q_proj) // head_dim, out_features(attention.k_proj) // head_dim, head_dim
     )
 
 
-def _out_features(projection: Any) -> int:
+def out_features(projection: Any) -> int:
     """Of a linear layer, or of one that wraps it."""
     for owner in (projection, *projection.children()):
         if (width := getattr(owner, "out_features", None)) is not None:
             return int(width)
     raise TypeError(
-        f"model: expected a projection with out_features in the diffusion head, got {type(projection).__name__}"
+        f"model: expected a linear layer, or one that wraps it, with out_features, got {type(projection).__name__}"
     )
 
 

@@ -1,8 +1,8 @@
 """Notices that a model changed: its modules, hooks and weights, in one pass of a fraction of a millisecond.
 
 Values written through `.data`, or through another view of a weight's memory, change no version. A few bytes in the middle of
-every matrix show such a write where it reached all of a matrix, as a merged adapter's or a synchronised model's does. What is
-not noticed: such writes to parts of a matrix, and values of inference tensors.
+every weight show such a write where it reached all of it, as a merged adapter's or a synchronised model's does. What is
+not noticed: such writes to parts of a weight, or on a GPU to vectors, and values of inference tensors.
 """
 
 from __future__ import annotations
@@ -22,33 +22,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-__all__ = ["COMPUTED", "GLOBAL_HOOKS", "Stamp", "Turns", "called_functions", "registered_attention"]
+__all__ = ["COMPUTED", "GLOBAL_HOOKS", "Stamp", "Turns", "called_functions", "registered_attention", "tracked"]
 
-_SCALARS = (
-    "scaling",
-    "scale",
-    "num_heads",
-    "head_dim",
-    "is_causal",
-    "dropout",
-    "approximate",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "flatten",
-    "rope_type",
-    "attention_dropout",
-    "sliding_window",
-    "attention_scaling",
-    "variance_epsilon",
-    "eps",
-    "p",
-)
-"""Plain attributes of modules that their results depend on."""
+_TRACKED = ("torch.nn.modules.", "transformers.", "flashu_ext.models.")
+_TRACKED_UPSTREAM = ("models.qwen2", "models.modules", "models.modeling_siglip", "models.modeling_showo2_qwen2_5")
+"""Where classes are defined whose results depend on nothing but weights, attributes and inputs."""
 
 _BYTES = 16
-"""Of every matrix on the CPU that each call compares."""
+"""Of every weight on the CPU that each call compares."""
 
 _VALUES = 8
 """Of a matrix on another device. A call compares one matrix of every kind there, the next call the next layer's."""
@@ -76,6 +57,7 @@ class Stamp:
     def __init__(self, model: nn.Module):
         self._modules = list(model.modules())
         self._attributes = list(map(vars, self._modules))
+        pairs = zip(self._modules, self._attributes, strict=True)
         contents: list[Any] = [
             each
             for module in self._modules
@@ -100,14 +82,14 @@ class Stamp:
         self._called = [each for method in methods for each in called_functions(method)]
         self._configured = [own for own in self._attributes if "config" in own]
         self._configs = list({id(own["config"]): own["config"] for own in self._configured}.values())
-        self._scalars = [(own, name) for own in self._attributes for name in _SCALARS if name in own]
+        self._settings = [(own.get, _settings(own)) for module, own in pairs if tracked(module)]
         self._flags = self._read_flags()
         distinct = list({id(each): each for *_, each in named}.values())
         self._versioned = [tensor for tensor in distinct if not tensor.is_inference()]
         self._addressed = [tensor for tensor in distinct if _has_address(tensor)]
         self.unversioned = len(self._versioned) < len(distinct)
         self._versions, self._addresses = self._read_weights()
-        near, far = _matrices(model)
+        near, far = _sampled(model)
         self._middles = [(c_char * _BYTES).from_address(_middle(matrix)) for matrix in near]
         self._values = self._read_values()
         self._turns = Turns(far)
@@ -149,11 +131,11 @@ class Stamp:
             list(map(len, self._attributes)),
             list(map(type, self._modules)),
             [(kind.forward, kind.__call__) for kind in self._classes],
+            [list(vars(kind).values()) for kind in self._classes],
             [namespace.get(name) for namespace, name in self._called],
             [functions(vars(owner)) for owner, functions in _LIBRARY],
             [registered_attention().get(name) for name in ("sdpa", "eager")],
-            list(vars(type(self._modules[0])).values()),
-            [own.get(name) for own, name in self._scalars],
+            [list(map(read, names)) for read, names in self._settings],
             [id(own.get(name)) for own, name in self._single],
             [id(own.get("config")) for own in self._configured],
             [dict(vars(config)) for config in self._configs],
@@ -180,6 +162,22 @@ _VERSION, _RAW = attrgetter("_version"), attrgetter("raw")
 _HOOKS_AND_MODE = itemgetter("_forward_hooks", "_forward_pre_hooks", "training")
 
 
+def tracked(module: Any) -> bool:
+    """Whether a module's results depend on nothing but weights, attributes and inputs."""
+    home = type(module).__module__
+    return home.startswith(_TRACKED) or home.endswith(_TRACKED_UPSTREAM)
+
+
+def _settings(attributes: Mapping[str, Any]) -> list[str]:
+    """Names of a module's plain attributes: numbers, texts and functions, which its results may depend on."""
+    plain = (bool, int, float, str, tuple, torch.dtype, type(None))
+    return [
+        name
+        for name, value in attributes.items()
+        if not name.startswith("_") and name != "training" and (isinstance(value, plain) or callable(value))
+    ]
+
+
 def called_functions(method: Any) -> list[tuple[dict[str, Any], str]]:
     """(module's namespace, name) of the functions of its module that a method, under its decorators, names, and of those that
     these name."""
@@ -203,15 +201,15 @@ def registered_attention() -> Mapping[Any, Any]:
     return functions if isinstance(functions, Mapping) else {}
 
 
-def _matrices(model: nn.Module) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """A model's weight matrices: those on the CPU, and the others by kind (gate projections, embeddings, ...)."""
+def _sampled(model: nn.Module) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The weights whose values are sampled: those on the CPU, and other matrices by kind (gate projections, embeddings, ...)."""
     near: list[Tensor] = []
     far: dict[str, list[Tensor]] = {}
     for name, weight in model.named_parameters():
-        plain = type(weight) is nn.Parameter and weight.dim() > 1 and weight.nbytes >= _BYTES and weight.is_contiguous()
+        plain = type(weight) is nn.Parameter and weight.nbytes >= _BYTES and weight.is_contiguous()
         if plain and weight.device.type == "cpu":
             near.append(weight)
-        elif plain and weight.device.type != "meta":
+        elif plain and weight.dim() > 1 and weight.device.type != "meta":
             far.setdefault(re.sub(r"[0-9]+", "", name), []).append(weight)
     return near, list(far.values())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.parts import Showo2Parts
+from ..models.parts import Showo2Parts, out_features
 from .image_memory import rounded_up
 from .modules.attention import Rope
 
@@ -84,7 +84,7 @@ class AnswerMemory:
         self.runs = torch.zeros(len(parts.layers), rows, 1, 1, dtype=torch.bool, device=device)
         self.token, self.position = (torch.zeros(rows, 1, dtype=torch.int64, device=device) for _ in range(2))
         self.slots = torch.zeros(2, rows, dtype=torch.int64, device=device)
-        self.logits = torch.zeros(rows, parts.lm_head.module.weight.shape[0], dtype=shape.dtype, device=device)
+        self.logits = torch.zeros(rows, out_features(parts.lm_head.module), dtype=shape.dtype, device=device)
         self.rope = rope
 
     def clear(self) -> None:

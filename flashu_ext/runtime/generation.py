@@ -381,17 +381,16 @@ class AcceleratedStepper:
 
     def step(self, index: int) -> None:
         with self._working():
-            self.check()
+            if self._seen:
+                self._unchanged()
+                self._seen = False
             self.engine.step(self.states)
             self._unchanged(weights_only=True)
 
-    def check(self) -> None:
-        """Raise RuntimeError where this cannot go on: its memory was taken away, or a callback has changed the model."""
+    def check_memory(self) -> None:
+        """Raise RuntimeError where the memory of these images was taken away."""
         for state in self.states:
             self.engine.pool.check(state.lease, "this image was being generated")
-        if self._seen:
-            self._unchanged()
-            self._seen = False
 
     def velocity(self) -> Tensor:
         shape = self.inputs.noise.shape

@@ -14,7 +14,7 @@ from ..planning.neurons import NeuronLayout
 from .modules.embedders import PatchEmbedder, TimeEmbedder
 from .modules.ffn import FFN
 from .modules.layer import Layer, Projections
-from .modules.linear import Chain, Linear, Linears
+from .modules.linear import Chain, Linear, Linears, Unknown
 from .modules.norm import Norm
 from .modules.vision import VisionEncoder, VisionLayer
 
@@ -132,12 +132,13 @@ def _on_kernels(parts: Showo2Parts, kernels: KernelSet) -> Showo2Parts:
     )
 
 
-Itself = Norm | FFN | Linear | Chain | VisionEncoder | PatchEmbedder | TimeEmbedder
+Itself = Norm | FFN | Linear | Unknown | Chain | VisionEncoder | PatchEmbedder | TimeEmbedder
 
 _FAMILIES: Mapping[type, tuple[str, ...]] = {
     Norm: ("norm",),
     FFN: ("ffn",),
     Linear: ("linear",),
+    Unknown: ("linear",),
     Chain: ("linear",),
     VisionEncoder: ("linear", "attention"),
     PatchEmbedder: ("linear",),

@@ -219,11 +219,12 @@ class Runner:
         with self.working():
             for index, stepper in enumerate(steppers):
                 try:
-                    stepper.check()
-                except Exception as error:
+                    stepper.check_memory()
+                except RuntimeError as error:
                     errors[index] = error
             going = [index for index, error in enumerate(errors) if error is None]
             try:
+                self.check_unchanged()
                 self.generation.step([state for index in going for state in steppers[index].states])
                 self.check_unchanged(weights_only=True)
             except Exception as error:

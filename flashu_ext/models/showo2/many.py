@@ -157,7 +157,7 @@ class Many(Iterator[R], Generic[R]):
         self._live: list[_UnderWay] = []
         self._results: deque[R] = deque()
         self._count = 0
-        self._lock = threading.Lock()
+        self._lock, self._stepping = threading.Lock(), threading.Lock()
 
     def add(self, request: Any) -> int:
         """Ask for one more; returns its index. What is wrong with it comes as its result."""
@@ -167,8 +167,14 @@ class Many(Iterator[R], Generic[R]):
         return index
 
     def cancel(self, index: int) -> None:
-        """Give up a request, begun or not, before the next step: it has no result. One that has ended stays."""
+        """Give up a request, begun or not, before the next step: it has no result. One that has ended stays.
+
+        Raises:
+            IndexError: no request has this index.
+        """
         with self._lock:
+            if not 0 <= index < self._count:
+                raise IndexError(f"index: expected one of the {self._count} requests so far, got {index}")
             self._cancelled.add(index)
 
     @property
@@ -188,12 +194,20 @@ class Many(Iterator[R], Generic[R]):
 
     @torch.no_grad()
     def step(self) -> list[R]:
-        """Begin requests while there is room, and advance each that is under way; returns those that ended."""
+        """Begin requests while there is room, and advance each that is under way; returns those that ended.
+
+        Raises:
+            RuntimeError: another step is under way: this is a callback of it, or another thread.
+        """
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError("step: another step is under way; call it outside callbacks, and from one thread")
         try:
             results = [*self._admit(), *self._advance()]
         except BaseException:
             self.close()
             raise
+        finally:
+            self._stepping.release()
         over = {result.index for result in results}
         self._live = [each for each in self._live if each.index not in over]
         return results
@@ -203,6 +217,7 @@ class Many(Iterator[R], Generic[R]):
         for each in self._live:
             self._abandon(each)
         self._live = []
+        self._results.clear()
         with self._lock:
             self._added.clear()
         self._requests = iter(())
@@ -358,9 +373,8 @@ class Answers(Many[QuestionResult]):
 
     def __init__(self, pipe: Any, requests: Iterable[Any] = (), at_once: int = AT_ONCE):
         super().__init__(pipe, requests, at_once)
-        handle = handle_of(pipe.model)
-        self._runner: Any = None if handle is None else handle.runner
-        self._scheduler: Any = None if handle is None else handle.runner.answering(at_once)
+        self._runner: Any = None
+        self._scheduler: Any = None
 
     def _begun(self, request: Any) -> Any:
         pipe = self.pipe
@@ -373,19 +387,36 @@ class Answers(Many[QuestionResult]):
         return images, before, after, request.max_new_tokens, sampler, pipe.layout.eos, request.on_token
 
     def _advance(self) -> list[QuestionResult]:
-        if self._scheduler is None:
-            return [self._alone(each) for each in self._live[:1]]
+        lost = self._follow()
         new = [each for each in self._live if isinstance(each.work, tuple)]
+        if self._scheduler is None:
+            return lost + [self._alone(each) for each in new[:1]]
         with self._runner.working():
-            try:
-                answers = self._scheduler.admit_all([each.work for each in new])
-            except Exception as error:
-                self._live = [each for each in self._live if each not in new]
-                return [QuestionResult(each.index, each.request, error) for each in new]
-            for each, answer in zip(new, answers, strict=True):
-                each.work = answer
-            ended = set(self._scheduler.step())
-        return [self._result(each) for each in self._live if each.work in ended]
+            refused = self._admit_all(new)
+            ended = self._scheduler.step()
+        return lost + refused + [self._result(each) for each in self._live if each.work in ended]
+
+    def _follow(self) -> list[QuestionResult]:
+        """Go on with the handle that the model has now, or without; results of answers that another one had begun."""
+        handle = handle_of(self.pipe.model)
+        runner = None if handle is None else handle.runner
+        if runner is self._runner:
+            return []
+        self._runner, self._scheduler = runner, None if runner is None else runner.answering(self.at_once)
+        why = RuntimeError("model: its handle was removed while this question was being answered")
+        return [self.ended(each.index, each.request, why) for each in self._live if not isinstance(each.work, tuple)]
+
+    def _admit_all(self, new: Sequence[_UnderWay]) -> list[QuestionResult]:
+        """Begin the answers of questions that have been checked; results where the model cannot answer now."""
+        if not new:
+            return []
+        try:
+            answers = self._scheduler.admit_all([each.work for each in new])
+        except Exception as error:
+            return [QuestionResult(each.index, each.request, error) for each in new]
+        for each, answer in zip(new, answers, strict=True):
+            each.work = answer
+        return []
 
     def _result(self, each: _UnderWay) -> QuestionResult:
         answer = each.work

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...models.known import epilogue_of, why_not_chain, why_not_linear, why_not_norm
+from ...models.known import epilogue_of, why_not_activation, why_not_chain, why_not_linear, why_not_norm
 from ...ops.kernel_sets import ONE_BY_ONE, KernelSet
 from ...ops.reference import finish_linear
 from .norm import Norm
 
-__all__ = ["Chain", "Linear", "Linears"]
+__all__ = ["Chain", "Linear", "Linears", "Unknown"]
 
 
 class Linear:
@@ -30,9 +32,11 @@ class Linear:
 
     def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]: the layer, an activation (`ops.linear`), plus `residual` of that shape where given."""
-        if self.why_itself is None:
-            return self._kernels.linear(x, self.module.weight, self.module.bias, residual, epilogue)
-        return finish_linear(self.module(x), residual, epilogue)
+        if self.why_itself is not None:
+            return finish_linear(self.module(x), residual, epilogue)
+        # A module that runs as itself may give columns side by side in memory.
+        x, residual = _in_rows(x), None if residual is None else _in_rows(residual)
+        return self._kernels.linear(x, self.module.weight, self.module.bias, residual, epilogue)
 
 
 class Linears:
@@ -49,8 +53,19 @@ class Linears:
         if not self._together:
             return [layer(x) for layer in self.layers]
         weights = [layer.module.weight for layer in self.layers]
-        out = self._kernels.linears(x, weights, [layer.module.bias for layer in self.layers])
+        out = self._kernels.linears(_in_rows(x), weights, [layer.module.bias for layer in self.layers])
         return list(out.split([weight.shape[0] for weight in weights], dim=-1))
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A member of a Sequential that the runtime does not know, or must not pass over."""
+
+    module: Any
+    why_itself: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.module(x)
 
 
 class Chain:
@@ -58,33 +73,35 @@ class Chain:
 
     Attributes:
         module: the model's own.
-        why_itself: why it is called as it is, or None; its linear layers and norms may have reasons of their own.
+        why_itself: why it is called as it is, or None.
+        members: those that may have reasons of their own.
     """
 
     def __init__(self, module: Any, kernels: KernelSet, like: Tensor):
         self.module = module
         self.why_itself = why_not_chain(module)
-        self.layers: list[Linear | Norm] = []
+        self.members: list[Linear | Norm | Unknown] = []
         self._calls = [module] if self.why_itself is not None else list(self._fused(list(module), kernels, like))
 
     def _fused(self, modules: list[Any], kernels: KernelSet, like: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
         while modules:
             module = modules.pop(0)
+            if epilogue_of(module) is not None:
+                yield functools.partial(_by_rows, module)
+                continue
             if isinstance(module, nn.Linear):
                 linear = Linear(module, kernels, like)
-                self.layers.append(linear)
+                self.members.append(linear)
                 epilogue = epilogue_of(modules[0]) if modules else None
-                if epilogue is None:
-                    yield linear
-                else:
+                if epilogue is not None:
                     modules.pop(0)
-                    yield _with_epilogue(linear, epilogue)
-            elif type(module).__name__ == "RMSNorm":
-                norm = Norm(module, kernels, why_not_norm(module, like))
-                self.layers.append(norm)
-                yield norm
+                yield functools.partial(linear, epilogue=epilogue or "none")
+                continue
+            if type(module).__name__ == "RMSNorm":
+                self.members.append(Norm(module, kernels, why_not_norm(module, like)))
             else:
-                yield module if epilogue_of(module) is None else _by_rows(module)
+                self.members.append(Unknown(module, why_not_activation(module)))
+            yield self.members[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
         for call in self._calls:
@@ -92,15 +109,12 @@ class Chain:
         return x
 
 
-def _with_epilogue(linear: Linear, epilogue: str) -> Callable[[Tensor], Tensor]:
-    return lambda x: linear(x, epilogue)
-
-
-def _by_rows(activation: Any) -> Callable[[Tensor], Tensor]:
-    """An activation of rows [rows, width], one at a time: torch computes a tensor's last elements, and those at the end of a
+def _by_rows(activation: Any, x: Tensor) -> Tensor:
+    """An activation of x [rows, width], one row at a time: torch computes a tensor's last elements, and those at the end of a
     thread's share, by another function, so bits would depend on the number of rows."""
+    return torch.stack([activation(row) for row in x]) if x.device.type == "cpu" and len(x) else activation(x)
 
-    def call(x: Tensor) -> Tensor:
-        return torch.stack([activation(row) for row in x]) if x.device.type == "cpu" and len(x) else activation(x)
 
-    return call
+def _in_rows(x: Tensor) -> Tensor:
+    """The same numbers with neighbours of a row side by side, as the kernels read them."""
+    return x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()

@@ -17,9 +17,12 @@ __all__ = ["VisionEncoder"]
 
 @dataclass(frozen=True)
 class VisionLayer:
+    """A layer of the encoder; `activation` is the epilogue of its FFN's first half."""
+
     module: Any
     attention: Projections
     up: Linear
+    activation: str
     down: Linear
 
 
@@ -45,7 +48,7 @@ class VisionEncoder:
             query, key, value = (each.unflatten(-1, (-1, head_dim)).transpose(1, 2) for each in projected)
             attended = self._kernels.attention(query, key, value).flatten(2)
             x = layer.attention.out(attended, residual=x)
-            raised = layer.up(layer.module.layer_norm2(x), epilogue_of(layer.module.mlp.activation_fn) or "none")
+            raised = layer.up(layer.module.layer_norm2(x), layer.activation)
             x = layer.down(raised, residual=x)
         return {"last_hidden_state": x}
 
@@ -53,4 +56,6 @@ class VisionEncoder:
 def _layer(module: Any, kernels: KernelSet, like: Tensor) -> VisionLayer:
     projections = Projections.build(module.self_attn, module.self_attn.out_proj, kernels, like)
     up, down = (Linear(each, kernels, like) for each in (module.mlp.fc1, module.mlp.fc2))
-    return VisionLayer(module, projections, up, down)
+    activation = epilogue_of(module.mlp.activation_fn)
+    assert activation is not None, "why_not_vision has looked"
+    return VisionLayer(module, projections, up, activation, down)
