@@ -47,7 +47,7 @@ SIZES = within("showo2/test_sizes.py")
 PIPELINE = within("showo2/test_pipeline.py")
 CONFORMANCE = within("showo2/test_conformance.py")
 COMMANDS = within("cli/test_cli.py")
-KERNELS = within("ops/test_kernel_sets.py")
+KERNELS = within("runtime/test_kernel_sets.py")
 
 MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "            temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
