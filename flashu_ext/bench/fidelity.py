@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.parts import Showo2Parts, model_shape
+from ..models.adapter import adapter_of
 from ..ops.machine import command_line, facts
 from ..planning.config import FlashUConfig
 from ..planning.cost import llm_layer_flops
@@ -62,7 +62,7 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
     Args:
         tail: False counts a layer measurement as if it, too, ran on the image span alone.
     """
-    shape = model_shape(Showo2Parts.from_model(model))
+    shape = adapter_of(model).shape()
     layers = len(shape.layers)
     geometry, count = image.geometry, len(image.geometry.prefix)
     length, prefix = image.length, sum(geometry.prefix) / count

@@ -17,7 +17,7 @@ import click
 import torch
 
 from ..models.accelerated import handle_of
-from ..models.parts import Showo2Parts
+from ..models.adapter import adapter_of
 from ..models.showo2 import Showo2, Showo2Config, answer_tokens, sample
 from ..ops import machine
 from ..planning.config import FlashUConfig
@@ -94,7 +94,7 @@ def memory(name: str, images: int) -> dict[str, int]:
     config = shape.config
     with torch.device("meta"):
         model = Showo2(config).to(torch.bfloat16)
-    parts = Showo2Parts.from_model(model)
+    parts = adapter_of(model)
     latent_size = (config.image_latent_height * config.patch_size, config.image_latent_width * config.patch_size)
     wanted = ImageShape(2 * images, images, latent_size, shape.sequence, shape.prompt + 2, 49)
     image_memory = ImageMemory(parts, FlashUConfig.paper(), wanted.rounded(), fixed=True)

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.accelerated import handle_of
 from ..models.autocast import without_autocast
-from ..models.embedding import embed_image, embed_time, with_time_token
 from ..models.masks import additive, omni_allowed
-from ..models.parts import Showo2Parts
 from ..models.showo2 import validate
+from ..models.showo2.adapter import Showo2Adapter, adapter
 from ..models.showo2.understanding import prompt_embeds
 from ..ops import reference
 from ..planning.estimators import DownNorms, check_estimator
@@ -118,7 +117,7 @@ def calibrate(
     Source: paper section 3.2; its reference code computes the same Wanda score on one prompt with placeholder image
     embeddings.
     """
-    parts = Showo2Parts.from_model(model)
+    parts = adapter(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: expected a model that is not accelerated; call handle.remove() first")
     check_estimator(estimator)
@@ -172,7 +171,7 @@ class _Run:
 
     def __init__(
         self,
-        parts: Showo2Parts,
+        parts: Showo2Adapter,
         tasks: list[str],
         times: tuple[float, ...],
         seed: int,
@@ -273,7 +272,7 @@ class _Run:
 class _Observer:
     """Accumulates activations of a model's layers in a task's state, by hooks."""
 
-    def __init__(self, parts: Showo2Parts):
+    def __init__(self, parts: Showo2Adapter):
         self.parts = parts
         self.down = DownNorms.from_projections([layer.mlp.down_proj for layer in parts.layers])
         self._norms = _supported(ops.neuron_norms_, reference.neuron_norms_, parts)
@@ -352,7 +351,7 @@ class _Observer:
             self._state.mean_importance[layer] += mean
 
 
-def _supported(kernel: Any, fallback: Any, parts: Showo2Parts) -> Any:
+def _supported(kernel: Any, fallback: Any, parts: Showo2Adapter) -> Any:
     return kernel if kernel.is_supported(parts.device, parts.dtype) else fallback
 
 
@@ -364,7 +363,7 @@ def _run_generation(observer: _Observer, sample: GenerationSample, t: float, row
     latents = t * sample.latents + (1 - t) * noise
     time = torch.full((tokens.shape[0],), t, dtype=torch.float32, device=tokens.device)
     validate.check_t2i_inputs(parts.model, latents.repeat(2, 1, 1, 1), time, tokens, positions, True)
-    span = with_time_token(parts, embed_image(parts, latents).repeat(2, 1, 1), embed_time(parts, time)[1])
+    span = parts.with_time(parts.embed_image(latents).repeat(2, 1, 1), parts.time_token(parts.embed_time(time)))
     # No counted token attends past the longest row's span, so the rest is not computed.
     end = positions[:, 0].sum(dim=-1)
     length = int(end.max())

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from .parts import AttentionShape, Showo2Parts, norm_eps
+from .adapter import Adapter, AttentionShape, norm_eps
 from .stamp import COMPUTED, GLOBAL_HOOKS, called_functions, registered_attention, tracked
 
 __all__ = [
-    "METHODS",
+    "EMBEDDING",
+    "Known",
     "check_model",
     "epilogue_of",
+    "refused_decoder",
+    "refused_layer",
+    "refused_model",
     "untracked",
     "why_not_activation",
     "why_not_attention_kernel",
@@ -35,22 +39,18 @@ __all__ = [
     "why_not_patches",
     "why_not_time",
     "why_not_vision",
+    "why_replaced",
 ]
 
 _HEAD = ("flashu_ext.models.showo2.head", "models.modules")
 _QWEN2 = ("transformers.models.qwen2.modeling_qwen2", "models.qwen2")
 
-_MODELS = {"Showo2": ("flashu_ext.models.showo2.model",), "Showo2Qwen2_5": ("models.modeling_showo2_qwen2_5",)}
 _FFNS = {"Qwen2MLP": _QWEN2, "MLP": _HEAD}
 _NORMS = {"Qwen2RMSNorm": _QWEN2, "RMSNorm": _HEAD}
-_LANGUAGE_MODELS = {"Qwen2ForCausalLM": _QWEN2, "Qwen2Model": _QWEN2}
-_LAYERS = {"Qwen2DecoderLayer": _QWEN2, "ModulatedAttentionBlock": _HEAD, "DecoderLayer": _HEAD}
 _ATTENTIONS = {
     **dict.fromkeys(("Qwen2Attention", "Qwen2SdpaAttention", "Qwen2FlashAttention2"), _QWEN2),
     **dict.fromkeys(("Attention", "SdpaAttention"), _HEAD),
 }
-_FINAL = {"FinalLayer": _HEAD}
-_ROPES = {"RotaryEmbedding": _HEAD}
 _PATCHES = {"PatchEmbed": ("flashu_ext.models.showo2.embedders", "models.modules")}
 _TIMES = {"TimestepEmbedder": ("flashu_ext.models.showo2.embedders", "models.modules")}
 _SIGLIP = ("transformers.models.siglip.modeling_siglip", "models.modeling_siglip")
@@ -58,7 +58,7 @@ _VISION = {"SiglipEncoder": _SIGLIP}
 _VISION_LAYERS = {"SiglipEncoderLayer": _SIGLIP}
 _VISION_ATTENTIONS = dict.fromkeys(("SiglipAttention", "SiglipSdpaAttention", "SiglipFlashAttention2"), _SIGLIP)
 _VISION_MLPS = {"SiglipMLP": _SIGLIP}
-_EMBEDDING = {"Embedding": ("torch.nn.modules.sparse",)}
+EMBEDDING = {"Embedding": ("torch.nn.modules.sparse",)}
 _LINEAR = {"Linear": ("torch.nn.modules.linear",)}
 _LAYER_NORM = {"LayerNorm": ("torch.nn.modules.normalization",)}
 _CONVOLUTION = {"Conv2d": ("torch.nn.modules.conv",)}
@@ -85,9 +85,6 @@ _CALLING = ("__call__", "_call_impl")
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Of rotary embeddings whose frequencies do not depend on the sequence's length; upstream's length is not the runtime's."""
-
-METHODS = ("t2i_generate", "mmu_generate")
-"""The model's methods that the runtime takes over."""
 
 
 def why_unknown(module: Any, known: Known, method: str = "forward") -> str | None:
@@ -385,7 +382,7 @@ def untracked(model: nn.Module) -> list[str]:
     ]
 
 
-def check_model(parts: Showo2Parts) -> None:
+def check_model(adapter: Adapter) -> None:
     """Raise TypeError, with its name and the reason, for a module that the accelerated loop would pass over."""
     _replaced_in_class.cache_clear()  # once for the many modules of a class
     for name in GLOBAL_HOOKS:
@@ -401,54 +398,38 @@ def check_model(parts: Showo2Parts) -> None:
             raise TypeError(
                 f"model: torch.nn.functional.{name} is replaced, which the kernels compute; put it back first"
             )
-    for path, reason in _refused(parts):
+    for path, reason in adapter.refused():
         raise TypeError(
             f"model{path}: {reason}; the accelerated loop does not call it, so its result would be lost; undo that, or "
             "do not accelerate this model"
         )
 
 
-def _refused(parts: Showo2Parts) -> Iterator[tuple[str, str]]:
-    """(path in the model, reason) of every module that the loop does not call, but whose class it does not know."""
-    model, like = parts.model, parts.embed_tokens.weight
-    layers = [(f".showo.model.layers.{i}", layer, parts.llm_attention) for i, layer in enumerate(parts.layers)]
-    layers += [(f".diffusion_head_a.{i}", block, parts.head_attention) for i, block in enumerate(parts.blocks)]
-    known: list[tuple[str, Any, Known]] = [
-        (".showo", model.showo, _LANGUAGE_MODELS),
-        (".showo.model", model.showo.model, _LANGUAGE_MODELS),
-        (".position_embedding", parts.position_embedding, _EMBEDDING),
-        (".diffusion_head_b", parts.final_layer, _FINAL),
-        *((path, layer, _LAYERS) for path, layer, _ in layers),
-        *((f".diffusion_head_a.{i}.self_attn.rotary_emb", rope, _ROPES) for i, rope in enumerate(_ropes(parts))),
-    ]
-    for method in (*METHODS, *_methods(type(model))):
-        if reason := why_unknown(model, _MODELS, method):
+def refused_model(model: Any, known: Known, methods: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the model's own class, instance and hooks. methods: that the runtime takes over."""
+    for method in (*methods, *_methods(type(model))):
+        if reason := why_unknown(model, known, method):
             yield "", reason
     if reason := why_hooked(model):
         yield "", reason
-    count = getattr(model.showo.config, "num_hidden_layers", len(parts.layers))
-    if count != len(parts.layers):
-        yield ".showo", f"its config says {count} layers, and it has {len(parts.layers)}"
-    rope_type = getattr(parts.llm_rope, "rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
-        yield ".showo.model.rotary_emb", f"its frequencies are of type {rope_type!r}, which depends on the length"
     for name in _replaced_methods(model):
-        if name not in METHODS:
+        if name not in methods:
             yield "", f"its {name} is replaced"
-    for path, module, classes in known:
-        if reason := why_replaced(module, classes):
-            yield path, reason
-    for path, layer, shape in layers:
-        if reason := why_not_attention(layer.self_attn, shape, like):
-            yield f"{path}.self_attn", reason
-        if getattr(layer, "attention_type", "full_attention") != "full_attention":
-            yield path, f"its attention is {layer.attention_type}"
-    first, *others = _ropes(parts)
-    for index, rope in enumerate(others, 1):
-        # One rotary table serves all blocks.
-        if not torch.equal(rope.inv_freq, first.inv_freq):
-            yield f".diffusion_head_a.{index}.self_attn.rotary_emb", "its frequencies are not those of the first block"
 
 
-def _ropes(parts: Showo2Parts) -> list[Any]:
-    return [block.self_attn.rotary_emb for block in parts.blocks]
+def refused_decoder(path: str, decoder: Any, rope: Any, layers: int) -> Iterator[tuple[str, str]]:
+    """What is wrong with the language model at a path: its number of layers, or its rotary embedding."""
+    count = getattr(decoder.config, "num_hidden_layers", layers)
+    if count != layers:
+        yield path, f"its config says {count} layers, and it has {layers}"
+    rope_type = getattr(rope, "rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        yield f"{path}.model.rotary_emb", f"its frequencies are of type {rope_type!r}, which depends on the length"
+
+
+def refused_layer(path: str, layer: Any, shape: AttentionShape, like: Tensor) -> Iterator[tuple[str, str]]:
+    """What is wrong with a layer's attention around its projections. like: a weight of the model."""
+    if reason := why_not_attention(layer.self_attn, shape, like):
+        yield f"{path}.self_attn", reason
+    if getattr(layer, "attention_type", "full_attention") != "full_attention":
+        yield path, f"its attention is {layer.attention_type}"

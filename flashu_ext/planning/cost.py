@@ -69,17 +69,18 @@ class EncoderShape:
 
     Attributes:
         linear: operations per patch, embeddings and fusion included.
-        layers, width: of its attention.
+        layers, width, heads: of its attention.
     """
 
     linear: float
     layers: int
     width: int
+    heads: int = 1
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a Show-o2 model that its cost depends on (`flashu_ext.models.parts.model_shape`).
+    """The sizes of a model that its cost depends on (`Adapter.shape`).
 
     Attributes:
         layers: of the language model.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.parts import Showo2Parts, out_features
+from ..models.adapter import Adapter, out_features
 from .image_memory import rounded_up
 from .modules.attention import Rope
 
@@ -65,7 +65,7 @@ class AnswerMemory:
         rope: rotary table of all positions, [positions, head_dim] each.
     """
 
-    def __init__(self, shape: AnswerShape, parts: Showo2Parts, rope: Rope, fixed: bool):
+    def __init__(self, shape: AnswerShape, parts: Adapter, rope: Rope, fixed: bool):
         self.shape = shape
         self.fixed = fixed
         kv, rows, device = parts.llm_attention, shape.rows, parts.device

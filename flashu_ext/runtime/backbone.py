@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..models.embedding import early_signal, embed_image, semantic_features, with_time_token
 from ..models.masks import additive, omni_allowed
 from .head import Head
-from .image_memory import ImageMemory, joined, joined_rope
+from .image_memory import ImageMemory, joined, joined_early, joined_rope
 from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, RoutedPass, span_pass
 from .modules.decoder_layer import decoder_layer, routed_decoder_layer
 from .network import Network
@@ -56,7 +55,7 @@ class Backbone:
     def watch(self, memory: ImageMemory, work: WatchWork) -> None:
         """Pass the network's input to the adaptive cache's gate."""
         token = memory.time_token.index_select(0, memory.time_rows[: work.rows])
-        memory.gate.watch(work, early_signal(self.parts, memory.latents[: work.rows], token), self.kernels)
+        memory.gate.watch(work, self.parts.signal(memory.latents[: work.rows], token), self.kernels)
 
     def run(self, memories: Sequence[ImageMemory], works: Sequence[BackboneWork]) -> None:
         """Latents, times and prefix in each memory -> final hidden states of its span, in memory. Several works compute the same
@@ -72,17 +71,18 @@ class Backbone:
         parts, pairs = self.parts, list(zip(memories, works, strict=True))
         images = [work.images for work in works]
         latents = joined([memory.latents[:count] for memory, count in zip(memories, images, strict=True)])
-        if works[0].encode:
-            semantic = semantic_features(parts, latents, memories[0].positions)
-            for (memory, work), own in zip(pairs, semantic.split(images), strict=True):
-                if memory.semantic is not None:
-                    memory.semantic[: work.images] = own
-        else:
+        features: Tensor | None = None
+        if memories[0].sizes.features and works[0].encode:
+            features = parts.features(latents, memories[0].place)
+            for (memory, work), own in zip(pairs, features.split(images), strict=True):
+                if memory.features is not None:
+                    memory.features[: work.images] = own
+        elif memories[0].sizes.features:
             # Only a config with an encoder cache plans steps without the encoder.
-            stored = [memory.semantic[: work.images] for memory, work in pairs if memory.semantic is not None]
-            semantic = joined(stored)
+            features = joined([memory.features[: work.images] for memory, work in pairs if memory.features is not None])
         tokens = [memory.time_token.index_select(0, memory.time_rows[: work.images]) for memory, work in pairs]
-        span = with_time_token(parts, embed_image(parts, latents, semantic), joined(tokens))
+        early = joined_early([(memory, work.images) for memory, work in pairs])
+        span = parts.span(latents, features, early, joined(tokens))
         if all(work.rows == work.images for work in works):
             return span
         # Both branches of guidance have the same image.

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..models.embedding import embed_time
 from ..models.showo2.sampling import SampleInputs
 from ..models.velocity import Scale, guide, guided, unpatchify
 from ..planning.config import FlashUConfig
@@ -30,7 +29,6 @@ from .history import HeadHistory
 from .image_memory import ImageMemory, ImageShape, joined
 from .memory import MemoryPool
 from .modules.attention import RowGeometry
-from .modules.head_block import modulation_table
 from .network import Network
 from .state import ImageRecord, ImageState, StepCounts
 from .work import BackboneWork, HeadWork, PrefixWork, Variant, WatchWork
@@ -108,7 +106,7 @@ class GenerationEngine:
         parts = self.parts
         with_guidance = guided(guidance_scale)
         rows, length = text_tokens.shape
-        patches = (latent_size[0] // parts.patch_size) * (latent_size[1] // parts.patch_size)
+        patches = parts.sizes(latent_size).patches
         plan = StepPlan.build(
             config, steps, len(parts.layers), None if isinstance(guidance_scale, tuple) else guidance_scale, patches
         )
@@ -147,9 +145,9 @@ class GenerationEngine:
         self._fill_times(memory, t)
 
     def _fill_times(self, memory: ImageMemory, t: Tensor) -> None:
-        time, token = embed_time(self.parts, t)
-        memory.time_token[: t.shape[0]] = token
-        memory.modulation[: t.shape[0]] = modulation_table(self.network.modulations, time)
+        time = self.parts.embed_time(t)
+        memory.time_token[: t.shape[0]] = self.parts.time_token(time)
+        memory.modulation[: t.shape[0]] = self.parts.modulation(time)
 
     def end(self, state: ImageState) -> None:
         """Release a finished or abandoned image's memory; its record stays."""
@@ -281,7 +279,7 @@ class GenerationEngine:
     def _after_backbone(self, each: _Evaluation, work: BackboneWork) -> None:
         """Record what later steps need to know."""
         state = each.state
-        if work.encode and state.memory.semantic is not None:
+        if work.encode and state.memory.features is not None:
             state.semantic_rows = work.images
         state.encode_due &= not work.encode
         if work.measure:

@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..models.accelerated import HANDLE, handle_of, unwrapped
-from ..models.known import METHODS
-from ..models.parts import Showo2Parts
+from ..models.adapter import adapter_of
 from ..models.showo2.sampling import DEFAULT_STEPS, DenseStepper, SampleInputs
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
@@ -31,7 +30,6 @@ from .overrides import Overrides
 from .runner import Runner
 from .state import ImageRecord
 from .summary import Summary
-from .upstream import UpstreamMethods
 
 __all__ = ["Handle", "accelerate"]
 
@@ -47,8 +45,9 @@ class Handle:
         self.config = runner.config
         self.plan = plan
         self.model = runner.model
-        self._upstream = UpstreamMethods(runner, {name: getattr(self.model, name) for name in METHODS})
-        methods = {name: getattr(self._upstream, name) for name in METHODS}
+        names = runner.parts.methods
+        self._upstream = runner.parts.upstream(runner, {name: getattr(self.model, name) for name in names})
+        methods = {name: getattr(self._upstream, name) for name in names}
         self._overrides = Overrides(self.model, {**methods, HANDLE: self})
 
     def remove(self) -> None:
@@ -164,7 +163,7 @@ class Handle:
             return self._summary()
 
     def _summary(self) -> Summary:
-        runner, model = self.runner, self.runner.parts.model
+        runner = self.runner
         images, image = runner.last_images, runner.last_image
         done = image.ran if image else []
         answers = runner.understanding
@@ -196,7 +195,7 @@ class Handle:
             answer_layers_skipped=answers.skipped,
             neurons=dict.fromkeys(self.plan.tasks, self.plan.kept_neurons) if self.plan and runner.layouts else {},
             plan_unused=self.plan is not None and not runner.layouts,
-            intermediate=int(model.showo.config.intermediate_size),
+            intermediate=runner.network.layers[0].ffn.neurons,
             tokens=tokens,
             weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
             extra_weight_bytes=sum(layout.permutation.nbytes for layout in runner.layouts or ()),
@@ -204,7 +203,7 @@ class Handle:
             memory=held,
             last_image_memory=dict(sum((Counter(each.memory) for each in images), Counter())),
             launches=_launches(image) if image else {},
-            evicted=self._upstream.evicted,
+            evicted=getattr(self._upstream, "evicted", 0),
             syncs=sum(counts.syncs for counts in image.counts) if image else 0,
             host_waits=sum(counts.waits for counts in image.counts) if image else 0,
             step_runner=f"eager: {why_not}"
@@ -263,7 +262,7 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
 
 def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None, begun: list[Handle]) -> Handle:
     """begun: receives the handle before it changes the model."""
-    parts = Showo2Parts.from_model(model)
+    parts = adapter_of(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
     layers = len(parts.layers)
@@ -272,7 +271,7 @@ def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None, b
         raise ValueError(
             f"config.token_prune_layer: expected a layer in [0, {layers}) of this model, got {answers.token_prune_layer}"
         )
-    for name in METHODS:
+    for name in parts.methods:
         if name in vars(model):
             raise TypeError(f"model.{name}: expected the class's method, got one that is set on this instance")
     runner = Runner(model, config, _layouts(model, config, plan))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .image_memory import ImageMemory, joined, joined_rope
+from .image_memory import ImageMemory, joined, joined_early, joined_rope
 from .modules.attention import CausalPass, span_pass
-from .modules.head_block import final_layer, head_block
+from .modules.head_block import head_block
 from .network import Network
 from .work import HeadWork
 
@@ -28,7 +28,7 @@ class Head:
         tokens = hidden.shape[1]
         attention = CausalPass(tokens, memory.prefix(rows)[1], self.kernels)
         rope = (memory.head_text_rope[0][:, :tokens], memory.head_text_rope[1][:, :tokens])
-        x = self._input(hidden)
+        x = self.parts.head_input(hidden)
         for index, block in enumerate(self.network.blocks):
             x = head_block(block, index, x, None, rope, attention, self.parts.head_attention, self.kernels)
 
@@ -41,8 +41,8 @@ class Head:
             x = joined([self._predict(memory, work) for memory, work in pairs])
         else:
             x = self._compute(memories, works, modulation)
-        skip = 1 if self.parts.has_time_token else 0
-        velocity = final_layer(self.network.head_out, self.network.head_norm, x[:, skip:], modulation)
+        early = joined_early([(memory, work.rows) for memory, work in pairs])
+        velocity = self.parts.velocity(x, modulation, early)
         for (memory, work), own in zip(pairs, velocity.split([work.rows for work in works]), strict=True):
             memory.velocity[: work.rows] = own
             if work.stepped:
@@ -55,11 +55,11 @@ class Head:
     def _predict(self, memory: ImageMemory, work: HeadWork) -> Tensor:
         assert work.prediction is not None
         x = memory.cache.predict(work.prediction, work.rows, self.kernels)
-        return self._input(memory.hidden[: work.rows]) + x if work.residual else x
+        return self.parts.head_input(memory.hidden[: work.rows]) + x if work.residual else x
 
     def _compute(self, memories: Sequence[ImageMemory], works: Sequence[HeadWork], modulation: Tensor) -> Tensor:
         pairs = list(zip(memories, works, strict=True))
-        x = self._input(joined([memory.hidden[: work.rows] for memory, work in pairs]))
+        x = self.parts.head_input(joined([memory.hidden[: work.rows] for memory, work in pairs]))
         before = x.clone() if any(work.residual for work in works) else x  # the blocks write into x
         attention = span_pass([memory.span_pass(memory.head, work.rows, self.kernels) for memory, work in pairs])
         rope = joined_rope([(memory.head_rope, work.rows) for memory, work in pairs])
@@ -70,7 +70,3 @@ class Head:
             if work.update is not None:
                 memory.cache.update(work.update, own - first if work.residual else own, self.kernels)
         return x
-
-    def _input(self, hidden: Tensor) -> Tensor:
-        # The blocks overwrite their input. Without a projection that is `hidden`, which is not read again.
-        return hidden if self.parts.diff_proj is None else self.parts.diff_proj(hidden)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models.adapter import Adapter
 from ..models.masks import slot_mask
-from ..models.parts import Showo2Parts, position_table
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, TokenSkip
@@ -22,7 +22,7 @@ from .history import MEASUREMENTS
 from .modules.attention import Rope, RowGeometry, SpanPass, rope_table
 from .token_router import TokenRouter
 
-__all__ = ["ImageMemory", "ImageShape", "joined", "joined_rope"]
+__all__ = ["ImageMemory", "ImageShape", "joined", "joined_early", "joined_rope"]
 
 PREFIX_STEP, TIMES_STEP = 64, 64
 """Reusable memory rounds its capacity for prompts and times up to multiples of these, so most later images fit."""
@@ -44,6 +44,12 @@ def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 def joined_rope(tables: Sequence[tuple[Rope, int]]) -> Rope:
     """The first rows of several rotary tables in one."""
     return joined([rope[0][:rows] for rope, rows in tables]), joined([rope[1][:rows] for rope, rows in tables])
+
+
+def joined_early(memories: Sequence[tuple[ImageMemory, int]]) -> Tensor | None:
+    """The first rows of several memories' `early` in one; None where the model computes none."""
+    own = [memory.early[:rows] for memory, rows in memories if memory.early is not None]
+    return joined(own) if own else None
 
 
 @dataclass(frozen=True)
@@ -91,57 +97,51 @@ class ImageMemory:
         shape: what it was allocated for.
         config: of its images.
         span: tokens of the image span.
-        grid: patches, (rows, columns).
+        sizes: of what an evaluation computes.
         text_tokens: int64 [rows, length].
         spans: int64 [rows, 1, 2], (offset, length) of each row's span.
         latents: fp32 [rows, channels, H, W]; where guided rows share one latent, the first `images` are used.
         time_rows: int64 [rows], each row's index into the time tables.
         time_token: [times, hidden].
-        modulation: [times, ...], the head's adaLN projections (`modulation_table`).
+        modulation: [times, ...], see `Adapter.modulation`.
         scale, dt: fp32 [times], guidance scale and time step of every evaluation.
         llm, head: keys and values [layers, 2, rows, span + prefix, kv_heads, head_dim] of the language model and the head.
         llm_rope, head_rope: rotary tables of the span.
         text_rope, head_text_rope: rotary tables of positions 0 and up.
         mask: additive [rows, 1, 1, span + prefix] where prompt lengths are read on the device, else None.
         hidden: output of the language model [rows, span, hidden], consumed by the head.
-        velocity: output of the head [rows, patches, patch * patch * channels].
+        velocity: output of the head [rows, *sizes.velocity].
         importance: fp32 [layers], the last measurement.
-        semantic: encoder features [rows, patches, clip] where later evaluations reuse them, else None.
+        early: [rows, *sizes.early], or None where the model computes none.
+        features: the encoder's [rows, patches, width] where later evaluations reuse them, else None.
+        place: what the encoder takes besides latents (`Adapter.place`).
         cache: the head's features for later steps.
         gate: the adaptive cache's signal.
         router: measured token importance.
         geometry: the rows' spans, on the host; read where `mask` is None.
     """
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, shape: ImageShape, fixed: bool):
+    def __init__(self, parts: Adapter, config: FlashUConfig, shape: ImageShape, fixed: bool):
         """fixed: prompt lengths are read on the device, so captured work can be replayed for other prompts."""
         dtype, device = parts.dtype, parts.device
         self.shape = shape
         self.config = config
-        height, width = shape.latent_size
-        self.grid = (height // parts.patch_size, width // parts.patch_size)
-        patches = self.grid[0] * self.grid[1]
-        self.span = span = patches + parts.has_time_token
+        self.sizes = sizes = parts.sizes(shape.latent_size)
+        self.span = span = parts.lead + sizes.patches
         slots, rows = span + shape.prefix, shape.rows
         if fixed:
             slots = rounded_up(slots, SLOT_STEP)
         llm, head = parts.llm_attention, parts.head_attention
-        first_block = parts.blocks[0]
-        clip = int(parts.position_embedding.weight.shape[1])
-        head_width = int(first_block.input_layernorm.weight.shape[0])
-        modulation = (
-            6 * len(parts.blocks) + 2
-        ) * head_width  # (shift, scale, gate) twice; the final layer's shift, scale
 
         def new(*sizes: int, of: torch.dtype = dtype) -> Tensor:
             return torch.zeros(sizes, dtype=of, device=device)
 
         self.text_tokens = new(rows, shape.length, of=torch.int64)
         self.spans = new(rows, 1, 2, of=torch.int64)
-        self.latents = new(rows, parts.latent_channels, height, width, of=torch.float32)
+        self.latents = new(rows, parts.latent_channels, *shape.latent_size, of=torch.float32)
         self.time_rows = new(rows, of=torch.int64)
         self.time_token = new(shape.times, parts.hidden)
-        self.modulation = new(shape.times, modulation)
+        self.modulation = new(shape.times, sizes.modulation)
         self.scale, self.dt = new(shape.times, of=torch.float32), new(shape.times, of=torch.float32)
         # Zeros, because unused slots are only masked: a NaN there would spread.
         self.llm = new(len(parts.layers), 2, rows, slots, llm.kv_heads, llm.head_dim)
@@ -150,24 +150,28 @@ class ImageMemory:
         self.head_rope: Rope = (new(rows, span, head.head_dim), new(rows, span, head.head_dim))
         positions = torch.arange(shape.length, device=device)[None]
         self.text_rope = rope_table(parts.llm_rope, positions, dtype)
-        self.head_text_rope = rope_table(first_block.self_attn.rotary_emb, positions[:, : max(shape.prefix, 1)], dtype)
+        if parts.head_rope is not None:
+            self.head_text_rope = rope_table(parts.head_rope, positions[:, : max(shape.prefix, 1)], dtype)
+        else:
+            self.head_text_rope = (self.text_rope[0][:, :0], self.text_rope[1][:, :0])
         self.mask = new(rows, 1, 1, slots) if fixed else None
         self.hidden = new(rows, span, parts.hidden)
-        self.velocity = new(rows, patches, parts.patch_size**2 * parts.latent_channels)
+        self.velocity = new(rows, *sizes.velocity)
         self.importance = new(len(parts.layers), of=torch.float32)
-        self.semantic = new(rows, patches, clip) if config.encoder is not None and config.encoder.on else None
-        self.positions = new(1, patches, clip)
+        self.early = new(rows, *sizes.early) if sizes.early else None
+        shared = config.encoder is not None and config.encoder.on and sizes.features > 0
+        self.features = new(rows, sizes.patches, sizes.features) if shared else None
+        self.place = new(1, sizes.patches, sizes.features)
         caching = config.head or HeadCaching()
         caches = caching.adaptive or caching.interval > 1
-        width = int(first_block.input_layernorm.weight.shape[0])
         self.cache = HeadCache(
-            [new(caching.order + 1, count, span, width) for count in ({rows, shape.images} if caches else ())]
+            [new(caching.order + 1, count, span, sizes.cached) for count in ({rows, shape.images} if caches else ())]
         )
-        signal = (rows, patches, parts.hidden) if caching.adaptive else (0,)
+        signal = (rows, sizes.patches, parts.hidden) if caching.adaptive else (0,)
         self.gate = AdaptiveGate(caching.budget, new(*signal), new(of=torch.float32))
         tokens = config.tokens or TokenSkip(0.0, on=False)
         measured = (MEASUREMENTS, len(parts.layers), rows, span) if tokens.on else (0,)
-        self.router = TokenRouter(tokens.count(patches), parts.has_time_token, new(*measured, of=torch.float32))
+        self.router = TokenRouter(tokens.count(sizes.patches), parts.lead, new(*measured, of=torch.float32))
         self.geometry = RowGeometry((0,) * rows, span)
 
     @property
@@ -175,7 +179,7 @@ class ImageMemory:
         """int64 [rows], the first position of each row's span."""
         return self.spans[:, 0, 0]
 
-    def load(self, parts: Showo2Parts, text_tokens: Tensor, spans: Tensor, geometry: RowGeometry) -> None:
+    def load(self, parts: Adapter, text_tokens: Tensor, spans: Tensor, geometry: RowGeometry) -> None:
         """Prepare the memory for a new image.
 
         Args:
@@ -188,12 +192,15 @@ class ImageMemory:
         self.spans.copy_(spans)
         positions = self.offsets[:, None] + torch.arange(self.span, device=self.offsets.device)
         dtype = self.hidden.dtype
-        for mine, module in ((self.llm_rope, parts.llm_rope), (self.head_rope, parts.blocks[0].self_attn.rotary_emb)):
+        for mine, module in ((self.llm_rope, parts.llm_rope), (self.head_rope, parts.head_rope)):
+            if module is None:
+                continue
             for table, values in zip(mine, rope_table(module, positions, dtype), strict=True):
                 table.copy_(values)
         if self.mask is not None:
             self.mask.copy_(slot_mask(self.offsets + self.span, self.mask.shape[3], dtype))
-        self.positions.copy_(position_table(parts, *self.grid))
+        if self.sizes.features:
+            self.place.copy_(parts.place(self.shape.latent_size))
 
     def prefix(self, rows: int) -> tuple[Tensor, Tensor]:
         """The prefix slots of the first `rows` rows in `llm` and in `head`."""
@@ -214,11 +221,19 @@ class ImageMemory:
             yield "keys and values", tensor
         for tensor in (self.time_token, self.modulation, self.scale, self.dt, self.time_rows):
             yield "time tables", tensor
-        for tensor in (*self.llm_rope, *self.head_rope, *self.text_rope, *self.head_text_rope, self.positions):
+        for tensor in (*self.llm_rope, *self.head_rope, *self.text_rope, *self.head_text_rope, self.place):
             yield "positions", tensor
-        for tensor in (self.text_tokens, self.spans, self.latents, self.hidden, self.velocity, self.importance):
+        for tensor in (
+            self.text_tokens,
+            self.spans,
+            self.latents,
+            self.early,
+            self.hidden,
+            self.velocity,
+            self.importance,
+        ):
             yield "activations", tensor
-        yield "encoder cache", self.semantic
+        yield "encoder cache", self.features
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by purpose."""

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..models.accelerated import unwrapped
+from ..models.adapter import Adapter, adapter_of
 from ..models.known import why_not_attention_kernel
-from ..models.parts import Showo2Parts, layer_shapes, model_shape
+from ..models.shapes import layer_shapes
 from ..ops.kernel_sets import (
     FAMILIES,
     KERNELS,
@@ -134,7 +135,7 @@ def describe(
     neurons are left out; visual tokens that a prefill drops are counted.
 
     Args:
-        model: a Show-o2 model, or its `Showo2Parts`; its weights may be on the meta device.
+        model: a Show-o2 model, or its adapter; its weights may be on the meta device.
         config: the settings; None is `FlashUConfig.exact()`.
         plan: whose neurons are kept where the config prunes; None: as many as the config says, in every task.
         device, dtype: where and in what it would run; None: the model's, and for the meta device a GPU where torch sees one, else
@@ -156,7 +157,7 @@ def describe(
     for name, count in (("images", images), ("prompt", prompt), ("question", question)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
-    parts = model if isinstance(model, Showo2Parts) else Showo2Parts.from_model(unwrapped(model))
+    parts = model if isinstance(model, Adapter) else adapter_of(unwrapped(model))
     where = torch.device(device) if device is not None else parts.device
     if where.type == "meta":
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -196,7 +197,7 @@ class _Shapes:
 
     def __init__(
         self,
-        parts: Showo2Parts,
+        parts: Adapter,
         config: FlashUConfig,
         plan: TaskPlan | None,
         steps: int | None,
@@ -204,7 +205,7 @@ class _Shapes:
         prompt: int,
         question: int,
     ):
-        shape = model_shape(parts)
+        shape = parts.shape()
         patches = int(parts.model.config.image_latent_height) * int(parts.model.config.image_latent_width)
         span, layers, llm, block = patches + shape.time_token, len(shape.layers), shape.layers[0], shape.blocks[0]
         skipped = (config.layers or LayerSkip(0.0, 0)).count(layers) if config.layers else 0
@@ -216,7 +217,7 @@ class _Shapes:
         tables = 1 + (config.head or HeadCaching()).order
         answered = layers - (config.answers or Answers()).layers_skipped(layers)
         self.of = {
-            ("generation", "embed"): _embedding(parts, shape, images, patches),
+            ("generation", "embed"): _embedding(shape, images, patches),
             ("generation", "backbone"): PhaseShape(
                 llm, layers - skipped, rows, span - routed, keys, drawing, layers + 1
             ),
@@ -233,7 +234,7 @@ class _Shapes:
                 tables,
             ),
             ("generation", "measuring"): PhaseShape(llm, layers, rows, keys, keys, drawing, layers + 1),
-            ("understanding", "embed"): _embedding(parts, shape, 1, patches),
+            ("understanding", "embed"): _embedding(shape, 1, patches),
             ("understanding", "prefill"): PhaseShape(llm, layers, 1, asked, asked, answering, layers + 1),
             ("understanding", "decode"): PhaseShape(
                 llm, answered, 1, 1, asked + 1, answering, answered + 1, ((1, shape.lm_head),)
@@ -261,11 +262,11 @@ def _neurons(layer: LayerShape, config: FlashUConfig, plan: TaskPlan | None, tas
     return int(layer.neurons * (1 - config.ffn.ratio)) // config.ffn.multiple * config.ffn.multiple
 
 
-def _embedding(parts: Showo2Parts, shape: ModelShape, images: int, patches: int) -> PhaseShape:
+def _embedding(shape: ModelShape, images: int, patches: int) -> PhaseShape:
     """The image encoder, and the times' layers: a head's modulation and the time token."""
     encoder = shape.encoder
-    square, heads = 4.0 * encoder.width**2, int(getattr(parts.vision.config, "num_attention_heads", 1))
-    layer = LayerShape(square, square, 0.0, heads, encoder.width // heads, encoder.width, encoder.width)
+    square = 4.0 * encoder.width**2
+    layer = LayerShape(square, square, 0.0, encoder.heads, encoder.width // encoder.heads, encoder.width, encoder.width)
     modulation = sum(block.modulation for block in shape.blocks) + shape.final_modulation
     others = ((images * patches, encoder.linear - encoder.layers * 2 * square), (1, modulation))
     return PhaseShape(layer, encoder.layers, images, patches, patches, others=others)

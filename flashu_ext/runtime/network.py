@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
+from ..models.adapter import Adapter
 from ..models.known import why_not_ffn, why_not_norm
-from ..models.parts import Showo2Parts
 from ..ops.kernel_sets import KernelSet, KernelSets, KernelUnavailableError
 from ..planning.config import FlashUConfig
 from ..planning.neurons import NeuronLayout
@@ -16,7 +18,7 @@ from .modules.ffn import FFN
 from .modules.layer import Layer, Projections
 from .modules.linear import Chain, Linear, Linears, Unknown
 from .modules.norm import Norm
-from .modules.vision import VisionEncoder, VisionLayer
+from .modules.vision import VisionEncoder
 
 __all__ = ["Network"]
 
@@ -25,51 +27,35 @@ __all__ = ["Network"]
 class Network:
     """A model's layers on one set of kernels; `at` gives the same model on the set of a phase."""
 
-    source: Showo2Parts
+    source: Adapter
     """The model's own modules."""
-    parts: Showo2Parts
+    parts: Adapter
     """The same, with the runtime's embedders, image encoder and projections in place of the model's: called alike."""
     sets: KernelSets
     kernels: KernelSet
     layers: tuple[Layer, ...]
     final_norm: Norm
     blocks: tuple[Layer, ...]
-    head_norm: Norm
-    head_out: Linear
-    modulations: tuple[Chain, ...]
-    """The adaLN projections of every block, and of the final layer."""
     layouts: Sequence[NeuronLayout | None] | None = None
     """See `over`."""
     built: list[Network] = field(default_factory=list)
     """The same model on the other sets, as far as they were asked for."""
 
     @classmethod
-    def build(cls, parts: Showo2Parts, sets: KernelSets, kernels: KernelSet | None = None) -> Network:
+    def build(cls, parts: Adapter, sets: KernelSets, kernels: KernelSet | None = None) -> Network:
         """The model's layers; every task uses all neurons. kernels: one of the sets; None: any."""
         kernels = kernels or next(iter(sets.sets.values()))
         like = parts.embed_tokens.weight
-
-        def norm(module: Any) -> Norm:
-            return Norm(module, kernels, why_not_norm(module, like))
+        kit = _Kit(kernels, like)
 
         def layer(module: Any) -> Layer:
             ffn = FFN(module.mlp, kernels, why_not_ffn(module.mlp, like))
             projections = Projections.build(module.self_attn, module.self_attn.o_proj, kernels, like)
-            return Layer(projections, norm(module.input_layernorm), norm(module.post_attention_layernorm), ffn)
+            norms = kit.norm(module.input_layernorm), kit.norm(module.post_attention_layernorm)
+            return Layer(projections, *norms, ffn)
 
-        modulated = [each.adaLN_modulation for each in (*parts.blocks, parts.final_layer)]
-        return cls(
-            parts,
-            _on_kernels(parts, kernels),
-            sets,
-            kernels,
-            tuple(map(layer, parts.layers)),
-            norm(parts.final_norm),
-            tuple(map(layer, parts.blocks)),
-            norm(parts.final_layer.norm_final),
-            Linear(parts.final_layer.linear, kernels, like),
-            tuple(Chain(each, kernels, like) for each in modulated),
-        )
+        layers, blocks = (tuple(map(layer, each)) for each in (parts.layers, parts.blocks))
+        return cls(parts, parts.on(kit), sets, kernels, layers, kit.norm(parts.final_norm), blocks)
 
     def over(self, layouts: Sequence[NeuronLayout | None]) -> Network:
         """The same network over the tasks' neurons.
@@ -93,7 +79,7 @@ class Network:
     def check_explicit(self, config: FlashUConfig) -> None:
         """Raise KernelUnavailableError where a module runs as itself and a setting asks for kernels there."""
         names = self._names()
-        for each in _all(vars(self)):
+        for each in self._modules():
             asked = [f"{family}_kernels" for family in _FAMILIES[type(each)]]
             asked = [name for name in asked if getattr(config.execution, name) == "flashu"]
             asked += ["batch_invariant"] if config.execution.batch_invariant else []
@@ -107,29 +93,40 @@ class Network:
     def run_as_themselves(self) -> dict[str, str]:
         """Path in the model -> why the module is not on a kernel."""
         names = self._names()
-        return {names[each.module]: each.why_itself for each in _all(vars(self)) if each.why_itself is not None}
+        return {names[each.module]: each.why_itself for each in self._modules() if each.why_itself is not None}
+
+    def _modules(self) -> Iterator[Itself]:
+        return _all((self.parts, self.layers, self.final_norm, self.blocks))
 
     def _names(self) -> dict[Any, str]:
         return {module: name for name, module in self.source.model.named_modules()}
 
 
-def _on_kernels(parts: Showo2Parts, kernels: KernelSet) -> Showo2Parts:
-    like = parts.embed_tokens.weight
+class _Kit:
+    """The runtime's callables on one set of kernels (`Kit`)."""
 
-    def linear(module: Any) -> Linear | None:
-        return None if module is None else Linear(module, kernels, like)
+    def __init__(self, kernels: KernelSet, like: Tensor):
+        """like: a weight of the model, for dtype and device."""
+        self._own = kernels, like
 
-    return replace(
-        parts,
-        lm_head=linear(parts.lm_head),
-        patch_und=PatchEmbedder(parts.patch_und, kernels, like),
-        patch_gen=PatchEmbedder(parts.patch_gen, kernels, like),
-        vision=VisionEncoder(parts.vision, kernels, like),
-        fusion=Chain(parts.fusion, kernels, like),
-        time_embed=TimeEmbedder(parts.time_embed, kernels, like),
-        time_proj=linear(parts.time_proj),
-        diff_proj=None if parts.diff_proj is None else Chain(parts.diff_proj, kernels, like),
-    )
+    def linear(self, module: Any) -> Linear:
+        return Linear(module, *self._own)
+
+    def chain(self, module: Any) -> Chain:
+        return Chain(module, *self._own)
+
+    def norm(self, module: Any) -> Norm:
+        kernels, like = self._own
+        return Norm(module, kernels, why_not_norm(module, like))
+
+    def patches(self, module: Any) -> PatchEmbedder:
+        return PatchEmbedder(module, *self._own)
+
+    def time(self, module: Any) -> TimeEmbedder:
+        return TimeEmbedder(module, *self._own)
+
+    def vision(self, module: Any) -> VisionEncoder:
+        return VisionEncoder(module, *self._own)
 
 
 Itself = Norm | FFN | Linear | Unknown | Chain | VisionEncoder | PatchEmbedder | TimeEmbedder
@@ -151,7 +148,7 @@ def _all(inside: Any) -> Iterator[Itself]:
     """Every part of the network that may run as the model's module."""
     if isinstance(inside, Itself):
         yield inside
-    if isinstance(inside, (Layer, VisionLayer, Projections, Linears, Chain, TimeEmbedder, VisionEncoder, Showo2Parts)):
+    if is_dataclass(inside) or isinstance(inside, (Linears, Chain, TimeEmbedder, VisionEncoder)):
         inside = vars(inside)
     if isinstance(inside, dict):
         inside = tuple(inside.values())

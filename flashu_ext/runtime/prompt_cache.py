@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..models.parts import Showo2Parts
+from ..models.adapter import Adapter
 from .answer_memory import AnswerMemory, AnswerShape, layer_of
 from .memory import Lease, MemoryPool
 from .modules.attention import RopeTable
@@ -173,7 +173,7 @@ class PromptStore:
         last: the cache filled last.
     """
 
-    def __init__(self, parts: Showo2Parts, pool: MemoryPool[AnswerMemory], split: int):
+    def __init__(self, parts: Adapter, pool: MemoryPool[AnswerMemory], split: int):
         """split: the pruning layer."""
         self.pool = pool
         self.split = split

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..models.adapter import adapter_of
 from ..models.autocast import without_autocast
 from ..models.known import check_model, untracked, why_not_attention_kernel
-from ..models.parts import Showo2Parts, layer_shapes
+from ..models.shapes import layer_shapes
 from ..models.showo2.decoding import OnToken, TokenSampler
 from ..models.showo2.sampling import SampleInputs
 from ..models.stamp import Stamp
@@ -54,7 +55,7 @@ class Runner:
     def __init__(self, model: nn.Module, config: FlashUConfig, layouts: Sequence[NeuronLayout] | None):
         """layouts: the plan's, one per layer; None: all tasks use all neurons. Changes nothing yet (`follow` does)."""
         self.model = model
-        self.parts = Showo2Parts.from_model(model)
+        self.parts = adapter_of(model)
         self.config = config
         self.layouts = layouts
         self.lock = ForkedLock()
@@ -133,7 +134,7 @@ class Runner:
         """Build the network on the model as it is. All checks come before the first change. Once interrupted, another call
         completes it."""
         self._unfinished = True
-        parts = Showo2Parts.from_model(self.model)
+        parts = adapter_of(self.model)
         check_model(parts)
         if self.layouts is not None and len(self.layouts) != len(parts.layers):
             raise RuntimeError(f"plan: made for {len(self.layouts)} layers, the model has {len(parts.layers)} now")

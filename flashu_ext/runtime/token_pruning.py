@@ -1,4 +1,4 @@
-"""Chooses the visual tokens that a prefill drops: finds a prompt's image spans and scores their tokens."""
+"""Chooses the visual tokens that a prefill drops."""
 
 from __future__ import annotations
 
@@ -8,43 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.parts import Showo2Parts
+from ..models.adapter import Adapter
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
 from .modules.attention import rotated
-from .prompt_cache import Span, reach
+from .prompt_cache import Span
 
-__all__ = ["TokenPruner", "visual_spans"]
+__all__ = ["TokenPruner"]
 
 RANDOM_SEED = 0
-
-
-def visual_spans(allowed: Tensor, has_time_token: bool) -> tuple[Span, ...]:
-    """The image spans of a prompt, found from its mask bool [n, n].
-
-    A span is a stretch of tokens that attend to later ones, and the token after them. With a time token, upstream's mask begins
-    one token late (see `showo2.understanding.prompt_embeds`), so the span ends at eoi; without, at the last image token.
-    A span at either end of the prompt is no image in Show-o2's layout, nor is a prompt that is bidirectional throughout.
-    """
-    past = (reach(allowed) > torch.arange(allowed.shape[0], device=allowed.device)).tolist()
-    spans: list[Span] = []
-    start = None
-    for position, looks_past in enumerate(past):
-        if looks_past and start is None:
-            start = position
-        elif not looks_past and start is not None:
-            end = position if has_time_token else position + 1
-            if start > 0 and end < len(past):
-                spans.append((start, end - start))
-            start = None
-    return tuple(spans)
 
 
 class TokenPruner:
     """Chooses visual tokens as a FlashUConfig says. `layer` is the layer that drops them; the number of layers if none does."""
 
-    def __init__(self, parts: Showo2Parts, config: FlashUConfig, kernels: KernelSet):
+    def __init__(self, parts: Adapter, config: FlashUConfig, kernels: KernelSet):
         self.parts = parts
         self.kernels = kernels
         answers = config.answers or Answers()

@@ -21,10 +21,10 @@ class TokenRouter:
         skipped: image tokens per row that a layer skips.
     """
 
-    def __init__(self, skipped: int, has_time_token: bool, measured: Tensor):
-        """measured: fp32 [measurements, layers, rows, span], memory for the measurements."""
+    def __init__(self, skipped: int, lead: int, measured: Tensor):
+        """lead: tokens of a span before the patches. measured: fp32 [measurements, layers, rows, span], memory for them."""
         self.skipped = skipped
-        self.has_time_token = has_time_token
+        self.lead = lead
         self._measured = measured
 
     def store(self, slot: int, importance: Sequence[Tensor]) -> None:
@@ -41,10 +41,10 @@ class TokenRouter:
         importance = self._measured[work.newest, :, :rows]
         if work.earlier is not None:
             importance = importance + (importance - self._measured[work.earlier, :, :rows]) * work.slope
-        if self.has_time_token:
-            # Always computed: all other tokens read the time from it.
+        if self.lead:
+            # Always computed: all other tokens read the time from them.
             importance = importance.clone()
-            importance[:, :, 0] = float("inf")
+            importance[:, :, : self.lead] = float("inf")
         chosen, _ = kernels.select_topk(importance.contiguous(), importance.shape[-1] - self.skipped)
         return chosen
 

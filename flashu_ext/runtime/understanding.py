@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.embedding import embed_image
+from ..models.adapter import Question
 from ..models.masks import additive
 from ..models.showo2.decoding import OnToken
-from ..models.showo2.understanding import span_embeds
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
@@ -36,7 +35,7 @@ from .modules.attention import HeadNorms, Rope, rotate_into
 from .modules.decoder_layer import decoder_layer, pruning_layer
 from .network import Network
 from .prompt_cache import Prompt, PromptCache, PromptStore, common_prefix
-from .token_pruning import TokenPruner, visual_spans
+from .token_pruning import TokenPruner
 
 __all__ = ["TASK", "UnderstandingEngine"]
 
@@ -211,7 +210,7 @@ class UnderstandingEngine:
         embeds: dict[int, Tensor] = {i: known for i, (_, known) in enumerate(self._images)}
         for shape in {latents.shape for latents in distinct[len(embeds) :]}:
             new = [i for i, latents in enumerate(distinct) if i >= len(self._images) and latents.shape == shape]
-            encoded = embed_image(self.parts, torch.cat([distinct[i] for i in new]))
+            encoded = self.parts.embed_image(torch.cat([distinct[i] for i in new]))
             self.encoded += len(new)
             embeds.update(zip(new, encoded.split(1), strict=True))
         self._images = [(distinct[i], embeds[i]) for i in dict.fromkeys(chosen)]
@@ -225,12 +224,13 @@ class UnderstandingEngine:
             before: tokens before the first image, int64 [1, n].
             after: tokens after the images, int64 [1, m]; boi and eoi come first (see `answer_tokens`).
         """
-        return self.prompt(*span_embeds(self.parts, images, before, after))
+        listed = [images] if isinstance(images, Tensor) else images
+        return self.prompt(self.parts.question(listed, before, after))
 
-    def prompt(self, embeds: Tensor, allowed: Tensor) -> Prompt:
-        """A prompt from copies of embeddings [1, length, hidden] and visibility bool [length, length]."""
-        spans = visual_spans(allowed, self.parts.has_time_token)
-        return Prompt(embeds.clone(), allowed.clone(), spans, self.pruner.dropped(spans))
+    def prompt(self, question: Question) -> Prompt:
+        """A prompt from copies of a question's tensors."""
+        dropped = self.pruner.dropped(question.spans)
+        return Prompt(question.embeds.clone(), question.allowed.clone(), question.spans, dropped)
 
     # ---- decoding
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import ops
 from ..calibration.calibrate import GenerationSample, UnderstandingSample, calibrate
-from ..models.parts import Showo2Parts
+from ..models.adapter import adapter_of
 from ..nano.evaluate import GUIDANCE, SHIFT, Proportion
 from ..nano.probe import Probe
 from ..ops import machine
@@ -197,7 +197,7 @@ REMOVED_SETS = (
 
 def _drift(model: Any, probe: Probe, count: int) -> Drift:
     """Differences of the head's last block over the image span, from evaluation to evaluation, for each image."""
-    parts = Showo2Parts.from_model(model)
+    parts = adapter_of(model)
     states: list[Tensor] = []
     from ..models.showo2.sampling import sample
     from ..nano.tokenizer import layout

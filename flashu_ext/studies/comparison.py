@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..models.parts import Showo2Parts, model_shape
+from ..models.adapter import adapter_of
 from ..nano.evaluate import GUIDANCE, Proportion
 from ..nano.probe import Outputs, Probe
 from ..nano.tokenizer import layout
@@ -142,7 +142,7 @@ def time_round(model: Any, probe: Probe, turn: int, into: Timed, steps: int | No
 
 
 def _point(model: Any, setting: Setting, probe: Probe, own: Outputs, dense: Outputs) -> Point:
-    shape = model_shape(Showo2Parts.from_model(model))
+    shape = adapter_of(model).shape()
     rows = layout().generation([probe.prompts[0]])
     prefix, span = (int(value) for value in rows.modality_positions[0, 0])
     geometry = Geometry(prefix, span, rows.text_tokens.shape[1])

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..models.parts import Showo2Parts
+from ..models.adapter import adapter_of
 from ..nano.evaluate import GUIDANCE, Proportion
 from ..nano.probe import Probe
 from ..ops import machine
@@ -176,7 +176,7 @@ def tune(
             probe.generate(model, [0], callback=callback)
 
     tokens = model.config.image_latent_height * model.config.image_latent_width
-    costs = CostModel(generate, len(Showo2Parts.from_model(model).layers), GUIDANCE, tokens)
+    costs = CostModel(generate, len(adapter_of(model).layers), GUIDANCE, tokens)
 
     answers: dict[FlashUConfig, float] = {}
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from flashu_ext import Execution, FfnPruning, HeadCaching, LayerSkip, TokenSkip
-from flashu_ext.models.parts import Showo2Parts, model_shape
+from flashu_ext.models.adapter import adapter_of
 from flashu_ext.nano.model import load_model
 from flashu_ext.planning import cost
 from flashu_ext.planning.config import FlashUConfig
@@ -19,7 +19,7 @@ GEOMETRY = Geometry(prefix=10, span=37, length=64)
 
 @pytest.fixture(scope="module")
 def shape() -> ModelShape:
-    return model_shape(Showo2Parts.from_model(load_model()))
+    return adapter_of(load_model()).shape()
 
 
 def test_dense_operations_of_the_language_model(shape: ModelShape):

@@ -14,8 +14,10 @@ from support.tape import TapeCapture
 from torch import Tensor
 
 import flashu_ext as fx
+from flashu_ext.models.adapter import Question
 from flashu_ext.models.showo2.decoding import TokenSampler
 from flashu_ext.models.showo2.understanding import prompt_embeds
+from flashu_ext.models.showo2.upstream import visual_spans
 
 NEW = 6
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -44,7 +46,7 @@ def prompt_of(engine: Any, asked: dict[str, Any]) -> Any:
             asked["prompt"] = prompt_embeds(engine.network.source.model, images, before, after)
         embeds, allowed = asked["prompt"]
         allowed[4:, asked["hidden"]] = False
-        return engine.prompt(embeds, allowed)
+        return engine.prompt(Question(embeds, allowed, visual_spans(allowed, True)))
     return engine.question(engine.image_embeds(images if isinstance(images, list) else [images]), before, after)
 
 

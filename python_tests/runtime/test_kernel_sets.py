@@ -13,7 +13,7 @@ from support.models import small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashu_ext as fx
-from flashu_ext.models.parts import Showo2Parts, model_shape
+from flashu_ext.models.adapter import adapter_of
 from flashu_ext.ops import kernel_sets, reference
 from flashu_ext.ops.common import DEVICES
 from flashu_ext.ops.kernel_sets import FAMILIES, KERNELS, ONE_BY_ONE, PHASES, USES, Kernel, KernelSets, Use, resolve
@@ -296,7 +296,7 @@ class NothingRuns(TorchDispatchMode):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_describe_runs_nothing(device):
     model = small_model().to(device)
-    parts = Showo2Parts.from_model(model)
+    parts = adapter_of(model)
     config = work.settings("paper")
     with NothingRuns():
         description = fx.kernel_sets.describe(model, config, device="cpu")
@@ -312,7 +312,7 @@ def test_describe_runs_nothing(device):
 def test_describe_counts_what_the_cost_model_counts():
     model = small_model()
     shape, description = (
-        model_shape(Showo2Parts.from_model(model)),
+        adapter_of(model).shape(),
         fx.kernel_sets.describe(model, prompt=5, question=3),
     )
     span, keys = 17, 22

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import flashu_ext as fx
 from flashu_ext.models import known
 from flashu_ext.models.accelerated import handle_of
+from flashu_ext.models.showo2 import adapter
 from flashu_ext.models.stamp import Turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -551,7 +552,7 @@ def test_a_class_is_decorated_by_diffusers_and_calls_einops_as_upstreams_does(
     known._replaced_in_class.cache_clear()
     try:
         kind = importlib.import_module("models.modeling_showo2_qwen2_5").Showo2Qwen2_5
-        reasons = [known.why_unknown(kind(), known._MODELS, method) for method in ("__init__", "forward")]
+        reasons = [known.why_unknown(kind(), adapter._MODELS, method) for method in ("__init__", "forward")]
     finally:
         for name in ("diffusers", "einops", "mine", "models", "models.modeling_showo2_qwen2_5"):
             sys.modules.pop(name, None)

@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashu_ext as fx
-from flashu_ext.models.embedding import embed_image
 from flashu_ext.models.masks import omni_allowed
-from flashu_ext.models.parts import Showo2Parts
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
+from flashu_ext.models.showo2.adapter import Showo2Adapter, adapter
 from flashu_ext.models.showo2.understanding import prompt_embeds
-from flashu_ext.runtime import understanding
-from flashu_ext.runtime.token_pruning import visual_spans
+from flashu_ext.models.showo2.upstream import visual_spans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,13 +68,13 @@ def test_a_prompt_is_what_is_made_by_hand(count: int, time_token: bool) -> None:
     asked["image_latents"][-1] = picture(7, 2, 5)  # of another size
     with torch.no_grad():
         embeds, allowed = prompt_embeds(model, **asked)
-        parts, embed = Showo2Parts.from_model(model), model.showo.model.embed_tokens
+        own, embed = adapter(model), model.showo.model.embed_tokens
         token = model.time_embed(torch.ones(1), embeds.dtype)
         token = model.time_embed_proj(token)
         rows, inside = [embed(row) for row in asked["tokens_before_image"][0]], []
         boi, eoi, *words = (embed(row) for row in asked["tokens_after_boi"][0])
         for latents in asked["image_latents"]:
-            rows += [boi, *(token if time_token else []), *embed_image(parts, latents)[0], eoi]
+            rows += [boi, *(token if time_token else []), *own.embed_image(latents)[0], eoi]
             patches = latents.shape[2] * latents.shape[3] // 4
             # With a time token upstream's span begins and ends one token late.
             first = len(rows) - 1 - patches
@@ -164,8 +162,8 @@ def test_the_prefix_is_reused_up_to_the_first_other_image() -> None:
 def test_an_image_is_encoded_once_for_all_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     seen: list[int] = []
-    encode = understanding.embed_image
-    monkeypatch.setattr(understanding, "embed_image", lambda *a: (seen.append(len(a[1])), encode(*a))[1])
+    encode = Showo2Adapter.embed_image
+    monkeypatch.setattr(Showo2Adapter, "embed_image", lambda *a: (seen.append(len(a[1])), encode(*a))[1])
     with fx.accelerate(model) as handle:
         engine = handle.runner.understanding
         with torch.no_grad():

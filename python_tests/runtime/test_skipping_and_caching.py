@@ -383,7 +383,7 @@ def test_a_head_cache_grows_and_shrinks_with_the_branches(restarts):
 
 
 def test_the_router_predicts_constant_or_linear_importance():
-    router, history = TokenRouter(2, has_time_token=True, measured=torch.zeros(2, 1, 1, 4)), TokenHistory()
+    router, history = TokenRouter(2, lead=1, measured=torch.zeros(2, 1, 1, 4)), TokenHistory()
 
     def measure(step, importance):
         router.store(history.measure(step), [torch.tensor([importance])])

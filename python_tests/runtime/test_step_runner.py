@@ -12,8 +12,8 @@ from support.tape import READ_METHODS, TapeCapture, no_reads
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
-from flashu_ext.models.showo2 import answer_tokens_batch
-from flashu_ext.runtime import answering, upstream
+from flashu_ext.models.showo2 import answer_tokens_batch, upstream
+from flashu_ext.runtime import answering
 from flashu_ext.runtime.counting import DispatchCounter
 from flashu_ext.runtime.graphs import MAX_GRAPHS, RARE_USES, GraphCache
 from flashu_ext.runtime.readback import Readback

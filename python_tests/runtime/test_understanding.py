@@ -8,11 +8,14 @@ from support.answers import ask, batch, decoded, oracle
 from support.conformance import public, relative
 
 import flashu_ext as fx
+from flashu_ext.models.adapter import Question
 from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
+from flashu_ext.models.showo2.adapter import Showo2Adapter
 from flashu_ext.models.showo2.decoding import TokenSampler
+from flashu_ext.models.showo2.upstream import visual_spans
 from flashu_ext.runtime import answering
-from flashu_ext.runtime.token_pruning import TokenPruner, visual_spans
+from flashu_ext.runtime.token_pruning import TokenPruner
 
 LIMIT = 1e-4
 SCORES = ("value_norm", "value_norm_small", "attention", "random")
@@ -116,7 +119,7 @@ def test_hidden_tokens_stay_hidden(score):
             mask = allowed.clone()
             if hidden is not None:
                 mask[:, hidden] = torch.eye(len(mask), dtype=torch.bool)[:, hidden]
-            (got,), (logits,) = decoded(engine, [engine.prompt(embeds, mask)], NEW)
+            (got,), (logits,) = decoded(engine, [engine.prompt(Question(embeds, mask, visual_spans(mask, True)))], NEW)
             tokens, expected, _ = oracle(model, **asked, max_new_tokens=NEW, ratio=0.5, score=score, hidden=hidden)
             assert got == tokens and relative(logits, expected) < LIMIT
 
@@ -320,13 +323,12 @@ def test_an_image_is_shared_whole_or_not_at_all():
 
 
 def test_one_image_serves_a_batch_and_is_encoded_once(monkeypatch):
-    import flashu_ext.runtime.understanding as engine
-
     model, encoded = public().model(), []
-    real = engine.embed_image
-    monkeypatch.setattr(engine, "embed_image", lambda *a: encoded.append(a[1].shape[0]) or real(*a))
+    real = Showo2Adapter.embed_image
+    monkeypatch.setattr(Showo2Adapter, "embed_image", lambda *a: encoded.append(a[1].shape[0]) or real(*a))
     asked = [ask(1), ask(1, after=9), ask(2), ask(1, after=3)]
     expected = [answer_tokens(model, **a, max_new_tokens=3) for a in asked]
+    encoded.clear()
     with fx.accelerate(model):
         got = answer_tokens_batch(model, *batch(asked), max_new_tokens=3)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)) and encoded == [2]
@@ -385,11 +387,12 @@ def test_no_memory_is_reserved_for_tokens_that_do_not_come():
 
 def test_an_error_does_not_affect_the_next_answer(monkeypatch):
     import flashu_ext.runtime.decoding as decoding
-    import flashu_ext.runtime.understanding as engine
 
     model, asked = public().model(), [ask(1), ask(1, after=9), ask(2)]
     config = fx.FlashUConfig(token_prune_ratio=0.5)
     expected = [oracle(model, **a, max_new_tokens=NEW, ratio=0.5)[0] for a in asked]
+    import flashu_ext.runtime.understanding as engine
+
     real = engine.decoder_layer
     with fx.accelerate(model, config) as handle:
         answer_tokens(model, **asked[0], max_new_tokens=2)

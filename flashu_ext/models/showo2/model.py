@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...planning.extras import extra
-from ..embedding import embed_image, embed_time, with_time_token
 from ..masks import additive, omni_allowed
-from ..parts import Showo2Parts
 from ..velocity import guide, guided, unpatchify
 from . import checkpoint, validate
+from .adapter import adapter
 from .config import HeadConfig, Showo2Config
 from .decoding import TokenSampler, decode_dense
 from .embedders import PatchEmbed, TimestepEmbedder
@@ -109,16 +108,16 @@ class Showo2(nn.Module):
 
     def embed_image(self, latents: Tensor) -> Tensor:
         """Latents [B, channels, H, W] -> image embeddings [B, patches, hidden]: semantic and low-level paths, fused."""
-        return embed_image(Showo2Parts.from_model(self), latents)
+        return adapter(self).embed_image(latents)
 
     def embed_sequence(
         self, text_tokens: Tensor, image_latents: Tensor, t: Tensor, modality_positions: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Token embeddings with the image span inserted: ([rows, length, hidden], time embedding [rows, head width])."""
         embeds = self.showo.model.embed_tokens(text_tokens)
-        parts = Showo2Parts.from_model(self)
-        time, token = embed_time(parts, t)
-        span = with_time_token(parts, embed_image(parts, image_latents.to(embeds.dtype)), token)
+        own = adapter(self)
+        time = own.embed_time(t)
+        span = own.with_time(own.embed_image(image_latents.to(embeds.dtype)), own.time_token(time))
         rows = torch.arange(text_tokens.shape[0], device=text_tokens.device)[:, None]
         columns = modality_positions[:, 0, :1] + torch.arange(span.shape[1], device=text_tokens.device)
         return embeds.index_put((rows, columns), span), time

@@ -21,8 +21,8 @@ from ...planning.extras import extra
 from ...planning.groups import FfnPruning, whole
 from ...planning.reading import MAX_PIXELS, shown
 from ...planning.safe_files import atomic_path
-from ..parts import table_side
 from . import validate
+from .adapter import table_side
 from .checkpoint import check_dtype
 from .codec import ImageCodec, WanCodec
 from .many import AT_ONCE, Answers, Drawings

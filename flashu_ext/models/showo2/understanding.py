@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..embedding import embed_image, embed_time, with_time_token
-from ..masks import additive, omni_allowed
-from ..parts import Showo2Parts
+from ..masks import additive
 from . import validate
+from .adapter import adapter
 from .decoding import OnToken, TokenSampler, decode_dense
 
 __all__ = ["answer_tokens", "answer_tokens_batch", "prompt_embeds"]
@@ -31,23 +30,10 @@ def prompt_embeds(
     bidirectional span starts one token late: it covers the image tokens and eoi, not the time token, as in upstream's
     evaluation (inference_mmu.py), which takes one image. Later images see earlier ones, not the other way round.
     """
-    parts = Showo2Parts.from_model(model)
-    images = [embed_image(parts, latents) for latents in images_of(image_latents)]
-    return span_embeds(parts, images, tokens_before_image, tokens_after_boi)
-
-
-def span_embeds(parts: Showo2Parts, images: Images, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """`prompt_embeds` from an encoded image [1, patches, hidden] or a list of them."""
-    start, rest = parts.embed_tokens(before), parts.embed_tokens(after)
-    _, token = embed_time(parts, torch.ones(1, dtype=torch.float32, device=start.device))
-    late = 1 if parts.has_time_token else 0
-    pieces, spans, length = [start], [], before.shape[1]
-    for image in images_of(images):
-        pieces += [rest[:, :1], with_time_token(parts, image, token), rest[:, 1:2]]
-        spans.append([length + 1 + late, image.shape[1] + late])
-        length += 1 + late + image.shape[1] + 1
-    embeds = torch.cat([*pieces, rest[:, 2:]], dim=1)
-    return embeds, omni_allowed(torch.tensor([spans], device=embeds.device), embeds.shape[1])[0]
+    own = adapter(model)
+    images = [own.embed_image(latents) for latents in images_of(image_latents)]
+    question = own.question(images, tokens_before_image, tokens_after_boi)
+    return question.embeds, question.allowed
 
 
 def images_of(image_latents: Any, row: str = "") -> list[Any]:

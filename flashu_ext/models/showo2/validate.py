@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...planning.reading import shown
-from ..parts import stored_table, table_side
 from ..velocity import Scale, guided
+from .adapter import stored_table, table_side
 
 __all__ = [
     "check_answer_inputs",

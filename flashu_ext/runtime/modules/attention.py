@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...models.adapter import norm_eps
 from ...models.masks import additive, causal
-from ...models.parts import norm_eps
 from ...ops.kernel_sets import KernelSet
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from ...models.parts import AttentionShape
+from ...models.adapter import AttentionShape
 from ...ops.kernel_sets import KernelSet
 from .attention import AttentionPass, Rope, RoutedPass
 from .layer import Layer

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...models.parts import norm_eps
+from ...models.adapter import norm_eps
 from ...ops.kernel_sets import KernelSet
 
 __all__ = ["Norm"]

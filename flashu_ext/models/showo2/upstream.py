@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.masks import omni_allowed
-from ..models.showo2 import validate
-from ..models.showo2.decoding import TokenSampler
-from ..models.velocity import Scale, guided
-from .generation import guided_velocity
-from .image_memory import joined
-from .readback import Readback
-from .runner import Runner
-from .state import ImageState
+from ...runtime.generation import guided_velocity
+from ...runtime.image_memory import joined
+from ...runtime.prompt_cache import Span, reach
+from ...runtime.readback import Readback
+from ...runtime.runner import Runner
+from ...runtime.state import ImageState
+from ..adapter import Question
+from ..masks import omni_allowed
+from ..velocity import Scale, guided
+from . import validate
+from .decoding import TokenSampler
 
-__all__ = ["UpstreamMethods"]
+__all__ = ["UpstreamMethods", "visual_spans"]
 
 MIN_IN_PROGRESS, MAX_IN_PROGRESS = 2, 64
 """Images in progress, as many as there is room for; the oldest is evicted to begin another."""
@@ -347,7 +349,9 @@ class UpstreamMethods:
             parts, engine = runner.parts, runner.understanding
             length = input_embeds.shape[1]
             validate.check_mmu_inputs(parts.model, input_embeds, attention_mask, max_new_tokens, temperature, top_k)
-            prompt = engine.prompt(input_embeds.to(parts.dtype), (attention_mask == 0).reshape(length, length))
+            allowed = (attention_mask == 0).reshape(length, length)
+            spans = visual_spans(allowed, has_time_token=bool(parts.lead))
+            prompt = engine.prompt(Question(input_embeds.to(parts.dtype), allowed, spans))
             with runner.working():
                 return engine.decode([prompt], max_new_tokens, TokenSampler(temperature, top_k), eos_token)[0]
 
@@ -355,6 +359,27 @@ class UpstreamMethods:
         """Call the model's own method and count the reason."""
         self.runner.fallbacks[f"{method}: {reason}"] += 1
         return self.originals[method](**arguments)
+
+
+def visual_spans(allowed: Tensor, has_time_token: bool) -> tuple[Span, ...]:
+    """The image spans of a prompt, found from its mask bool [n, n].
+
+    A span is a stretch of tokens that attend to later ones, and the token after them. With a time token, upstream's mask begins
+    one token late (see `understanding.prompt_embeds`), so the span ends at eoi; without, at the last image token.
+    A span at either end of the prompt is no image in Show-o2's layout, nor is a prompt that is bidirectional throughout.
+    """
+    past = (reach(allowed) > torch.arange(allowed.shape[0], device=allowed.device)).tolist()
+    spans: list[Span] = []
+    start = None
+    for position, looks_past in enumerate(past):
+        if looks_past and start is None:
+            start = position
+        elif not looks_past and start is not None:
+            end = position if has_time_token else position + 1
+            if start > 0 and end < len(past):
+                spans.append((start, end - start))
+            start = None
+    return tuple(spans)
 
 
 def _room(device: torch.device) -> int:

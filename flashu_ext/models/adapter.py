@@ -1,0 +1,292 @@
+"""What the runtime asks of a model. A family of models is a folder here with an `Adapter`; docs/adding-a-model.md is the way in.
+
+The runtime reads a model only through its adapter, so differences between models, and between versions of one, are handled
+there alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..planning.cost import ModelShape
+
+__all__ = [
+    "BLOCK_PARTS",
+    "FAMILIES",
+    "Adapter",
+    "AttentionShape",
+    "Kit",
+    "Question",
+    "Sizes",
+    "adapter_of",
+    "check_parts",
+    "find",
+    "norm_eps",
+    "out_features",
+]
+
+FAMILIES: Mapping[str, tuple[str, str]] = {"showo2": ("Show-o2", "showo")}
+"""Folder of this package -> the family's name, and an attribute that only its models have. The folder's module `adapter` has
+`adapter(model)`, which raises TypeError where such a model lacks another part."""
+
+BLOCK_PARTS = 6
+"""Shift, scale and gate of attention and FFN in a head's block."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Heads of one attention: `heads` queries and `kv_heads` keys and values of `head_dim` each."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of what an evaluation computes for one row, at one size of the latents."""
+
+    patches: int
+    """Image tokens."""
+    velocity: tuple[int, int]
+    """[patches, numbers]: see `Adapter.velocity`."""
+    modulation: int = 0
+    """Numbers that `Adapter.modulation` gives for a time."""
+    features: int = 0
+    """Width of `Adapter.features`; 0: the model has no encoder that can be shared by several steps."""
+    early: tuple[int, ...] = ()
+    """Shape of `Adapter.early`; (): it computes none."""
+    cached: int = 0
+    """Width of what the head's cache keeps of every token of a span."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as the language model reads it."""
+
+    embeds: Tensor
+    """[1, length, hidden]."""
+    allowed: Tensor
+    """bool [length, length], True where a row may attend to a column."""
+    spans: tuple[tuple[int, int], ...]
+    """(first position, count) of each image's tokens: those that token pruning may drop."""
+
+
+class Kit(Protocol):
+    """Callables that compute what a model's modules compute, on the runtime's kernels; one that the runtime does not know is
+    called as itself, and the handle's summary says why."""
+
+    def linear(self, module: Any) -> Any:
+        """nn.Linear: (x [..., in], epilogue='none', residual=None) -> [..., out]."""
+
+    def chain(self, module: Any) -> Any:
+        """nn.Sequential of linear layers, norms and activations."""
+
+    def norm(self, module: Any) -> Any:
+        """RMS or layer norm: (x [rows, n, width], shift=None, scale=None)."""
+
+    def patches(self, module: Any) -> Any:
+        """A convolution of patches side by side: [images, channels, H, W] -> [images, patches, width]."""
+
+    def time(self, module: Any) -> Any:
+        """Sinusoids and an MLP: (t [rows], dtype) -> [rows, width]."""
+
+    def vision(self, module: Any) -> Any:
+        """transformers' SigLIP encoder: [images, patches, width] -> {"last_hidden_state": the same}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(ABC):
+    """A model's parts, and how it draws and answers with them. Modules are the model's own objects; nothing is copied.
+
+    `on` gives the same adapter with callables of the runtime in place of modules. What an adapter computes must depend on its
+    arguments alone, row by row, and work on the device without reading values back.
+    """
+
+    family: ClassVar[str]
+    methods: ClassVar[tuple[str, ...]] = ()
+    """Of the model's class, which the runtime takes over (`upstream`)."""
+    causal: ClassVar[bool] = False
+    """Whether a token of an image span attends to earlier ones only; else the span is seen whole."""
+
+    model: Any
+    embed_tokens: Any
+    layers: Any
+    """Decoder layers: `input_layernorm`, `self_attn` with q, k, v and o_proj, `post_attention_layernorm`, `mlp` with gate, up
+    and down_proj."""
+    final_norm: Any
+    llm_rope: Any
+    """(x, position_ids) -> cos and sin."""
+    lm_head: Any
+    llm_attention: AttentionShape
+    blocks: Any = ()
+    """Of a head of attention blocks behind the language model, as `layers`, with a rotary module of their own. Their parts of
+    the `modulation` come first, `BLOCK_PARTS` widths each."""
+    head_attention: AttentionShape = AttentionShape(1, 1, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def hidden(self) -> int:
+        return int(self.embed_tokens.weight.shape[1])
+
+    @property
+    def head_rope(self) -> Callable[..., tuple[Tensor, Tensor]] | None:
+        """Rotary module of the blocks; None without blocks."""
+        return self.blocks[0].self_attn.rotary_emb if len(self.blocks) else None
+
+    @abstractmethod
+    def on(self, kit: Kit) -> Self:
+        """The same model with the runtime's callables in place of the modules that the methods below call."""
+
+    @abstractmethod
+    def refused(self) -> Iterator[tuple[str, str]]:
+        """(path in the model, reason) of modules that the runtime passes over and whose class it does not know: a hook, an
+        adapter or a replaced method there would be lost. See `models.known`."""
+
+    @abstractmethod
+    def shape(self) -> ModelShape:
+        """The sizes that the cost model needs."""
+
+    def upstream(self, runner: Any, originals: Mapping[str, Callable[..., Any]]) -> Any:
+        """An object with the methods named in `methods`, which call the runtime. originals: the model's own."""
+        return None
+
+    # ---- drawing
+
+    @property
+    def lead(self) -> int:
+        """Tokens of an image span before the patches."""
+        return 0
+
+    @abstractmethod
+    def sizes(self, latent_size: tuple[int, int]) -> Sizes:
+        """Of an image whose latents are (H, W)."""
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int: ...
+
+    @abstractmethod
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Times fp32 [rows] -> their embeddings [rows, width]."""
+
+    @abstractmethod
+    def time_token(self, time: Tensor) -> Tensor:
+        """Embeddings [rows, width] -> what the language model's input needs of them [rows, hidden]."""
+
+    def modulation(self, time: Tensor) -> Tensor:
+        """Embeddings [rows, width] -> what encoder and head need of them [rows, `Sizes.modulation`]; computed once for all times
+        of an image."""
+        return time[:, :0]
+
+    def place(self, latent_size: tuple[int, int]) -> Tensor:
+        """A table [1, patches, `Sizes.features`] that `features` takes."""
+        raise NotImplementedError
+
+    def features(self, latents: Tensor, place: Tensor) -> Tensor:
+        """The encoder whose features several steps may share: latents fp32 [images, channels, H, W] -> [images, patches,
+        `Sizes.features`]."""
+        raise NotImplementedError
+
+    def early(self, latents: Tensor, modulation: Tensor) -> Tensor | None:
+        """What every evaluation computes from the latents, also where the language model is skipped: [images, `Sizes.early`]."""
+        return None
+
+    @abstractmethod
+    def span(self, latents: Tensor, features: Tensor | None, early: Tensor | None, token: Tensor) -> Tensor:
+        """The image span's embeddings [images, `lead` + patches, hidden]. token [images, hidden] is the `time_token`."""
+
+    def signal(self, latents: Tensor, token: Tensor) -> Tensor:
+        """What the adaptive cache watches: [images, patches, hidden], contiguous; cheap."""
+        raise NotImplementedError
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """The language model's output [rows, n, hidden] -> the input of the blocks, or of `velocity` without blocks."""
+        return hidden
+
+    @abstractmethod
+    def velocity(self, x: Tensor, modulation: Tensor, early: Tensor | None) -> Tensor:
+        """The head's end: span [rows, `lead` + patches, width] -> velocity rows [rows, patches, numbers] (`models.velocity`)."""
+
+    # ---- answering
+
+    @abstractmethod
+    def embed_image(self, image: Tensor) -> Tensor:
+        """What a question's images are given as, [images, ...] -> [images, tokens, hidden]."""
+
+    @abstractmethod
+    def question(self, images: Sequence[Tensor], before: Tensor, after: Tensor) -> Question:
+        """A question about encoded images, [1, tokens, hidden] each; before and after int64 [1, n], the tokens around them."""
+
+
+def adapter_of(model: Any) -> Adapter:
+    """The adapter of a model of any family, found by its structure.
+
+    Raises:
+        TypeError: no family has such a model, or a part of it is missing; the message says which.
+    """
+    for family, (_, mark) in FAMILIES.items():
+        if hasattr(model, mark):
+            found: Adapter = import_module(f".{family}.adapter", __package__).adapter(model)
+            return found
+    names, marks = (" or ".join(each) for each in zip(*FAMILIES.values(), strict=True))
+    inside = any(find(model, f"model.{mark}") is not None for _, mark in FAMILIES.values())
+    raise TypeError(
+        f"model: expected a {names} model, got {type(model).__name__} without {marks}"
+        + ("; pass its .model" if inside else "")
+    )
+
+
+def check_parts(model: Any, name: str, paths: Iterator[str] | Sequence[str]) -> None:
+    """Raise TypeError where a model of the family `name` lacks an attribute at one of the dotted paths."""
+    missing = [path for path in paths if find(model, path) is None]
+    if missing:
+        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+        raise TypeError(
+            f"model: expected a {name} model, got {type(model).__name__} without {', '.join(missing[:4])}{more}"
+        )
+
+
+def find(root: Any, path: str) -> Any:
+    """The attribute or element at a dotted path, or None."""
+    for name in path.split("."):
+        if name.isdigit() and hasattr(root, "__len__"):
+            root = root[int(name)] if int(name) < len(root) else None
+        elif hasattr(root, name):
+            root = getattr(root, name)
+        else:
+            return None
+    return root
+
+
+def out_features(projection: Any) -> int:
+    """Of a linear layer, or of one that wraps it."""
+    for owner in (projection, *projection.children()):
+        if (width := getattr(owner, "out_features", None)) is not None:
+            return int(width)
+    raise TypeError(
+        f"model: expected a linear layer, or one that wraps it, with out_features, got {type(projection).__name__}"
+    )
+
+
+def norm_eps(norm: nn.Module) -> float:
+    """The epsilon of an RMSNorm, under either of its names."""
+    for name in ("variance_epsilon", "eps"):
+        value = getattr(norm, name, None)
+        if value is not None:
+            return float(value)
+    raise TypeError(f"{type(norm).__name__}: expected variance_epsilon or eps")
