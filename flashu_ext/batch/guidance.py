@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..models.accelerated import handle_of
 from ..models.masks import additive, omni_allowed
-from ..models.showo2.sampling import DEFAULT_STEPS, SampleInputs, integrate
+from ..models.sampling import integrate
+from ..models.showo2.sampling import DEFAULT_STEPS, SampleInputs
 from ..models.velocity import guide, patchify
 from ..planning.config import FlashUConfig
 from ..planning.schedule import StepPlan

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..planning.cost import ModelShape
+from .sampling import DrawInputs, Stepper
 
 __all__ = [
     "BLOCK_PARTS",
@@ -112,7 +113,9 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ()
-    """Of the model's class, which the runtime takes over (`upstream`)."""
+    """Of the model's class, which the runtime takes over (`upstream`): the one that draws, and others."""
+    grid_points: ClassVar[int] = 50
+    """Of an image, where nobody says how many."""
     causal: ClassVar[bool] = False
     """Whether a token of an image span attends to earlier ones only; else the span is seen whole."""
 
@@ -165,6 +168,10 @@ class Adapter(ABC):
         """An object with the methods named in `methods`, which call the runtime. originals: the model's own."""
         return None
 
+    def dense(self, inputs: DrawInputs) -> Stepper:
+        """The steps of an image by the model's own drawing method, the first of `methods`."""
+        raise ValueError("guidance_scale: expected one for all images that share their state, got one for each")
+
     # ---- drawing
 
     @property
@@ -202,9 +209,9 @@ class Adapter(ABC):
         `Sizes.features`]."""
         raise NotImplementedError
 
-    def early(self, latents: Tensor, modulation: Tensor) -> Tensor | None:
+    def early(self, latents: Tensor, modulation: Tensor) -> Tensor:
         """What every evaluation computes from the latents, also where the language model is skipped: [images, `Sizes.early`]."""
-        return None
+        raise NotImplementedError
 
     @abstractmethod
     def span(self, latents: Tensor, features: Tensor | None, early: Tensor | None, token: Tensor) -> Tensor:

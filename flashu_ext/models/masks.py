@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["additive", "causal", "omni_allowed", "slot_mask"]
+__all__ = ["additive", "causal", "omni_allowed", "seen_slots", "sequence_allowed"]
 
 
 def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,6 +38,15 @@ def omni_allowed(spans: Tensor, length: int) -> Tensor:
     return position < ends[..., None]
 
 
-def slot_mask(seen: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
-    """Additive [rows, 1, 1, slots]: row i attends to its first seen[i] slots."""
-    return additive((torch.arange(slots, device=seen.device) < seen[:, None])[:, None, None], dtype)
+def sequence_allowed(spans: Tensor, seen: Tensor, length: int, image_causal: bool) -> Tensor:
+    """Bool [rows, length, length] of sequences with one image span (offset, length) of `spans` [rows, 1, 2] each: seen whole, or
+    token by token where image_causal. Of the tokens before it a row's first `seen` [rows] are seen."""
+    allowed = causal(length, spans.device)[None] if image_causal else omni_allowed(spans, length)
+    position = torch.arange(length, device=spans.device)
+    hidden = (position >= seen[:, None]) & (position < spans[:, 0, :1])
+    return allowed & ~hidden[:, None]
+
+
+def seen_slots(seen: Tensor, slots: int) -> Tensor:
+    """Bool [rows, 1, 1, slots]: row i attends to its first seen[i] slots."""
+    return (torch.arange(slots, device=seen.device) < seen[:, None])[:, None, None]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..models.masks import additive, omni_allowed
+from ..models.masks import additive, sequence_allowed
 from .head import Head
 from .image_memory import ImageMemory, joined, joined_early, joined_rope
 from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, RoutedPass, span_pass
 from .modules.decoder_layer import decoder_layer, routed_decoder_layer
 from .network import Network
-from .work import BackboneWork, PrefixWork, Variant, WatchWork
+from .work import BackboneWork, EarlyWork, PrefixWork, Variant, WatchWork
 
 __all__ = ["TASK", "Backbone"]
 
@@ -51,6 +51,16 @@ class Backbone:
         return memory.text_rope[0][:, :tokens], memory.text_rope[1][:, :tokens]
 
     # ---- the image
+
+    def early(self, memories: Sequence[ImageMemory], works: Sequence[EarlyWork]) -> None:
+        """Latents and times in each memory -> what the model computes of them in every evaluation, in memory."""
+        pairs = list(zip(memories, works, strict=True))
+        latents = joined([memory.latents[: work.images] for memory, work in pairs])
+        times = [memory.modulation.index_select(0, memory.time_rows[: work.images]) for memory, work in pairs]
+        early = self.parts.early(latents, joined(times))
+        for (memory, work), own in zip(pairs, early.split([work.images for work in works]), strict=True):
+            assert memory.early is not None
+            memory.early[: work.rows] = own.repeat(work.rows // work.images, *[1] * (own.dim() - 1))
 
     def watch(self, memory: ImageMemory, work: WatchWork) -> None:
         """Pass the network's input to the adaptive cache's gate."""
@@ -156,7 +166,8 @@ class Backbone:
         x = kernels.scatter_rows_(parts.embed_tokens(memory.text_tokens[:rows]), places, span)
         # All layers share one scratch buffer for keys and values: only the prompt's are stored.
         scratch = x.new_empty(1, 2, rows, length, llm.kv_heads, llm.head_dim).expand(len(parts.layers), *[-1] * 5)
-        mask = additive(omni_allowed(memory.spans[:rows], length)[:, None], x.dtype)
+        allowed = sequence_allowed(memory.spans[:rows], memory.seen[:rows], length, parts.causal)
+        mask = additive(allowed[:, None], x.dtype)
         attention = MaskedPass(mask, scratch, kernels, store=memory.prefix(rows)[0])
         rope = self._text_rope(memory, length)
         of_tokens: list[Tensor] = []

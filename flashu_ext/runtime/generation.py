@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..models.showo2.sampling import SampleInputs
+from ..models.sampling import DrawInputs
 from ..models.velocity import Scale, guide, guided, unpatchify
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, LayerSkip
@@ -31,11 +31,11 @@ from .memory import MemoryPool
 from .modules.attention import RowGeometry
 from .network import Network
 from .state import ImageRecord, ImageState, StepCounts
-from .work import BackboneWork, HeadWork, PrefixWork, Variant, WatchWork
+from .work import BackboneWork, EarlyWork, HeadWork, PrefixWork, Variant, WatchWork
 
 __all__ = ["TASK", "AcceleratedStepper", "GenerationEngine"]
 
-W = TypeVar("W", BackboneWork, HeadWork)
+W = TypeVar("W", EarlyWork, BackboneWork, HeadWork)
 
 IDLE_IMAGE_MEMORIES = 2
 """Memories pooled between images: for the current batch size, and for the smaller last batch of a list."""
@@ -64,6 +64,7 @@ class GenerationEngine:
         guidance_scale: Scale,
         latent_size: tuple[int, int],
         config: FlashUConfig | None = None,
+        seen: Sequence[int] | None = None,
     ) -> list[ImageState]:
         """Set up a batch of images: a state for each, so that none depends on its neighbours, or where the config is not
         `batch_invariant` one state for all.
@@ -75,10 +76,12 @@ class GenerationEngine:
             guidance_scale: the caller's; above 0 the second half of the rows is unconditional.
             latent_size: (H, W) of the latents.
             config: of these images; None: the model's.
+            seen: for each row how many tokens before its span are seen; None: all.
         """
         config = self.config if config is None else config
+        seen = tuple(modality_positions[:, 0, 0].tolist()) if seen is None else tuple(seen)
         if not self.invariant:
-            return [self._begin(steps, text_tokens, modality_positions, guidance_scale, latent_size, config)]
+            return [self._begin(steps, text_tokens, modality_positions, guidance_scale, latent_size, config, seen)]
         branches = 2 if guided(guidance_scale) else 1
         images = text_tokens.shape[0] // branches
         scales = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,) * images
@@ -87,7 +90,7 @@ class GenerationEngine:
             for image, scale in enumerate(scales):
                 rows = slice(image, None, images)  # the image's row in every branch
                 tokens, positions = text_tokens[rows], modality_positions[rows]
-                states.append(self._begin(steps, tokens, positions, scale, latent_size, config))
+                states.append(self._begin(steps, tokens, positions, scale, latent_size, config, seen[rows]))
         except BaseException:
             for state in states:
                 self.end(state)
@@ -102,16 +105,17 @@ class GenerationEngine:
         guidance_scale: Scale,
         latent_size: tuple[int, int],
         config: FlashUConfig,
+        seen: tuple[int, ...],
     ) -> ImageState:
         parts = self.parts
         with_guidance = guided(guidance_scale)
         rows, length = text_tokens.shape
         patches = parts.sizes(latent_size).patches
+        steps = steps or config.steps or parts.grid_points
         plan = StepPlan.build(
             config, steps, len(parts.layers), None if isinstance(guidance_scale, tuple) else guidance_scale, patches
         )
-        where = modality_positions[:, 0].tolist()
-        geometry = RowGeometry(tuple(offset for offset, _ in where), int(where[0][1]))
+        geometry = RowGeometry(seen, int(modality_positions[0, 0, 1]))
         images = rows // 2 if with_guidance else rows
         shape = ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows))
         lease = self._acquire(shape, config)
@@ -188,6 +192,10 @@ class GenerationEngine:
             self.pool.check(each.state.lease, "this image was being generated")
         for each in evaluations:
             self._decide(each)
+        early = [
+            (each, EarlyWork(each.rows, each.images)) for each in evaluations if each.state.memory.early is not None
+        ]
+        self._run_together(self.backbone.early, early)
         backbones = [(each, self._plan_backbone(each)) for each in evaluations if each.step.backbone]
         self._run_together(self.backbone.run, backbones)
         for each, work in backbones:
@@ -332,12 +340,12 @@ class _Evaluation:
 
 
 class AcceleratedStepper:
-    """The steps of `showo2.sample` on an accelerated model: guidance and Euler step are part of an evaluation."""
+    """The steps of a family's `sample` on an accelerated model: guidance and Euler step are part of an evaluation."""
 
     def __init__(
         self,
         engine: GenerationEngine,
-        inputs: SampleInputs,
+        inputs: DrawInputs,
         working: Callable[[], AbstractContextManager[None]],
         unchanged: Callable[..., None],
         config: FlashUConfig | None = None,
@@ -355,7 +363,9 @@ class AcceleratedStepper:
         self.inputs = inputs
         height, width = inputs.noise.shape[2:]
         size = (height, width)
-        self.states = engine.begin(inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, size, config)
+        self.states = engine.begin(
+            inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, size, config, inputs.seen
+        )
         self.evaluations = len(self.states[0].plan)
         try:
             self._load()
@@ -365,7 +375,7 @@ class AcceleratedStepper:
 
     def _load(self) -> None:
         inputs = self.inputs
-        times = inputs.times(self.states[0].plan.grid_points)
+        times, dt = inputs.schedule(self.states[0].plan.grid_points)
         asked = inputs.guidance_scale
         self._scales = []
         images = inputs.noise.split([state.images for state in self.states])
@@ -374,7 +384,7 @@ class AcceleratedStepper:
             scales = [state.config.guidance_at(i + 1, own) if inputs.guided else 0.0 for i in range(self.evaluations)]
             self._scales.append(scales)
             on_device = torch.tensor(scales, dtype=torch.float32, device=times.device)
-            self.engine.load_times(state, times[:-1], on_device, times[1:] - times[:-1])
+            self.engine.load_times(state, times, on_device, dt)
             state.memory.latents[: state.images].copy_(noise)
 
     def step(self, index: int) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..models.accelerated import HANDLE, handle_of, unwrapped
 from ..models.adapter import adapter_of
-from ..models.showo2.sampling import DEFAULT_STEPS, DenseStepper, SampleInputs
+from ..models.sampling import DrawInputs, Stepper
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
 from ..planning.neurons import NeuronLayout
@@ -123,9 +123,9 @@ class Handle:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("handle: it belongs to one model and cannot be pickled; a pickled model is dense")
 
-    def stepper(self, inputs: SampleInputs, config: FlashUConfig | None = None) -> AcceleratedStepper | DenseStepper:
-        """The steps of `flashu_ext.showo2.sample`: each a call of the model's `t2i_generate` where somebody has wrapped that
-        since, or where images that share their state have guidance scales of their own.
+    def stepper(self, inputs: DrawInputs, config: FlashUConfig | None = None) -> Stepper:
+        """The steps of a family's `sample`: each a call of the model's own drawing method where it has one and somebody has
+        wrapped that since, or where images that share their state have guidance scales of their own.
 
         Args:
             config: of these images; None: the handle's.
@@ -135,17 +135,18 @@ class Handle:
                 needs other weights or kernels.
         """
         own_scales = isinstance(inputs.guidance_scale, tuple) and not self.runner.generation.invariant
-        if not own_scales and self._overrides.intact("t2i_generate"):
+        parts = self.runner.parts
+        if not own_scales and all(map(self._overrides.intact, parts.methods[:1])):
             return self.runner.stepper(inputs, config)
         if config is not None and config != self.config:
             raise ValueError("preset: expected None, with a scale for each image or a wrapped t2i_generate")
-        planned = self.config.steps or DEFAULT_STEPS
+        planned = self.config.steps or parts.grid_points
         if self.config.approximates and inputs.steps not in (None, planned):
             raise ValueError(
                 f"steps: expected None or {planned} (FlashUConfig.steps) with a scale for each image or a wrapped "
                 f"t2i_generate, got {inputs.steps}"
             )
-        return DenseStepper(self.model, dataclasses.replace(inputs, steps=inputs.steps or planned))
+        return parts.dense(dataclasses.replace(inputs, steps=inputs.steps or planned))
 
     def step_together(self, steppers: Sequence[AcceleratedStepper]) -> list[Exception | None]:
         """Run the next evaluation of several images or batches, in one call where they need the same work.

@@ -25,6 +25,8 @@ class Head:
 
     def prefix(self, memory: ImageMemory, rows: int, hidden: Tensor) -> None:
         """The prompt's final hidden states [rows, tokens, hidden], consumed -> its keys and values, in memory."""
+        if not self.network.blocks:
+            return
         tokens = hidden.shape[1]
         attention = CausalPass(tokens, memory.prefix(rows)[1], self.kernels)
         rope = (memory.head_text_rope[0][:, :tokens], memory.head_text_rope[1][:, :tokens])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapter import Adapter
-from ..models.masks import slot_mask
+from ..models.masks import additive, causal, seen_slots
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, TokenSkip
@@ -108,7 +108,9 @@ class ImageMemory:
         llm, head: keys and values [layers, 2, rows, span + prefix, kv_heads, head_dim] of the language model and the head.
         llm_rope, head_rope: rotary tables of the span.
         text_rope, head_text_rope: rotary tables of positions 0 and up.
-        mask: additive [rows, 1, 1, span + prefix] where prompt lengths are read on the device, else None.
+        mask: additive [rows, 1, 1 or span, span + prefix], or None where the whole span is seen and the host knows the prefixes.
+        fixed: prompt lengths are read on the device.
+        seen: int64 [rows], the tokens before each row's span that it sees.
         hidden: output of the language model [rows, span, hidden], consumed by the head.
         velocity: output of the head [rows, *sizes.velocity].
         importance: fp32 [layers], the last measurement.
@@ -118,7 +120,7 @@ class ImageMemory:
         cache: the head's features for later steps.
         gate: the adaptive cache's signal.
         router: measured token importance.
-        geometry: the rows' spans, on the host; read where `mask` is None.
+        geometry: the rows' spans, on the host; read where not `fixed`.
     """
 
     def __init__(self, parts: Adapter, config: FlashUConfig, shape: ImageShape, fixed: bool):
@@ -154,7 +156,11 @@ class ImageMemory:
             self.head_text_rope = rope_table(parts.head_rope, positions[:, : max(shape.prefix, 1)], dtype)
         else:
             self.head_text_rope = (self.text_rope[0][:, :0], self.text_rope[1][:, :0])
-        self.mask = new(rows, 1, 1, slots) if fixed else None
+        # A bidirectional span needs a mask only where prefix lengths are read on the device.
+        queries = span if parts.causal else 1
+        self.mask = new(rows, 1, queries, slots) if fixed or parts.causal else None
+        self.fixed = fixed
+        self.seen = new(rows, of=torch.int64)
         self.hidden = new(rows, span, parts.hidden)
         self.velocity = new(rows, *sizes.velocity)
         self.importance = new(len(parts.layers), of=torch.float32)
@@ -197,8 +203,15 @@ class ImageMemory:
                 continue
             for table, values in zip(mine, rope_table(module, positions, dtype), strict=True):
                 table.copy_(values)
+        self.seen.copy_(torch.tensor(geometry.prefix, dtype=torch.int64))
         if self.mask is not None:
-            self.mask.copy_(slot_mask(self.offsets + self.span, self.mask.shape[3], dtype))
+            slots, span = self.mask.shape[3], self.span
+            allowed = seen_slots(self.seen + span, slots).expand(-1, -1, self.mask.shape[2], -1)
+            if parts.causal:
+                inside = torch.ones(span, slots, dtype=torch.bool, device=allowed.device)
+                inside[:, :span] = causal(span, allowed.device)
+                allowed = allowed & inside
+            self.mask.copy_(additive(allowed, dtype))
         if self.sizes.features:
             self.place.copy_(parts.place(self.shape.latent_size))
 
@@ -209,12 +222,12 @@ class ImageMemory:
 
     def groups(self, rows: int) -> int | None:
         """Attention calls that the first `rows` rows need; None where prompt lengths are read on the device."""
-        return None if self.mask is not None else self.geometry.first(rows).groups()
+        return None if self.fixed else self.geometry.first(rows).groups()
 
     def span_pass(self, cache: Tensor, rows: int, kernels: KernelSet) -> SpanPass:
         """The attention pass for the spans of the first `rows` rows. cache: `llm` or `head`."""
         mask = self.mask[:rows] if self.mask is not None else None
-        return SpanPass(cache[:, :, :rows], self.geometry.first(rows), kernels, mask)
+        return SpanPass(cache[:, :, :rows], None if self.fixed else self.geometry.first(rows), kernels, mask)
 
     def _purposes(self) -> Iterator[tuple[str, Tensor | None]]:
         for tensor in (self.llm, self.head, self.mask):

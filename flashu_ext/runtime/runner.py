@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..models.adapter import adapter_of
 from ..models.autocast import without_autocast
 from ..models.known import check_model, untracked, why_not_attention_kernel
+from ..models.sampling import DrawInputs
 from ..models.shapes import layer_shapes
 from ..models.showo2.decoding import OnToken, TokenSampler
-from ..models.showo2.sampling import SampleInputs
 from ..models.stamp import Stamp
 from ..ops.kernel_sets import KernelSet, resolve
 from ..planning.config import FlashUConfig
@@ -194,7 +194,7 @@ class Runner:
                 self.reset()
             yield
 
-    def stepper(self, inputs: SampleInputs, config: FlashUConfig | None = None) -> AcceleratedStepper:
+    def stepper(self, inputs: DrawInputs, config: FlashUConfig | None = None) -> AcceleratedStepper:
         """The steps of `flashu_ext.showo2.sample`. config: of these images; None: the model's."""
         if config is not None:
             self._check_config(config)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "BackboneWork",
+    "EarlyWork",
     "HeadPrediction",
     "HeadUpdate",
     "HeadWork",
@@ -41,6 +42,23 @@ class Work:
     def rare(self) -> bool:
         """Whether the same work may never recur: then it is captured only after several runs."""
         return False
+
+
+@dataclass(frozen=True)
+class EarlyWork(Work):
+    """Compute what head and language model need of the latents (`Adapter.early`)."""
+
+    images: int
+    """Latents, as in `BackboneWork`."""
+
+    @property
+    def alone(self) -> bool:
+        return False
+
+    @property
+    def computes(self) -> Hashable:
+        """What images must agree in to run together."""
+        return ()
 
 
 @dataclass(frozen=True)

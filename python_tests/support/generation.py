@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 import flashu_ext as fx
-from flashu_ext.models.showo2.sampling import DenseStepper, SampleInputs, integrate
+from flashu_ext.models.sampling import integrate
+from flashu_ext.models.showo2.sampling import DenseStepper, SampleInputs
 
 from .conformance import Fixture
 

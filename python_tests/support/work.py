@@ -10,7 +10,8 @@ from torch import Tensor
 
 import flashu_ext as fx
 from flashu_ext.models.masks import additive
-from flashu_ext.models.showo2.sampling import DenseStepper, SampleInputs, integrate
+from flashu_ext.models.sampling import integrate
+from flashu_ext.models.showo2.sampling import DenseStepper, SampleInputs
 from flashu_ext.models.showo2.understanding import prompt_embeds
 
 from .generation import CASES

@@ -14,6 +14,7 @@ from ...planning.cost import EncoderShape, ModelShape
 from .. import known
 from ..adapter import BLOCK_PARTS, Adapter, AttentionShape, Kit, Question, Sizes, check_parts, find, out_features
 from ..masks import omni_allowed
+from ..sampling import DrawInputs, Stepper
 from ..shapes import layer_shape, linear_flops
 
 __all__ = ["Showo2Adapter", "adapter", "stored_table", "table_side"]
@@ -112,6 +113,12 @@ class Showo2Adapter(Adapter):
         from .upstream import UpstreamMethods
 
         return UpstreamMethods(runner, originals)
+
+    def dense(self, inputs: DrawInputs) -> Stepper:
+        from .sampling import DenseStepper, SampleInputs
+
+        assert isinstance(inputs, SampleInputs)
+        return DenseStepper(self.model, inputs)
 
     # ---- drawing
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ...planning.config import FlashUConfig
 from ..accelerated import handle_of
+from ..sampling import Callback, Stepper
 from . import validate
 from .decoding import TokenSampler
-from .sampling import DEFAULT_STEPS, Callback, DenseStepper, SampleInputs, Stepper
+from .sampling import DEFAULT_STEPS, DenseStepper, SampleInputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
 from ..masks import additive, omni_allowed
-from ..velocity import Scale, guided
+from ..sampling import Callback, DrawInputs, integrate
+from ..velocity import guided
 from . import validate
 
-__all__ = ["DEFAULT_STEPS", "DenseStepper", "SampleInputs", "Stepper", "integrate", "sample", "time_grid"]
+__all__ = ["DEFAULT_STEPS", "DenseStepper", "SampleInputs", "sample", "time_grid"]
 
 DEFAULT_STEPS = 50
 """Grid points of Show-o2's own scripts."""
-
-Callback = Callable[[int, Tensor], None]
-"""Called after each step with its number, from 1, and the latents, which must not be modified."""
 
 
 def time_grid(steps: int, shift: float | None) -> Tensor:
@@ -33,19 +31,9 @@ def time_grid(steps: int, shift: float | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SampleInputs:
-    """The checked inputs of an image (or a batch of images), both guidance branches in one batch of rows."""
+class SampleInputs(DrawInputs):
+    """Of Show-o2; the counterparts are empty prompts."""
 
-    noise: Tensor
-    """[B, channels, H, W]."""
-    tokens: Tensor
-    """int64 [rows, length]; rows are the B prompts and, under guidance, B empty prompts after them."""
-    positions: Tensor
-    """int64 [rows, 1, 2], (offset, length) of every row's image span."""
-    steps: int | None
-    """Grid points; None: the accelerated config's, else `DEFAULT_STEPS`."""
-    guidance_scale: Scale
-    """The caller's; 0 runs the prompts alone."""
     time_shift: float | None
     """See `time_grid`."""
 
@@ -73,51 +61,13 @@ class SampleInputs:
             text = tuple(torch.cat(pair) for pair in zip(text, null, strict=True))  # type: ignore[arg-type, assignment]
         return cls(noise, *text, steps, scale, time_shifting_factor)
 
-    @property
-    def guided(self) -> bool:
-        return guided(self.guidance_scale)
-
     def times(self, steps: int) -> Tensor:
         """The time grid of `steps` points, fp32, on the noise's device."""
         return time_grid(steps, self.time_shift).to(self.noise.device)
 
-
-class Stepper(Protocol):
-    """Integrates latents along the ODE, one evaluation of the velocity per step."""
-
-    evaluations: int
-
-    def step(self, index: int) -> None:
-        """Run evaluation `index`, from 0."""
-
-    def velocity(self) -> Tensor:
-        """The last evaluation's velocity after guidance, [B, channels, H, W]; not overwritten by later steps."""
-
-    def latents(self) -> Tensor:
-        """fp32 [B, channels, H, W]; not overwritten by later steps."""
-
-    def close(self) -> None:
-        """End the image, finished or not."""
-
-
-def integrate(stepper: Stepper, callback: Callback | None = None, return_velocity: bool = False) -> Any:
-    """Run all of a stepper's steps and close it, also after an error.
-
-    Returns:
-        Latents [B, channels, H, W], or (latents, velocities [evaluations, B, channels, H, W]).
-    """
-    velocities = []
-    try:
-        for index in range(stepper.evaluations):
-            stepper.step(index)
-            if return_velocity:
-                velocities.append(stepper.velocity())
-            if callback is not None:
-                callback(index + 1, stepper.latents())
-        latents = stepper.latents()
-    finally:
-        stepper.close()
-    return (latents, torch.stack(velocities)) if return_velocity else latents
+    def schedule(self, grid_points: int) -> tuple[Tensor, Tensor]:
+        times = self.times(grid_points)
+        return times[:-1], times[1:] - times[:-1]
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ class RowGeometry:
     """Position and length of every row's image span."""
 
     prefix: tuple[int, ...]
-    """Text tokens before the span, per row."""
+    """Tokens before the span that it sees, per row."""
     span: int
     """Tokens of the span, the same in all rows."""
 
@@ -178,41 +178,49 @@ class RowGeometry:
 
 
 class SpanPass:
-    """Image tokens attend to their whole span and to the cached prefix.
+    """Image tokens attend to their span, whole or up to themselves, and to the cached prefix.
 
     The cache stores a row's span first, then its prefix. Attention does not depend on the order of keys, and so a row's keys
     are contiguous from slot 0, whatever the length of its prefix.
     """
 
-    def __init__(self, cache: Tensor, geometry: RowGeometry, kernels: KernelSet, mask: Tensor | None = None):
+    def __init__(self, cache: Tensor, geometry: RowGeometry | None, kernels: KernelSet, mask: Tensor | None = None):
         """Args:
         cache: [layers, 2, rows, slots, kv_heads, d].
-        geometry: of these rows.
-        mask: additive [rows, 1, 1, slots], where prefix lengths must be read on the device; None: from the geometry.
+        geometry: of these rows; None: the mask hides the slots that a row does not use.
+        mask: additive [rows or 1, 1, 1 or span, slots]; None: a token sees its span whole.
         """
         self.cache = cache
         self.kernels = kernels
         self._mask = mask
-        self._seen = geometry.seen() if mask is None else None
+        self._seen = None if geometry is None else geometry.seen()
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, norms: HeadNorms | None = None
     ) -> Tensor:
         keys, values = self.cache[layer]
-        return self._attend(layer, rotate_into(self.kernels, query, key, value, rope, norms, keys, values))
+        rotated = rotate_into(self.kernels, query, key, value, rope, norms, keys, values)
+        return self._attend(layer, rotated, self._mask)
 
-    def routed(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, query_rope: Rope) -> Tensor:
-        """Queries of some span tokens, [rows, k, heads, d], with their rotary table; keys and values of all span tokens."""
+    def routed(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, query_rope: Rope, active: Tensor
+    ) -> Tensor:
+        """Queries of the active span tokens, [rows, k, heads, d], with their rotary table; keys and values of all span tokens.
+        active: int64 [rows, k]."""
         # Keys and values first, then the queries: one call takes the same number of tokens of each.
         keys, values = self.cache[layer]
         kernels, none = self.kernels, slice(0)
         rotate_into(kernels, key[:, :, none], key, value, rope, None, keys, values)
-        return self._attend(layer, rotated(kernels, query, query_rope))
+        mask = self._mask
+        if mask is not None and mask.shape[2] > 1:
+            places = active[:, None, :, None].expand(-1, -1, -1, mask.shape[3])
+            mask = mask.expand(len(active), -1, -1, -1).gather(2, places)
+        return self._attend(layer, rotated(kernels, query, query_rope), mask)
 
-    def _attend(self, layer: int, query: Tensor) -> Tensor:
+    def _attend(self, layer: int, query: Tensor, mask: Tensor | None) -> Tensor:
         """Over each row's span and prefix."""
         keys, values = (each.transpose(1, 2) for each in self.cache[layer])
-        return self.kernels.attention(query, keys, values, self._seen, self._mask).flatten(2)
+        return self.kernels.attention(query, keys, values, self._seen, mask).flatten(2)
 
 
 class JoinedPass:
@@ -227,9 +235,17 @@ class JoinedPass:
     ) -> Tensor:
         return self._each(lambda own, *rows: own(layer, *rows[:3], rows[3:], norms), query, key, value, *rope)
 
-    def routed(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, query_rope: Rope) -> Tensor:
+    def routed(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, query_rope: Rope, active: Tensor
+    ) -> Tensor:
         return self._each(
-            lambda own, *rows: own.routed(layer, *rows[:3], rows[3:5], rows[5:]), query, key, value, *rope, *query_rope
+            lambda own, *rows: own.routed(layer, *rows[:3], rows[3:5], rows[5:7], rows[7]),
+            query,
+            key,
+            value,
+            *rope,
+            *query_rope,
+            active,
         )
 
     def _each(self, attend: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -102,6 +102,6 @@ def routed_decoder_layer(
     residual = kernels.gather_rows(x, active)
     (query,) = in_heads((layer.attention.query(kernels.gather_rows(normed, active)),), shape)
     own = tuple(kernels.gather_rows(table, active) for table in rope)
-    attended = layer.attention.out(attention.routed(index, query, key, value, rope, (own[0], own[1])))
+    attended = layer.attention.out(attention.routed(index, query, key, value, rope, (own[0], own[1]), active))
     normed = layer.before_ffn.after_adding(attended, residual)
     return kernels.scatter_rows_(x, active, layer.ffn(normed, task, residual))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...models.adapter import out_features
 from ...ops.kernel_sets import KernelSet
 from ...ops.selection import Selection
 from ...planning.neurons import NeuronLayout, ffn_weights
@@ -35,7 +36,7 @@ class FFN:
 
     @property
     def neurons(self) -> int:
-        return int(self.module.gate_proj.out_features)
+        return out_features(self.module.gate_proj)
 
     def over(self, layout: NeuronLayout | None) -> FFN:
         """The same FFN over the tasks' neurons of a layout."""

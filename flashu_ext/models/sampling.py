@@ -1,0 +1,86 @@
+"""What all families' samplers share: the inputs of an image, and the loop from noise to latents."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .velocity import Scale, guided
+
+__all__ = ["Callback", "DrawInputs", "Stepper", "integrate"]
+
+Callback = Callable[[int, Tensor], None]
+"""Called after each step with its number, from 1, and the latents, which must not be modified."""
+
+
+@dataclass(frozen=True)
+class DrawInputs(ABC):
+    """The checked inputs of an image (or a batch of images), both guidance branches in one batch of rows."""
+
+    noise: Tensor
+    """[B, channels, H, W]."""
+    tokens: Tensor
+    """int64 [rows, length]; rows are the B prompts and, under guidance, their B counterparts without a prompt after them."""
+    positions: Tensor
+    """int64 [rows, 1, 2], (offset, length) of every row's image span."""
+    steps: int | None
+    """Grid points; None: the accelerated config's, else the family's default."""
+    guidance_scale: Scale
+    """The caller's; 0 runs the prompts alone."""
+
+    @property
+    def guided(self) -> bool:
+        return guided(self.guidance_scale)
+
+    @property
+    def seen(self) -> tuple[int, ...] | None:
+        """For each row how many tokens before its span are seen, from the first; None: all."""
+        return None
+
+    @abstractmethod
+    def schedule(self, grid_points: int) -> tuple[Tensor, Tensor]:
+        """fp32 [grid_points - 1] each, on the noise's device: every evaluation's time, as `Adapter.embed_time` takes it, and the
+        step that the latents take along its velocity."""
+
+
+class Stepper(Protocol):
+    """Integrates latents along the ODE, one evaluation of the velocity per step."""
+
+    evaluations: int
+
+    def step(self, index: int) -> None:
+        """Run evaluation `index`, from 0."""
+
+    def velocity(self) -> Tensor:
+        """The last evaluation's velocity after guidance, [B, channels, H, W]; not overwritten by later steps."""
+
+    def latents(self) -> Tensor:
+        """fp32 [B, channels, H, W]; not overwritten by later steps."""
+
+    def close(self) -> None:
+        """End the image, finished or not."""
+
+
+def integrate(stepper: Stepper, callback: Callback | None = None, return_velocity: bool = False) -> Any:
+    """Run all of a stepper's steps and close it, also after an error.
+
+    Returns:
+        Latents [B, channels, H, W], or (latents, velocities [evaluations, B, channels, H, W]).
+    """
+    velocities = []
+    try:
+        for index in range(stepper.evaluations):
+            stepper.step(index)
+            if return_velocity:
+                velocities.append(stepper.velocity())
+            if callback is not None:
+                callback(index + 1, stepper.latents())
+        latents = stepper.latents()
+    finally:
+        stepper.close()
+    return (latents, torch.stack(velocities)) if return_velocity else latents
