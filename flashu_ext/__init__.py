@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import ops as ops
     from .calibration.calibrate import GenerationSample as GenerationSample
+    from .calibration.calibrate import TokenSample as TokenSample
     from .calibration.calibrate import UnderstandingSample as UnderstandingSample
     from .calibration.calibrate import calibrate as calibrate
     from .models import showo2 as showo2
@@ -41,9 +42,12 @@ if TYPE_CHECKING:
     from .runtime.handle import Handle as Handle
     from .runtime.handle import accelerate as accelerate
     from .runtime.order import EditedWeightsError as EditedWeightsError
+    from .runtime.pruned import PrunedFFNs as PrunedFFNs
+    from .runtime.pruned import prune_ffn as prune_ffn
 
 _HOMES = {
     "GenerationSample": "calibration.calibrate",
+    "TokenSample": "calibration.calibrate",
     "UnderstandingSample": "calibration.calibrate",
     "calibrate": "calibration.calibrate",
     "FlashUConfig": "planning.config",
@@ -59,6 +63,8 @@ _HOMES = {
     "StepPlan": "planning.schedule",
     "Handle": "runtime.handle",
     "accelerate": "runtime.handle",
+    "PrunedFFNs": "runtime.pruned",
+    "prune_ffn": "runtime.pruned",
     "EditedWeightsError": "runtime.order",
     "handle_of": "models.accelerated",
 }

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.accelerated import handle_of
 from ..models.autocast import without_autocast
+from ..models.decoder import Decoder, decoder_of
 from ..models.masks import additive, omni_allowed
 from ..models.showo2 import validate
-from ..models.showo2.adapter import Showo2Adapter, adapter
+from ..models.showo2.adapter import adapter
 from ..models.showo2.understanding import prompt_embeds
 from ..ops import reference
 from ..planning.estimators import DownNorms, check_estimator
@@ -30,7 +31,7 @@ from ..planning.fingerprint import model_fingerprint
 from ..planning.plan import TaskPlan, check_pruning
 from .state import TaskState, chained_digest, load_states, measured, save_states
 
-__all__ = ["GenerationSample", "Sample", "UnderstandingSample", "calibrate"]
+__all__ = ["GenerationSample", "Sample", "TokenSample", "UnderstandingSample", "calibrate"]
 
 DEFAULT_TIMES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -70,14 +71,31 @@ class UnderstandingSample:
     answer_length: int = 0
 
 
-Sample = GenerationSample | UnderstandingSample
-_KINDS: Mapping[type[Any], str] = {GenerationSample: "generation", UnderstandingSample: "understanding"}
+@dataclass(frozen=True)
+class TokenSample:
+    """A text, for a decoder of any kind.
+
+    Attributes:
+        tokens: int64 [1, n].
+        answer_length: number of answer tokens at its end, as in `UnderstandingSample`.
+    """
+
+    tokens: Tensor
+    answer_length: int = 0
+
+
+Sample = GenerationSample | UnderstandingSample | TokenSample
+_KINDS: Mapping[type[Any], str] = {
+    GenerationSample: "generation",
+    UnderstandingSample: "understanding",
+    TokenSample: "understanding",
+}
 
 
 def calibrate(
     model: Any,
     generation: Iterable[GenerationSample] = (),
-    understanding: Iterable[UnderstandingSample] = (),
+    understanding: Iterable[UnderstandingSample | TokenSample] = (),
     *,
     tasks: Mapping[str, Iterable[Sample]] | None = None,
     estimator: str = "wanda",
@@ -96,7 +114,7 @@ def calibrate(
     second run.
 
     Args:
-        model: a Show-o2 model that is not accelerated.
+        model: a Show-o2 model, or with `TokenSample`s any decoder (`models.decoder`); not accelerated.
         generation, understanding: samples of each task, any iterable, read once and one at a time. A task without samples
             gets no neuron set.
         tasks: further tasks by name, any number. The samples of one task are all of one type.
@@ -117,7 +135,7 @@ def calibrate(
     Source: paper section 3.2; its reference code computes the same Wanda score on one prompt with placeholder image
     embeddings.
     """
-    parts = adapter(model)
+    decoder = decoder_of(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: expected a model that is not accelerated; call handle.remove() first")
     check_estimator(estimator)
@@ -130,11 +148,11 @@ def calibrate(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
     run = _Run(
-        parts, list(given), times, seed, Path(checkpoint) if checkpoint is not None else None, checkpoint_interval
+        decoder, list(given), times, seed, Path(checkpoint) if checkpoint is not None else None, checkpoint_interval
     )
     sizes = [len(samples) if isinstance(samples, Sized) else None for samples in given.values()]
     total = None if None in sizes else sum(size or 0 for size in sizes)
-    with torch.no_grad(), without_autocast(parts.device), _bar(total, progress) as bar:
+    with torch.no_grad(), without_autocast(decoder.device), _bar(total, progress) as bar:
         for task, samples in given.items():
             bar.set_postfix_str(task)
             run.accumulate(task, samples, bar)
@@ -171,15 +189,16 @@ class _Run:
 
     def __init__(
         self,
-        parts: Showo2Adapter,
+        decoder: Decoder,
         tasks: list[str],
         times: tuple[float, ...],
         seed: int,
         checkpoint: Path | None,
         interval: int,
     ):
-        self.parts, self.times, self.seed, self.checkpoint, self.interval = parts, times, seed, checkpoint, interval
-        self.observer = _Observer(parts)
+        self.times, self.seed, self.checkpoint, self.interval = times, seed, checkpoint, interval
+        self.decoder = decoder
+        self.observer = _Observer(decoder)
         self.states: dict[str, TaskState] = {}
         layers, intermediate = self.observer.down.absolute.shape
         # All that the sums depend on. Ratio, multiple and estimator are applied afterwards.
@@ -189,14 +208,14 @@ class _Run:
             "seed": seed,
             "layers": layers,
             "intermediate": intermediate,
-            "dtype": str(parts.dtype),
-            "fingerprint": model_fingerprint(parts.model),
+            "dtype": str(decoder.dtype),
+            "fingerprint": model_fingerprint(decoder.model),
         }
         if checkpoint is not None:
             if not checkpoint.absolute().parent.is_dir():
                 raise FileNotFoundError(f"checkpoint: expected a file in an existing folder, got {str(checkpoint)!r}")
             if checkpoint.exists():
-                self.states = load_states(checkpoint, self.settings, parts.device)
+                self.states = load_states(checkpoint, self.settings, decoder.device)
         self.unsaved = 0
 
     def accumulate(self, task: str, samples: Iterable[Sample], bar: Any) -> None:
@@ -227,10 +246,9 @@ class _Run:
             self.checkpoint.unlink(missing_ok=True)
 
     def _check(self, task: str, index: int, sample: Any) -> None:
-        expected = {kind: cls for cls, kind in _KINDS.items()}
         state = self.states.get(task)
-        kind = state.kind if state else task if task in expected else None
-        allowed = (expected[kind],) if kind else tuple(_KINDS)
+        kind = state.kind if state else task if task in _KINDS.values() else None
+        allowed = tuple(cls for cls, of in _KINDS.items() if kind in (None, of))
         if not isinstance(sample, allowed):
             names = " or ".join(cls.__name__ for cls in allowed)
             raise TypeError(f"{task}[{index}]: expected a {names}, got {type(sample).__name__}")
@@ -244,15 +262,17 @@ class _Run:
         if state is None:
             shape = self.observer.down.absolute.shape
             kind = _KINDS[type(sample)]
-            state = TaskState.build(kind, shape[0], shape[1], len(self.times), self.parts.device)
+            state = TaskState.build(kind, shape[0], shape[1], len(self.times), self.decoder.device)
             self.states[task] = state
         try:
             with self.observer.watching(state):
                 if isinstance(sample, GenerationSample):
                     for row, t in enumerate(self.times):
                         _run_generation(self.observer, sample, t, row, self._noise(task, index, t, sample.latents))
-                else:
+                elif isinstance(sample, UnderstandingSample):
                     _run_understanding(self.observer, sample)
+                else:
+                    _run_tokens(self.observer, sample)
         except (TypeError, ValueError, IndexError) as error:
             kind_of_error = next(base for base in (TypeError, ValueError, IndexError) if isinstance(error, base))
             raise kind_of_error(f"{task}[{index}]: {error}") from error
@@ -272,41 +292,40 @@ class _Run:
 class _Observer:
     """Accumulates activations of a model's layers in a task's state, by hooks."""
 
-    def __init__(self, parts: Showo2Adapter):
-        self.parts = parts
-        self.down = DownNorms.from_projections([layer.mlp.down_proj for layer in parts.layers])
-        self._norms = _supported(ops.neuron_norms_, reference.neuron_norms_, parts)
-        self._importance = _supported(ops.cosine_importance, reference.cosine_importance, parts)
+    def __init__(self, decoder: Decoder):
+        self.decoder = decoder
+        self.down = DownNorms.from_projections([ffn.down_proj for ffn in decoder.ffns])
+        self._norms = _supported(ops.neuron_norms_, reference.neuron_norms_, decoder)
+        self._importance = _supported(ops.cosine_importance, reference.cosine_importance, decoder)
         self._state: TaskState | None = None
         self._counted: Tensor | None = None
         self._row = 0
         self._last: int | None = None
         self._into_last_layer: Tensor | None = None
 
-    def run(self, embeds: Tensor, allowed: Tensor, counted: Tensor | None, row: int, last: int | None) -> None:
-        """One pass of the language model.
+    def run(self, inputs: Mapping[str, Tensor], counted: Tensor | None, row: int, last: int | None) -> None:
+        """One pass of the decoder.
 
         Args:
-            embeds: [rows, length, hidden].
-            allowed: bool [rows, length, length], the attention mask.
+            inputs: of the decoder: `inputs_embeds` [rows, length, hidden], or `input_ids`, and `attention_mask`.
             counted: bool [rows, length], tokens that count; None: all.
             row: of the state's importance.
             last: position whose importance is recorded; None: the mean over counted tokens.
         """
         assert self._state is not None, "run is called inside `watching`"
         self._counted, self._row, self._last = counted, row, last
-        self._state.tokens += int(counted.sum()) if counted is not None else embeds.shape[0] * embeds.shape[1]
-        mask = additive(allowed, embeds.dtype)
+        rows, length = next(iter(inputs.values())).shape[:2]
+        self._state.tokens += int(counted.sum()) if counted is not None else rows * length
         # Without lm_head and diffusion head, which do not affect the language model's activations.
-        self.parts.model.showo.model(inputs_embeds=embeds, attention_mask=mask[:, None], use_cache=False)
+        self.decoder.stack(**inputs, use_cache=False)
 
     @contextmanager
     def watching(self, state: TaskState) -> Iterator[None]:
         """A context in which every `run` is accumulated in `state`."""
-        hooks = [self.parts.final_norm.register_forward_hook(self._after_norm)]
+        hooks = [self.decoder.norm.register_forward_hook(self._after_norm)]
         self._state = state
         try:
-            for index, layer in enumerate(self.parts.layers):
+            for index, layer in enumerate(self.decoder.layers):
                 hooks.append(layer.register_forward_hook(self._layer_hook(index), with_kwargs=True))
                 hooks.append(layer.mlp.down_proj.register_forward_pre_hook(self._neurons_hook(index)))
             yield
@@ -329,7 +348,7 @@ class _Observer:
     def _layer_hook(self, index: int) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
-            if index == len(self.parts.layers) - 1:
+            if index == len(self.decoder.layers) - 1:
                 self._into_last_layer = before
             else:
                 self._add_importance(index, before, output[0] if isinstance(output, tuple) else output)
@@ -338,7 +357,7 @@ class _Observer:
 
     def _after_norm(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert self._into_last_layer is not None
-        self._add_importance(len(self.parts.layers) - 1, self._into_last_layer, output)
+        self._add_importance(len(self.decoder.layers) - 1, self._into_last_layer, output)
 
     def _add_importance(self, layer: int, before: Tensor, after: Tensor) -> None:
         assert self._state is not None
@@ -351,13 +370,13 @@ class _Observer:
             self._state.mean_importance[layer] += mean
 
 
-def _supported(kernel: Any, fallback: Any, parts: Showo2Adapter) -> Any:
-    return kernel if kernel.is_supported(parts.device, parts.dtype) else fallback
+def _supported(kernel: Any, fallback: Any, decoder: Decoder) -> Any:
+    return kernel if kernel.is_supported(decoder.device, decoder.dtype) else fallback
 
 
 def _run_generation(observer: _Observer, sample: GenerationSample, t: float, row: int, noise: Tensor) -> None:
     """One evaluation of noised latents under guidance; both branches count up to the end of their spans."""
-    parts = observer.parts
+    parts = adapter(observer.decoder.model)
     tokens = torch.cat([sample.text_tokens, sample.text_tokens_null])
     positions = torch.cat([sample.modality_positions, sample.modality_positions_null])
     latents = t * sample.latents + (1 - t) * noise
@@ -371,17 +390,33 @@ def _run_generation(observer: _Observer, sample: GenerationSample, t: float, row
     for i, offset in enumerate(positions[:, 0, 0].tolist()):
         embeds[i, offset : offset + span.shape[1]] = span[i]
     counted = torch.arange(length, device=tokens.device) < end[:, None]
-    observer.run(embeds, omni_allowed(positions, length), counted, row, None)
+    observer.run(_masked(embeds, omni_allowed(positions, length)), counted, row, None)
 
 
 def _run_understanding(observer: _Observer, sample: UnderstandingSample) -> None:
     """One prefill of image, question and answer."""
-    parts, after, answer = observer.parts, sample.tokens_after_boi, sample.answer_length
-    validate.check_answer_inputs(parts.model, [sample.image_latents], sample.tokens_before_image, after, 0)
+    model, after, answer = observer.decoder.model, sample.tokens_after_boi, sample.answer_length
+    adapter(model)
+    validate.check_answer_inputs(model, [sample.image_latents], sample.tokens_before_image, after, 0)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer <= after.shape[1] - 2:
         raise ValueError(f"answer_length: expected an integer in [0, {after.shape[1] - 2}], got {answer!r}")
-    embeds, allowed = prompt_embeds(parts.model, sample.image_latents, sample.tokens_before_image, after)
-    observer.run(embeds, allowed[None], None, 0, embeds.shape[1] - 1 - answer)
+    embeds, allowed = prompt_embeds(model, sample.image_latents, sample.tokens_before_image, after)
+    observer.run(_masked(embeds, allowed[None]), None, 0, embeds.shape[1] - 1 - answer)
+
+
+def _run_tokens(observer: _Observer, sample: TokenSample) -> None:
+    """One pass over a text."""
+    tokens, answer = sample.tokens, sample.answer_length
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens: expected int64 [1, n], n > 0, got {tokens.dtype} {list(tokens.shape)}")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < tokens.shape[1]:
+        raise ValueError(f"answer_length: expected an integer in [0, {tokens.shape[1]}), got {answer!r}")
+    observer.run({"input_ids": tokens}, None, 0, tokens.shape[1] - 1 - answer)
+
+
+def _masked(embeds: Tensor, allowed: Tensor) -> dict[str, Tensor]:
+    """Inputs of a decoder: embeddings [rows, length, hidden], and what each may attend to, bool [rows, length, length]."""
+    return {"inputs_embeds": embeds, "attention_mask": additive(allowed, embeds.dtype)[:, None]}
 
 
 def _bar(total: int | None, progress: bool) -> Any:

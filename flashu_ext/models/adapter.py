@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,19 @@ __all__ = [
     "out_features",
 ]
 
-FAMILIES: Mapping[str, tuple[str, str]] = {"showo2": ("Show-o2", "showo")}
-"""Folder of this package -> the family's name, and an attribute that only its models have. The folder's module `adapter` has
-`adapter(model)`, which raises TypeError where such a model lacks another part."""
+
+class Family(NamedTuple):
+    """How a family's models are told from others."""
+
+    name: str
+    mark: str
+    """An attribute that only they have."""
+    stack: str
+    """Path of the language model without its head: `layers` and a final `norm`."""
+
+
+FAMILIES: Mapping[str, Family] = {"showo2": Family("Show-o2", "showo", "showo.model")}
+"""By folder of this package. Its module `adapter` has `adapter(model)`, which raises TypeError where a part is missing."""
 
 BLOCK_PARTS = 6
 """Shift, scale and gate of attention and FFN in a head's block."""
@@ -246,12 +256,12 @@ def adapter_of(model: Any) -> Adapter:
     Raises:
         TypeError: no family has such a model, or a part of it is missing; the message says which.
     """
-    for family, (_, mark) in FAMILIES.items():
-        if hasattr(model, mark):
-            found: Adapter = import_module(f".{family}.adapter", __package__).adapter(model)
+    for folder, family in FAMILIES.items():
+        if hasattr(model, family.mark):
+            found: Adapter = import_module(f".{folder}.adapter", __package__).adapter(model)
             return found
-    names, marks = (" or ".join(each) for each in zip(*FAMILIES.values(), strict=True))
-    inside = any(find(model, f"model.{mark}") is not None for _, mark in FAMILIES.values())
+    names, marks, _ = (" or ".join(each) for each in zip(*FAMILIES.values(), strict=True))
+    inside = any(find(model, f"model.{family.mark}") is not None for family in FAMILIES.values())
     raise TypeError(
         f"model: expected a {names} model, got {type(model).__name__} without {marks}"
         + ("; pass its .model" if inside else "")

@@ -45,8 +45,9 @@ __all__ = [
 _HEAD = ("flashu_ext.models.showo2.head", "models.modules")
 _QWEN2 = ("transformers.models.qwen2.modeling_qwen2", "models.qwen2")
 
-_FFNS = {"Qwen2MLP": _QWEN2, "MLP": _HEAD}
-_NORMS = {"Qwen2RMSNorm": _QWEN2, "RMSNorm": _HEAD}
+_LLAMA, _QWEN3, _MISTRAL = ((f"transformers.models.{name}.modeling_{name}",) for name in ("llama", "qwen3", "mistral"))
+_FFNS = {"Qwen2MLP": _QWEN2, "LlamaMLP": _LLAMA, "Qwen3MLP": _QWEN3, "MistralMLP": _MISTRAL, "MLP": _HEAD}
+_NORMS = {"Qwen2RMSNorm": _QWEN2, "LlamaRMSNorm": _LLAMA, "RMSNorm": _HEAD}
 _ATTENTIONS = {
     **dict.fromkeys(("Qwen2Attention", "Qwen2SdpaAttention", "Qwen2FlashAttention2"), _QWEN2),
     **dict.fromkeys(("Attention", "SdpaAttention"), _HEAD),
@@ -136,22 +137,26 @@ def _methods(kind: type) -> list[str]:
     return [name for name, value in vars(kind).items() if inspect.isfunction(value)]
 
 
-def _replaced_methods(module: Any) -> list[str]:
-    """Methods of the class that an attribute of the instance hides. Of private ones those that compute: others save and load."""
+def _replaced_methods(module: Any, own: Sequence[str] = ()) -> list[str]:
+    """Methods of the class that an attribute of the instance hides. Of private ones those that compute: others save and load.
+
+    Args:
+        own: methods that this library has replaced itself.
+    """
     kind, computing = type(module), ("_call_impl", "_conv_forward")
     return [
         name
         for name in vars(module)
-        if (not name.startswith("_") or name in computing) and callable(getattr(kind, name, None))
+        if (not name.startswith("_") or name in computing) and name not in own and callable(getattr(kind, name, None))
     ]
 
 
-def why_replaced(module: Any, known: Known) -> str | None:
-    """Why calling `module` may compute something else than a known class does, or None."""
+def why_replaced(module: Any, known: Known, own: Sequence[str] = ()) -> str | None:
+    """Why calling `module` may compute something else than a known class does, or None. own: see `_replaced_methods`."""
     reason = why_unknown(module, known)
     if reason is not None:
         return reason
-    if names := _replaced_methods(module):
+    if names := _replaced_methods(module, own):
         return f"its {names[0]} is replaced"
     if getattr(module, "_compiled_call_impl", None) is not None:
         return "is compiled in place, by a backend that may compute something else"
@@ -180,13 +185,14 @@ def why_not_weight(weight: Any, shape: tuple[int, ...], like: Tensor) -> str | N
     return None
 
 
-def why_not_ffn(ffn: Any, like: Tensor) -> str | None:
+def why_not_ffn(ffn: Any, like: Tensor, own: Sequence[str] = ()) -> str | None:
     """Why the FFN kernel does not compute this module, or None.
 
     Args:
         like: a weight of the model, for dtype and device.
+        own: methods of the module that this library has replaced itself.
     """
-    reason = why_replaced(ffn, _FFNS)
+    reason = why_replaced(ffn, _FFNS, own)
     if reason is not None:
         return reason
     activation = getattr(ffn, "act_fn", None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.decoder import decoder_of
 from .neurons import ffn_weights
 from .safe_files import content_digest
 
@@ -47,7 +48,7 @@ def check_fingerprint(model: Any, expected: str) -> str | None:
 
 @torch.no_grad()
 def _digest(model: Any, bits: Bits, with_dtype: bool) -> str:
-    ffns = [layer.mlp for layer in model.showo.model.layers]
+    ffns = decoder_of(model).ffns
     own = {id(weight): weight for ffn in ffns for weight in ffn_weights(ffn)}
     named = dict(model.named_parameters(remove_duplicate=False))
     spread = [_spread(value, bits) for value in named.values() if id(value) not in own and _readable(value)]
@@ -90,7 +91,7 @@ def _neurons(ffn: Any, bits: Bits) -> Tensor:
 def _attention_digest(model: Any) -> str:
     sample: list[Tensor] = []
     shapes: list[int] = []
-    for layer in model.showo.model.layers:
+    for layer in decoder_of(model).layers:
         shapes += list(layer.mlp.down_proj.weight.shape)
         query = layer.self_attn.q_proj.weight.detach().flatten()
         sample += [layer.post_attention_layernorm.weight, query[:: max(1, query.numel() // 256)]]

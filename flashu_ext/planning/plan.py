@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.decoder import decoder_of
 from .estimators import Calibration, DownNorms, NeuronSums, check_estimator, standardized
 from .fingerprint import check_fingerprint, model_fingerprint
 from .groups import FfnPruning, is_int, is_real
@@ -294,11 +295,8 @@ class TaskPlan:
 
     def check_model(self, model: Any) -> None:
         """Raise ValueError if the plan was made for another model, TypeError if it is none."""
-        if isinstance(model, type) or not hasattr(model, "showo"):
-            got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-            raise TypeError(f"model: expected a Show-o2 model, got {got}")
-        layers = model.showo.model.layers
-        shape = (len(layers), layers[0].mlp.down_proj.weight.shape[1])
+        ffns = decoder_of(model).ffns
+        shape = (len(ffns), ffns[0].down_proj.weight.shape[1])
         if shape != (self.layers, self.intermediate):
             raise ValueError(
                 f"plan: made for {self.layers} layers of {self.intermediate} neurons, the model has {shape[0]} of {shape[1]}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.adapter import Adapter
+from ..models.adapter import FAMILIES, Adapter
 from ..models.known import why_not_ffn, why_not_norm
 from ..ops.kernel_sets import KernelSet, KernelSets, KernelUnavailableError
 from ..planning.config import FlashUConfig
@@ -94,6 +94,11 @@ class Network:
         """Path in the model -> why the module is not on a kernel."""
         names = self._names()
         return {names[each.module]: each.why_itself for each in self._modules() if each.why_itself is not None}
+
+    def ffn_paths(self) -> list[str]:
+        """Of every layer's FFN in the model."""
+        stack = FAMILIES[self.source.family].stack
+        return [f"{stack}.layers.{index}.mlp" for index in range(len(self.layers))]
 
     def _modules(self) -> Iterator[Itself]:
         return _all((self.parts, self.layers, self.final_norm, self.blocks))

@@ -90,7 +90,6 @@ class Placement:
         self.orders[index], self.layouts[index] = None, layout.in_place()
         self.whys[index] = f"{why}; neurons read where they are"
 
-    @property
-    def reasons(self) -> dict[str, str]:
-        """The whys by the layers' paths in the model."""
-        return {f"showo.model.layers.{index}.mlp": why for index, why in self.whys.items()}
+    def reasons(self, paths: Sequence[str]) -> dict[str, str]:
+        """The whys by the FFNs' paths in the model."""
+        return {paths[index]: why for index, why in self.whys.items()}

@@ -143,7 +143,7 @@ class Runner:
         network.check_explicit(self.config)
         placement = Placement.choose(network, self.layouts or (), self.orders, self.lock)
         self.orders = placement.move(self.orders)
-        self.in_place = placement.reasons
+        self.in_place = placement.reasons(network.ffn_paths())
         self._build(network.over(placement.layouts))
         self._unfinished = False
 

@@ -480,7 +480,7 @@ def changed(sample, **fields):
         (
             lambda: {"tasks": {"x": [1]}},
             TypeError,
-            r"x\[0\]: expected a GenerationSample or UnderstandingSample, got int",
+            r"x\[0\]: expected a GenerationSample or UnderstandingSample or TokenSample, got int",
         ),
         (lambda: {"tasks": {"": []}}, ValueError, "tasks: expected names, got ''"),
         (
@@ -593,7 +593,7 @@ from flashu_ext.calibration.calibrate import GenerationSample
 try:
     fx.calibrate(None)
 except TypeError as error:
-    assert "expected a Show-o2 model" in str(error), error
+    assert "expected a model of a known family" in str(error), error
 """
 
 
