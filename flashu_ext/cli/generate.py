@@ -166,7 +166,7 @@ def _opened(
 
 def _device(ranks: Ranks, settings: dict[str, Any]) -> torch.device:
     """Of this rank: --device, or the GPU with its local number where that is left out or only says cuda."""
-    from ..models.showo2.validate import check_device
+    from ..models.checks import check_device
 
     asked = settings["device"]
     device = None if asked is None else check_device(asked)

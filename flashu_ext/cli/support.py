@@ -161,8 +161,8 @@ def open_pipeline(
     """
     import torch
 
+    from ..models.checks import check_device
     from ..models.showo2 import Pipeline
-    from ..models.showo2.validate import check_device
     from ..planning.plan import TaskPlan
     from ..runtime.handle import accelerate
 

@@ -47,7 +47,7 @@ _QWEN2 = ("transformers.models.qwen2.modeling_qwen2", "models.qwen2")
 
 _LLAMA, _QWEN3, _MISTRAL = ((f"transformers.models.{name}.modeling_{name}",) for name in ("llama", "qwen3", "mistral"))
 _FFNS = {"Qwen2MLP": _QWEN2, "LlamaMLP": _LLAMA, "Qwen3MLP": _QWEN3, "MistralMLP": _MISTRAL, "MLP": _HEAD}
-_NORMS = {"Qwen2RMSNorm": _QWEN2, "LlamaRMSNorm": _LLAMA, "RMSNorm": _HEAD}
+_NORMS = {"Qwen2RMSNorm": _QWEN2, "LlamaRMSNorm": _LLAMA, "RMSNorm": (*_HEAD, "flashu_ext.models.norms")}
 _ATTENTIONS = {
     **dict.fromkeys(("Qwen2Attention", "Qwen2SdpaAttention", "Qwen2FlashAttention2"), _QWEN2),
     **dict.fromkeys(("Attention", "SdpaAttention"), _HEAD),

@@ -81,7 +81,7 @@ MUTANTS = [
     Mutant("pixels: cut off", "flashu_ext/models/showo2/pipeline.py", "* 127.5).round()", "* 127.5)", EDGES("pixels"), quick=True),
     Mutant("pixels: cropped at the top", "flashu_ext/models/showo2/pipeline.py", "round((height - side) / 2)", "0", EDGES("cropped")),
     Mutant("pixels: cropped at the left", "flashu_ext/models/showo2/pipeline.py", "left, top = round((width - side) / 2)", "left, top = 0", EDGES("cropped")),
-    Mutant("validate: an id equal to the vocabulary", "flashu_ext/models/showo2/validate.py", "high >= vocabulary", "high > vocabulary", SMALL("vocabulary")),
+    Mutant("validate: an id equal to the vocabulary", "flashu_ext/models/checks.py", "high >= vocabulary", "high > vocabulary", SMALL("vocabulary")),
     Mutant("folder: weights do not matter", "flashu_ext/batch/folder.py", '        "weights": weights_digest(pipe.model),\n', "", FOLDER("weights")),
     Mutant("folder: the plan does not matter", "flashu_ext/batch/folder.py", '"plan": _plan_digest(config, plan)', '"plan": None', FOLDER("plan")),
     Mutant("folder: the manifest goes first", "flashu_ext/batch/folder.py", "    for name in names:\n        (out /", "    path.unlink(missing_ok=True)\n    for name in names:\n        (out /", FOLDER("manifest")),

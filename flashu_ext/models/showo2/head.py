@@ -1,4 +1,4 @@
-"""The diffusion head in plain torch: RMSNorm, llama3-scaled RoPE, modulated attention blocks, final layer."""
+"""The diffusion head in plain torch: llama3-scaled RoPE, modulated attention blocks, final layer."""
 
 from __future__ import annotations
 
@@ -7,31 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..norms import RMSNorm
 from .config import HeadConfig
 
-__all__ = ["FinalLayer", "ModulatedAttentionBlock", "RMSNorm"]
+__all__ = ["FinalLayer", "ModulatedAttentionBlock"]
 
 # Constants of the published head (upstream DiffusionHeadConfig).
 NORM_EPS = 1e-5
 ROPE_THETA = 5e5
 ROPE_FACTOR, ROPE_LOW, ROPE_HIGH, ROPE_ORIGINAL_LENGTH = 32.0, 1.0, 4.0, 8192
-
-
-class RMSNorm(nn.Module):
-    """x [..., width] -> weight * x / rms(x), normalised in fp32, scaled in the input's dtype."""
-
-    def __init__(self, width: int, eps: float = 1e-6):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.variance_epsilon = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
 
 
 class RotaryEmbedding(nn.Module):

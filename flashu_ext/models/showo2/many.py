@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...planning.config import FlashUConfig
 from ..accelerated import handle_of
+from ..checks import check_callback, check_sampling
 from ..sampling import Callback, Stepper
 from . import validate
 from .decoding import TokenSampler
@@ -294,7 +295,7 @@ class Drawings(Many[ImageResult]):
         pipe, model = self.pipe, self.pipe.model
         if not isinstance(request.prompt, str):
             raise TypeError(f"prompt: expected a string, got {type(request.prompt).__name__}")
-        validate.check_callback("on_step", request.on_step)
+        check_callback("on_step", request.on_step)
         tokens = pipe.prompt_tokens([request.prompt], request.size)
         inputs = SampleInputs.build(
             model,
@@ -379,8 +380,8 @@ class Answers(Many[QuestionResult]):
 
     def _begun(self, request: Any) -> Any:
         pipe = self.pipe
-        validate.check_callback("on_token", request.on_token)
-        validate.check_sampling(request.temperature, request.top_k, request.top_p)
+        check_callback("on_token", request.on_token)
+        check_sampling(request.temperature, request.top_k, request.top_p)
         generators = None if request.seed is None else pipe.generators([request.seed], 1, "questions")
         images, before, after = pipe.question_inputs(request.images, request.question)
         validate.check_answer_inputs(pipe.model, images, before, after, request.max_new_tokens, pipe.layout.eos)

@@ -11,28 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...planning.extras import extra
+from ..checks import guidance_scale_of
+from ..llm import language_model
 from ..masks import additive, omni_allowed
+from ..norms import RMSNorm
 from ..velocity import guide, guided, unpatchify
 from . import checkpoint, validate
 from .adapter import adapter
 from .config import HeadConfig, Showo2Config
 from .decoding import TokenSampler, decode_dense
 from .embedders import PatchEmbed, TimestepEmbedder
-from .head import FinalLayer, ModulatedAttentionBlock, RMSNorm
+from .head import FinalLayer, ModulatedAttentionBlock
 
 __all__ = ["Showo2"]
-
-
-def _qwen2(fields: dict[str, Any]) -> nn.Module:
-    with extra("showo2"):
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config: Any = Qwen2Config(**fields)
-    if "rope_theta" in fields and getattr(config, "rope_parameters", None) is not None:
-        # transformers 5 moved the base here, and its loader does not always convert the plain field.
-        config.rope_parameters["rope_theta"] = fields["rope_theta"]
-    config._attn_implementation = "sdpa"
-    return Qwen2ForCausalLM(config)
 
 
 def _siglip_encoder(fields: dict[str, Any]) -> nn.Module:
@@ -71,7 +62,7 @@ class Showo2(nn.Module):
         self.config = config
         hidden, clip = config.hidden_size, config.clip_latent_dim
         head = HeadConfig(**config.head)
-        self.showo = _qwen2(dict(config.llm))
+        self.showo = language_model("Qwen2", dict(config.llm))
         self.image_embedder_und = PatchEmbed(config.patch_size, config.image_latent_dim, clip)
         self.image_embedder_gen = PatchEmbed(config.patch_size, config.image_latent_dim, hidden)
         self.position_embedding = nn.Embedding(config.position_rows, clip)
@@ -207,7 +198,7 @@ class Showo2(nn.Module):
         **_: Any,
     ) -> Tensor:
         """One ODE evaluation as upstream's: velocity [rows, channels, H, W]; under guidance both halves are equal."""
-        scale = validate.guidance_scale_of(guidance_scale, image_latents.shape[0] // 2)
+        scale = guidance_scale_of(guidance_scale, image_latents.shape[0] // 2)
         if modality_positions is None:
             raise ValueError("modality_positions: expected a tensor, got None")
         validate.check_t2i_inputs(self, image_latents, t, text_tokens, modality_positions, guided(scale))

@@ -21,7 +21,7 @@ from ...planning.extras import extra
 from ...planning.groups import FfnPruning, whole
 from ...planning.reading import MAX_PIXELS, shown
 from ...planning.safe_files import atomic_path
-from . import validate
+from ..checks import check_callback, check_device
 from .adapter import table_side
 from .checkpoint import check_dtype
 from .codec import ImageCodec, WanCodec
@@ -111,7 +111,7 @@ class Pipeline:
             ImportError: an optional package is missing.
         """
         check_dtype(dtype)
-        device = validate.check_device(device)
+        device = check_device(device)
         if name in _EMBEDDED:
             return import_module(_EMBEDDED[str(name)]).load_pipeline(dtype, device)
         directory = Path(name)
@@ -353,7 +353,7 @@ class Pipeline:
         """
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling["seeds"] = None if seed is None else [seed]
-        validate.check_callback("on_text", on_text)
+        check_callback("on_text", on_text)
         if on_text is None:
             return self._answers({"image": image}, [question], max_new_tokens, **sampling)[0]
         tokens: list[int] = []
@@ -416,7 +416,7 @@ class Pipeline:
         **sampling: Any,
     ) -> list[str]:
         """images: the name of each entry, for messages, and the entry."""
-        validate.check_callback("on_token", on_token)
+        check_callback("on_token", on_token)
         generators = None if seeds is None else self.generators(seeds, len(questions), "questions")
         rows = [self.layout.question(question, self._device) for question in questions]
         answers = answer_tokens_batch(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
+from ..checks import check_callback
 from ..masks import additive, omni_allowed
 from ..sampling import Callback, DrawInputs, integrate
 from ..velocity import guided
@@ -116,7 +117,7 @@ def sample(
         guidance_scale,
         time_shifting_factor,
     )
-    validate.check_callback("callback", callback)
+    check_callback("callback", callback)
     handle = handle_of(model)
     stepper = handle.stepper(inputs) if handle is not None else DenseStepper(model, inputs)
     return integrate(stepper, callback, return_velocity)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
+from ..checks import check_callback, check_generator, check_sampling
 from ..masks import additive
 from . import validate
 from .adapter import adapter
@@ -82,10 +83,10 @@ def answer_tokens(
     """
     images = images_of(image_latents)
     validate.check_answer_inputs(model, images, tokens_before_image, tokens_after_boi, max_new_tokens, eos_token)
-    validate.check_sampling(temperature, top_k, top_p)
-    validate.check_callback("on_token", on_token)
+    check_sampling(temperature, top_k, top_p)
+    check_callback("on_token", on_token)
     if generator is not None:
-        validate.check_generator("generator", generator, images[0].device)
+        check_generator("generator", generator, images[0].device)
     sampler = TokenSampler(temperature, top_k, top_p, None if generator is None else [generator])
     inputs = ([images], [tokens_before_image], [tokens_after_boi])
     return _answer(model, *inputs, max_new_tokens, eos_token, sampler, on_token)[0]
@@ -147,10 +148,10 @@ def answer_tokens_batch(
         )
     for row, inputs in enumerate(zip(images, befores, afters, strict=True)):
         validate.check_answer_inputs(model, *inputs, max_new_tokens, eos_token, f"[{row}]")
-    validate.check_sampling(temperature, top_k, top_p)
-    validate.check_callback("on_token", on_token)
+    check_sampling(temperature, top_k, top_p)
+    check_callback("on_token", on_token)
     for row, generator in enumerate(generators or ()):
-        validate.check_generator(f"generators[{row}]", generator, images[row][0].device)
+        check_generator(f"generators[{row}]", generator, images[row][0].device)
     sampler = TokenSampler(temperature, top_k, top_p, generators)
     return _answer(model, images, befores, afters, max_new_tokens, eos_token, sampler, on_token)
 

@@ -18,6 +18,7 @@ from ...runtime.readback import Readback
 from ...runtime.runner import Runner
 from ...runtime.state import ImageState
 from ..adapter import Question
+from ..checks import guidance_scale_of
 from ..masks import omni_allowed
 from ..velocity import Scale, guided
 from . import validate
@@ -186,7 +187,7 @@ class UpstreamMethods:
                 return self._original("t2i_generate", reason, **arguments)
             assert image_latents is not None and t is not None
             assert text_tokens is not None and modality_positions is not None
-            scale = validate.guidance_scale_of(guidance_scale, image_latents.shape[0] // 2)
+            scale = guidance_scale_of(guidance_scale, image_latents.shape[0] // 2)
             with_guidance = guided(scale)
             if known is None:
                 # Calls with the same, unmodified tensors are not checked again.

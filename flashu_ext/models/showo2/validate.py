@@ -8,37 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...planning.reading import shown
+from ..checks import check_count, check_eos, check_sampling, check_tensor, check_tokens, guidance_scale_of
 from ..velocity import Scale, guided
 from .adapter import stored_table, table_side
 
-__all__ = [
-    "check_answer_inputs",
-    "check_callback",
-    "check_device",
-    "check_generator",
-    "check_mmu_inputs",
-    "check_sample_inputs",
-    "check_sampling",
-    "check_t2i_inputs",
-]
-
-
-def _tensor(name: str, value: Any, dims: int, dtype: str, device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dim() != dims:
-        raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(value.shape)}")
-    wrong = value.dtype != torch.int64 if dtype == "int64" else not value.is_floating_point()
-    if wrong:
-        raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
-    if value.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device} as the model, got {value.device}")
+__all__ = ["check_answer_inputs", "check_mmu_inputs", "check_sample_inputs", "check_t2i_inputs"]
 
 
 def _latents(name: str, value: Any, model: Any, device: torch.device) -> tuple[int, int]:
     """Checks latents and returns (rows, patches)."""
-    _tensor(name, value, 4, "a floating-point tensor", device)
+    check_tensor(name, value, 4, "a floating-point tensor", device)
     channels, patch = int(model.image_embedder_gen.proj.in_channels), int(model.config.patch_size)
     rows, got, height, width = value.shape
     if rows == 0:
@@ -56,23 +35,12 @@ def _latents(name: str, value: Any, model: Any, device: torch.device) -> tuple[i
     return rows, patches
 
 
-def _tokens(name: str, value: Any, rows: int, model: Any, device: torch.device) -> None:
-    _tensor(name, value, 2, "int64", device)
-    if value.shape[0] != rows:
-        raise ValueError(f"{name}: expected {rows} rows, got {value.shape[0]}")
-    vocabulary = model.showo.model.embed_tokens.weight.shape[0]
-    if value.numel():
-        low, high = int(value.min()), int(value.max())
-        if low < 0 or high >= vocabulary:
-            raise IndexError(f"{name}: expected token ids in [0, {vocabulary}), got {low if low < 0 else high}")
-
-
 def _spans(name: str, value: Any, latents: tuple[str, int, int], length: int, model: Any, device: torch.device) -> None:
     """latents: the argument's name, its rows and their patches."""
     of, rows, patches = latents
     time = 1 if model.config.add_time_embeds else 0
     span, own = patches + time, model.image_position_ids.shape[-1]
-    _tensor(name, value, 3, "int64", device)
+    check_tensor(name, value, 3, "int64", device)
     if tuple(value.shape) != (rows, 1, 2):
         raise ValueError(f"{name}: expected shape ({rows}, 1, 2), one (offset, length) a row, got {tuple(value.shape)}")
     for row, ((offset, got),) in enumerate(value.tolist()):
@@ -94,32 +62,12 @@ def check_t2i_inputs(
     rows, patches = _latents("image_latents", image_latents, model, device)
     if guided and rows % 2:
         raise ValueError(f"image_latents: expected an even number of rows under guidance, got {rows}")
-    _tensor("t", t, 1, "a floating-point tensor", device)
+    check_tensor("t", t, 1, "a floating-point tensor", device)
     if t.shape[0] != rows:
         raise ValueError(f"t: expected {rows} times, one for each row, got {t.shape[0]}")
-    _tokens("text_tokens", text_tokens, rows, model, device)
+    check_tokens("text_tokens", text_tokens, rows, model.showo.model.embed_tokens)
     latents = ("image_latents", rows, patches)
     _spans("modality_positions", modality_positions, latents, text_tokens.shape[1], model, device)
-
-
-def guidance_scale_of(guidance_scale: Any, images: int) -> Scale:
-    """A caller's guidance scale: a number, or one above 0 for each image in a sequence or tensor.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if isinstance(guidance_scale, Tensor):
-        guidance_scale = guidance_scale.flatten().tolist() if guidance_scale.dim() else guidance_scale.item()
-    if not isinstance(guidance_scale, (list, tuple)):
-        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale: expected a finite number >= 0, got {guidance_scale!r:.80}")
-        return guidance_scale
-    numbers = [each for each in guidance_scale if isinstance(each, (int, float)) and 0 < each < float("inf")]
-    if len(guidance_scale) != images or len(numbers) != images:
-        raise ValueError(
-            f"guidance_scale: expected {images} finite numbers above 0, one for each image, got {guidance_scale!r:.80}"
-        )
-    return tuple(float(each) for each in numbers)
 
 
 def check_sample_inputs(
@@ -142,12 +90,12 @@ def check_sample_inputs(
         not isinstance(time_shifting_factor, (int, float)) or not 0 <= time_shifting_factor < float("inf")
     ):
         raise ValueError(f"time_shifting_factor: expected None or a finite number >= 0, got {time_shifting_factor!r}")
-    _tokens("text_tokens", text_tokens, rows, model, device)
+    check_tokens("text_tokens", text_tokens, rows, model.showo.model.embed_tokens)
     _spans("modality_positions", modality_positions, latents, text_tokens.shape[1], model, device)
     if guided(scale):
         if text_tokens_null is None or modality_positions_null is None:
             raise ValueError("text_tokens_null, modality_positions_null: expected tensors under guidance, got None")
-        _tokens("text_tokens_null", text_tokens_null, rows, model, device)
+        check_tokens("text_tokens_null", text_tokens_null, rows, model.showo.model.embed_tokens)
         if text_tokens_null.shape != text_tokens.shape:
             raise ValueError(
                 f"text_tokens_null: expected shape {tuple(text_tokens.shape)} as text_tokens, got {tuple(text_tokens_null.shape)}"
@@ -174,8 +122,8 @@ def check_answer_inputs(
         length += patches + (3 if model.config.add_time_embeds else 2)  # with boi and eoi
         if rows != 1:
             raise ValueError(f"{name}: expected one image, got {rows}; several images of one question are a list")
-    _tokens(f"tokens_before_image{row}", tokens_before_image, 1, model, device)
-    _tokens(f"tokens_after_boi{row}", tokens_after_boi, 1, model, device)
+    check_tokens(f"tokens_before_image{row}", tokens_before_image, 1, model.showo.model.embed_tokens)
+    check_tokens(f"tokens_after_boi{row}", tokens_after_boi, 1, model.showo.model.embed_tokens)
     if tokens_after_boi.shape[1] < 2:
         raise ValueError(
             f"tokens_after_boi{row}: expected boi, eoi and a question, got {tokens_after_boi.shape[1]} tokens"
@@ -187,9 +135,8 @@ def check_answer_inputs(
             f"image_latents{row}, tokens_after_boi{row}: expected images and a question of at most {limit} tokens, which this "
             f"language model has positions for, got {length} of {len(images)} image{'s' if len(images) > 1 else ''}"
         )
-    _count("max_new_tokens", max_new_tokens)
-    if eos_token is not None and (isinstance(eos_token, bool) or not isinstance(eos_token, int)):
-        raise TypeError(f"eos_token: expected None or a token id, got {eos_token!r}")
+    check_count("max_new_tokens", max_new_tokens)
+    check_eos(eos_token)
 
 
 def check_mmu_inputs(
@@ -202,60 +149,13 @@ def check_mmu_inputs(
 ) -> None:
     """Inputs of `mmu_generate` for one prompt."""
     weight = model.showo.model.embed_tokens.weight
-    _tensor("input_embeds", input_embeds, 3, "a floating-point tensor", weight.device)
+    check_tensor("input_embeds", input_embeds, 3, "a floating-point tensor", weight.device)
     if input_embeds.shape[1] == 0 or input_embeds.shape[2] != weight.shape[1]:
         raise ValueError(f"input_embeds: expected [1, length >= 1, {weight.shape[1]}], got {tuple(input_embeds.shape)}")
     length = input_embeds.shape[1]
     if attention_mask.numel() != length * length or tuple(attention_mask.shape[-2:]) != (length, length):
         raise ValueError(f"attention_mask: expected [1, 1, {length}, {length}], got {tuple(attention_mask.shape)}")
-    _count("max_new_tokens", max_new_tokens)
+    check_count("max_new_tokens", max_new_tokens)
     check_sampling(temperature, top_k)
     if temperature == 0:
         raise ValueError("temperature: expected a finite number > 0, got 0 (top_k=1 is greedy)")
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None = None) -> None:
-    """Sampling parameters; see `decoding.TokenSampler`."""
-    if (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, (int, float))
-        or not 0 <= temperature < float("inf")
-    ):
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"top_k: expected None or an integer >= 1, got {top_k!r}")
-    if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
-        raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p!r}")
-
-
-def check_generator(name: str, value: Any, device: torch.device) -> None:
-    if not isinstance(value, torch.Generator):
-        raise TypeError(f"{name}: expected a torch.Generator, got {type(value).__name__}")
-    if value.device.type != device.type:
-        raise ValueError(f"{name}: expected a generator on {device} as the model, got {value.device}")
-
-
-def check_callback(name: str, value: Any) -> None:
-    if value is not None and not callable(value):
-        raise TypeError(f"{name}: expected None or a function, got {type(value).__name__}")
-
-
-def check_device(value: Any) -> torch.device:
-    """A device that torch has here. Raises TypeError or ValueError, naming `device`."""
-    try:
-        device = torch.device(value)
-    except (RuntimeError, TypeError, ValueError) as error:
-        kind = ValueError if isinstance(value, str) else TypeError
-        raise kind(f"device: expected one of torch's, as 'cpu' or 'cuda', got {shown(value)}") from error
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise ValueError(f"device: expected 'cpu', as torch sees no GPU here, got {shown(value)}")
-        if device.index is not None and device.index >= count:
-            raise ValueError(f"device: expected a GPU in [0, {count}), got {shown(value)}")
-    return device
-
-
-def _count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")

@@ -1,0 +1,120 @@
+"""Checks of arguments that all families have, before anything runs. Torch only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..planning.reading import shown
+from .velocity import Scale
+
+__all__ = [
+    "check_callback",
+    "check_count",
+    "check_device",
+    "check_eos",
+    "check_generator",
+    "check_sampling",
+    "check_tensor",
+    "check_tokens",
+    "guidance_scale_of",
+]
+
+
+def check_tensor(name: str, value: Any, dims: int, dtype: str, device: torch.device) -> None:
+    """dtype: 'int64' or 'a floating-point tensor'."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(value.shape)}")
+    wrong = value.dtype != torch.int64 if dtype == "int64" else not value.is_floating_point()
+    if wrong:
+        raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} as the model, got {value.device}")
+
+
+def check_tokens(name: str, value: Any, rows: int, embed_tokens: Any) -> None:
+    """int64 [rows, n] of ids that a token embedding has, on its device."""
+    check_tensor(name, value, 2, "int64", embed_tokens.weight.device)
+    if value.shape[0] != rows:
+        raise ValueError(f"{name}: expected {rows} rows, got {value.shape[0]}")
+    vocabulary = embed_tokens.weight.shape[0]
+    if value.numel():
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= vocabulary:
+            raise IndexError(f"{name}: expected token ids in [0, {vocabulary}), got {low if low < 0 else high}")
+
+
+def guidance_scale_of(guidance_scale: Any, images: int) -> Scale:
+    """A caller's guidance scale: a number, or one above 0 for each image in a sequence or tensor.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(guidance_scale, Tensor):
+        guidance_scale = guidance_scale.flatten().tolist() if guidance_scale.dim() else guidance_scale.item()
+    if not isinstance(guidance_scale, (list, tuple)):
+        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale: expected a finite number >= 0, got {guidance_scale!r:.80}")
+        return guidance_scale
+    numbers = [each for each in guidance_scale if isinstance(each, (int, float)) and 0 < each < float("inf")]
+    if len(guidance_scale) != images or len(numbers) != images:
+        raise ValueError(
+            f"guidance_scale: expected {images} finite numbers above 0, one for each image, got {guidance_scale!r:.80}"
+        )
+    return tuple(float(each) for each in numbers)
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None = None) -> None:
+    """Sampling parameters; see `decoding.TokenSampler`."""
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, (int, float))
+        or not 0 <= temperature < float("inf")
+    ):
+        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k: expected None or an integer >= 1, got {top_k!r}")
+    if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p!r}")
+
+
+def check_generator(name: str, value: Any, device: torch.device) -> None:
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"{name}: expected a torch.Generator, got {type(value).__name__}")
+    if value.device.type != device.type:
+        raise ValueError(f"{name}: expected a generator on {device} as the model, got {value.device}")
+
+
+def check_callback(name: str, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected None or a function, got {type(value).__name__}")
+
+
+def check_device(value: Any) -> torch.device:
+    """A device that torch has here. Raises TypeError or ValueError, naming `device`."""
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError, ValueError) as error:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"device: expected one of torch's, as 'cpu' or 'cuda', got {shown(value)}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError(f"device: expected 'cpu', as torch sees no GPU here, got {shown(value)}")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"device: expected a GPU in [0, {count}), got {shown(value)}")
+    return device
+
+
+def check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
+
+
+def check_eos(value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"eos_token: expected None or a token id, got {value!r}")

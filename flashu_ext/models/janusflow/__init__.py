@@ -1,0 +1,31 @@
+"""JanusFlow: the model with upstream's parameter names, and its sampler. Names are loaded on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import JanusFlowConfig as JanusFlowConfig
+    from .images import pixel_values as pixel_values
+    from .model import JanusFlow as JanusFlow
+    from .sampling import sample as sample
+    from .understanding import answer_tokens as answer_tokens
+    from .understanding import answer_tokens_batch as answer_tokens_batch
+
+_HOMES = {
+    "JanusFlowConfig": "config",
+    "JanusFlow": "model",
+    "sample": "sampling",
+    "answer_tokens": "understanding",
+    "answer_tokens_batch": "understanding",
+    "pixel_values": "images",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,91 @@
+"""A model's sizes, those of the released one by default."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...planning.groups import Check, expect, is_int, is_real
+
+__all__ = ["JanusFlowConfig"]
+
+# A file may name any sizes: these limits keep what is built from one small until the weights confirm it.
+MAX_SIZE = 2**20
+MAX_LAYERS = 512
+
+_SIZE = expect(f"an integer in [1, {MAX_SIZE}]", lambda v: is_int(v) and 1 <= v <= MAX_SIZE)
+_EVEN = expect(f"an even integer in [2, {MAX_SIZE}]", lambda v: is_int(v) and 2 <= v <= MAX_SIZE and v % 2 == 0)
+_LAYERS = expect(f"an integer in [1, {MAX_LAYERS}]", lambda v: is_int(v) and 1 <= v <= MAX_LAYERS)
+_EPSILON = expect("a finite number > 0", lambda v: is_real(v) and v > 0)
+_SWITCH = expect("True or False", lambda v: isinstance(v, bool))
+
+_CHECKS: Mapping[str, Check] = {
+    **dict.fromkeys(("hidden", "inter", "heads", "kv", "vocab", "grid", "vit", "vit_heads", "vit_ratio"), _SIZE),
+    **dict.fromkeys(("vit_patch", "latent_channels", "image_size"), _SIZE),
+    **dict.fromkeys(("channels", "latent_size"), _EVEN),
+    **dict.fromkeys(("layers", "blocks", "vit_layers"), _LAYERS),
+    **dict.fromkeys(("rope_theta", "eps", "grn_eps", "uvit_norm_eps", "vit_norm_eps"), _EPSILON),
+    "tie_word_embeddings": _SWITCH,
+}
+
+
+@dataclass(frozen=True)
+class JanusFlowConfig:
+    """Sizes of JanusFlow-1.3B.
+
+    Attributes:
+        hidden, inter, layers, heads, kv, vocab, rope_theta, eps, tie_word_embeddings: of the language model, a Llama.
+        channels, blocks: of the latent encoder; the decoder's blocks are twice as wide.
+        grid: image tokens a side; latents are `latent_size` = 2 * grid a side.
+        grn_eps, uvit_norm_eps: of the latent blocks' response norm and RMS norms.
+        vit, vit_layers, vit_heads, vit_ratio, vit_patch, image_size, vit_norm_eps: of the image encoder, a SigLIP.
+    """
+
+    hidden: int = 2048
+    inter: int = 5632
+    layers: int = 24
+    heads: int = 16
+    kv: int = 16
+    vocab: int = 102400
+    channels: int = 768
+    blocks: int = 2
+    grid: int = 24
+    vit: int = 1024
+    vit_layers: int = 24
+    vit_heads: int = 16
+    vit_ratio: int = 4
+    vit_patch: int = 16
+    rope_theta: float = 10000.0
+    eps: float = 1e-6
+    latent_channels: int = 4
+    latent_size: int = 48
+    image_size: int = 384
+    grn_eps: float = 1e-6
+    uvit_norm_eps: float = 1e-6
+    vit_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a size that no model can have."""
+        for name, check in _CHECKS.items():
+            check(name, getattr(self, name))
+        for name, whole, part in (
+            ("heads", self.hidden, self.heads),
+            ("kv", self.heads, self.kv),
+            ("vit_heads", self.vit, self.vit_heads),
+            ("vit_patch", self.image_size, self.vit_patch),
+        ):
+            if whole % part:
+                raise ValueError(f"{name}: expected a divisor of {whole}, got {part}")
+        if self.latent_size != 2 * self.grid:
+            raise ValueError(f"latent_size: expected twice the grid, {2 * self.grid}, got {self.latent_size}")
+
+    @property
+    def vit_tokens(self) -> int:
+        """Of an image that is asked about."""
+        return (self.image_size // self.vit_patch) ** 2
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
