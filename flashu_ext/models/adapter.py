@@ -44,7 +44,10 @@ class Family(NamedTuple):
     """Path of the language model without its head: `layers` and a final `norm`."""
 
 
-FAMILIES: Mapping[str, Family] = {"showo2": Family("Show-o2", "showo", "showo.model")}
+FAMILIES: Mapping[str, Family] = {
+    "showo2": Family("Show-o2", "showo", "showo.model"),
+    "janusflow": Family("JanusFlow", "vision_gen_enc_model", "language_model.model"),
+}
 """By folder of this package. Its module `adapter` has `adapter(model)`, which raises TypeError where a part is missing."""
 
 BLOCK_PARTS = 6
@@ -75,7 +78,10 @@ class Sizes:
     early: tuple[int, ...] = ()
     """Shape of `Adapter.early`; (): it computes none."""
     cached: int = 0
-    """Width of what the head's cache keeps of every token of a span."""
+    """Width of what the head's cache keeps of every token of a span: of the blocks' output, or without blocks of the language
+    model's."""
+    signal: int = 0
+    """Width of `Adapter.signal`."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,14 @@ class Kit(Protocol):
         """RMS or layer norm: (x [rows, n, width], shift=None, scale=None)."""
 
     def patches(self, module: Any) -> Any:
-        """A convolution of patches side by side: [images, channels, H, W] -> [images, patches, width]."""
+        """nn.Conv2d over patches side by side, or a module with one in `proj`: [images, channels, H, W] -> [images, patches,
+        width]."""
 
     def time(self, module: Any) -> Any:
         """Sinusoids and an MLP: (t [rows], dtype) -> [rows, width]."""
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[rows, heads, n, d] each -> [rows, n, heads, d]; all keys are seen."""
 
     def vision(self, module: Any) -> Any:
         """transformers' SigLIP encoder: [images, patches, width] -> {"last_hidden_state": the same}."""
@@ -197,6 +207,11 @@ class Adapter(ABC):
     @abstractmethod
     def latent_channels(self) -> int: ...
 
+    @property
+    @abstractmethod
+    def latent_size(self) -> tuple[int, int]:
+        """(H, W) of the latents that the model was made for."""
+
     @abstractmethod
     def embed_time(self, t: Tensor) -> Tensor:
         """Times fp32 [rows] -> their embeddings [rows, width]."""
@@ -228,7 +243,7 @@ class Adapter(ABC):
         """The image span's embeddings [images, `lead` + patches, hidden]. token [images, hidden] is the `time_token`."""
 
     def signal(self, latents: Tensor, token: Tensor) -> Tensor:
-        """What the adaptive cache watches: [images, patches, hidden], contiguous; cheap."""
+        """What the adaptive cache watches: [images, patches, `Sizes.signal`], contiguous; cheap."""
         raise NotImplementedError
 
     def head_input(self, hidden: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ __all__ = ["sinusoids"]
 
 MAX_PERIOD = 10000
 
+TIMES = 64
+"""Times that are embedded at once: below the size from which torch shares a sine out over threads."""
+
 
 def sinusoids(t: Tensor, width: int) -> Tensor:
     """Times [rows] -> fp32 [rows, width]: cosines and sines of t by frequencies from 1 down to 1 / MAX_PERIOD.
@@ -19,5 +22,5 @@ def sinusoids(t: Tensor, width: int) -> Tensor:
     """
     half = width // 2
     frequency = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-    angles = t[:, None].float() * frequency
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    angles = [some[:, None].float() * frequency for some in t.split(TIMES)]
+    return torch.cat([torch.cat([each.cos(), each.sin()], dim=-1) for each in angles])

@@ -30,6 +30,7 @@ __all__ = [
     "refused_layer",
     "refused_model",
     "untracked",
+    "patch_convolution",
     "why_not_activation",
     "why_not_attention_kernel",
     "why_not_chain",
@@ -50,9 +51,12 @@ _FFNS = {"Qwen2MLP": _QWEN2, "LlamaMLP": _LLAMA, "Qwen3MLP": _QWEN3, "MistralMLP
 _NORMS = {"Qwen2RMSNorm": _QWEN2, "LlamaRMSNorm": _LLAMA, "RMSNorm": (*_HEAD, "flashu_ext.models.norms")}
 _ATTENTIONS = {
     **dict.fromkeys(("Qwen2Attention", "Qwen2SdpaAttention", "Qwen2FlashAttention2"), _QWEN2),
+    **dict.fromkeys(("LlamaAttention", "LlamaSdpaAttention", "LlamaFlashAttention2"), _LLAMA),
     **dict.fromkeys(("Attention", "SdpaAttention"), _HEAD),
 }
-_PATCHES = {"PatchEmbed": ("flashu_ext.models.showo2.embedders", "models.modules")}
+_PATCHES = {
+    "PatchEmbed": ("flashu_ext.models.showo2.embedders", "models.modules", "flashu_ext.models.janusflow.vision")
+}
 _TIMES = {"TimestepEmbedder": ("flashu_ext.models.showo2.embedders", "models.modules")}
 _SIGLIP = ("transformers.models.siglip.modeling_siglip", "models.modeling_siglip")
 _VISION = {"SiglipEncoder": _SIGLIP}
@@ -271,13 +275,18 @@ def why_not_chain(module: Any) -> str | None:
     return why_replaced(module, _CHAIN)
 
 
+def patch_convolution(embedder: Any) -> Any:
+    """The convolution of a patch embedding, which may be one itself."""
+    return embedder if isinstance(embedder, nn.Conv2d) else embedder.proj
+
+
 def why_not_patches(embedder: Any, like: Tensor) -> str | None:
     """Why the kernel does not compute a patch embedding, or None."""
-    if reason := why_replaced(embedder, _PATCHES):
+    convolution, norm = patch_convolution(embedder), getattr(embedder, "norm", None)
+    if convolution is not embedder and (reason := why_replaced(embedder, _PATCHES)):
         return reason
-    convolution, norm = embedder.proj, getattr(embedder, "norm", None)
     if reason := why_replaced(convolution, _CONVOLUTION) or why_unknown(convolution, _CONVOLUTION, "_conv_forward"):
-        return f"proj {reason}"
+        return reason if convolution is embedder else f"proj {reason}"
     if not _is_torch_s("conv2d"):
         return "torch.nn.functional.conv2d is replaced"
     if norm is not None and (type(norm) is not nn.Identity or why_hooked(norm)):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..models.showo2.decoding import TokenSampler
+from ..models.decoding import TokenSampler
 from .answer_memory import FIXED_TOKENS, AnswerShape
 from .decoding import Decoder, Pick
 from .prompt_cache import Prompt, PromptCache, PromptStore

@@ -126,7 +126,9 @@ class GenerationEngine:
             raise
         caching = config.head or HeadCaching()
         head = HeadHistory(caching.order, restarts=caching.adaptive)
-        record = ImageRecord(plan, with_guidance, geometry, length, lease.memory.router.skipped, lease.memory.nbytes())
+        tail = length - int(modality_positions[:, 0].sum(dim=1).min())
+        memory = lease.memory
+        record = ImageRecord(plan, with_guidance, geometry, length, tail, memory.router.skipped, memory.nbytes())
         return ImageState(lease, record, config, caching, head)
 
     def _acquire(self, shape: ImageShape, config: FlashUConfig) -> Any:

@@ -172,9 +172,8 @@ class Handle:
         tokens |= {"visual": answers.visual, "visual kept": answers.visual_kept}
         if image is not None:
             geometry = image.geometry
-            tail = image.length - min(geometry.prefix) - geometry.span
             longest = max(each.geometry.longest for each in images)
-            tokens |= {"prefix": longest, "span": geometry.span, "tail": tail}
+            tokens |= {"prefix": longest, "span": geometry.span, "tail": image.tail}
         kernels = runner.network.sets
         reasons = Counter(f"{name}: {why}" for name, why in kernels.fallbacks.items()) + runner.fallbacks
         for name, why in (runner.network.run_as_themselves() | runner.in_place).items():

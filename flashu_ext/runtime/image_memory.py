@@ -173,7 +173,7 @@ class ImageMemory:
         self.cache = HeadCache(
             [new(caching.order + 1, count, span, sizes.cached) for count in ({rows, shape.images} if caches else ())]
         )
-        signal = (rows, sizes.patches, parts.hidden) if caching.adaptive else (0,)
+        signal = (rows, sizes.patches, sizes.signal) if caching.adaptive else (0,)
         self.gate = AdaptiveGate(caching.budget, new(*signal), new(of=torch.float32))
         tokens = config.tokens or TokenSkip(0.0, on=False)
         measured = (MEASUREMENTS, len(parts.layers), rows, span) if tokens.on else (0,)

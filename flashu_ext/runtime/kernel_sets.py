@@ -206,8 +206,13 @@ class _Shapes:
         question: int,
     ):
         shape = parts.shape()
-        patches = int(parts.model.config.image_latent_height) * int(parts.model.config.image_latent_width)
-        span, layers, llm, block = patches + shape.time_token, len(shape.layers), shape.layers[0], shape.blocks[0]
+        patches = parts.sizes(parts.latent_size).patches
+        span, layers, llm, block = (
+            patches + shape.time_token,
+            len(shape.layers),
+            shape.layers[0],
+            (*shape.blocks, shape.layers[0])[0],
+        )
         skipped = (config.layers or LayerSkip(0.0, 0)).count(layers) if config.layers else 0
         routed = (config.tokens or TokenSkip(0.0, on=False)).count(patches) if config.tokens else 0
         rows, keys, asked = 2 * images, prompt + span, span + question

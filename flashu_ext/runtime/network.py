@@ -130,6 +130,9 @@ class _Kit:
     def time(self, module: Any) -> TimeEmbedder:
         return TimeEmbedder(module, *self._own)
 
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._own[0].attention(query, key, value)
+
     def vision(self, module: Any) -> VisionEncoder:
         return VisionEncoder(module, *self._own)
 

@@ -242,7 +242,10 @@ def common_prefix(source: Prompt, prompt: Prompt, limit: int) -> int:
         return 0
     farthest = torch.maximum(reach(source.allowed[:limit]), reach(prompt.allowed[:limit])).cummax(0).values
     closed = torch.nonzero(farthest < torch.arange(1, limit + 1, device=farthest.device)).flatten()
-    return int(closed[-1]) + 1 if closed.numel() else 0
+    end = int(closed[-1]) + 1 if closed.numel() else 0
+    # Of a causal image, which has closed positions inside, pruning may have dropped tokens.
+    inside = [start for start, count in (*source.spans, *prompt.spans) if start < end < start + count]
+    return min(inside, default=end)
 
 
 def reach(allowed: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..models.adapter import adapter_of
 from ..models.autocast import without_autocast
+from ..models.decoding import OnToken, TokenSampler
 from ..models.known import check_model, untracked, why_not_attention_kernel
 from ..models.sampling import DrawInputs
 from ..models.shapes import layer_shapes
-from ..models.showo2.decoding import OnToken, TokenSampler
 from ..models.stamp import Stamp
 from ..ops.kernel_sets import KernelSet, resolve
 from ..planning.config import FlashUConfig

@@ -44,6 +44,8 @@ class ImageRecord:
     geometry: RowGeometry
     length: int
     """Tokens of a whole row."""
+    tail: int
+    """Tokens behind the span, of the row that has most."""
     skipped_tokens: int
     """Tokens of a row's span that each layer skips where tokens are routed."""
     memory: dict[str, int]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..models.adapter import Question
+from ..models.decoding import OnToken
 from ..models.masks import additive
-from ..models.showo2.decoding import OnToken
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers

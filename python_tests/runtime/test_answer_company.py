@@ -15,7 +15,7 @@ from torch import Tensor
 
 import flashu_ext as fx
 from flashu_ext.models.adapter import Question
-from flashu_ext.models.showo2.decoding import TokenSampler
+from flashu_ext.models.decoding import TokenSampler
 from flashu_ext.models.showo2.understanding import prompt_embeds
 from flashu_ext.models.showo2.upstream import visual_spans
 

@@ -9,10 +9,10 @@ from support.conformance import public, relative
 
 import flashu_ext as fx
 from flashu_ext.models.adapter import Question
+from flashu_ext.models.decoding import TokenSampler
 from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
 from flashu_ext.models.showo2.adapter import Showo2Adapter
-from flashu_ext.models.showo2.decoding import TokenSampler
 from flashu_ext.models.showo2.upstream import visual_spans
 from flashu_ext.runtime import answering
 from flashu_ext.runtime.token_pruning import TokenPruner

@@ -90,6 +90,11 @@ class Showo2Adapter(Adapter):
     def latent_channels(self) -> int:
         return int(self.model.image_embedder_gen.proj.in_channels)
 
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        config = self.model.config
+        return config.image_latent_height * self.patch_size, config.image_latent_width * self.patch_size
+
     def on(self, kit: Kit) -> Showo2Adapter:
         def maybe(make: Callable[[Any], Any], module: Any) -> Any:
             return None if module is None else make(module)
@@ -136,6 +141,7 @@ class Showo2Adapter(Adapter):
             modulation=(BLOCK_PARTS * len(self.blocks) + FINAL_PARTS) * width,
             features=int(self.position_embedding.weight.shape[1]),
             cached=width,
+            signal=self.hidden,
         )
 
     def embed_time(self, t: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from torch import Tensor
 from ...planning.config import FlashUConfig
 from ..accelerated import handle_of
 from ..checks import check_callback, check_sampling
+from ..decoding import TokenSampler
 from ..sampling import Callback, Stepper
 from . import validate
-from .decoding import TokenSampler
 from .sampling import DEFAULT_STEPS, DenseStepper, SampleInputs
 
 if TYPE_CHECKING:

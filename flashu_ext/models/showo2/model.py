@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...planning.extras import extra
 from ..checks import guidance_scale_of
+from ..decoding import TokenSampler
 from ..llm import language_model
 from ..masks import additive, omni_allowed
 from ..norms import RMSNorm
@@ -19,7 +20,7 @@ from ..velocity import guide, guided, unpatchify
 from . import checkpoint, validate
 from .adapter import adapter
 from .config import HeadConfig, Showo2Config
-from .decoding import TokenSampler, decode_dense
+from .decoding import decode_dense
 from .embedders import PatchEmbed, TimestepEmbedder
 from .head import FinalLayer, ModulatedAttentionBlock
 

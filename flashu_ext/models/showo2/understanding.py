@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..accelerated import handle_of
 from ..checks import check_callback, check_generator, check_sampling
+from ..decoding import OnToken, TokenSampler
 from ..masks import additive
 from . import validate
 from .adapter import adapter
-from .decoding import OnToken, TokenSampler, decode_dense
+from .decoding import decode_dense
 
 __all__ = ["answer_tokens", "answer_tokens_batch", "prompt_embeds"]
 

@@ -19,10 +19,10 @@ from ...runtime.runner import Runner
 from ...runtime.state import ImageState
 from ..adapter import Question
 from ..checks import guidance_scale_of
+from ..decoding import TokenSampler
 from ..masks import omni_allowed
 from ..velocity import Scale, guided
 from . import validate
-from .decoding import TokenSampler
 
 __all__ = ["UpstreamMethods", "visual_spans"]
 

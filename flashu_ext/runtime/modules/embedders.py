@@ -8,14 +8,11 @@ import torch
 from torch import Tensor
 
 from ...models.embedding import sinusoids
-from ...models.known import why_not_patches, why_not_time
+from ...models.known import patch_convolution, why_not_patches, why_not_time
 from ...ops.kernel_sets import KernelSet
 from .linear import Chain
 
 __all__ = ["PatchEmbedder", "TimeEmbedder"]
-
-TIMES = 64
-"""Times that are embedded at once: below the size from which torch shares a sine out over threads."""
 
 
 class PatchEmbedder:
@@ -32,9 +29,10 @@ class PatchEmbedder:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """[images, channels, H, W] -> [images, patches, width], patches in raster order."""
+        convolution = patch_convolution(self.module)
         if self.why_itself is not None:
-            return self.module(latents)
-        convolution = self.module.proj
+            out = self.module(latents)
+            return out.flatten(2).transpose(1, 2) if convolution is self.module else out
         height, width = convolution.kernel_size
         images, channels, rows, columns = latents.shape
         rows, columns = rows // height, columns // width
@@ -62,4 +60,4 @@ class TimeEmbedder:
         if self.mlp is None:
             return self.module(t, dtype)
         width = self.module.mlp[0].in_features
-        return self.mlp(torch.cat([sinusoids(some, width) for some in t.split(TIMES)]).to(dtype))
+        return self.mlp(sinusoids(t, width).to(dtype))

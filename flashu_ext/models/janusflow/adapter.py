@@ -1,0 +1,309 @@
+"""JanusFlow as the runtime sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...planning.cost import EncoderShape, ModelShape
+from .. import known
+from ..adapter import Adapter, AttentionShape, Kit, Question, Sizes, check_parts
+from ..embedding import sinusoids
+from ..masks import causal
+from ..shapes import layer_shape, linear_flops
+from ..velocity import patchify
+from .sampling import DEFAULT_STEPS
+
+__all__ = ["JanusFlowAdapter", "adapter"]
+
+_REQUIRED = (
+    "language_model.model.layers.0",
+    "language_model.lm_head",
+    "vision_und_enc_model.vision_tower",
+    "vision_und_enc_aligner",
+    "beg_of_und_embed",
+    "vision_gen_enc_model.time_embed",
+    "vision_gen_enc_aligner",
+    "vision_gen_dec_aligner_norm",
+    "vision_gen_dec_aligner",
+    "vision_gen_dec_model.mid_block",
+)
+_LLAMA = ("transformers.models.llama.modeling_llama",)
+_OWN = "flashu_ext.models.janusflow"
+_MODELS = {"JanusFlow": (f"{_OWN}.model",)}
+_LANGUAGE_MODELS = dict.fromkeys(("LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer"), _LLAMA)
+_LATENTS = dict.fromkeys(
+    ("LatentEncoder", "LatentDecoder", "LatentBlocks", "LatentBlock", "TimeEmbed", "Unpatch"), (f"{_OWN}.latents",)
+)
+_VISION = dict.fromkeys(("ImageEncoder", "VisionTower", "Block", "SelfAttention", "Mlp"), (f"{_OWN}.vision",))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block of the latent encoder or decoder. Its convolution and response norm run as themselves, image by image: the bits of
+    torch's depend on the number of images."""
+
+    module: Any
+    norm: Any
+    up: Any
+    down: Any
+
+    @classmethod
+    def on(cls, module: Any, kit: Kit) -> _Block:
+        up, down = kit.linear(module.channelwise_linear_1), kit.linear(module.channelwise_linear_2)
+        return cls(module, kit.norm(module.norm), up, down)
+
+    def __call__(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [rows, H, W, width], modulation [rows, 2 * width] -> the shape of x."""
+        convolve, respond = self.module.depthwise, self.module.channelwise_norm
+        mixed = [convolve(each.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) for each in x.contiguous().split(1)]
+        raised = self.up(self.norm(torch.cat(mixed).flatten(1, 2)), epilogue="gelu").unflatten(1, x.shape[1:3])
+        responded = torch.cat([respond(each) for each in raised.split(1)])
+        x = self.down(responded, residual=x)
+        scale, shift = modulation[:, None, None].chunk(2, dim=-1)
+        return x * (1 + scale) + shift
+
+
+@dataclass(frozen=True)
+class _VisionBlock:
+    module: Any
+    qkv: Any
+    proj: Any
+    up: Any
+    down: Any
+    attention: Any
+
+    @classmethod
+    def on(cls, module: Any, kit: Kit) -> _VisionBlock:
+        attention, mlp = module.attn, module.mlp
+        qkv, proj, up, down = map(kit.linear, (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
+        return cls(module, qkv, proj, up, down, kit.attention)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        heads = self.module.attn.heads
+        projected = self.qkv(self.module.norm1(x)).chunk(3, dim=-1)
+        attended = self.attention(*(each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projected))
+        x = self.proj(attended.flatten(2), residual=x)
+        return self.down(self.up(self.module.norm2(x), epilogue="gelu"), residual=x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusFlowAdapter(Adapter):
+    """Causal image tokens behind a time token; a latent encoder whose output the decoder reads too."""
+
+    family: ClassVar[str] = "janusflow"
+    causal: ClassVar[bool] = True
+    grid_points: ClassVar[int] = DEFAULT_STEPS + 1
+
+    time_1: Any = None
+    time_2: Any = None
+    in_conv: Any = None
+    encoder: tuple[_Block, ...] = ()
+    decoder: tuple[_Block, ...] = ()
+    mappers: tuple[Any, ...] = ()
+    gen_aligner: Any = None
+    out_norm: Any = None
+    out_aligner: Any = None
+    input_norm: Any = None
+    unpatch_norm: Any = None
+    unpatch: Any = None
+    patch_embed: Any = None
+    tower: tuple[_VisionBlock, ...] = ()
+    und_aligner: Any = None
+
+    @property
+    def lead(self) -> int:
+        return 1
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.model.config.latent_channels)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.model.config.latent_size, self.model.config.latent_size
+
+    def on(self, kit: Kit) -> JanusFlowAdapter:
+        model = self.model
+        encoder, decoder = model.vision_gen_enc_model, model.vision_gen_dec_model
+        tower = model.vision_und_enc_model.vision_tower
+        blocks = [*encoder.mid_block.res_blocks, *decoder.mid_block.res_blocks]
+        last = decoder.out_convs[0]
+        return replace(
+            self,
+            lm_head=kit.linear(self.lm_head),
+            time_1=kit.linear(encoder.time_embed.linear_1),
+            time_2=kit.linear(encoder.time_embed.linear_2),
+            in_conv=kit.patches(encoder.in_conv),
+            encoder=tuple(_Block.on(each, kit) for each in encoder.mid_block.res_blocks),
+            decoder=tuple(_Block.on(each, kit) for each in decoder.mid_block.res_blocks),
+            mappers=tuple(kit.linear(each.cond_embeds_mapper) for each in blocks),
+            gen_aligner=kit.linear(model.vision_gen_enc_aligner),
+            out_norm=kit.norm(model.vision_gen_dec_aligner_norm),
+            out_aligner=kit.linear(model.vision_gen_dec_aligner),
+            input_norm=kit.norm(decoder.input_norm),
+            unpatch_norm=kit.norm(last.norm),
+            unpatch=kit.patches(last.unpatch_conv),
+            patch_embed=kit.patches(tower.patch_embed),
+            tower=tuple(_VisionBlock.on(each, kit) for each in tower.blocks),
+            und_aligner=kit.linear(model.vision_und_enc_aligner),
+        )
+
+    # ---- drawing
+
+    def sizes(self, latent_size: tuple[int, int]) -> Sizes:
+        config = self.model.config
+        patches = config.grid**2
+        return Sizes(
+            patches=patches,
+            velocity=(patches, 4 * config.latent_channels),
+            modulation=6 * config.blocks * config.channels,
+            early=(patches, config.channels),
+            cached=config.hidden,
+            signal=config.channels,
+        )
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        waves = sinusoids(t, self.model.vision_gen_enc_model.time_embed.waves).to(self.dtype)
+        return self.time_2(self.time_1(waves, epilogue="silu"))
+
+    def time_token(self, time: Tensor) -> Tensor:
+        return time
+
+    def modulation(self, time: Tensor) -> Tensor:
+        """Scale and shift of every block: the encoder's, then the decoder's, which are twice as wide."""
+        active = torch.stack([F.silu(each) for each in time])
+        return torch.cat([mapper(active) for mapper in self.mappers], dim=1)
+
+    def _modulated(self, x: Tensor, blocks: tuple[_Block, ...], modulation: Tensor) -> Tensor:
+        """x [rows, patches, width] through blocks, whose parts of the modulation are given."""
+        side = self.model.config.grid
+        x = x.unflatten(1, (side, side))
+        for block, own in zip(blocks, modulation.chunk(len(blocks), dim=1), strict=True):
+            x = block(x, own)
+        return x.flatten(1, 2)
+
+    def _parts(self, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """The encoder's and the decoder's part."""
+        config = self.model.config
+        first = 2 * config.blocks * config.channels
+        return modulation[:, :first], modulation[:, first:]
+
+    def early(self, latents: Tensor, modulation: Tensor) -> Tensor:
+        """The latent encoder's output, which the decoder reads beside the language model's."""
+        return self._modulated(self.in_conv(latents.to(self.dtype)), self.encoder, self._parts(modulation)[0])
+
+    def span(self, latents: Tensor, features: Tensor | None, early: Tensor | None, token: Tensor) -> Tensor:
+        return torch.cat([token[:, None], self.gen_aligner(early)], dim=1)
+
+    def signal(self, latents: Tensor, token: Tensor) -> Tensor:
+        """The encoder's first convolution."""
+        return self.in_conv(latents.to(self.dtype)).contiguous()
+
+    def velocity(self, x: Tensor, modulation: Tensor, early: Tensor | None) -> Tensor:
+        assert early is not None
+        side = self.model.config.grid
+        aligned = self.input_norm(self.out_aligner(self.out_norm(x[:, 1:].contiguous())))
+        both = torch.cat([aligned, early], dim=-1)
+        decoded = self.unpatch_norm(self._modulated(both, self.decoder, self._parts(modulation)[1]))
+        pixels = self.unpatch(decoded.unflatten(1, (side, side)).permute(0, 3, 1, 2))
+        image = F.pixel_shuffle(pixels.unflatten(1, (side, side)).permute(0, 3, 1, 2), 2)
+        return patchify(image, 2)
+
+    # ---- answering
+
+    def embed_image(self, image: Tensor) -> Tensor:
+        """Pixels [images, 3, side, side]."""
+        if self.patch_embed is None:
+            return self.model.embed_image(image.to(self.dtype))
+        tower = self.model.vision_und_enc_model.vision_tower
+        x = self.patch_embed(image.to(self.dtype)) + tower.pos_embed
+        for block in self.tower:
+            x = block(x)
+        first = self.model.beg_of_und_embed.expand(len(x), 1, -1).to(x.dtype)
+        return torch.cat([first, self.und_aligner(tower.norm(x))], dim=1)
+
+    def question(self, images: Sequence[Tensor], before: Tensor, after: Tensor) -> Question:
+        start, rest = self.embed_tokens(before), self.embed_tokens(after)
+        embeds = torch.cat([start, *images, rest], dim=1)
+        spans, at = [], before.shape[1]
+        for image in images:
+            spans.append((at + 1, image.shape[1] - 1))  # the learned begin stays
+            at += image.shape[1]
+        return Question(embeds, causal(embeds.shape[1], embeds.device), tuple(spans))
+
+    # ---- what is known
+
+    def shape(self) -> ModelShape:
+        model = self.model
+        encoder = linear_flops(model.vision_gen_enc_model.mid_block) + linear_flops(model.vision_gen_enc_aligner)
+        return ModelShape(
+            layers=tuple(layer_shape(layer, self.llm_attention) for layer in self.layers),
+            blocks=(),
+            encoder=EncoderShape(linear=encoder, layers=0, width=model.config.channels),
+            head_input=linear_flops(model.vision_gen_dec_aligner),
+            final=linear_flops(model.vision_gen_dec_model.mid_block),
+            final_modulation=0.0,
+            lm_head=linear_flops(model.language_model.lm_head),
+            time_token=True,
+        )
+
+    def refused(self) -> Iterator[tuple[str, str]]:
+        model, like = self.model, self.embed_tokens.weight
+        yield from known.refused_model(model, _MODELS, self.methods)
+        yield from known.refused_decoder(".language_model", model.language_model, self.llm_rope, len(self.layers))
+        for path, module, kinds in self._passed_over():
+            if reason := known.why_replaced(module, kinds):
+                yield f".{path}", reason
+        for index, block in enumerate(model.vision_und_enc_model.vision_tower.blocks):
+            if known.epilogue_of(block.mlp.act) != "gelu":
+                yield f".vision_und_enc_model.vision_tower.blocks.{index}.mlp.act", "is another activation"
+        for index, layer in enumerate(self.layers):
+            yield from known.refused_layer(f".language_model.model.layers.{index}", layer, self.llm_attention, like)
+
+    def _passed_over(self) -> Iterator[tuple[str, Any, known.Known]]:
+        """(path, module, its classes) of what the methods above compute from its parts."""
+        model = self.model
+        yield "language_model", model.language_model, _LANGUAGE_MODELS
+        yield "language_model.model", model.language_model.model, _LANGUAGE_MODELS
+        for i, layer in enumerate(self.layers):
+            yield f"language_model.model.layers.{i}", layer, _LANGUAGE_MODELS
+        for name in ("vision_gen_enc_model", "vision_gen_dec_model"):
+            ends = getattr(model, name)
+            yield name, ends, _LATENTS
+            yield f"{name}.mid_block", ends.mid_block, _LATENTS
+            for i, block in enumerate(ends.mid_block.res_blocks):
+                yield f"{name}.mid_block.res_blocks.{i}", block, _LATENTS
+        yield "vision_gen_enc_model.time_embed", model.vision_gen_enc_model.time_embed, _LATENTS
+        yield "vision_gen_dec_model.out_convs.0", model.vision_gen_dec_model.out_convs[0], _LATENTS
+        tower = model.vision_und_enc_model.vision_tower
+        yield "vision_und_enc_model", model.vision_und_enc_model, _VISION
+        yield "vision_und_enc_model.vision_tower", tower, _VISION
+        for i, block in enumerate(tower.blocks):
+            for name, module in (("", block), (".attn", block.attn), (".mlp", block.mlp)):
+                yield f"vision_und_enc_model.vision_tower.blocks.{i}{name}", module, _VISION
+
+
+def adapter(model: Any) -> JanusFlowAdapter:
+    """Look the parts up.
+
+    Raises:
+        TypeError: some are missing; the message lists them.
+    """
+    check_parts(model, "JanusFlow", _REQUIRED)
+    llm, config = model.language_model, model.language_model.config
+    heads = config.num_attention_heads
+    return JanusFlowAdapter(
+        model=model,
+        embed_tokens=llm.model.embed_tokens,
+        layers=llm.model.layers,
+        final_norm=llm.model.norm,
+        llm_rope=llm.model.rotary_emb,
+        lm_head=llm.lm_head,
+        llm_attention=AttentionShape(heads, config.num_key_value_heads, config.hidden_size // heads),
+    )

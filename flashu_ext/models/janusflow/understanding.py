@@ -1,0 +1,150 @@
+"""Answers about images, from a dense or an accelerated model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..accelerated import handle_of
+from ..checks import check_callback, check_count, check_eos, check_sampling, check_tensor, check_tokens
+from ..decoding import OnToken, TokenSampler
+from .adapter import adapter
+
+__all__ = ["answer_tokens", "answer_tokens_batch", "image_span"]
+
+
+def image_span(model: Any, tokens: Tensor) -> tuple[int, int]:
+    """(start, count) of an image's place in a question's tokens int64 [1, n]: begin_of_image, whose embedding is not used, and
+    a run of the placeholder as long as an image has tokens.
+
+    Raises:
+        ValueError: there is no such run, or several.
+    """
+    count = model.config.vit_tokens
+    same = tokens[0, 1:] == tokens[0, :-1]
+    # Of a run of `count` equal ids all neighbours are equal, and the neighbours around it differ.
+    runs = torch.nn.functional.pad(same.int(), (1, 1)).diff()
+    starts, ends = (torch.nonzero(runs == sign).flatten().tolist() for sign in (1, -1))
+    found = [start for start, end in zip(starts, ends, strict=True) if end - start + 1 == count]
+    if count == 1 or len(found) != 1 or found[0] == 0:
+        raise ValueError(
+            f"tokens: expected one image, begin_of_image and {count} placeholders of one id, got {len(found)} such places"
+        )
+    return found[0] - 1, count + 1
+
+
+@torch.no_grad()
+def answer_tokens(
+    model: Any,
+    pixel_values: Tensor,
+    tokens: Tensor,
+    max_new_tokens: int = 64,
+    eos_token: int | None = None,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    on_token: OnToken | None = None,
+) -> Tensor:
+    """Answer to a question about one image, greedy unless a temperature is given.
+
+    Args:
+        model: a JanusFlow, accelerated or not.
+        pixel_values: [1, 3, side, side], see `pixel_values`.
+        tokens: int64 [1, n]: bos, system prompt and role, begin_of_image, the placeholders, end_of_image, question and role.
+        max_new_tokens: upper bound.
+        eos_token: stop after this token, which is part of the result.
+        temperature, top_k, top_p: as in `flashu_ext.showo2.answer_tokens`.
+        on_token: called with 0 and each token id as it comes; with a dense model all at the end.
+
+    Returns:
+        int64 [at most max_new_tokens].
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument is wrong; the message names it, what was expected and what was given.
+    """
+    (answer,) = answer_tokens_batch(
+        model,
+        pixel_values,
+        [tokens],
+        max_new_tokens,
+        eos_token,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        on_token=on_token,
+    )
+    return answer
+
+
+@torch.no_grad()
+def answer_tokens_batch(
+    model: Any,
+    pixel_values: Tensor,
+    tokens: Sequence[Tensor],
+    max_new_tokens: int = 64,
+    eos_token: int | None = None,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    on_token: OnToken | None = None,
+) -> list[Tensor]:
+    """Answers to several questions, each about its own image: pixel_values [questions, 3, side, side], tokens int64 [1, n] each,
+    without padding. The rest is as in `answer_tokens`."""
+    embed = model.language_model.model.embed_tokens
+    side = model.config.image_size
+    check_tensor("pixel_values", pixel_values, 4, "a floating-point tensor", embed.weight.device)
+    if not isinstance(tokens, (list, tuple)):
+        raise TypeError(f"tokens: expected a list, got {type(tokens).__name__}")
+    if tuple(pixel_values.shape) != (len(tokens), 3, side, side):
+        raise ValueError(f"pixel_values: expected [{len(tokens)}, 3, {side}, {side}], got {tuple(pixel_values.shape)}")
+    check_count("max_new_tokens", max_new_tokens)
+    check_eos(eos_token)
+    check_sampling(temperature, top_k, top_p)
+    check_callback("on_token", on_token)
+    sampler = TokenSampler(temperature, top_k, top_p)
+    befores, afters = [], []
+    for row, own in enumerate(tokens):
+        check_tokens(f"tokens[{row}]" if len(tokens) > 1 else "tokens", own, 1, embed)
+        start, count = image_span(model, own)
+        befores.append(own[:, :start])
+        afters.append(own[:, start + count :])
+        if not afters[-1].shape[1]:
+            raise ValueError("tokens: expected a question after the image, got none")
+    images = [[each] for each in pixel_values.split(1)]
+    handle = handle_of(model)
+    if handle is not None:
+        answers: list[Tensor] = handle.runner.answer_tokens(
+            images, befores, afters, max_new_tokens, eos_token, sampler, on_token
+        )
+        return answers
+    own = adapter(model)
+    dense = []
+    for row, (image, before, after) in enumerate(zip(images, befores, afters, strict=True)):
+        embeds = own.question([own.embed_image(image[0])], before, after).embeds
+        dense.append(_decode(model, embeds, max_new_tokens, sampler, eos_token))
+        for token in dense[-1].tolist() if on_token is not None else ():
+            on_token(row, token)  # type: ignore[misc]
+    return dense
+
+
+def _decode(model: Any, embeds: Tensor, most: int, sampler: TokenSampler, eos_token: int | None) -> Tensor:
+    """As transformers' `generate`: a prefill, then a token at a time over cached keys and values."""
+    from transformers import DynamicCache
+
+    llm = model.language_model.model
+    # The argument has another name in later versions.
+    name = "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
+    cache = {name: DynamicCache()}
+    words: list[Tensor] = []
+    while len(words) < most and not (words and int(words[-1]) == eos_token):
+        out = llm(inputs_embeds=embeds, use_cache=True, **cache)
+        token = sampler(model.language_model.lm_head(out.last_hidden_state[:, -1]), [0])
+        words.append(token[0, 0])
+        embeds = llm.embed_tokens(token)
+    return torch.stack(words) if words else torch.empty(0, dtype=torch.int64, device=embeds.device)
