@@ -57,7 +57,7 @@ _ATTENTIONS = {
 _PATCHES = {
     "PatchEmbed": ("flashu_ext.models.showo2.embedders", "models.modules", "flashu_ext.models.janusflow.vision")
 }
-_TIMES = {"TimestepEmbedder": ("flashu_ext.models.showo2.embedders", "models.modules")}
+_TIMES = {"TimestepEmbedder": ("flashu_ext.models.embedding", "models.modules")}
 _SIGLIP = ("transformers.models.siglip.modeling_siglip", "models.modeling_siglip")
 _VISION = {"SiglipEncoder": _SIGLIP}
 _VISION_LAYERS = {"SiglipEncoderLayer": _SIGLIP}

@@ -1,4 +1,4 @@
-"""A language model of transformers, with what its versions do differently."""
+"""Models of transformers, with what its versions do differently."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from ..planning.extras import extra
 
-__all__ = ["language_model"]
+__all__ = ["language_model", "siglip_encoder"]
 
 
 def language_model(kind: str, fields: dict[str, Any]) -> nn.Module:
@@ -23,3 +23,14 @@ def language_model(kind: str, fields: dict[str, Any]) -> nn.Module:
         config._attn_implementation = "sdpa"
         model: nn.Module = getattr(transformers, f"{kind}ForCausalLM")(config)
     return model
+
+
+def siglip_encoder(fields: dict[str, Any]) -> nn.Module:
+    """A `SiglipEncoder` with attention by SDPA. fields: of its config."""
+    with extra("showo2"):
+        from transformers import SiglipVisionConfig
+        from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+    config: Any = SiglipVisionConfig(**fields)
+    config._attn_implementation = "sdpa"
+    return SiglipEncoder(config)

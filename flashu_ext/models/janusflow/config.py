@@ -7,27 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...planning.groups import Check, expect, is_int, is_real
+from ...planning.groups import Check
+from ..fields import EVEN, LAYERS, NUMBER, SIZE, SWITCH, check_divides, check_fields
 
 __all__ = ["JanusFlowConfig"]
 
-# A file may name any sizes: these limits keep what is built from one small until the weights confirm it.
-MAX_SIZE = 2**20
-MAX_LAYERS = 512
-
-_SIZE = expect(f"an integer in [1, {MAX_SIZE}]", lambda v: is_int(v) and 1 <= v <= MAX_SIZE)
-_EVEN = expect(f"an even integer in [2, {MAX_SIZE}]", lambda v: is_int(v) and 2 <= v <= MAX_SIZE and v % 2 == 0)
-_LAYERS = expect(f"an integer in [1, {MAX_LAYERS}]", lambda v: is_int(v) and 1 <= v <= MAX_LAYERS)
-_EPSILON = expect("a finite number > 0", lambda v: is_real(v) and v > 0)
-_SWITCH = expect("True or False", lambda v: isinstance(v, bool))
-
 _CHECKS: Mapping[str, Check] = {
-    **dict.fromkeys(("hidden", "inter", "heads", "kv", "vocab", "grid", "vit", "vit_heads", "vit_ratio"), _SIZE),
-    **dict.fromkeys(("vit_patch", "latent_channels", "image_size"), _SIZE),
-    **dict.fromkeys(("channels", "latent_size"), _EVEN),
-    **dict.fromkeys(("layers", "blocks", "vit_layers"), _LAYERS),
-    **dict.fromkeys(("rope_theta", "eps", "grn_eps", "uvit_norm_eps", "vit_norm_eps"), _EPSILON),
-    "tie_word_embeddings": _SWITCH,
+    **dict.fromkeys(("hidden", "inter", "heads", "kv", "vocab", "grid", "vit", "vit_heads", "vit_ratio"), SIZE),
+    **dict.fromkeys(("vit_patch", "latent_channels", "image_size"), SIZE),
+    **dict.fromkeys(("channels", "latent_size"), EVEN),
+    **dict.fromkeys(("layers", "blocks", "vit_layers"), LAYERS),
+    **dict.fromkeys(("rope_theta", "eps", "grn_eps", "uvit_norm_eps", "vit_norm_eps"), NUMBER),
+    "tie_word_embeddings": SWITCH,
 }
 
 
@@ -69,16 +60,11 @@ class JanusFlowConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a size that no model can have."""
-        for name, check in _CHECKS.items():
-            check(name, getattr(self, name))
-        for name, whole, part in (
-            ("heads", self.hidden, self.heads),
-            ("kv", self.heads, self.kv),
-            ("vit_heads", self.vit, self.vit_heads),
-            ("vit_patch", self.image_size, self.vit_patch),
-        ):
-            if whole % part:
-                raise ValueError(f"{name}: expected a divisor of {whole}, got {part}")
+        check_fields(self, _CHECKS)
+        check_divides("heads", self.hidden, self.heads)
+        check_divides("kv", self.heads, self.kv)
+        check_divides("vit_heads", self.vit, self.vit_heads)
+        check_divides("vit_patch", self.image_size, self.vit_patch)
         if self.latent_size != 2 * self.grid:
             raise ValueError(f"latent_size: expected twice the grid, {2 * self.grid}, got {self.latent_size}")
 

@@ -1,15 +1,10 @@
-"""Patch embedding of latents and time embedding."""
+"""Patch embedding of latents."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from ..embedding import sinusoids
-
-__all__ = ["PatchEmbed", "TimestepEmbedder"]
-
-FREQUENCIES = 256
+__all__ = ["PatchEmbed"]
 
 
 class PatchEmbed(nn.Module):
@@ -22,14 +17,3 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class TimestepEmbedder(nn.Module):
-    """Times [rows] -> [rows, width]: sinusoids of t, then a two-layer MLP."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.mlp(sinusoids(t, FREQUENCIES).to(dtype))

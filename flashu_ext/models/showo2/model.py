@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...planning.extras import extra
 from ..checks import guidance_scale_of
 from ..decoding import TokenSampler
-from ..llm import language_model
+from ..embedding import TimestepEmbedder
+from ..llm import language_model, siglip_encoder
 from ..masks import additive, omni_allowed
 from ..norms import RMSNorm
 from ..velocity import guide, guided, unpatchify
@@ -21,20 +21,10 @@ from . import checkpoint, validate
 from .adapter import adapter
 from .config import HeadConfig, Showo2Config
 from .decoding import decode_dense
-from .embedders import PatchEmbed, TimestepEmbedder
+from .embedders import PatchEmbed
 from .head import FinalLayer, ModulatedAttentionBlock
 
 __all__ = ["Showo2"]
-
-
-def _siglip_encoder(fields: dict[str, Any]) -> nn.Module:
-    with extra("showo2"):
-        from transformers import SiglipVisionConfig
-        from transformers.models.siglip.modeling_siglip import SiglipEncoder
-
-    config: Any = SiglipVisionConfig(**fields)
-    config._attn_implementation = "sdpa"
-    return SiglipEncoder(config)
 
 
 class Showo2(nn.Module):
@@ -67,7 +57,7 @@ class Showo2(nn.Module):
         self.image_embedder_und = PatchEmbed(config.patch_size, config.image_latent_dim, clip)
         self.image_embedder_gen = PatchEmbed(config.patch_size, config.image_latent_dim, hidden)
         self.position_embedding = nn.Embedding(config.position_rows, clip)
-        self.und_trans = _siglip_encoder(dict(config.vision))
+        self.und_trans = siglip_encoder(dict(config.vision))
         grid = config.image_latent_height * config.image_latent_width
         self.register_buffer("image_position_ids", torch.arange(grid).expand((1, -1)), persistent=False)
         self.fusion_proj = nn.Sequential(

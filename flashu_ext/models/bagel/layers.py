@@ -1,0 +1,204 @@
+"""The language model: a Qwen2 in whose layers text and latents have experts of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..norms import RMSNorm
+from .config import BagelConfig
+
+__all__ = ["Context", "DecoderLayer", "Experts", "LanguageModel"]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Which tokens of a block the drawing expert computes: those from `first` up to `last`; the text expert computes the rest."""
+
+    first: int = 0
+    last: int = 0
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [n, ...] -> the text expert's tokens, the drawing expert's."""
+        return torch.cat([x[: self.first], x[self.last :]]), x[self.first : self.last]
+
+    def joined(self, text: Tensor, drawn: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return torch.cat([text[: self.first], drawn, text[self.first :]])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a query block attends to: rotated keys and values of every layer. Appending makes another one.
+
+    Attributes:
+        keys, values: for each layer [kv heads, tokens, d].
+        position: of the next token. An image has one position.
+    """
+
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    position: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[1] if self.keys else 0
+
+
+class Attention(nn.Module):
+    """Attention whose projections and head norms each expert has for itself; the softmax is over all tokens."""
+
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        hidden, self.head_dim = config.hidden, config.hidden // config.heads
+        for suffix in ("", "_moe_gen"):
+            for name, heads in (("q", config.heads), ("k", config.kv), ("v", config.kv)):
+                setattr(self, f"{name}_proj{suffix}", nn.Linear(hidden, heads * self.head_dim))
+            setattr(self, f"o_proj{suffix}", nn.Linear(hidden, hidden, bias=False))
+            for name in ("q_norm", "k_norm"):
+                setattr(self, f"{name}{suffix}", RMSNorm(self.head_dim, config.eps))
+
+    def project(self, x: Tensor, suffix: str) -> list[Tensor]:
+        """x [n, hidden] -> query, key and value [n, heads, d] of an expert, before rotation."""
+        of = [getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)) for name in "qkv"]
+        return [getattr(self, f"q_norm{suffix}")(of[0]), getattr(self, f"k_norm{suffix}")(of[1]), of[2]]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden, config.inter, bias=False)
+        self.up_proj = nn.Linear(config.hidden, config.inter, bias=False)
+        self.down_proj = nn.Linear(config.inter, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp, self.mlp_moe_gen = MLP(config), MLP(config)
+        for suffix in ("", "_moe_gen"):
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                setattr(self, f"{name}{suffix}", RMSNorm(config.hidden, config.eps))
+
+    def forward(
+        self, x: Tensor, experts: Experts, rope: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None, causal: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One block of tokens.
+
+        Args:
+            x: [n, hidden].
+            rope: cos and sin [n, d].
+            past: keys and values [kv heads, m, d] that all tokens attend to.
+            causal: within the block a token attends to earlier ones only.
+
+        Returns:
+            x after the layer, and its keys and values [kv heads, n, d].
+        """
+        attention, both = self.self_attn, ("", "_moe_gen")
+        normed = [
+            getattr(self, f"input_layernorm{suffix}")(own) for suffix, own in zip(both, experts.split(x), strict=True)
+        ]
+        projected = [attention.project(own, suffix) for suffix, own in zip(both, normed, strict=True)]
+        query, key, value = (experts.joined(*pair).transpose(0, 1) for pair in zip(*projected, strict=True))
+        query, key = (_rotated(each, rope) for each in (query, key))
+        keys, values = (
+            (key, value) if past is None else (torch.cat(pair, 1) for pair in zip(past, (key, value), strict=True))
+        )
+        attended = F.scaled_dot_product_attention(
+            query[None], keys[None], values[None], attn_mask=_mask(query, keys) if causal else None, enable_gqa=True
+        )[0]
+        attended = attended.transpose(0, 1).flatten(1)
+        out = [
+            getattr(attention, f"o_proj{suffix}")(own)
+            for suffix, own in zip(both, experts.split(attended), strict=True)
+        ]
+        x = x + experts.joined(*out)
+        fed = [
+            getattr(self, f"mlp{suffix}")(getattr(self, f"post_attention_layernorm{suffix}")(own))
+            for suffix, own in zip(both, experts.split(x), strict=True)
+        ]
+        return x + experts.joined(*fed), key, value
+
+
+def _mask(query: Tensor, keys: Tensor) -> Tensor:
+    """Bool [n, m + n]: all of the past, and within the block what is not later."""
+    n, all_keys = query.shape[1], keys.shape[1]
+    return torch.ones(n, all_keys, dtype=torch.bool, device=query.device).tril(all_keys - n)
+
+
+def _rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """x [heads, n, d] by cos and sin [n, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * rope[0] + torch.cat([-second, first], dim=-1) * rope[1]
+
+
+class Rotary(nn.Module):
+    """cos and sin [rows, n, d] for position_ids [rows, n]."""
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, base: float):
+        super().__init__()
+        frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """x: for its dtype."""
+        angles = position_ids[..., None].float() * self.inv_freq
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+class Stack(nn.Module):
+    """The layers, with a final norm for each expert."""
+
+    layers: Any
+
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.eps)
+        self.norm_moe_gen = RMSNorm(config.hidden, config.eps)
+        self.rotary_emb = Rotary(config.hidden // config.heads, config.rope_theta)
+
+    def forward(self, x: Tensor, experts: Experts, context: Context, causal: bool, step: int) -> tuple[Tensor, Context]:
+        """A block of tokens after a context.
+
+        Args:
+            x: [n, hidden].
+            causal: see `DecoderLayer`.
+            step: of the position from token to token: 1 for text, 0 for an image.
+
+        Returns:
+            Hidden states [n, hidden] after the experts' final norms, and the context with the block in it.
+        """
+        steps = torch.arange(len(x), device=x.device) * step
+        cos, sin = self.rotary_emb(x, (context.position + steps)[None])
+        keys, values = [], []
+        for index, layer in enumerate(self.layers):
+            past = (context.keys[index], context.values[index]) if context.keys else None
+            x, key, value = layer(x, experts, (cos[0], sin[0]), past, causal)
+            keys.append(key if past is None else torch.cat([past[0], key], dim=1))
+            values.append(value if past is None else torch.cat([past[1], value], dim=1))
+        after = context.position + (len(steps) if step else 1)
+        text, drawn = experts.split(x)
+        hidden = experts.joined(self.norm(text), self.norm_moe_gen(drawn))
+        return hidden, replace(context, keys=tuple(keys), values=tuple(values), position=after)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        self.model = Stack(config)
+        self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
