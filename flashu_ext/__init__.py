@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .calibration.calibrate import TokenSample as TokenSample
     from .calibration.calibrate import UnderstandingSample as UnderstandingSample
     from .calibration.calibrate import calibrate as calibrate
+    from .models import bagel as bagel
     from .models import janusflow as janusflow
     from .models import showo2 as showo2
     from .models.accelerated import handle_of as handle_of
@@ -72,6 +73,7 @@ _HOMES = {
 _MODULES = ("bench", "nano", "ops")
 # Public modules that lie in a folder: `import flashu_ext.showo2.sampling` finds `flashu_ext.models.showo2.sampling`.
 _ALIASES = {
+    "bagel": "models.bagel",
     "janusflow": "models.janusflow",
     "kernel_sets": "runtime.kernel_sets",
     "parallel": "batch",

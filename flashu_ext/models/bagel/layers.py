@@ -179,7 +179,7 @@ class Stack(nn.Module):
             step: of the position from token to token: 1 for text, 0 for an image.
 
         Returns:
-            Hidden states [n, hidden] after the experts' final norms, and the context with the block in it.
+            Hidden states [n, hidden] before the experts' final norms, and the context with the block in it.
         """
         steps = torch.arange(len(x), device=x.device) * step
         cos, sin = self.rotary_emb(x, (context.position + steps)[None])
@@ -190,9 +190,7 @@ class Stack(nn.Module):
             keys.append(key if past is None else torch.cat([past[0], key], dim=1))
             values.append(value if past is None else torch.cat([past[1], value], dim=1))
         after = context.position + (len(steps) if step else 1)
-        text, drawn = experts.split(x)
-        hidden = experts.joined(self.norm(text), self.norm_moe_gen(drawn))
-        return hidden, replace(context, keys=tuple(keys), values=tuple(values), position=after)
+        return x, replace(context, keys=tuple(keys), values=tuple(values), position=after)
 
 
 class LanguageModel(nn.Module):

@@ -208,14 +208,14 @@ class Bagel(nn.Module):
     # ---- drawing
 
     def hidden(self, tokens: Tensor, t: Tensor, grid: tuple[int, int], context: Context, ids: TokenIds) -> Tensor:
-        """Final hidden states [n, hidden] of latent tokens [n, numbers] at a time fp32 [1], after a context."""
+        """The last layer's output [n, hidden] for latent tokens [n, numbers] at a time fp32 [1], after a context."""
         block = self.between(ids, self.embed_latents(tokens, t, grid))
         out, _ = self.language_model.model(block, Experts(1, len(block) - 1), context, causal=False, step=0)
         return out[1:-1]
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> fp32 [n, numbers], from data to noise."""
-        return self.llm2vae(hidden).float()
+        return self.llm2vae(self.language_model.model.norm_moe_gen(hidden)).float()
 
 
 def without_latents(image: Image) -> Image:

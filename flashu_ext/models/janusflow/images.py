@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..pictures import picture
 from .config import JanusFlowConfig
 
 __all__ = ["pixel_values"]
@@ -35,14 +36,7 @@ def pixel_values(
     """
     from PIL import Image
 
-    if isinstance(image, (np.ndarray, Tensor)):
-        array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-            raise ValueError(f"image: expected uint8 [height, width, 3], got {array.dtype} {list(array.shape)}")
-        image = Image.fromarray(array)
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"image: expected a PIL image or uint8 [height, width, 3], got {type(image).__name__}")
-    image, side = image.convert("RGB"), config.image_size
+    image, side = picture(image), config.image_size
     longest = max(image.size)
     width, height = (max(1, int(length / longest * side)) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

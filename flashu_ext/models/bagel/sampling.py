@@ -1,0 +1,302 @@
+"""The sampler: a shifted time grid, up to three branches of guidance, renormalisation, and TaylorSeer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_callback, check_count, check_tensor
+from ..sampling import Callback
+from .layers import Context
+from .model import Image, Text, TokenIds
+
+__all__ = ["Guidance", "TaylorSeer", "guided", "sample", "taylor_prediction", "time_grid"]
+
+DEFAULT_TIMESTEPS = 50
+RENORMS = ("global", "channel", "text_channel")
+SMALLEST_NORM = 1e-8
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the branches' velocities are combined.
+
+    Attributes:
+        text: scale against the context without its last text; at most 1: no guidance at all, whatever `image` is.
+        image: scale against the texts alone; at most 1: that branch is not computed.
+        interval: (low, high): guided where low < t <= high.
+        renorm: of the norm over everything ('global'), per token ('channel'), or per token before the image's guidance
+            ('text_channel').
+        renorm_min: lower bound of the factor that brings the guided velocity's norm back; the upper one is 1.
+    """
+
+    text: float = 4.0
+    image: float = 1.0
+    interval: tuple[float, float] = (0.4, 1.0)
+    renorm: str = "global"
+    renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that mean nothing."""
+        for name, value in (("cfg_text_scale", self.text), ("cfg_img_scale", self.image)):
+            if not _real(value) or value < 0:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if len(self.interval) != 2 or not all(map(_real, self.interval)) or self.interval[0] > self.interval[1]:
+            raise ValueError(f"cfg_interval: expected (low, high), low <= high, got {self.interval!r}")
+        if self.renorm not in RENORMS:
+            raise ValueError(f"cfg_renorm_type: expected one of {', '.join(RENORMS)}, got {self.renorm!r}")
+        if not _real(self.renorm_min) or not 0 <= self.renorm_min <= 1:
+            raise ValueError(f"cfg_renorm_min: expected a number in [0, 1], got {self.renorm_min!r}")
+
+    def branches(self, t: float) -> tuple[bool, bool]:
+        """Whether the branches without text and without image are needed at a time."""
+        text = self.text > 1 and self.interval[0] < t <= self.interval[1]
+        return text, text and self.image > 1
+
+
+@dataclass(frozen=True)
+class TaylorSeer:
+    """Most evaluations extrapolate the last layer's output from earlier ones. Source: arXiv 2503.06923.
+
+    Attributes:
+        max_order: of the differences.
+        first_enhance: evaluations at the start that are computed.
+        fresh_threshold: of those after, every how many-th is.
+    """
+
+    max_order: int = 6
+    first_enhance: int = 5
+    fresh_threshold: int = 3
+
+    def __post_init__(self) -> None:
+        check_count("max_order", self.max_order)
+        for name in ("first_enhance", "fresh_threshold"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+    def computes(self, index: int) -> bool:
+        """Whether evaluation `index`, from 0, is computed."""
+        return index < self.first_enhance or (index - self.first_enhance + 1) % self.fresh_threshold == 0
+
+
+class _Forecast:
+    """The finite differences of one branch's hidden states."""
+
+    def __init__(self, seer: TaylorSeer):
+        self._seer = seer
+        self._differences: list[Tensor] = []
+        self._last = 0
+
+    def update(self, index: int, hidden: Tensor) -> None:
+        new, old = [hidden], self._differences
+        # The first evaluations are too far from the rest to be extrapolated from: only their last two count.
+        if old and index > self._seer.first_enhance - 2:
+            for earlier in old[: self._seer.max_order]:
+                new.append((new[-1] - earlier) / (index - self._last))
+        self._differences, self._last = new, index
+
+    def predict(self, index: int) -> Tensor:
+        return taylor_prediction(self._differences, index - self._last)
+
+
+def taylor_prediction(differences: Sequence[Tensor], ahead: float) -> Tensor:
+    """The Taylor polynomial of finite differences, `ahead` steps after the last value."""
+    terms = [each * (ahead**order / math.factorial(order)) for order, each in enumerate(differences)]
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+def time_grid(num_timesteps: int, shift: float) -> Tensor:
+    """fp32 [num_timesteps]: t = s u / (1 + (s - 1) u) on u from 1 to 0; 1 is noise."""
+    u = torch.linspace(1, 0, num_timesteps, dtype=torch.float32, device="cpu")
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def guided(full: Tensor, without_text: Tensor | None, without_image: Tensor | None, guidance: Guidance) -> Tensor:
+    """Velocities [n, numbers] of the branches that run -> the guided one."""
+    if without_text is None:
+        return full
+    guided = without_text + guidance.text * (full - without_text)
+    if guidance.renorm == "text_channel":
+        guided = _renormed(guided, full, guidance.renorm_min, dim=-1)
+    if without_image is not None:
+        guided = without_image + guidance.image * (guided - without_image)
+    if guidance.renorm == "text_channel":
+        return guided
+    return _renormed(guided, full, guidance.renorm_min, dim=None if guidance.renorm == "global" else -1)
+
+
+def _renormed(guided: Tensor, full: Tensor, least: float, dim: int | None) -> Tensor:
+    """Scaled down to the norm of the full branch's."""
+    norms = [torch.linalg.vector_norm(each, dim=dim, keepdim=True) for each in (full, guided)]
+    return guided * (norms[0] / (norms[1] + SMALLEST_NORM)).clamp(least, 1.0)
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    noise: Tensor,
+    inputs: Sequence[Text | Image],
+    size: tuple[int, int],
+    token_ids: TokenIds | Mapping[str, int],
+    num_timesteps: int = DEFAULT_TIMESTEPS,
+    cfg_text_scale: float = 4.0,
+    cfg_img_scale: float = 1.0,
+    cfg_interval: tuple[float, float] = (0.4, 1.0),
+    timestep_shift: float = 3.0,
+    cfg_renorm_min: float = 0.0,
+    cfg_renorm_type: str = "global",
+    taylorseer: TaylorSeer | None = None,
+    callback: Callback | None = None,
+    return_velocity: bool = False,
+) -> Any:
+    """Draw or edit an image: integrate the velocity from noise (t = 1) to data (t = 0).
+
+    Args:
+        model: a Bagel.
+        noise: [n, numbers of a token], n = height / 16 x width / 16 of the released model.
+        inputs: texts and images in order; the prompt is the last text. To edit an image give it as latents and as the image
+            encoder's tokens, before the prompt.
+        size: (height, width) in pixels.
+        token_ids: of the markers, `TokenIds` or a mapping with its names.
+        num_timesteps: grid points; one evaluation less.
+        cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_min, cfg_renorm_type: see `Guidance`.
+        timestep_shift: see `time_grid`.
+        taylorseer: extrapolate most evaluations; its state is the image's own.
+        callback: called after each step with its number (from 1) and the latent tokens, which must not be modified.
+        return_velocity: also return the guided velocities.
+
+    Returns:
+        Latent tokens fp32 [n, numbers] (`Bagel.unpacked` makes latents of them), or (tokens, velocities [evaluations, n, ...]).
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument is wrong; the message names it, what was expected and what was given.
+    Source: upstream inferencer.py and modeling/bagel/bagel.py.
+    """
+    guidance = Guidance(cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
+    ids = check_inputs(model, inputs, token_ids)
+    grid = check_size(model, noise, size)
+    if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool) or num_timesteps < 2:
+        raise ValueError(f"num_timesteps: expected an integer >= 2, got {num_timesteps!r}")
+    if not _real(timestep_shift) or timestep_shift <= 0:
+        raise ValueError(f"timestep_shift: expected a finite number > 0, got {timestep_shift!r}")
+    if taylorseer is not None and not isinstance(taylorseer, TaylorSeer):
+        raise TypeError(f"taylorseer: expected None or a TaylorSeer, got {type(taylorseer).__name__}")
+    check_callback("callback", callback)
+    contexts = branch_contexts(model, inputs, ids)
+    times = time_grid(num_timesteps, timestep_shift)
+    forecasts = [None if taylorseer is None else _Forecast(taylorseer) for _ in contexts]
+    x = noise.float()
+    velocities = []
+    for index, t in enumerate(times[:-1].tolist()):
+        branches: list[Tensor | None] = []
+        for context, forecast, runs in zip(contexts, forecasts, (True, *guidance.branches(t)), strict=True):
+            if not runs:
+                branches.append(None)
+                continue
+            if forecast is None or taylorseer is None or taylorseer.computes(index):
+                hidden = model.hidden(x, torch.tensor([t], device=x.device), grid, context, ids)
+                if forecast is not None:
+                    forecast.update(index, hidden)
+            else:
+                hidden = forecast.predict(index)
+            branches.append(model.velocity(hidden))
+        full, without_text, without_image = branches
+        assert full is not None
+        velocity = guided(full, without_text, without_image, guidance)
+        x = x - velocity * (times[index] - times[index + 1]).to(x.device)
+        velocities.append(velocity)
+        if callback is not None:
+            callback(index + 1, x)
+    return (x, torch.stack(velocities)) if return_velocity else x
+
+
+def branch_contexts(model: Any, inputs: Sequence[Text | Image], ids: TokenIds) -> tuple[Context, Context, Context]:
+    """The contexts of the three branches: everything, everything before the last text, and the texts alone."""
+    texts = [index for index, item in enumerate(inputs) if isinstance(item, Text)]
+    last = texts[-1] if texts else len(inputs)
+    before = model.context(inputs[:last], ids)
+    full = before
+    for item in inputs[last:]:
+        full = model.append(full, item, ids)
+    return full, before, model.context([inputs[index] for index in texts], ids)
+
+
+def check_inputs(model: Any, inputs: Any, token_ids: Any) -> TokenIds:
+    """Raise for a sequence that the model cannot read; its marker ids."""
+    config, device = model.config, model.vae2llm.weight.device
+    if isinstance(token_ids, Mapping):
+        names = set(TokenIds.__dataclass_fields__)
+        if set(token_ids) != names:
+            raise ValueError(f"token_ids: expected {', '.join(sorted(names))}, got {', '.join(map(str, token_ids))}")
+        token_ids = TokenIds(**token_ids)
+    if not isinstance(token_ids, TokenIds):
+        raise TypeError(f"token_ids: expected TokenIds, got {type(token_ids).__name__}")
+    for name, value in vars(token_ids).items():
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < config.vocab:
+            raise IndexError(f"token_ids.{name}: expected a token id in [0, {config.vocab}), got {value!r}")
+    if not isinstance(inputs, (list, tuple)):
+        raise TypeError(f"inputs: expected a list of Text and Image, got {type(inputs).__name__}")
+    for index, item in enumerate(inputs):
+        name = f"inputs[{index}]"
+        if isinstance(item, Text):
+            check_tensor(f"{name}.ids", item.ids, 1, "int64", device)
+            if item.ids.numel() and not 0 <= int(item.ids.min()) <= int(item.ids.max()) < config.vocab:
+                raise IndexError(f"{name}.ids: expected token ids in [0, {config.vocab})")
+        elif isinstance(item, Image):
+            _check_image(name, item, config, device)
+        else:
+            raise TypeError(f"{name}: expected a Text or an Image, got {type(item).__name__}")
+    return token_ids
+
+
+def _check_image(name: str, item: Image, config: Any, device: torch.device) -> None:
+    if item.latents is None and item.vit_tokens is None:
+        raise ValueError(f"{name}: expected latents, vit_tokens or both, got neither")
+    if (item.vit_tokens is None) != (item.vit_position_ids is None):
+        raise ValueError(f"{name}.vit_tokens, vit_position_ids: expected both or none")
+    if item.latents is not None:
+        check_tensor(f"{name}.latents", item.latents, 4, "a floating-point tensor", device)
+        one, channels, height, width = item.latents.shape
+        patch, most = config.latent_patch, config.latent_patch * config.latent_side
+        whole = not (height % patch or width % patch) and 0 < height <= most and 0 < width <= most
+        if one != 1 or channels != config.latent_channels or not whole:
+            raise ValueError(
+                f"{name}.latents: expected [1, {config.latent_channels}, H, W] with H and W multiples of {patch} up to {most}, "
+                f"got {tuple(item.latents.shape)}"
+            )
+    if item.vit_tokens is not None:
+        check_tensor(f"{name}.vit_tokens", item.vit_tokens, 2, "a floating-point tensor", device)
+        check_tensor(f"{name}.vit_position_ids", item.vit_position_ids, 1, "int64", device)
+        assert item.vit_position_ids is not None
+        tokens, numbers = item.vit_tokens.shape
+        if tokens == 0 or numbers != 3 * config.vit_patch**2 or len(item.vit_position_ids) != tokens:
+            raise ValueError(
+                f"{name}.vit_tokens: expected [n >= 1, {3 * config.vit_patch**2}] and as many vit_position_ids, got "
+                f"{tuple(item.vit_tokens.shape)} and {len(item.vit_position_ids)}"
+            )
+        if not 0 <= int(item.vit_position_ids.min()) <= int(item.vit_position_ids.max()) < config.vit_side**2:
+            raise IndexError(f"{name}.vit_position_ids: expected places in [0, {config.vit_side**2})")
+
+
+def check_size(model: Any, noise: Any, size: Any) -> tuple[int, int]:
+    """Raise for noise that is not of the size; the grid of latent tokens."""
+    config = model.config
+    pixels, most = config.token_pixels, config.token_pixels * config.latent_side
+    fits = isinstance(size, (list, tuple)) and len(size) == 2
+    if not fits or not all(isinstance(each, int) and 0 < each <= most and each % pixels == 0 for each in size):
+        raise ValueError(f"size: expected (height, width) in pixels, multiples of {pixels} up to {most}, got {size!r}")
+    rows, columns = model.grid(tuple(size))
+    check_tensor("noise", noise, 2, "a floating-point tensor", model.vae2llm.weight.device)
+    if tuple(noise.shape) != (rows * columns, config.patch_width):
+        raise ValueError(f"noise: expected [{rows * columns}, {config.patch_width}], got {tuple(noise.shape)}")
+    return rows, columns
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
