@@ -10,6 +10,7 @@ import click
 from ..cli.main import bench
 from ..planning.safe_files import write_text
 from .calls import main as calls
+from .conformance import main as conformance
 from .counters import main as counters
 from .predict import main as predict
 from .readme import main as readme
@@ -67,6 +68,7 @@ def fidelity(prompts: int, seed: int, steps: int, json_path: Path | None) -> Non
 
 
 main.add_command(calls, "calls")
+main.add_command(conformance, "conformance")
 main.add_command(counters, "counters")
 main.add_command(predict, "predict")
 main.add_command(sass, "sass")
