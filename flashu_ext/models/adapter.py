@@ -134,6 +134,9 @@ class Adapter(ABC):
     family: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ()
     """Of the model's class, which the runtime takes over (`upstream`): the one that draws, and others."""
+    drops_unit_guidance: ClassVar[bool] = False
+    """Whether the model's own formula gives at guidance scale 1 the bits of the prompt's branch, so that the other one need not
+    run. Elsewhere that is a switch, `FlashUConfig.skip_unit_guidance`."""
     grid_points: ClassVar[int] = 50
     """Of an image, where nobody says how many."""
     causal: ClassVar[bool] = False

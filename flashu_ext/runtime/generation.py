@@ -112,8 +112,9 @@ class GenerationEngine:
         rows, length = text_tokens.shape
         patches = parts.sizes(latent_size).patches
         steps = steps or config.steps or parts.grid_points
+        planned = config.replace(skip_unit_guidance=True) if parts.drops_unit_guidance else config
         plan = StepPlan.build(
-            config, steps, len(parts.layers), None if isinstance(guidance_scale, tuple) else guidance_scale, patches
+            planned, steps, len(parts.layers), None if isinstance(guidance_scale, tuple) else guidance_scale, patches
         )
         geometry = RowGeometry(seen, int(modality_positions[0, 0, 1]))
         images = rows // 2 if with_guidance else rows

@@ -98,6 +98,7 @@ class JanusFlowAdapter(Adapter):
 
     family: ClassVar[str] = "janusflow"
     causal: ClassVar[bool] = True
+    drops_unit_guidance: ClassVar[bool] = True
     grid_points: ClassVar[int] = DEFAULT_STEPS + 1
 
     time_1: Any = None
