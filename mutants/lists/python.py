@@ -48,6 +48,12 @@ PIPELINE = within("showo2/test_pipeline.py")
 CONFORMANCE = within("showo2/test_conformance.py")
 COMMANDS = within("cli/test_cli.py")
 KERNELS = within("runtime/test_kernel_sets.py")
+MANY = within("runtime/test_many_changes.py")
+PARTS = within("runtime/test_living_parts.py")
+JANUSFLOW = within("families/test_janusflow.py")
+BAGEL = within("families/test_bagel.py")
+FAMILIES = within("families/test_conformance.py")
+PRUNED = within("runtime/test_prune_ffn.py")
 
 MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "            temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
@@ -96,7 +102,7 @@ MUTANTS = [
     Mutant("generation: features of fewer rows are used again", "flashu_ext/runtime/generation.py", " or state.semantic_rows < each.images", "", KNOBS("latents_of_their_own")),
     Mutant("generation: a cached state may be a step older", "flashu_ext/runtime/generation.py", "step.index - steps[-1] >= caching.interval", "step.index - steps[-1] > caching.interval", KNOBS("defers_its_encoding")),
     Mutant("generation: the signal's sum is not reset", "flashu_ext/runtime/generation.py", "        gate.computed()\n", "", KNOBS("a_knob and adaptive and sample")),
-    Mutant("generation: the steps that the caller asks for are ignored", "flashu_ext/runtime/generation.py", "config, steps, len(parts.layers), None if", "config, None, len(parts.layers), None if", HANDLE("exact_equals_upstream")),
+    Mutant("generation: the steps that the caller asks for are ignored", "flashu_ext/runtime/generation.py", "steps = steps or config.steps or parts.grid_points", "steps = config.steps or parts.grid_points", HANDLE("exact_equals_upstream")),
     Mutant("head: the residual is measured up to the output", "flashu_ext/runtime/head.py", "before = x.clone() if any(work.residual for work in works) else x", "before = x", KNOBS("a_knob and residual and sample")),
     Mutant("history: differences are a step apart", "flashu_ext/runtime/history.py", "interval = float(step - self.steps[-1]) if self.order and self.steps else 1.0", "interval = 1.0", KNOBS("a_knob and forecast and sample")),
     Mutant("history: a prediction of one order less", "flashu_ext/runtime/history.py", "min(len(self.steps), self.order + 1)", "min(len(self.steps), max(self.order, 1))", KNOBS("a_knob and forecast and sample")),
@@ -250,4 +256,27 @@ MUTANTS = [
     Mutant("kernels: a phase of its own has all neurons", "flashu_ext/runtime/network.py", "network if self.layouts is None else network.over(self.layouts)", "network", KERNELS("plans_neurons")),
     Mutant("kernels: every row attends as many keys as the first", "flashu_ext/ops/reference.py", "for r, n in enumerate(counts)\n    ]\n", "for r, n in enumerate(counts[:1] * len(counts))\n    ]\n", KERNELS("one_at_a_time")),
     Mutant("kernels: sixteen rows are many", "flashu_ext/ops/kernel_sets.py", "MANY = 17\n", "MANY = 16\n", KERNELS("padded_to_many")),
+    Mutant("many: structure is not looked at between steps", "flashu_ext/runtime/runner.py", "                self.check_unchanged()\n                self.generation.step", "                self.generation.step", MANY("between_two_steps"), quick=True),
+    Mutant("many: a callback may step", "flashu_ext/models/showo2/many.py", "if not self._stepping.acquire(blocking=False):", "if self._stepping.acquire(blocking=False) is None:", MANY("callback_cannot")),
+    Mutant("many: any index is cancelled", "flashu_ext/models/showo2/many.py", "if not 0 <= index < self._count:", "if index is None:", MANY("cannot_be_cancelled")),
+    Mutant("many: what waits survives close", "flashu_ext/models/showo2/many.py", "        self._results.clear()\n", "", MANY("closed_list")),
+    Mutant("many: answers of a removed handle vanish", "flashu_ext/models/showo2/many.py", "if not isinstance(each.work, tuple)]", "if isinstance(each.work, Exception)]", MANY("removed_midway")),
+    Mutant("known: a convolution's own method is passed over", "flashu_ext/models/known.py", '("_call_impl", "_conv_forward")', '("_call_impl",)', PARTS("private_method")),
+    Mutant("linear: strided rows go to the kernel", "flashu_ext/runtime/modules/linear.py", "x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()", "x", PARTS("may_give_columns")),
+    Mutant("stamp: settings of activations are not watched", "flashu_ext/models/stamp.py", "[(own.get, _settings(own)) for module, own in pairs if tracked(module)]", "[]", PARTS("settings_that_change")),
+    Mutant("known: an encoder's norms are anything", "flashu_ext/models/known.py", 'for name in ("layer_norm1", "layer_norm2"):', "for name in ():", PARTS("norm_that_is_not_known")),
+    Mutant("linear: an unknown member is not named", "flashu_ext/runtime/modules/linear.py", "self.members.append(Unknown(module, why_not_activation(module)))", "self.members.append(Unknown(module, why_not_activation(module) and None))", PARTS("unknown_member")),
+    Mutant("janusflow: image tokens see all of the image", "flashu_ext/models/janusflow/adapter.py", "causal: ClassVar[bool] = True", "causal: ClassVar[bool] = False", FAMILIES("holds and janusflow"), quick=True),
+    Mutant("janusflow: padding is seen", "flashu_ext/models/janusflow/sampling.py", "+ (1,) * (len(self.tokens) - images)", "+ (self.length,) * (len(self.tokens) - images)", FAMILIES("holds and janusflow")),
+    Mutant("janusflow: a cached step decodes old latents", "flashu_ext/runtime/generation.py", "        self._run_together(self.backbone.early, early)\n", "        self._run_together(self.backbone.early, [each for each in early if each[0].step.backbone])\n", JANUSFLOW("cached_step")),
+    Mutant("janusflow: the time modulates the branch", "flashu_ext/models/janusflow/adapter.py", "        x = self.down(responded, residual=x)\n        scale, shift = modulation[:, None, None].chunk(2, dim=-1)\n        return x * (1 + scale) + shift\n", "        scale, shift = modulation[:, None, None].chunk(2, dim=-1)\n        return x + self.down(responded) * (1 + scale) + shift\n", FAMILIES("holds and janusflow")),
+    Mutant("janusflow: the encoder's hooks are passed over", "flashu_ext/models/janusflow/adapter.py", "            if reason := known.why_replaced(module, kinds):\n", "            if reason := known.why_unknown(module, kinds):\n", JANUSFLOW("would_be_passed_over")),
+    Mutant("janusflow: two places of an image are one", "flashu_ext/models/janusflow/understanding.py", "if count == 1 or len(found) != 1 or found[0] == 0:", "if count == 1 or found[0] == 0:", JANUSFLOW("arguments_of_a_question")),
+    Mutant("bagel: markers go through the drawing expert", "flashu_ext/models/bagel/model.py", "self.language_model.model(block, Experts(1, len(block) - 1), context", "self.language_model.model(block, Experts(0, len(block)), context", BAGEL("whole_sequence")),
+    Mutant("bagel: an image's tokens have positions of their own", "flashu_ext/models/bagel/model.py", "context = run(block, Experts(1, len(block) - 1), context, causal=False, step=0)[1]", "context = run(block, Experts(1, len(block) - 1), context, causal=False, step=1)[1]", BAGEL("whole_sequence")),
+    Mutant("bagel: renormalisation enlarges", "flashu_ext/models/bagel/sampling.py", ".clamp(least, 1.0)", ".clamp(least)", BAGEL("never_enlarges")),
+    Mutant("bagel: the forecast begins with the first evaluations", "flashu_ext/models/bagel/sampling.py", "if old and index > self._seer.first_enhance - 2:", "if old:", FAMILIES("holds and bagel")),
+    Mutant("bagel: text guidance of 1 guides by the image", "flashu_ext/models/bagel/sampling.py", "return text, text and self.image > 1", "return text, self.image > 1", FAMILIES("holds and bagel")),
+    Mutant("pruned: what changes later does not count", "flashu_ext/runtime/pruned.py", "if self._ffn is None or self._stamp.structure_changed() or self._stamp.moved():", "if self._ffn is None:", PRUNED("changes_later")),
+    Mutant("prompts: a causal image is reused in part", "flashu_ext/runtime/prompt_cache.py", "    return min(inside, default=end)\n", "    return end\n", JANUSFLOW("half_of_the_visual")),
 ]  # fmt: skip
