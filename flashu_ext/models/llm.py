@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ..planning.extras import extra
+from ..planning.groups import is_real
+from ..planning.reading import shown
 
-__all__ = ["language_model", "siglip_encoder"]
+__all__ = ["fill_tied_head", "language_model", "rope_theta", "siglip_encoder"]
 
 
 def language_model(kind: str, fields: dict[str, Any]) -> nn.Module:
@@ -34,3 +37,33 @@ def siglip_encoder(fields: dict[str, Any]) -> nn.Module:
     config: Any = SiglipVisionConfig(**fields)
     config._attn_implementation = "sdpa"
     return SiglipEncoder(config)
+
+
+def rope_theta(config: Mapping[str, Any]) -> Any:
+    """The base as transformers writes it, in either place; 10000 where it is in neither."""
+    nested = config.get("rope_parameters")
+    if "rope_theta" in config or not isinstance(nested, dict):
+        return _base(config.get("rope_theta", 10000.0))
+    return _base(nested.get("rope_theta", 10000.0))
+
+
+def _base(value: Any) -> float:
+    if not is_real(value):
+        raise ValueError(f"the language model's rope_theta: expected a finite number > 0, got {shown(value)}")
+    return float(value)
+
+
+def fill_tied_head(model: Any, state: dict[str, Any], language_model: str) -> None:
+    """Fill in an output head that is tied to the token embedding and missing in a checkpoint.
+
+    Args:
+        state: what `load_state_dict` is given.
+        language_model: full name of the language model in `state`, as 'showo.'.
+    """
+    head, table = f"{language_model}lm_head.weight", f"{language_model}model.embed_tokens.weight"
+    if (
+        model.get_submodule(language_model.rstrip(".").rpartition(".")[2]).config.tie_word_embeddings
+        and head not in state
+        and table in state
+    ):
+        state[head] = state[table]

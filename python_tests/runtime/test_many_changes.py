@@ -156,3 +156,14 @@ def test_a_closed_list_gives_nothing_more(pipe: Any) -> None:
     assert next(many).error is None  # the others have ended too, and wait
     many.close()
     assert list(many) == []
+
+
+def test_an_image_with_a_preset_of_its_own_is_what_that_preset_draws(pipe: Any) -> None:
+    own = fx.FlashUConfig(head_cache_interval=2, steps=STEPS)
+    request = ImageRequest("a square", preset=own, steps=STEPS, seed=1)
+    pipe.accelerate(own)
+    (alone,) = pipe.generate_many([ImageRequest("a square", steps=STEPS, seed=1)])
+    fx.handle_of(pipe.model).remove()
+    pipe.accelerate(fx.FlashUConfig.exact())
+    plain, got = pipe.generate_many([ImageRequest("a square", steps=STEPS, seed=1), request])
+    assert torch.equal(got.latents, alone.latents) and not torch.equal(plain.latents, alone.latents)

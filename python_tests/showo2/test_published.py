@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import flashu_ext as fx
-from flashu_ext.models.showo2.checkpoint import _config
+from flashu_ext.models.checkpoint import config_of
+from flashu_ext.models.showo2.checkpoint import LAYOUT
 
 SIZES = {
     ("1.5B", 432): (fx.showo2.Showo2Config.show_o2_1_5b, 1536, 8960, 28, 151_671),
@@ -89,7 +90,7 @@ def test_the_published_config_json_gives_that_size(size: tuple[str, int], tmp_pa
         "add_qk_norm": True,
         "num_diffusion_layers": 10,
     }
-    read = _config(tmp_path, fields, shapes)
+    read = config_of(LAYOUT, tmp_path, fields, shapes)
     assert {name: tuple(t.shape) for name, t in meta_model(read).state_dict().items()} == shapes
     assert read.llm["num_attention_heads"] == config.llm["num_attention_heads"]
     assert read.llm["rope_theta"] == 1e6 and read.vision["num_attention_heads"] == 16

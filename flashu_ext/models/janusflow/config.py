@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ...planning.groups import Check
+from ...planning.reading import strict_json
+from .. import fields
 from ..fields import EVEN, LAYERS, NUMBER, SIZE, SWITCH, check_divides, check_fields
 
 __all__ = ["JanusFlowConfig"]
+
+FORMAT = "flashu_ext.janusflow"
+PATCH = 2
+"""Latents a side of an image token."""
 
 _CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(("hidden", "inter", "heads", "kv", "vocab", "grid", "vit", "vit_heads", "vit_ratio"), SIZE),
@@ -65,13 +70,26 @@ class JanusFlowConfig:
         check_divides("kv", self.heads, self.kv)
         check_divides("vit_heads", self.vit, self.vit_heads)
         check_divides("vit_patch", self.image_size, self.vit_patch)
-        if self.latent_size != 2 * self.grid:
-            raise ValueError(f"latent_size: expected twice the grid, {2 * self.grid}, got {self.latent_size}")
+        if self.latent_size != PATCH * self.grid:
+            raise ValueError(f"latent_size: expected twice the grid, {PATCH * self.grid}, got {self.latent_size}")
 
     @property
     def vit_tokens(self) -> int:
         """Of an image that is asked about."""
         return (self.image_size // self.vit_patch) ** 2
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    # ---- JSON
+
+    def to_json(self) -> str:
+        """The config as a JSON object, readable by `from_json`."""
+        return fields.to_json(self, FORMAT)
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "JanusFlowConfig") -> JanusFlowConfig:
+        """Read what `to_json` wrote; unknown or repeated fields, NaN and Infinity are refused with a ValueError."""
+        return cls.from_fields(strict_json(text, name), name)
+
+    @classmethod
+    def from_fields(cls, data: Any, name: str = "JanusFlowConfig") -> JanusFlowConfig:
+        """The same from parsed JSON."""
+        return fields.from_fields(cls, FORMAT, data, name)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..llm import language_model
+from ..llm import fill_tied_head, language_model
 from ..masks import additive, sequence_allowed
 from ..norms import RMSNorm
+from . import checkpoint
 from .config import JanusFlowConfig
 from .latents import LatentDecoder, LatentEncoder
 from .vision import ImageEncoder
@@ -50,6 +52,9 @@ class JanusFlow(nn.Module):
         self.vision_gen_dec_aligner_norm = RMSNorm(config.hidden, config.eps)
         self.vision_gen_dec_aligner = nn.Linear(config.hidden, config.channels)
         self.vision_gen_dec_model = LatentDecoder(config)
+        self.register_load_state_dict_pre_hook(
+            lambda module, state, prefix, *_: fill_tied_head(module, state, f"{prefix}language_model.")
+        )
 
     # ---- drawing
 
@@ -94,3 +99,14 @@ class JanusFlow(nn.Module):
         """What the language model reads of an image that is asked about: [images, 1 + tokens, hidden]."""
         tokens = self.vision_und_enc_aligner(self.image_features(pixels))
         return torch.cat([self.beg_of_und_embed.expand(len(pixels), 1, -1).to(tokens.dtype), tokens], dim=1)
+
+    # ---- files
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> JanusFlow:
+        """Load a checkpoint directory, upstream's or ours; see `checkpoint.load`."""
+        return checkpoint.load(directory, cls, dtype)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors; see `checkpoint.save`."""
+        checkpoint.save(self, directory)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..checks import guidance_scale_of
 from ..decoding import TokenSampler
 from ..embedding import TimestepEmbedder
-from ..llm import language_model, siglip_encoder
+from ..llm import fill_tied_head, language_model, siglip_encoder
 from ..masks import additive, omni_allowed
 from ..norms import RMSNorm
 from ..velocity import guide, guided, unpatchify
@@ -71,7 +71,9 @@ class Showo2(nn.Module):
         self.diffusion_head_a = nn.ModuleList(ModulatedAttentionBlock(head) for _ in range(head.num_layers))
         self.diffusion_head_b = FinalLayer(head.hidden_size, config.patch_size, config.image_latent_dim)
         self._initialise()
-        self.register_load_state_dict_pre_hook(_fill_tied_head)
+        self.register_load_state_dict_pre_hook(
+            lambda module, state, prefix, *_: fill_tied_head(module, state, f"{prefix}showo.")
+        )
 
     def _initialise(self) -> None:
         """Upstream's initialisation: zero modulation and output layers, small time embedding."""
@@ -232,10 +234,3 @@ class Showo2(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors; see `checkpoint.save`."""
         checkpoint.save(self, directory)
-
-
-def _fill_tied_head(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Fill in an output head that is tied to the token embedding and missing in the checkpoint."""
-    head, table = f"{prefix}showo.lm_head.weight", f"{prefix}showo.model.embed_tokens.weight"
-    if module.showo.config.tie_word_embeddings and head not in state and table in state:  # type: ignore[union-attr]
-        state[head] = state[table]

@@ -21,9 +21,9 @@ from ...planning.extras import extra
 from ...planning.groups import FfnPruning, whole
 from ...planning.reading import MAX_PIXELS, shown
 from ...planning.safe_files import atomic_path
+from ..checkpoint import check_dtype
 from ..checks import check_callback, check_device
 from .adapter import table_side
-from .checkpoint import check_dtype
 from .codec import ImageCodec, WanCodec
 from .many import AT_ONCE, Answers, Drawings
 from .model import Showo2
