@@ -28,8 +28,13 @@ if TYPE_CHECKING:
     from .models import janusflow as janusflow
     from .models import showo2 as showo2
     from .models.accelerated import handle_of as handle_of
+    from .models.adapter import Adapter as Adapter
+    from .models.adapter import Question as Question
+    from .models.adapter import Sizes as Sizes
     from .ops import reference as reference
     from .planning.config import FlashUConfig as FlashUConfig
+    from .planning.decoders import Family as Family
+    from .planning.decoders import register_family as register_family
     from .planning.groups import Answers as Answers
     from .planning.groups import EncoderSharing as EncoderSharing
     from .planning.groups import Execution as Execution
@@ -62,6 +67,11 @@ _HOMES = {
     "LayerSkip": "planning.groups",
     "TokenSkip": "planning.groups",
     "TaskPlan": "planning.plan",
+    "Adapter": "models.adapter",
+    "Family": "planning.decoders",
+    "Question": "models.adapter",
+    "Sizes": "models.adapter",
+    "register_family": "planning.decoders",
     "StepPlan": "planning.schedule",
     "Handle": "runtime.handle",
     "accelerate": "runtime.handle",

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from ..models.adapter import FAMILIES
 from ..models.comparison import Comparison, Fixture
+from ..planning.decoders import FAMILIES
 from ..planning.tables import text_table
 
 __all__ = ["compare", "main"]

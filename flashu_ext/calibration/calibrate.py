@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from .. import ops
 from ..models.accelerated import handle_of
 from ..models.autocast import without_autocast
-from ..models.decoder import Decoder, decoder_of
 from ..models.masks import additive, omni_allowed
 from ..models.showo2 import validate
 from ..models.showo2.adapter import adapter
 from ..models.showo2.understanding import prompt_embeds
 from ..ops import reference
+from ..planning.decoders import Decoder, decoder_of
 from ..planning.estimators import DownNorms, check_estimator
 from ..planning.fingerprint import model_fingerprint
 from ..planning.plan import TaskPlan, check_pruning
@@ -114,7 +114,7 @@ def calibrate(
     second run.
 
     Args:
-        model: a Show-o2 model, or with `TokenSample`s any decoder (`models.decoder`); not accelerated.
+        model: a Show-o2 model, or with `TokenSample`s any decoder (`planning.decoders`); not accelerated.
         generation, understanding: samples of each task, any iterable, read once and one at a time. A task without samples
             gets no neuron set.
         tasks: further tasks by name, any number. The samples of one task are all of one type.

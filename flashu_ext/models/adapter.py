@@ -7,48 +7,30 @@ there alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..planning.cost import ModelShape
+from ..planning.decoders import FAMILIES, find
 from .sampling import DrawInputs, Stepper
 
 __all__ = [
     "BLOCK_PARTS",
-    "FAMILIES",
     "Adapter",
     "AttentionShape",
     "Kit",
     "Question",
     "Sizes",
     "adapter_of",
-    "check_parts",
-    "find",
     "norm_eps",
     "out_features",
 ]
 
-
-class Family(NamedTuple):
-    """How a family's models are told from others."""
-
-    name: str
-    mark: str
-    """An attribute that only they have."""
-    stack: str
-    """Path of the language model without its head: `layers` and a final `norm`."""
-
-
-FAMILIES: Mapping[str, Family] = {
-    "showo2": Family("Show-o2", "showo", "showo.model"),
-    "janusflow": Family("JanusFlow", "vision_gen_enc_model", "language_model.model"),
-}
-"""By folder of this package. Its module `adapter` has `adapter(model)`, which raises TypeError where a part is missing."""
 
 BLOCK_PARTS = 6
 """Shift, scale and gate of attention and FFN in a head's block."""
@@ -133,7 +115,7 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ()
-    """Of the model's class, which the runtime takes over (`upstream`): the one that draws, and others."""
+    """Of the model's class, which the runtime takes over (`Family.upstream`): the one that draws, and others."""
     drops_unit_guidance: ClassVar[bool] = False
     """Whether the model's own formula gives at guidance scale 1 the bits of the prompt's branch, so that the other one need not
     run. Elsewhere that is a switch, `FlashUConfig.skip_unit_guidance`."""
@@ -186,10 +168,6 @@ class Adapter(ABC):
     @abstractmethod
     def shape(self) -> ModelShape:
         """The sizes that the cost model needs."""
-
-    def upstream(self, runner: Any, originals: Mapping[str, Callable[..., Any]]) -> Any:
-        """An object with the methods named in `methods`, which call the runtime. originals: the model's own."""
-        return None
 
     def dense(self, inputs: DrawInputs) -> Stepper:
         """The steps of an image by the model's own drawing method, the first of `methods`."""
@@ -274,38 +252,16 @@ def adapter_of(model: Any) -> Adapter:
     Raises:
         TypeError: no family has such a model, or a part of it is missing; the message says which.
     """
-    for folder, family in FAMILIES.items():
+    for family in FAMILIES.values():
         if hasattr(model, family.mark):
-            found: Adapter = import_module(f".{folder}.adapter", __package__).adapter(model)
+            found: Adapter = import_module(family.module).adapter(model)
             return found
-    names, marks, _ = (" or ".join(each) for each in zip(*FAMILIES.values(), strict=True))
+    names, marks, *_ = (" or ".join(each) for each in zip(*FAMILIES.values(), strict=True))
     inside = any(find(model, f"model.{family.mark}") is not None for family in FAMILIES.values())
     raise TypeError(
         f"model: expected a {names} model, got {type(model).__name__} without {marks}"
         + ("; pass its .model" if inside else "")
     )
-
-
-def check_parts(model: Any, name: str, paths: Iterator[str] | Sequence[str]) -> None:
-    """Raise TypeError where a model of the family `name` lacks an attribute at one of the dotted paths."""
-    missing = [path for path in paths if find(model, path) is None]
-    if missing:
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise TypeError(
-            f"model: expected a {name} model, got {type(model).__name__} without {', '.join(missing[:4])}{more}"
-        )
-
-
-def find(root: Any, path: str) -> Any:
-    """The attribute or element at a dotted path, or None."""
-    for name in path.split("."):
-        if name.isdigit() and hasattr(root, "__len__"):
-            root = root[int(name)] if int(name) < len(root) else None
-        elif hasattr(root, name):
-            root = getattr(root, name)
-        else:
-            return None
-    return root
 
 
 def out_features(projection: Any) -> int:

@@ -81,7 +81,7 @@ Known = Mapping[str, tuple[str, ...]]
 _ATTENTION_FUNCTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Transformers' own, which compute the same."""
 
-_LIBRARIES = ("torch", "transformers", "diffusers", "einops")
+_LIBRARIES = ("torch", "transformers", "diffusers", "einops", "flashu_ext")
 """Packages that decorate methods of known classes, or whose functions these call by name: upstream's model registers the
 arguments of its `__init__` by diffusers, and rearranges tensors by einops."""
 

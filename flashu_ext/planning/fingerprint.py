@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.decoder import decoder_of
+from .decoders import decoder_of
 from .neurons import ffn_weights
 from .safe_files import content_digest
 

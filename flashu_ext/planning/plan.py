@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.decoder import decoder_of
+from .decoders import decoder_of
 from .estimators import Calibration, DownNorms, NeuronSums, check_estimator, standardized
 from .fingerprint import check_fingerprint, model_fingerprint
 from .groups import FfnPruning, is_int, is_real

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from ..models.accelerated import HANDLE, handle_of, unwrapped
 from ..models.adapter import adapter_of
 from ..models.sampling import DrawInputs, Stepper
 from ..planning.config import FlashUConfig
+from ..planning.decoders import FAMILIES
 from ..planning.groups import Answers
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
@@ -46,7 +48,9 @@ class Handle:
         self.plan = plan
         self.model = runner.model
         names = runner.parts.methods
-        self._upstream = runner.parts.upstream(runner, {name: getattr(self.model, name) for name in names})
+        module = FAMILIES[runner.parts.family].upstream
+        originals = {name: getattr(self.model, name) for name in names}
+        self._upstream: Any = None if module is None else import_module(module).UpstreamMethods(runner, originals)
         methods = {name: getattr(self._upstream, name) for name in names}
         self._overrides = Overrides(self.model, {**methods, HANDLE: self})
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..models.adapter import FAMILIES, Adapter
+from ..models.adapter import Adapter
 from ..models.known import why_not_ffn, why_not_norm
 from ..ops.kernel_sets import KernelSet, KernelSets, KernelUnavailableError
 from ..planning.config import FlashUConfig
+from ..planning.decoders import FAMILIES
 from ..planning.neurons import NeuronLayout
 from .modules.embedders import PatchEmbedder, TimeEmbedder
 from .modules.ffn import FFN

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..models.accelerated import handle_of, unwrapped
-from ..models.decoder import decoder_of
 from ..models.known import why_not_ffn
 from ..models.stamp import Stamp
 from ..ops.kernel_sets import KernelSet, resolve
 from ..planning.config import FlashUConfig
+from ..planning.decoders import decoder_of
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
 from .forked import ForkedLock

@@ -16,6 +16,7 @@ FLOORS = (
     ("ops",),
     ("models",),
     ("runtime",),
+    ("upstream",),
     ("calibration", "batch"),
     ("nano",),
     ("studies", "bench"),

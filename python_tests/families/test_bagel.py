@@ -175,6 +175,18 @@ def test_a_taylor_polynomial_is_exact_for_low_orders() -> None:
     assert torch.equal(taylor_prediction([0 * one, 0 * one, 2 * one], 3), 9 * one)
 
 
+def test_branches_run_where_they_count() -> None:
+    guidance = fx.bagel.Guidance(4.0, 2.0, (0.4, 0.9))
+    assert [guidance.branches(t) for t in (0.4, 0.41, 0.9, 0.91)] == [
+        (False, False),
+        (True, True),
+        (True, True),
+        (False, False),
+    ]
+    assert fx.bagel.Guidance(1.0, 2.0).branches(0.5) == (False, False)
+    assert fx.bagel.Guidance(4.0, 1.0).branches(0.5) == (True, False)
+
+
 def test_time_grid() -> None:
     grid = time_grid(5, 3.0)
     u = torch.linspace(1, 0, 5)
@@ -197,6 +209,8 @@ def test_renormalisation_never_enlarges(renorm: str) -> None:
         expected = plain * (norms[0] / norms[1]).clamp(max=1)
     torch.testing.assert_close(got, expected)
     assert torch.equal(guided(full, None, None, fx.bagel.Guidance()), full)
+    opposed = guided(full, 1.5 * full, None, fx.bagel.Guidance(2.0, renorm=renorm))
+    torch.testing.assert_close(opposed, 0.5 * full)
     least = guided(full, text_free, None, fx.bagel.Guidance(9.0, renorm=renorm, renorm_min=1.0))
     torch.testing.assert_close(least, text_free + 9.0 * (full - text_free))
 

@@ -17,6 +17,7 @@ import flashu_ext as fx
 from flashu_ext.models.comparison import Fixture
 from flashu_ext.models.janusflow.conformance import model_of
 from flashu_ext.models.velocity import guide
+from flashu_ext.runtime.prompt_cache import Prompt, common_prefix
 
 FIXTURE = Fixture.read(FIXTURES / "janusflow")
 DRAWN, ASKED = FIXTURE.tensors("t2i"), FIXTURE.tensors("mmu")
@@ -183,6 +184,20 @@ def test_half_of_the_visual_tokens_leave_the_prefill() -> None:
         assert handle.summary().tokens["visual kept"] == 18
         fewer = ask(own, [0, 1])
         assert all(torch.equal(a, b) for a, b in zip(fewer, [*ask(own, [0]), *ask(own, [1])], strict=True))
+
+
+def test_a_causal_image_is_reused_whole_or_not_at_all() -> None:
+    """Pruning may have dropped some of its tokens."""
+    embeds = torch.randn(1, 12, 4)
+    other = embeds.clone()
+    other[:, 6:] += 1
+    spans = ((3, 6),)
+    allowed = torch.ones(12, 12).tril().bool()
+    one, two = (Prompt(each, allowed, spans, (0,)) for each in (embeds, other))
+    assert common_prefix(one, two, 11) == 3
+    assert common_prefix(one, Prompt(embeds.clone(), allowed, spans, (0,)), 11) == 11
+    plain = (Prompt(each, allowed, (), ()) for each in (embeds, other))
+    assert common_prefix(*plain, 11) == 6
 
 
 def test_guidance_one_runs_one_branch() -> None:

@@ -17,7 +17,7 @@ import flashu_ext as fx
 from flashu_ext.models.adapter import Question
 from flashu_ext.models.decoding import TokenSampler
 from flashu_ext.models.showo2.understanding import prompt_embeds
-from flashu_ext.models.showo2.upstream import visual_spans
+from flashu_ext.upstream.showo2 import visual_spans
 
 NEW = 6
 CONFIGS: dict[str, dict[str, Any]] = {

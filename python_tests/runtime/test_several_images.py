@@ -20,7 +20,7 @@ from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
 from flashu_ext.models.showo2.adapter import Showo2Adapter, adapter
 from flashu_ext.models.showo2.understanding import prompt_embeds
-from flashu_ext.models.showo2.upstream import visual_spans
+from flashu_ext.upstream.showo2 import visual_spans
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

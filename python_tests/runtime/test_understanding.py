@@ -13,9 +13,9 @@ from flashu_ext.models.decoding import TokenSampler
 from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2 import answer_tokens, answer_tokens_batch
 from flashu_ext.models.showo2.adapter import Showo2Adapter
-from flashu_ext.models.showo2.upstream import visual_spans
 from flashu_ext.runtime import answering
 from flashu_ext.runtime.token_pruning import TokenPruner
+from flashu_ext.upstream.showo2 import visual_spans
 
 LIMIT = 1e-4
 SCORES = ("value_norm", "value_norm_small", "attention", "random")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...planning.cost import EncoderShape, ModelShape
+from ...planning.decoders import check_parts
 from .. import known
-from ..adapter import Adapter, AttentionShape, Kit, Question, Sizes, check_parts
+from ..adapter import Adapter, AttentionShape, Kit, Question, Sizes
 from ..embedding import sinusoids
 from ..masks import causal
 from ..shapes import layer_shape, linear_flops

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ...planning.cost import EncoderShape, ModelShape
+from ...planning.decoders import check_parts, find
 from .. import known
-from ..adapter import BLOCK_PARTS, Adapter, AttentionShape, Kit, Question, Sizes, check_parts, find, out_features
+from ..adapter import BLOCK_PARTS, Adapter, AttentionShape, Kit, Question, Sizes, out_features
 from ..masks import omni_allowed
 from ..sampling import DrawInputs, Stepper
 from ..shapes import layer_shape, linear_flops
+from .positions import stored_table, table_side
 
-__all__ = ["Showo2Adapter", "adapter", "stored_table", "table_side"]
+__all__ = ["Showo2Adapter", "adapter"]
 
 _REQUIRED = (
     "showo.model.embed_tokens",
@@ -113,11 +114,6 @@ class Showo2Adapter(Adapter):
             head_norm=kit.norm(self.head_norm),
             head_out=kit.linear(self.head_out),
         )
-
-    def upstream(self, runner: Any, originals: Mapping[str, Callable[..., Any]]) -> Any:
-        from .upstream import UpstreamMethods
-
-        return UpstreamMethods(runner, originals)
 
     def dense(self, inputs: DrawInputs) -> Stepper:
         from .sampling import DenseStepper, SampleInputs
@@ -328,20 +324,3 @@ def _required(model: Any) -> Iterator[str]:
     for stack, paths in (("showo.model.layers", (*_LAYER, *_FFN)), ("diffusion_head_a", _BLOCK)):
         for i in range(len(find(model, stack) or ())):
             yield from (f"{stack}.{i}.{path}" for path in paths)
-
-
-def table_side(model: Any) -> int | None:
-    """Side of the square position table that other grids than the model's own are resampled from.
-
-    None where the table has no square grid: it then serves the model's own grid alone.
-    """
-    rows, config = int(model.position_embedding.weight.shape[0]), model.config
-    side = math.isqrt(rows)
-    own = (config.image_latent_height, config.image_latent_width)
-    stored = rows != model.image_position_ids.shape[-1] or own == (side, side)
-    return side if stored and side * side == rows else None
-
-
-def stored_table(model: Any, patches: int) -> bool:
-    """Whether a grid of so many patches takes the position table as it is: upstream compares the numbers alone."""
-    return model.position_embedding.weight.shape[0] == model.image_position_ids.shape[-1] == patches

@@ -23,10 +23,10 @@ from ...planning.reading import MAX_PIXELS, shown
 from ...planning.safe_files import atomic_path
 from ..checkpoint import check_dtype
 from ..checks import check_callback, check_device
-from .adapter import table_side
 from .codec import ImageCodec, WanCodec
 from .many import AT_ONCE, Answers, Drawings
 from .model import Showo2
+from .positions import table_side
 from .prompts import PromptLayout, load_tokenizer
 from .sampling import sample
 from .understanding import answer_tokens_batch

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_eos, check_sampling, check_tensor, check_tokens, guidance_scale_of
 from ..velocity import Scale, guided
-from .adapter import stored_table, table_side
+from .positions import stored_table, table_side
 
 __all__ = ["check_answer_inputs", "check_mmu_inputs", "check_sample_inputs", "check_t2i_inputs"]
 

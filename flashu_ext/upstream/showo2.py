@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...runtime.generation import guided_velocity
-from ...runtime.image_memory import joined
-from ...runtime.prompt_cache import Span, reach
-from ...runtime.readback import Readback
-from ...runtime.runner import Runner
-from ...runtime.state import ImageState
-from ..adapter import Question
-from ..checks import guidance_scale_of
-from ..decoding import TokenSampler
-from ..masks import omni_allowed
-from ..velocity import Scale, guided
-from . import validate
+from ..models.adapter import Question
+from ..models.checks import guidance_scale_of
+from ..models.decoding import TokenSampler
+from ..models.masks import omni_allowed
+from ..models.showo2 import validate
+from ..models.velocity import Scale, guided
+from ..runtime.generation import guided_velocity
+from ..runtime.image_memory import joined
+from ..runtime.prompt_cache import Span, reach
+from ..runtime.readback import Readback
+from ..runtime.runner import Runner
+from ..runtime.state import ImageState
 
 __all__ = ["UpstreamMethods", "visual_spans"]
 
@@ -366,7 +366,7 @@ def visual_spans(allowed: Tensor, has_time_token: bool) -> tuple[Span, ...]:
     """The image spans of a prompt, found from its mask bool [n, n].
 
     A span is a stretch of tokens that attend to later ones, and the token after them. With a time token, upstream's mask begins
-    one token late (see `understanding.prompt_embeds`), so the span ends at eoi; without, at the last image token.
+    one token late (see `showo2.understanding.prompt_embeds`), so the span ends at eoi; without, at the last image token.
     A span at either end of the prompt is no image in Show-o2's layout, nor is a prompt that is bidirectional throughout.
     """
     past = (reach(allowed) > torch.arange(allowed.shape[0], device=allowed.device)).tolist()

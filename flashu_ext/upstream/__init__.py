@@ -1,0 +1,1 @@
+"""Upstream programs' own entry points on accelerated models."""

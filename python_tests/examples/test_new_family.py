@@ -1,0 +1,114 @@
+"""The example of a model of a new family: it draws, answers, is pruned, and changes as any other."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flashu_ext as fx
+from flashu_ext.planning.decoders import FAMILIES
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "new_family.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("new_family", EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["new_family"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del FAMILIES["sketch"], sys.modules["new_family"]
+
+
+@pytest.fixture
+def model(example: Any) -> Any:
+    torch.manual_seed(3)
+    return example.Sketch().eval()
+
+
+def draw(example: Any, model: Any, **arguments: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 4, 8, 8, generator=generator)
+    return example.sample(model, noise, torch.arange(1, 15).reshape(2, 7), **arguments)
+
+
+def test_it_is_short() -> None:
+    """What a family needs besides its model."""
+    lines = EXAMPLE.read_text().splitlines()
+    start, end = (
+        next(i for i, line in enumerate(lines) if line.startswith(text)) for text in ("@dataclass", "fx.register")
+    )
+    assert end - start < 110
+
+
+def test_the_program_runs(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    example.main()
+    assert "from the dense images" in capsys.readouterr().out
+
+
+def test_exact_is_the_dense_model(example: Any, model: Any) -> None:
+    dense = draw(example, model)
+    with fx.accelerate(model) as handle:
+        torch.testing.assert_close(draw(example, model), dense, rtol=1e-4, atol=1e-5)
+        assert not handle.summary().fallbacks
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        fx.FlashUConfig(layer_skip_ratio=0.3, layer_skip_interval=3),
+        fx.FlashUConfig(head_cache_interval=2),
+        fx.FlashUConfig(token_skip_ratio=0.4, token_skip_interval=3),
+        fx.FlashUConfig(guidance=[(4, 2.0), (3, 1.0)], skip_unit_guidance=True),
+    ],
+)
+def test_approximations_work_too(example: Any, model: Any, config: fx.FlashUConfig) -> None:
+    dense = draw(example, model)
+    with fx.accelerate(model, config):
+        got = draw(example, model)
+        assert got.isfinite().all() and not torch.equal(got, dense)
+        assert torch.equal(draw(example, model), got)
+
+
+def test_it_answers(example: Any, model: Any) -> None:
+    image, before, after = torch.randn(1, 4, 8, 8), torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        embeds = [model.sketch_in(image).flatten(2).transpose(1, 2)]
+        embeds = [model.llm.model.embed_tokens(before), *embeds, model.llm.model.embed_tokens(after)]
+        expected = model.llm.generate(
+            inputs_embeds=torch.cat(embeds, 1), max_new_tokens=5, do_sample=False, pad_token_id=0
+        )
+    from flashu_ext.models.decoding import TokenSampler
+
+    with fx.accelerate(model, fx.FlashUConfig.exact()) as handle:
+        (got,) = handle.runner.answer_tokens([[image]], [before], [after], 5, None, TokenSampler())
+    assert torch.equal(got, expected[0])
+
+
+def test_a_change_is_noticed_or_refused(example: Any, model: Any) -> None:
+    with fx.accelerate(model):
+        before = draw(example, model)
+        model.sketch_out.weight.data.mul_(2)
+        got = draw(example, model)
+        assert not torch.equal(got, before)
+    torch.testing.assert_close(got, draw(example, model), rtol=1e-4, atol=1e-5)
+    model.llm.model.layers[1].register_forward_hook(lambda module, inputs, output: output)
+    with pytest.raises(TypeError, match=r"model.llm.model.layers.1: has a forward hook"):
+        fx.accelerate(model)
+
+
+def test_a_family_is_registered_once(example: Any) -> None:
+    fx.register_family("sketch", FAMILIES["sketch"])  # the same again
+    with pytest.raises(ValueError, match="family: expected a name of its own"):
+        fx.register_family("showo2", FAMILIES["sketch"])
+    with pytest.raises(ValueError, match="mark: expected an attribute that no other family has"):
+        fx.register_family("other", FAMILIES["sketch"])
+    with pytest.raises(TypeError, match="description: expected a Family"):
+        fx.register_family("other", ("Other", "mark"))
