@@ -53,17 +53,14 @@ def _base(value: Any) -> float:
     return float(value)
 
 
-def fill_tied_head(model: Any, state: dict[str, Any], language_model: str) -> None:
-    """Fill in an output head that is tied to the token embedding and missing in a checkpoint.
+def fill_tied_head(model: Any, state: dict[str, Any], prefix: str, *_: Any, language_model: str) -> None:
+    """Fill in an output head that is tied to the token embedding and missing in a checkpoint: a hook of `load_state_dict`.
 
     Args:
-        state: what `load_state_dict` is given.
-        language_model: full name of the language model in `state`, as 'showo.'.
+        state: what `load_state_dict` is given; names begin with `prefix`.
+        language_model: the model's attribute with the language model.
     """
-    head, table = f"{language_model}lm_head.weight", f"{language_model}model.embed_tokens.weight"
-    if (
-        model.get_submodule(language_model.rstrip(".").rpartition(".")[2]).config.tie_word_embeddings
-        and head not in state
-        and table in state
-    ):
+    head, table = (f"{prefix}{language_model}.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
+    tied = model.get_submodule(language_model).config.tie_word_embeddings
+    if tied and head not in state and table in state:
         state[head] = state[table]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -409,3 +410,11 @@ def test_pictures_become_pixels() -> None:
         fx.janusflow.pixel_values("a.png", config)
     with pytest.raises(ValueError, match="image: expected uint8"):
         fx.janusflow.pixel_values(np.zeros((4, 4)), config)
+
+
+def test_a_model_is_pickled_and_copied() -> None:
+    own = model()
+    expected = draw(own)
+    with fx.accelerate(own):
+        for other in (pickle.loads(pickle.dumps(own)), copy.deepcopy(own)):
+            assert fx.handle_of(other) is None and relative(draw(other), expected) < LIMIT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,9 +53,7 @@ class JanusFlow(nn.Module):
         self.vision_gen_dec_aligner_norm = RMSNorm(config.hidden, config.eps)
         self.vision_gen_dec_aligner = nn.Linear(config.hidden, config.channels)
         self.vision_gen_dec_model = LatentDecoder(config)
-        self.register_load_state_dict_pre_hook(
-            lambda module, state, prefix, *_: fill_tied_head(module, state, f"{prefix}language_model.")
-        )
+        self.register_load_state_dict_pre_hook(partial(fill_tied_head, language_model="language_model"))
 
     # ---- drawing
 

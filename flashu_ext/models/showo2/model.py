@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,9 +72,7 @@ class Showo2(nn.Module):
         self.diffusion_head_a = nn.ModuleList(ModulatedAttentionBlock(head) for _ in range(head.num_layers))
         self.diffusion_head_b = FinalLayer(head.hidden_size, config.patch_size, config.image_latent_dim)
         self._initialise()
-        self.register_load_state_dict_pre_hook(
-            lambda module, state, prefix, *_: fill_tied_head(module, state, f"{prefix}showo.")
-        )
+        self.register_load_state_dict_pre_hook(partial(fill_tied_head, language_model="showo"))
 
     def _initialise(self) -> None:
         """Upstream's initialisation: zero modulation and output layers, small time embedding."""
