@@ -12,12 +12,13 @@ from support.tape import READ_METHODS, TapeCapture, no_reads
 
 import flashu_ext as fx
 from flashu_ext import FlashUConfig
-from flashu_ext.models.showo2 import answer_tokens_batch, upstream
+from flashu_ext.models.showo2 import answer_tokens_batch
 from flashu_ext.runtime import answering
 from flashu_ext.runtime.counting import DispatchCounter
 from flashu_ext.runtime.graphs import MAX_GRAPHS, RARE_USES, GraphCache
 from flashu_ext.runtime.readback import Readback
 from flashu_ext.runtime.work import PrefixWork, Variant
+from flashu_ext.upstream import showo2 as upstream
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_state")
 
