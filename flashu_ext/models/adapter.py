@@ -256,7 +256,7 @@ def adapter_of(model: Any) -> Adapter:
         if hasattr(model, family.mark):
             found: Adapter = import_module(family.module).adapter(model)
             return found
-    names, marks, *_ = (" or ".join(each) for each in zip(*FAMILIES.values(), strict=True))
+    names, marks = (" or ".join(each) for each in zip(*(family[:2] for family in FAMILIES.values()), strict=True))
     inside = any(find(model, f"model.{family.mark}") is not None for family in FAMILIES.values())
     raise TypeError(
         f"model: expected a {names} model, got {type(model).__name__} without {marks}"
