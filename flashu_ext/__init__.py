@@ -1,4 +1,4 @@
-"""Training-free acceleration of native unified multimodal models: CPU and CUDA kernels, and a runtime for Show-o2.
+"""Training-free acceleration of native unified multimodal models: CPU and CUDA kernels, and a runtime.
 
 `import flashu_ext as fx` needs torch only; transformers and plots are loaded when they are first used. `torch.ops.flashu.*` are
 there as soon as torch is imported too, before or after.

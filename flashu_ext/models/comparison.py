@@ -6,14 +6,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..planning.reading import strict_json
 
 __all__ = ["LIMIT", "Accelerated", "Comparison", "Fixture", "compared", "each", "relative", "same"]
+
+M = TypeVar("M", bound=nn.Module)
 
 LIMIT = 1e-4
 """Relative L2 distance from fp32 outputs that counts as agreement."""
@@ -64,6 +66,11 @@ class Fixture:
     def family(self) -> str:
         """The first folders, of Show-o2, do not name theirs."""
         return str(self.spec.get("family", "showo2"))
+
+    def loaded(self, model: M) -> M:
+        """A model with the weights that upstream ran, in eval mode."""
+        model.load_state_dict(self.tensors("model"), strict=True)
+        return model.eval()
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Of a file, by name without its ending; empty where it is missing."""

@@ -323,9 +323,6 @@ def _ffn_microseconds(shape: PhaseShape, dtype: torch.dtype) -> float | None:
     return shape.layers * float(sum(map(int, halves))) if len(halves) == 2 else None
 
 
-_TORCH = {"attention": reference.torch_attention}
-"""Functions for plain torch where the reference of the tests is another."""
-
 _EXACT = ("select_topk", "gather_rows", "scatter_rows_")
 """Ops that compare and move numbers, so that torch's functions have the same bits for any batch."""
 
@@ -349,7 +346,7 @@ KERNELS: tuple[Kernel, ...] = (
     ),
     *(
         Kernel(
-            op, "torch", _TORCH.get(op) or getattr(reference, op), devices=None, dtypes=None, switches=(True, False),
+            op, "torch", getattr(reference, op), devices=None, dtypes=None, switches=(True, False),
             invariant=op in _EXACT, reason="plain torch",
         )
         for op in FAMILY_OF

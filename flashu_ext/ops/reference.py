@@ -183,45 +183,19 @@ def attention(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `flashu_ext.ops.attention`. Scores and weights are held whole."""
-    q, k, v = _wide(query), _wide(key), _wide(value)
-    group = query.shape[1] // max(key.shape[1], 1)
-    scores = q @ k.repeat_interleave(group, 1).mT * max(query.shape[-1], 1) ** -0.5
-    if mask is not None:
-        # The lowest number makes keys alike in every dtype: fp16's alone is too small to swallow the scores.
-        lowest = mask == torch.finfo(mask.dtype).min
-        scores = scores + mask.to(scores.dtype).masked_fill(lowest, torch.finfo(scores.dtype).min)
-    if lengths is not None:
-        behind = torch.arange(key.shape[2], device=key.device) >= lengths.to(key.device)[:, None]
-        scores = scores.masked_fill(behind[:, None, None], float("-inf"))
-        v = v.masked_fill(behind[:, None, :, None], 0)
-    blind = (scores == float("-inf")).all(-1, keepdim=True)
-    weights = scores.softmax(-1).masked_fill(blind, 0)
-    return _into(out, (weights @ v.repeat_interleave(group, 1)).transpose(1, 2).to(query.dtype).contiguous())
-
-
-def torch_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`attention` by torch's function, which is what runs where there is no kernel.
+    """See `flashu_ext.ops.attention`: by torch's function, which is what runs where there is no kernel.
 
     The query heads that share a key head are folded into its token axis, so keys and values are never repeated in memory.
     Adjacent rows of one length are one call, without a mask.
     """
-    if lengths is not None:
+    if lengths is not None and len(lengths):
         counts = lengths.tolist()
         firsts = [row for row in range(len(counts)) if row == 0 or counts[row] != counts[row - 1]]
         parts = [
-            torch_attention(query[a:b], key[a:b, :, : counts[a]], value[a:b, :, : counts[a]], mask=_of_rows(mask, a, b))
+            attention(query[a:b], key[a:b, :, : counts[a]], value[a:b, :, : counts[a]], mask=_of_rows(mask, a, b))
             for a, b in zip(firsts, [*firsts[1:], len(counts)], strict=True)
         ]
-        return _into(out, torch.cat(parts)) if parts else query.transpose(1, 2)
+        return _into(out, torch.cat(parts))
     rows, heads, n, d = query.shape
     kv_heads = key.shape[1]
     folded = query.reshape(rows, kv_heads, heads // kv_heads * n, d)
@@ -246,12 +220,12 @@ def attention_by_rows(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`torch_attention` one row at a time: the other rows do not change the shape of a call, by which torch chooses kernels."""
+    """`attention` one row at a time: the other rows do not change the shape of a call, by which torch chooses kernels."""
     if query.shape[0] == 0:
-        return _into(out, torch_attention(query, key, value))
+        return _into(out, attention(query, key, value))
     counts = [key.shape[2]] * query.shape[0] if lengths is None else lengths.tolist()
     rows = [
-        torch_attention(query[r : r + 1], key[r : r + 1, :, :n], value[r : r + 1, :, :n], mask=_of_rows(mask, r, r + 1))
+        attention(query[r : r + 1], key[r : r + 1, :, :n], value[r : r + 1, :, :n], mask=_of_rows(mask, r, r + 1))
         for r, n in enumerate(counts)
     ]
     return _into(out, torch.cat(rows))

@@ -227,7 +227,8 @@ class Handle:
 
 
 def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Handle:
-    """Accelerate a Show-o2 model in place: ours, or an upstream `Showo2Qwen2_5` instance.
+    """Accelerate a model of a known family in place: Show-o2 (ours, or an upstream `Showo2Qwen2_5` instance), JanusFlow, or a
+    registered one (`register_family`).
 
     Args:
         model: the model, or a torch.compile, DataParallel or DistributedDataParallel wrapper, whose model is accelerated.
@@ -239,8 +240,8 @@ def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskP
         A handle; `handle.remove()` or leaving its `with` block restores the model.
 
     Raises:
-        TypeError: not a Show-o2 model, config or plan of another type, or a module that the runtime would pass over (a hook
-            on a layer, a subclass that overrides a method, ...); the message names it.
+        TypeError: a model of no known family, config or plan of another type, or a module that the runtime would pass over (a
+            hook on a layer, a subclass that overrides a method, ...); the message names it.
         ValueError: pruning neurons without a plan, or with a plan for another model, ratio or multiple (where ratios differ per
             layer, `plan.ratio` is their mean); pruning tokens at a layer that the model does not have.
         KernelUnavailableError: a kernel that the config asks for, or batch invariance, cannot be had

@@ -135,7 +135,7 @@ def describe(
     neurons are left out; visual tokens that a prefill drops are counted.
 
     Args:
-        model: a Show-o2 model, or its adapter; its weights may be on the meta device.
+        model: a model of a known family, or its adapter; its weights may be on the meta device.
         config: the settings; None is `FlashUConfig.exact()`.
         plan: whose neurons are kept where the config prunes; None: as many as the config says, in every task.
         device, dtype: where and in what it would run; None: the model's, and for the meta device a GPU where torch sees one, else
@@ -207,12 +207,8 @@ class _Shapes:
     ):
         shape = parts.shape()
         patches = parts.sizes(parts.latent_size).patches
-        span, layers, llm, block = (
-            patches + shape.time_token,
-            len(shape.layers),
-            shape.layers[0],
-            (*shape.blocks, shape.layers[0])[0],
-        )
+        span, layers, llm = patches + shape.time_token, len(shape.layers), shape.layers[0]
+        block = shape.blocks[0] if shape.blocks else llm
         skipped = (config.layers or LayerSkip(0.0, 0)).count(layers) if config.layers else 0
         routed = (config.tokens or TokenSkip(0.0, on=False)).count(patches) if config.tokens else 0
         rows, keys, asked = 2 * images, prompt + span, span + question

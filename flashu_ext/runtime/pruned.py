@@ -38,10 +38,11 @@ class PrunedFFNs:
         self.model, self.plan, self.task = model, plan, task
         names = {module: name for name, module in model.named_modules()}
         # Neurons are read where they lie: weights stay in the model's order, so whatever happens to them counts at once.
-        self._ffns = {
-            names[ffn]: _Pruned(self, ffn, layout.in_place())
-            for ffn, layout in zip(decoder.ffns, plan.layouts(), strict=True)
-        }
+        self._ffns: dict[str, _Pruned] = {}
+        for index, (ffn, layout) in enumerate(zip(decoder.ffns, plan.layouts(), strict=True)):
+            if names[ffn] in self._ffns:
+                raise ValueError(f"model: expected an FFN of its own in layer {index}, got that of {names[ffn]} again")
+            self._ffns[names[ffn]] = _Pruned(self, ffn, layout.in_place())
         self._lock = ForkedLock()
 
     @property
@@ -121,7 +122,8 @@ def prune_ffn(model: nn.Module, plan: TaskPlan, task: str | None = None) -> Prun
 
     Raises:
         TypeError: not a decoder, or a plan of another type.
-        ValueError: the plan is for another model, or has several tasks and none is named, or none of this name.
+        ValueError: the plan is for another model, or has several tasks and none is named, or none of this name; or two layers
+            share an FFN, which the plan prunes in two ways.
         RuntimeError: the model is accelerated or pruned already.
     """
     if not isinstance(plan, TaskPlan):

@@ -181,6 +181,18 @@ def test_what_is_wrong_is_named(arguments: Any, error: type[Exception], message:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_layers_that_share_an_ffn_are_refused() -> None:
+    model = decoder()
+    layers = model.model.layers
+    layers[2].mlp = layers[0].mlp
+    plan = fx.TaskPlan({"understanding": torch.rand(3, 96)}, 0.5, 8)
+    with pytest.raises(
+        ValueError, match=r"model: expected an FFN of its own in layer 2, got that of model\.layers\.0\.mlp"
+    ):
+        fx.prune_ffn(model, plan)
+    assert "forward" not in vars(layers[0].mlp)
+
+
 @pytest.mark.parametrize(
     ("sample", "error", "message"),
     [

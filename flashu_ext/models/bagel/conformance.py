@@ -34,9 +34,7 @@ _BRANCHES = (
 
 def model_of(fixture: Fixture) -> Bagel:
     """The model that upstream ran."""
-    model = Bagel(BagelConfig(**fixture.spec["model"]))
-    model.load_state_dict(fixture.tensors("model"), strict=True)
-    return model.eval()
+    return fixture.loaded(Bagel(BagelConfig(**fixture.spec["model"])))
 
 
 @torch.no_grad()

@@ -221,8 +221,6 @@ class JanusFlowAdapter(Adapter):
 
     def embed_image(self, image: Tensor) -> Tensor:
         """Pixels [images, 3, side, side]."""
-        if self.patch_embed is None:
-            return self.model.embed_image(image.to(self.dtype))
         tower = self.model.vision_und_enc_model.vision_tower
         x = self.patch_embed(image.to(self.dtype)) + tower.pos_embed
         for block in self.tower:

@@ -17,9 +17,7 @@ __all__ = ["comparisons", "model_of"]
 
 def model_of(fixture: Fixture) -> JanusFlow:
     """The model that upstream ran."""
-    model = JanusFlow(JanusFlowConfig(**fixture.spec["model"]))
-    model.load_state_dict(fixture.tensors("model"), strict=True)
-    return model.eval()
+    return fixture.loaded(JanusFlow(JanusFlowConfig(**fixture.spec["model"])))
 
 
 @torch.no_grad()

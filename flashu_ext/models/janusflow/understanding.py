@@ -126,7 +126,7 @@ def answer_tokens_batch(
     own = adapter(model)
     dense = []
     for row, (image, before, after) in enumerate(zip(images, befores, afters, strict=True)):
-        embeds = own.question([own.embed_image(image[0])], before, after).embeds
+        embeds = own.question([model.embed_image(image[0].to(embed.weight.dtype))], before, after).embeds
         dense.append(_decode(model, embeds, max_new_tokens, sampler, eos_token))
         for token in dense[-1].tolist() if on_token is not None else ():
             on_token(row, token)  # type: ignore[misc]

@@ -60,9 +60,7 @@ def config_of(sizes: dict[str, Any]) -> Showo2Config:
 
 def model_of(fixture: Fixture) -> Showo2:
     """The model that upstream ran."""
-    model = Showo2(config_of(fixture.spec["model"]))
-    model.load_state_dict(fixture.tensors("model"), strict=True)
-    return model.eval()
+    return fixture.loaded(Showo2(config_of(fixture.spec["model"])))
 
 
 def flashu_config(fixture: Fixture, **overrides: Any) -> FlashUConfig:
