@@ -29,6 +29,9 @@ LIVING = within("runtime/test_living.py")
 COPIES = within("runtime/test_living_copies.py")
 PAGE = within("runtime/test_living_page.py")
 MODULES = within("runtime/test_living_modules.py")
+FUNCTIONS = within("runtime/test_living_functions.py")
+CAPTURED = within("runtime/test_captured_answers.py")
+RESUMED = within("planning/test_calibrate_resumed.py")
 SCHEDULES = within("runtime/test_images_by_turns.py")
 CONTEXTS = within("runtime/test_contexts.py")
 SHARED = within("runtime/test_threads.py")
@@ -115,7 +118,7 @@ MUTANTS = [
     Mutant("decoding: captured answers do not see their first token", "flashu_ext/runtime/decoding.py", "(0, cache.written[row]), value=True)", "(0, cache.written[row]), value=False)", COMPANY("begin_and_end and True")),
     Mutant("decoding: rows store their tokens where the first one does", "flashu_ext/runtime/decoding.py", "*cache, self.slots[region])", "*cache, self.slots[region, :1])", COMPANY("any_company and exact-False")),
     Mutant("decoding: positions count the kept tokens", "flashu_ext/runtime/decoding.py", "positions = [first for first, _ in used]", "positions = [second for _, second in used]", ANSWERS("masking_the_dropped")),
-    Mutant("answers: a token is sampled ahead of the end", "flashu_ext/runtime/answering.py", "not any(each.request.draws for each in self._live)", "self._live", RUNNER("samples_advance")),
+    Mutant("answers: a token is sampled ahead of the end", "flashu_ext/runtime/answering.py", "not any(each.request.draws for each in self._live)", "self._live", CAPTURED("samples_advance")),
     Mutant("answers: rows that go on have the first rows' tokens", "flashu_ext/runtime/answering.py", "self._token[torch.tensor(order, dtype=torch.int64, device=self._token.device)]", "self._token[: len(order)]", COMPANY("rows_that_end")),
     Mutant("answers: a row that ends takes the last one's prompt with it", "flashu_ext/runtime/prompt_cache.py", "            two.copy_(kept)\n", "", COMPANY("rows_that_end")),
     Mutant("answers: a prompt is put over one that goes on", "flashu_ext/runtime/answering.py", "live = len(self._live)\n        try:", "live = max(len(self._live) - 1, 0)\n        try:", COMPANY("begin_and_end and exact-False")),
@@ -142,8 +145,8 @@ MUTANTS = [
     Mutant("upstream: guidance is a step late", "flashu_ext/upstream/showo2.py", "index = states[0].step + 1", "index = max(states[0].step, 1)", HANDLE("paper_equals_flashu")),
     Mutant("upstream: the newest image is evicted", "flashu_ext/upstream/showo2.py", "self._end(running[0],", "self._end(running[-1],", RUNNER("oldest_image")),
     Mutant("memory: memory in use is leased again", "flashu_ext/runtime/memory.py", "            self._idle.remove(lease)\n", "", RUNNER("memory_of_their_own")),
-    Mutant("memory: the oldest is kept", "flashu_ext/runtime/memory.py", "[*self._idle, lease][-self._most_idle :]", "[*self._idle, lease][: self._most_idle]", RUNNER("memory_of_answers or memory_for_answers")),
-    Mutant("readback: numbers overwritten before they are read", "flashu_ext/runtime/readback.py", "self._values, self._event = values.clone(), None", "self._values, self._event = values, None", RUNNER("numbers_on_their_way")),
+    Mutant("memory: the oldest is kept", "flashu_ext/runtime/memory.py", "[*self._idle, lease][-self._most_idle :]", "[*self._idle, lease][: self._most_idle]", CAPTURED("memory_of_answers or memory_for_answers")),
+    Mutant("readback: numbers overwritten before they are read", "flashu_ext/runtime/readback.py", "self._values, self._event = values.clone(), None", "self._values, self._event = values, None", CAPTURED("numbers_on_their_way")),
     Mutant("graphs: work is captured one run too late", "flashu_ext/runtime/graphs.py", "self._uses[work] >= _uses_before(work)", "self._uses[work] > _uses_before(work)", RUNNER("work_runs_then")),
     Mutant("runner: replaced modules run on", "flashu_ext/runtime/runner.py", "if rebuild or self._stamp.moved():", "if self._stamp.moved():", MODULES("hooked_module")),
     Mutant("order: neurons are put back by the permutation", "flashu_ext/runtime/order.py", "if planned else self._layout.inverse", "if planned else self._layout.permutation", HANDLE("remove_gives")),
@@ -156,7 +159,7 @@ MUTANTS = [
     Mutant("order: another parameter is no edit", "flashu_ext/runtime/order.py", "if weight is not self.parameter or _version(weight) != self._version or", "if weight is self.parameter and _version(weight) != self._version or", LIVING("replaced_parameter")),
     Mutant("stamp: versions do not matter", "flashu_ext/models/stamp.py", "return self._written or self._read_weights() != (self._versions, self._addresses)", "return self._written or self.moved()", LIVING("follow_weights")),
     Mutant("stamp: hooks do not matter", "flashu_ext/models/stamp.py", "hooks: list[Any] = [each for *pair, _ in self._hooks for each in pair]", "hooks: list[Any] = []", MODULES("hooked_module")),
-    Mutant("stamp: other functions of torch do not matter", "flashu_ext/models/stamp.py", "            [functions(vars(owner)) for owner, functions in _LIBRARY],\n", "", MODULES("only_modules_call")),
+    Mutant("stamp: other functions of torch do not matter", "flashu_ext/models/stamp.py", "            [functions(vars(owner)) for owner, functions in _LIBRARY],\n", "", FUNCTIONS("only_modules_call")),
     Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", PAGE("what_happens")),
     Mutant("known: forward hooks are passed over", "flashu_ext/models/known.py", '    if module._forward_hooks:\n        return "has a forward hook"\n', "", MODULES("hooked_module")),
     Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'reason = reason or ("has a bias" if linear.bias is not None else None)', "reason = reason or None", MODULES("kernel_does_not_compute")),
@@ -168,7 +171,7 @@ MUTANTS = [
     Mutant("order: an edit is saved on other neurons", "flashu_ext/runtime/order.py", "        if self.edited():\n            raise", "        if False:\n            raise", LIVING("pruned_in_plan_order")),
     Mutant("stamp: values do not matter", "flashu_ext/models/stamp.py", "return self._read_values() != self._values or self._turns.changed()", "return self._turns.changed()", LIVING("through_data_uses or written_to_through_data")),
     Mutant("stamp: functions that attention calls do not matter", "flashu_ext/models/stamp.py", "            [namespace.get(name) for namespace, name in self._called],\n", "", MODULES("function_that_attention")),
-    Mutant("stamp: matrices on a GPU have no turns", "flashu_ext/models/stamp.py", "        self._turn += 1\n        now", "        now", MODULES("take_turns")),
+    Mutant("stamp: matrices on a GPU have no turns", "flashu_ext/models/stamp.py", "        self._turn += 1\n        now", "        now", FUNCTIONS("take_turns")),
     Mutant("order: writes to a copy are lost", "flashu_ext/runtime/order.py", "return any(watched._version for _, watched in self._copies)", "return False", LIVING("not_lost_silently")),
     Mutant("order: memory in another plan's order is taken", "flashu_ext/runtime/order.py", "            if any(low < end and start < high for low, high in taken):\n", "            if not taken and taken:\n", LIVING("another_plans_order")),
     Mutant("upstream: ended images keep their memory", "flashu_ext/upstream/showo2.py", "        image.states, image.conditioning, image.ended = [], None, why\n", "        image.ended = why\n", SCHEDULES("free_their_memory")),
@@ -184,8 +187,8 @@ MUTANTS = [
     Mutant("calibration: two tasks have one noise", "flashu_ext/calibration/calibrate.py", "{self.seed}/{task}/{index}/", "{self.seed}/{index}/", CALIBRATE("noise_depends")),
     Mutant("calibration: a token behind the image counts", "flashu_ext/calibration/calibrate.py", "device=tokens.device) < end[:, None]", "device=tokens.device) <= end[:, None]", CALIBRATE("scores_equal")),
     Mutant("calibration: the caller's latents are changed", "flashu_ext/calibration/calibrate.py", "latents = t * sample.latents + ", "latents = sample.latents.mul_(t) + ", CALLERS("calibrate"), quick=True),
-    Mutant("calibration: a sample is left out behind a checkpoint", "flashu_ext/calibration/calibrate.py", "            if index < seen:\n", "            if index <= seen and seen:\n", CALIBRATE("interrupted_run")),
-    Mutant("calibration: samples of a checkpoint are not compared", "flashu_ext/calibration/calibrate.py", "if index == seen - 1 and before", "if index == seen and before", CALIBRATE("checkpoint_of_another_run")),
+    Mutant("calibration: a sample is left out behind a checkpoint", "flashu_ext/calibration/calibrate.py", "            if index < seen:\n", "            if index <= seen and seen:\n", RESUMED("interrupted_run")),
+    Mutant("calibration: samples of a checkpoint are not compared", "flashu_ext/calibration/calibrate.py", "if index == seen - 1 and before", "if index == seen and before", RESUMED("checkpoint_of_another_run")),
     Mutant("tuning: it reports on the split of the walk", "flashu_ext/studies/tuning.py", 'seed + 1, "held-out")', 'seed + 1, "training")', TUNE("training_scenes"), quick=True),
     Mutant("tuning: it walks on the split of the report", "flashu_ext/studies/tuning.py", 'questions, seed, "training")', 'questions, seed, "held-out")', TUNE("training_scenes")),
     Mutant("tuning: the first answers are timed", "flashu_ext/studies/tuning.py", "statistics.median(times[2:] or times)", "statistics.median(times)", TUNE("first_two_answers")),
@@ -238,7 +241,7 @@ MUTANTS = [
     Mutant("answers: the span starts late without a time token", "flashu_ext/models/showo2/adapter.py", "        late = self.lead\n", "        late = 1\n", SMALL("without_a_time_token")),
     Mutant("pipeline: no guidance is the pipeline's own", "flashu_ext/models/showo2/pipeline.py", "guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale", "guidance_scale=guidance_scale or self.guidance_scale", EDGES("guidance")),
     Mutant("pipeline: layers' ratios of a plan are levelled", "flashu_ext/models/showo2/pipeline.py", "if plan.ratios is not None:", "if plan.ratios is not None and not plan.layers:", CALIBRATE("ratios_of_its_own")),
-    Mutant("known: diffusers' decorator hides the model's own code", "flashu_ext/models/known.py", '("torch", "transformers", "diffusers", "einops", "flashu_ext")', '("torch", "transformers", "einops", "flashu_ext")', MODULES("decorated_by_diffusers")),
+    Mutant("known: diffusers' decorator hides the model's own code", "flashu_ext/models/known.py", '("torch", "transformers", "diffusers", "einops", "flashu_ext")', '("torch", "transformers", "einops", "flashu_ext")', FUNCTIONS("decorated_by_diffusers")),
     Mutant("parts: a table is resampled from a grid that it has not", "flashu_ext/models/showo2/positions.py", "return side if stored and side * side == rows else None", "return side if side * side == rows else None", SIZES("of_one_size")),
     Mutant("parts: the nearest stored position is taken", "flashu_ext/models/showo2/adapter.py", 'mode="bicubic", align_corners=False', 'mode="nearest"', SIZES("as_upstream_does")),
     Mutant("prompts: rows of another size are padded as the model's own", "flashu_ext/models/showo2/prompts.py", "text = self.max_text_len if length is None else length - image_tokens - _MARKS", "text = self.max_text_len", SIZES("long_as_upstreams")),

@@ -6,12 +6,13 @@ import dataclasses
 import subprocess
 import sys
 from functools import cache
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.calibration import TIMES, generation_samples, questions, run, same
 from support.conformance import public
 
 import flashu_ext as fx
@@ -19,55 +20,6 @@ from flashu_ext.models.masks import omni_allowed
 from flashu_ext.models.showo2.understanding import prompt_embeds
 from flashu_ext.nano.model import load_model, load_plan
 from flashu_ext.planning.estimators import ESTIMATORS, DownNorms, NeuronSums
-from flashu_ext.planning.safe_files import load_safetensors, save_safetensors
-
-TIMES = (0.25, 0.75)
-
-
-# ---- samples
-
-
-def generation_samples(count=2, seed=0):
-    """Samples for the small random model with its fixture's prompts: one row each, padding after the image."""
-    i = public().sample_inputs
-    generator = torch.Generator().manual_seed(seed)
-    for n in range(count):
-        row = slice(n % 2, n % 2 + 1)
-        yield fx.GenerationSample(
-            torch.randn(1, 16, 12, 12, generator=generator),
-            i["text_tokens"][row],
-            i["text_tokens_null"][row],
-            i["modality_positions"][row],
-            i["modality_positions_null"][row],
-        )
-
-
-def questions(count=2, seed=1):
-    i = public().answer_inputs
-    generator = torch.Generator().manual_seed(seed)
-    for n in range(count):
-        after = torch.cat([i["tokens_after_boi"], torch.tensor([[5, 6, 7 + n]])], dim=1)
-        yield fx.UnderstandingSample(
-            torch.randn(1, 16, 12, 12, generator=generator), i["tokens_before_image"], after, answer_length=3
-        )
-
-
-def run(model, *args, **kwargs):
-    return fx.calibrate(model, *args, **{"times": TIMES, "progress": False, "multiple": 16, **kwargs})
-
-
-def same(a, b):
-    """Bit-equal plans."""
-    assert a.tasks == b.tasks and a.notes == b.notes and a.times == b.times
-    for task in a.tasks:
-        one, other = a.calibration.sums[task], b.calibration.sums[task]
-        assert one.tokens == other.tokens
-        assert torch.equal(one.total, other.total) and torch.equal(one.squares, other.squares)
-        assert torch.equal(a.scores[task], b.scores[task])
-        assert torch.equal(a.layer_importance[task], b.layer_importance[task])
-    for task, mean in a.calibration.mean_layer_importance.items():
-        assert torch.equal(mean, b.calibration.mean_layer_importance[task])
-    return True
 
 
 class Watched:
@@ -343,110 +295,6 @@ def test_samples_are_read_one_at_a_time():
     assert seen == [1] * 2 + [2] * 2 + [3] * 2  # samples are made one at a time
     assert same(streamed, run(model, list(generation_samples(3))))
     assert streamed.tasks == ("generation",) and streamed.notes == {"samples": {"generation": 3}, "seed": 0}
-
-
-# ---- interruption
-
-
-def interrupted(samples, after):
-    yield from islice(samples, after)
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(("generated", "asked", "interval"), [(3, 0, 1), (3, 0, 2), (5, 2, 3), (5, 4, 4)])
-def test_an_interrupted_run_is_resumed_to_the_same_bits(tmp_path, generated, asked, interval):
-    model, file = public().model(), tmp_path / "state.safetensors"
-    whole = run(model, generation_samples(5), questions(5))
-    stop = {"generation": interrupted(generation_samples(5), generated) if generated < 5 else generation_samples(5)}
-    stop["understanding"] = interrupted(questions(5), asked)
-    with pytest.raises(KeyboardInterrupt):
-        run(model, **stop, checkpoint=file, checkpoint_interval=interval)
-    assert file.exists()
-    passes = []
-    hook = model.image_embedder_gen.register_forward_pre_hook(lambda *_: passes.append(0))
-    resumed = run(model, generation_samples(5), questions(5), checkpoint=file, checkpoint_interval=interval)
-    hook.remove()
-    assert same(whole, resumed)
-    done = (generated + asked) // interval * interval
-    assert len(passes) == 2 * (5 - min(done, 5)) + 5 - max(done - 5, 0), "samples seen before are not run again"
-    assert list(tmp_path.iterdir()) == [], "a finished run deletes its checkpoint"
-    again = {"checkpoint": file, "checkpoint_interval": 100, "keep_checkpoint": True}
-    run(model, generation_samples(5), questions(5), **again)
-    assert file.exists(), "it is the caller's"
-    assert same(whole, run(model, generation_samples(5), questions(5), **again))
-
-
-@pytest.fixture
-def half_way(tmp_path):
-    """A model, and the checkpoint of its interrupted run."""
-    model, file = public().model(), tmp_path / "state.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        run(model, interrupted(generation_samples(4), 3), questions(), checkpoint=file, checkpoint_interval=3)
-    return model, file
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"times": (0.5,)}, r"times was \[0.25, 0.75\], is \[0.5\]; delete the file"),
-        ({"seed": 3}, "seed was 0, is 3"),
-        ({"understanding": ()}, r"tasks was \['generation', 'understanding'\], is \['generation'\]"),
-        (
-            {"generation": generation_samples(4, seed=5)},
-            "checkpoint of other samples: the first 3 of generation differ",
-        ),
-        ({"generation": generation_samples(2)}, "checkpoint of 3 samples of generation, got 2"),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused_and_kept(half_way, change, message):
-    model, file = half_way
-    content = file.read_bytes()
-    with pytest.raises(ValueError, match=message):
-        run(model, **{"generation": generation_samples(4), "understanding": questions(), "checkpoint": file, **change})
-    assert file.read_bytes() == content
-
-
-def test_a_checkpoint_of_another_model_is_refused(half_way):
-    model, file = half_way
-    with torch.no_grad():
-        model.showo.model.layers[2].self_attn.q_proj.weight.mul_(1.5)
-    with pytest.raises(ValueError, match="checkpoint of another calibration: fingerprint was"):
-        run(model, generation_samples(4), questions(), checkpoint=file)
-
-
-def test_options_chosen_after_calibration_may_change(half_way):
-    model, file = half_way
-    resumed = run(model, generation_samples(4), questions(), checkpoint=file, estimator="flap", ratio=0.5, multiple=32)
-    assert same(resumed.with_estimator("wanda"), run(model, generation_samples(4), questions()))
-    assert (resumed.estimator, resumed.kept_neurons) == ("flap", 128)
-
-
-def test_a_damaged_checkpoint_is_refused(half_way):
-    model, file = half_way
-    content = file.read_bytes()
-    tensors, metadata = load_safetensors(file)
-    header = metadata["calibration"]
-
-    def refused(message):
-        with pytest.raises(ValueError, match=message):
-            run(model, generation_samples(4), questions(), checkpoint=file)
-
-    file.write_bytes(content[:-3])
-    refused("truncated or padded")
-    load_plan(load_model()).save(file)
-    refused("expected a calibration checkpoint")
-    for change, message in (
-        (("flashu_ext.calibration", "other"), "expected format"),
-        (('"samples": 3', '"samples": -3'), "not valid"),
-        (('"kind": "generation"', '"kind": "dreaming"'), "not valid"),
-        (('"tokens"', '"words"'), "expected kind, samples, tokens and digest"),
-    ):
-        assert change[0] in header
-        save_safetensors(file, tensors, {"calibration": header.replace(*change, 1)})
-        refused(message)
-    for name, value in (("total.generation", torch.zeros(3)), ("more", torch.zeros(1))):
-        save_safetensors(file, {**tensors, name: value}, metadata)
-        refused("expected")
 
 
 # ---- refusals

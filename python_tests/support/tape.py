@@ -101,3 +101,9 @@ def _replay(tape: list[tuple[Any, Any, Any, list[Tensor]]]) -> None:
         for held, new in zip(outs, again, strict=True):
             if held.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                 held.copy_(new)
+
+
+def capturing(handle: Any, capture: Any = TapeCapture) -> Any:
+    """Makes a handle on the CPU capture work as on a GPU."""
+    handle.runner.capture.make = capture
+    return handle
