@@ -30,7 +30,7 @@ from .. import ops
 from ..ops import machine
 from ..planning.tables import markdown_table
 from .ffn import SHAPES
-from .predict import ffn_times
+from .predict import predicted_times
 from .roofline import plot
 from .timing import Timing, measure
 
@@ -268,7 +268,7 @@ def _ffn_of(
     flops = 6.0 * rows * hidden * kept
     bytes_ = 2.0 * (3 * hidden * kept + 2 * rows * hidden)
     shape = f"{name} M={rows}"
-    goal, predicted = GOALS.get((name, rows)), ffn_times().get(shape)
+    goal, predicted = GOALS.get((name, rows)), predicted_times().get(shape)
     yield Line("ffn", shape, flops, bytes_, timing, "one run", "copy + silu_mul", goal, predicted)
 
 

@@ -39,7 +39,7 @@ def test_a_part_that_fails_does_not_keep_the_next_from_running(tmp_path: Path):
 
 
 def test_the_page_ends_with_what_was_predicted_beside_what_was_measured():
-    times = predict.ffn_times()
+    times = predict.predicted_times()
     assert times["1.5b M=64"] > 0
     timing = Timing(microseconds={"one run": 40.0}, failures={})
     lines = [gpu.Line("ffn", "1.5b M=64", 1.0, 1.0, timing, "one run", "", None, 50.0)]
