@@ -53,39 +53,48 @@ FLASHU_DEVICE void multiply_chunks(float (&sums)[kLaneSums<T>], const uint4& low
 }
 
 // sums += kGroups times 16 rows of weights by kTiles tiles, over K from `begin`, where a step begins, to
-// `end`. Of weights the loads of kAhead steps are under way together.
+// `end`. The weights' loads of kAhead steps are under way together, and with kRowsAhead those of the rows:
+// where they are in global memory, not in shared memory.
 //   weights(group, half, k): 16 bytes of row lane / 4 + 8 half of a group
 //   rows(tile, row, k): of a row of a tile
 // Both are zero for rows that do not exist and behind the last value of K.
-template <class T, int kAhead, int kGroups, int kTiles, class Weights, class Rows>
+template <class T, int kAhead, bool kRowsAhead, int kGroups, int kTiles, class Weights, class Rows>
 FLASHU_DEVICE void multiply_rows(float (&sums)[kGroups][kTiles][kLaneSums<T>], int lane, int64_t begin,
                                  int64_t end, const Weights& weights, const Rows& rows) {
   const int of_lane = lane % 4 * kPerVector<T>;
+  const auto load_rows = [&](uint4(&of_rows)[kTiles][kLaneRows<T>], int64_t k) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int r = 0; r < kLaneRows<T>; ++r)
+        of_rows[tile][r] = rows(tile, kLaneRows<T> == 1 ? lane / 4 : r, k);
+    }
+  };
   for (int64_t k0 = begin; k0 < end; k0 += kAhead * kStep<T>) {
     uint4 chunks[kAhead][kGroups][2];
+    uint4 of_rows[kRowsAhead ? kAhead : 1][kTiles][kLaneRows<T>];
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
-      const int64_t k = k0 + s * kStep<T>;
+      const int64_t k = k0 + s * kStep<T> + of_lane;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          chunks[s][group][half] = k < end ? weights(group, half, k + of_lane) : uint4{0, 0, 0, 0};
+          chunks[s][group][half] = k < end ? weights(group, half, k) : uint4{0, 0, 0, 0};
       }
+      if constexpr (kRowsAhead) load_rows(of_rows[s], k);
     }
 #pragma unroll
     for (int s = 0; s < kAhead; ++s) {
-      const int64_t k = k0 + s * kStep<T>;
-      if (k >= end) break;
+      if (k0 + s * kStep<T> >= end) break;
+      if constexpr (!kRowsAhead) load_rows(of_rows[0], k0 + s * kStep<T> + of_lane);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        uint4 of_rows[kLaneRows<T>];
 #pragma unroll
-        for (int r = 0; r < kLaneRows<T>; ++r)
-          of_rows[r] = rows(tile, kLaneRows<T> == 1 ? lane / 4 : r, k + of_lane);
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-          multiply_chunks<T>(sums[group][tile], chunks[s][group][0], chunks[s][group][1], of_rows);
+        for (int group = 0; group < kGroups; ++group) {
+          multiply_chunks<T>(sums[group][tile], chunks[s][group][0], chunks[s][group][1],
+                             of_rows[kRowsAhead ? s : 0][tile]);
+        }
       }
     }
   }

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
       rows[1][half] = static_cast<const T*>(f.up) + neuron * f.up_stride;
     }
     constexpr int kAhead = 4;
-    multiply_rows<T, kAhead>(
+    multiply_rows<T, kAhead, false>(
         sums, lane, begin, end,
         [&](int w, int half, int64_t k) {
           return exists[half] && k < f.hidden ? load16_streaming(rows[w][half] + k) : uint4{0, 0, 0, 0};
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
   constexpr int64_t kWarpColumns = kWarps * 16;
   for (int64_t column = warp * 16; column < f.width; column += kColumnsAhead * kWarpColumns) {
     float sums[kColumnsAhead][kTiles][4] = {};
-    multiply_rows<T, 1>(
+    multiply_rows<T, 1, false>(
         sums, lane, 0, neurons,
         [&](int ahead, int half, int64_t j) {
           return down_chunk<T>(f, column + ahead * kWarpColumns + half * 8 + g, first_neuron, j, neurons);

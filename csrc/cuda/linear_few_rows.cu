@@ -14,7 +14,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kShares = kThreads / kWarp;  // of K
-constexpr int kAhead = 4;  // steps: with the weights of eight warps enough for memory's latency
+// Steps: what eight warps ask for together is enough for memory's latency. In fp32 lanes read all rows, and
+// registers are too few for more.
+template <class T>
+constexpr int kAhead = sizeof(T) == 4 ? 2 : 4;
 // Of a row of a share's sums in shared memory: lanes that store together do not meet in a bank.
 constexpr int kSumStride = kGroupRows + 4;
 
@@ -47,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) multiply_few_rows(const FfnGemm g) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kGroupRows;
   const int64_t steps = divide_up(g.k, kStep<T>);
   float sums[1][kTiles][kLaneSums<T>] = {};
-  multiply_rows<T, kAhead>(
+  multiply_rows<T, kAhead<T>, true>(
       sums, lane, steps * share / kShares * kStep<T>, steps * (share + 1) / kShares * kStep<T>,
       [&](int, int half, int64_t k) {
         const int64_t column = first + lane / 4 + half * 8;

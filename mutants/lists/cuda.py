@@ -253,7 +253,7 @@ MUTANTS = [
     Mutant("linear: both columns of a pair have the first one's bias", "csrc/cuda/ffn_sm90.cu",
            "i / 4 * 8 + lane % 4 * 2 + i % 2; });", "i / 4 * 8 + lane % 4 * 2; });", LINEAR),
     Mutant("linears: every weight has the first one's bias", "csrc/cuda/linear.cu", "{part.bias, p.epilogue}", "{p.parts[0].bias, p.epilogue}", LINEAR),
-    Mutant("few rows: the rows' place in a step is the weights'", "csrc/cuda/few_rows.cuh", "of_rows[r] = rows(tile, kLaneRows<T> == 1 ? lane / 4 : r, k + of_lane);", "of_rows[r] = rows(tile, kLaneRows<T> == 1 ? lane / 4 : r, k);", LINEAR),
+    Mutant("few rows: the rows' place in a step is the weights'", "csrc/cuda/few_rows.cuh", "load_rows(of_rows[s], k);", "load_rows(of_rows[s], k - of_lane);", LINEAR),
     Mutant("few rows in fp32: lanes keep their own sums", "csrc/cuda/few_rows.cuh", "const float total = sum_group<4>(sums[i]);", "const float total = sums[i];", LINEAR),
     Mutant("few rows: the last values of an odd K are left out", "csrc/cuda/few_rows.cuh", "if (i < count)", "if (i + 1 < count)", LINEAR),
     Mutant("linear of few rows: a step of K twice", "csrc/cuda/linear_few_rows.cu", "steps * share / kShares * kStep<T>, ", "(steps * share / kShares - (share > 1)) * kStep<T>, ", LINEAR),
