@@ -80,7 +80,7 @@ FLASHU_DEVICE void multiply_rows(float (&sums)[kGroups][kTiles][kLaneSums<T>], i
       for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          chunks[s][group][half] = k < end ? weights(group, half, k) : uint4{0, 0, 0, 0};
+          chunks[s][group][half] = kAhead == 1 || k < end ? weights(group, half, k) : uint4{0, 0, 0, 0};
       }
       if constexpr (kRowsAhead) load_rows(of_rows[s], k);
     }

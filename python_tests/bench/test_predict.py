@@ -12,11 +12,11 @@ from flashu_ext.bench.predict import (
     PAGE_ROWS,
     errors,
     extrapolated,
-    predicted_times,
     inversions,
     ladder,
     occupancy,
     predict,
+    predicted_times,
     read_counts,
 )
 from flashu_ext.ops.explain import explain_ffn
