@@ -5,6 +5,7 @@
 
 #include "cuda/support.hpp"
 #include "flashu/ffn.hpp"
+#include "flashu/linear.hpp"
 #include "flashu/norm.hpp"
 #include "flashu/routing.hpp"
 #include "flashu/step.hpp"
@@ -78,6 +79,28 @@ void ffn(const std::string& type, int64_t rows, int64_t hidden, int64_t intermed
 }
 
 template <class T>
+void linear(const std::string& type, int64_t rows, int64_t n, int64_t k) {
+  auto x = whole<T>({rows, k}, 1);
+  auto weight = whole<T>({n, k}, 2);
+  auto bias = whole<T>({n}, 3);
+  auto residual = whole<T>({rows, n}, 4);
+  Guarded<T> out({rows, n});
+  auto args = make_args<LinearArgs>();
+  args.x = x.upload();
+  args.weight = weight.upload();
+  args.bias = bias.upload();
+  args.residual = residual.upload();
+  args.out = out.upload();
+  check(flashu_linear_workspace(&args, &args.workspace_bytes));
+  const DeviceWorkspace workspace(args.workspace_bytes);
+  args.workspace = workspace.get().data;
+  flashu::linear(args);
+  device_synchronize();
+  print("linear " + type + " " + std::to_string(rows) + " x " + std::to_string(n) + " x " + std::to_string(k),
+        out.download());
+}
+
+template <class T>
 void all_of(const std::string& type) {
   for (const bool listed : {false, true}) {
     for (const int64_t rows : {int64_t{1}, int64_t{9}, int64_t{17}, int64_t{130}})
@@ -85,6 +108,8 @@ void all_of(const std::string& type) {
     ffn<T>(type, 40, 200, 400, 264, listed);
     ffn<T>(type, 33, 61, 77, 29, listed);  // rows that are not aligned
   }
+  for (const int64_t rows : {1, 9, 17}) linear<T>(type, rows, 40, 136);
+  linear<T>(type, 5, 29, 45);
   const auto residual = whole<T>({3, 5, 64}, 1);
   auto sum = residual;
   auto y = whole<T>({3, 5, 64}, 2);

@@ -527,7 +527,8 @@ TYPED_TEST(DeviceFfn, ABoxLargerThanItsMatrix) {
 TYPED_TEST(DeviceFfn, BadValuesStayInTheirRowAndNeuronsLeftOutMayHoldAnything) {
   for (const int64_t rows : {int64_t{9}, int64_t{20}}) {
     for (const Chosen& chosen :
-         {Chosen{"range", {{16, 40}}, {}}, Chosen{"index", {}, {shuffled(40, 96, 5)}}}) {
+         {Chosen{"range", {{16, 40}}, {}}, Chosen{"short range behind others", {{13, 2}}, {}},
+          Chosen{"index", {}, {shuffled(40, 96, 5)}}}) {
       Operands<TypeParam> o(rows, 64, 96, 24);
       const auto expected = run_ffn(o, chosen, true);
       const std::vector<int64_t> list = chosen.list(96);

@@ -1,11 +1,13 @@
 // The linear layer on the device against a reference in double: every kernel and layout, every activation,
-// exact integers, parts of K, rows that do not depend on each other, empty sizes.
+// exact integers, parts of K, rows that do not depend on each other, empty sizes; the same of few rows.
 #include "flashu/linear.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "core/ffn_choice.hpp"
+#include "cuda/ffn.hpp"
 #include "cuda/support.hpp"
 #include "epilogues.hpp"
 
@@ -26,10 +28,18 @@ struct Operands {
         out({m, n}, padding) {}
 
   Operands& integers() {
-    x = whole<T>({x.size(0), x.size(1)}, 1);
-    weight = whole<T>({weight.size(0), weight.size(1)}, 2);
-    bias = whole<T>({bias.size(0)}, 3);
-    residual = whole<T>({residual.size(0), residual.size(1)}, 4);
+    uint32_t seed = 0;
+    for (Guarded<T>* const tensor : {&x, &weight, &bias, &residual}) {
+      const auto values = whole<T>({tensor->count()}, ++seed);
+      tensor->fill([&](int64_t i) { return values[i]; });
+    }
+    return *this;
+  }
+
+  // The rows from `first` on, which are as many as this has, of x and the residual of others.
+  Operands& rows_of(const Operands& others, int64_t first) {
+    x.fill([&](int64_t i) { return others.x[first * x.size(1) + i]; });
+    residual.fill([&](int64_t i) { return others.residual[first * residual.size(1) + i]; });
     return *this;
   }
 
@@ -78,6 +88,14 @@ void expect_result(const Operands<T>& o, const Guarded<T>& got, int32_t epilogue
   }
 }
 
+// `alone` are the rows of `together` from `first` on, bit for bit.
+template <class T>
+void expect_rows(const Guarded<T>& alone, const Guarded<T>& together, int64_t first) {
+  for (int64_t i = 0; i < alone.count(); ++i) {
+    ASSERT_EQ(to_float(alone[i]), to_float(together[first * together.size(1) + i])) << "element " << i;
+  }
+}
+
 template <class T>
 void check_all(Operands<T> o) {
   for (const flashu_epilogue epilogue : kAll) {
@@ -94,6 +112,7 @@ class DeviceLinear : public DeviceTest {};
 TYPED_TEST_SUITE(DeviceLinear, Storage3);
 
 TYPED_TEST(DeviceLinear, EveryActivationOnEveryKernel) {
+  cuda::ffn_limits().decodes = false;
   for (const int capability : {90, 80}) {
     if (!use_capability(capability)) continue;
     this->under_every_schedule([] { check_all(Operands<TypeParam>(70, 72, 136)); });
@@ -108,6 +127,7 @@ TYPED_TEST(DeviceLinear, IsExactOnIntegers) {
     if (!use_capability(capability)) continue;
     for (const auto& [m, n, k] :
          {std::array<int64_t, 3>{1, 8, 96}, {130, 40, 200}, {64, 264, 72}, {3, 7, 50}}) {
+      cuda::ffn_limits().decodes = false;
       auto o = Operands<TypeParam>(m, n, k).integers();
       for (const bool biased : {true, false}) {
         expect_result(o, o.run(FLASHU_EPILOGUE_NONE, biased, true), FLASHU_EPILOGUE_NONE, biased, true, true);
@@ -118,6 +138,7 @@ TYPED_TEST(DeviceLinear, IsExactOnIntegers) {
 
 // Sums over a long K are made of parts, by one block or by several, whose sum is finished.
 TYPED_TEST(DeviceLinear, PartsOfALongK) {
+  cuda::ffn_limits().decodes = false;
   for (const int64_t m : {1, 40}) {
     auto o = Operands<TypeParam>(m, 72, 2104).integers();
     expect_result(o, o.run(FLASHU_EPILOGUE_NONE, true, true), FLASHU_EPILOGUE_NONE, true, true, true);
@@ -130,18 +151,77 @@ TYPED_TEST(DeviceLinear, PartsOfALongK) {
 
 // The number of rows chooses tiles, and decides whether blocks share one.
 TYPED_TEST(DeviceLinear, RowsDoNotDependOnEachOther) {
+  cuda::ffn_limits().decodes = false;
   for (const int capability : {90, 80}) {
     if (!use_capability(capability)) continue;
     for (const int64_t k : {72, 2056}) {
       Operands<TypeParam> many(300, 40, k);
       const auto together = many.run(FLASHU_EPILOGUE_GELU, true, true);
       for (const auto& [first, count] : {std::array<int64_t, 2>{0, 1}, {17, 3}, {130, 129}}) {
-        Operands<TypeParam> part(count, 40, k);
-        part.x.fill([&, begin = first](int64_t i) { return many.x[begin * k + i]; });
-        part.residual.fill([&, begin = first](int64_t i) { return many.residual[begin * 40 + i]; });
-        const auto alone = part.run(FLASHU_EPILOGUE_GELU, true, true);
-        for (int64_t i = 0; i < count * 40; ++i)
-          ASSERT_EQ(to_float(alone[i]), to_float(together[first * 40 + i])) << "element " << i;
+        auto part = Operands<TypeParam>(count, 40, k).rows_of(many, first);
+        expect_rows(part.run(FLASHU_EPILOGUE_GELU, true, true), together, first);
+      }
+    }
+  }
+}
+
+// At most 16 rows have a kernel of their own, whatever their layout: odd sizes, rows anywhere, K of less than
+// a step, of fewer steps than a block has warps, and of many.
+TYPED_TEST(DeviceLinear, FewRowsOfEverySize) {
+  for (const auto& [n, k, padding, offset] : {std::array<int64_t, 4>{8, 96, 0, 0},
+                                              {40, 264, 8, 0},
+                                              {29, 45, 1, 0},
+                                              {29, 45, 3, 0},
+                                              {16, 80, 0, 1},
+                                              {1, 3, 0, 0},
+                                              {17, 1032, 0, 0}}) {
+    for (int64_t m = 1; m <= core::kFewRows; ++m) {
+      SCOPED_TRACE(std::to_string(m) + " x " + std::to_string(n) + " x " + std::to_string(k));
+      auto o = Operands<TypeParam>(m, n, k, padding, offset).integers();
+      const bool biased = m % 2 == 0;
+      expect_result(o, o.run(FLASHU_EPILOGUE_NONE, biased, !biased), FLASHU_EPILOGUE_NONE, biased, !biased,
+                    true);
+    }
+  }
+}
+
+TYPED_TEST(DeviceLinear, EveryActivationOfFewRows) {
+  this->under_every_schedule([] {
+    check_all(Operands<TypeParam>(3, 40, 136));
+    check_all(Operands<TypeParam>(11, 40, 136));
+    check_all(Operands<TypeParam>(5, 29, 45, 0, 1));
+  });
+}
+
+// Nor on their place, nor on how rows lie in memory. Seventeen rows are as many.
+TYPED_TEST(DeviceLinear, FewRowsDoNotDependOnEachOther) {
+  for (const int64_t k : {72, 45, 1032}) {
+    Operands<TypeParam> all(core::kFewRows, 24, k);
+    const auto together = all.run(FLASHU_EPILOGUE_GELU, true, true);
+    for (const int64_t padding : {0, 3}) {
+      for (const auto& [first, count] : {std::array<int64_t, 2>{0, 1}, {15, 1}, {3, 8}, {5, 9}}) {
+        auto part = Operands<TypeParam>(count, 24, k, padding).rows_of(all, first);
+        expect_rows(part.run(FLASHU_EPILOGUE_GELU, true, true), together, first);
+      }
+    }
+  }
+  Operands<TypeParam> many(40, 24, 1032);
+  auto part = Operands<TypeParam>(core::kFewRows + 1, 24, 1032).rows_of(many, 20);
+  expect_rows(part.run(FLASHU_EPILOGUE_GELU, true, true), many.run(FLASHU_EPILOGUE_GELU, true, true), 20);
+}
+
+TYPED_TEST(DeviceLinear, BadValuesStayInTheirRow) {
+  for (const int64_t m : {7, 16}) {
+    Operands<TypeParam> o(m, 24, 100);
+    const auto expected = o.run(FLASHU_EPILOGUE_NONE, true, true);
+    o.x[3 * 100 + 5] = from_float<TypeParam>(std::numeric_limits<float>::quiet_NaN());
+    o.x[6 * 100 + 99] = from_float<TypeParam>(std::numeric_limits<float>::infinity());
+    const auto got = o.run(FLASHU_EPILOGUE_NONE, true, true);
+    for (int64_t i = 0; i < m * 24; ++i) {
+      if (i / 24 == 3 || i / 24 == 6) {
+        ASSERT_FALSE(std::isfinite(to_float(got[i]))) << "element " << i;
+      } else {
+        ASSERT_EQ(to_float(got[i]), to_float(expected[i])) << "element " << i;
       }
     }
   }
@@ -149,16 +229,15 @@ TYPED_TEST(DeviceLinear, RowsDoNotDependOnEachOther) {
 
 // One launch where the weights are one matrix, and one for each otherwise.
 TYPED_TEST(DeviceLinear, SeveralWeightsGiveTheColumnsOfSeparateCalls) {
-  constexpr int64_t kRows = 37;
   const std::vector<int64_t> widths[] = {{40, 8, 24}, {33, 7, 24}};
-  for (const int capability : {90, 80}) {
+  for (const auto& [capability, rows] : {std::array<int, 2>{90, 37}, {90, 3}, {80, 37}}) {
     if (!use_capability(capability)) continue;
     for (const auto& columns : widths) {
       for (const int64_t k : {72, 2104}) {
         for (const bool one : {true, false}) {
           const int64_t n = std::accumulate(columns.begin(), columns.end(), int64_t{0});
-          Operands<TypeParam> o(kRows, n, k);
-          Guarded<TypeParam> separate({kRows, n});
+          Operands<TypeParam> o(rows, n, k);
+          Guarded<TypeParam> separate({rows, n});
           LinearsArgs args{};
           args.struct_size = sizeof(args);
           args.epilogue = FLASHU_EPILOGUE_GELU;
@@ -209,10 +288,12 @@ TYPED_TEST(DeviceLinear, SeveralWeightsGiveTheColumnsOfSeparateCalls) {
 }
 
 TYPED_TEST(DeviceLinear, NothingToMultiply) {
-  for (const int64_t padding : {0, 8}) {
-    check_all(Operands<TypeParam>(5, 24, 0, padding));
-    check_all(Operands<TypeParam>(0, 24, 16, padding));
-    check_all(Operands<TypeParam>(5, 0, 16, padding));
+  for (const int64_t rows : {5, 20}) {
+    for (const int64_t padding : {0, 8}) {
+      check_all(Operands<TypeParam>(rows, 24, 0, padding));
+      check_all(Operands<TypeParam>(0, 24, 16, padding));
+      check_all(Operands<TypeParam>(rows, 0, 16, padding));
+    }
   }
 }
 

@@ -33,7 +33,6 @@ constexpr double kReadsExposed = 0.1;   // of mma.sync's reads, whose warps also
 constexpr double kSumLaunchUs = 2.0;
 // Half of an H100's: what is written by one half of the device and read by the other is there twice.
 constexpr double kL2Bytes = 2.5e7;
-constexpr int64_t kMaxDecodeRows = 16;
 
 // Four parts of at least 16 steps: enough blocks for a device where the result is one row of tiles, and few
 // enough partial sums that they stay in L2.
@@ -186,8 +185,8 @@ std::vector<FfnCandidate> ffn_candidates(const FfnQuestion& q, bool up) {
 }
 
 bool ffn_decodes(const FfnQuestion& q) {
-  return q.has_up && q.has_down && !q.needs_h && q.type != FLASHU_F32 && q.rows <= kMaxDecodeRows &&
-         q.aligned && q.hidden % 8 == 0;
+  return q.has_up && q.has_down && !q.needs_h && q.type != FLASHU_F32 && q.rows <= kFewRows && q.aligned &&
+         q.hidden % 8 == 0;
 }
 
 std::string explain_ffn(const FfnQuestion& q) {

@@ -25,6 +25,9 @@ struct FfnQuestion {
   bool pairs = true;  // blocks may take tiles in clusters
 };
 
+// At most so many rows have CUDA kernels of their own, whose sums are in another order.
+inline constexpr int64_t kFewRows = 16;
+
 // The sums of the down half over K neurons on sm_90 are made of so many parts. It follows from K alone, so
 // that a row's bits do not depend on the number of rows.
 int ffn_parts(int64_t neurons);

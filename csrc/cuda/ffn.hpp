@@ -14,8 +14,9 @@ namespace flashu::cuda {
 struct FfnLimits {
   // Kernels of newer devices than this are left out: tests run those for sm_80 on any device.
   std::atomic<int> capability;
-  // Whether few rows have a kernel of their own. It sums in another order than those of many rows, so without
-  // it a row's bits do not depend on the number of rows. FLASHU_FFN_DECODE=0 in the environment turns it off.
+  // Whether few rows have kernels of their own, in linear layers too. They sum in another order than those of
+  // many rows, so without them a row's bits do not depend on the number of rows. FLASHU_FFN_DECODE=0 in the
+  // environment turns them off.
   std::atomic<bool> decodes;
   // Whether blocks may take tiles in pairs; the bits are the same. FLASHU_FFN_PAIRS=0 turns it off.
   std::atomic<bool> pairs;

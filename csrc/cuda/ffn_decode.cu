@@ -2,15 +2,11 @@
 // some neurons: it streams their gate and up rows and their columns of down once, and h stays in its shared
 // memory. The blocks' contributions are added in order by a second kernel.
 //
-// Floor: the weights' bytes / bandwidth. The rows ride along: weights are the left operand of mma.sync (16
-// neurons or 16 columns), the rows the right one (8 of them, or two times 8). Each lane loads 16 bytes of a
-// weight row and uses them as they come: the order of K inside 32 values is the same for both
-// operands, so it does not matter.
+// Floor: the weights' bytes / bandwidth. How rows are multiplied is said in few_rows.cuh.
 #include "core/typed.hpp"
+#include "cuda/few_rows.cuh"
 #include "cuda/ffn_decode.hpp"
 #include "cuda/ffn_sum.hpp"
-#include "cuda/primitives/mma.cuh"
-#include "cuda/vector.cuh"
 
 namespace flashu::cuda {
 namespace {
@@ -20,7 +16,6 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kSplits = 4;                 // of K in the up half
 constexpr int kGroups = kWarps / kSplits;  // of 16 neurons at a time
 constexpr int kNeuronsOfRound = kGroups * 16;
-constexpr int kStep = 32;         // of K: four lanes with eight values each
 constexpr int kColumnsAhead = 2;  // groups of 16 columns of down that a warp takes at once
 
 // Rows of x and h stand 64 bytes off a multiple of 128, so that two rows do not meet in a bank.
@@ -32,22 +27,6 @@ struct DecodeArguments {
   int64_t h_stride;
   int64_t out_rows;  // padded to 8 or 16
 };
-
-template <class T>
-FLASHU_DEVICE uint4 weight_chunk(const T* row, int64_t k, bool inside) {
-  return inside ? load16_streaming(row + k) : uint4{0, 0, 0, 0};
-}
-
-// Two products of 16 deep with what the lanes have loaded: `low` and `high` are rows g and g + 8 of the left
-// operand.
-template <class T>
-FLASHU_DEVICE void multiply_chunks(float (&sums)[4], const uint4& low, const uint4& high,
-                                   const uint4& right) {
-  const uint32_t first[4] = {low.x, high.x, low.y, high.y};
-  const uint32_t second[4] = {low.z, high.z, low.w, high.w};
-  mma_16x8x16<T>(sums, first, right.x, right.y);
-  mma_16x8x16<T>(sums, second, right.z, right.w);
-}
 
 // Eight neurons of a row of down, the block's from `j` on; zeros behind its last neuron and for rows that do
 // not exist.
@@ -63,15 +42,11 @@ FLASHU_DEVICE uint4 down_chunk(const FfnDecode& f, int64_t row, int64_t first_ne
   if (f.list != nullptr && f.block >= 8) {
     return load16_streaming(weights + block_at(f.list, first_neuron + j, f.intermediate - 7));
   }
-  uint32_t words[4] = {};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  return chunk_by_value<T>(values, [&](int i) -> uint32_t {
     const int64_t at = first_neuron + j + i;
-    if (i >= values || at < f.lead) continue;
-    const int64_t neuron = f.list != nullptr ? neuron_at(f.list, at, f.intermediate) : f.first + at;
-    words[i / 2] |= static_cast<uint32_t>(weights[neuron].bits) << (i % 2 * 16);
-  }
-  return {words[0], words[1], words[2], words[3]};
+    if (at < f.lead) return 0;
+    return weights[f.list != nullptr ? neuron_at(f.list, at, f.intermediate) : f.first + at].bits;
+  });
 }
 
 // kTiles: of 8 rows.
@@ -87,7 +62,6 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
   const int warp = thread / kWarp;
   const int lane = thread % kWarp;
   const int g = lane / 4;
-  const int t = lane % 4;
   const int64_t first_neuron = static_cast<int64_t>(blockIdx.x) * f.neurons_of_block;
   const int64_t neurons = min(f.neurons_of_block, f.neurons - first_neuron);
 
@@ -107,9 +81,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
   // ---- up: 16 neurons to a warp, a part of K to each of four
   const int group = warp % kGroups;
   const int split = warp / kGroups;
-  const int64_t steps = (f.hidden + kStep - 1) / kStep;
-  const int64_t begin = steps * split / kSplits * kStep;
-  const int64_t end = steps * (split + 1) / kSplits * kStep;
+  const int64_t steps = divide_up(f.hidden, kStep<T>);
+  const int64_t begin = steps * split / kSplits * kStep<T>;
+  const int64_t end = steps * (split + 1) / kSplits * kStep<T>;
   for (int64_t round = 0; round < neurons; round += kNeuronsOfRound) {
     float sums[2][kTiles][4] = {};
     const T* rows[2][2];  // [gate, up][g, g + 8]
@@ -123,32 +97,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
       rows[0][half] = static_cast<const T*>(f.gate) + neuron * f.gate_stride;
       rows[1][half] = static_cast<const T*>(f.up) + neuron * f.up_stride;
     }
-    constexpr int kAhead = 4;  // steps whose loads are under way together
-    for (int64_t k0 = begin; k0 < end; k0 += kAhead * kStep) {
-      uint4 chunks[kAhead][2][2];
-#pragma unroll
-      for (int s = 0; s < kAhead; ++s) {
-        const int64_t k = k0 + s * kStep + t * 8;
-#pragma unroll
-        for (int w = 0; w < 2; ++w) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            chunks[s][w][half] = weight_chunk(rows[w][half], k, exists[half] && k < f.hidden && k < end);
-        }
-      }
-#pragma unroll
-      for (int s = 0; s < kAhead; ++s) {
-        const int64_t k = k0 + s * kStep + t * 8;
-        if (k0 + s * kStep >= end) break;
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-          const uint4 right = load16(x + (tile * 8 + g) * a.x_stride + k);
-#pragma unroll
-          for (int w = 0; w < 2; ++w)
-            multiply_chunks<T>(sums[w][tile], chunks[s][w][0], chunks[s][w][1], right);
-        }
-      }
-    }
+    constexpr int kAhead = 4;
+    multiply_rows<T, kAhead, false>(
+        sums, lane, begin, end,
+        [&](int w, int half, int64_t k) {
+          return exists[half] && k < f.hidden ? load16_streaming(rows[w][half] + k) : uint4{0, 0, 0, 0};
+        },
+        [&](int tile, int row, int64_t k) { return load16(x + (tile * 8 + row) * a.x_stride + k); });
     // The parts of K meet in shared memory and are added in order.
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
@@ -180,35 +135,22 @@ __global__ void __launch_bounds__(kThreads, 1) decode_neurons(const DecodeArgume
 
   // ---- down: 16 columns of the result to a warp, several times at once, so that enough loads are under way
   float* const out = f.partial + static_cast<int64_t>(blockIdx.x) * f.rows * f.width;
-  const int64_t down_steps = (neurons + kStep - 1) / kStep;
   constexpr int64_t kWarpColumns = kWarps * 16;
   for (int64_t column = warp * 16; column < f.width; column += kColumnsAhead * kWarpColumns) {
     float sums[kColumnsAhead][kTiles][4] = {};
-    for (int64_t s = 0; s < down_steps; ++s) {
-      const int64_t j = s * kStep + t * 8;
-      uint4 chunks[kColumnsAhead][2];
-#pragma unroll
-      for (int ahead = 0; ahead < kColumnsAhead; ++ahead) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          chunks[ahead][half] =
-              down_chunk<T>(f, column + ahead * kWarpColumns + half * 8 + g, first_neuron, j, neurons);
-      }
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const uint4 right = load16(h + (tile * 8 + g) * a.h_stride + j);
-#pragma unroll
-        for (int ahead = 0; ahead < kColumnsAhead; ++ahead)
-          multiply_chunks<T>(sums[ahead][tile], chunks[ahead][0], chunks[ahead][1], right);
-      }
-    }
+    multiply_rows<T, 1, false>(
+        sums, lane, 0, neurons,
+        [&](int ahead, int half, int64_t j) {
+          return down_chunk<T>(f, column + ahead * kWarpColumns + half * 8 + g, first_neuron, j, neurons);
+        },
+        [&](int tile, int row, int64_t j) { return load16(h + (tile * 8 + row) * a.h_stride + j); });
 #pragma unroll
     for (int ahead = 0; ahead < kColumnsAhead; ++ahead) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int64_t row = tile * 8 + t * 2 + i % 2;
+          const int64_t row = tile * 8 + lane % 4 * 2 + i % 2;
           const int64_t c = column + ahead * kWarpColumns + g + i / 2 * 8;
           if (row < f.rows && c < f.width) out[row * f.width + c] = sums[ahead][tile][i];
         }
@@ -246,7 +188,7 @@ int64_t decode_neurons_of_block(int64_t neurons) {
 }
 
 bool decode_fits(const FfnDecode& f, int shared_limit) {
-  return f.rows <= 16 && shared_bytes(arguments_of(f), f.rows <= 8 ? 1 : 2) <= shared_limit;
+  return f.rows <= core::kFewRows && shared_bytes(arguments_of(f), f.rows <= 8 ? 1 : 2) <= shared_limit;
 }
 
 void ffn_decode(const FfnDecode& f, int32_t type, Stream stream) {

@@ -1,8 +1,10 @@
 // Linear layers on CUDA devices: each is the down half of the FFN with all of its neurons, and an epilogue.
+// Few rows have a kernel of their own.
 #include <algorithm>
 
 #include "cuda/ffn.hpp"
 #include "cuda/linear.hpp"
+#include "cuda/linear_few_rows.hpp"
 #include "cuda/projection.hpp"
 
 namespace flashu::cuda {
@@ -10,6 +12,8 @@ namespace flashu::cuda {
 LinearPlan plan_linear(const core::LinearProblem& p) {
   const DeviceFacts facts = device_facts(core::cuda_ordinal(p.device));
   LinearPlan plan;
+  plan.few_rows = ffn_limits().decodes && p.m <= core::kFewRows;
+  if (plan.few_rows) return plan;
   plan.multiprocessors = facts.multiprocessors;
   core::FfnQuestion q{};
   q.rows = p.m;
@@ -51,8 +55,13 @@ void linear(const core::LinearProblem& p, const LinearPlan& plan, void* workspac
     g.out = part.out.data;
     g.out_stride = part.out.stride;
     g.epilogue = {part.bias, p.epilogue};
-    project(g, plan.parts[i].tile.tile, plan.parts[i].partials, workspace, p.type,
-            static_cast<Stream>(p.stream), plan.multiprocessors);
+    const auto stream = static_cast<Stream>(p.stream);
+    if (plan.few_rows) {
+      linear_few_rows(g, p.type, stream);
+    } else {
+      project(g, plan.parts[i].tile.tile, plan.parts[i].partials, workspace, p.type, stream,
+              plan.multiprocessors);
+    }
   }
 }
 

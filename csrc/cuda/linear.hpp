@@ -9,13 +9,14 @@
 
 namespace flashu::cuda {
 
-// How a problem is run: for each of its parts the tile, and the workspace for the parts of K where blocks
-// share a tile.
+// How a problem is run: by the kernel for few rows, or for each of its parts by a tile, with workspace for
+// the parts of K where blocks share a tile.
 struct LinearPlan {
   struct Part {
     core::FfnCandidate tile{};
     core::FfnPartials partials;
   };
+  bool few_rows = false;
   Part parts[FLASHU_LINEAR_WEIGHTS];
   int multiprocessors = 0;
 

@@ -2,6 +2,7 @@
 #include "flashu/linear.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "api/linear_plan.hpp"
@@ -13,7 +14,8 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 int32_t code(int64_t epilogue) {
-  return static_cast<int32_t>(std::clamp<int64_t>(epilogue, -1, FLASHU_EPILOGUE_SILU + 1));
+  using Limits = std::numeric_limits<int32_t>;
+  return static_cast<int32_t>(std::clamp<int64_t>(epilogue, Limits::min(), Limits::max()));
 }
 
 Tensor linear_into(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

@@ -33,6 +33,7 @@ __all__ = [
     "ffn_cases",
     "find_program",
     "ideal_of",
+    "linear_cases",
     "main",
     "rows_of",
 ]
@@ -186,6 +187,8 @@ def short_name(kernel: str) -> str:
 
 def ideal_of(case: Case, launch: Launch, total_bytes: int, first: bool = True) -> Ideal:
     """The ideal of one launch; of other ops than the FFN the first launch moves all tensors, and others need not be."""
+    if case.op == "linear":
+        return Ideal(total_bytes, case["rows"] * case["n"] * case["k"]) if first else Ideal(0, 0)
     if case.op != "ffn":
         return Ideal(total_bytes if first else 0, 0)
     rows, hidden, neurons = case["rows"], case["hidden"], case["neurons"]
@@ -235,6 +238,12 @@ def op_cases(rows: int, width: int) -> list[Case]:
     ]
 
 
+def linear_cases(shape: str, rows: Sequence[int]) -> list[Case]:
+    """Linear layers of a model's width and of its FFN's down half, of few rows."""
+    hidden, intermediate = SHAPES[shape]
+    return [Case.of("linear", rows=r, n=hidden, k=k) for r in rows for k in (hidden, intermediate)]
+
+
 def _ffn(rows: int, hidden: int, intermediate: int, neurons: int, by: int, capability: int = 90) -> Case:
     return Case.of("ffn", capability, rows=rows, hidden=hidden, intermediate=intermediate, neurons=neurons, by=by)
 
@@ -252,10 +261,12 @@ CHECKED = [
     _ffn(1024, 256, 5120, 4096, 0),  # up 128 in pairs
     _ffn(1460, 1536, 640, 512, 0),  # up 64, down 192
     _ffn(1408, 3072, 80, 64, 0),  # down 192 in pairs, one part
+    *(Case.of("linear", rows=rows, n=264, k=k) for rows in (1, 16) for k in (512, 510)),
     *op_cases(200, 1536),
 ]
 
 PAGE_ROWS = (1, 16, 64, 256, 730, 1460, 2048, 8192)
+FEW_ROWS = (1, 16)
 
 
 def page_cases() -> list[Case]:
@@ -264,6 +275,7 @@ def page_cases() -> list[Case]:
         *ffn_cases("1.5b", PAGE_ROWS, 0.8, ["run"]),
         *ffn_cases("1.5b", (1, 64, 1460), 0.8, ["eights", "index", "runs of 64"]),
         *ffn_cases("7b", (1, 64, 730), 0.8, ["run"]),
+        *linear_cases("1.5b", FEW_ROWS),
         *op_cases(1460, 1536),
     ]
 
@@ -396,7 +408,8 @@ LEGEND = """- MB must move: every operand once. Distinct: 32-byte sectors that t
 def page(counted: Sequence[Counted]) -> str:
     """docs/counters.md."""
     ffn = [entry for entry in counted if entry.case.op == "ffn"]
-    others = [entry for entry in counted if entry.case.op != "ffn"]
+    linear = [entry for entry in counted if entry.case.op == "linear"]
+    others = [entry for entry in counted if entry.case.op not in ("ffn", "linear")]
     return f"""# What the CUDA kernels execute and move
 
 Counted on the machine for PTX (cpp_tests/ptx), which runs nvcc's PTX with the real host code as an H100 (sm_90, 132
@@ -410,6 +423,10 @@ table for other shapes.
 ## Gathered FFN, bf16, 80 % of the neurons
 
 {markdown_table(rows_of(ffn))}
+
+## Linear layers of few rows, bf16
+
+{markdown_table(rows_of(linear))}
 
 ## Other ops, bf16, 1460 tokens
 

@@ -8,7 +8,9 @@ code is 1 if any failed. The tables go to DIR/results.json and DIR/results.md, w
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -29,8 +31,9 @@ from torch import Tensor
 from .. import ops
 from ..ops import machine
 from ..planning.tables import markdown_table
+from .counters import FEW_ROWS
 from .ffn import SHAPES
-from .predict import ffn_times
+from .predict import predicted_times
 from .roofline import plot
 from .timing import Timing, measure
 
@@ -268,8 +271,32 @@ def _ffn_of(
     flops = 6.0 * rows * hidden * kept
     bytes_ = 2.0 * (3 * hidden * kept + 2 * rows * hidden)
     shape = f"{name} M={rows}"
-    goal, predicted = GOALS.get((name, rows)), ffn_times().get(shape)
+    goal, predicted = GOALS.get((name, rows)), predicted_times().get(shape)
     yield Line("ffn", shape, flops, bytes_, timing, "one run", "copy + silu_mul", goal, predicted)
+
+
+def _linear_lines(settings: Settings, result: Result) -> str:
+    """Linear layers with bias, of few rows, beside torch's."""
+    device = torch.device(settings.device)
+    generator = torch.Generator(device=device).manual_seed(0)
+    shapes = [(hidden, k) for hidden, intermediate in FFN_SHAPES.values() for k in (hidden, intermediate)]
+    before = len(result.lines)
+    for (n, k), rows in itertools.product(shapes if device.type == "cuda" else [(64, 160)], FEW_ROWS):
+        x, weight, bias = (
+            (torch.randn(*sizes, generator=generator, device=device) * scale).to(torch.bfloat16)
+            for sizes, scale in (((rows, k), 1.0), ((n, k), k**-0.5), ((n,), 1.0))
+        )
+        variants: dict[str, Callable[[], Tensor]] = {
+            "ours": functools.partial(ops.linear, x, weight, bias),
+            "torch": functools.partial(F.linear, x, weight, bias),
+        }
+        with torch.inference_mode():
+            timing = measure(variants, device, settings.seconds)
+        bytes_, shape = 2.0 * (n * k + rows * (n + k) + n), f"{n} x {k} M={rows}"
+        line = Line("linear", shape, 0.0, bytes_, timing, "ours", "torch", None, predicted_times().get(shape))
+        result.lines.append(line)
+        print(text_of(line, result.ceilings), flush=True)
+    return f"{len(result.lines) - before} shapes"
 
 
 def _silu_mul(both: Tensor) -> Tensor:
@@ -374,8 +401,10 @@ def markdown(result: Result) -> str:
         "",
         *(f"- {name}: {text}" for name, text in result.parts.items()),
     ]
-    for op_is_ffn, title in ((True, "Gathered FFN"), (False, "Norms, routing, step")):
-        lines = [line for line in result.lines if (line.op == "ffn") == op_is_ffn]
+    own = {"ffn": "Gathered FFN", "linear": "Linear layers of few rows"}
+    rest = "Norms, routing, step"
+    for title in (*own.values(), rest):
+        lines = [line for line in result.lines if own.get(line.op, rest) == title]
         if not lines:
             continue
         names = list(dict.fromkeys(name for line in lines for name in line.timing.microseconds))
@@ -424,9 +453,12 @@ PARTS: dict[str, Callable[[Settings, Result], str]] = {
     "conformance": _conformance,
     "cpp tests": _cpp_tests,
     "ffn": _ffn_lines,
+    "linear": _linear_lines,
     "rows": _row_lines,
     "tests": _tests,
     "memcheck": _sanitizer("memcheck", "*"),
     # racecheck reports false positives where cp.async.bulk is used: the Hopper products are left out.
-    "racecheck": _sanitizer("racecheck", "DeviceNorm*:DeviceStep*:DeviceRouting*:DeviceMoves*:*Ampere*:*Decoding*"),
+    "racecheck": _sanitizer(
+        "racecheck", "DeviceNorm*:DeviceStep*:DeviceRouting*:DeviceMoves*:*Ampere*:*Decoding*:*FewRows*"
+    ),
 }

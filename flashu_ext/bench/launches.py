@@ -30,7 +30,7 @@ _KINDS = (
     (
         "products",
         re.compile(
-            r"gemm|gemv|cutlass|cublas|nvjet|xmma|matmul|splitk|triton_(tem|mm)|decode_neurons|sum_blocks|gathered_ffn|conv"
+            r"gemm|gemv|cutlass|cublas|nvjet|xmma|matmul|splitk|triton_(tem|mm)|decode_neurons|few_rows|sum_blocks|gathered_ffn|conv"
             r"|^aten::(mm|bmm|addmm|linear)$",
             re.IGNORECASE,
         ),

@@ -17,7 +17,20 @@ import click
 
 from ..planning.safe_files import write_text
 from ..planning.tables import markdown_table, text_table
-from .counters import MULTIPROCESSORS, ROOT, SECTOR, SELECTIONS, Counted, Launch, count, ffn_cases, ideal_of
+from .counters import (
+    FEW_ROWS,
+    MULTIPROCESSORS,
+    ROOT,
+    SECTOR,
+    SELECTIONS,
+    Case,
+    Counted,
+    Launch,
+    count,
+    ffn_cases,
+    ideal_of,
+    linear_cases,
+)
 
 __all__ = [
     "H100",
@@ -321,17 +334,21 @@ def _predicted(launch: Launch) -> Prediction:
     return predict(launch, 168 if "sm90" in launch.kernel else 128)
 
 
-def ffn_rows(counted: list[Counted]) -> list[tuple[str, ...]]:
-    """Predicted microseconds of the gathered FFN's launches."""
+def _what(case: Case) -> str:
+    """What is multiplied, beside the number of rows."""
+    return SELECTIONS[case["by"]] if case.op == "ffn" else f"{case['n']} x {case['k']}"
+
+
+def launch_rows(counted: list[Counted]) -> list[tuple[str, ...]]:
+    """Predicted microseconds of the launches of gathered FFNs or linear layers."""
     rows: list[tuple[str, ...]] = [("rows, by", "kernel", "predicted us", "TFLOP/s", "bound by", "exposed")]
     for entry in counted:
         for launch in entry.launches:
             p = _predicted(launch)
             needed = 2e-6 * ideal_of(entry.case, launch, entry.bytes).multiplications / p.us
-            selection = SELECTIONS[entry.case["by"]]
             rows.append(
                 (
-                    f"{entry.case['rows']}, {selection}",
+                    f"{entry.case['rows']}, {_what(entry.case)}",
                     launch.kernel,
                     f"{p.us:.1f}",
                     f"{needed:.0f}" if needed else "-",
@@ -356,23 +373,24 @@ differences of a few per cent between two kernels mean nothing (kernels 8 to 11 
 chance), and times below about 10 us are lower bounds."""
 
 
-def ffn_times() -> dict[str, float]:
+def predicted_times() -> dict[str, float]:
     """Those of docs/predicted.json; empty where this is no source checkout."""
     return dict(json.loads(TIMES.read_text(encoding="utf-8"))) if TIMES.is_file() else {}
 
 
-def ffn_microseconds(shapes: dict[str, list[Counted]]) -> dict[str, float]:
-    """Predicted microseconds of whole FFNs, by shape and rows as flashu_ext/bench/gpu.py names them."""
+def microseconds(shapes: dict[str, list[Counted]], linear: list[Counted]) -> dict[str, float]:
+    """Predicted microseconds of whole FFNs and of linear layers, by shape and rows as flashu_ext/bench/gpu.py names them."""
+    entries = [(shape, entry) for shape, counted in shapes.items() for entry in counted]
+    entries += [(_what(entry.case), entry) for entry in linear]
     return {
         f"{shape} M={entry.case['rows']}": round(sum(_predicted(launch).us for launch in entry.launches), 1)
-        for shape, counted in shapes.items()
-        for entry in counted
+        for shape, entry in entries
     }
 
 
-def page(rungs: list[Rung], shapes: dict[str, list[Counted]]) -> str:
+def page(rungs: list[Rung], shapes: dict[str, list[Counted]], linear: list[Counted]) -> str:
     """docs/predicted.md."""
-    tables = "\n\n".join(f"### {shape}\n\n{markdown_table(ffn_rows(counted))}" for shape, counted in shapes.items())
+    tables = "\n\n".join(f"### {shape}\n\n{markdown_table(launch_rows(counted))}" for shape, counted in shapes.items())
     return f"""# Predicted times
 
 Written by `python -m flashu_ext.bench predict --write`. **Nothing here was measured by us.**
@@ -400,6 +418,10 @@ Kernel 11 at sizes that had no part in the model, by the description of the kern
 ## Gathered FFN, bf16, 80 % of the neurons, H100
 
 {tables}
+
+## Linear layers of few rows, bf16, H100
+
+{markdown_table(launch_rows(linear))}
 """
 
 
@@ -426,11 +448,12 @@ def main(shape: str, rows: tuple[int, ...], folder: Path | None, writes: bool) -
         first, second = (text_table(ladder_rows(each)) for each in (rungs, further()))
         click.echo(f"{first}\n{summary(rungs)}\n\n{second}\n\n{NOTES}\n\n{LIMITS}")
         if rows:
-            click.echo(f"\n{text_table(ffn_rows(count(ffn_cases(shape, rows, 0.8))))}")
+            click.echo(f"\n{text_table(launch_rows(count(ffn_cases(shape, rows, 0.8))))}")
         if writes:
             shapes = {name: count(ffn_cases(name, of_shape, 0.8, ["run"])) for name, of_shape in PAGE_ROWS.items()}
-            write_text(PAGE, page(rungs, shapes))
-            write_text(TIMES, json.dumps(ffn_microseconds(shapes), indent=1) + "\n")
+            linear = count(linear_cases("1.5b", FEW_ROWS))
+            write_text(PAGE, page(rungs, shapes, linear))
+            write_text(TIMES, json.dumps(microseconds(shapes, linear), indent=1) + "\n")
             click.echo(f"wrote {PAGE} and {TIMES}")
     except (OSError, RuntimeError, ValueError) as error:
         raise click.ClickException(str(error)) from error

@@ -199,6 +199,9 @@ def problems(kernels: list[Kernel]) -> list[str]:
             found.append(f"{where}: no HMMA")
         if "decode_neurons" in entry.name:
             found += [f"{where}: no {name}" for name in ("HMMA", "LDG.128") if not entry.counts[name]]
+        if vectors := re.search(r"multiply_few_rows<(\w+), \d, true>", entry.name):
+            needed = ("LDG.128",) if vectors[1] == "float" else ("HMMA", "LDG.128")
+            found += [f"{where}: no {name}" for name in needed if not entry.counts[name]]
         if ("norm_vectors" in entry.name or "rotary_vectors" in entry.name) and not entry.counts["LDG.128"]:
             found.append(f"{where}: no 16-byte loads")
     return found

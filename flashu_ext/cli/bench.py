@@ -103,7 +103,7 @@ def ffn(
             raise click.UsageError(f"--counters: expected --dtype bf16, got {dtype}")
         counted = counting.count(counting.ffn_cases(shape, rows, keep))
         click.echo(f"{text_table(counting.rows_of(counted))}\n\n{counting.LEGEND}")
-        click.echo(f"\n{text_table(predicting.ffn_rows(counted))}\n\n{predicting.NOTES}\n\n{predicting.LIMITS}")
+        click.echo(f"\n{text_table(predicting.launch_rows(counted))}\n\n{predicting.NOTES}\n\n{predicting.LIMITS}")
         if json_file is not None:
             write_text(json_file, counting.to_json(counted))
         return

@@ -2,7 +2,8 @@
 
 The neurons S are given as `runs`, as `index` or as a `selection`. n is their number, and the columns of h have their order.
 Storage is fp32, bf16 or fp16. Sums are fp32 in a fixed order, so a row's result does not depend on other rows or on the
-number of threads.
+number of threads. On CUDA whole FFNs of at most 16 rows in 16 bits have a kernel that sums in another order than those of more
+rows; `FLASHU_FFN_DECODE=0` in the environment turns it off.
 
 Errors: ValueError for shapes, strides, aliasing and devices, TypeError for dtypes, IndexError for runs and indices.
 Source: FFN neuron pruning and the hybrid FFN of FlashU (arXiv 2603.15271); here weights are neither copied nor pruned.

@@ -11,7 +11,7 @@ and `describe` and `handle.summary()` say why.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -270,12 +270,30 @@ def _unless_cublas(case: Case) -> str | None:
     return "cuBLAS runs; FlashUConfig.batch_invariant takes the kernel"
 
 
+def _unless_cublas_or_few_rows_differ(case: Case) -> str | None:
+    return _unless_cublas(case) or _unless_few_rows_differ(case)
+
+
 def _where_asked(case: Case) -> str | None:
     return None if case.config.execution.batch_invariant else "FlashUConfig.batch_invariant is not True"
 
 
 MANY = 17
-"""Rows from which the CUDA kernels of the FFN sum in one order; in 16 bits fewer have a kernel of their own."""
+"""Rows from which the CUDA kernels of linear layers and of the FFN sum in one order; fewer have kernels of their own (of the FFN
+in 16 bits only)."""
+
+
+def _of_many_rows(run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, residual: Tensor | None) -> Tensor:
+    """run(x, residual), of rows of zeros too where there are few."""
+    count = x.shape[:-1].numel()
+    if count >= MANY:
+        return run(x, residual)
+
+    def padded(t: Tensor) -> Tensor:
+        return torch.cat([t.reshape(count, t.shape[-1]), t.new_zeros(MANY - count, t.shape[-1])])
+
+    out = run(padded(x), None if residual is None else padded(residual))
+    return out[:count].reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _ffn_of_many_rows(
@@ -287,21 +305,43 @@ def _ffn_of_many_rows(
     residual: Tensor | None = None,
     selection: Selection | None = None,
 ) -> Tensor:
-    """`ops.gathered_ffn`, of rows of zeros too where there are few."""
+    return _of_many_rows(
+        lambda x, residual: ops.gathered_ffn(x, w_gate, w_up, w_down, residual=residual, selection=selection),
+        x,
+        residual,
+    )
 
-    def padded(t: Tensor) -> Tensor:
-        return torch.cat([t.reshape(count, t.shape[-1]), t.new_zeros(MANY - count, t.shape[-1])])
 
-    count = x.shape[:-1].numel()
-    if count >= MANY:
-        return ops.gathered_ffn(x, w_gate, w_up, w_down, residual=residual, selection=selection)
-    more = None if residual is None else padded(residual)
-    out = ops.gathered_ffn(padded(x), w_gate, w_up, w_down, residual=more, selection=selection)
-    return out[:count].reshape(*x.shape[:-1], out.shape[-1])
+def _linear_of_many_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    epilogue: str = "none",
+) -> Tensor:
+    return _of_many_rows(lambda x, residual: ops.linear(x, weight, bias, residual, epilogue), x, residual)
+
+
+def _linears_of_many_rows(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    epilogue: str = "none",
+) -> Tensor:
+    return _of_many_rows(lambda x, residual: ops.linears(x, weights, biases, residual, epilogue), x, residual)
+
+
+_PADDED: Mapping[str, Callable[..., Tensor]] = {
+    "gathered_ffn": _ffn_of_many_rows,
+    "linear": _linear_of_many_rows,
+    "linears": _linears_of_many_rows,
+}
+"""Ops with kernels of their own for few rows on CUDA, as they run without these."""
 
 
 def _unless_few_rows_differ(case: Case) -> str | None:
-    few_differ = case.device.type == "cuda" and case.dtype != torch.float32
+    few_differ = case.device.type == "cuda" and (case.dtype != torch.float32 or case.op != "gathered_ffn")
     return f"fewer than {MANY} rows are summed in another order" if few_differ and _where_asked(case) is None else None
 
 
@@ -328,12 +368,15 @@ _EXACT = ("select_topk", "gather_rows", "scatter_rows_")
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("gathered_ffn", "flashu", why_not=_unless_few_rows_differ, microseconds=_ffn_microseconds),
-    Kernel(
-        "gathered_ffn", "flashu padded", _ffn_of_many_rows, devices=("cuda",), dtypes=(torch.bfloat16, torch.float16),
-        why_not=_padded_where_asked, reason=f"with rows of zeros where there are fewer than {MANY}",
+    Kernel("linear", "flashu", why_not=_unless_cublas_or_few_rows_differ),
+    Kernel("linears", "flashu", why_not=_unless_cublas_or_few_rows_differ),
+    *(
+        Kernel(
+            op, "flashu padded", function, devices=("cuda",), why_not=_padded_where_asked,
+            reason=f"with rows of zeros where there are fewer than {MANY}",
+        )
+        for op, function in _PADDED.items()
     ),
-    Kernel("linear", "flashu", why_not=_unless_cublas),
-    Kernel("linears", "flashu", why_not=_unless_cublas),
     Kernel("attention", "flashu"),
     *(Kernel(op, "flashu") for family in ("routing", "norm", "step") for op in FAMILIES[family]),
     Kernel(

@@ -1,7 +1,9 @@
 """Linear layers with bias, activation and residual in one pass: one, or several of one input.
 
 Storage is fp32, bf16 or fp16. Sums are fp32 in an order that K alone decides, so a row's result does not depend on other
-rows, on its place among them or on the number of threads.
+rows, on its place among them or on the number of threads. On CUDA calls of at most 16 rows have a kernel that sums in another
+order than those of more rows: the promise holds among calls of few rows and among calls of many, and for any number of rows
+with `FLASHU_FFN_DECODE=0` in the environment, or where the runtime runs with `batch_invariant=True`.
 
 Errors: ValueError for shapes, strides, aliasing, devices and the epilogue, TypeError for dtypes.
 """

@@ -15,10 +15,14 @@ from flashu_ext.bench.timing import Timing, measure
 
 
 def test_tables_on_the_cpu(tmp_path: Path):
-    result = gpu.run(gpu.Settings(tmp_path, "cpu", ("ffn", "rows"), seconds=0.0))
+    result = gpu.run(gpu.Settings(tmp_path, "cpu", ("ffn", "linear", "rows"), seconds=0.0))
     assert not any("failed" in text for text in result.parts.values()), result.parts
     ffn = [line for line in result.lines if line.op == "ffn"]
-    assert len(ffn) == 2 and not any(line.timing.failures for line in result.lines)
+    assert len(ffn) == 2 and [line.shape for line in result.lines if line.op == "linear"] == [
+        "64 x 160 M=1",
+        "64 x 160 M=16",
+    ]
+    assert not any(line.timing.failures for line in result.lines)
     assert {"one run", "runs of 8", "index", "copy + silu_mul", "views", "dense"} <= set(ffn[0].timing.microseconds)
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["ceilings"]["tflops"] > 0 and len(record["lines"]) == len(result.lines)
@@ -29,7 +33,7 @@ def test_tables_on_the_cpu(tmp_path: Path):
     )
     assert plotted.exit_code == 0 and (tmp_path / "again.png").stat().st_size > 1000
     page = (tmp_path / "results.md").read_text()
-    assert "Gathered FFN" in page and "select_topk" in page and "Geometric mean" in page
+    assert "Gathered FFN" in page and "Linear layers" in page and "select_topk" in page and "Geometric mean" in page
 
 
 def test_a_part_that_fails_does_not_keep_the_next_from_running(tmp_path: Path):
@@ -39,7 +43,7 @@ def test_a_part_that_fails_does_not_keep_the_next_from_running(tmp_path: Path):
 
 
 def test_the_page_ends_with_what_was_predicted_beside_what_was_measured():
-    times = predict.ffn_times()
+    times = predict.predicted_times()
     assert times["1.5b M=64"] > 0
     timing = Timing(microseconds={"one run": 40.0}, failures={})
     lines = [gpu.Line("ffn", "1.5b M=64", 1.0, 1.0, timing, "one run", "", None, 50.0)]

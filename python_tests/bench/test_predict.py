@@ -12,11 +12,11 @@ from flashu_ext.bench.predict import (
     PAGE_ROWS,
     errors,
     extrapolated,
-    ffn_times,
     inversions,
     ladder,
     occupancy,
     predict,
+    predicted_times,
     read_counts,
 )
 from flashu_ext.ops.explain import explain_ffn
@@ -125,4 +125,4 @@ def test_the_choice_of_tiles_predicts_what_exact_counts_do(shape, rows):
     chosen = re.findall(r" \* .*tiles of (\d) blocks? .* (\d+) us predicted, bound by (\w+)", text)
     assert len(chosen) == 2
     us = sum(int(us) - 2 * (int(blocks) > 1) for blocks, us, _ in chosen)
-    assert us == pytest.approx(ffn_times()[f"{shape} M={rows}"], rel=0.15)
+    assert us == pytest.approx(predicted_times()[f"{shape} M={rows}"], rel=0.15)

@@ -217,6 +217,6 @@ def test_a_wrong_epilogue_is_named():
     with pytest.raises(ValueError, match="linear: epilogue: expected one of none, gelu, gelu_tanh, silu, got 'relu'"):
         ops.linear(x, torch.zeros(4, 3), epilogue="relu")
     with pytest.raises(
-        RuntimeError, match=r"linear: epilogue: expected none, gelu, gelu_tanh or silu \(0 to 3\), got 4"
+        RuntimeError, match=r"linear: epilogue: expected none, gelu, gelu_tanh or silu \(0 to 3\), got 9"
     ):
         torch.ops.flashu.linear(x, torch.zeros(4, 3), None, None, 9)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import work
 from support.models import small_model
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashu_ext as fx
@@ -193,15 +194,15 @@ def test_batch_invariance_needs_kernels(family):
 def test_batch_invariance_on_a_gpu_takes_rows_one_at_a_time():
     """Only the choice is tested: nothing of this ran on a GPU."""
     found = chosen(fx.FlashUConfig(batch_invariant=True), CUDA, torch.bfloat16)
-    assert found["generation backbone linear"].implementation == "flashu"
     assert found["generation backbone attention"].implementation == "torch by rows"
-    padded = found["understanding decode gathered_ffn"]
-    assert (
-        padded.implementation == "flashu padded"
-        and padded.reason.startswith("fewer than 17 rows")
-        and not padded.fell_back
-    )
-    full = chosen(fx.FlashUConfig(batch_invariant=True), CUDA, torch.float32)
+    full = chosen(fx.FlashUConfig(batch_invariant=True, linear_kernels="flashu"), CUDA, torch.float32)
+    linear = [each[f"understanding decode {op}"] for each in (found, full) for op in ("linear", "linears")]
+    for padded in (found["understanding decode gathered_ffn"], *linear):
+        assert (
+            padded.implementation == "flashu padded"
+            and padded.reason.startswith("fewer than 17 rows")
+            and not padded.fell_back
+        )
     assert full["understanding decode gathered_ffn"].implementation == "flashu"
     found = chosen(fx.FlashUConfig(), CUDA, torch.bfloat16)
     assert found["generation backbone linear"].reason.startswith("cuBLAS runs")
@@ -251,17 +252,29 @@ def test_few_rows_are_padded_to_many(monkeypatch, rows):
         torch.randn(2, 24, 8, generator=generator, device="cpu"),
         torch.randn(8, 24, generator=generator, device="cpu"),
     )
-    expected = [fx.ops.gathered_ffn(x, *up, down), fx.ops.gathered_ffn(x, *up, down, residual=residual)]
-    counts: list[int] = []
-    ffn = fx.ops.gathered_ffn
-    monkeypatch.setattr(
-        fx.ops, "gathered_ffn", lambda x, *a, **k: (counts.append(x.shape[:-1].numel()), ffn(x, *a, **k))[1]
-    )
-    padded = next(kernel.function for kernel in KERNELS if kernel.implementation == "flashu padded")
-    assert padded is not None
-    assert torch.equal(padded(x, *up, down), expected[0])
-    assert torch.equal(padded(x, *up, down, residual=residual), expected[1])
-    assert min(counts) >= 17  # kMaxDecodeRows of csrc/core/ffn_choice.cpp, and one
+    bias = torch.randn(24, generator=generator, device="cpu")
+    more = torch.randn(*rows, 24, generator=generator, device="cpu")
+    calls: dict[str, tuple[tuple[Any, ...], Tensor]] = {
+        "gathered_ffn": ((*up, down), residual),
+        "linear": ((up[0], bias), more),
+        "linears": (([up[0][:16], up[1][:8]], [bias[:16], None]), more),
+    }
+    padded = {kernel.op: kernel.function for kernel in KERNELS if kernel.implementation == "flashu padded"}
+    assert padded.keys() == calls.keys()
+    for name, (arguments, added) in calls.items():
+        op, function = getattr(fx.ops, name), padded[name]
+        expected = [op(x, *arguments), op(x, *arguments, residual=added)]
+        counts: list[int] = []
+
+        def counting(x, *a, op=op, counts=counts, **k):
+            counts.append(x.shape[:-1].numel())
+            return op(x, *a, **k)
+
+        monkeypatch.setattr(fx.ops, name, counting)
+        assert function is not None
+        assert torch.equal(function(x, *arguments), expected[0])
+        assert torch.equal(function(x, *arguments, residual=added), expected[1])
+        assert min(counts) >= 17  # kFewRows of csrc/core/ffn_choice.hpp, and one
 
 
 # ---- names

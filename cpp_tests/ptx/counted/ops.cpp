@@ -13,6 +13,7 @@
 #include "core/half.hpp"
 #include "cuda/device.hpp"
 #include "flashu/ffn.hpp"
+#include "flashu/linear.hpp"
 #include "flashu/norm.hpp"
 #include "flashu/routing.hpp"
 #include "flashu/step.hpp"
@@ -28,6 +29,7 @@ constexpr const char* kUsage =
     "\n"
     "  ffn                rows, hidden, intermediate, neurons, by: run 0, list of eights 1, any list 2, list "
     "of 64 3\n"
+    "  linear             rows, n, k\n"
     "  rms_norm           rows, width, modulated\n"
     "  add_rms_norm       rows, width\n"
     "  gate_add           rows, width\n"
@@ -144,6 +146,20 @@ void ffn(Case& c) {
   gathered_ffn(args);
 }
 
+void linear(Case& c) {
+  const int64_t rows = c["rows"], n = c["n"], k = c["k"];
+  auto args = make_args<LinearArgs>();
+  args.x = c.read({rows, k});
+  args.weight = c.read({n, k});
+  args.bias = c.read({n});
+  args.out = c.written({rows, n});
+  uint64_t bytes = 0;
+  check(flashu_linear_workspace(&args, &bytes));
+  args.workspace = c.workspace(bytes);
+  args.workspace_bytes = bytes;
+  flashu::linear(args);
+}
+
 void norms(Case& c) {
   const int64_t rows = c["rows"], width = c["width"];
   if (c.op == "gate_add") {
@@ -237,6 +253,7 @@ void step(Case& c) {
 void run(Case& c) {
   const std::map<std::string, void (*)(Case&)> ops = {
       {"ffn", ffn},
+      {"linear", linear},
       {"rms_norm", norms},
       {"add_rms_norm", norms},
       {"gate_add", norms},

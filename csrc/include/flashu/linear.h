@@ -35,8 +35,10 @@ typedef struct flashu_linear_args {
  *
  * Storage types are f32, bf16 or f16, the same for all tensors of a call. Sums are taken in float, in an
  * order that K alone decides, and rounded once at the end: a row's result has the same bits whatever the
- * number of rows and of threads, and whichever row it is (on CUDA in tensors of equal strides and alignment).
- * K = 0 gives epilogue(bias) + residual. */
+ * number of rows and of threads, and whichever row it is. On CUDA this holds among calls of at most 16 rows,
+ * which have a kernel of their own, and among calls of more rows in tensors of equal strides and alignment,
+ * but not between the two: they sum in different orders. FLASHU_FFN_DECODE=0 in the environment takes the
+ * kernels of more rows for all. K = 0 gives epilogue(bias) + residual. */
 FLASHU_API int32_t flashu_linear(const flashu_linear_args* args);
 /** Bytes of workspace that these arguments need with the present number of threads. */
 FLASHU_API int32_t flashu_linear_workspace(const flashu_linear_args* args, uint64_t* bytes);
