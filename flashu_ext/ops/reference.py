@@ -200,11 +200,18 @@ def attention(
     kv_heads = key.shape[1]
     folded = query.reshape(rows, kv_heads, heads // kv_heads * n, d)
     if mask is not None:
-        mask = mask[..., : key.shape[2]]
+        mask = _wide_mask(mask[..., : key.shape[2]])
         mask = mask.repeat(1, 1, heads // kv_heads, 1) if mask.shape[2] > 1 else mask
     # Looked up at each call: other libraries replace it in torch, for dense models too.
     attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask)
     return _into(out, attended.view(rows, heads, n, d).transpose(1, 2))
+
+
+def _wide_mask(mask: Tensor) -> Tensor:
+    """fp16's lowest number is too small to swallow the scores: as fp32's, it makes keys alike as in every other dtype."""
+    if mask.dtype != torch.float16:
+        return mask
+    return mask.float().masked_fill(mask == torch.finfo(torch.float16).min, torch.finfo(torch.float32).min)
 
 
 def _of_rows(mask: Tensor | None, first: int, last: int) -> Tensor | None:

@@ -203,7 +203,7 @@ class ImageMemory:
                 continue
             for table, values in zip(mine, rope_table(module, positions, dtype), strict=True):
                 table.copy_(values)
-        self.seen.copy_(torch.tensor(geometry.prefix, dtype=torch.int64))
+        self.seen.copy_(torch.tensor(geometry.prefix, dtype=torch.int64, device="cpu"))
         if self.mask is not None:
             slots, span = self.mask.shape[3], self.span
             allowed = seen_slots(self.seen + span, slots).expand(-1, -1, self.mask.shape[2], -1)

@@ -55,7 +55,7 @@ MANY = within("runtime/test_many_changes.py")
 PARTS = within("runtime/test_living_parts.py")
 JANUSFLOW = within("families/test_janusflow.py")
 BAGEL = within("families/test_bagel.py")
-FAMILIES = within("families/test_conformance.py")
+FAMILIES = within("families/test_conformance_command.py")
 PRUNED = within("runtime/test_prune_ffn.py")
 
 MUTANTS = [

@@ -47,7 +47,8 @@ def vit_image(image: Any, config: BagelConfig, largest: int = 980, smallest: int
     patch = config.vit_patch
     grid = pixels(resized)[0].reshape(3, rows, patch, columns, patch)
     tokens = grid.permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
-    places = torch.arange(rows)[:, None] * config.vit_side + torch.arange(columns)
+    row, column = torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu")
+    places = row[:, None] * config.vit_side + column
     return tokens, places.flatten()
 
 

@@ -200,7 +200,7 @@ def sample(
                 branches.append(None)
                 continue
             if forecast is None or taylorseer is None or taylorseer.computes(index):
-                hidden = model.hidden(x, torch.tensor([t], device=x.device), grid, context, ids)
+                hidden = model.hidden(x, torch.tensor([t], dtype=torch.float32, device=x.device), grid, context, ids)
                 if forecast is not None:
                     forecast.update(index, hidden)
             else:

@@ -43,5 +43,7 @@ def pixel_values(
     square = Image.new("RGB", (side, side), tuple(int(each * 255) for each in mean))
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     pixels = torch.from_numpy(np.array(square)).float() / 255
-    normal = (pixels - torch.tensor(mean)) / torch.tensor(std)
+    normal = (pixels - torch.tensor(mean, dtype=torch.float32, device="cpu")) / torch.tensor(
+        std, dtype=torch.float32, device="cpu"
+    )
     return normal.permute(2, 0, 1)[None]

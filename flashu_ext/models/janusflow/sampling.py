@@ -70,8 +70,11 @@ class SampleInputs(DrawInputs):
 
     def schedule(self, grid_points: int) -> tuple[Tensor, Tensor]:
         steps = grid_points - 1
-        times = torch.tensor([step / steps * TIMES for step in range(steps)], dtype=torch.float32)
-        return times.to(self.noise.device), torch.full((steps,), 1 / steps, dtype=torch.float32).to(self.noise.device)
+        device = self.noise.device
+        times = [step / steps * TIMES for step in range(steps)]
+        return torch.tensor(times, dtype=torch.float32, device=device), torch.full(
+            (steps,), 1 / steps, dtype=torch.float32, device=device
+        )
 
 
 @torch.no_grad()
