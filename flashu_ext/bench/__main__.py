@@ -13,6 +13,7 @@ from .calls import main as calls
 from .conformance import main as conformance
 from .counters import main as counters
 from .predict import main as predict
+from .profile import main as profile
 from .readme import main as readme
 from .roofline import main as roofline
 from .sass import main as sass
@@ -71,6 +72,7 @@ main.add_command(calls, "calls")
 main.add_command(conformance, "conformance")
 main.add_command(counters, "counters")
 main.add_command(predict, "predict")
+main.add_command(profile, "profile")
 main.add_command(sass, "sass")
 main.add_command(readme, "readme")
 main.add_command(roofline, "roofline")

@@ -176,7 +176,12 @@ def linear(json_file: Path | None, **options: Any) -> None:
 @click.option(
     "--task", default="images", show_default=True, type=click.Choice(("images", "answers")), help="What is asked for."
 )
-@click.option("--model", default="nano", show_default=True, help="'nano', or a folder with a Show-o2 checkpoint.")
+@click.option(
+    "--model",
+    default="nano",
+    show_default=True,
+    help="'nano', 'bench' (random weights), or a folder with a Show-o2 checkpoint.",
+)
 @click.option(
     "--preset", default="exact", show_default=True, type=click.Choice(("exact", "paper", "fast")), help="Of the model."
 )
