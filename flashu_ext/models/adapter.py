@@ -7,9 +7,10 @@ there alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -124,6 +125,11 @@ class Adapter(ABC):
     causal: ClassVar[bool] = False
     """Whether a token of an image span attends to earlier ones only; else the span is seen whole."""
 
+    flat: ClassVar[bool] = False
+    """Whether all tokens of an image span have one rotary position."""
+    unsupported: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Field of a FlashUConfig that this family has no use for -> why."""
+
     model: Any
     embed_tokens: Any
     layers: Any
@@ -134,6 +140,11 @@ class Adapter(ABC):
     """(x, position_ids) -> cos and sin."""
     lm_head: Any
     llm_attention: AttentionShape
+    experts: Any = ()
+    """Layers, as `layers`, that compute a drawing's patches where these have experts of their own; `layers` then compute all
+    other tokens, on all neurons. Attention is over both."""
+    span_norm: Any = None
+    """Of a span after the experts; None: `final_norm`."""
     blocks: Any = ()
     """Of a head of attention blocks behind the language model, as `layers`, with a rotary module of their own. Their parts of
     the `modulation` come first, `BLOCK_PARTS` widths each."""
@@ -180,6 +191,11 @@ class Adapter(ABC):
         """Tokens of an image span before the patches."""
         return 0
 
+    @property
+    def trail(self) -> int:
+        """Tokens of an image span behind the patches."""
+        return 0
+
     @abstractmethod
     def sizes(self, latent_size: tuple[int, int]) -> Sizes:
         """Of an image whose latents are (H, W)."""
@@ -221,7 +237,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def span(self, latents: Tensor, features: Tensor | None, early: Tensor | None, token: Tensor) -> Tensor:
-        """The image span's embeddings [images, `lead` + patches, hidden]. token [images, hidden] is the `time_token`."""
+        """The image span's embeddings [images, `lead` + patches + `trail`, hidden]. token [images, hidden] is the `time_token`."""
 
     def signal(self, latents: Tensor, token: Tensor) -> Tensor:
         """What the adaptive cache watches: [images, patches, `Sizes.signal`], contiguous; cheap."""
@@ -233,7 +249,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def velocity(self, x: Tensor, modulation: Tensor, early: Tensor | None) -> Tensor:
-        """The head's end: span [rows, `lead` + patches, width] -> velocity rows [rows, patches, numbers] (`models.velocity`)."""
+        """The head's end: span [rows, `lead` + patches + `trail`, width] -> velocity rows [rows, patches, numbers] (`models.velocity`)."""
 
     # ---- answering
 

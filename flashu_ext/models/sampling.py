@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..planning.config import FlashUConfig
 from .velocity import Scale, guided
 
-__all__ = ["Callback", "DrawInputs", "Stepper", "integrate"]
+__all__ = ["Callback", "DrawInputs", "Formula", "Segment", "Stepper", "integrate"]
 
 Callback = Callable[[int, Tensor], None]
 """Called after each step with its number, from 1, and the latents, which must not be modified."""
+
+
+Formula = Callable[[Tensor, Tensor], Tensor]
+"""(velocity rows of an image's branches [branches, patches, numbers], guidance scale fp32 [1]) -> the guided [1, patches,
+numbers], by operators whose bits do not depend on other images. Hashable and comparable: it is part of what a step computes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Tokens that come to be seen together: a text, or an image before the one that is drawn. Rows that begin with the same
+    objects share what is computed of them."""
+
+    embeds: Tensor
+    """[1, n, hidden]."""
+    positions: Tensor
+    """int64 [n], for the rotary embedding."""
+    causal: bool
+    """Whether a token sees earlier ones of the segment only; what came before is seen whole."""
+    drawn: int = 0
+    """Tokens, from the first, that drawing experts compute (`Adapter.experts`)."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +61,25 @@ class DrawInputs(ABC):
     @property
     def seen(self) -> tuple[int, ...] | None:
         """For each row how many tokens before its span are seen, from the first; None: all."""
+        return None
+
+    @property
+    def branches(self) -> int:
+        """Rows of an image."""
+        return 2 if self.guided else 1
+
+    @property
+    def context(self) -> Sequence[Sequence[Segment]] | None:
+        """For each row what its span sees, where that is not the row's `tokens`; the row's `seen` is its length."""
+        return None
+
+    @property
+    def formula(self) -> Formula | None:
+        """What guides; None: `velocity.guide`."""
+        return None
+
+    def guides(self, grid_points: int, config: FlashUConfig) -> Sequence[bool] | None:
+        """For each evaluation whether it is guided; None: where the scale asks for it."""
         return None
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["Scale", "guide", "guided", "patchify", "unpatchify"]
+__all__ = ["Scale", "first_branch", "guide", "guided", "patchify", "unpatchify"]
 
 Scale = float | tuple[float, ...]
 """A guidance scale: one for all images, or one for each."""
@@ -33,6 +33,11 @@ def patchify(velocity: Tensor, patch: int) -> Tensor:
 def guided(scale: Scale) -> bool:
     """Whether a scale asks for guidance; 0 does not."""
     return isinstance(scale, tuple) or scale > 0
+
+
+def first_branch(rows: Tensor, scale: Tensor) -> Tensor:
+    """Without guidance: velocity rows of an image's branches -> the first's (a `sampling.Formula`)."""
+    return rows[:1]
 
 
 def guide(branches: Tensor, scale: Scale) -> Tensor:

@@ -91,6 +91,7 @@ class StepPlan:
         num_layers: int | None = None,
         guidance_scale: float | None = None,
         num_tokens: int | None = None,
+        guides: Sequence[bool] | None = None,
     ) -> StepPlan:
         """Plan an image.
 
@@ -100,6 +101,7 @@ class StepPlan:
             num_layers: LLM layers; needed to see whether `LayerSkip.ratio` rounds down to none. None: it does not.
             guidance_scale: the caller's; needed to see which steps have scale 1. None: those that depend on it do not.
             num_tokens: image tokens; needed to see whether `TokenSkip.ratio` rounds down to none. None: it does not.
+            guides: for each evaluation whether its result is guided; None: where the scale asks for it.
 
         Raises:
             ValueError: fewer than two grid points.
@@ -109,7 +111,7 @@ class StepPlan:
             raise ValueError(f"steps: expected an integer >= 2 (grid points), got {grid_points!r}")
         rules = _Rules.from_config(config, grid_points, num_layers, num_tokens)
         drafts = _drafts(rules)
-        live = _with_branches(rules, config, guidance_scale, _without_dead_work(rules, drafts))
+        live = _with_branches(rules, config, guidance_scale, guides, _without_dead_work(rules, drafts))
         return cls(config, grid_points, _with_encoder(rules, drafts, live))
 
     def __len__(self) -> int:
@@ -337,13 +339,21 @@ def _without_dead_work(rules: _Rules, drafts: list[_Draft]) -> list[Step]:
     return steps
 
 
-def _with_branches(rules: _Rules, config: FlashUConfig, guidance_scale: float | None, steps: list[Step]) -> list[Step]:
-    """Skip the unconditional branch where the guidance scale is 1 and no later step needs what it would store."""
-    if not rules.one_branch:
+def _with_branches(
+    rules: _Rules,
+    config: FlashUConfig,
+    guidance_scale: float | None,
+    guides: Sequence[bool] | None,
+    steps: list[Step],
+) -> list[Step]:
+    """Skip the branches behind the first where nothing is guided and no later step needs what they would store."""
+    if not rules.one_branch and guides is None:
         return steps
     # NaN never equals 1, so an unknown scale is never taken for unit guidance.
     asked = float("nan") if guidance_scale is None else guidance_scale
     guided = {step.index for step in steps if config.guidance_at(step.index, asked) != 1.0}
+    if guides is not None:
+        guided = {step.index for step, runs in zip(steps, guides, strict=True) if runs}
     kept = [step.index for step in steps if step.keep_head]
     for step in reversed(steps):  # a step depends on earlier ones only, so one pass backwards is enough
         if step.measure:

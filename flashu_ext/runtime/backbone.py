@@ -9,10 +9,20 @@ import torch
 from torch import Tensor
 
 from ..models.masks import additive, sequence_allowed
+from ..models.sampling import Segment
 from .head import Head
 from .image_memory import ImageMemory, joined, joined_early, joined_rope
-from .modules.attention import AttentionPass, CausalPass, MaskedPass, Rope, RoutedPass, span_pass
-from .modules.decoder_layer import decoder_layer, routed_decoder_layer
+from .modules.attention import (
+    AttentionPass,
+    CausalPass,
+    MaskedPass,
+    Rope,
+    RoutedPass,
+    SegmentPass,
+    rope_table,
+    span_pass,
+)
+from .modules.decoder_layer import decoder_layer, expert_layer, routed_decoder_layer
 from .network import Network
 from .work import BackboneWork, EarlyWork, PrefixWork, Variant, WatchWork
 
@@ -50,6 +60,24 @@ class Backbone:
     def _text_rope(self, memory: ImageMemory, tokens: int) -> Rope:
         return memory.text_rope[0][:, :tokens], memory.text_rope[1][:, :tokens]
 
+    def context(self, memory: ImageMemory, work: PrefixWork) -> None:
+        """`prefix` where rows see other segments than their text (`ImageMemory.context`). What rows have in common is computed
+        once."""
+        assert memory.context is not None
+        cache = memory.prefix(work.rows)[0]
+        done: list[Sequence[Segment]] = []
+        for row, segments in enumerate(memory.context[: work.rows]):
+            shared, source = max(((_common(other, segments), at) for at, other in enumerate(done)), default=(0, 0))
+            filled = sum(segment.embeds.shape[1] for segment in segments[:shared])
+            cache[:, :, row, :filled] = cache[:, :, source, :filled]
+            own = cache[:, :, row : row + 1]
+            for segment in segments[shared:]:
+                attention = SegmentPass(own, filled, segment.embeds.shape[1], segment.causal, self.kernels)
+                rope = rope_table(self.parts.llm_rope, segment.positions[None], cache.dtype)
+                filled += segment.embeds.shape[1]
+                self._layers(segment.embeds.clone(), attention, rope, work.variant, drawn=segment.drawn)
+            done.append(segments)
+
     # ---- the image
 
     def early(self, memories: Sequence[ImageMemory], works: Sequence[EarlyWork]) -> None:
@@ -71,7 +99,7 @@ class Backbone:
         """Latents, times and prefix in each memory -> final hidden states of its span, in memory. Several works compute the same
         (`BackboneWork.computes`)."""
         span = self._embed(memories, works)
-        if works[0].measure:
+        if works[0].measure and memories[0].context is None:
             self._measure(memories[0], works[0], span)
         else:
             self._run_span(memories, works, span)
@@ -111,14 +139,16 @@ class Backbone:
         attention = span_pass([memory.span_pass(memory.llm, work.rows, self.kernels) for memory, work in pairs])
         rope = joined_rope([(memory.llm_rope, work.rows) for memory, work in pairs])
         active = joined(actives, dim=1) if actives else None
-        x = self._layers(span, attention, rope, works[0].variant, active, importance)
+        drawn = memories[0].sizes.patches if self.network.experts else 0
+        measured = memories[0].importance if works[0].measure else None
+        x = self._layers(span, attention, rope, works[0].variant, active, importance, drawn, measured)
         rows = [work.rows for work in works]
         if importance is not None:
             by_memory = zip(*(layer.split(rows) for layer in importance), strict=True)
             for (memory, work), own in zip(pairs, by_memory, strict=True):
                 assert work.token_slot is not None
                 memory.router.store(work.token_slot, own)
-        for (memory, work), own in zip(pairs, self.network.final_norm(x).split(rows), strict=True):
+        for (memory, work), own in zip(pairs, self.network.span_norm(x).split(rows), strict=True):
             memory.hidden[: work.rows] = own
 
     def _layers(
@@ -129,14 +159,20 @@ class Backbone:
         variant: Variant,
         active: Tensor | None = None,
         importance: list[Tensor] | None = None,
+        drawn: int = 0,
+        measured: Tensor | None = None,
     ) -> Tensor:
         """All layers of a variant on x [rows, n, hidden], which is consumed.
 
         Args:
             active: int64 [layers, rows, k], the tokens that each layer computes, or None: all of them.
             importance: receives every layer's token importance, fp32 [rows, n]; None measures nothing.
+            drawn: tokens, from the first, that the experts compute, where the model has some.
+            measured: receives every layer's importance, fp32 [layers], averaged over all tokens; the experts' layers only.
         """
         task, shape, kernels = variant.task, self.parts.llm_attention, self.kernels
+        if self.network.experts:
+            return self._by_experts(x, attention, rope, variant, drawn, measured)
         for index, layer in enumerate(self.network.layers):
             if index in variant.skipped:
                 continue
@@ -149,6 +185,23 @@ class Backbone:
             if importance is not None:
                 importance.append(self.measuring.kernels.cosine_importance(before, x))
         return x
+
+    def _by_experts(
+        self, x: Tensor, attention: AttentionPass, rope: Rope, variant: Variant, drawn: int, measured: Tensor | None
+    ) -> Tensor:
+        """`_layers` where the first `drawn` tokens have experts of their own. The others' layers compute all neurons."""
+        shape, network = self.parts.llm_attention, self.network
+        tokens = [x[:, :drawn].contiguous(), x[:, drawn:].contiguous()]
+        for index, layers in enumerate(zip(network.experts, network.layers, strict=True)):
+            if index in variant.skipped:
+                continue
+            before = [each.clone() for each in tokens] if measured is not None else []
+            tokens = expert_layer(layers, index, tokens, rope, attention, shape, (variant.task, None))
+            if measured is not None:
+                pairs = zip(before, tokens, strict=True)
+                scores = [self.measuring.kernels.cosine_importance(*pair).float() for pair in pairs]
+                measured[index] = torch.cat(scores, dim=1).mean()
+        return torch.cat(tokens, dim=1)
 
     # ---- layer importance
 
@@ -186,3 +239,11 @@ class Backbone:
         if work.stores_prefix and memory.shape.prefix:
             self.head.prefix(memory, rows, after[:, : memory.shape.prefix].contiguous())
         memory.hidden[:rows] = kernels.gather_rows(after, places)
+
+
+def _common(one: Sequence[Segment], other: Sequence[Segment]) -> int:
+    """Segments that two rows begin with."""
+    for count, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a is not b:
+            return count
+    return min(len(one), len(other))

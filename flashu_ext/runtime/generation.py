@@ -65,6 +65,7 @@ class GenerationEngine:
         latent_size: tuple[int, int],
         config: FlashUConfig | None = None,
         seen: Sequence[int] | None = None,
+        inputs: DrawInputs | None = None,
     ) -> list[ImageState]:
         """Set up a batch of images: a state for each, so that none depends on its neighbours, or where the config is not
         `batch_invariant` one state for all.
@@ -77,12 +78,14 @@ class GenerationEngine:
             latent_size: (H, W) of the latents.
             config: of these images; None: the model's.
             seen: for each row how many tokens before its span are seen; None: all.
+            inputs: of a family with more to say: its branches, context and guidance.
         """
         config = self.config if config is None else config
         seen = tuple(modality_positions[:, 0, 0].tolist()) if seen is None else tuple(seen)
-        if not self.invariant:
-            return [self._begin(steps, text_tokens, modality_positions, guidance_scale, latent_size, config, seen)]
-        branches = 2 if guided(guidance_scale) else 1
+        branches = (2 if guided(guidance_scale) else 1) if inputs is None else inputs.branches
+        if not self.invariant or (inputs is not None and inputs.context is not None):
+            own = (text_tokens, modality_positions, guidance_scale, latent_size, config, seen)
+            return [self._begin(steps, *own, branches, inputs)]
         images = text_tokens.shape[0] // branches
         scales = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,) * images
         states: list[ImageState] = []
@@ -90,7 +93,8 @@ class GenerationEngine:
             for image, scale in enumerate(scales):
                 rows = slice(image, None, images)  # the image's row in every branch
                 tokens, positions = text_tokens[rows], modality_positions[rows]
-                states.append(self._begin(steps, tokens, positions, scale, latent_size, config, seen[rows]))
+                own = (tokens, positions, scale, latent_size, config, seen[rows])
+                states.append(self._begin(steps, *own, branches, inputs))
         except BaseException:
             for state in states:
                 self.end(state)
@@ -106,22 +110,24 @@ class GenerationEngine:
         latent_size: tuple[int, int],
         config: FlashUConfig,
         seen: tuple[int, ...],
+        branches: int,
+        inputs: DrawInputs | None,
     ) -> ImageState:
         parts = self.parts
-        with_guidance = guided(guidance_scale)
         rows, length = text_tokens.shape
         patches = parts.sizes(latent_size).patches
         steps = steps or config.steps or parts.grid_points
         planned = config.replace(skip_unit_guidance=True) if parts.drops_unit_guidance else config
-        plan = StepPlan.build(
-            planned, steps, len(parts.layers), None if isinstance(guidance_scale, tuple) else guidance_scale, patches
-        )
+        scale = None if isinstance(guidance_scale, tuple) else guidance_scale
+        guides = None if inputs is None else inputs.guides(steps, config)
+        plan = StepPlan.build(planned, steps, len(parts.layers), scale, patches, guides)
         geometry = RowGeometry(seen, int(modality_positions[0, 0, 1]))
-        images = rows // 2 if with_guidance else rows
+        images = rows // branches
         shape = ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows))
         lease = self._acquire(shape, config)
         try:
-            lease.memory.load(parts, text_tokens, modality_positions, geometry)
+            context = None if inputs is None else inputs.context
+            lease.memory.load(parts, text_tokens, modality_positions, geometry, context)
         except BaseException:
             self.pool.release(lease)
             raise
@@ -129,8 +135,8 @@ class GenerationEngine:
         head = HeadHistory(caching.order, restarts=caching.adaptive)
         tail = length - int(modality_positions[:, 0].sum(dim=1).min())
         memory = lease.memory
-        record = ImageRecord(plan, with_guidance, geometry, length, tail, memory.router.skipped, memory.nbytes())
-        return ImageState(lease, record, config, caching, head)
+        record = ImageRecord(plan, branches, geometry, length, tail, memory.router.skipped, memory.nbytes())
+        return ImageState(lease, record, config, caching, head, formula=inputs and inputs.formula, guides=guides)
 
     def _acquire(self, shape: ImageShape, config: FlashUConfig) -> Any:
         fixed = self.pool.fixed
@@ -252,7 +258,7 @@ class GenerationEngine:
         encode = each.step.encode or state.encode_due or state.semantic_rows < each.images
         each.step = step = dataclasses.replace(each.step, encode=encode)
         variant = self._variant(state, step)
-        if not step.measure:
+        if not step.measure or state.memory.context is not None:
             self._load_prefix(each, variant)
         return BackboneWork(
             each.rows,
@@ -260,7 +266,7 @@ class GenerationEngine:
             encode,
             variant,
             step.measure,
-            stores_prefix=step.measure and step.head,
+            stores_prefix=step.measure and step.head and state.memory.context is None,
             token_slot=state.tokens.measure(step.index) if step.measure_tokens else None,
             routing=state.tokens.routing(step.tokens_from, step.index) if step.tokens_from else None,
             skipped_tokens=state.record.skipped_tokens if step.tokens_from else 0,
@@ -283,7 +289,14 @@ class GenerationEngine:
     def _load_prefix(self, each: _Evaluation, variant: Variant) -> None:
         """Make sure that memory holds a variant's prefix, of as many rows as run."""
         if not each.state.load_prefix(variant, each.rows):
-            each.run(self.backbone.prefix, PrefixWork(each.rows, variant))
+            context = each.state.memory.context
+            if context is None:
+                each.run(self.backbone.prefix, PrefixWork(each.rows, variant))
+            else:  # its tensors come with the image, so it is in no graph
+                lengths = tuple(tuple(one.embeds.shape[1] for one in row) for row in context)
+                work = PrefixWork(each.rows, variant, lengths)
+                run = lambda memories, works: self.backbone.context(memories[0], works[0])  # noqa: E731
+                each.done.append(self.capture.run_together(run, (each.state.memory,), (work,)))
             each.state.prefix = (variant, each.rows)
             each.state.store_prefix()
 
@@ -294,7 +307,8 @@ class GenerationEngine:
             state.semantic_rows = work.images
         state.encode_due &= not work.encode
         if work.measure:
-            state.prefix = (work.variant, work.rows) if work.stores_prefix else None
+            if state.memory.context is None:
+                state.prefix = (work.variant, work.rows) if work.stores_prefix else None
             state.importance.post(state.memory.importance)
             state.measured = each.step.index
         layers = (len(self.parts.layers) - len(work.variant.skipped)) * work.rows
@@ -310,6 +324,7 @@ class GenerationEngine:
             prediction=None if step.head else state.head.predict(step.index, each.rows),
             residual=state.caching.residual and step.keep_head if step.head else step.residual,
             stepped=state.images if stepped else 0,
+            formula=state.formula_at(step),
             groups=state.memory.groups(each.rows),
         )
 
@@ -367,7 +382,7 @@ class AcceleratedStepper:
         height, width = inputs.noise.shape[2:]
         size = (height, width)
         self.states = engine.begin(
-            inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, size, config, inputs.seen
+            inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, size, config, inputs.seen, inputs
         )
         self.evaluations = len(self.states[0].plan)
         try:
@@ -408,7 +423,7 @@ class AcceleratedStepper:
         return joined(
             [
                 guided_velocity(
-                    state.memory.velocity[: state.rows(state.record.ran[-1])],
+                    state.memory.velocity[: state.images if state.formula else state.rows(state.record.ran[-1])],
                     scales[state.step - 1],
                     torch.Size((state.images, *shape[1:])),
                 )

@@ -46,11 +46,13 @@ class Head:
         early = joined_early([(memory, work.rows) for memory, work in pairs])
         velocity = self.parts.velocity(x, modulation, early)
         for (memory, work), own in zip(pairs, velocity.split([work.rows for work in works]), strict=True):
-            memory.velocity[: work.rows] = own
+            if work.formula is not None:
+                own = work.formula(own, memory.scale.index_select(0, memory.time_rows[:1]))
+            memory.velocity[: len(own)] = own
             if work.stepped:
                 latents = memory.latents[: work.stepped]
                 self.kernels.guided_euler_step_(
-                    latents, memory.velocity[: work.rows], memory.scale, memory.dt, memory.time_rows[:1]
+                    latents, memory.velocity[: len(own)], memory.scale, memory.dt, memory.time_rows[:1]
                 )
                 memory.time_rows.add_(1)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..models.adapter import Adapter
 from ..models.masks import additive, causal, seen_slots
+from ..models.sampling import Segment
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, TokenSkip
@@ -121,6 +122,7 @@ class ImageMemory:
         gate: the adaptive cache's signal.
         router: measured token importance.
         geometry: the rows' spans, on the host; read where not `fixed`.
+        context: what the rows see before their spans, where that is not `text_tokens`.
     """
 
     def __init__(self, parts: Adapter, config: FlashUConfig, shape: ImageShape, fixed: bool):
@@ -129,7 +131,7 @@ class ImageMemory:
         self.shape = shape
         self.config = config
         self.sizes = sizes = parts.sizes(shape.latent_size)
-        self.span = span = parts.lead + sizes.patches
+        self.span = span = parts.lead + sizes.patches + parts.trail
         slots, rows = span + shape.prefix, shape.rows
         if fixed:
             slots = rounded_up(slots, SLOT_STEP)
@@ -179,24 +181,34 @@ class ImageMemory:
         measured = (MEASUREMENTS, len(parts.layers), rows, span) if tokens.on else (0,)
         self.router = TokenRouter(tokens.count(sizes.patches), parts.lead, new(*measured, of=torch.float32))
         self.geometry = RowGeometry((0,) * rows, span)
+        self.context: Sequence[Sequence[Segment]] | None = None
 
     @property
     def offsets(self) -> Tensor:
         """int64 [rows], the first position of each row's span."""
         return self.spans[:, 0, 0]
 
-    def load(self, parts: Adapter, text_tokens: Tensor, spans: Tensor, geometry: RowGeometry) -> None:
+    def load(
+        self,
+        parts: Adapter,
+        text_tokens: Tensor,
+        spans: Tensor,
+        geometry: RowGeometry,
+        context: Sequence[Sequence[Segment]] | None = None,
+    ) -> None:
         """Prepare the memory for a new image.
 
         Args:
             text_tokens: int64 [rows, length].
             spans: int64 [rows, 1, 2], on the device.
             geometry: the same on the host; its prefixes must fit `shape.prefix`.
+            context: see `DrawInputs.context`.
         """
-        self.geometry = geometry
+        self.geometry, self.context = geometry, context
         self.text_tokens.copy_(text_tokens)
         self.spans.copy_(spans)
-        positions = self.offsets[:, None] + torch.arange(self.span, device=self.offsets.device)
+        along = torch.zeros if parts.flat else torch.arange
+        positions = self.offsets[:, None] + along(self.span, dtype=torch.int64, device=self.offsets.device)
         dtype = self.hidden.dtype
         for mine, module in ((self.llm_rope, parts.llm_rope), (self.head_rope, parts.head_rope)):
             if module is None:

@@ -14,6 +14,7 @@ from ..ops.kernel_sets import KernelSet, KernelSets, KernelUnavailableError
 from ..planning.config import FlashUConfig
 from ..planning.decoders import FAMILIES
 from ..planning.neurons import NeuronLayout
+from .modules.attention import head_norms
 from .modules.embedders import PatchEmbedder, TimeEmbedder
 from .modules.ffn import FFN
 from .modules.layer import Layer, Projections
@@ -37,6 +38,10 @@ class Network:
     layers: tuple[Layer, ...]
     final_norm: Norm
     blocks: tuple[Layer, ...]
+    experts: tuple[Layer, ...]
+    """Of a drawing's patches; empty: `layers` compute them."""
+    span_norm: Norm
+    """The final norm of a span."""
     layouts: Sequence[NeuronLayout | None] | None = None
     """See `over`."""
     built: list[Network] = field(default_factory=list)
@@ -53,10 +58,12 @@ class Network:
             ffn = FFN(module.mlp, kernels, why_not_ffn(module.mlp, like))
             projections = Projections.build(module.self_attn, module.self_attn.o_proj, kernels, like)
             norms = kit.norm(module.input_layernorm), kit.norm(module.post_attention_layernorm)
-            return Layer(projections, *norms, ffn)
+            return Layer(projections, *norms, ffn, head_norms(module.self_attn))
 
-        layers, blocks = (tuple(map(layer, each)) for each in (parts.layers, parts.blocks))
-        return cls(parts, parts.on(kit), sets, kernels, layers, kit.norm(parts.final_norm), blocks)
+        layers, blocks, experts = (tuple(map(layer, each)) for each in (parts.layers, parts.blocks, parts.experts))
+        final_norm = kit.norm(parts.final_norm)
+        span_norm = final_norm if parts.span_norm is None else kit.norm(parts.span_norm)
+        return cls(parts, parts.on(kit), sets, kernels, layers, final_norm, blocks, experts, span_norm)
 
     def over(self, layouts: Sequence[NeuronLayout | None]) -> Network:
         """The same network over the tasks' neurons.
@@ -65,7 +72,12 @@ class Network:
             layouts: for each layer, in the order in which its weights lie; None: all neurons.
         """
         layers = [replace(layer, ffn=layer.ffn.over(own)) for layer, own in zip(self.layers, layouts, strict=True)]
-        return replace(self, layers=tuple(layers), layouts=layouts, built=[])
+        # An expert's neurons are read where they lie: only those of `layers` are moved.
+        experts = [
+            replace(layer, ffn=layer.ffn.over(own and own.in_place()))
+            for layer, own in zip(self.experts, layouts, strict=False)
+        ]
+        return replace(self, layers=tuple(layers), experts=tuple(experts), layouts=layouts, built=[])
 
     def at(self, task: str, phase: str) -> Network:
         """The network of a phase; phases with the same kernels share one."""
@@ -102,7 +114,7 @@ class Network:
         return [f"{stack}.layers.{index}.mlp" for index in range(len(self.layers))]
 
     def _modules(self) -> Iterator[Itself]:
-        return _all((self.parts, self.layers, self.final_norm, self.blocks))
+        return _all((self.parts, self.layers, self.final_norm, self.blocks, self.experts, self.span_norm))
 
     def _names(self) -> dict[Any, str]:
         return {module: name for name, module in self.source.model.named_modules()}

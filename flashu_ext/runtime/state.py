@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..models.sampling import Formula
+from ..models.velocity import first_branch
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching
 from ..planning.schedule import Step, StepPlan
@@ -39,8 +42,8 @@ class ImageRecord:
     """What was done for an image (or a batch of them); outlives its memory."""
 
     plan: StepPlan
-    guided: bool
-    """The two halves of the rows share one latent."""
+    branches: int
+    """Rows of an image, which share its latents; the first is the one without guidance."""
     geometry: RowGeometry
     length: int
     """Tokens of a whole row."""
@@ -78,6 +81,10 @@ class ImageState:
     config: FlashUConfig
     caching: HeadCaching
     head: HeadHistory
+    formula: Formula | None = None
+    """Of the family's own guidance."""
+    guides: Sequence[bool] | None = None
+    """See `DrawInputs`."""
     tokens: TokenHistory = field(default_factory=TokenHistory)
     skipped: tuple[int, ...] | None = None
     """Layers chosen by the last measurement; None before the first."""
@@ -107,18 +114,13 @@ class ImageState:
         return self.record.plan
 
     @property
-    def guided(self) -> bool:
-        return self.record.guided
-
-    @property
     def step(self) -> int:
         """Evaluations done."""
         return self.record.step
 
     @property
     def images(self) -> int:
-        rows = self.memory.shape.rows
-        return rows // 2 if self.guided else rows
+        return self.memory.shape.rows // self.record.branches
 
     @property
     def waits(self) -> int:
@@ -128,6 +130,13 @@ class ImageState:
     def rows(self, step: Step) -> int:
         """How many rows a step runs: all, or the conditional branch only."""
         return self.memory.shape.rows if step.guided else self.images
+
+    def formula_at(self, step: Step) -> Formula | None:
+        """`HeadWork.formula` of a step."""
+        if self.formula is None or not step.guided:
+            return None
+        # Branches may run for what a later step reuses of them.
+        return self.formula if self.guides is None or self.guides[step.index - 1] else first_branch
 
     def store_prefix(self) -> None:
         """Store a copy of the prefix in memory, which another variant will overwrite."""

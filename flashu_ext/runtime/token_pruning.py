@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from ..models.adapter import Adapter
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
-from .modules.attention import rotated
+from .modules.attention import HeadNorms, rotated
+from .modules.layer import Layer
 from .prompt_cache import Span
 
 __all__ = ["TokenPruner"]
@@ -57,22 +57,23 @@ class TokenPruner:
         return norms if self.score == "value_norm_small" else -norms
 
     def attention_scores(
-        self, attention: Any, normed: Tensor, rope: tuple[Tensor, Tensor], before: Tensor, visible: Tensor
+        self, layer: Layer, normed: Tensor, rope: tuple[Tensor, Tensor], before: Tensor, visible: Tensor
     ) -> Tensor:
         """The last token's attention weight on each new token of its prompt, averaged over heads: fp32 [n].
 
         Args:
-            attention: the layer's projections.
+            layer: the one that drops tokens.
             normed: [1, n, hidden], the prompt's new tokens.
             rope: their rotary table, [1, n, d].
             before: rotated keys of earlier tokens, [kv_heads, m, d].
             visible: bool [m + n], where the last token may attend.
         """
-        shape, kernels = self.parts.llm_attention, self.kernels
+        shape, kernels, attention, norms = self.parts.llm_attention, self.kernels, layer.attention, layer.head_norms
+        of_key = None if norms is None else HeadNorms(norms.key, norms.key, norms.eps)
         query = attention.query(normed[:, -1:]).view(1, 1, shape.heads, shape.head_dim)
         key = attention.query_key.layers[1](normed).view(1, -1, shape.kv_heads, shape.head_dim)
-        last = rotated(kernels, query, (rope[0][:, -1:], rope[1][:, -1:]))
-        keys = torch.cat([before, rotated(kernels, key, rope)[0]], dim=1).float()
+        last = rotated(kernels, query, (rope[0][:, -1:], rope[1][:, -1:]), norms)
+        keys = torch.cat([before, rotated(kernels, key, rope, of_key)[0]], dim=1).float()
         # A key's products do not depend on the others, nor the sum over heads on threads.
         queries = last.float().view(shape.kv_heads, -1, shape.head_dim)
         logits = torch.cat([kernels.linear(own, query).t() for own, query in zip(keys, queries, strict=True)])

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +32,7 @@ from .graphs import GraphCapture
 from .memory import MemoryPool
 from .modules.attention import HeadNorms, Rope, rotate_into
 from .modules.decoder_layer import decoder_layer, pruning_layer
+from .modules.layer import Layer
 from .network import Network
 from .prompt_cache import Prompt, PromptCache, PromptStore, common_prefix
 from .token_pruning import TokenPruner
@@ -89,15 +89,15 @@ class _Narrowing:
         pruner: TokenPruner,
         cache: PromptCache,
         chunks: Sequence[tuple[int, int]],
-        attention: Any,
+        layer: Layer,
         rope: Rope,
     ):
         """Args:
         chunks: (row of the cache, tokens that it already has).
-        attention: the layer's module.
+        layer: the one that drops tokens.
         rope: of the new tokens.
         """
-        self.pruner, self.cache, self.chunks, self.attention, self.rope = pruner, cache, chunks, attention, rope
+        self.pruner, self.cache, self.chunks, self.layer, self.rope = pruner, cache, chunks, layer, rope
         self.drops = any(
             drop and first >= start
             for row, start in chunks
@@ -150,7 +150,7 @@ class _Narrowing:
         keys, _ = self.cache.layer(self.cache.split)
         # With this score nothing after the first image is reused, so all earlier tokens are in the cache.
         before, rope = keys[row, :, :start], (cos[:, new], sin[:, new])
-        return self.pruner.attention_scores(self.attention, normed, rope, before, prompt.allowed[-1])
+        return self.pruner.attention_scores(self.layer, normed, rope, before, prompt.allowed[-1])
 
 
 class UnderstandingEngine:
@@ -381,7 +381,7 @@ class UnderstandingEngine:
         last = torch.tensor([position.shape[0] for position in positions], device=device).cumsum(0) - 1
         for index, layer in enumerate(self.network.layers):
             before = x[0, last] if self.layers_to_skip else None
-            narrowing = _Narrowing(self.pruner, cache, chunks, layer.attention, rope) if index == cache.split else None
+            narrowing = _Narrowing(self.pruner, cache, chunks, layer, rope) if index == cache.split else None
             if narrowing is not None and narrowing.drops:
                 x, rope, attention = pruning_layer(layer, index, x, rope, narrowing, shape, kernels, TASK)
                 counts = [mask.shape[3] - start for _, start, mask in attention.chunks]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from ..models.sampling import Formula
+
 __all__ = [
     "BackboneWork",
     "EarlyWork",
@@ -71,9 +73,11 @@ class WatchWork(Work):
 
 @dataclass(frozen=True)
 class PrefixWork(Work):
-    """Compute the prompt's keys and values."""
+    """Compute the prompt's keys and values, or those of other segments."""
 
     variant: Variant
+    segments: tuple[tuple[int, ...], ...] = ()
+    """Of every row the lengths of what it sees, where that is not its text."""
 
     @property
     def rare(self) -> bool:
@@ -167,6 +171,8 @@ class HeadWork(Work):
     """The feature is what the blocks add to their input, not their output."""
     stepped: int
     """Images that take the Euler step here; 0: the caller does it."""
+    formula: Formula | None
+    """The family's own guidance; None: `velocity.guide`, or no second branch runs."""
     groups: int | None
     """As in `BackboneWork`."""
 

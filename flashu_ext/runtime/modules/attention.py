@@ -27,6 +27,7 @@ __all__ = [
     "RoutedPass",
     "RopeTable",
     "RowGeometry",
+    "SegmentPass",
     "SpanPass",
     "head_norms",
     "rope_table",
@@ -109,10 +110,10 @@ class RopeTable:
         return sum(table.nbytes for table in self._table or ())
 
 
-def rotated(kernels: KernelSet, x: Tensor, rope: Rope) -> Tensor:
-    """Rotary embedding of x [rows, n, heads, d] by cos and sin [rows or 1, n, d] -> [rows, heads, n, d]."""
+def rotated(kernels: KernelSet, x: Tensor, rope: Rope, norms: HeadNorms | None) -> Tensor:
+    """Rotary embedding of queries x [rows, n, heads, d] by cos and sin [rows or 1, n, d] -> [rows, heads, n, d]."""
     none = x[:, :, :0]
-    return rotate_into(kernels, x, none, none, rope, None, none, none)
+    return rotate_into(kernels, x, none, none, rope, norms, none, none)
 
 
 def rotate_into(
@@ -203,19 +204,27 @@ class SpanPass:
         return self._attend(layer, rotated, self._mask)
 
     def routed(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, query_rope: Rope, active: Tensor
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rope: Rope,
+        query_rope: Rope,
+        active: Tensor,
+        norms: HeadNorms | None,
     ) -> Tensor:
         """Queries of the active span tokens, [rows, k, heads, d], with their rotary table; keys and values of all span tokens.
         active: int64 [rows, k]."""
         # Keys and values first, then the queries: one call takes the same number of tokens of each.
         keys, values = self.cache[layer]
         kernels, none = self.kernels, slice(0)
-        rotate_into(kernels, key[:, :, none], key, value, rope, None, keys, values)
+        rotate_into(kernels, key[:, :, none], key, value, rope, norms, keys, values)
         mask = self._mask
         if mask is not None and mask.shape[2] > 1:
             places = active[:, None, :, None].expand(-1, -1, -1, mask.shape[3])
             mask = mask.expand(len(active), -1, -1, -1).gather(2, places)
-        return self._attend(layer, rotated(kernels, query, query_rope), mask)
+        return self._attend(layer, rotated(kernels, query, query_rope, norms), mask)
 
     def _attend(self, layer: int, query: Tensor, mask: Tensor | None) -> Tensor:
         """Over each row's span and prefix."""
@@ -236,10 +245,18 @@ class JoinedPass:
         return self._each(lambda own, *rows: own(layer, *rows[:3], rows[3:], norms), query, key, value, *rope)
 
     def routed(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, query_rope: Rope, active: Tensor
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rope: Rope,
+        query_rope: Rope,
+        active: Tensor,
+        norms: HeadNorms | None,
     ) -> Tensor:
         return self._each(
-            lambda own, *rows: own.routed(layer, *rows[:3], rows[3:5], rows[5:7], rows[7]),
+            lambda own, *rows: own.routed(layer, *rows[:3], rows[3:5], rows[5:7], rows[7], norms),
             query,
             key,
             value,
@@ -285,6 +302,31 @@ class MaskedPass:
             self.store[layer].copy_(pair[:, :, : self.store.shape[3]])
         keys, values = (each.transpose(1, 2) for each in pair)
         return self.kernels.attention(rotated, keys, values, mask=self.mask).flatten(2)
+
+
+class SegmentPass:
+    """Tokens that come to be seen together, after those of a row that are in the cache already; they are stored there too."""
+
+    def __init__(self, cache: Tensor, filled: int, tokens: int, causal_: bool, kernels: KernelSet):
+        """Args:
+        cache: [layers, 2, 1, slots, kv_heads, d], of which `filled` slots are seen whole.
+        causal_: whether one of the `tokens` sees earlier ones only; else all.
+        """
+        self.cache = cache[:, :, :, : filled + tokens]
+        self.kernels = kernels
+        self._filled = filled
+        self._mask = None
+        if causal_ and tokens > 1:
+            seen = torch.ones(tokens, filled, dtype=torch.bool, device=cache.device)
+            self._mask = additive(torch.cat([seen, causal(tokens, cache.device)], dim=1)[None, None], cache.dtype)
+
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rope: Rope, norms: HeadNorms | None = None
+    ) -> Tensor:
+        keys, values = self.cache[layer]
+        new = slice(self._filled, None)
+        rotated = rotate_into(self.kernels, query, key, value, rope, norms, keys[:, new], values[:, new])
+        return self.kernels.attention(rotated, keys.transpose(1, 2), values.transpose(1, 2), mask=self._mask).flatten(2)
 
 
 class CausalPass(MaskedPass):

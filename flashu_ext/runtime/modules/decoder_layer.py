@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ...models.adapter import AttentionShape
@@ -12,7 +13,7 @@ from ...ops.kernel_sets import KernelSet
 from .attention import AttentionPass, Rope, RoutedPass
 from .layer import Layer
 
-__all__ = ["decoder_layer", "in_heads", "pruning_layer", "routed_decoder_layer"]
+__all__ = ["decoder_layer", "expert_layer", "in_heads", "pruning_layer", "routed_decoder_layer"]
 
 Pass = TypeVar("Pass", bound=AttentionPass)
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Pass]]
@@ -42,7 +43,34 @@ def decoder_layer(
     """
     normed = layer.before_attention(x)
     query, key, value = in_heads(layer.attention.query_key_value(normed), shape)
-    return _after_attention(layer, x, attention(index, query, key, value, rope), task)
+    return _after_attention(layer, x, attention(index, query, key, value, rope, layer.head_norms), task)
+
+
+def expert_layer(
+    layers: Sequence[Layer],
+    index: int,
+    tokens: Sequence[Tensor],
+    rope: Rope,
+    attention: AttentionPass,
+    shape: AttentionShape,
+    tasks: Sequence[str | None],
+) -> list[Tensor]:
+    """A decoder layer with several experts and one attention: each expert's tokens [rows, n, hidden] -> the same, overwritten.
+
+    Args:
+        rope, attention: of all tokens, the experts' one after another.
+        tasks: of each expert, as in `decoder_layer`.
+    """
+    counts = [own.shape[1] for own in tokens]
+    projected: list[list[Tensor]] = []
+    for layer, own in zip(layers, tokens, strict=True):
+        query, key, value = in_heads(layer.attention.query_key_value(layer.before_attention(own)), shape)
+        # Each expert has norms of its own, so they cannot be part of the rotation of all tokens.
+        projected.append([*layer.normed_heads(query, key), value])
+    query, key, value = (torch.cat(parts, dim=1) for parts in zip(*projected, strict=True))
+    attended = attention(index, query, key, value, rope).split(counts, dim=1)
+    parts = zip(layers, tokens, attended, tasks, strict=True)
+    return [_after_attention(layer, own, seen.contiguous(), task) for layer, own, seen, task in parts]
 
 
 def pruning_layer(
@@ -66,7 +94,7 @@ def pruning_layer(
     x, normed, value = (kernels.gather_rows(rows[0], keep)[None] for rows in (x, normed, value))
     rope = (rope[0][:, keep], rope[1][:, keep])
     query, key, value = in_heads((*layer.attention.query_key(normed), value), shape)
-    attended = attention(index, query, key, value, rope)
+    attended = attention(index, query, key, value, rope, layer.head_norms)
     return _after_attention(layer, x, attended, task), rope, attention
 
 
@@ -102,6 +130,7 @@ def routed_decoder_layer(
     residual = kernels.gather_rows(x, active)
     (query,) = in_heads((layer.attention.query(kernels.gather_rows(normed, active)),), shape)
     own = tuple(kernels.gather_rows(table, active) for table in rope)
-    attended = layer.attention.out(attention.routed(index, query, key, value, rope, (own[0], own[1]), active))
+    attended = attention.routed(index, query, key, value, rope, (own[0], own[1]), active, layer.head_norms)
+    attended = layer.attention.out(attended)
     normed = layer.before_ffn.after_adding(attended, residual)
     return kernels.scatter_rows_(x, active, layer.ffn(normed, task, residual))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...models.adapter import BLOCK_PARTS, AttentionShape
 from ...ops.kernel_sets import KernelSet
-from .attention import AttentionPass, Rope, head_norms
+from .attention import AttentionPass, Rope
 from .decoder_layer import in_heads
 from .layer import Layer
 
@@ -45,7 +45,7 @@ def head_block(
 
     normed = block.before_attention(x, shift_attn, scale_attn)
     query, key, value = in_heads(block.attention.query_key_value(normed), shape)
-    attended = attention(index, query, key, value, rope, head_norms(block.attention.module))
+    attended = attention(index, query, key, value, rope, block.head_norms)
     kernels.gate_add_(x, block.attention.out(attended), gate_attn)
 
     kernels.gate_add_(x, block.ffn(block.before_ffn(x, shift_ffn, scale_ffn)), gate_ffn)

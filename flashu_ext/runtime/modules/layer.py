@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...ops.kernel_sets import KernelSet
+from .attention import HeadNorms
 from .ffn import FFN
 from .linear import Linear, Linears
 from .norm import Norm
@@ -21,6 +22,7 @@ class Projections:
 
     module: Any
     """The model's attention."""
+    kernels: KernelSet
     query: Linear
     value: Linear
     out: Linear
@@ -37,6 +39,7 @@ class Projections:
         query, key, value = (Linear(each, kernels, like) for each in (module.q_proj, module.k_proj, module.v_proj))
         return cls(
             module,
+            kernels,
             query,
             value,
             Linear(out, kernels, like),
@@ -54,3 +57,12 @@ class Layer:
     before_attention: Norm
     before_ffn: Norm
     ffn: FFN
+    head_norms: HeadNorms | None = None
+    """Of queries and keys, before rotation."""
+
+    def normed_heads(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys [rows, n, heads, d] under `head_norms`."""
+        norms, kernels = self.head_norms, self.attention.kernels
+        if norms is None:
+            return query, key
+        return kernels.rms_norm(query, norms.query, norms.eps), kernels.rms_norm(key, norms.key, norms.eps)
