@@ -186,9 +186,10 @@ def _profile(record: dict[str, Any]) -> str:
     rows = [[f"`{row['operator']}`", str(row["calls"]), f"{100 * row['share']:.1f}"] for row in record["rows"][:6]]
     rest = sum(row["share"] for row in record["rows"][6:])
     rows.append([f"{len(record['rows']) - 6} more", "", f"{100 * rest:.1f}"])
+    share = 100 * record["ours"]
     title = (
-        f"{record['task'].capitalize()} ({record['preset']}, {record['size']} grid points): **{100 * record['ours']:.1f} %** of the "
-        "CPU time is in this library's kernels\n\n"
+        f"{record['task'].capitalize()} ({record['preset']}, {record['size']} grid points): **{share:.1f} %** of the CPU time is "
+        "in this library's kernels\n\n"
     )
     return title + _table(["operator", "calls", "% of CPU time"], rows) + _source(record)
 
