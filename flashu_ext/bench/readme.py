@@ -182,6 +182,18 @@ def _arrivals(record: dict[str, Any]) -> str:
     return title + _table(["load", "served", "per second", "p50 latency, s", "p95 latency, s"], rows) + _source(record)
 
 
+def _profile(record: dict[str, Any]) -> str:
+    rows = [[f"`{row['operator']}`", str(row["calls"]), f"{100 * row['share']:.1f}"] for row in record["rows"][:6]]
+    rest = sum(row["share"] for row in record["rows"][6:])
+    rows.append([f"{len(record['rows']) - 6} more", "", f"{100 * rest:.1f}"])
+    share = 100 * record["ours"]
+    title = (
+        f"{record['task'].capitalize()} ({record['preset']}, {record['size']} grid points): **{share:.1f} %** of the CPU time is "
+        "in this library's kernels\n\n"
+    )
+    return title + _table(["operator", "calls", "% of CPU time"], rows) + _source(record)
+
+
 def _steps(record: dict[str, Any]) -> str:
     from .steps import tables
 
@@ -198,6 +210,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "nano": _nano,
     "fidelity": _fidelity,
     "gpu": _gpu,
+    "profile": _profile,
     "steps": _steps,
 }
 """By a section's name, or by its first word; the rest says which file: `ffn_bf16` is results/ffn_bf16.json."""
