@@ -7,15 +7,15 @@ there alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
+from ..planning.config import FlashUConfig
 from ..planning.cost import ModelShape
 from ..planning.decoders import FAMILIES, find
 from .sampling import DrawInputs, Stepper
@@ -127,8 +127,8 @@ class Adapter(ABC):
 
     flat: ClassVar[bool] = False
     """Whether all tokens of an image span have one rotary position."""
-    unsupported: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Field of a FlashUConfig that this family has no use for -> why."""
+    skips_tokens: ClassVar[bool] = True
+    """Whether its layers can leave out tokens of a drawing (`FlashUConfig.token_skip_ratio`)."""
 
     model: Any
     embed_tokens: Any
@@ -180,6 +180,12 @@ class Adapter(ABC):
     def shape(self) -> ModelShape:
         """The sizes that the cost model needs."""
 
+    def check_config(self, config: FlashUConfig) -> None:
+        """Raise ValueError for a setting that means nothing to the family."""
+        tokens = config.tokens
+        if not self.skips_tokens and tokens is not None and tokens.on and tokens.ratio > 0:
+            raise ValueError(f"token_skip_ratio: expected 0 for a {self.family} model, got {tokens.ratio:g}")
+
     def dense(self, inputs: DrawInputs) -> Stepper:
         """The steps of an image by the model's own drawing method, the first of `methods`."""
         raise ValueError("guidance_scale: expected one for all images that share their state, got one for each")
@@ -193,7 +199,7 @@ class Adapter(ABC):
 
     @property
     def trail(self) -> int:
-        """Tokens of an image span behind the patches."""
+        """Tokens of an image span behind the patches (`DrawInputs.trailing`)."""
         return 0
 
     @abstractmethod
@@ -237,7 +243,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def span(self, latents: Tensor, features: Tensor | None, early: Tensor | None, token: Tensor) -> Tensor:
-        """The image span's embeddings [images, `lead` + patches + `trail`, hidden]. token [images, hidden] is the `time_token`."""
+        """The image span's embeddings [images, `lead` + patches, hidden]. token [images, hidden] is the `time_token`."""
 
     def signal(self, latents: Tensor, token: Tensor) -> Tensor:
         """What the adaptive cache watches: [images, patches, `Sizes.signal`], contiguous; cheap."""
@@ -249,7 +255,8 @@ class Adapter(ABC):
 
     @abstractmethod
     def velocity(self, x: Tensor, modulation: Tensor, early: Tensor | None) -> Tensor:
-        """The head's end: span [rows, `lead` + patches + `trail`, width] -> velocity rows [rows, patches, numbers] (`models.velocity`)."""
+        """The head's end: span [rows, `lead` + patches + `trail`, width] -> velocity rows [rows, patches, numbers]
+        (`models.velocity`)."""
 
     # ---- answering
 

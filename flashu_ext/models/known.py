@@ -44,15 +44,24 @@ __all__ = [
 ]
 
 _HEAD = ("flashu_ext.models.showo2.head", "models.modules")
+_BAGEL = "flashu_ext.models.bagel.layers"
 _QWEN2 = ("transformers.models.qwen2.modeling_qwen2", "models.qwen2")
 
 _LLAMA, _QWEN3, _MISTRAL = ((f"transformers.models.{name}.modeling_{name}",) for name in ("llama", "qwen3", "mistral"))
-_FFNS = {"Qwen2MLP": _QWEN2, "LlamaMLP": _LLAMA, "Qwen3MLP": _QWEN3, "MistralMLP": _MISTRAL, "MLP": _HEAD}
-_NORMS = {"Qwen2RMSNorm": _QWEN2, "LlamaRMSNorm": _LLAMA, "RMSNorm": (*_HEAD, "flashu_ext.models.norms")}
+_FFNS = {"Qwen2MLP": _QWEN2, "LlamaMLP": _LLAMA, "Qwen3MLP": _QWEN3, "MistralMLP": _MISTRAL, "MLP": (*_HEAD, _BAGEL)}
+_NORMS = {
+    "Qwen2RMSNorm": _QWEN2,
+    "LlamaRMSNorm": _LLAMA,
+    "Qwen3RMSNorm": _QWEN3,
+    "MistralRMSNorm": _MISTRAL,
+    "RMSNorm": (*_HEAD, "flashu_ext.models.norms"),
+}
 _ATTENTIONS = {
     **dict.fromkeys(("Qwen2Attention", "Qwen2SdpaAttention", "Qwen2FlashAttention2"), _QWEN2),
     **dict.fromkeys(("LlamaAttention", "LlamaSdpaAttention", "LlamaFlashAttention2"), _LLAMA),
-    **dict.fromkeys(("Attention", "SdpaAttention"), _HEAD),
+    **dict.fromkeys(("Attention", "SdpaAttention"), (*_HEAD, _BAGEL)),
+    "Qwen3Attention": _QWEN3,
+    "MistralAttention": _MISTRAL,
 }
 _PATCHES = {
     "PatchEmbed": ("flashu_ext.models.showo2.embedders", "models.modules", "flashu_ext.models.janusflow.vision")

@@ -68,9 +68,13 @@ class DrawInputs(ABC):
         """Rows of an image."""
         return 2 if self.guided else 1
 
-    @property
-    def context(self) -> Sequence[Sequence[Segment]] | None:
-        """For each row what its span sees, where that is not the row's `tokens`; the row's `seen` is its length."""
+    def context(self, parts: Any) -> Sequence[Sequence[Segment]] | None:
+        """For each row what its span sees, where that is not the row's `tokens`; the row's `seen` is its length. Then these are
+        the inputs of one image. parts: the family's adapter, on the runtime's kernels."""
+        return None
+
+    def trailing(self, parts: Any) -> Tensor | None:
+        """The embeddings [1, `Adapter.trail`, hidden] of the tokens behind the patches, where the family has some."""
         return None
 
     @property

@@ -121,6 +121,9 @@ class Backbone:
         tokens = [memory.time_token.index_select(0, memory.time_rows[: work.images]) for memory, work in pairs]
         early = joined_early([(memory, work.images) for memory, work in pairs])
         span = parts.span(latents, features, early, joined(tokens))
+        if parts.trail:
+            behind = [memory.trailing.expand(count, -1, -1) for memory, count in zip(memories, images, strict=True)]
+            span = torch.cat([span, joined(behind)], dim=1)
         if all(work.rows == work.images for work in works):
             return span
         # Both branches of guidance have the same image.

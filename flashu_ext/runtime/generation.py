@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..models.sampling import DrawInputs
+from ..models.sampling import DrawInputs, Segment
 from ..models.velocity import Scale, guide, guided, unpatchify
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, LayerSkip
@@ -83,9 +83,10 @@ class GenerationEngine:
         config = self.config if config is None else config
         seen = tuple(modality_positions[:, 0, 0].tolist()) if seen is None else tuple(seen)
         branches = (2 if guided(guidance_scale) else 1) if inputs is None else inputs.branches
-        if not self.invariant or (inputs is not None and inputs.context is not None):
+        context = None if inputs is None else inputs.context(self.parts)
+        if not self.invariant or context is not None:
             own = (text_tokens, modality_positions, guidance_scale, latent_size, config, seen)
-            return [self._begin(steps, *own, branches, inputs)]
+            return [self._begin(steps, *own, branches, inputs, context)]
         images = text_tokens.shape[0] // branches
         scales = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,) * images
         states: list[ImageState] = []
@@ -112,6 +113,7 @@ class GenerationEngine:
         seen: tuple[int, ...],
         branches: int,
         inputs: DrawInputs | None,
+        context: Sequence[Sequence[Segment]] | None = None,
     ) -> ImageState:
         parts = self.parts
         rows, length = text_tokens.shape
@@ -126,8 +128,8 @@ class GenerationEngine:
         shape = ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows))
         lease = self._acquire(shape, config)
         try:
-            context = None if inputs is None else inputs.context
-            lease.memory.load(parts, text_tokens, modality_positions, geometry, context)
+            trailing = None if inputs is None else inputs.trailing(parts)
+            lease.memory.load(parts, text_tokens, modality_positions, geometry, context, trailing)
         except BaseException:
             self.pool.release(lease)
             raise

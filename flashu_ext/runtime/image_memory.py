@@ -123,6 +123,7 @@ class ImageMemory:
         router: measured token importance.
         geometry: the rows' spans, on the host; read where not `fixed`.
         context: what the rows see before their spans, where that is not `text_tokens`.
+        trailing: embeddings of the tokens behind the patches [1, trail, hidden].
     """
 
     def __init__(self, parts: Adapter, config: FlashUConfig, shape: ImageShape, fixed: bool):
@@ -181,6 +182,7 @@ class ImageMemory:
         measured = (MEASUREMENTS, len(parts.layers), rows, span) if tokens.on else (0,)
         self.router = TokenRouter(tokens.count(sizes.patches), parts.lead, new(*measured, of=torch.float32))
         self.geometry = RowGeometry((0,) * rows, span)
+        self.trailing = new(1, parts.trail, parts.hidden)
         self.context: Sequence[Sequence[Segment]] | None = None
 
     @property
@@ -195,6 +197,7 @@ class ImageMemory:
         spans: Tensor,
         geometry: RowGeometry,
         context: Sequence[Sequence[Segment]] | None = None,
+        trailing: Tensor | None = None,
     ) -> None:
         """Prepare the memory for a new image.
 
@@ -202,7 +205,7 @@ class ImageMemory:
             text_tokens: int64 [rows, length].
             spans: int64 [rows, 1, 2], on the device.
             geometry: the same on the host; its prefixes must fit `shape.prefix`.
-            context: see `DrawInputs.context`.
+            context, trailing: see `DrawInputs`.
         """
         self.geometry, self.context = geometry, context
         self.text_tokens.copy_(text_tokens)
@@ -215,6 +218,8 @@ class ImageMemory:
                 continue
             for table, values in zip(mine, rope_table(module, positions, dtype), strict=True):
                 table.copy_(values)
+        if trailing is not None:
+            self.trailing.copy_(trailing)
         self.seen.copy_(torch.tensor(geometry.prefix, dtype=torch.int64, device="cpu"))
         if self.mask is not None:
             slots, span = self.mask.shape[3], self.span

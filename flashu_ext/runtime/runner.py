@@ -136,6 +136,7 @@ class Runner:
         self._unfinished = True
         parts = adapter_of(self.model)
         check_model(parts)
+        parts.check_config(self.config)
         if self.layouts is not None and len(self.layouts) != len(parts.layers):
             raise RuntimeError(f"plan: made for {len(self.layouts)} layers, the model has {len(parts.layers)} now")
         sets = resolve(self.config, parts.device, parts.dtype, why_not_attention_kernel(), layer_shapes(parts))
@@ -206,6 +207,7 @@ class Runner:
 
     def _check_config(self, config: FlashUConfig) -> None:
         """Raise ValueError where images cannot have a config of their own: weights and kernels are the model's."""
+        self.parts.check_config(config)
         ffn = config.ffn
         if ffn is not None and ffn.ratio > 0 and (ffn != self.config.ffn or self.layouts is None):
             raise ValueError(

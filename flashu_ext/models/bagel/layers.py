@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ class Stack(nn.Module):
             keys.append(key if past is None else torch.cat([past[0], key], dim=1))
             values.append(value if past is None else torch.cat([past[1], value], dim=1))
         after = context.position + (len(steps) if step else 1)
-        return x, replace(context, keys=tuple(keys), values=tuple(values), position=after)
+        return x, Context(tuple(keys), tuple(values), after)
 
 
 class LanguageModel(nn.Module):

@@ -10,16 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...planning.config import FlashUConfig
+from ..accelerated import handle_of
 from ..checks import check_callback, check_count, check_tensor
-from ..sampling import Callback
+from ..sampling import Callback, DrawInputs, Formula, Segment, integrate
 from .layers import Context
 from .model import Image, Text, TokenIds
 
-__all__ = ["Guidance", "TaylorSeer", "guided", "sample", "taylor_prediction", "time_grid"]
+__all__ = ["MARKERS", "Guidance", "SampleInputs", "TaylorSeer", "guided", "sample", "taylor_prediction", "time_grid"]
 
 DEFAULT_TIMESTEPS = 50
 RENORMS = ("global", "channel", "text_channel")
 SMALLEST_NORM = 1e-8
+
+MARKERS = 2
+"""Around a text, and around an image."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,17 @@ def time_grid(num_timesteps: int, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def guided(full: Tensor, without_text: Tensor | None, without_image: Tensor | None, guidance: Guidance) -> Tensor:
-    """Velocities [n, numbers] of the branches that run -> the guided one."""
+def guided(
+    full: Tensor,
+    without_text: Tensor | None,
+    without_image: Tensor | None,
+    guidance: Guidance,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Velocities [n, numbers] of the branches that run -> the guided one. scale: takes the place of the text's."""
     if without_text is None:
         return full
-    guided = without_text + guidance.text * (full - without_text)
+    guided = without_text + (guidance.text if scale is None else scale) * (full - without_text)
     if guidance.renorm == "text_channel":
         guided = _renormed(guided, full, guidance.renorm_min, dim=-1)
     if without_image is not None:
@@ -133,7 +144,9 @@ def guided(full: Tensor, without_text: Tensor | None, without_image: Tensor | No
 
 def _renormed(guided: Tensor, full: Tensor, least: float, dim: int | None) -> Tensor:
     """Scaled down to the norm of the full branch's."""
-    norms = [torch.linalg.vector_norm(each, dim=dim, keepdim=True) for each in (full, guided)]
+    # Token by token first: the order of a sum must not depend on threads.
+    squares = [each.square().sum(-1, keepdim=True) for each in (full, guided)]
+    norms = [(each.sum(-2, keepdim=True) if dim is None else each).sqrt() for each in squares]
     return guided * (norms[0] / (norms[1] + SMALLEST_NORM)).clamp(least, 1.0)
 
 
@@ -188,6 +201,13 @@ def sample(
     if taylorseer is not None and not isinstance(taylorseer, TaylorSeer):
         raise TypeError(f"taylorseer: expected None or a TaylorSeer, got {type(taylorseer).__name__}")
     check_callback("callback", callback)
+    if (handle := handle_of(model)) is not None:
+        if taylorseer is not None:
+            raise ValueError(
+                "taylorseer: expected None for an accelerated model; FlashUConfig.head_cache_interval is its own"
+            )
+        drawn = SampleInputs.build(model, noise, inputs, grid, ids, num_timesteps, guidance, timestep_shift)
+        return _packed(integrate(handle.stepper(drawn), _told(callback), return_velocity))
     contexts = branch_contexts(model, inputs, ids)
     times = time_grid(num_timesteps, timestep_shift)
     forecasts = [None if taylorseer is None else _Forecast(taylorseer) for _ in contexts]
@@ -214,6 +234,132 @@ def sample(
         if callback is not None:
             callback(index + 1, x)
     return (x, torch.stack(velocities)) if return_velocity else x
+
+
+@dataclass(frozen=True)
+class _Guide:
+    """`guided` as a `Formula`. Where texts are all that there is, the branch without image is the full one."""
+
+    guidance: Guidance
+
+    def __call__(self, rows: Tensor, scale: Tensor) -> Tensor:
+        full, without_text, *rest = rows.float().split(1)
+        image = (rest[0] if rest else full) if self.guidance.image > 1 else None
+        return guided(full, without_text, image, self.guidance, scale)
+
+
+@dataclass(frozen=True)
+class SampleInputs(DrawInputs):
+    """Of BAGEL: one image, whose rows are the branches of guidance. Latents are a grid of tokens."""
+
+    sequences: tuple[tuple[Text | Image, ...], ...]
+    """What each branch sees; equal items are the same objects."""
+    ids: TokenIds
+    guidance: Guidance
+    shift: float
+    extents: tuple[tuple[int, int], ...]
+    """Tokens of each branch's sequence, and its rotary positions."""
+
+    @classmethod
+    def build(
+        cls,
+        model: Any,
+        noise: Tensor,
+        inputs: Sequence[Text | Image],
+        grid: tuple[int, int],
+        ids: TokenIds,
+        num_timesteps: int,
+        guidance: Guidance,
+        shift: float,
+    ) -> SampleInputs:
+        """From arguments of `sample`, which are checked."""
+        sequences = [tuple(inputs)]
+        if guidance.text > 1:
+            texts = [index for index, item in enumerate(inputs) if isinstance(item, Text)]
+            sequences.append(tuple(inputs[: texts[-1] if texts else len(inputs)]))
+            if guidance.image > 1 and len(texts) < len(inputs):
+                sequences.append(tuple(inputs[index] for index in texts))
+        latents = noise.float().t().reshape(1, -1, *grid)
+        span = latents[0, 0].numel() + MARKERS
+        extents = []
+        for own in sequences:
+            items = [_extent(model, item) for item in own]
+            extents.append((sum(tokens for tokens, _ in items), sum(positions for _, positions in items)))
+        spans = torch.tensor([[[position, span]] for _, position in extents], device=noise.device)
+        longest = max(tokens for tokens, _ in extents)
+        tokens = torch.zeros(len(sequences), longest + span, dtype=torch.int64, device=noise.device)
+        scale = guidance.text if len(sequences) > 1 else 0.0
+        own = (tuple(sequences), ids, guidance, shift, tuple(extents))
+        return cls(latents, tokens, spans, num_timesteps, scale, *own)
+
+    @property
+    def branches(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        return tuple(tokens for tokens, _ in self.extents)
+
+    def context(self, parts: Any) -> list[list[Segment]]:
+        made: dict[tuple[int, ...], list[Segment]] = {}
+        rows = []
+        for own in self.sequences:
+            row: list[Segment] = []
+            position = 0
+            for count, item in enumerate(own, 1):
+                key = tuple(map(id, own[:count]))  # sequences that begin alike share the segments
+                if key not in made:
+                    made[key] = parts.segments(item, self.ids, position)
+                row += made[key]
+                position += _extent(parts.model, item)[1]
+            rows.append(row)
+        return rows
+
+    def trailing(self, parts: Any) -> Tensor:
+        markers: Tensor = parts.markers(self.ids)
+        return markers
+
+    @property
+    def formula(self) -> Formula | None:
+        return _Guide(self.guidance) if self.branches > 1 else None
+
+    def guides(self, grid_points: int, config: FlashUConfig) -> list[bool]:
+        times = time_grid(grid_points, self.shift)[:-1].tolist()
+        scales = [config.guidance_at(index, self.guidance.text) for index in range(1, grid_points)]
+        return [self.guidance.branches(t)[0] and scale > 1 for t, scale in zip(times, scales, strict=True)]
+
+    def schedule(self, grid_points: int) -> tuple[Tensor, Tensor]:
+        times = time_grid(grid_points, self.shift).to(self.noise.device)
+        return times[:-1], times[1:] - times[:-1]
+
+
+def _extent(model: Any, item: Text | Image) -> tuple[int, int]:
+    """Tokens of an item of a sequence, markers included, and its rotary positions."""
+    if isinstance(item, Text):
+        return len(item.ids) + MARKERS, len(item.ids) + MARKERS
+    blocks = []
+    if item.latents is not None:
+        blocks.append(item.latents[0, 0].numel() // model.config.latent_patch**2)
+    if item.vit_tokens is not None:
+        blocks.append(len(item.vit_tokens))
+    return sum(blocks) + MARKERS * len(blocks), len(blocks)
+
+
+def _packed(result: Any) -> Any:
+    """Latents [1, numbers, H, W], and velocities [evaluations, 1, numbers, H, W] where asked for, as packed tokens."""
+    if isinstance(result, tuple):
+        latents, velocities = result
+        return _tokens(latents), velocities.flatten(3)[:, 0].transpose(1, 2).contiguous()
+    return _tokens(result)
+
+
+def _tokens(latents: Tensor) -> Tensor:
+    return latents.flatten(2)[0].t().contiguous()
+
+
+def _told(callback: Callback | None) -> Callback | None:
+    """A callback that takes the runtime's latents."""
+    return None if callback is None else lambda step, latents: callback(step, _tokens(latents))
 
 
 def branch_contexts(model: Any, inputs: Sequence[Text | Image], ids: TokenIds) -> tuple[Context, Context, Context]:

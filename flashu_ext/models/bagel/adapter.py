@@ -1,0 +1,244 @@
+"""BAGEL as the runtime sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...planning.cost import EncoderShape, ModelShape
+from ...planning.decoders import check_parts
+from .. import known
+from ..adapter import Adapter, AttentionShape, Kit, Question, Sizes
+from ..sampling import Segment
+from ..shapes import layer_shape, linear_flops
+from .model import Image, Text, TokenIds
+from .sampling import MARKERS
+
+__all__ = ["BagelAdapter", "adapter"]
+
+_REQUIRED = (
+    "language_model.model.layers.0.mlp_moe_gen",
+    "language_model.model.norm_moe_gen",
+    "language_model.lm_head",
+    "time_embedder",
+    "vae2llm",
+    "llm2vae",
+    "latent_pos_embed",
+    "vit_model.vision_model.encoder",
+    "connector",
+    "vit_pos_embed",
+)
+_OWN = "flashu_ext.models.bagel"
+_MODELS = {"Bagel": (f"{_OWN}.model",)}
+_LLM = dict.fromkeys(("LanguageModel", "Stack", "DecoderLayer", "Attention", "Rotary"), (f"{_OWN}.layers",))
+_PARTS = dict.fromkeys(
+    ("PositionTable", "Connector", "Embeddings", "VisionTransformer", "VisionModel"), (f"{_OWN}.model",)
+)
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """The drawing expert's part of an attention, under the names of a layer of its own."""
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    q_norm: Any
+    k_norm: Any
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """The drawing expert's part of a layer, under the names of a layer of its own."""
+
+    input_layernorm: Any
+    self_attn: _Attention
+    post_attention_layernorm: Any
+    mlp: Any
+
+    @classmethod
+    def of(cls, layer: Any) -> _Expert:
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+        attention = _Attention(*(getattr(layer.self_attn, f"{name}_moe_gen") for name in names))
+        return cls(layer.input_layernorm_moe_gen, attention, layer.post_attention_layernorm_moe_gen, layer.mlp_moe_gen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BagelAdapter(Adapter):
+    """A span is the patches, then both markers: all of them have one position and see each other, so their order is free."""
+
+    family: ClassVar[str] = "bagel"
+    flat: ClassVar[bool] = True
+    drops_unit_guidance: ClassVar[bool] = True
+    skips_tokens: ClassVar[bool] = False
+
+    latents_in: Any = None
+    time: Any = None
+    latents_out: Any = None
+    patch_embedding: Any = None
+    vision: Any = None
+    connector: tuple[Any, ...] = ()
+
+    @property
+    def trail(self) -> int:
+        return MARKERS
+
+    @property
+    def latent_channels(self) -> int:
+        """Numbers of a latent token: the runtime's latents are a grid of tokens."""
+        return int(self.model.config.patch_width)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.model.config.latent_side, self.model.config.latent_side
+
+    def on(self, kit: Kit) -> BagelAdapter:
+        model, vit = self.model, self.model.vit_model.vision_model
+        return replace(
+            self,
+            lm_head=kit.linear(self.lm_head),
+            latents_in=kit.linear(model.vae2llm),
+            time=kit.time(model.time_embedder),
+            latents_out=kit.linear(model.llm2vae),
+            patch_embedding=kit.linear(vit.embeddings.patch_embedding),
+            vision=kit.vision(vit.encoder),
+            connector=(kit.linear(model.connector.fc1), kit.linear(model.connector.fc2)),
+        )
+
+    # ---- drawing
+
+    def sizes(self, latent_size: tuple[int, int]) -> Sizes:
+        patches, width = latent_size[0] * latent_size[1], self.latent_channels
+        return Sizes(patches=patches, velocity=(patches, width), cached=self.hidden, signal=width)
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        return self.time(t, self.dtype)
+
+    def time_token(self, time: Tensor) -> Tensor:
+        return time
+
+    def span(self, latents: Tensor, features: Tensor | None, early: Tensor | None, token: Tensor) -> Tensor:
+        rows, columns = latents.shape[2:]
+        places = self.model.latent_pos_embed(self.model.latent_places((rows, columns), latents.device))
+        # The time's embedding first, as in the model: sums of three numbers depend on their order.
+        return self.latents_in(self.signal(latents, token)) + token[:, None] + places.to(self.dtype)
+
+    def signal(self, latents: Tensor, token: Tensor) -> Tensor:
+        """The latent tokens."""
+        return latents.to(self.dtype).flatten(2).transpose(1, 2).contiguous()
+
+    def velocity(self, x: Tensor, modulation: Tensor, early: Tensor | None) -> Tensor:
+        return self.latents_out(x[:, :-MARKERS].contiguous())
+
+    # ---- sequences
+
+    def markers(self, ids: TokenIds) -> Tensor:
+        """[1, 2, hidden]."""
+        return self.embed_tokens(torch.tensor([[ids.start_of_image, ids.end_of_image]], device=self.device))
+
+    def segments(self, item: Text | Image, ids: TokenIds, position: int) -> list[Segment]:
+        """A text or an image of a sequence, whose first token has this rotary position."""
+        if isinstance(item, Text):
+            first, last = item.ids.new_tensor([ids.bos_token_id, ids.eos_token_id]).split(1)
+            embeds = self.embed_tokens(torch.cat([first, item.ids, last])[None])
+            positions = position + torch.arange(embeds.shape[1], device=self.device)
+            return [Segment(embeds, positions, causal=True)]
+        made: list[Segment] = []
+        for tokens, drawn in ((self._context_latents(item), True), (self._context_image(item), False)):
+            if tokens is not None:
+                embeds = torch.cat([tokens, self.markers(ids)], dim=1)
+                positions = torch.full((embeds.shape[1],), position + len(made), device=self.device)
+                made.append(Segment(embeds, positions, causal=False, drawn=tokens.shape[1] if drawn else 0))
+        return made
+
+    def _context_latents(self, item: Image) -> Tensor | None:
+        if item.latents is None:
+            return None
+        patch = self.model.config.latent_patch
+        rows, columns = (length // patch for length in item.latents.shape[2:])
+        grid = self.model.packed(item.latents).reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
+        time = self.time_token(self.embed_time(torch.zeros(1, dtype=torch.float32, device=self.device)))
+        return self.span(grid, None, None, time)
+
+    def _context_image(self, item: Image) -> Tensor | None:
+        if item.vit_tokens is None or item.vit_position_ids is None:
+            return None
+        return self.embed_image(item.vit_tokens, item.vit_position_ids)
+
+    def embed_image(self, image: Tensor, places: Tensor | None = None) -> Tensor:
+        """The image encoder's tokens [n, numbers] at places int64 [n] -> [1, n, hidden]."""
+        model, vit = self.model, self.model.vit_model.vision_model
+        x = self.patch_embedding(image.to(self.dtype)[None]) + vit.embeddings.position_embedding(places)
+        x = vit.post_layernorm(self.vision(x)["last_hidden_state"])
+        raise_, lower = self.connector
+        return lower(raise_(x, epilogue="gelu_tanh")) + model.vit_pos_embed(places).to(x.dtype)
+
+    def question(self, images: Sequence[Tensor], before: Tensor, after: Tensor) -> Question:
+        raise NotImplementedError
+
+    # ---- what is known
+
+    def shape(self) -> ModelShape:
+        model = self.model
+        return ModelShape(
+            layers=tuple(layer_shape(layer, self.llm_attention) for layer in self.experts),
+            blocks=(),
+            encoder=EncoderShape(linear=linear_flops(model.vae2llm), layers=0, width=self.hidden),
+            head_input=0.0,
+            final=linear_flops(model.llm2vae),
+            final_modulation=0.0,
+            lm_head=linear_flops(model.language_model.lm_head),
+            time_token=False,
+        )
+
+    def refused(self) -> Iterator[tuple[str, str]]:
+        model, like = self.model, self.embed_tokens.weight
+        yield from known.refused_model(model, _MODELS, self.methods)
+        for path, module in self._passed_over():
+            if reason := known.why_replaced(module, _LLM if "language_model" in path else _PARTS):
+                yield f".{path}", reason
+        for index, (layer, expert) in enumerate(zip(self.layers, self.experts, strict=True)):
+            path = f".language_model.model.layers.{index}"
+            yield from known.refused_layer(path, layer, self.llm_attention, like)
+            for name in ("q_norm", "k_norm"):
+                if reason := known.why_not_norm(getattr(expert.self_attn, name), like):
+                    yield f"{path}.self_attn.{name}_moe_gen", reason
+
+    def _passed_over(self) -> Iterator[tuple[str, Any]]:
+        """(path, module) of what the methods above compute from its parts."""
+        model = self.model
+        yield "language_model", model.language_model
+        yield "language_model.model", model.language_model.model
+        yield "language_model.model.rotary_emb", model.language_model.model.rotary_emb
+        for i, layer in enumerate(self.layers):
+            yield f"language_model.model.layers.{i}", layer
+        for path in ("vit_model", "vit_model.vision_model", "vit_model.vision_model.embeddings"):
+            yield path, model.get_submodule(path)
+        for path in ("connector", "latent_pos_embed", "vit_pos_embed"):
+            yield path, model.get_submodule(path)
+
+
+def adapter(model: Any) -> BagelAdapter:
+    """Look the parts up.
+
+    Raises:
+        TypeError: some are missing; the message lists them.
+    """
+    check_parts(model, "BAGEL", _REQUIRED)
+    llm, config = model.language_model.model, model.config
+    return BagelAdapter(
+        model=model,
+        embed_tokens=llm.embed_tokens,
+        layers=llm.layers,
+        experts=tuple(_Expert.of(layer) for layer in llm.layers),
+        final_norm=llm.norm,
+        span_norm=llm.norm_moe_gen,
+        llm_rope=llm.rotary_emb,
+        lm_head=model.language_model.lm_head,
+        llm_attention=AttentionShape(config.heads, config.kv, config.hidden // config.heads),
+    )
