@@ -76,7 +76,10 @@ class Question:
     allowed: Tensor
     """bool [length, length], True where a row may attend to a column."""
     spans: tuple[tuple[int, int], ...]
-    """(first position, count) of each image's tokens: those that token pruning may drop."""
+    """(first token, count) of each image's tokens: those that token pruning may drop."""
+    positions: Tensor | None = None
+    """int64 [length], each token's for the rotary embedding, at most its place; the answer's follow the largest. None: one after
+    another."""
 
 
 class Kit(Protocol):
@@ -265,8 +268,9 @@ class Adapter(ABC):
         """What a question's images are given as, [images, ...] -> [images, tokens, hidden]."""
 
     @abstractmethod
-    def question(self, images: Sequence[Tensor], before: Tensor, after: Tensor) -> Question:
-        """A question about encoded images, [1, tokens, hidden] each; before and after int64 [1, n], the tokens around them."""
+    def question(self, images: Sequence[Tensor], before: Any, after: Any) -> Question:
+        """A question about encoded images, [1, tokens, hidden] each; before and after int64 [1, n], the tokens around them, or what
+        the family's answers have in their place."""
 
 
 def adapter_of(model: Any) -> Adapter:

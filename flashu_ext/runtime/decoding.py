@@ -79,7 +79,7 @@ class Decoder:
             if isinstance(run, Tensor):
                 memory.runs[layer, :rows] = run
         used = [cache.used(row) for row in range(live)]
-        positions = [first for first, _ in used] + [0] * idle
+        positions = [first - cache.prompt(row).ahead for row, (first, _) in enumerate(used)] + [0] * idle
         # Slots that are not there: a row without an answer stores nothing, so its prompt stays complete.
         used += [memory.shape.capacities] * idle
         slots = torch.tensor(used, dtype=torch.int64, device="cpu").t()

@@ -34,6 +34,10 @@ class Prompt:
     """Its images."""
     dropped: tuple[int, ...]
     """For each span the number of tokens that the pruning layer drops."""
+    positions: Tensor
+    """int64 [length], for the rotary embedding."""
+    ahead: int = 0
+    """How far an answer's positions are behind its places: those of tokens that share one."""
     kept: Tensor | None = None
     """Positions of the tokens in the cache from the pruning layer on, int64 [slots]; set by the prefill."""
 
@@ -55,7 +59,12 @@ class Prompt:
         return self.allowed[-1, self.kept] if late and self.kept is not None else self.allowed[-1]
 
     def nbytes(self) -> int:
-        return self.embeds.nbytes + self.allowed.nbytes + (self.kept.nbytes if self.kept is not None else 0)
+        return (
+            self.embeds.nbytes
+            + self.positions.nbytes
+            + self.allowed.nbytes
+            + (self.kept.nbytes if self.kept is not None else 0)
+        )
 
 
 class PromptCache:
@@ -236,6 +245,7 @@ def common_prefix(source: Prompt, prompt: Prompt, limit: int) -> int:
         return 0
     limit = min(limit, source.length, prompt.length - 1)
     same = (source.embeds[0, :limit] == prompt.embeds[0, :limit]).all(dim=-1)
+    same &= source.positions[:limit] == prompt.positions[:limit]
     same &= (source.allowed[:limit, :limit] == prompt.allowed[:limit, :limit]).all(dim=-1)
     limit = int(same.long().cumprod(0).sum())
     if limit == 0:

@@ -6,13 +6,14 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.adapter import adapter_of
 from ..models.autocast import without_autocast
-from ..models.decoding import OnToken, TokenSampler
+from ..models.decoding import OnToken
 from ..models.known import check_model, untracked, why_not_attention_kernel
 from ..models.sampling import DrawInputs
 from ..models.shapes import layer_shapes
@@ -21,6 +22,7 @@ from ..ops.kernel_sets import KernelSet, resolve
 from ..planning.config import FlashUConfig
 from ..planning.neurons import NeuronLayout
 from .answer_scheduler import AnswerScheduler
+from .decoding import Pick
 from .forked import ForkedLock
 from .generation import AcceleratedStepper, GenerationEngine
 from .graphs import GraphCapture
@@ -239,14 +241,15 @@ class Runner:
     def answer_tokens(
         self,
         images: Sequence[Sequence[Tensor]],
-        befores: Sequence[Tensor],
-        afters: Sequence[Tensor],
+        befores: Sequence[Any],
+        afters: Sequence[Any],
         max_new_tokens: int,
         eos_token: int | None,
-        sampler: TokenSampler,
+        sampler: Pick,
         on_token: OnToken | None = None,
     ) -> list[Tensor]:
-        """`flashu_ext.showo2.answer_tokens_batch` on an accelerated model; images [1, channels, H, W] of each question."""
+        """`answer_tokens` of a family on an accelerated model: images [1, ...] of each question as `Adapter.embed_image` takes
+        them, the rest as `Adapter.question` does."""
         with self.working():
             self.ready()
             engine = self.understanding

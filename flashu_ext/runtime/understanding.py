@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -216,13 +217,13 @@ class UnderstandingEngine:
         self._images = [(distinct[i], embeds[i]) for i in dict.fromkeys(chosen)]
         return [embeds[i] for i in chosen]
 
-    def question(self, images: Tensor | Sequence[Tensor], before: Tensor, after: Tensor) -> Prompt:
+    def question(self, images: Tensor | Sequence[Tensor], before: Any, after: Any) -> Prompt:
         """A question about encoded images.
 
         Args:
             images: [1, patches, hidden], or a list of them.
-            before: tokens before the first image, int64 [1, n].
-            after: tokens after the images, int64 [1, m]; boi and eoi come first (see `answer_tokens`).
+            before: tokens before the first image, int64 [1, n], or what `Adapter.question` takes.
+            after: tokens after the images, int64 [1, m]; boi and eoi come first (see `answer_tokens`). Or as before.
         """
         listed = [images] if isinstance(images, Tensor) else images
         return self.prompt(self.parts.question(listed, before, after))
@@ -230,7 +231,10 @@ class UnderstandingEngine:
     def prompt(self, question: Question) -> Prompt:
         """A prompt from copies of a question's tensors."""
         dropped = self.pruner.dropped(question.spans)
-        return Prompt(question.embeds.clone(), question.allowed.clone(), question.spans, dropped)
+        length, positions = question.embeds.shape[1], question.positions
+        ahead = 0 if positions is None else length - 1 - int(positions.max())
+        positions = torch.arange(length, device=self.parts.device) if positions is None else positions.clone()
+        return Prompt(question.embeds.clone(), question.allowed.clone(), question.spans, dropped, positions, ahead)
 
     # ---- decoding
 
@@ -365,9 +369,7 @@ class UnderstandingEngine:
         prompts = [cache.prompt(row) for row, _ in chunks]
         device = hidden.device
         x = torch.cat([prompt.embeds[:, start:] for prompt, (_, start) in zip(prompts, chunks, strict=True)], dim=1)
-        positions = [
-            torch.arange(start, p.length, device=device) for p, (_, start) in zip(prompts, chunks, strict=True)
-        ]
+        positions = [p.positions[start:] for p, (_, start) in zip(prompts, chunks, strict=True)]
         rope = self.store.rope.at(torch.cat(positions), max(prompt.length for prompt in prompts), x.dtype)
         attention = _PrefillPass(
             cache,

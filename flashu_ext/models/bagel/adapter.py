@@ -13,12 +13,13 @@ from ...planning.cost import EncoderShape, ModelShape
 from ...planning.decoders import check_parts
 from .. import known
 from ..adapter import Adapter, AttentionShape, Kit, Question, Sizes
+from ..masks import causal
 from ..sampling import Segment
 from ..shapes import layer_shape, linear_flops
 from .model import Image, Text, TokenIds
 from .sampling import MARKERS
 
-__all__ = ["BagelAdapter", "adapter"]
+__all__ = ["BagelAdapter", "adapter", "with_places"]
 
 _REQUIRED = (
     "language_model.model.layers.0.mlp_moe_gen",
@@ -151,9 +152,7 @@ class BagelAdapter(Adapter):
         made: list[Segment] = []
         for tokens, drawn in ((self._context_latents(item), True), (self._context_image(item), False)):
             if tokens is not None:
-                embeds = torch.cat([tokens, self.markers(ids)], dim=1)
-                positions = torch.full((embeds.shape[1],), position + len(made), device=self.device)
-                made.append(Segment(embeds, positions, causal=False, drawn=tokens.shape[1] if drawn else 0))
+                made.append(self._between(tokens, ids, position + len(made), drawn))
         return made
 
     def _context_latents(self, item: Image) -> Tensor | None:
@@ -166,20 +165,48 @@ class BagelAdapter(Adapter):
         return self.span(grid, None, None, time)
 
     def _context_image(self, item: Image) -> Tensor | None:
-        if item.vit_tokens is None or item.vit_position_ids is None:
-            return None
-        return self.embed_image(item.vit_tokens, item.vit_position_ids)
+        return None if item.vit_tokens is None else self.embed_image(with_places(item))
 
-    def embed_image(self, image: Tensor, places: Tensor | None = None) -> Tensor:
-        """The image encoder's tokens [n, numbers] at places int64 [n] -> [1, n, hidden]."""
+    def embed_image(self, image: Tensor) -> Tensor:
+        """The image encoder's tokens and their places (`with_places`), [images, n, numbers + 1] -> [images, n, hidden]."""
         model, vit = self.model, self.model.vit_model.vision_model
-        x = self.patch_embedding(image.to(self.dtype)[None]) + vit.embeddings.position_embedding(places)
+        tokens, places = image[..., :-1].to(self.dtype).contiguous(), image[..., -1].long()
+        x = self.patch_embedding(tokens) + vit.embeddings.position_embedding(places)
         x = vit.post_layernorm(self.vision(x)["last_hidden_state"])
         raise_, lower = self.connector
         return lower(raise_(x, epilogue="gelu_tanh")) + model.vit_pos_embed(places).to(x.dtype)
 
-    def question(self, images: Sequence[Tensor], before: Tensor, after: Tensor) -> Question:
-        raise NotImplementedError
+    def question(self, images: Sequence[Tensor], before: Sequence[Text | Image], after: TokenIds) -> Question:
+        """A sequence of texts and images, of which the images [1, n, hidden] are encoded, and the answer's first marker.
+
+        Args:
+            before: the sequence. after: ids of the markers.
+        """
+        encoded = iter(images)
+        segments: list[Segment] = []
+        spans, place, position = [], 0, 0
+        for item in before:
+            if isinstance(item, Text):
+                made = self.segments(item, after, position)
+            else:
+                made = [self._between(next(encoded), after, position)]
+                spans.append((place, made[0].embeds.shape[1] - MARKERS))
+            segments += made
+            place += made[0].embeds.shape[1]
+            position = int(made[0].positions[-1]) + 1
+        start = torch.tensor([[after.bos_token_id]], device=self.device)
+        segments.append(Segment(self.embed_tokens(start), start[0] * 0 + position, causal=True))
+        allowed = causal(place + 1, self.device)
+        for segment, (first, count) in zip([s for s in segments if not s.causal], spans, strict=True):
+            allowed[first : first + count + MARKERS, first : first + count + MARKERS] = True
+        positions = torch.cat([segment.positions for segment in segments])
+        return Question(torch.cat([s.embeds for s in segments], dim=1), allowed, tuple(spans), positions)
+
+    def _between(self, tokens: Tensor, ids: TokenIds, position: int, drawn: bool = False) -> Segment:
+        """An image's tokens [1, n, hidden] with its markers behind them."""
+        embeds = torch.cat([tokens, self.markers(ids)], dim=1)
+        positions = torch.full((embeds.shape[1],), position, device=self.device)
+        return Segment(embeds, positions, causal=False, drawn=tokens.shape[1] if drawn else 0)
 
     # ---- what is known
 
@@ -221,6 +248,12 @@ class BagelAdapter(Adapter):
             yield path, model.get_submodule(path)
         for path in ("connector", "latent_pos_embed", "vit_pos_embed"):
             yield path, model.get_submodule(path)
+
+
+def with_places(item: Image) -> Tensor:
+    """An image's tokens of the image encoder, with their places as a last number, fp32 [1, n, numbers + 1]."""
+    assert item.vit_tokens is not None and item.vit_position_ids is not None, "sampling.check_inputs has looked"
+    return torch.cat([item.vit_tokens.float(), item.vit_position_ids[:, None].float()], dim=1)[None]
 
 
 def adapter(model: Any) -> BagelAdapter:

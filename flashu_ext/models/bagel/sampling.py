@@ -32,7 +32,7 @@ class Guidance:
     """How the branches' velocities are combined.
 
     Attributes:
-        text: scale against the context without its last text; at most 1: no guidance at all, whatever `image` is.
+        text: scale against the context without the text at its end; at most 1: no guidance at all, whatever `image` is.
         image: scale against the texts alone; at most 1: that branch is not computed.
         interval: (low, high): guided where low < t <= high.
         renorm: of the norm over everything ('global'), per token ('channel'), or per token before the image's guidance
@@ -238,14 +238,18 @@ def sample(
 
 @dataclass(frozen=True)
 class _Guide:
-    """`guided` as a `Formula`. Where texts are all that there is, the branch without image is the full one."""
+    """`guided` as a `Formula`. Branches that see the same are one row: without images the one without image is the full one."""
 
     guidance: Guidance
+    text: int
+    """Row of the branch without text; the full one's is 0."""
+    image: int | None
+    """Row of the branch without image, where it counts."""
 
     def __call__(self, rows: Tensor, scale: Tensor) -> Tensor:
-        full, without_text, *rest = rows.float().split(1)
-        image = (rest[0] if rest else full) if self.guidance.image > 1 else None
-        return guided(full, without_text, image, self.guidance, scale)
+        branches = rows.float().split(1)
+        without_image = None if self.image is None else branches[self.image]
+        return guided(branches[0], branches[self.text], without_image, self.guidance, scale)
 
 
 @dataclass(frozen=True)
@@ -253,9 +257,9 @@ class SampleInputs(DrawInputs):
     """Of BAGEL: one image, whose rows are the branches of guidance. Latents are a grid of tokens."""
 
     sequences: tuple[tuple[Text | Image, ...], ...]
-    """What each branch sees; equal items are the same objects."""
+    """What each row sees; equal items are the same objects."""
     ids: TokenIds
-    guidance: Guidance
+    guide: _Guide
     shift: float
     extents: tuple[tuple[int, int], ...]
     """Tokens of each branch's sequence, and its rotary positions."""
@@ -273,12 +277,16 @@ class SampleInputs(DrawInputs):
         shift: float,
     ) -> SampleInputs:
         """From arguments of `sample`, which are checked."""
-        sequences = [tuple(inputs)]
-        if guidance.text > 1:
-            texts = [index for index, item in enumerate(inputs) if isinstance(item, Text)]
-            sequences.append(tuple(inputs[: texts[-1] if texts else len(inputs)]))
-            if guidance.image > 1 and len(texts) < len(inputs):
-                sequences.append(tuple(inputs[index] for index in texts))
+        sequences: list[tuple[Text | Image, ...]] = []
+        rows: list[int] = []
+        for own in branch_inputs(inputs):
+            alike = [index for index, other in enumerate(sequences) if list(map(id, other)) == list(map(id, own))]
+            rows.append(alike[0] if alike else len(sequences))
+            if not alike:
+                sequences.append(own)
+            if guidance.text <= 1 or (guidance.image <= 1 and len(rows) == 2):
+                break
+        guide = _Guide(guidance, *([*rows[1:], None, None][:2]))
         latents = noise.float().t().reshape(1, -1, *grid)
         span = latents[0, 0].numel() + MARKERS
         extents = []
@@ -289,7 +297,7 @@ class SampleInputs(DrawInputs):
         longest = max(tokens for tokens, _ in extents)
         tokens = torch.zeros(len(sequences), longest + span, dtype=torch.int64, device=noise.device)
         scale = guidance.text if len(sequences) > 1 else 0.0
-        own = (tuple(sequences), ids, guidance, shift, tuple(extents))
+        own = (tuple(sequences), ids, guide, shift, tuple(extents))
         return cls(latents, tokens, spans, num_timesteps, scale, *own)
 
     @property
@@ -321,12 +329,12 @@ class SampleInputs(DrawInputs):
 
     @property
     def formula(self) -> Formula | None:
-        return _Guide(self.guidance) if self.branches > 1 else None
+        return self.guide if self.branches > 1 else None
 
     def guides(self, grid_points: int, config: FlashUConfig) -> list[bool]:
         times = time_grid(grid_points, self.shift)[:-1].tolist()
-        scales = [config.guidance_at(index, self.guidance.text) for index in range(1, grid_points)]
-        return [self.guidance.branches(t)[0] and scale > 1 for t, scale in zip(times, scales, strict=True)]
+        scales = [config.guidance_at(index, self.guide.guidance.text) for index in range(1, grid_points)]
+        return [self.guide.guidance.branches(t)[0] and scale > 1 for t, scale in zip(times, scales, strict=True)]
 
     def schedule(self, grid_points: int) -> tuple[Tensor, Tensor]:
         times = time_grid(grid_points, self.shift).to(self.noise.device)
@@ -362,15 +370,20 @@ def _told(callback: Callback | None) -> Callback | None:
     return None if callback is None else lambda step, latents: callback(step, _tokens(latents))
 
 
+def branch_inputs(inputs: Sequence[Text | Image]) -> tuple[tuple[Text | Image, ...], ...]:
+    """What the three branches see: everything; everything before the text at the end (all, where an image is the last); the
+    texts alone. Source: upstream inferencer.py."""
+    full = tuple(inputs)
+    without_text = full[:-1] if full and isinstance(full[-1], Text) else full
+    return full, without_text, tuple(item for item in full if isinstance(item, Text))
+
+
 def branch_contexts(model: Any, inputs: Sequence[Text | Image], ids: TokenIds) -> tuple[Context, Context, Context]:
-    """The contexts of the three branches: everything, everything before the last text, and the texts alone."""
-    texts = [index for index, item in enumerate(inputs) if isinstance(item, Text)]
-    last = texts[-1] if texts else len(inputs)
-    before = model.context(inputs[:last], ids)
-    full = before
-    for item in inputs[last:]:
-        full = model.append(full, item, ids)
-    return full, before, model.context([inputs[index] for index in texts], ids)
+    """The contexts of the three branches."""
+    full, without_text, texts = branch_inputs(inputs)
+    before = model.context(without_text, ids)
+    whole = before if len(full) == len(without_text) else model.append(before, full[-1], ids)
+    return whole, before, model.context(texts, ids)
 
 
 def check_inputs(model: Any, inputs: Any, token_ids: Any) -> TokenIds:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..accelerated import handle_of
 from ..checks import check_count
 from .layers import Experts
 from .model import Image, Text, TokenIds
@@ -43,6 +44,8 @@ def answer_tokens(
     """
     ids = check_inputs(model, inputs, token_ids)
     check_count("max_new_tokens", max_new_tokens)
+    if (handle := handle_of(model)) is not None:
+        return _answered(handle, inputs, ids, max_new_tokens, stop, return_logits)
     run, device = model.language_model.model, model.vae2llm.weight.device
     context = model.context(inputs, ids)
     token = torch.tensor([ids.bos_token_id], device=device)
@@ -55,3 +58,26 @@ def answer_tokens(
         words.append(token[0])
     answer = torch.stack(words) if words else torch.empty(0, dtype=torch.int64, device=device)
     return (answer, torch.stack(logits)) if return_logits else answer
+
+
+def _answered(
+    handle: Any, inputs: Sequence[Text | Image], ids: TokenIds, most: int, stop: bool, return_logits: bool
+) -> Any:
+    """`answer_tokens` of an accelerated model."""
+    from .adapter import with_places
+
+    for index, item in enumerate(inputs):
+        if isinstance(item, Image) and item.latents is not None:
+            raise ValueError(
+                f"inputs[{index}].latents: expected None, an accelerated model's answers read images by vit_tokens, got latents"
+            )
+    logits: list[Tensor] = []
+
+    def pick(rows: Tensor, prompts: Sequence[int]) -> Tensor:
+        logits.append(rows.clone())
+        return rows.argmax(-1, keepdim=True)
+
+    images = [with_places(item) for item in inputs if isinstance(item, Image)]
+    end = ids.eos_token_id if stop else None
+    (answer,) = handle.runner.answer_tokens([images], [inputs], [ids], most, end, pick)
+    return (answer, torch.cat(logits[: len(answer)])) if return_logits else answer
