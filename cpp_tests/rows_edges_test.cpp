@@ -284,7 +284,7 @@ TYPED_TEST(RowsEdges, FeatureDelta) {
 }
 
 TYPED_TEST(RowsEdges, TaylorTables) {
-  for (const int64_t order : {0, 1, 2}) {
+  for (const int64_t order : {0, 1, 2, 3}) {
     for (const int64_t width : {1, 5, 16383, 16385, 40000}) {
       for (const int32_t threads : kThreadCounts) {
         const Threads pretended(threads);
@@ -311,6 +311,7 @@ TYPED_TEST(RowsEdges, TaylorTables) {
             double sum = table[0][static_cast<size_t>(j)];
             if (order >= 1 && count >= 1) sum += 4 * table[1][static_cast<size_t>(j)];
             if (order >= 2 && count >= 2) sum += 8 * table[2][static_cast<size_t>(j)];
+            if (order >= 3 && count >= 3) sum += 64.0f / 6 * table[3][static_cast<size_t>(j)];
             ASSERT_EQ(out.value(0, j), rounded<TypeParam>(sum)) << "order " << order << ", update " << count;
           }
         }

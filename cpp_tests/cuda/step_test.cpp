@@ -102,13 +102,13 @@ TYPED_TEST(DeviceStep, FeatureDelta) {
 
 TYPED_TEST(DeviceStep, DifferencesAndExtrapolation) {
   for (const int64_t n : {int64_t{7}, int64_t{64}, int64_t{1000}}) {
-    for (const int64_t order : {0, 1, 2}) {
+    for (const int64_t order : {0, 1, 2, 8}) {
       const auto state = normal<TypeParam>({order + 1, n}, 1);
       auto expected = state;
       auto got = state;
       Guarded<TypeParam> expected_out({n});
       got.upload();
-      for (int64_t count = 0; count < 4; ++count) {
+      for (int64_t count = 0; count < order + 2; ++count) {
         auto feature = normal<TypeParam>({n}, static_cast<uint32_t>(10 + count));
         taylor_update(expected, feature, 2.0, count);
         taylor_predict(expected, 1.5, count + 1, expected_out);

@@ -9,7 +9,7 @@
 namespace flashu::api {
 namespace {
 
-constexpr int kLargestOrder = 2;
+constexpr int kLargestOrder = 8;
 
 void check_table(const char* name, const flashu_tensor& table) {
   core::check_rank(name, table, 1);

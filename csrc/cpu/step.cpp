@@ -13,7 +13,6 @@
 namespace flashu::cpu {
 namespace {
 
-constexpr int kLargestOrder = 2;
 
 // Images of [channels, positions] and velocities of [positions, channels].
 template <class L, class V>
@@ -148,14 +147,17 @@ void taylor_predict(const flashu_taylor_predict_args& args) {
   const int terms = static_cast<int>(std::min<int64_t>(order, args.count - 1));
   const int64_t n = core::numel(args.out);
   const float ahead = static_cast<float>(args.ahead);
-  const float weight[kLargestOrder + 1] = {1.0f, ahead, ahead * ahead / 2.0f};
   with_type(args.state.dtype, [&](auto tag) {
     using T = decltype(tag);
     core::parallel_for(0, n, kGrainElements, [&](int64_t first, int64_t last) {
       for (int64_t j = first; j < last; ++j) {
         const T* state = pointer<T>(args.state) + j;
         float sum = to_float(state[0]);
-        for (int i = 1; i <= terms; ++i) sum += weight[i] * to_float(state[i * n]);
+        float weight = ahead;
+        for (int i = 1; i <= terms; ++i) {
+          sum += weight * to_float(state[i * n]);
+          weight = weight * ahead / static_cast<float>(i + 1);
+        }
         pointer<T>(args.out)[j] = from_float<T>(sum);
       }
     });

@@ -130,6 +130,8 @@ class Adapter(ABC):
 
     flat: ClassVar[bool] = False
     """Whether all tokens of an image span have one rotary position."""
+    norms_span: ClassVar[bool] = True
+    """Whether `final_norm` is applied to a span. Else `velocity` norms it, and the head's cache has it before its norm."""
     skips_tokens: ClassVar[bool] = True
     """Whether its layers can leave out tokens of a drawing (`FlashUConfig.token_skip_ratio`)."""
 
@@ -146,8 +148,6 @@ class Adapter(ABC):
     experts: Any = ()
     """Layers, as `layers`, that compute a drawing's patches where these have experts of their own; `layers` then compute all
     other tokens, on all neurons. Attention is over both."""
-    span_norm: Any = None
-    """Of a span after the experts; None: `final_norm`."""
     blocks: Any = ()
     """Of a head of attention blocks behind the language model, as `layers`, with a rotary module of their own. Their parts of
     the `modulation` come first, `BLOCK_PARTS` widths each."""
@@ -269,8 +269,8 @@ class Adapter(ABC):
 
     @abstractmethod
     def question(self, images: Sequence[Tensor], before: Any, after: Any) -> Question:
-        """A question about encoded images, [1, tokens, hidden] each; before and after int64 [1, n], the tokens around them, or what
-        the family's answers have in their place."""
+        """A question about encoded images, [1, tokens, hidden] each; before and after int64 [1, n], the tokens around them,
+        or what the family's answers have in their place."""
 
 
 def adapter_of(model: Any) -> Adapter:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..planning.config import FlashUConfig
 from .velocity import Scale, guided
 
-__all__ = ["Callback", "DrawInputs", "Formula", "Segment", "Stepper", "integrate"]
+__all__ = ["Callback", "DrawInputs", "Formula", "Segment", "Stepper", "TaylorSeer", "integrate"]
 
 Callback = Callable[[int, Tensor], None]
 """Called after each step with its number, from 1, and the latents, which must not be modified."""
@@ -37,6 +37,32 @@ class Segment:
     """Whether a token sees earlier ones of the segment only; what came before is seen whole."""
     drawn: int = 0
     """Tokens, from the first, that drawing experts compute (`Adapter.experts`)."""
+
+
+@dataclass(frozen=True)
+class TaylorSeer:
+    """Most evaluations extrapolate the last layer's output from earlier ones. Source: arXiv 2503.06923.
+
+    Attributes:
+        max_order: of the differences.
+        first_enhance: evaluations at the start that are computed.
+        fresh_threshold: of those after, every how many-th is.
+    """
+
+    max_order: int = 6
+    first_enhance: int = 5
+    fresh_threshold: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("max_order", 0, 8), ("first_enhance", 1, None), ("fresh_threshold", 1, None)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):
+                upto = "" if most is None else f" and <= {most}"
+                raise ValueError(f"{name}: expected an integer >= {least}{upto}, got {value!r}")
+
+    def computes(self, index: int) -> bool:
+        """Whether evaluation `index`, from 0, is computed."""
+        return index < self.first_enhance or (index - self.first_enhance + 1) % self.fresh_threshold == 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +106,11 @@ class DrawInputs(ABC):
     @property
     def formula(self) -> Formula | None:
         """What guides; None: `velocity.guide`."""
+        return None
+
+    @property
+    def forecast(self) -> TaylorSeer | None:
+        """Which evaluations are predicted, in place of what the config's `HeadCaching` says."""
         return None
 
     def guides(self, grid_points: int, config: FlashUConfig) -> Sequence[bool] | None:

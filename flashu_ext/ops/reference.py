@@ -6,6 +6,7 @@ support: fp64 gives the exact result, a kernel's dtype that of plain torch. No c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -433,7 +434,6 @@ def taylor_predict(state: Tensor, ahead: float, count: int, *, out: Tensor | Non
     """See `flashu_ext.ops.taylor_predict`."""
     wide = _wide(state)
     total = wide[0].clone()
-    for i, weight in enumerate((ahead, ahead * ahead / 2), start=1):
-        if i <= min(state.shape[0] - 1, count - 1):
-            total += weight * wide[i]
+    for i in range(1, min(state.shape[0] - 1, count - 1) + 1):
+        total += ahead**i / math.factorial(i) * wide[i]
     return _into(out, total.to(state.dtype))

@@ -66,7 +66,7 @@ def taylor_update_(state: Tensor, feature: Tensor, interval: float, count: int) 
     state[0] = feature; state[i] = (new state[i - 1] - old state[i - 1]) / interval for i <= min(order, count), else 0.
 
     Args:
-        state: [order + 1, ...], contiguous, order 0 to 2.
+        state: [order + 1, ...], contiguous, order 0 to 8.
         feature: [...], contiguous.
         interval: steps since the previous update, > 0.
         count: updates before this one.

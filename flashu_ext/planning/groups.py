@@ -89,7 +89,7 @@ Ratio = Annotated[float, expect("a number in [0, 1)", lambda v: is_real(v) and 0
 Count = Annotated[int, expect("an integer >= 0", lambda v: is_int(v) and v >= 0)]
 Positive = Annotated[int, expect("an integer >= 1", lambda v: is_int(v) and v >= 1)]
 Budget = Annotated[float, expect("a finite number >= 0", lambda v: is_real(v) and v >= 0)]
-Order = Annotated[int, expect("0, 1 or 2", lambda v: is_int(v) and v in (0, 1, 2))]
+Order = Annotated[int, expect("an integer from 0 to 8", lambda v: is_int(v) and 0 <= v <= 8)]
 Score = Annotated[str, expect(f"one of {', '.join(TOKEN_SCORES)}", lambda v: v in TOKEN_SCORES)]
 Switch = Annotated[bool, expect("True or False", lambda v: isinstance(v, bool))]
 KernelChoice = Annotated[bool | str, expect("True, False or 'flashu'", lambda v: isinstance(v, bool) or v == "flashu")]
@@ -199,7 +199,7 @@ class HeadCaching(_Group):
 
     Attributes:
         interval: evaluations between two updates of the stored state (T_cache); 0 = no cache.
-        order: how the state is predicted for a later evaluation: 0 reuses it, 1 and 2 extrapolate by finite differences.
+        order: how the state is predicted for a later evaluation: 0 reuses it, others (to 8) extrapolate by finite differences.
         residual: a cached evaluation runs the language model and replaces the head's blocks by what they last added to their
             input; False reuses their output and runs no language model.
         adaptive: decide while running which evaluations are cached, by the drift of a cheap early signal since the head last

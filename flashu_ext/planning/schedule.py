@@ -92,6 +92,7 @@ class StepPlan:
         guidance_scale: float | None = None,
         num_tokens: int | None = None,
         guides: Sequence[bool] | None = None,
+        computes: Sequence[bool] | None = None,
     ) -> StepPlan:
         """Plan an image.
 
@@ -102,6 +103,7 @@ class StepPlan:
             guidance_scale: the caller's; needed to see which steps have scale 1. None: those that depend on it do not.
             num_tokens: image tokens; needed to see whether `TokenSkip.ratio` rounds down to none. None: it does not.
             guides: for each evaluation whether its result is guided; None: where the scale asks for it.
+            computes: for each evaluation whether it is computed, and else predicted; None: as `HeadCaching` says.
 
         Raises:
             ValueError: fewer than two grid points.
@@ -110,7 +112,7 @@ class StepPlan:
         if not isinstance(grid_points, int) or isinstance(grid_points, bool) or grid_points < 2:
             raise ValueError(f"steps: expected an integer >= 2 (grid points), got {grid_points!r}")
         rules = _Rules.from_config(config, grid_points, num_layers, num_tokens)
-        drafts = _drafts(rules)
+        drafts = _drafts(rules, computes)
         live = _with_branches(rules, config, guidance_scale, guides, _without_dead_work(rules, drafts))
         return cls(config, grid_points, _with_encoder(rules, drafts, live))
 
@@ -256,6 +258,7 @@ class _Draft:
     measures: bool
     skip_from: int | None
     head_from: int | None
+    kept: bool
     measures_tokens: bool
     tokens_from: tuple[int, ...]
     adaptive: bool
@@ -270,7 +273,7 @@ def _due(every: int, count: int) -> bool:
     return every > 0 and count % every == 0
 
 
-def _drafts(rules: _Rules) -> list[_Draft]:
+def _drafts(rules: _Rules, computes: Sequence[bool] | None) -> list[_Draft]:
     drafts: list[_Draft] = []
     measured: int | None = None
     cached: int | None = None
@@ -280,14 +283,15 @@ def _drafts(rules: _Rules) -> list[_Draft]:
         measures = not full and _due(rules.measure_layers, index - 1)
         measures_tokens = not full and _due(rules.measure_tokens, index - 1)
         all_runs = full or measures or measures_tokens
-        stores = not full and _due(rules.keep_head, index)
+        stores = (not full and _due(rules.keep_head, index)) if computes is None else computes[index - 1]
         drafts.append(
             _Draft(
                 index=index,
                 full=full,
                 measures=measures,
                 skip_from=None if all_runs else measured,
-                head_from=cached if not full and not stores else None,
+                head_from=cached if (computes is not None or not full) and not stores else None,
+                kept=computes is not None and stores,
                 measures_tokens=measures_tokens,
                 tokens_from=() if all_runs else measured_tokens,
                 # A measuring step runs its backbone anyway, and what it measures must not depend on a decision while running.
@@ -313,6 +317,7 @@ def _without_dead_work(rules: _Rules, drafts: list[_Draft]) -> list[Step]:
     live_measures = {draft.skip_from for draft in users}
     live_tokens = {source for draft in users for source in draft.tokens_from}
     kept = {draft.head_from for draft in drafts} | {draft.index - 1 for draft in drafts if draft.adaptive}
+    kept |= {draft.index for draft in drafts if draft.kept}  # extrapolation reads earlier states too
     steps = []
     for draft in drafts:
         head = draft.index in runs_head

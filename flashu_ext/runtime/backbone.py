@@ -151,7 +151,8 @@ class Backbone:
             for (memory, work), own in zip(pairs, by_memory, strict=True):
                 assert work.token_slot is not None
                 memory.router.store(work.token_slot, own)
-        for (memory, work), own in zip(pairs, self.network.span_norm(x).split(rows), strict=True):
+        hidden = self.network.final_norm(x) if self.parts.norms_span else x
+        for (memory, work), own in zip(pairs, hidden.split(rows), strict=True):
             memory.hidden[: work.rows] = own
 
     def _layers(

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..models.sampling import DrawInputs, Segment
+from ..models.sampling import DrawInputs, Segment, TaylorSeer
 from ..models.velocity import Scale, guide, guided, unpatchify
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, LayerSkip
@@ -122,7 +122,11 @@ class GenerationEngine:
         planned = config.replace(skip_unit_guidance=True) if parts.drops_unit_guidance else config
         scale = None if isinstance(guidance_scale, tuple) else guidance_scale
         guides = None if inputs is None else inputs.guides(steps, config)
-        plan = StepPlan.build(planned, steps, len(parts.layers), scale, patches, guides)
+        computes, restarts = None, 0
+        if inputs is not None and (seer := inputs.forecast) is not None:
+            config, planned = (_predicting(each, seer) for each in (config, planned))
+            computes, restarts = [seer.computes(index) for index in range(steps - 1)], seer.first_enhance - 1
+        plan = StepPlan.build(planned, steps, len(parts.layers), scale, patches, guides, computes)
         geometry = RowGeometry(seen, int(modality_positions[0, 0, 1]))
         images = rows // branches
         shape = ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows))
@@ -134,7 +138,7 @@ class GenerationEngine:
             self.pool.release(lease)
             raise
         caching = config.head or HeadCaching()
-        head = HeadHistory(caching.order, restarts=caching.adaptive)
+        head = HeadHistory(caching.order, restarts=caching.adaptive, upto=restarts)
         tail = length - int(modality_positions[:, 0].sum(dim=1).min())
         memory = lease.memory
         record = ImageRecord(plan, branches, geometry, length, tail, memory.router.skipped, memory.nbytes())
@@ -329,6 +333,19 @@ class GenerationEngine:
             formula=state.formula_at(step),
             groups=state.memory.groups(each.rows),
         )
+
+
+def _predicting(config: FlashUConfig, seer: TaylorSeer) -> FlashUConfig:
+    """A config whose head cache is TaylorSeer's.
+
+    Raises:
+        ValueError: it has one of its own, or skips layers, which are measured in evaluations that may be predicted.
+    """
+    if config.head is not None and config.head.approximates:
+        raise ValueError(f"taylorseer: expected None with a config that caches the head, got one with {config.head}")
+    if config.layers is not None and config.layers.ratio > 0:
+        raise ValueError(f"taylorseer: expected None with a config that skips layers, got one with {config.layers}")
+    return config.replace(head_cache_interval=seer.fresh_threshold, head_forecast_order=seer.max_order)
 
 
 class _Evaluation:

@@ -19,7 +19,7 @@ class HeadCache:
     """The head's last feature (the blocks' output, or what they add to their input) and its finite differences.
 
     One table [order + 1, rows, span, width] for each number of rows: a step with one guidance branch has half of them.
-    The extrapolation order is 0 to 2.
+    The extrapolation order is 0 to 8.
     """
 
     def __init__(self, tables: Iterable[Tensor]):

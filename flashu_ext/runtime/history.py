@@ -21,6 +21,8 @@ class HeadHistory:
     restarts: bool
     """Forget the history when a step has more rows than the last: the new rows lack the earlier features that extrapolation
     needs. A fixed step plan waits until they have them, an adaptive one might not."""
+    upto: int = 0
+    """Up to this step every update forgets the earlier ones: they are too far from the rest to be extrapolated from."""
     steps: list[int] = field(default_factory=list)
     """Newest last."""
     rows: int = 0
@@ -28,7 +30,7 @@ class HeadHistory:
 
     def update(self, step: int, rows: int) -> HeadUpdate:
         """Record that `step` updates the table with a feature of `rows` rows."""
-        if self.restarts and rows > self.rows:
+        if (self.restarts and rows > self.rows) or step <= self.upto:
             self.steps.clear()
         copied_from = self.rows if self.steps and rows != self.rows else 0
         interval = float(step - self.steps[-1]) if self.order and self.steps else 1.0

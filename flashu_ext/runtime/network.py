@@ -40,8 +40,6 @@ class Network:
     blocks: tuple[Layer, ...]
     experts: tuple[Layer, ...]
     """Of a drawing's patches; empty: `layers` compute them."""
-    span_norm: Norm
-    """The final norm of a span."""
     layouts: Sequence[NeuronLayout | None] | None = None
     """See `over`."""
     built: list[Network] = field(default_factory=list)
@@ -61,9 +59,7 @@ class Network:
             return Layer(projections, *norms, ffn, head_norms(module.self_attn))
 
         layers, blocks, experts = (tuple(map(layer, each)) for each in (parts.layers, parts.blocks, parts.experts))
-        final_norm = kit.norm(parts.final_norm)
-        span_norm = final_norm if parts.span_norm is None else kit.norm(parts.span_norm)
-        return cls(parts, parts.on(kit), sets, kernels, layers, final_norm, blocks, experts, span_norm)
+        return cls(parts, parts.on(kit), sets, kernels, layers, kit.norm(parts.final_norm), blocks, experts)
 
     def over(self, layouts: Sequence[NeuronLayout | None]) -> Network:
         """The same network over the tasks' neurons.
@@ -114,7 +110,7 @@ class Network:
         return [f"{stack}.layers.{index}.mlp" for index in range(len(self.layers))]
 
     def _modules(self) -> Iterator[Itself]:
-        return _all((self.parts, self.layers, self.final_norm, self.blocks, self.experts, self.span_norm))
+        return _all((self.parts, self.layers, self.final_norm, self.blocks, self.experts))
 
     def _names(self) -> dict[Any, str]:
         return {module: name for name, module in self.source.model.named_modules()}

@@ -357,7 +357,7 @@ def test_other_phases_of_relative_guidance_stay_relative():
         (lambda: FfnPruning(1.0), r"FfnPruning\.ratio: expected a number in \[0, 1\), got 1\.0"),
         (lambda: LayerSkip(0.2, -1), r"LayerSkip\.interval: expected an integer >= 0, got -1"),
         (lambda: TokenSkip(0.2, 0), r"TokenSkip\.interval: expected an integer >= 1, got 0"),
-        (lambda: HeadCaching(order=3), r"HeadCaching\.order: expected 0, 1 or 2, got 3"),
+        (lambda: HeadCaching(order=9), r"HeadCaching\.order: expected an integer from 0 to 8, got 9"),
         (lambda: HeadCaching(budget=-1), r"HeadCaching\.budget: expected a finite number >= 0, got -1"),
         (lambda: EncoderSharing(on=1), r"EncoderSharing\.on: expected True or False, got 1"),
         (lambda: Guidance([(3, 0)]), r"Guidance\.phases: expected a list of .*, got \(3, 0\)"),

@@ -51,7 +51,7 @@ FLASHU_API int32_t flashu_feature_delta_workspace(const flashu_feature_delta_arg
 typedef struct flashu_taylor_update_args {
   uint32_t struct_size;  /**< sizeof this struct */
   uint32_t reserved;     /**< zero */
-  flashu_tensor state;   /**< [order + 1, ...], contiguous, order 0 to 2 */
+  flashu_tensor state;   /**< [order + 1, ...], contiguous, order 0 to 8 */
   flashu_tensor feature; /**< [...], contiguous */
   double interval;       /**< steps between two updates */
   int64_t count;         /**< of updates before this call */

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ...lazy import loaded_from
 
 if TYPE_CHECKING:
+    from ..sampling import TaylorSeer as TaylorSeer
     from .config import BagelConfig as BagelConfig
     from .images import encoded as encoded
     from .images import vae_image as vae_image
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from .model import Text as Text
     from .model import TokenIds as TokenIds
     from .sampling import Guidance as Guidance
-    from .sampling import TaylorSeer as TaylorSeer
     from .sampling import sample as sample
     from .understanding import answer_tokens as answer_tokens
 

@@ -76,10 +76,12 @@ class BagelAdapter(Adapter):
     family: ClassVar[str] = "bagel"
     flat: ClassVar[bool] = True
     drops_unit_guidance: ClassVar[bool] = True
+    norms_span: ClassVar[bool] = False
     skips_tokens: ClassVar[bool] = False
 
     latents_in: Any = None
     time: Any = None
+    span_norm: Any = None
     latents_out: Any = None
     patch_embedding: Any = None
     vision: Any = None
@@ -105,6 +107,7 @@ class BagelAdapter(Adapter):
             lm_head=kit.linear(self.lm_head),
             latents_in=kit.linear(model.vae2llm),
             time=kit.time(model.time_embedder),
+            span_norm=kit.norm(model.language_model.model.norm_moe_gen),
             latents_out=kit.linear(model.llm2vae),
             patch_embedding=kit.linear(vit.embeddings.patch_embedding),
             vision=kit.vision(vit.encoder),
@@ -134,7 +137,7 @@ class BagelAdapter(Adapter):
         return latents.to(self.dtype).flatten(2).transpose(1, 2).contiguous()
 
     def velocity(self, x: Tensor, modulation: Tensor, early: Tensor | None) -> Tensor:
-        return self.latents_out(x[:, :-MARKERS].contiguous())
+        return self.latents_out(self.span_norm(x[:, :-MARKERS].contiguous()))
 
     # ---- sequences
 
@@ -197,7 +200,7 @@ class BagelAdapter(Adapter):
         start = torch.tensor([[after.bos_token_id]], device=self.device)
         segments.append(Segment(self.embed_tokens(start), start[0] * 0 + position, causal=True))
         allowed = causal(place + 1, self.device)
-        for segment, (first, count) in zip([s for s in segments if not s.causal], spans, strict=True):
+        for first, count in spans:
             allowed[first : first + count + MARKERS, first : first + count + MARKERS] = True
         positions = torch.cat([segment.positions for segment in segments])
         return Question(torch.cat([s.embeds for s in segments], dim=1), allowed, tuple(spans), positions)
@@ -270,7 +273,6 @@ def adapter(model: Any) -> BagelAdapter:
         layers=llm.layers,
         experts=tuple(_Expert.of(layer) for layer in llm.layers),
         final_norm=llm.norm,
-        span_norm=llm.norm_moe_gen,
         llm_rope=llm.rotary_emb,
         lm_head=model.language_model.lm_head,
         llm_attention=AttentionShape(config.heads, config.kv, config.hidden // config.heads),

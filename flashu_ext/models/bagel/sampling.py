@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...planning.config import FlashUConfig
 from ..accelerated import handle_of
-from ..checks import check_callback, check_count, check_tensor
-from ..sampling import Callback, DrawInputs, Formula, Segment, integrate
+from ..checks import check_callback, check_tensor
+from ..sampling import Callback, DrawInputs, Formula, Segment, TaylorSeer, integrate
 from .layers import Context
 from .model import Image, Text, TokenIds
 
@@ -53,6 +53,7 @@ class Guidance:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
         if len(self.interval) != 2 or not all(map(_real, self.interval)) or self.interval[0] > self.interval[1]:
             raise ValueError(f"cfg_interval: expected (low, high), low <= high, got {self.interval!r}")
+        object.__setattr__(self, "interval", tuple(self.interval))  # a list is welcome, and guidance is hashed
         if self.renorm not in RENORMS:
             raise ValueError(f"cfg_renorm_type: expected one of {', '.join(RENORMS)}, got {self.renorm!r}")
         if not _real(self.renorm_min) or not 0 <= self.renorm_min <= 1:
@@ -62,32 +63,6 @@ class Guidance:
         """Whether the branches without text and without image are needed at a time."""
         text = self.text > 1 and self.interval[0] < t <= self.interval[1]
         return text, text and self.image > 1
-
-
-@dataclass(frozen=True)
-class TaylorSeer:
-    """Most evaluations extrapolate the last layer's output from earlier ones. Source: arXiv 2503.06923.
-
-    Attributes:
-        max_order: of the differences.
-        first_enhance: evaluations at the start that are computed.
-        fresh_threshold: of those after, every how many-th is.
-    """
-
-    max_order: int = 6
-    first_enhance: int = 5
-    fresh_threshold: int = 3
-
-    def __post_init__(self) -> None:
-        check_count("max_order", self.max_order)
-        for name in ("first_enhance", "fresh_threshold"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-
-    def computes(self, index: int) -> bool:
-        """Whether evaluation `index`, from 0, is computed."""
-        return index < self.first_enhance or (index - self.first_enhance + 1) % self.fresh_threshold == 0
 
 
 class _Forecast:
@@ -202,30 +177,28 @@ def sample(
         raise TypeError(f"taylorseer: expected None or a TaylorSeer, got {type(taylorseer).__name__}")
     check_callback("callback", callback)
     if (handle := handle_of(model)) is not None:
-        if taylorseer is not None:
-            raise ValueError(
-                "taylorseer: expected None for an accelerated model; FlashUConfig.head_cache_interval is its own"
-            )
-        drawn = SampleInputs.build(model, noise, inputs, grid, ids, num_timesteps, guidance, timestep_shift)
+        drawn = SampleInputs.build(model, noise, inputs, grid, ids, num_timesteps, guidance, timestep_shift, taylorseer)
         return _packed(integrate(handle.stepper(drawn), _told(callback), return_velocity))
     contexts = branch_contexts(model, inputs, ids)
     times = time_grid(num_timesteps, timestep_shift)
     forecasts = [None if taylorseer is None else _Forecast(taylorseer) for _ in contexts]
+    used = [(True, *guidance.branches(t)) for t in times[:-1].tolist()]
     x = noise.float()
     velocities = []
     for index, t in enumerate(times[:-1].tolist()):
         branches: list[Tensor | None] = []
-        for context, forecast, runs in zip(contexts, forecasts, (True, *guidance.branches(t)), strict=True):
-            if not runs:
-                branches.append(None)
-                continue
-            if forecast is None or taylorseer is None or taylorseer.computes(index):
+        for number, (context, forecast) in enumerate(zip(contexts, forecasts, strict=True)):
+            computes = taylorseer is None or taylorseer.computes(index)
+            # What is computed for a branch is also what a later evaluation extrapolates from.
+            later = taylorseer is not None and computes and any(each[number] for each in used[index:])
+            hidden = None
+            if computes and (used[index][number] or later):
                 hidden = model.hidden(x, torch.tensor([t], dtype=torch.float32, device=x.device), grid, context, ids)
                 if forecast is not None:
                     forecast.update(index, hidden)
-            else:
+            elif forecast is not None and used[index][number]:
                 hidden = forecast.predict(index)
-            branches.append(model.velocity(hidden))
+            branches.append(None if hidden is None or not used[index][number] else model.velocity(hidden))
         full, without_text, without_image = branches
         assert full is not None
         velocity = guided(full, without_text, without_image, guidance)
@@ -263,6 +236,7 @@ class SampleInputs(DrawInputs):
     shift: float
     extents: tuple[tuple[int, int], ...]
     """Tokens of each branch's sequence, and its rotary positions."""
+    forecast: TaylorSeer | None = None
 
     @classmethod
     def build(
@@ -275,6 +249,7 @@ class SampleInputs(DrawInputs):
         num_timesteps: int,
         guidance: Guidance,
         shift: float,
+        forecast: TaylorSeer | None = None,
     ) -> SampleInputs:
         """From arguments of `sample`, which are checked."""
         sequences: list[tuple[Text | Image, ...]] = []
@@ -297,7 +272,7 @@ class SampleInputs(DrawInputs):
         longest = max(tokens for tokens, _ in extents)
         tokens = torch.zeros(len(sequences), longest + span, dtype=torch.int64, device=noise.device)
         scale = guidance.text if len(sequences) > 1 else 0.0
-        own = (tuple(sequences), ids, guide, shift, tuple(extents))
+        own = (tuple(sequences), ids, guide, shift, tuple(extents), forecast)
         return cls(latents, tokens, spans, num_timesteps, scale, *own)
 
     @property
