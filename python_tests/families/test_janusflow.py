@@ -59,7 +59,7 @@ CONFIGS: dict[str, fx.FlashUConfig] = {
     "exact": fx.FlashUConfig.exact(),
     "paper": fx.FlashUConfig.paper(steps=STEPS + 1, prune_multiple=8, layer_skip_interval=3, head_cache_interval=2),
     "fast": fx.FlashUConfig.fast(steps=STEPS + 1, prune_multiple=8),
-    "tokens": fx.FlashUConfig(token_skip_ratio=0.3, token_skip_interval=3, steps=STEPS + 1),
+    "tokens": fx.FlashUConfig(token_skip=True, token_skip_ratio=0.3, token_skip_interval=3, steps=STEPS + 1),
 }
 
 

@@ -132,7 +132,7 @@ def sample(
     inputs: Sequence[Text | Image],
     size: tuple[int, int],
     token_ids: TokenIds | Mapping[str, int],
-    num_timesteps: int = DEFAULT_TIMESTEPS,
+    num_timesteps: int | None = None,
     cfg_text_scale: float = 4.0,
     cfg_img_scale: float = 1.0,
     cfg_interval: tuple[float, float] = (0.4, 1.0),
@@ -152,7 +152,7 @@ def sample(
             encoder's tokens, before the prompt.
         size: (height, width) in pixels.
         token_ids: of the markers, `TokenIds` or a mapping with its names.
-        num_timesteps: grid points; one evaluation less.
+        num_timesteps: grid points; one evaluation less. None: the accelerated config's, else 50.
         cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_min, cfg_renorm_type: see `Guidance`.
         timestep_shift: see `time_grid`.
         taylorseer: extrapolate most evaluations; its state is the image's own.
@@ -169,7 +169,8 @@ def sample(
     guidance = Guidance(cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
     ids = check_inputs(model, inputs, token_ids)
     grid = check_size(model, noise, size)
-    if not isinstance(num_timesteps, int) or isinstance(num_timesteps, bool) or num_timesteps < 2:
+    real = isinstance(num_timesteps, int) and not isinstance(num_timesteps, bool) and num_timesteps >= 2
+    if num_timesteps is not None and not real:
         raise ValueError(f"num_timesteps: expected an integer >= 2, got {num_timesteps!r}")
     if not _real(timestep_shift) or timestep_shift <= 0:
         raise ValueError(f"timestep_shift: expected a finite number > 0, got {timestep_shift!r}")
@@ -180,7 +181,7 @@ def sample(
         drawn = SampleInputs.build(model, noise, inputs, grid, ids, num_timesteps, guidance, timestep_shift, taylorseer)
         return _packed(integrate(handle.stepper(drawn), _told(callback), return_velocity))
     contexts = branch_contexts(model, inputs, ids)
-    times = time_grid(num_timesteps, timestep_shift)
+    times = time_grid(num_timesteps or DEFAULT_TIMESTEPS, timestep_shift)
     forecasts = [None if taylorseer is None else _Forecast(taylorseer) for _ in contexts]
     used = [(True, *guidance.branches(t)) for t in times[:-1].tolist()]
     x = noise.float()
@@ -246,7 +247,7 @@ class SampleInputs(DrawInputs):
         inputs: Sequence[Text | Image],
         grid: tuple[int, int],
         ids: TokenIds,
-        num_timesteps: int,
+        num_timesteps: int | None,
         guidance: Guidance,
         shift: float,
         forecast: TaylorSeer | None = None,
