@@ -142,7 +142,8 @@ class GenerationEngine:
         tail = length - int(modality_positions[:, 0].sum(dim=1).min())
         memory = lease.memory
         record = ImageRecord(plan, branches, geometry, length, tail, memory.router.skipped, memory.nbytes())
-        return ImageState(lease, record, config, caching, head, formula=inputs and inputs.formula, guides=guides)
+        formula = None if inputs is None else inputs.formula
+        return ImageState(lease, record, config, caching, head, formula=formula, guides=guides)
 
     def _acquire(self, shape: ImageShape, config: FlashUConfig) -> Any:
         fixed = self.pool.fixed

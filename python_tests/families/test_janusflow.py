@@ -194,11 +194,15 @@ def test_a_causal_image_is_reused_whole_or_not_at_all() -> None:
     other[:, 6:] += 1
     spans = ((3, 6),)
     allowed = torch.ones(12, 12).tril().bool()
-    one, two = (Prompt(each, allowed, spans, (0,)) for each in (embeds, other))
+    places = torch.arange(12)
+    one, two = (Prompt(each, allowed, spans, (0,), places) for each in (embeds, other))
     assert common_prefix(one, two, 11) == 3
-    assert common_prefix(one, Prompt(embeds.clone(), allowed, spans, (0,)), 11) == 11
-    plain = (Prompt(each, allowed, (), ()) for each in (embeds, other))
+    assert common_prefix(one, Prompt(embeds.clone(), allowed, spans, (0,), places), 11) == 11
+    plain = (Prompt(each, allowed, (), (), places) for each in (embeds, other))
     assert common_prefix(*plain, 11) == 6
+    # Equal tokens at other positions have other keys.
+    moved = Prompt(embeds, allowed, (), (), places.clamp(max=4))
+    assert common_prefix(moved, Prompt(embeds, allowed, (), (), places), 11) == 5
 
 
 def test_guidance_one_runs_one_branch() -> None:

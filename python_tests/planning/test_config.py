@@ -128,7 +128,7 @@ BAD = [
     ("full_network_steps", 1.5),
     ("layer_skip_interval", 2.5),
     ("head_cache_interval", -1),
-    ("head_forecast_order", 3),
+    ("head_forecast_order", 9),
     ("steps", 1),
     ("steps", 35.0),
     ("guidance", []),

@@ -262,7 +262,7 @@ class SampleInputs(DrawInputs):
                 sequences.append(own)
             if guidance.text <= 1 or (guidance.image <= 1 and len(rows) == 2):
                 break
-        guide = _Guide(guidance, *([*rows[1:], None, None][:2]))
+        guide = _Guide(guidance, rows[1] if len(rows) > 1 else 0, rows[2] if len(rows) > 2 else None)
         latents = noise.float().t().reshape(1, -1, *grid)
         span = latents[0, 0].numel() + MARKERS
         extents = []
@@ -273,8 +273,8 @@ class SampleInputs(DrawInputs):
         longest = max(tokens for tokens, _ in extents)
         tokens = torch.zeros(len(sequences), longest + span, dtype=torch.int64, device=noise.device)
         scale = guidance.text if len(sequences) > 1 else 0.0
-        own = (tuple(sequences), ids, guide, shift, tuple(extents), forecast)
-        return cls(latents, tokens, spans, num_timesteps, scale, *own)
+        told = (tuple(sequences), ids, guide, shift, tuple(extents), forecast)
+        return cls(latents, tokens, spans, num_timesteps, scale, *told)
 
     @property
     def branches(self) -> int:
