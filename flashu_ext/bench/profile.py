@@ -1,4 +1,7 @@
-"""Where a drawing's or an answer's CPU time goes: torch's profiler, operators of this library beside torch's own."""
+"""Where a drawing's or an answer's CPU time goes: torch's profiler, operators of this library beside torch's own.
+
+Shares are of the time inside operators; Python between them is in no share, and counts where a model is very small.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Report:
     """Rows, largest share first.
 
     Attributes:
-        seconds: CPU time of the thread that calls; other threads work for its operators.
+        seconds: of the thread that calls, inside operators; other threads work for them.
         ours: share of this library's operators.
     """
 
@@ -54,14 +57,14 @@ class Report:
     command: str
 
     def table(self, most: int = 12) -> str:
-        lines = [("operator", "calls", "% of CPU time")]
+        lines = [("operator", "calls", "% of the time")]
         lines += [(row.operator, str(row.calls), f"{100 * row.share:.2f}") for row in self.rows[:most]]
         rest = sum(row.share for row in self.rows[most:])
         lines.append((f"{len(self.rows[most:])} more", "", f"{100 * rest:.2f}"))
         return "\n".join(
             [
-                f"{self.task} of {self.model} ({self.preset}), {self.seconds:.2f} s: {100 * self.ours:.1f} % in this library's "
-                "kernels",
+                f"{self.task} of {self.model} ({self.preset}), {self.seconds:.2f} s inside operators: {100 * self.ours:.1f} % in "
+                "this library's",
                 text_table(lines, rule=True),
                 f"\n{self.machine}; {self.command}",
             ]
@@ -133,7 +136,7 @@ def run(task: str = "generation", model: str = "bench", preset: str = "exact", s
 )
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Also write all rows here.")
 def main(task: str, model: str, preset: str, size: int, at_least: float, json_file: Path | None) -> None:
-    """Profile an image or an answer: the share of CPU time in this library's kernels, and every operator's."""
+    """Profile an image or an answer: of the time inside operators the share of this library's, and of every one."""
     report = run(task, model, preset, size)
     click.echo(report.table())
     if json_file is not None:

@@ -188,10 +188,10 @@ def _profile(record: dict[str, Any]) -> str:
     rows.append([f"{len(record['rows']) - 6} more", "", f"{100 * rest:.1f}"])
     share = 100 * record["ours"]
     title = (
-        f"{record['task'].capitalize()} ({record['preset']}, {record['size']} grid points): **{share:.1f} %** of the CPU time is "
-        "in this library's kernels\n\n"
+        f"{record['task'].capitalize()} ({record['preset']}, {record['size']} grid points): **{share:.1f} %** of the time inside "
+        "operators is in this library's\n\n"
     )
-    return title + _table(["operator", "calls", "% of CPU time"], rows) + _source(record)
+    return title + _table(["operator", "calls", "% of the time"], rows) + _source(record)
 
 
 def _steps(record: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..planning.config import FlashUConfig
 from ..planning.cost import ModelShape
 from ..planning.decoders import FAMILIES, find
+from ..planning.groups import Answers
 from .sampling import DrawInputs, Stepper
 
 __all__ = [
@@ -184,7 +185,12 @@ class Adapter(ABC):
         """The sizes that the cost model needs."""
 
     def check_config(self, config: FlashUConfig) -> None:
-        """Raise ValueError for a setting that means nothing to the family."""
+        """Raise ValueError for a setting that means nothing to the model."""
+        layers, answers = len(self.layers), config.answers or Answers()
+        if answers.token_prune_ratio > 0 and answers.token_prune_layer >= layers:
+            raise ValueError(
+                f"config.token_prune_layer: expected a layer in [0, {layers}) of this model, got {answers.token_prune_layer}"
+            )
         tokens = config.tokens
         if not self.skips_tokens and tokens is not None and tokens.on and tokens.ratio > 0:
             raise ValueError(f"token_skip_ratio: expected 0 for a {self.family} model, got {tokens.ratio:g}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..planning.groups import is_real
 from ..planning.reading import shown
 from .velocity import Scale
 
@@ -57,10 +58,10 @@ def guidance_scale_of(guidance_scale: Any, images: int) -> Scale:
     if isinstance(guidance_scale, Tensor):
         guidance_scale = guidance_scale.flatten().tolist() if guidance_scale.dim() else guidance_scale.item()
     if not isinstance(guidance_scale, (list, tuple)):
-        if not isinstance(guidance_scale, (int, float)) or not 0 <= guidance_scale < float("inf"):
-            raise ValueError(f"guidance_scale: expected a finite number >= 0, got {guidance_scale!r:.80}")
-        return guidance_scale
-    numbers = [each for each in guidance_scale if isinstance(each, (int, float)) and 0 < each < float("inf")]
+        if not is_real(guidance_scale) or guidance_scale < 0:
+            raise ValueError(f"guidance_scale: expected a finite number >= 0, got {shown(guidance_scale)}")
+        return float(guidance_scale)
+    numbers = [each for each in guidance_scale if is_real(each) and each > 0]
     if len(guidance_scale) != images or len(numbers) != images:
         raise ValueError(
             f"guidance_scale: expected {images} finite numbers above 0, one for each image, got {guidance_scale!r:.80}"
@@ -70,12 +71,8 @@ def guidance_scale_of(guidance_scale: Any, images: int) -> Scale:
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None = None) -> None:
     """Sampling parameters; see `decoding.TokenSampler`."""
-    if (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, (int, float))
-        or not 0 <= temperature < float("inf")
-    ):
-        raise ValueError(f"temperature: expected a finite number >= 0, got {temperature!r}")
+    if not is_real(temperature) or temperature < 0:
+        raise ValueError(f"temperature: expected a finite number >= 0, got {shown(temperature)}")
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
         raise ValueError(f"top_k: expected None or an integer >= 1, got {top_k!r}")
     if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):

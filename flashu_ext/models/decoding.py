@@ -33,7 +33,7 @@ class TokenSampler:
 
     def filtered(self, logits: Tensor) -> Tensor:
         """Logits [rows, vocab] at this temperature (> 0), -inf for excluded tokens."""
-        logits = logits / self.temperature
+        logits = logits / float(self.temperature)  # torch takes no int beyond 64 bits
         if self.top_k is not None:
             least = torch.topk(logits, min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, float("-inf"))

@@ -144,8 +144,8 @@ class Decoder:
         memory.logits[:rows] = self.parts.lm_head(self.network.final_norm(x[:, 0]))
         attention.slots.add_(1)
         position.add_(1)
-        for lengths in memory.lengths or ():
-            lengths.add_(1)
+        if memory.lengths is not None:  # not in place: the mode of inference may be another one at each token
+            memory.lengths = [lengths + 1 for lengths in memory.lengths]
 
 
 def _power_of_two(count: int) -> int:

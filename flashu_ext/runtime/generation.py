@@ -427,6 +427,7 @@ class AcceleratedStepper:
 
     def step(self, index: int) -> None:
         with self._working():
+            self.check_memory()
             if self._seen:
                 self._unchanged()
                 self._seen = False
@@ -435,6 +436,8 @@ class AcceleratedStepper:
 
     def check_memory(self) -> None:
         """Raise RuntimeError where the memory of these images was taken away."""
+        if not self.states:
+            raise RuntimeError("image: it has ended")
         for state in self.states:
             self.engine.pool.check(state.lease, "this image was being generated")
 
@@ -459,6 +462,8 @@ class AcceleratedStepper:
         with self._working():
             for state in self.states:
                 self.engine.end(state)
+        # An error's traceback may hold this object for long; it shall not hold the memory.
+        self.states = []
 
 
 def guided_velocity(rows: Tensor, scale: Scale, shape: torch.Size) -> Tensor:

@@ -21,7 +21,6 @@ from ..models.adapter import adapter_of
 from ..models.sampling import DrawInputs, Stepper
 from ..planning.config import FlashUConfig
 from ..planning.decoders import FAMILIES
-from ..planning.groups import Answers
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
 from ..planning.schedule import Step
@@ -270,12 +269,7 @@ def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None, b
     parts = adapter_of(model)
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
-    layers = len(parts.layers)
-    answers = config.answers or Answers()
-    if answers.token_prune_ratio > 0 and answers.token_prune_layer >= layers:
-        raise ValueError(
-            f"config.token_prune_layer: expected a layer in [0, {layers}) of this model, got {answers.token_prune_layer}"
-        )
+    parts.check_config(config)
     for name in parts.methods:
         if name in vars(model):
             raise TypeError(f"model.{name}: expected the class's method, got one that is set on this instance")

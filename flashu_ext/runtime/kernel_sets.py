@@ -13,7 +13,7 @@ import torch
 
 from ..models.accelerated import unwrapped
 from ..models.adapter import Adapter, adapter_of
-from ..models.known import why_not_attention_kernel
+from ..models.known import check_model, why_not_attention_kernel
 from ..models.shapes import layer_shapes
 from ..ops.kernel_sets import (
     FAMILIES,
@@ -147,8 +147,8 @@ def describe(
 
     Raises:
         KernelUnavailableError: a kernel that the config asks for, or batch invariance, cannot be had.
-        TypeError: not a Show-o2 model, or config or plan of another type.
-        ValueError: a number below 1.
+        TypeError: a model of no known family, or one that `accelerate` refuses; or config or plan of another type.
+        ValueError: a number below 1, or a setting that means nothing to the model.
     """
     config = FlashUConfig.exact() if config is None else config
     for name, value, kind in (("config", config, FlashUConfig), ("plan", plan, TaskPlan | None)):
@@ -158,6 +158,8 @@ def describe(
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
     parts = model if isinstance(model, Adapter) else adapter_of(unwrapped(model))
+    parts.check_config(config)
+    check_model(parts)
     where = torch.device(device) if device is not None else parts.device
     if where.type == "meta":
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class MemoryPool(Generic[M]):
         self.capture = capture
         self._most_idle = idle
         self._idle: list[Lease[M]] = []
-        self._leased: list[Lease[M]] = []
+        # What its user has forgotten without an end, such as a loop that was left by `break`, is nobody's.
+        self._leased: weakref.WeakSet[Lease[M]] = weakref.WeakSet()
 
     @property
     def fixed(self) -> bool:
@@ -62,14 +64,14 @@ class MemoryPool(Generic[M]):
             with outside_inference_mode():
                 memory = make()
             lease = Lease(memory, self.capture.cache(memory))
-        self._leased.append(lease)
+        self._leased.add(lease)
         return lease
 
     def release(self, lease: Lease[M]) -> None:
         """End a lease. The next user may run on another stream, and waits there for this one's work."""
         if not self.leased(lease):
             return
-        self._leased.remove(lease)
+        self._leased.discard(lease)
         if self.fixed:
             self.mark(lease)
             self._idle = [*self._idle, lease][-self._most_idle :]

@@ -38,6 +38,9 @@ class Prompt:
     """int64 [length], for the rotary embedding."""
     ahead: int = 0
     """How far an answer's positions are behind its places: those of tokens that share one."""
+    finite: Tensor | None = None
+    """bool []: whether its last token's output is. A NaN behind a mask spreads to every token of a prompt, so keys and values of
+    one that is not finite are not reused. Set by the prefill."""
     kept: Tensor | None = None
     """Positions of the tokens in the cache from the pruning layer on, int64 [slots]; set by the prefill."""
 
@@ -242,6 +245,8 @@ def common_prefix(source: Prompt, prompt: Prompt, limit: int) -> int:
     at all.
     """
     if source.embeds.dtype != prompt.embeds.dtype or source.embeds.device != prompt.embeds.device:
+        return 0
+    if source.finite is not None and not bool(source.finite):
         return 0
     limit = min(limit, source.length, prompt.length - 1)
     same = (source.embeds[0, :limit] == prompt.embeds[0, :limit]).all(dim=-1)

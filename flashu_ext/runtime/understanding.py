@@ -329,8 +329,12 @@ class UnderstandingEngine:
         layers = len(self.parts.layers)
         importance = torch.zeros(len(prompts), layers, dtype=torch.float32, device=self.parts.device)
         self._fill(cache, first, live, hidden, importance)
-        for row, prompt, other, shared in reused:
-            cache.reuse(row, prompt, cache, other, shared)
+        for number, (row, prompt, other, shared) in enumerate(reused):
+            if bool(cache.prompt(other).finite):
+                cache.reuse(row, prompt, cache, other, shared)
+            else:
+                cache.put(row, prompt)
+                second[number] = (row, 0)
         if second:
             self._fill(cache, second, live, hidden, importance)
         self.prefilled += sum(cache.prompt(row).length - shared for row, shared in (*first, *second))
@@ -394,7 +398,9 @@ class UnderstandingEngine:
                 x = decoder_layer(layer, index, x, rope, attention, shape, TASK)
             if before is not None:
                 importance[rows, index] = kernels.cosine_importance(before, x[0, last])
-        hidden[rows] = self.network.final_norm(x[0, last])
+        hidden[rows] = final = self.network.final_norm(x[0, last])
+        for prompt, finite in zip(prompts, final.isfinite().all(dim=-1).unbind(), strict=True):
+            prompt.finite = finite
 
     def _choose_layers(self, importance: Tensor) -> tuple[tuple[int, ...], ...]:
         """The least important layers of every row, by 1 - cosine(input, output) of the prompt's last token [rows, layers]."""

@@ -356,7 +356,9 @@ def test_a_plan_of_another_model_is_refused(tmp_path):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(TypeError, match=r"model: expected a Show-o2 or JanusFlow or BAGEL model.*got Linear without showo"):
+    with pytest.raises(
+        TypeError, match=r"model: expected a Show-o2 or JanusFlow or BAGEL model.*got Linear without showo"
+    ):
         fx.accelerate(nn.Linear(2, 2))
     model = public().model()
     model.showo.model.layers[3].mlp = Broken(model.showo.model.layers[3].mlp)

@@ -4,6 +4,7 @@ serves all images that need the same work, one step computes a token of every an
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -144,7 +145,7 @@ class Many(Iterator[R], Generic[R]):
     def __init__(self, pipe: Any, requests: Iterable[Any] = (), at_once: int = AT_ONCE):
         """Args:
         pipe: the pipeline.
-        requests: read one by one, whenever there is room.
+        requests: a list is numbered now; of another iterable one is read, and numbered, whenever there is room.
         at_once: requests under way at once.
         """
         if not isinstance(at_once, int) or isinstance(at_once, bool) or at_once < 1:
@@ -153,13 +154,15 @@ class Many(Iterator[R], Generic[R]):
             raise TypeError(f"requests: expected an iterable of requests, got {type(requests).__name__}")
         self.pipe = pipe
         self.at_once = at_once
-        self._requests = iter(requests)
+        self._requests = iter(() if isinstance(requests, Sequence) else requests)
         self._added: deque[tuple[int, Any]] = deque()
         self._cancelled: set[int] = set()
         self._live: list[_UnderWay] = []
         self._results: deque[R] = deque()
         self._count = 0
         self._lock, self._stepping = threading.Lock(), threading.Lock()
+        for request in requests if isinstance(requests, Sequence) else ():
+            self.add(request)
 
     def add(self, request: Any) -> int:
         """Ask for one more; returns its index. What is wrong with it comes as its result."""
@@ -212,7 +215,12 @@ class Many(Iterator[R], Generic[R]):
             self._stepping.release()
         over = {result.index for result in results}
         self._live = [each for each in self._live if each.index not in over]
+        if not self._live:
+            self._rest()
         return results
+
+    def _rest(self) -> None:
+        """Nothing is under way: give back what only work under way needs."""
 
     def close(self) -> None:
         """Give up all requests."""
@@ -342,6 +350,8 @@ class Drawings(Many[ImageResult]):
             if each not in errors:
                 errors[each] = None
                 try:
+                    if handle is not None:
+                        raise RuntimeError("model: it was accelerated while this image was being generated")
                     each.work.step(each.done)
                 except Exception as error:
                     errors[each] = error
@@ -360,7 +370,7 @@ class Drawings(Many[ImageResult]):
             latents = each.work.latents()
             result = ImageResult(each.index, each.request, None, self.pipe.pictures(latents)[0], latents[0])
         except Exception as error:
-            result = ImageResult(each.index, each.request, error)
+            result = ImageResult(each.index, each.request, _freed(error))
         each.work.close()
         return result
 
@@ -438,6 +448,11 @@ class Answers(Many[QuestionResult]):
             return QuestionResult(each.index, each.request, error)
         return QuestionResult(each.index, each.request, None, answer)
 
+    def _rest(self) -> None:
+        if self._scheduler is not None:
+            with self._runner.working():
+                self._scheduler.close()
+
     def _abandon(self, each: _UnderWay) -> None:
         if self._scheduler is not None and not isinstance(each.work, tuple):
             with self._runner.working():
@@ -445,6 +460,13 @@ class Answers(Many[QuestionResult]):
 
     def close(self) -> None:
         super().close()
-        if self._scheduler is not None:
-            with self._runner.working():
-                self._scheduler.close()
+        self._rest()
+
+
+def _freed(error: Exception) -> Exception:
+    """An error whose traceback holds no variables: among them is the memory of what failed."""
+    trace = error.__traceback__
+    if trace is not None:
+        error = error.with_traceback(trace.tb_next)  # without the frame that is still running
+        traceback.clear_frames(trace.tb_next)
+    return error
