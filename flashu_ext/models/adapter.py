@@ -94,7 +94,7 @@ class Kit(Protocol):
         """nn.Sequential of linear layers, norms and activations."""
 
     def norm(self, module: Any) -> Any:
-        """RMS or layer norm: (x [rows, n, width], shift=None, scale=None)."""
+        """RMS norm, and any other as itself: (x [rows, n, width], shift=None, scale=None)."""
 
     def patches(self, module: Any) -> Any:
         """nn.Conv2d over patches side by side, or a module with one in `proj`: [images, channels, H, W] -> [images, patches,

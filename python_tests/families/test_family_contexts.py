@@ -41,12 +41,15 @@ def janusflow(accelerated: bool) -> Callable[[], list[Tensor]]:
     return work
 
 
-def bagel() -> Callable[[], list[Tensor]]:
+def bagel(accelerated: bool) -> Callable[[], list[Tensor]]:
     fixture = Fixture.read(FIXTURES / "bagel")
     model, edited = bagel_of(fixture), fixture.tensors("edit")
     ids = fx.bagel.TokenIds(**fixture.spec["token_ids"])
     noise = torch.randn(12, 64, generator=torch.Generator().manual_seed(2))
     words = torch.tensor([11, 12, 13])
+    if accelerated:
+        fx.accelerate(model)
+    seen = fx.bagel.Image(None, edited["vit_tokens.0"], edited["vit_position_ids.0"])
     image = fx.bagel.Image(edited["image_latents.0"], edited["vit_tokens.0"], edited["vit_position_ids.0"])
 
     def work() -> list[Tensor]:
@@ -54,7 +57,7 @@ def bagel() -> Callable[[], list[Tensor]]:
         return [
             fx.bagel.sample(model, noise, sequence, (48, 64), ids, num_timesteps=5, cfg_img_scale=1.5),
             fx.bagel.sample(model, noise, sequence, (48, 64), ids, num_timesteps=8, taylorseer=fx.bagel.TaylorSeer()),
-            fx.bagel.answer_tokens(model, sequence, ids, 5, stop=False),
+            fx.bagel.answer_tokens(model, [seen, fx.bagel.Text(words)], ids, 5, stop=False),
             *fx.bagel.vit_image(PICTURE, model.config, 48, 16),
         ]
 
@@ -69,12 +72,16 @@ def unchanged(work: Callable[[], list[Tensor]], context: str) -> None:
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
+FAMILIES = {"janusflow": janusflow, "bagel": bagel}
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_accelerated(context: str) -> None:
-    unchanged(janusflow(accelerated=True), context)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accelerated(family: str, context: str) -> None:
+    unchanged(FAMILIES[family](True), context)
 
 
 @pytest.mark.parametrize("context", DENSE)
-@pytest.mark.parametrize("family", ["janusflow", "bagel"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_dense(family: str, context: str) -> None:
-    unchanged(janusflow(accelerated=False) if family == "janusflow" else bagel(), context)
+    unchanged(FAMILIES[family](False), context)
