@@ -57,6 +57,8 @@ JANUSFLOW = within("families/test_janusflow.py")
 BAGEL = within("families/test_bagel.py")
 FAMILIES = within("families/test_conformance_command.py")
 PRUNED = within("runtime/test_prune_ffn.py")
+EXPERTS = within("families/test_bagel_runtime.py")
+ENDS = within("runtime/test_many_ends.py")
 
 MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "            temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
@@ -117,7 +119,7 @@ MUTANTS = [
     Mutant("decoding: an answer sees what its prompt's last token does not", "flashu_ext/runtime/decoding.py", "if all(bool(each.all()) for each in seen):", "if seen:", ANSWERS("hidden_tokens")),
     Mutant("decoding: captured answers do not see their first token", "flashu_ext/runtime/decoding.py", "(0, cache.written[row]), value=True)", "(0, cache.written[row]), value=False)", COMPANY("begin_and_end and True")),
     Mutant("decoding: rows store their tokens where the first one does", "flashu_ext/runtime/decoding.py", "*cache, self.slots[region])", "*cache, self.slots[region, :1])", COMPANY("any_company and exact-False")),
-    Mutant("decoding: positions count the kept tokens", "flashu_ext/runtime/decoding.py", "positions = [first for first, _ in used]", "positions = [second for _, second in used]", ANSWERS("masking_the_dropped")),
+    Mutant("decoding: positions count the kept tokens", "flashu_ext/runtime/decoding.py", "first - cache.prompt(row).ahead for row, (first, _) in", "first - cache.prompt(row).ahead for row, (_, first) in", ANSWERS("masking_the_dropped")),
     Mutant("answers: a token is sampled ahead of the end", "flashu_ext/runtime/answering.py", "not any(each.request.draws for each in self._live)", "self._live", CAPTURED("samples_advance")),
     Mutant("answers: rows that go on have the first rows' tokens", "flashu_ext/runtime/answering.py", "self._token[torch.tensor(order, dtype=torch.int64, device=self._token.device)]", "self._token[: len(order)]", COMPANY("rows_that_end")),
     Mutant("answers: a row that ends takes the last one's prompt with it", "flashu_ext/runtime/prompt_cache.py", "            two.copy_(kept)\n", "", COMPANY("rows_that_end")),
@@ -130,7 +132,7 @@ MUTANTS = [
     Mutant("answers: a pruned image is shared by its unpruned length", "flashu_ext/runtime/understanding.py", "prompt.kept[: prompt.slots(start)]", "prompt.kept[:start]", ANSWERS("share_a_pruned_image")),
     Mutant("prompts shared: an image is cut in the middle", "flashu_ext/runtime/prompt_cache.py", "farthest < torch.arange(1, limit + 1", "farthest <= torch.arange(1, limit + 1", ANSWERS("whole_or_not_at_all")),
     Mutant("prompts shared: the attention mask does not matter", "flashu_ext/runtime/prompt_cache.py", "    same &= (source.allowed[:limit, :limit] == prompt.allowed[:limit, :limit]).all(dim=-1)\n", "", ANSWERS("hidden_tokens")),
-    Mutant("company: images of a batch share their decisions", "flashu_ext/runtime/generation.py", "        if not self.invariant:\n", "        if True:\n", IMAGES("any_batch and fast")),
+    Mutant("company: images of a batch share their decisions", "flashu_ext/runtime/generation.py", "        if not self.invariant or context is not None:\n", "        if True:\n", IMAGES("any_batch and fast")),
     Mutant("company: rows attend in another image's memory", "flashu_ext/runtime/modules/attention.py", "for own, each in zip(self.passes, rows, strict=True)", "for own, each in zip(self.passes[::-1], rows, strict=True)", IMAGES("any_batch and exact"), quick=True),
     Mutant("company: the first image's time serves all", "flashu_ext/runtime/head.py", "m.modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", "memories[0].modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", IMAGES("different_times and exact")),
     Mutant("many: what was cancelled goes on", "flashu_ext/models/showo2/many.py", "        self._live = [each for each in self._live if each.index not in self._cancelled]\n", "", IMAGES("different_times and exact")),
@@ -280,4 +282,28 @@ MUTANTS = [
     Mutant("bagel: text guidance of 1 guides by the image", "flashu_ext/models/bagel/sampling.py", "return text, text and self.image > 1", "return text, self.image > 1", BAGEL("branches_run")),
     Mutant("pruned: what changes later does not count", "flashu_ext/runtime/pruned.py", "if self._ffn is None or self._stamp.structure_changed() or self._stamp.moved():", "if self._ffn is None:", PRUNED("changes_later")),
     Mutant("prompts: a causal image is reused in part", "flashu_ext/runtime/prompt_cache.py", "    return min(inside, default=end)\n", "    return end\n", JANUSFLOW("reused_whole")),
+    Mutant("experts: patches go through the text expert", "flashu_ext/runtime/backbone.py", "drawn = memories[0].sizes.patches if self.network.experts else 0", "drawn = 0", EXPERTS("any_sequence")),
+    Mutant("experts: the text expert is pruned in a drawing", "flashu_ext/runtime/backbone.py", "attention, shape, (variant.task, None))", "attention, shape, (variant.task, variant.task))", EXPERTS("each_expert")),
+    Mutant("experts: the drawing expert is never pruned", "flashu_ext/runtime/backbone.py", "attention, shape, (variant.task, None))", "attention, shape, (None, None))", EXPERTS("each_expert")),
+    Mutant("experts: heads are not normed", "flashu_ext/runtime/modules/decoder_layer.py", "projected.append([*layer.normed_heads(query, key), value])", "projected.append([query, key, value])", EXPERTS("any_sequence")),
+    Mutant("layers: heads of a decoder are not normed", "flashu_ext/runtime/modules/decoder_layer.py", "attention(index, query, key, value, rope, layer.head_norms), task)", "attention(index, query, key, value, rope), task)", EXPERTS("any_question")),
+    Mutant("contexts: rows share a segment too many", "flashu_ext/runtime/backbone.py", "        if a is not b:\n            return count\n", "        if a is not b:\n            return count + 1\n", EXPERTS("any_sequence")),
+    Mutant("contexts: an image is causal", "flashu_ext/runtime/modules/attention.py", "        if causal_ and tokens > 1:\n", "        if tokens > 1:\n", EXPERTS("any_sequence")),
+    Mutant("contexts: a text is not causal", "flashu_ext/runtime/modules/attention.py", "        if causal_ and tokens > 1:\n", "        if causal_ and tokens > 9999:\n", EXPERTS("any_sequence")),
+    Mutant("spans: tokens of an image have positions of their own", "flashu_ext/runtime/image_memory.py", "along = torch.zeros if parts.flat else torch.arange", "along = torch.arange", EXPERTS("any_sequence")),
+    Mutant("guidance: outside the interval too", "flashu_ext/runtime/state.py", "self.guides is None or self.guides[step.index - 1] else", "self.guides is not None else", EXPERTS("any_sequence")),
+    Mutant("taylorseer: the first evaluations count", "flashu_ext/runtime/history.py", " or step <= self.upto:", ":", EXPERTS("any_sequence")),
+    Mutant("taylorseer: the last of the first is not kept", "flashu_ext/planning/schedule.py", "    kept |= {draft.index for draft in drafts if draft.kept}  # extrapolation reads earlier states too\n", "", EXPERTS("any_sequence")),
+    Mutant("bagel: an image at the end is left out without text", "flashu_ext/models/bagel/sampling.py", "without_text = full[:-1] if full and isinstance(full[-1], Text) else full", "without_text = full[:-1]", EXPERTS("see_the_same")),
+    Mutant("answers: positions are places", "flashu_ext/runtime/decoding.py", "first - cache.prompt(row).ahead for", "first for", EXPERTS("any_question")),
+    Mutant("prompts: equal tokens at other positions are shared", "flashu_ext/runtime/prompt_cache.py", "    same &= source.positions[:limit] == prompt.positions[:limit]\n", "", JANUSFLOW("reused_whole")),
+    Mutant("prompts: what is not finite is shared", "flashu_ext/runtime/prompt_cache.py", "    if source.finite is not None and not bool(source.finite):\n        return 0\n", "", ENDS("spoils_no_other")),
+    Mutant("prompts: what is not finite is shared in a batch", "flashu_ext/runtime/understanding.py", "            if bool(cache.prompt(other).finite):\n", "            if True:\n", ENDS("spoils_no_other")),
+    Mutant("many: a list is numbered as it is read", "flashu_ext/models/showo2/many.py", "        self._requests = iter(() if isinstance(requests, Sequence) else requests)\n", "        self._requests, requests = iter(requests), iter(requests)\n", ENDS("numbered_before")),
+    Mutant("many: answers are not put to rest", "flashu_ext/models/showo2/many.py", "        if not self._live:\n            self._rest()\n", "", ENDS("leave_no_memory")),
+    Mutant("many: errors hold memory", "flashu_ext/runtime/generation.py", "        self.states = []\n", "", ENDS("hold_no_memory")),
+    Mutant("many: an image goes on accelerated", "flashu_ext/models/showo2/many.py", "                    if handle is not None:\n", "                    if handle is self:\n", ENDS("began_dense")),
+    Mutant("pool: what is forgotten stays", "flashu_ext/runtime/memory.py", "        self._leased.add(lease)\n", "        self._leased.add(lease)\n        self.all = [*getattr(self, \"all\", ()), lease]\n", ENDS("loops_that_are_left")),
+    Mutant("decoding: lengths are written in place", "flashu_ext/runtime/decoding.py", "[lengths + 1 for lengths in memory.lengths]", "[lengths.add_(1) for lengths in memory.lengths]", ENDS("any_mode")),
+    Mutant("describe: what is refused is described", "flashu_ext/runtime/kernel_sets.py", "    check_model(parts)\n", "", ENDS("cannot_be_accelerated")),
 ]  # fmt: skip
