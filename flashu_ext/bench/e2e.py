@@ -24,6 +24,7 @@ from ..planning.config import FlashUConfig
 from ..planning.plan import TaskPlan
 from ..planning.tables import text_table
 from ..runtime.handle import accelerate
+from .families import FAMILIES, expert_plan
 from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
 
 __all__ = ["Report", "Row", "Settings", "run"]
@@ -38,6 +39,7 @@ class Settings:
     """What is measured; see `flashu-ext bench e2e --help`."""
 
     model: str = "bench"
+    family: str = "showo2"
     upstream: Path | None = None
     tasks: tuple[str, ...] = ("generation", "understanding")
     tokens: tuple[int, ...] = (1, 32, 64)
@@ -244,7 +246,7 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
     shape = SHAPES[settings.model]
     own, upstream = _subjects(settings, shape)
     cases = _cases(settings, shape, own, upstream)
-    plans = {id(subject): weight_plan(subject.model, shape.prune_multiple) for subject in (own, upstream) if subject}
+    plans = {id(subject): _plan(subject, shape) for subject in (own, upstream) if subject}
     for case in cases:  # short, to allocate and to load kernels outside the measurement
         with _under(case, plans):
             case.action(3)
@@ -261,8 +263,16 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
     return Report(settings, [case.row for case in cases], machine.facts(), machine.command_line())
 
 
-def _subjects(settings: Settings, shape: Shape) -> tuple[OwnSubject, Subject | None]:
+def _plan(subject: Subject, shape: Shape) -> TaskPlan:
+    make = weight_plan if hasattr(subject.model, "showo") else expert_plan
+    return make(subject.model, shape.prune_multiple)
+
+
+def _subjects(settings: Settings, shape: Shape) -> tuple[Subject, Subject | None]:
     from ..models.showo2 import Showo2
+
+    if settings.family != "showo2":
+        return FAMILIES[settings.family](settings.seed, tiny=settings.model == "tiny"), None
 
     model = Showo2(shape.config).eval()
     fill(model, settings.seed)
@@ -275,7 +285,7 @@ def _subjects(settings: Settings, shape: Shape) -> tuple[OwnSubject, Subject | N
     return OwnSubject(model), upstream
 
 
-def _cases(settings: Settings, shape: Shape, own: OwnSubject, upstream: Subject | None) -> list[_Case]:
+def _cases(settings: Settings, shape: Shape, own: Subject, upstream: Subject | None) -> list[_Case]:
     data = inputs(shape, settings.seed)
     exact = FlashUConfig.exact()
 

@@ -222,6 +222,7 @@ def arrivals(json_file: Path | None, **options: Any) -> None:
 @bench.command(
     epilog=example(
         "flashu-ext bench e2e --model bench --repeats 3 --json e2e.json",
+        "flashu-ext bench e2e --family bagel --repeats 1",
         "flashu-ext bench e2e --upstream path/to/Show-o/show-o2",
         "flashu-ext bench e2e --gpu --json e2e_gpu.json --plot e2e_gpu.png",
     )
@@ -237,6 +238,13 @@ def arrivals(json_file: Path | None, **options: Any) -> None:
     multiple=True,
     type=click.Choice(("bench", "tiny", "1.5b", "7b")),
     help="Shape of the random-weight model (default: bench; with --gpu 1.5b and 7b); tiny only shows that everything runs.",
+)
+@click.option(
+    "--family",
+    default="showo2",
+    show_default=True,
+    type=click.Choice(("showo2", "janusflow", "bagel")),
+    help="Which model; the baseline of the last two is this library's dense model.",
 )
 @click.option(
     "--upstream",
@@ -283,6 +291,7 @@ def arrivals(json_file: Path | None, **options: Any) -> None:
 def e2e(
     gpu: bool,
     models: tuple[str, ...],
+    family: str,
     upstream: Path | None,
     batches: tuple[int, ...],
     variants: tuple[str, ...],
@@ -299,6 +308,8 @@ def e2e(
     json_file: Path | None,
 ) -> None:
     """Time whole images and answers: dense, exact and paper, interleaved in one process."""
+    if family != "showo2" and (gpu or upstream):
+        raise click.UsageError("--family: expected showo2 with --gpu and with --upstream")
     if gpu:
         if len(tokens) > 1:
             raise click.UsageError(f"--tokens: expected one number with --gpu, got {len(tokens)}")
@@ -321,6 +332,7 @@ def e2e(
 
     settings = module.Settings(
         model=models[0] if models else "bench",
+        family=family,
         upstream=upstream,
         tasks=tasks or ("generation", "understanding"),
         tokens=tokens or (1, 32, 64),

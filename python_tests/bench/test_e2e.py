@@ -102,3 +102,19 @@ def test_command_writes_json(tmp_path: Path) -> None:
 def test_folder_that_is_no_checkout(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--upstream: expected a Show-o2 checkout with models/"):
         Checkout.load(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["janusflow", "bagel"])
+def test_other_families(family: str) -> None:
+    settings = e2e.Settings(model="tiny", family=family, steps=6, paper_steps=4, tokens=(3,), repeats=1)
+    report = e2e.run(settings, say=lambda _: None)
+    presets = [(row.task, row.preset) for row in report.rows]
+    assert ("generation", "exact") in presets and ("understanding", "paper, half the image") in presets
+    assert report.agrees and all(len(row.seconds) == 1 for row in report.rows)
+    pruned = [row for row in report.rows if row.task == "generation" and row.preset == "paper"]
+    assert all(row.difference is None or row.difference > 1e-4 for row in pruned)
+
+
+def test_upstream_is_of_show_o2(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["bench", "e2e", "--family", "bagel", "--upstream", str(tmp_path)])
+    assert done.exit_code == 2 and "--family: expected showo2" in done.output
