@@ -26,6 +26,10 @@ from flashu_ext.models.velocity import guide, patchify, unpatchify
 from flashu_ext.planning.cost import EncoderShape, ModelShape
 
 SIDE, CHANNELS, HIDDEN = 8, 4, 64
+LLAMA = dict.fromkeys(
+    ("LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer"), ("transformers.models.llama.modeling_llama",)
+)
+"""Classes that the runtime passes over."""
 
 
 class Sketch(nn.Module):
@@ -98,16 +102,13 @@ class SketchAdapter(fx.Adapter):
         return ModelShape(layers, (), encoder, 0.0, linear_flops(self.model.sketch_out), 0.0, head, True)
 
     def refused(self) -> Iterator[tuple[str, str]]:
-        llama = dict.fromkeys(
-            ("LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer"), ("transformers.models.llama.modeling_llama",)
-        )
         yield from known.refused_model(self.model, {"Sketch": (Sketch.__module__,)}, self.methods)
         yield from known.refused_decoder(".llm", self.model.llm, self.llm_rope, len(self.layers))
         for path, module in (("llm", self.model.llm), ("llm.model", self.model.llm.model)):
-            if reason := known.why_replaced(module, llama):
+            if reason := known.why_replaced(module, LLAMA):
                 yield f".{path}", reason
         for i, layer in enumerate(self.layers):
-            if reason := known.why_replaced(layer, llama):
+            if reason := known.why_replaced(layer, LLAMA):
                 yield f".llm.model.layers.{i}", reason
             yield from known.refused_layer(
                 f".llm.model.layers.{i}", layer, self.llm_attention, self.embed_tokens.weight

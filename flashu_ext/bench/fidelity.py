@@ -75,7 +75,7 @@ def llm_flops(model: Any, image: Any, tail: bool = True) -> float:
     # A measurement over the whole sequence leaves the whole network's prompt behind.
     prompts: set[tuple[int, ...]] = {()} if skipped and tail else set()
     for step in image.ran:
-        rows = 2 if image.guided and step.guided else 1
+        rows = image.branches if step.guided else 1
         if step.measure and tail:
             total += rows * layers * layer(length, length, length)
         elif step.backbone:

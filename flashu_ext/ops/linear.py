@@ -35,11 +35,11 @@ def linear(
     """epilogue(x W^T + bias) + residual, rounded once at the end.
 
     Args:
-        x: [..., K].
+        x: [..., K], neighbours of a row side by side (last stride 1).
         weight: [N, K], torch's Linear layout, rows may be strided.
         bias: [N].
-        residual: [..., N], added in fp32 before the single rounding.
-        epilogue: one of EPILOGUES.
+        residual: [..., N], not broadcast, last stride 1; added in fp32 before the single rounding.
+        epilogue: 'none', 'gelu' (exact), 'gelu_tanh' or 'silu'.
         out: [..., N] to write into; shares no memory with the inputs.
 
     Returns:
@@ -71,7 +71,7 @@ def linears(
         weights: 1 to 4 of [N_i, K].
         biases: for each weight [N_i] or None.
         residual: [..., sum of N_i].
-        epilogue: one of EPILOGUES, of all columns.
+        epilogue: as in `linear`, of all columns.
         out: [..., sum of N_i] to write into; shares no memory with the inputs.
 
     Returns:

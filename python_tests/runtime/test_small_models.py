@@ -17,9 +17,11 @@ from torch import Tensor
 
 import flashu_ext as fx
 from flashu_ext.models.showo2.understanding import prompt_embeds
+from flashu_ext.ops.kernel_sets import resolve
 from flashu_ext.planning.schedule import least_important
 from flashu_ext.runtime import generation, understanding
 from flashu_ext.runtime.answer_memory import CAPACITY_STEP, AnswerShape
+from flashu_ext.runtime.modules.attention import HeadNorms, RowGeometry, SpanPass
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_state")
 
@@ -178,3 +180,19 @@ def test_a_model_survives_its_files(tied: bool, tmp_path: Any) -> None:
     assert (again.showo.lm_head.weight is again.showo.model.embed_tokens.weight) == tied
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_routed_queries_of_normed_heads_are_those_of_all_tokens() -> None:
+    """Every token active: the routed pass computes what the whole span's does, norms of the heads included."""
+    kernels = next(iter(resolve(fx.FlashUConfig.exact(), torch.device("cpu"), torch.float32).sets.values()))
+    query, key, value = (torch.randn(2, 5, heads, 8) for heads in (4, 2, 2))
+    rope = (torch.randn(2, 5, 8), torch.randn(2, 5, 8))
+    norms = HeadNorms(torch.rand(8) + 0.5, torch.rand(8) + 0.5, 1e-6)
+    geometry = RowGeometry((3, 1), 5)
+    cache = torch.randn(1, 2, 2, 8, 2, 8)
+    whole = SpanPass(cache.clone(), geometry, kernels)(0, query, key, value, rope, norms)
+    active = torch.arange(5).expand(2, 5)
+    routed = SpanPass(cache.clone(), geometry, kernels).routed(0, query, key, value, rope, rope, active, norms)
+    assert torch.equal(routed, whole)
+    plain = SpanPass(cache.clone(), geometry, kernels).routed(0, query, key, value, rope, rope, active, None)
+    assert not torch.equal(plain, whole)
