@@ -27,6 +27,7 @@ from ..planning.schedule import Step
 from .forked import ForkedLock
 from .generation import TASK as GENERATION
 from .generation import AcceleratedStepper
+from .kernel_sets import runs
 from .overrides import Overrides
 from .runner import Runner
 from .state import ImageRecord
@@ -301,7 +302,7 @@ def _ran(runner: Runner, done: Sequence[Step]) -> dict[str, dict[str, str]]:
     }
     ran: dict[str, dict[str, str]] = {f"{task} {phase}": {} for (task, phase), yes in phases.items() if yes}
     for choice in runner.network.sets.choices:
-        if phases[choice.use.task, choice.use.phase]:
+        if phases[choice.use.task, choice.use.phase] and runs(choice.use, runner.parts):
             ran[f"{choice.use.task} {choice.use.phase}"][choice.use.op] = choice.implementation
     return ran
 

@@ -159,7 +159,8 @@ def describe(
             raise ValueError(f"{name}: expected an integer >= 1, got {count!r}")
     parts = model if isinstance(model, Adapter) else adapter_of(unwrapped(model))
     parts.check_config(config)
-    check_model(parts)
+    if parts.device.type != "meta":  # whose buffers have no values to compare
+        check_model(parts)
     where = torch.device(device) if device is not None else parts.device
     if where.type == "meta":
         where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,8 +168,17 @@ def describe(
     network = Network.build(parts, sets)
     network.check_explicit(config)
     shapes = _Shapes(parts, config, plan, steps, images, prompt, question)
-    rows = tuple(_row(choice, shapes, where, dtype or parts.dtype) for choice in sets.choices)
+    rows = tuple(_row(each, shapes, where, dtype or parts.dtype) for each in sets.choices if runs(each.use, parts))
     return Description(where, dtype or parts.dtype, rows, network.run_as_themselves())
+
+
+_BLOCKS = frozenset({"linears", "rotary_cache_", "attention", "gathered_ffn", "gate_add_"})
+"""What a head's blocks run."""
+
+
+def runs(use: Use, parts: Adapter) -> bool:
+    """Whether a model runs an op in a phase at all: a head without blocks is its last layers."""
+    return bool(len(parts.blocks)) or use.phase != "head" or use.op not in _BLOCKS
 
 
 def _row(choice: Choice, shapes: _Shapes, device: torch.device, dtype: torch.dtype) -> Row:

@@ -305,5 +305,5 @@ MUTANTS = [
     Mutant("many: an image goes on accelerated", "flashu_ext/models/showo2/many.py", "                    if handle is not None:\n", "                    if handle is self:\n", ENDS("began_dense")),
     Mutant("pool: what is forgotten stays", "flashu_ext/runtime/memory.py", "        self._leased.add(lease)\n", "        self._leased.add(lease)\n        self.all = [*getattr(self, \"all\", ()), lease]\n", ENDS("loops_that_are_left")),
     Mutant("decoding: lengths are written in place", "flashu_ext/runtime/decoding.py", "[lengths + 1 for lengths in memory.lengths]", "[lengths.add_(1) for lengths in memory.lengths]", ENDS("any_mode")),
-    Mutant("describe: what is refused is described", "flashu_ext/runtime/kernel_sets.py", "    check_model(parts)\n", "", ENDS("cannot_be_accelerated")),
+    Mutant("describe: what is refused is described", "flashu_ext/runtime/kernel_sets.py", "        check_model(parts)\n", "        pass\n", ENDS("cannot_be_accelerated")),
 ]  # fmt: skip

@@ -78,6 +78,14 @@ def test_exact_is_the_dense_model(example: Any, any_model: Any) -> None:
         assert not handle.summary().fallbacks
 
 
+def test_what_is_described_is_what_runs(example: Any, model: Any) -> None:
+    """A head without blocks runs no attention and no FFN."""
+    described = {row.op for row in fx.kernel_sets.describe(model).rows if row.phase == "head"}
+    with fx.accelerate(model) as handle:
+        draw(example, model)
+        assert set(handle.summary().ran["generation head"]) == described == {"linear", "rms_norm", "guided_euler_step_"}
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -302,8 +302,12 @@ def test_an_unknown_name_lists_the_known_ones(make, known):
 
 
 class NothingRuns(TorchDispatchMode):
+    """But comparisons of buffers, by which `accelerate` refuses models too."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(f"{func} ran")
+        if func is not torch.ops.aten.equal.default:
+            raise AssertionError(f"{func} ran")
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
