@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..models.sampling import DrawInputs, Segment, TaylorSeer
+from ..models.sampling import DrawInputs, TaylorSeer
 from ..models.velocity import Scale, guide, guided, unpatchify
 from ..planning.config import FlashUConfig
 from ..planning.groups import HeadCaching, LayerSkip
@@ -82,12 +82,10 @@ class GenerationEngine:
         """
         config = self.config if config is None else config
         seen = tuple(modality_positions[:, 0, 0].tolist()) if seen is None else tuple(seen)
-        branches = (2 if guided(guidance_scale) else 1) if inputs is None else inputs.branches
-        context = None if inputs is None else inputs.context(self.parts)
-        if not self.invariant or context is not None:
+        images = text_tokens.shape[0] // _branches(guidance_scale, inputs)
+        if not self.invariant:
             own = (text_tokens, modality_positions, guidance_scale, latent_size, config, seen)
-            return [self._begin(steps, *own, branches, inputs, context)]
-        images = text_tokens.shape[0] // branches
+            return [self._begin(steps, *own, inputs)]
         scales = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,) * images
         states: list[ImageState] = []
         try:
@@ -95,7 +93,7 @@ class GenerationEngine:
                 rows = slice(image, None, images)  # the image's row in every branch
                 tokens, positions = text_tokens[rows], modality_positions[rows]
                 own = (tokens, positions, scale, latent_size, config, seen[rows])
-                states.append(self._begin(steps, *own, branches, inputs))
+                states.append(self._begin(steps, *own, inputs))
         except BaseException:
             for state in states:
                 self.end(state)
@@ -111,9 +109,7 @@ class GenerationEngine:
         latent_size: tuple[int, int],
         config: FlashUConfig,
         seen: tuple[int, ...],
-        branches: int,
         inputs: DrawInputs | None,
-        context: Sequence[Sequence[Segment]] | None = None,
     ) -> ImageState:
         parts = self.parts
         rows, length = text_tokens.shape
@@ -128,12 +124,13 @@ class GenerationEngine:
             computes, restarts = [seer.computes(index) for index in range(steps - 1)], seer.first_enhance - 1
         plan = StepPlan.build(planned, steps, len(parts.layers), scale, patches, guides, computes)
         geometry = RowGeometry(seen, int(modality_positions[0, 0, 1]))
+        branches = _branches(guidance_scale, inputs)
         images = rows // branches
         shape = ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows))
         lease = self._acquire(shape, config)
         try:
-            trailing = None if inputs is None else inputs.trailing(parts)
-            lease.memory.load(parts, text_tokens, modality_positions, geometry, context, trailing)
+            more = () if inputs is None else (inputs.context(parts), inputs.trailing(parts))
+            lease.memory.load(parts, text_tokens, modality_positions, geometry, *more)
         except BaseException:
             self.pool.release(lease)
             raise
@@ -334,6 +331,13 @@ class GenerationEngine:
             formula=state.formula_at(step),
             groups=state.memory.groups(each.rows),
         )
+
+
+def _branches(guidance_scale: Scale, inputs: DrawInputs | None) -> int:
+    """Rows of an image."""
+    if inputs is not None:
+        return inputs.branches
+    return 2 if guided(guidance_scale) else 1
 
 
 def _predicting(config: FlashUConfig, seer: TaylorSeer) -> FlashUConfig:
