@@ -68,7 +68,7 @@ def test_errors_hold_no_memory(pipe: Any) -> None:
     with pipe.accelerate():
         results = list(pipe.generate_many([ImageRequest("a", steps=4, on_step=fail) for _ in range(3)]))
         gc.collect()
-        assert len(results) == 3 and not any(isinstance(each, ImageMemory) for each in gc.get_objects())
+        assert len(results) == 3 and not any(type(each) is ImageMemory for each in gc.get_objects())
     error = results[0].error
     assert str(error) == "of the caller's"
     assert error.__traceback__ is not None and error.__traceback__.tb_frame.f_code is fail.__code__
