@@ -13,7 +13,6 @@
 namespace flashu::cpu {
 namespace {
 
-
 // Images of [channels, positions] and velocities of [positions, channels].
 template <class L, class V>
 void euler(const flashu_guided_euler_step_args& args, bool guided, float s, float dt) {
