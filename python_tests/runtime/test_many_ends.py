@@ -35,11 +35,10 @@ def test_a_list_is_numbered_before_what_is_added(pipe: Any) -> None:
 
 def test_answers_leave_no_memory(pipe: Any) -> None:
     with pipe.accelerate() as handle:
-        held = []
+        held, kept = [], []
         for _ in range(4):
-            assert [result.error for result in pipe.answer_many([question(), question(question="where is it ?")])] == [
-                None
-            ] * 2
+            kept.append(pipe.answer_many([question(), question(question="where is it ?")]))
+            assert [result.error for result in kept[-1]] == [None] * 2
             gc.collect()
             held.append((len(handle.runner.understanding.pool._leased), handle.summary().cache_bytes))
         assert held[0] == held[-1] and held[0][0] <= 1
