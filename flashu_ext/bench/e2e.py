@@ -1,6 +1,6 @@
 """Whole images and answers: dense, exact and paper, interleaved in one process.
 
-The baseline is this library's dense model or, with `--upstream`, the unmodified Show-o2 classes on the same
+The baseline is this library's dense model or, of Show-o2 with `--upstream`, the unmodified classes on the same
 weights. Rows with as many steps as the baseline and rows with fewer are kept apart. An answer of one token is its prefill.
 """
 
@@ -24,7 +24,7 @@ from ..planning.config import FlashUConfig
 from ..planning.plan import TaskPlan
 from ..planning.tables import text_table
 from ..runtime.handle import accelerate
-from .families import FAMILIES, expert_plan
+from .families import SUBJECTS
 from .shapes import SHAPES, Inputs, Shape, fill, inputs, weight_plan
 
 __all__ = ["Report", "Row", "Settings", "run"]
@@ -246,7 +246,7 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
     shape = SHAPES[settings.model]
     own, upstream = _subjects(settings, shape)
     cases = _cases(settings, shape, own, upstream)
-    plans = {id(subject): _plan(subject, shape) for subject in (own, upstream) if subject}
+    plans = {id(subject): weight_plan(subject.model, shape.prune_multiple) for subject in (own, upstream) if subject}
     for case in cases:  # short, to allocate and to load kernels outside the measurement
         with _under(case, plans):
             case.action(3)
@@ -263,16 +263,11 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
     return Report(settings, [case.row for case in cases], machine.facts(), machine.command_line())
 
 
-def _plan(subject: Subject, shape: Shape) -> TaskPlan:
-    make = weight_plan if hasattr(subject.model, "showo") else expert_plan
-    return make(subject.model, shape.prune_multiple)
-
-
 def _subjects(settings: Settings, shape: Shape) -> tuple[Subject, Subject | None]:
     from ..models.showo2 import Showo2
 
-    if settings.family != "showo2":
-        return FAMILIES[settings.family](settings.seed, tiny=settings.model == "tiny"), None
+    if (subject := SUBJECTS.get(settings.family)) is not None:
+        return subject(settings.model, settings.seed), None
 
     model = Showo2(shape.config).eval()
     fill(model, settings.seed)

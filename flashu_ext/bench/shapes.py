@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..models.adapter import adapter_of
 from ..models.showo2.config import Showo2Config
 from ..planning.plan import TaskPlan
 
@@ -196,9 +199,15 @@ def inputs(shape: Shape, seed: int) -> Inputs:
 
 def weight_plan(model: nn.Module, multiple: int) -> TaskPlan:
     """A plan from the column norms of W_down, which need no data; the choice of sets costs no time."""
-    layers = model.showo.model.layers  # type: ignore[union-attr]
-    down = [layer.mlp.down_proj.weight.detach().float() for layer in layers]  # type: ignore[union-attr]
-    scores = [weight.norm(dim=0).cpu() for weight in down]
-    # Understanding ranks the neurons differently, as in trained models: the sets overlap in part.
-    other = [score.roll(score.numel() // 3) for score in scores]
-    return TaskPlan.from_scores(generation=scores, understanding=other, ratio=0.2, multiple=multiple)
+    parts = adapter_of(model)
+    understanding = _column_norms(parts.layers)
+    if len(parts.experts):
+        generation = _column_norms(parts.experts)
+    else:
+        # Understanding ranks the neurons differently, as in trained models: the sets overlap in part.
+        generation, understanding = understanding, [norms.roll(norms.numel() // 3) for norms in understanding]
+    return TaskPlan.from_scores(generation=generation, understanding=understanding, ratio=0.2, multiple=multiple)
+
+
+def _column_norms(layers: Iterable[Any]) -> list[Tensor]:
+    return [layer.mlp.down_proj.weight.detach().float().norm(dim=0).cpu() for layer in layers]

@@ -14,7 +14,6 @@ from .head import Head
 from .image_memory import ImageMemory, joined, joined_early, joined_rope
 from .modules.attention import (
     AttentionPass,
-    CausalPass,
     MaskedPass,
     Rope,
     RoutedPass,
@@ -53,16 +52,17 @@ class Backbone:
         if tokens == 0:
             return
         hidden = self.parts.embed_tokens(memory.text_tokens[:rows, :tokens])
-        attention = CausalPass(tokens, memory.prefix(rows)[0], self.kernels)
+        attention = SegmentPass(memory.prefix(rows)[0], self.kernels, tokens)
         hidden = self._layers(hidden, attention, self._text_rope(memory, tokens), work.variant)
         self.head.prefix(memory, rows, self.network.final_norm(hidden))
 
     def _text_rope(self, memory: ImageMemory, tokens: int) -> Rope:
         return memory.text_rope[0][:, :tokens], memory.text_rope[1][:, :tokens]
 
-    def context(self, memory: ImageMemory, work: PrefixWork) -> None:
-        """`prefix` where rows see other segments than their text (`ImageMemory.context`). What rows have in common is computed
-        once."""
+    def context(self, memories: Sequence[ImageMemory], works: Sequence[PrefixWork]) -> None:
+        """`prefix`, of one memory, where rows see other segments than their text (`ImageMemory.context`). What rows have in
+        common is computed once."""
+        (memory,), (work,) = memories, works
         assert memory.context is not None
         cache = memory.prefix(work.rows)[0]
         done: list[Sequence[Segment]] = []
@@ -72,7 +72,7 @@ class Backbone:
             cache[:, :, row, :filled] = cache[:, :, source, :filled]
             own = cache[:, :, row : row + 1]
             for segment in segments[shared:]:
-                attention = SegmentPass(own, filled, segment.embeds.shape[1], segment.causal, self.kernels)
+                attention = SegmentPass(own, self.kernels, segment.embeds.shape[1], filled, segment.causal)
                 rope = rope_table(self.parts.llm_rope, segment.positions[None], cache.dtype)
                 filled += segment.embeds.shape[1]
                 self._layers(segment.embeds.clone(), attention, rope, work.variant, drawn=segment.drawn)

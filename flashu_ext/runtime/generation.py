@@ -64,7 +64,6 @@ class GenerationEngine:
         guidance_scale: Scale,
         latent_size: tuple[int, int],
         config: FlashUConfig | None = None,
-        seen: Sequence[int] | None = None,
         inputs: DrawInputs | None = None,
     ) -> list[ImageState]:
         """Set up a batch of images: a state for each, so that none depends on its neighbours, or where the config is not
@@ -77,11 +76,11 @@ class GenerationEngine:
             guidance_scale: the caller's; above 0 the second half of the rows is unconditional.
             latent_size: (H, W) of the latents.
             config: of these images; None: the model's.
-            seen: for each row how many tokens before its span are seen; None: all.
-            inputs: of a family with more to say: its branches, context and guidance.
+            inputs: of a family's sampler, which say more: branches, what is seen, guidance.
         """
         config = self.config if config is None else config
-        seen = tuple(modality_positions[:, 0, 0].tolist()) if seen is None else tuple(seen)
+        told = None if inputs is None else inputs.seen
+        seen = tuple(modality_positions[:, 0, 0].tolist()) if told is None else tuple(told)
         images = text_tokens.shape[0] // _branches(guidance_scale, inputs)
         if not self.invariant:
             own = (text_tokens, modality_positions, guidance_scale, latent_size, config, seen)
@@ -298,9 +297,8 @@ class GenerationEngine:
                 each.run(self.backbone.prefix, PrefixWork(each.rows, variant))
             else:  # its tensors come with the image, so it is in no graph
                 lengths = tuple(tuple(one.embeds.shape[1] for one in row) for row in context)
-                work = PrefixWork(each.rows, variant, lengths)
-                run = lambda memories, works: self.backbone.context(memories[0], works[0])  # noqa: E731
-                each.done.append(self.capture.run_together(run, (each.state.memory,), (work,)))
+                works = (PrefixWork(each.rows, variant, lengths),)
+                each.done.append(self.capture.run_together(self.backbone.context, (each.state.memory,), works))
             each.state.prefix = (variant, each.rows)
             each.state.store_prefix()
 
@@ -406,7 +404,7 @@ class AcceleratedStepper:
         height, width = inputs.noise.shape[2:]
         size = (height, width)
         self.states = engine.begin(
-            inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, size, config, inputs.seen, inputs
+            inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, size, config, inputs
         )
         self.evaluations = len(self.states[0].plan)
         try:

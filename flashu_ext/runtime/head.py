@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .image_memory import ImageMemory, joined, joined_early, joined_rope
-from .modules.attention import CausalPass, span_pass
+from .modules.attention import SegmentPass, span_pass
 from .modules.head_block import head_block
 from .network import Network
 from .work import HeadWork
@@ -28,7 +28,7 @@ class Head:
         if not self.network.blocks:
             return
         tokens = hidden.shape[1]
-        attention = CausalPass(tokens, memory.prefix(rows)[1], self.kernels)
+        attention = SegmentPass(memory.prefix(rows)[1], self.kernels, tokens)
         rope = (memory.head_text_rope[0][:, :tokens], memory.head_text_rope[1][:, :tokens])
         x = self.parts.head_input(hidden)
         for index, block in enumerate(self.network.blocks):

@@ -288,8 +288,8 @@ MUTANTS = [
     Mutant("experts: heads are not normed", "flashu_ext/runtime/modules/decoder_layer.py", "projected.append([*layer.normed_heads(query, key), value])", "projected.append([query, key, value])", EXPERTS("any_sequence")),
     Mutant("layers: heads of a decoder are not normed", "flashu_ext/runtime/modules/decoder_layer.py", "attention(index, query, key, value, rope, layer.head_norms), task)", "attention(index, query, key, value, rope), task)", EXPERTS("any_question")),
     Mutant("contexts: rows share a segment too many", "flashu_ext/runtime/backbone.py", "        if a is not b:\n            return count\n", "        if a is not b:\n            return count + 1\n", EXPERTS("any_sequence")),
-    Mutant("contexts: an image is causal", "flashu_ext/runtime/modules/attention.py", "        if causal_ and tokens > 1:\n", "        if tokens > 1:\n", EXPERTS("any_sequence")),
-    Mutant("contexts: a text is not causal", "flashu_ext/runtime/modules/attention.py", "        if causal_ and tokens > 1:\n", "        if causal_ and tokens > 9999:\n", EXPERTS("any_sequence")),
+    Mutant("contexts: an image is causal", "flashu_ext/runtime/modules/attention.py", "        if ordered and tokens > 1:\n", "        if tokens > 1:\n", EXPERTS("any_sequence")),
+    Mutant("contexts: a text is not causal", "flashu_ext/runtime/modules/attention.py", "        if ordered and tokens > 1:\n", "        if ordered and tokens > 9999:\n", EXPERTS("any_sequence")),
     Mutant("spans: tokens of an image have positions of their own", "flashu_ext/runtime/image_memory.py", "along = torch.zeros if parts.flat else torch.arange", "along = torch.arange", EXPERTS("any_sequence")),
     Mutant("guidance: outside the interval too", "flashu_ext/runtime/state.py", "self.guides is None or self.guides[step.index - 1] else", "self.guides is not None else", EXPERTS("any_sequence")),
     Mutant("taylorseer: the first evaluations count", "flashu_ext/runtime/history.py", " or step <= self.upto:", ":", EXPERTS("any_sequence")),
@@ -306,4 +306,6 @@ MUTANTS = [
     Mutant("pool: what is forgotten stays", "flashu_ext/runtime/memory.py", "        self._leased.add(lease)\n", "        self._leased.add(lease)\n        self.all = [*getattr(self, \"all\", ()), lease]\n", ENDS("loops_that_are_left")),
     Mutant("decoding: lengths are written in place", "flashu_ext/runtime/decoding.py", "[lengths + 1 for lengths in memory.lengths]", "[lengths.add_(1) for lengths in memory.lengths]", ENDS("any_mode")),
     Mutant("describe: what is refused is described", "flashu_ext/runtime/kernel_sets.py", "        check_model(parts)\n", "        pass\n", ENDS("cannot_be_accelerated")),
+    Mutant("contexts: they are in a graph", "flashu_ext/runtime/generation.py", "each.done.append(self.capture.run_together(self.backbone.context, (each.state.memory,), works))", "each.run(lambda memory, work: self.backbone.context((memory,), (work,)), works[0])", EXPERTS("share_evaluations")),
+    Mutant("evaluations: a neighbour's markers", "flashu_ext/runtime/backbone.py", "behind = [memory.trailing.expand(count, -1, -1) for memory, count in zip(memories, images, strict=True)]", "behind = [memories[0].trailing.expand(count, -1, -1) * (1 + i) for i, count in enumerate(images)]", EXPERTS("share_evaluations")),
 ]  # fmt: skip

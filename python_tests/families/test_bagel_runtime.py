@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.conformance import FIXTURES, relative
+from support.tape import capturing
 from torch import Tensor, nn
 
 import flashu_ext as fx
@@ -183,6 +184,57 @@ def test_threads_and_earlier_work_change_no_bit(accelerated: Any) -> None:
     for other in results:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
         assert torch.equal(other[0], other[-1])
+
+
+def stepper(handle: Any, inputs: list[Any], seed: int, points: int, seer: Any = None) -> Any:
+    noise = torch.randn(12, 64, generator=torch.Generator().manual_seed(seed))
+    guidance = fx.bagel.Guidance(image=1.5)
+    built = SampleInputs.build(handle.model, noise, inputs, (3, 4), IDS, points, guidance, 3.0, seer)
+    return handle.stepper(built)
+
+
+def run_alone(handle: Any, job: tuple[Any, ...]) -> Tensor:
+    own = stepper(handle, *job)
+    for index in range(own.evaluations):
+        own.step(index)
+    latents: Tensor = own.latents()
+    own.close()
+    return latents
+
+
+JOBS: tuple[tuple[Any, ...], ...] = ((PROMPT, 1, POINTS), (EDIT, 2, POINTS), ([text(3)], 3, 6))
+SEEN_AHEAD = (EDIT, 4, POINTS, fx.bagel.TaylorSeer(2, 2, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_images_that_share_evaluations_and_captured_ones_keep_their_bits(name: str) -> None:
+    """Contexts of other lengths, other numbers of steps and branches, extrapolated evaluations; as on a GPU, in graphs."""
+    own, config = model(), CONFIGS[name]
+    jobs = (*JOBS, SEEN_AHEAD) if name == "exact" else JOBS
+    with fx.accelerate(own, config, plan(own, config)) as handle:
+        alone = [run_alone(handle, job) for job in jobs]
+        together = [stepper(handle, *job) for job in jobs]
+        for index in range(max(each.evaluations for each in together)):
+            going = [each for each in together if index < each.evaluations]
+            assert handle.step_together(going) == [None] * len(going)
+        assert all(torch.equal(each.latents(), latents) for each, latents in zip(together, alone, strict=True))
+    with capturing(fx.accelerate(own, config, plan(own, config))) as handle:
+        other = [text(21, 22, 23)], 1, POINTS  # the same work as the first image's, on other tokens
+        for _ in range(4):
+            assert not torch.equal(run_alone(handle, other), alone[0])
+            assert torch.equal(run_alone(handle, jobs[0]), alone[0])
+        assert all(torch.equal(run_alone(handle, job), latents) for job, latents in zip(jobs, alone, strict=True))
+        assert handle.summary().graphs["replays"] > 0
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_no_words_have_no_logits(faster: bool) -> None:
+    own = model()
+    if faster:
+        fx.accelerate(own)
+    words, logits = ask(own, most=0)
+    assert words.shape == (0,) and logits.shape == (0, own.config.vocab)
 
 
 # ---- what the approximations compute

@@ -27,19 +27,6 @@ from flashu_ext.models.stamp import Turns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HOOKED = {
-    "showo.model.layers.2.mlp": ("showo.model.layers.2.mlp", "has a forward hook"),
-    "showo.model.layers.2.mlp.gate_proj": ("showo.model.layers.2.mlp", "gate_proj has a forward hook"),
-    "showo.model.layers.3.input_layernorm": ("showo.model.layers.3.input_layernorm", "has a forward hook"),
-    "showo.model.layers.4.post_attention_layernorm": (
-        "showo.model.layers.4.post_attention_layernorm", "has a forward hook",
-    ),
-    "showo.model.norm": ("showo.model.norm", "has a forward hook"),
-    "diffusion_head_a.1.mlp.down_proj": ("diffusion_head_a.1.mlp", "down_proj has a forward hook"),
-    "diffusion_head_a.0.input_layernorm": ("diffusion_head_a.0.input_layernorm", "has a forward hook"),
-    "diffusion_head_b.norm_final": ("diffusion_head_b.norm_final", "has a forward hook"),
-}  # fmt: skip
-
 
 def test_a_call_method_replaced_in_the_class_of_a_kernel_counts(monkeypatch):
     model = small_model()

@@ -17,7 +17,7 @@ from ..masks import causal
 from ..sampling import Segment
 from ..shapes import layer_shape, linear_flops
 from .model import Image, Text, TokenIds
-from .sampling import MARKERS
+from .sampling import MARKERS, extent
 
 __all__ = ["BagelAdapter", "adapter", "with_places"]
 
@@ -196,9 +196,9 @@ class BagelAdapter(Adapter):
                 spans.append((place, made[0].embeds.shape[1] - MARKERS))
             segments += made
             place += made[0].embeds.shape[1]
-            position = int(made[0].positions[-1]) + 1
+            position += extent(self.model, item)[1]
         start = torch.tensor([[after.bos_token_id]], device=self.device)
-        segments.append(Segment(self.embed_tokens(start), start[0] * 0 + position, causal=True))
+        segments.append(Segment(self.embed_tokens(start), torch.full_like(start[0], position), causal=True))
         allowed = causal(place + 1, self.device)
         for first, count in spans:
             allowed[first : first + count + MARKERS, first : first + count + MARKERS] = True

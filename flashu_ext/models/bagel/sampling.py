@@ -17,7 +17,17 @@ from ..sampling import Callback, DrawInputs, Formula, Segment, TaylorSeer, integ
 from .layers import Context
 from .model import Image, Text, TokenIds
 
-__all__ = ["MARKERS", "Guidance", "SampleInputs", "TaylorSeer", "guided", "sample", "taylor_prediction", "time_grid"]
+__all__ = [
+    "MARKERS",
+    "Guidance",
+    "SampleInputs",
+    "TaylorSeer",
+    "extent",
+    "guided",
+    "sample",
+    "taylor_prediction",
+    "time_grid",
+]
 
 DEFAULT_TIMESTEPS = 50
 RENORMS = ("global", "channel", "text_channel")
@@ -180,27 +190,16 @@ def sample(
     if (handle := handle_of(model)) is not None:
         drawn = SampleInputs.build(model, noise, inputs, grid, ids, num_timesteps, guidance, timestep_shift, taylorseer)
         return _packed(integrate(handle.stepper(drawn), _told(callback), return_velocity))
-    contexts = branch_contexts(model, inputs, ids)
     times = time_grid(num_timesteps or DEFAULT_TIMESTEPS, timestep_shift)
-    forecasts = [None if taylorseer is None else _Forecast(taylorseer) for _ in contexts]
-    used = [(True, *guidance.branches(t)) for t in times[:-1].tolist()]
+    counts = zip(*((True, *guidance.branches(t)) for t in times[:-1].tolist()), strict=True)
+    contexts = branch_contexts(model, inputs, ids)
+    branches = [_Branch(*each, taylorseer) for each in zip(contexts, counts, strict=True)]
     x = noise.float()
     velocities = []
-    for index, t in enumerate(times[:-1].tolist()):
-        branches: list[Tensor | None] = []
-        for number, (context, forecast) in enumerate(zip(contexts, forecasts, strict=True)):
-            computes = taylorseer is None or taylorseer.computes(index)
-            # What is computed for a branch is also what a later evaluation extrapolates from.
-            later = taylorseer is not None and computes and any(each[number] for each in used[index:])
-            hidden = None
-            if computes and (used[index][number] or later):
-                hidden = model.hidden(x, torch.tensor([t], dtype=torch.float32, device=x.device), grid, context, ids)
-                if forecast is not None:
-                    forecast.update(index, hidden)
-            elif forecast is not None and used[index][number]:
-                hidden = forecast.predict(index)
-            branches.append(None if hidden is None or not used[index][number] else model.velocity(hidden))
-        full, without_text, without_image = branches
+    for index in range(len(times) - 1):
+        t = times[index : index + 1].to(x.device)
+        computed = [branch.velocity(model, index, x, t, grid, ids) for branch in branches]
+        full, without_text, without_image = computed
         assert full is not None
         velocity = guided(full, without_text, without_image, guidance)
         x = x - velocity * (times[index] - times[index + 1]).to(x.device)
@@ -208,6 +207,30 @@ def sample(
         if callback is not None:
             callback(index + 1, x)
     return (x, torch.stack(velocities)) if return_velocity else x
+
+
+class _Branch:
+    """A branch of guidance of the dense sampler."""
+
+    def __init__(self, context: Context, counts: Sequence[bool], seer: TaylorSeer | None):
+        """counts: for each evaluation whether its velocity is used."""
+        self.context, self.counts, self.seer = context, counts, seer
+        self.forecast = None if seer is None else _Forecast(seer)
+
+    def velocity(
+        self, model: Any, index: int, x: Tensor, t: Tensor, grid: tuple[int, int], ids: TokenIds
+    ) -> Tensor | None:
+        """Of evaluation `index`; None where it does not count."""
+        counts = self.counts[index]
+        if self.forecast is not None and self.seer is not None and not self.seer.computes(index):
+            return model.velocity(self.forecast.predict(index)) if counts else None
+        # Later evaluations extrapolate from what is computed now.
+        if not counts and (self.forecast is None or not any(self.counts[index:])):
+            return None
+        hidden = model.hidden(x, t, grid, self.context, ids)
+        if self.forecast is not None:
+            self.forecast.update(index, hidden)
+        return model.velocity(hidden) if counts else None
 
 
 @dataclass(frozen=True)
@@ -267,7 +290,7 @@ class SampleInputs(DrawInputs):
         span = latents[0, 0].numel() + MARKERS
         extents = []
         for own in sequences:
-            items = [_extent(model, item) for item in own]
+            items = [extent(model, item) for item in own]
             extents.append((sum(tokens for tokens, _ in items), sum(positions for _, positions in items)))
         spans = torch.tensor([[[position, span]] for _, position in extents], device=noise.device)
         longest = max(tokens for tokens, _ in extents)
@@ -295,7 +318,7 @@ class SampleInputs(DrawInputs):
                 if key not in made:
                     made[key] = parts.segments(item, self.ids, position)
                 row += made[key]
-                position += _extent(parts.model, item)[1]
+                position += extent(parts.model, item)[1]
             rows.append(row)
         return rows
 
@@ -317,7 +340,7 @@ class SampleInputs(DrawInputs):
         return times[:-1], times[1:] - times[:-1]
 
 
-def _extent(model: Any, item: Text | Image) -> tuple[int, int]:
+def extent(model: Any, item: Text | Image) -> tuple[int, int]:
     """Tokens of an item of a sequence, markers included, and its rotary positions."""
     if isinstance(item, Text):
         return len(item.ids) + MARKERS, len(item.ids) + MARKERS

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..accelerated import handle_of
 from ..checks import check_count
+from ..decoding import TokenSampler
 from .layers import Experts
 from .model import Image, Text, TokenIds
 from .sampling import check_inputs
@@ -30,7 +31,7 @@ def answer_tokens(
 
     Args:
         model: a Bagel.
-        inputs: see `sample`; an image is read by the image encoder (`vit_tokens`).
+        inputs: see `sample`; an image is read by the image encoder (`vit_tokens`), and an accelerated model takes no latents.
         token_ids: of the markers.
         max_new_tokens: upper bound.
         stop: end after the marker of a text's end, which is part of the result.
@@ -45,7 +46,7 @@ def answer_tokens(
     ids = check_inputs(model, inputs, token_ids)
     check_count("max_new_tokens", max_new_tokens)
     if (handle := handle_of(model)) is not None:
-        return _answered(handle, inputs, ids, max_new_tokens, stop, return_logits)
+        return _answered(model, handle, inputs, ids, max_new_tokens, stop, return_logits)
     run, device = model.language_model.model, model.vae2llm.weight.device
     context = model.context(inputs, ids)
     token = torch.tensor([ids.bos_token_id], device=device)
@@ -57,11 +58,23 @@ def answer_tokens(
         token = logits[-1].argmax()[None]
         words.append(token[0])
     answer = torch.stack(words) if words else torch.empty(0, dtype=torch.int64, device=device)
-    return (answer, torch.stack(logits)) if return_logits else answer
+    return (answer, _rows(logits, model)) if return_logits else answer
+
+
+def _rows(logits: Sequence[Tensor], model: Any) -> Tensor:
+    """Of every word [vocab] -> [words, vocab]."""
+    table = model.language_model.model.embed_tokens.weight
+    return torch.stack(list(logits)) if logits else table.new_empty(0, len(table))
 
 
 def _answered(
-    handle: Any, inputs: Sequence[Text | Image], ids: TokenIds, most: int, stop: bool, return_logits: bool
+    model: Any,
+    handle: Any,
+    inputs: Sequence[Text | Image],
+    ids: TokenIds,
+    most: int,
+    stop: bool,
+    return_logits: bool,
 ) -> Any:
     """`answer_tokens` of an accelerated model."""
     from .adapter import with_places
@@ -71,13 +84,13 @@ def _answered(
             raise ValueError(
                 f"inputs[{index}].latents: expected None, an accelerated model's answers read images by vit_tokens, got latents"
             )
-    logits: list[Tensor] = []
+    greedy, logits = TokenSampler(), []
 
-    def pick(rows: Tensor, prompts: Sequence[int]) -> Tensor:
-        logits.append(rows.clone())
-        return rows.argmax(-1, keepdim=True)
+    def told(rows: Tensor, prompts: Sequence[int]) -> Tensor:
+        logits.append(rows[0].clone())
+        return greedy(rows, prompts)
 
     images = [with_places(item) for item in inputs if isinstance(item, Image)]
     end = ids.eos_token_id if stop else None
-    (answer,) = handle.runner.answer_tokens([images], [inputs], [ids], most, end, pick)
-    return (answer, torch.cat(logits[: len(answer)])) if return_logits else answer
+    (answer,) = handle.runner.answer_tokens([images], [inputs], [ids], most, end, told if return_logits else greedy)
+    return (answer, _rows(logits[: len(answer)], model)) if return_logits else answer

@@ -20,7 +20,6 @@ from ...ops.kernel_sets import KernelSet
 
 __all__ = [
     "AttentionPass",
-    "CausalPass",
     "HeadNorms",
     "MaskedPass",
     "Rope",
@@ -305,18 +304,18 @@ class MaskedPass:
 
 
 class SegmentPass:
-    """Tokens that come to be seen together, after those of a row that are in the cache already; they are stored there too."""
+    """Tokens that come to be seen together, after those that are in the cache already; they are stored there too."""
 
-    def __init__(self, cache: Tensor, filled: int, tokens: int, causal_: bool, kernels: KernelSet):
+    def __init__(self, cache: Tensor, kernels: KernelSet, tokens: int, filled: int = 0, ordered: bool = True):
         """Args:
-        cache: [layers, 2, 1, slots, kv_heads, d], of which `filled` slots are seen whole.
-        causal_: whether one of the `tokens` sees earlier ones only; else all.
+        cache: [layers, 2, rows, slots, kv_heads, d], of which the first `filled` slots are seen whole.
+        ordered: whether one of the `tokens` sees earlier ones only; else all.
         """
         self.cache = cache[:, :, :, : filled + tokens]
         self.kernels = kernels
         self._filled = filled
         self._mask = None
-        if causal_ and tokens > 1:
+        if ordered and tokens > 1:
             seen = torch.ones(tokens, filled, dtype=torch.bool, device=cache.device)
             self._mask = additive(torch.cat([seen, causal(tokens, cache.device)], dim=1)[None, None], cache.dtype)
 
@@ -327,10 +326,3 @@ class SegmentPass:
         new = slice(self._filled, None)
         rotated = rotate_into(self.kernels, query, key, value, rope, norms, keys[:, new], values[:, new])
         return self.kernels.attention(rotated, keys.transpose(1, 2), values.transpose(1, 2), mask=self._mask).flatten(2)
-
-
-class CausalPass(MaskedPass):
-    """A text sequence from its start; every layer's keys and values go into the cache."""
-
-    def __init__(self, tokens: int, cache: Tensor, kernels: KernelSet):
-        super().__init__(additive(causal(tokens, cache.device)[None, None], cache.dtype), cache, kernels)
