@@ -77,7 +77,7 @@ except ImportError as error:
     [
         ("transformers", "showo2", "fx.showo2.Pipeline.from_pretrained('nano')"),
         ("tokenizers", "showo2", "from flashu_ext.nano import tokenizer; tokenizer.layout()"),
-        ("PIL", "showo2", "from flashu_ext.models.showo2 import pipeline; pipeline._to_pil(None)"),
+        ("PIL", "showo2", "from flashu_ext.models import pictures; pictures.to_pil(None)"),
         ("jinja2", "report", "from flashu_ext.report import render; render.page('')"),
         ("skimage.metrics", "report", "import numpy as n; from flashu_ext.studies import fidelity as f; "
          "x = n.zeros((1, 8, 8, 3), n.uint8); f.ssim(x, x)"),

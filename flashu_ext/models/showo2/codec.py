@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..codec import load_vae
 
 __all__ = ["ImageCodec", "WanCodec"]
 
@@ -51,32 +51,18 @@ class WanCodec:
         self.std = torch.tensor(config.latents_std, dtype=torch.float32, device="cpu").view(1, -1, 1, 1)
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike[str]) -> WanCodec:
+    def from_pretrained(cls, directory: str | os.PathLike[str], device: torch.device | str = "cpu") -> WanCodec:
         """Load a folder in diffusers' layout (config.json, diffusion_pytorch_model.safetensors); nothing is downloaded.
+
+        Args:
+            device: where it runs.
 
         Raises:
             ImportError: diffusers is not installed.
             FileNotFoundError: the folder has no VAE.
             ValueError: the VAE is malformed.
         """
-        from ...planning.extras import extra
-        from ...planning.safe_files import read_header
-
-        directory = Path(directory)
-        weights = directory / "diffusion_pytorch_model.safetensors"
-        for path in (directory / "config.json", weights):
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: expected Wan 2.1's VAE in diffusers' layout")
-        with extra("vae"):
-            from diffusers import AutoencoderKLWan
-        read_header(weights)
-        try:
-            vae = AutoencoderKLWan.from_pretrained(
-                directory, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-            )
-        except (RuntimeError, KeyError, TypeError) as error:
-            raise ValueError(f"{directory}: not a Wan VAE: {error}") from error
-        return cls(vae)
+        return cls(load_vae(directory, "AutoencoderKLWan", "Wan 2.1's", "Wan", device))
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) of the latents of images of height x width pixels. Raises ValueError where these are no multiples of 8."""

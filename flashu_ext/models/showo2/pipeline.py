@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
-from ...planning.extras import extra
-from ...planning.groups import FfnPruning, whole
-from ...planning.reading import MAX_PIXELS, shown
-from ...planning.safe_files import atomic_path
+from ...planning.reading import MAX_PIXELS
 from ..checkpoint import check_dtype
 from ..checks import check_callback, check_device
+from ..pictures import Size, rgb, sides, unit
+from ..pipeline import ModelPipeline, check_vocabulary, named_images, noise_of, opened, parts_of, seeds_of
 from .codec import ImageCodec, WanCodec
 from .many import AT_ONCE, Answers, Drawings
 from .model import Showo2
@@ -36,17 +30,14 @@ if TYPE_CHECKING:
 
     from ...planning.plan import TaskPlan
 
-__all__ = ["Pipeline"]
-
-Size = int | tuple[int, int]
-"""An image's size in pixels: its side, or (height, width)."""
+__all__ = ["Pipeline", "Size"]
 
 _EMBEDDED = {"nano": "flashu_ext.nano.pipeline"}
 """Models included in the package: name -> a module with `load_pipeline(dtype, device)`."""
 
 
 @dataclass
-class Pipeline:
+class Pipeline(ModelPipeline):
     """A Show-o2 model with its tokenizer and image codec.
 
     Attributes:
@@ -61,6 +52,8 @@ class Pipeline:
         tokenizer: of transformers, which `save_pretrained` writes; None where `layout` has another one.
     """
 
+    saved_codec: ClassVar[type] = WanCodec
+
     model: Showo2
     layout: PromptLayout
     codec: ImageCodec
@@ -71,27 +64,6 @@ class Pipeline:
     presets: Callable[[str], FlashUConfig | None] = preset
     own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
     tokenizer: Any = None
-
-    # ---- copies
-
-    def __copy__(self) -> Self:
-        clone = object.__new__(type(self))
-        vars(clone).update(vars(self))
-        return clone
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """With a dense model of its own. What has no weights is shared."""
-        memo[id(self)] = clone = self.__copy__()
-        clone.model = copy.deepcopy(self.model, memo)
-        if not isinstance(self.codec, ModuleType):
-            clone.codec = copy.deepcopy(self.codec, memo)
-        return clone
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(
-            "pipeline: it cannot be pickled, because its tokenizer cannot; pickle its model, and make the pipeline with "
-            "Pipeline.from_pretrained where it is used"
-        )
 
     @classmethod
     def from_pretrained(
@@ -110,25 +82,14 @@ class Pipeline:
             ValueError: a file is malformed, `dtype` is none of a model's, or `device` is not there.
             ImportError: an optional package is missing.
         """
-        check_dtype(dtype)
-        device = check_device(device)
         if name in _EMBEDDED:
-            return import_module(_EMBEDDED[str(name)]).load_pipeline(dtype, device)
-        directory = Path(name)
-        if not directory.is_dir():
-            raise FileNotFoundError(f"{str(name)!r}: expected 'nano' or a folder with a Show-o2 checkpoint")
-        try:
-            tokenizer = load_tokenizer(directory / "tokenizer" if (directory / "tokenizer").is_dir() else directory)
-            codec = WanCodec.from_pretrained(directory / "vae")
-        except FileNotFoundError as error:
-            hint = "model.save_pretrained writes only the model, pipe.save_pretrained what goes with it too"
-            raise FileNotFoundError(f"{error}; {hint}") from error
-        model = Showo2.from_pretrained(directory, dtype).to(device)
+            check_dtype(dtype)
+            return import_module(_EMBEDDED[str(name)]).load_pipeline(dtype, check_device(device))
+        directory, where = opened(name, dtype, device, "'nano' or a folder with a Show-o2 checkpoint")
+        tokenizer, codec = parts_of(directory, load_tokenizer, lambda path: WanCodec.from_pretrained(path, where))
+        model = Showo2.from_pretrained(directory, dtype).to(where)
         config = model.config
-        if len(tokenizer) > config.llm_vocab_size:
-            raise ValueError(
-                f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {config.llm_vocab_size}"
-            )
+        check_vocabulary(directory, tokenizer, config.llm_vocab_size)
         return cls(
             model=model,
             layout=PromptLayout.from_tokenizer(tokenizer, config.image_tokens),
@@ -137,32 +98,6 @@ class Pipeline:
             name=str(directory),
             tokenizer=tokenizer,
         )
-
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write model, tokenizer and VAE into a folder that `from_pretrained` reads; weights in the model's own order.
-
-        Args:
-            directory: created if missing; existing files of these names are replaced, each whole or not at all.
-
-        Raises:
-            TypeError: the tokenizer or codec is none that a folder can hold, such as the embedded model's.
-            OSError: a file cannot be written.
-        """
-        if self.tokenizer is None or not isinstance(self.codec, WanCodec):
-            raise TypeError(
-                f"pipeline: expected a tokenizer of transformers and a WanCodec, got {type(self.tokenizer).__name__} and "
-                f"{type(self.codec).__name__}; self.model.save_pretrained writes the model alone"
-            )
-        directory = Path(directory)
-        self.model.save_pretrained(directory)
-        for name, part in (("tokenizer", self.tokenizer), ("vae", self.codec.vae)):
-            with tempfile.TemporaryDirectory() as draft:
-                part.save_pretrained(draft)
-                for file in filter(Path.is_file, Path(draft).rglob("*")):
-                    target = directory / name / file.relative_to(draft)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with atomic_path(target) as temporary:
-                        shutil.copyfile(file, temporary)
 
     # ---- generation
 
@@ -241,19 +176,11 @@ class Pipeline:
         """The tokens and positions of `sample`'s arguments for prompts whose images have `size`."""
         return dict(vars(self._layout_of(self.grid(size)).generation(prompts, self._device)))
 
-    def pictures(self, latents: Tensor) -> list[Image]:
-        """Latents [B, channels, H, W] -> images. One at a time: a convolution's bits may depend on its batch."""
-        return [_to_pil(self.codec.decode(one)[0]) for one in latents.split(1)]
-
     def noise(self, seeds: Sequence[int], count: int | None = None, size: Size | None = None) -> Tensor:
         """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed; `size` as in `generate`."""
-        seeds = self._seeds(seeds, count, "prompts")
         config = self.model.config
         shape = (config.image_latent_dim, *(patches * config.patch_size for patches in self.grid(size)))
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        # Of the dtype and on the device that are promised, not the process's defaults.
-        rows = [torch.randn(shape, generator=each, dtype=torch.float32, device="cpu") for each in generators]
-        return torch.stack(rows).to(self._device)
+        return noise_of(seeds_of(seeds, count, "prompts"), shape, self._device)
 
     def grid(self, size: Size | None = None) -> tuple[int, int]:
         """(height, width) in patches of an image of `size` pixels, as in `generate`; None: of the model's own size.
@@ -265,7 +192,7 @@ class Pipeline:
         own = (config.image_latent_height, config.image_latent_width)
         if size is None:
             return own
-        height, width = _pixels(size)
+        height, width = sides(size)
         if not hasattr(self.codec, "latent_size"):
             raise TypeError(
                 f"codec: expected a method latent_size where a size is asked for, got {type(self.codec).__name__}"
@@ -306,25 +233,6 @@ class Pipeline:
             return self.layout
         return self.layout.with_image_tokens(grid[0] * grid[1] + (1 if config.add_time_embeds else 0))
 
-    @staticmethod
-    def _seeds(seeds: Any, count: int | None, what: str) -> list[int]:
-        """Seeds as integers of Python, `count` of them. Raises TypeError or ValueError."""
-        try:
-            given = None if isinstance(seeds, (str, bytes)) else list(seeds)
-        except TypeError:
-            given = None
-        if given is None:
-            raise TypeError(f"seeds: expected a list of integers, got {type(seeds).__name__}")
-        if count is not None and len(given) != count:
-            raise ValueError(f"seeds: expected one for each of {count} {what}, got {len(given)}")
-        numbers = []
-        for seed in given:
-            number = whole(seed)
-            if number is None or not 0 <= number < 2**63:
-                raise ValueError(f"seed: expected an integer in [0, 2^63), got {shown(seed)}")
-            numbers.append(number)
-        return numbers
-
     # ---- understanding
 
     def answer(
@@ -353,24 +261,12 @@ class Pipeline:
         """
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling["seeds"] = None if seed is None else [seed]
-        check_callback("on_text", on_text)
-        if on_text is None:
-            return self._answers({"image": image}, [question], max_new_tokens, **sampling)[0]
-        tokens: list[int] = []
-        given = ""
-
-        def on_token(_: int, token: int) -> None:
-            nonlocal given
-            tokens.append(token)
-            text = self.layout.continuation(tokens, given)
-            given += text
-            if text:
-                on_text(text)
-
-        answer = self._answers({"image": image}, [question], max_new_tokens, on_token=on_token, **sampling)[0]
-        if answer != given and answer.startswith(given):
-            on_text(answer[len(given) :])
-        return answer
+        return self._streamed(
+            lambda on_token: self._answers({"image": image}, [question], max_new_tokens, on_token=on_token, **sampling)[
+                0
+            ],
+            on_text,
+        )
 
     def answer_batch(
         self,
@@ -392,16 +288,7 @@ class Pipeline:
             on_token: called with a question's index and its next token id, as it comes.
             The rest is as in `answer`.
         """
-        if isinstance(questions, str) or not isinstance(questions, Sequence):
-            raise TypeError(f"questions: expected a list of strings, got {type(questions).__name__}")
-        if not isinstance(images, Sequence):
-            raise TypeError(f"images: expected a list of PIL images, got {type(images).__name__}")
-        if len(images) not in (1, len(questions)):
-            raise ValueError(
-                f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}; several images of one "
-                "question are a list of their own"
-            )
-        named = {f"images[{row}]": entry for row, entry in enumerate(images)}
+        named = named_images(images, questions, "; several images of one question are a list of their own")
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seeds": seeds}
         return self._answers(named, questions, max_new_tokens, on_token=on_token, **sampling)
 
@@ -453,10 +340,6 @@ class Pipeline:
         """The latents [1, channels, H, W] of a question's images, and the tokens before and after them (`answer_tokens`)."""
         return self._encoded(images, "images"), *self.layout.question(question, self._device)
 
-    def generators(self, seeds: Any, count: int, what: str) -> list[torch.Generator]:
-        """A generator on the model's device for each of `count` seeds. Raises TypeError or ValueError."""
-        return [torch.Generator(self._device).manual_seed(seed) for seed in self._seeds(seeds, count, what)]
-
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""
         return self.codec.encode(_from_pil(image, self.pixels, "image").to(self._device))
@@ -472,84 +355,23 @@ class Pipeline:
         pixels = [_from_pil(image, self.pixels, own) for image, own in zip(images, names, strict=True)]
         return [self.codec.encode(each.to(self._device)) for each in pixels]
 
-    # ---- acceleration
-
-    def preset(self, name: str, plan: TaskPlan | None = None) -> tuple[FlashUConfig | None, TaskPlan | None]:
-        """The config and plan of 'dense' (none), 'exact', 'paper' or 'fast' for this model.
-
-        Args:
-            plan: for a config that prunes; None: the embedded model's own, and none for others. A plan with a ratio per layer
-                is used as is; any other is pruned as the config says.
-
-        Raises:
-            ValueError: no such preset.
-        """
-        config = self.presets(name)
-        if config is None or not config.needs_plan:
-            return config, None
-        if plan is None:
-            return config, self.own_plan(config) if self.own_plan is not None else None
-        if plan.ratios is not None:
-            return config.replace(ffn=FfnPruning(plan.ratio, plan.multiple)), plan
-        return config, plan.with_pruning(config.ffn)
-
-    def accelerate(self, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Any:
-        """`flashu_ext.accelerate` on this pipeline's model; returns the handle."""
-        return import_module("flashu_ext").accelerate(self.model, config, plan)
-
     @property
     def _device(self) -> Any:
         return self.model.showo.model.embed_tokens.weight.device
 
 
-def _pixels(size: Any) -> tuple[int, int]:
-    """(height, width) of a size in pixels. Raises TypeError or ValueError."""
-    sides = [whole(side) for side in (size if isinstance(size, (tuple, list)) else [size, size])]
-    numbers = [side for side in sides if side is not None]
-    if len(sides) != 2 or len(numbers) != 2:
-        raise TypeError(f"size: expected pixels, an integer or (height, width), got {shown(size, 80)}")
-    height, width = numbers
-    if height < 1 or width < 1:
-        raise ValueError(f"size: expected at least one pixel, got {shown(height)} x {shown(width)}")
-    if max(height, width) > MAX_PIXELS:
-        raise ValueError(f"size: expected at most {MAX_PIXELS} pixels a side, got {shown(height)} x {shown(width)}")
-    return height, width
-
-
-def _to_pil(image: Tensor) -> Image:
-    """[3, H, W] in [-1, 1] -> PIL image."""
-    with extra("showo2"):
-        from PIL import Image as images
-
-    pixels = ((image.permute(1, 2, 0).cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return images.fromarray(pixels.numpy())
-
-
 def _from_pil(image: Image, side: int, name: str) -> Tensor:
     """PIL image -> [1, 3, side, side] in [-1, 1]. Raises TypeError or ValueError, naming it."""
-    import numpy as np
+    from PIL.Image import Resampling
 
-    with extra("showo2"):
-        from PIL import Image as images
-
-    if not isinstance(image, images.Image):
-        raise TypeError(f"{name}: expected a PIL image, got {type(image).__name__}")
-    try:
-        image = image.convert("RGB")
-    except (
-        Exception
-    ) as error:  # damaged files end in errors of all kinds; a closed one in an AttributeError or ValueError
-        raise ValueError(f"{name}: expected an image that can be read: {error}") from error
+    image = rgb(image, name)
     width, height = image.size
-    if width < 1 or height < 1:
-        raise ValueError(f"{name}: expected at least one pixel, got {width} x {height}")
     if (width, height) != (side, side):
         scale = side / min(width, height)
         width, height = max(side, int(width * scale)), max(side, int(height * scale))
         if width * height > MAX_PIXELS:
             raise ValueError(f"{name}: expected sides of a like length, got {image.size[0]} x {image.size[1]}")
-        image = image.resize((width, height), images.Resampling.BICUBIC)
+        image = image.resize((width, height), Resampling.BICUBIC)
         left, top = round((width - side) / 2), round((height - side) / 2)
         image = image.crop((left, top, left + side, top + side))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    return pixels.float() / 127.5 - 1
+    return unit(image)

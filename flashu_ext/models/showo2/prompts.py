@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...planning.extras import extra
-from ...planning.reading import refusal
+from ..prompts import AnswerLayout, check_prompts, check_question, encoder, plain_decoder, read_tokenizer
 
 __all__ = ["GenerationInputs", "PromptLayout", "load_tokenizer"]
 
@@ -52,7 +49,7 @@ class GenerationInputs:
 
 
 @dataclass(frozen=True)
-class PromptLayout:
+class PromptLayout(AnswerLayout):
     """The order of prompt, image and question in a sequence.
 
     Attributes:
@@ -105,8 +102,7 @@ class PromptLayout:
 
         Source: upstream `prepare_gen_input`.
         """
-        if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r:.100}")
+        check_prompts(prompts)
         encoded = [self.encode(prompt) for prompt in prompts]
         self._warn_of_cuts([len(tokens) for tokens in encoded])
         rows = [self._row(tokens[: self.max_text_len]) for tokens in encoded]
@@ -147,24 +143,13 @@ class PromptLayout:
 
         Source: upstream `inference_mmu.py`.
         """
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"question: expected a non-empty string, got {text!r:.100}")
+        check_question(text)
         after = [self.boi, self.eoi, *self.encode(text), *self.after_question]
 
         def as_row(ids: Sequence[int]) -> Tensor:
             return torch.tensor([list(ids)], dtype=torch.int64, device=device)
 
         return as_row(self.before_image), as_row(after)
-
-    def answer(self, tokens: Sequence[int] | Tensor) -> str:
-        """Text of an answer's tokens."""
-        ids = [int(token) for token in tokens]
-        return self.decode([token for token in ids if token != self.eos]).strip()
-
-    def continuation(self, tokens: Sequence[int], given: str) -> str:
-        """The text of an answer's tokens after `given`, the text so far; '' while a character is incomplete."""
-        text = self.answer(tokens)
-        return "" if text.endswith("\ufffd") or not text.startswith(given) else text[len(given) :]
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, image_tokens: int, max_seq_len: int | None = None) -> PromptLayout:
@@ -182,13 +167,11 @@ class PromptLayout:
         if max_text_len < 1:
             raise ValueError(f"max_seq_len: expected more than {image_tokens} image tokens and text, got {max_seq_len}")
 
-        def encode(text: str) -> list[int]:
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
+        encode = encoder(tokenizer)
         ids = {field: vocabulary[name] for field, name in _NAMES.items()}
         return cls(
             encode=encode,
-            decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+            decode=plain_decoder(tokenizer),
             eos=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else vocabulary[_END],
             image_tokens=image_tokens,
             max_text_len=max_text_len,
@@ -205,31 +188,10 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Any:
         FileNotFoundError: no tokenizer there; nothing is downloaded.
         ValueError: a file is malformed; it is named.
     """
-    with extra("showo2"):
-        from transformers import AutoTokenizer
-
-    path = Path(directory)
-    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(f"{path}: expected tokenizer.json or vocab.json of Qwen2.5")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except ImportError:
-        raise
-    except Exception as error:  # tokenizers raises Exception itself
-        raise refusal(_malformed(path), f"not a tokenizer's file: {error}") from error
+    tokenizer = read_tokenizer(directory, "Qwen2.5")
     tokenizer.add_special_tokens({"pad_token": _ADDED[0]})
     tokenizer.add_tokens(list(_ADDED[1:]))
     return tokenizer
-
-
-def _malformed(directory: Path) -> Path:
-    """The first of a tokenizer's files that holds no JSON; the folder if each does."""
-    for path in sorted(directory.glob("*.json")):
-        try:
-            json.loads(path.read_bytes())
-        except (ValueError, RecursionError, OSError):
-            return path
-    return directory
 
 
 def _callers_level() -> int:

@@ -1,0 +1,99 @@
+"""Texts and tokens in all families' pipelines: tokenizer files, checks of prompts, texts of answers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..planning.extras import extra
+from ..planning.reading import refusal
+
+__all__ = ["AnswerLayout", "check_prompts", "check_question", "encoder", "plain_decoder", "read_tokenizer"]
+
+
+class AnswerLayout:
+    """What a family's layout of prompts and questions knows of answers.
+
+    Attributes:
+        decode: token ids -> text, without special tokens.
+        eos: the token id that ends an answer.
+    """
+
+    decode: Callable[[list[int]], str]
+    eos: int
+
+    def answer(self, tokens: Sequence[int] | Tensor) -> str:
+        """Text of an answer's tokens."""
+        ids = [int(token) for token in tokens]
+        return self.decode([token for token in ids if token != self.eos]).strip()
+
+    def continuation(self, tokens: Sequence[int], given: str) -> str:
+        """The text of an answer's tokens after `given`, the text so far; '' while a character is incomplete."""
+        text = self.answer(tokens)
+        return "" if text.endswith("\ufffd") or not text.startswith(given) else text[len(given) :]
+
+
+def check_prompts(prompts: Any) -> None:
+    """Raise ValueError for anything but a list of strings that is not empty."""
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r:.100}")
+
+
+def check_question(text: Any) -> None:
+    """Raise ValueError for anything but a string that is not empty."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"question: expected a non-empty string, got {text!r:.100}")
+
+
+# ---- tokenizers
+
+
+def read_tokenizer(directory: str | os.PathLike[str], of: str, kind: str = "AutoTokenizer") -> Any:
+    """A tokenizer of transformers from local files; nothing is downloaded.
+
+    Args:
+        of: whose tokenizer, for messages.
+        kind: a class of transformers. PreTrainedTokenizerFast takes tokenizer.json as it is, whatever class its config names.
+
+    Raises:
+        FileNotFoundError: no tokenizer there.
+        ValueError: a file is malformed; it is named.
+    """
+    with extra("showo2"):
+        import transformers
+
+    path = Path(directory)
+    files = ("tokenizer.json", "vocab.json") if kind == "AutoTokenizer" else ("tokenizer.json",)
+    if not any((path / name).is_file() for name in files):
+        raise FileNotFoundError(f"{path}: expected {' or '.join(files)} of {of}")
+    try:
+        return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
+        raise refusal(_malformed(path), f"not a tokenizer's file: {error}") from error
+
+
+def encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text -> token ids; nothing is added around them."""
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def plain_decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids -> text without special tokens."""
+    return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _malformed(directory: Path) -> Path:
+    """The first of a tokenizer's files that holds no JSON; the folder if each does."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError, OSError):
+            return path
+    return directory
