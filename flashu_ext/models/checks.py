@@ -17,6 +17,7 @@ __all__ = [
     "check_device",
     "check_eos",
     "check_generator",
+    "check_generators",
     "check_sampling",
     "check_tensor",
     "check_tokens",
@@ -84,6 +85,18 @@ def check_generator(name: str, value: Any, device: torch.device) -> None:
         raise TypeError(f"{name}: expected a torch.Generator, got {type(value).__name__}")
     if value.device.type != device.type:
         raise ValueError(f"{name}: expected a generator on {device} as the model, got {value.device}")
+
+
+def check_generators(values: Any, count: int, device: torch.device) -> None:
+    """None, or one generator for each of `count` questions."""
+    if values is None:
+        return
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"generators: expected a list, got {type(values).__name__}")
+    if len(values) != count:
+        raise ValueError(f"generators: expected one for each of {count} questions, got {len(values)}")
+    for row, generator in enumerate(values):
+        check_generator(f"generators[{row}]", generator, device)
 
 
 def check_callback(name: str, value: Any) -> None:

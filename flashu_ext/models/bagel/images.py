@@ -16,6 +16,9 @@ __all__ = ["encoded", "pixels", "vae_image", "vit_image"]
 SHIFT, SCALE = 0.1159, 0.3611
 """Of the VAE's latents; its config names them."""
 
+MOST_PIXELS = 14 * 14 * 9 * 1024
+"""Of a resized picture before its long side is limited; only very long pictures have more."""
+
 
 def vae_image(image: Any, config: BagelConfig, largest: int = 1024, smallest: int = 512) -> Any:
     """A picture resized for the VAE: sides of whole latent tokens.
@@ -74,6 +77,9 @@ def _resized(image: Any, stride: int, largest: int, smallest: int) -> Any:
     width, height = image.size
     scale = max(min(largest / max(width, height), 1.0), smallest / min(width, height))
     size = _whole(width, height, scale, stride)
+    if size[0] * size[1] > MOST_PIXELS:
+        # Both sides by the ratio of areas, as upstream.
+        size = _whole(*size, MOST_PIXELS / (size[0] * size[1]), stride)
     if max(size) > largest:
         size = _whole(*size, largest / max(size), stride)
     return image.resize(size, Image.Resampling.BICUBIC)

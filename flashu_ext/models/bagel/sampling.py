@@ -178,7 +178,8 @@ def sample(
     """
     guidance = Guidance(cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
     ids = check_inputs(model, inputs, token_ids)
-    grid = check_size(model, noise, size)
+    grid = check_size(model, size)
+    check_noise(model, noise, grid)
     real = isinstance(num_timesteps, int) and not isinstance(num_timesteps, bool) and num_timesteps >= 2
     if num_timesteps is not None and not real:
         raise ValueError(f"num_timesteps: expected an integer >= 2, got {num_timesteps!r}")
@@ -442,18 +443,23 @@ def _check_image(name: str, item: Image, config: Any, device: torch.device) -> N
             raise IndexError(f"{name}.vit_position_ids: expected places in [0, {config.vit_side**2})")
 
 
-def check_size(model: Any, noise: Any, size: Any) -> tuple[int, int]:
-    """Raise for noise that is not of the size; the grid of latent tokens."""
+def check_size(model: Any, size: Any) -> tuple[int, int]:
+    """The grid of latent tokens of an image of (height, width) pixels. Raises ValueError where it has none."""
     config = model.config
     pixels, most = config.token_pixels, config.token_pixels * config.latent_side
     fits = isinstance(size, (list, tuple)) and len(size) == 2
     if not fits or not all(isinstance(each, int) and 0 < each <= most and each % pixels == 0 for each in size):
         raise ValueError(f"size: expected (height, width) in pixels, multiples of {pixels} up to {most}, got {size!r}")
     rows, columns = model.grid(tuple(size))
-    check_tensor("noise", noise, 2, "a floating-point tensor", model.vae2llm.weight.device)
-    if tuple(noise.shape) != (rows * columns, config.patch_width):
-        raise ValueError(f"noise: expected [{rows * columns}, {config.patch_width}], got {tuple(noise.shape)}")
     return rows, columns
+
+
+def check_noise(model: Any, noise: Any, grid: tuple[int, int]) -> None:
+    """Raise for noise that is not of a grid of latent tokens."""
+    check_tensor("noise", noise, 2, "a floating-point tensor", model.vae2llm.weight.device)
+    expected = (grid[0] * grid[1], model.config.patch_width)
+    if tuple(noise.shape) != expected:
+        raise ValueError(f"noise: expected {list(expected)}, got {tuple(noise.shape)}")
 
 
 def _real(value: Any) -> bool:

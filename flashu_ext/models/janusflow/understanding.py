@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_callback, check_count, check_eos, check_sampling, check_tensor, check_tokens
+from ..checks import (
+    check_callback,
+    check_count,
+    check_eos,
+    check_generators,
+    check_sampling,
+    check_tensor,
+    check_tokens,
+)
 from ..decoding import OnToken, TokenSampler
 from .adapter import adapter
 
@@ -48,6 +56,7 @@ def answer_tokens(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    generator: torch.Generator | None = None,
     on_token: OnToken | None = None,
 ) -> Tensor:
     """Answer to a question about one image, greedy unless a temperature is given.
@@ -58,7 +67,7 @@ def answer_tokens(
         tokens: int64 [1, n]: bos, system prompt and role, begin_of_image, the placeholders, end_of_image, question and role.
         max_new_tokens: upper bound.
         eos_token: stop after this token, which is part of the result.
-        temperature, top_k, top_p: as in `flashu_ext.showo2.answer_tokens`.
+        temperature, top_k, top_p, generator: as in `flashu_ext.showo2.answer_tokens`.
         on_token: called with 0 and each token id as it comes; with a dense model all at the end.
 
     Returns:
@@ -76,6 +85,7 @@ def answer_tokens(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        generators=None if generator is None else [generator],
         on_token=on_token,
     )
     return answer
@@ -92,10 +102,11 @@ def answer_tokens_batch(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    generators: Sequence[torch.Generator] | None = None,
     on_token: OnToken | None = None,
 ) -> list[Tensor]:
     """Answers to several questions, each about its own image: pixel_values [questions, 3, side, side], tokens int64 [1, n] each,
-    without padding. The rest is as in `answer_tokens`."""
+    without padding, and generators for each. The rest is as in `answer_tokens`."""
     embed = model.language_model.model.embed_tokens
     side = model.config.image_size
     check_tensor("pixel_values", pixel_values, 4, "a floating-point tensor", embed.weight.device)
@@ -107,7 +118,8 @@ def answer_tokens_batch(
     check_eos(eos_token)
     check_sampling(temperature, top_k, top_p)
     check_callback("on_token", on_token)
-    sampler = TokenSampler(temperature, top_k, top_p)
+    check_generators(generators, len(tokens), embed.weight.device)
+    sampler = TokenSampler(temperature, top_k, top_p, generators)
     befores, afters = [], []
     for row, own in enumerate(tokens):
         check_tokens(f"tokens[{row}]" if len(tokens) > 1 else "tokens", own, 1, embed)
@@ -127,13 +139,13 @@ def answer_tokens_batch(
     dense = []
     for row, (image, before, after) in enumerate(zip(images, befores, afters, strict=True)):
         embeds = own.question([model.embed_image(image[0].to(embed.weight.dtype))], before, after).embeds
-        dense.append(_decode(model, embeds, max_new_tokens, sampler, eos_token))
+        dense.append(_decode(model, embeds, row, max_new_tokens, sampler, eos_token))
         for token in dense[-1].tolist() if on_token is not None else ():
             on_token(row, token)  # type: ignore[misc]
     return dense
 
 
-def _decode(model: Any, embeds: Tensor, most: int, sampler: TokenSampler, eos_token: int | None) -> Tensor:
+def _decode(model: Any, embeds: Tensor, row: int, most: int, sampler: TokenSampler, eos_token: int | None) -> Tensor:
     """As transformers' `generate`: a prefill, then a token at a time over cached keys and values."""
     from transformers import DynamicCache
 
@@ -144,7 +156,7 @@ def _decode(model: Any, embeds: Tensor, most: int, sampler: TokenSampler, eos_to
     words: list[Tensor] = []
     while len(words) < most and not (words and int(words[-1]) == eos_token):
         out = llm(inputs_embeds=embeds, use_cache=True, **cache)
-        token = sampler(model.language_model.lm_head(out.last_hidden_state[:, -1]), [0])
+        token = sampler(model.language_model.lm_head(out.last_hidden_state[:, -1]), [row])
         words.append(token[0, 0])
         embeds = llm.embed_tokens(token)
     return torch.stack(words) if words else torch.empty(0, dtype=torch.int64, device=embeds.device)
