@@ -1,4 +1,4 @@
-"""What every family's pipeline has: the parts of a folder, seeds and noise, streamed answers, presets, copies."""
+"""What every family's pipeline has: its files, answers, presets and copies."""
 
 from __future__ import annotations
 
@@ -16,30 +16,20 @@ import torch
 from torch import Tensor
 
 from ..planning.config import FlashUConfig
-from ..planning.groups import FfnPruning, whole
-from ..planning.reading import shown
+from ..planning.groups import FfnPruning
 from ..planning.safe_files import atomic_path
-from .checkpoint import check_dtype
-from .checks import check_callback, check_device
+from .checks import check_callback
 from .decoding import OnToken
 from .pictures import to_pil
 from .prompts import AnswerLayout
+from .seeds import seeds_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..planning.plan import TaskPlan
 
-__all__ = [
-    "ModelPipeline",
-    "check_vae",
-    "check_vocabulary",
-    "named_images",
-    "noise_of",
-    "opened",
-    "parts_of",
-    "seeds_of",
-]
+__all__ = ["ModelPipeline"]
 
 
 class ModelPipeline:
@@ -131,12 +121,90 @@ class ModelPipeline:
         """A generator on the model's device for each of `count` seeds. Raises TypeError or ValueError."""
         return [torch.Generator(self._device).manual_seed(seed) for seed in seeds_of(seeds, count, what)]
 
+    def answer(
+        self,
+        image: Image | Sequence[Image],
+        question: str,
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """Answer a question about one or more images, greedily unless a temperature is given.
+
+        Args:
+            image: PIL image of any size, made the model's own as upstream does. A list of images is put before the question in
+                its order; some families take one image only.
+            on_text: called with each new part of the answer as it comes; the parts concatenate to the answer.
+            temperature, top_k, top_p: as in `answer_tokens`.
+            seed: of the draws; None: torch's own generator.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; it is named.
+        """
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling["seeds"] = None if seed is None else [seed]
+        return self._streamed(
+            lambda on_token: self._answers({"image": image}, [question], max_new_tokens, on_token=on_token, **sampling)[
+                0
+            ],
+            on_text,
+        )
+
+    def answer_batch(
+        self,
+        images: Sequence[Image | Sequence[Image]],
+        questions: Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seeds: Sequence[int] | None = None,
+        on_token: OnToken | None = None,
+    ) -> list[str]:
+        """Answer questions[i] about images[i], as one batch if the model is accelerated; one entry may serve all questions.
+
+        Args:
+            images: for each question an image or a list of images.
+            seeds: one for each question, so that its draws do not depend on the others.
+            on_token: called with a question's index and its next token id, as it comes.
+            The rest is as in `answer`.
+        """
+        if isinstance(questions, str) or not isinstance(questions, Sequence):
+            raise TypeError(f"questions: expected a list of strings, got {type(questions).__name__}")
+        if not isinstance(images, Sequence):
+            raise TypeError(f"images: expected a list of PIL images, got {type(images).__name__}")
+        if len(images) not in (1, len(questions)):
+            raise ValueError(
+                f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}; several images of one "
+                "question are a list of their own"
+            )
+        named = {f"images[{row}]": entry for row, entry in enumerate(images)}
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seeds": seeds}
+        return self._answers(named, questions, max_new_tokens, on_token=on_token, **sampling)
+
+    def _answers(
+        self,
+        images: dict[str, Any],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        seeds: Any,
+        on_token: OnToken | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """images: the name of each entry, for messages, and the entry. sampling: temperature, top_k and top_p."""
+        raise NotImplementedError
+
     def _streamed(self, answer: Callable[[OnToken | None], str], on_text: Callable[[str], None] | None) -> str:
         """The text that `answer` gives; its parts are told as they come.
 
         Args:
             answer: called with a function of a question's index and its next token id.
-            on_text: called with each new part; the parts concatenate to the answer.
         """
         check_callback("on_text", on_text)
         if on_text is None:
@@ -152,10 +220,10 @@ class ModelPipeline:
             if text:
                 on_text(text)
 
-        whole_text = answer(on_token)
-        if whole_text != given and whole_text.startswith(given):
-            on_text(whole_text[len(given) :])
-        return whole_text
+        text = answer(on_token)
+        if text != given and text.startswith(given):
+            on_text(text[len(given) :])
+        return text
 
     # ---- acceleration
 
@@ -181,86 +249,3 @@ class ModelPipeline:
     def accelerate(self, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Any:
         """`flashu_ext.accelerate` on this pipeline's model; returns the handle."""
         return import_module("flashu_ext").accelerate(self.model, config, plan)
-
-
-# ---- folders
-
-
-def opened(name: Any, dtype: Any, device: Any, expected: str) -> tuple[Path, torch.device]:
-    """The folder and device of `from_pretrained`'s arguments. expected: for messages."""
-    check_dtype(dtype)
-    device = check_device(device)
-    directory = Path(name)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{str(name)!r}: expected {expected}")
-    return directory, device
-
-
-def parts_of(directory: Path, tokenizer: Callable[[Path], Any], codec: Callable[[Path], Any]) -> tuple[Any, Any]:
-    """What stands beside a model: its tokenizer, in `tokenizer/` or the folder itself, and its VAE in `vae/`."""
-    try:
-        own = directory / "tokenizer"
-        return tokenizer(own if own.is_dir() else directory), codec(directory / "vae")
-    except FileNotFoundError as error:
-        hint = "model.save_pretrained writes only the model, pipe.save_pretrained what goes with it too"
-        raise FileNotFoundError(f"{error}; {hint}") from error
-
-
-def check_vocabulary(directory: Path, tokenizer: Any, vocabulary: int) -> None:
-    """Raise ValueError where the tokenizer has tokens that the model has no embedding of."""
-    if len(tokenizer) > vocabulary:
-        raise ValueError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}")
-
-
-def check_vae(directory: Path, name: str, expected: Any, got: Any) -> None:
-    """Raise ValueError where the VAE is not the model's."""
-    if got != expected:
-        raise ValueError(f"{directory / 'vae'}: {name}: expected {expected}, as the model's VAE has, got {shown(got)}")
-
-
-# ---- arguments
-
-
-def seeds_of(seeds: Any, count: int | None, what: str) -> list[int]:
-    """Seeds as integers of Python, `count` of them. Raises TypeError or ValueError."""
-    try:
-        given = None if isinstance(seeds, (str, bytes)) else list(seeds)
-    except TypeError:
-        given = None
-    if given is None:
-        raise TypeError(f"seeds: expected a list of integers, got {type(seeds).__name__}")
-    if count is not None and len(given) != count:
-        raise ValueError(f"seeds: expected one for each of {count} {what}, got {len(given)}")
-    numbers = []
-    for seed in given:
-        number = whole(seed)
-        if number is None or not 0 <= number < 2**63:
-            raise ValueError(f"seed: expected an integer in [0, 2^63), got {shown(seed)}")
-        numbers.append(number)
-    return numbers
-
-
-def noise_of(seeds: Sequence[int], shape: Sequence[int], device: Any) -> Tensor:
-    """Standard normal noise fp32 [len(seeds), *shape], each row from its own seed, drawn on the CPU."""
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    # Of the dtype and on the device that are promised, not the process's defaults.
-    rows = [torch.randn(tuple(shape), generator=each, dtype=torch.float32, device="cpu") for each in generators]
-    return torch.stack(rows).to(device)
-
-
-def named_images(images: Any, questions: Any, more: str = "") -> dict[str, Any]:
-    """The entries of `answer_batch`'s images under their names for messages. more: said where their number is wrong.
-
-    Raises:
-        TypeError: questions or images are no list.
-        ValueError: there is neither one entry nor one for each question.
-    """
-    if isinstance(questions, str) or not isinstance(questions, Sequence):
-        raise TypeError(f"questions: expected a list of strings, got {type(questions).__name__}")
-    if not isinstance(images, Sequence):
-        raise TypeError(f"images: expected a list of PIL images, got {type(images).__name__}")
-    if len(images) not in (1, len(questions)):
-        raise ValueError(
-            f"images: expected one, or one for each of {len(questions)} questions, got {len(images)}{more}"
-        )
-    return {f"images[{row}]": entry for row, entry in enumerate(images)}

@@ -1,4 +1,4 @@
-"""JanusFlow: the model with upstream's parameter names, and its sampler. Names are loaded on first use."""
+"""JanusFlow: the model with upstream's parameter names, its sampler and pipeline. Names are loaded on first use."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .config import JanusFlowConfig as JanusFlowConfig
     from .images import pixel_values as pixel_values
     from .model import JanusFlow as JanusFlow
+    from .pipeline import Pipeline as Pipeline
     from .sampling import sample as sample
     from .understanding import answer_tokens as answer_tokens
     from .understanding import answer_tokens_batch as answer_tokens_batch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "JanusFlowConfig": "config",
     "JanusFlow": "model",
+    "Pipeline": "pipeline",
     "sample": "sampling",
     "answer_tokens": "understanding",
     "answer_tokens_batch": "understanding",

@@ -16,7 +16,9 @@ from ...planning.reading import MAX_PIXELS
 from ..checkpoint import check_dtype
 from ..checks import check_callback, check_device
 from ..pictures import Size, rgb, sides, unit
-from ..pipeline import ModelPipeline, check_vocabulary, named_images, noise_of, opened, parts_of, seeds_of
+from ..pipeline import ModelPipeline
+from ..pretrained import check_vocabulary, opened, parts_of
+from ..seeds import noise_of, seeds_of
 from .codec import ImageCodec, WanCodec
 from .many import AT_ONCE, Answers, Drawings
 from .model import Showo2
@@ -235,63 +237,6 @@ class Pipeline(ModelPipeline):
 
     # ---- understanding
 
-    def answer(
-        self,
-        image: Image | Sequence[Image],
-        question: str,
-        max_new_tokens: int = 64,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        on_text: Callable[[str], None] | None = None,
-    ) -> str:
-        """Answer a question about one or more images, greedily unless a temperature is given.
-
-        Args:
-            image: PIL image of any size; it is scaled to cover the model's square and cropped in the middle. A list of images
-                is put before the question in its order.
-            on_text: called with each new part of the answer as it comes; the parts concatenate to the answer.
-            temperature, top_k, top_p: as in `answer_tokens`.
-            seed: of the draws; None: torch's own generator.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; it is named.
-        """
-        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling["seeds"] = None if seed is None else [seed]
-        return self._streamed(
-            lambda on_token: self._answers({"image": image}, [question], max_new_tokens, on_token=on_token, **sampling)[
-                0
-            ],
-            on_text,
-        )
-
-    def answer_batch(
-        self,
-        images: Sequence[Image | Sequence[Image]],
-        questions: Sequence[str],
-        max_new_tokens: int = 64,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seeds: Sequence[int] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
-    ) -> list[str]:
-        """Answer questions[i] about images[i], as one batch if the model is accelerated; one entry may serve all questions.
-
-        Args:
-            images: for each question an image or a list of images.
-            seeds: one for each question, so that its draws do not depend on the others.
-            on_token: called with a question's index and its next token id, as it comes.
-            The rest is as in `answer`.
-        """
-        named = named_images(images, questions, "; several images of one question are a list of their own")
-        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seeds": seeds}
-        return self._answers(named, questions, max_new_tokens, on_token=on_token, **sampling)
-
     def _answers(
         self,
         images: dict[str, Any],
@@ -302,7 +247,8 @@ class Pipeline(ModelPipeline):
         on_token: Callable[[int, int], None] | None = None,
         **sampling: Any,
     ) -> list[str]:
-        """images: the name of each entry, for messages, and the entry."""
+        """An image is scaled to cover the model's square and cropped in the middle; several of one question are put before it in
+        their order."""
         check_callback("on_token", on_token)
         generators = None if seeds is None else self.generators(seeds, len(questions), "questions")
         rows = [self.layout.question(question, self._device) for question in questions]

@@ -1,0 +1,204 @@
+"""From a prompt to an image and from an image and a question to an answer: tokenizer, model and image codec."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...planning.config import FlashUConfig, preset
+from ...planning.groups import is_real
+from ...planning.reading import read_json, refusal, shown
+from ...planning.safe_files import write_text
+from ..checks import check_callback, guidance_scale_of
+from ..codec import Codec, KlCodec
+from ..pictures import rgb
+from ..pipeline import ModelPipeline
+from ..pretrained import check_vae, check_vocabulary, opened, parts_of
+from ..seeds import noise_of, seeds_of
+from .images import HALF, pixel_values
+from .model import JanusFlow
+from .prompts import ChatLayout, load_tokenizer
+from .sampling import sample
+from .understanding import answer_tokens_batch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ...planning.plan import TaskPlan
+
+__all__ = ["Pipeline"]
+
+_PREPROCESSOR = "preprocessor_config.json"
+
+
+@dataclass
+class Pipeline(ModelPipeline):
+    """A JanusFlow model with its tokenizer and image codec.
+
+    Attributes:
+        model: dense, or accelerated at any time.
+        layout: prompts and questions to tokens.
+        codec: images to latents and back.
+        guidance_scale: default of `generate`.
+        mean, std: of the colours of images that questions are about.
+        name: the checkpoint's folder.
+        presets, own_plan, tokenizer: as in `ModelPipeline`.
+    """
+
+    saved_codec: ClassVar[type] = KlCodec
+
+    model: JanusFlow
+    layout: ChatLayout
+    codec: Codec
+    guidance_scale: float = 2.0
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    name: str = ""
+    presets: Callable[[str], FlashUConfig | None] = preset
+    own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
+    tokenizer: Any = None
+
+    @property
+    def _device(self) -> Any:
+        return self.model.language_model.model.embed_tokens.weight.device
+
+    # ---- files
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Pipeline:
+        """Load a folder.
+
+        Args:
+            name: a folder with a JanusFlow checkpoint and its preprocessor_config.json, the tokenizer's files beside it or in
+                `tokenizer/`, and SDXL's VAE in diffusers' layout in `vae/`. Nothing is downloaded.
+            dtype: of the model's weights; None keeps the checkpoint's. The VAE keeps its own.
+            device: where model and VAE run.
+
+        Raises:
+            FileNotFoundError: a part is missing.
+            ValueError: a file is malformed or of another model, `dtype` is none of a model's, or `device` is not there.
+            ImportError: an optional package is missing.
+        """
+        directory, where = opened(name, dtype, device, "a folder with a JanusFlow checkpoint")
+        mean, std = _colours(directory / _PREPROCESSOR)
+        tokenizer, codec = parts_of(
+            directory, load_tokenizer, lambda path: KlCodec.from_pretrained(path, "SDXL's", where)
+        )
+        model = JanusFlow.from_pretrained(directory, dtype).to(where)
+        check_vocabulary(directory, tokenizer, model.config.vocab)
+        check_vae(directory, "latent_channels", model.config.latent_channels, codec.channels)
+        layout = ChatLayout.from_tokenizer(tokenizer, model.config.vit_tokens)
+        return cls(model, layout, codec, mean=mean, std=std, name=str(directory), tokenizer=tokenizer)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """As `ModelPipeline.save_pretrained`, with preprocessor_config.json."""
+        super().save_pretrained(directory)
+        colours = {"image_mean": list(self.mean), "image_std": list(self.std)}
+        write_text(Path(directory) / _PREPROCESSOR, json.dumps(colours, indent=2) + "\n")
+
+    # ---- drawing
+
+    def generate(
+        self, prompt: str, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
+    ) -> Image:
+        """Generate an image for a prompt.
+
+        Args:
+            seed: of the noise; the same seed gives the same image.
+            steps: evaluations; None: the accelerated config's, or 30.
+            guidance_scale: None: the pipeline's own; 0: no guidance.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; it is named.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
+        return self.generate_batch([prompt], [seed], steps, guidance_scale)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+    ) -> list[Image]:
+        """Generate images for several prompts; image i has the noise of seeds[i] (default: 0, 1, ...).
+
+        Images of one call of the sampler have prompts of one length, so prompts are drawn in groups of equal lengths.
+
+        guidance_scale: one for all images, or one for each.
+        """
+        rows, count = self.layout.drawing(prompts), len(prompts)
+        noise = self.noise(list(range(count)) if seeds is None else seeds, count)
+        scale = guidance_scale_of(self.guidance_scale if guidance_scale is None else guidance_scale, count)
+        groups: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            groups.setdefault(len(row), []).append(index)
+        latents = torch.empty_like(noise)
+        for group in groups.values():
+            tokens = torch.tensor([rows[index] for index in group], dtype=torch.int64, device=noise.device)
+            own = [scale[index] for index in group] if isinstance(scale, tuple) else scale
+            latents[group] = sample(self.model, noise[group], tokens, steps, own, self.layout.pad)
+        return self.pictures(latents)
+
+    def noise(self, seeds: Sequence[int], count: int | None = None) -> Tensor:
+        """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed."""
+        config = self.model.config
+        shape = (config.latent_channels, config.latent_size, config.latent_size)
+        return noise_of(seeds_of(seeds, count, "prompts"), shape, self._device)
+
+    # ---- understanding
+
+    def _answers(
+        self,
+        images: dict[str, Any],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        seeds: Any,
+        on_token: Callable[[int, int], None] | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        """A question has one image, of any size; see `pixel_values`."""
+        check_callback("on_token", on_token)
+        generators = None if seeds is None else self.generators(seeds, len(questions), "questions")
+        tokens = [self.layout.question(question, self._device) for question in questions]
+        if not tokens:
+            return []
+        pictures = [rgb(image, name) for name, image in images.items()]
+        pixels = torch.cat([pixel_values(each, self.model.config, self.mean, self.std) for each in pictures])
+        answers = answer_tokens_batch(
+            self.model,
+            pixels.to(self._device).expand(len(tokens), -1, -1, -1),
+            tokens,
+            max_new_tokens,
+            self.layout.eos,
+            generators=generators,
+            on_token=on_token,
+            **sampling,
+        )
+        return [self.layout.answer(each) for each in answers]
+
+
+def _colours(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of red, green and blue, of a preprocessor's file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the file with image_mean and image_std of the checkpoint")
+    fields = read_json(path)
+    found = []
+    for name in ("image_mean", "image_std"):
+        value: Any = fields.get(name) if isinstance(fields, dict) else None
+        good = isinstance(value, list) and len(value) == 3 and all(map(is_real, value))
+        if not good or (name == "image_std" and min(value) <= 0) or not 0 <= min(value) <= max(value) <= 1:
+            raise refusal(path, f"{name}: expected three numbers in [0, 1], got {shown(value)}")
+        found.append(tuple(map(float, value)))
+    return found[0], found[1]

@@ -1,0 +1,41 @@
+"""Seeds that callers give, and noise of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..planning.groups import whole
+from ..planning.reading import shown
+
+__all__ = ["noise_of", "seeds_of"]
+
+
+def seeds_of(seeds: Any, count: int | None, what: str) -> list[int]:
+    """Seeds as integers of Python, `count` of them. Raises TypeError or ValueError."""
+    try:
+        given = None if isinstance(seeds, (str, bytes)) else list(seeds)
+    except TypeError:
+        given = None
+    if given is None:
+        raise TypeError(f"seeds: expected a list of integers, got {type(seeds).__name__}")
+    if count is not None and len(given) != count:
+        raise ValueError(f"seeds: expected one for each of {count} {what}, got {len(given)}")
+    numbers = []
+    for seed in given:
+        number = whole(seed)
+        if number is None or not 0 <= number < 2**63:
+            raise ValueError(f"seed: expected an integer in [0, 2^63), got {shown(seed)}")
+        numbers.append(number)
+    return numbers
+
+
+def noise_of(seeds: Sequence[int], shape: Sequence[int], device: Any) -> Tensor:
+    """Standard normal noise fp32 [len(seeds), *shape], each row from its own seed, drawn on the CPU."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    # Of the dtype and on the device that are promised, not the process's defaults.
+    rows = [torch.randn(tuple(shape), generator=each, dtype=torch.float32, device="cpu") for each in generators]
+    return torch.stack(rows).to(device)
