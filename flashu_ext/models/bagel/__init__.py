@@ -1,4 +1,4 @@
-"""BAGEL: the model with upstream's parameter names, and its sampler. Names are loaded on first use."""
+"""BAGEL: the model with upstream's parameter names, its sampler and pipeline. Names are loaded on first use."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ if TYPE_CHECKING:
     from .model import Image as Image
     from .model import Text as Text
     from .model import TokenIds as TokenIds
+    from .pipeline import Pipeline as Pipeline
     from .sampling import Guidance as Guidance
     from .sampling import sample as sample
     from .understanding import answer_tokens as answer_tokens
+    from .understanding import answer_tokens_batch as answer_tokens_batch
 
 _HOMES = {
     "BagelConfig": "config",
     "Bagel": "model",
     "Guidance": "sampling",
     "Image": "model",
+    "Pipeline": "pipeline",
     "TaylorSeer": "sampling",
     "Text": "model",
     "TokenIds": "model",
     "answer_tokens": "understanding",
+    "answer_tokens_batch": "understanding",
     "encoded": "images",
     "sample": "sampling",
     "vae_image": "images",

@@ -1,0 +1,280 @@
+"""From texts and images to an image or an answer: tokenizer, model and image codec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ...planning.config import FlashUConfig, preset
+from ...planning.groups import whole
+from ...planning.reading import shown
+from ..checks import check_callback
+from ..codec import Codec, KlCodec
+from ..decoding import OnToken
+from ..pictures import Size, sides
+from ..pipeline import ModelPipeline
+from ..pretrained import check_vae, check_vocabulary, opened, parts_of
+from ..prompts import check_question
+from ..seeds import seeds_of
+from .images import SCALE, SHIFT, pixels, vit_image
+from .model import Bagel, Text
+from .model import Image as ContextImage
+from .prompts import SequenceLayout, load_tokenizer
+from .sampling import Guidance, TaylorSeer, check_size, sample
+from .sequences import DRAWING, EDITING, INTERLEAVED, guidance_of, images_of, items_of, read_all
+from .understanding import answer_tokens_batch
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ...planning.plan import TaskPlan
+
+__all__ = ["Pipeline"]
+
+
+@dataclass
+class Pipeline(ModelPipeline):
+    """A BAGEL model with its tokenizer and image codec.
+
+    Attributes:
+        model: dense, or accelerated at any time.
+        layout: texts to tokens.
+        codec: images to latents and back.
+        vae_sides, vit_sides: longest and shortest side in pixels to which images are resized for the VAE and for the image
+            encoder; the longest one counts where both cannot be.
+        timestep_shift: of drawing.
+        name: the checkpoint's folder.
+        presets, own_plan, tokenizer: as in `ModelPipeline`.
+    """
+
+    saved_codec: ClassVar[type] = KlCodec
+
+    model: Bagel
+    layout: SequenceLayout
+    codec: Codec
+    vae_sides: tuple[int, int] = (1024, 512)
+    vit_sides: tuple[int, int] = (980, 224)
+    timestep_shift: float = 3.0
+    name: str = ""
+    presets: Callable[[str], FlashUConfig | None] = preset
+    own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
+    tokenizer: Any = None
+
+    @property
+    def _device(self) -> Any:
+        return self.model.vae2llm.weight.device
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Pipeline:
+        """Load a folder.
+
+        Args:
+            name: a folder with a BAGEL checkpoint, Qwen2.5's tokenizer files beside it or in `tokenizer/`, and FLUX's VAE in
+                diffusers' layout in `vae/`. Nothing is downloaded.
+            dtype: of the model's weights; None keeps the checkpoint's. The VAE keeps its own.
+            device: where model and VAE run.
+
+        Raises:
+            FileNotFoundError: a part is missing.
+            ValueError: a file is malformed or of another model, `dtype` is none of a model's, or `device` is not there.
+            ImportError: an optional package is missing.
+        """
+        directory, where = opened(name, dtype, device, "a folder with a BAGEL checkpoint")
+        tokenizer, codec = parts_of(
+            directory, load_tokenizer, lambda path: KlCodec.from_pretrained(path, "FLUX's", where)
+        )
+        check_vae(directory, "scaling_factor", SCALE, codec.scale)
+        check_vae(directory, "shift_factor", SHIFT, codec.shift)
+        loaded: Any = Bagel
+        model: Bagel = loaded.from_pretrained(directory, dtype).to(where)
+        check_vocabulary(directory, tokenizer, model.config.vocab)
+        check_vae(directory, "latent_channels", model.config.latent_channels, codec.channels)
+        return cls(model, SequenceLayout.from_tokenizer(tokenizer), codec, name=str(directory), tokenizer=tokenizer)
+
+    # ---- drawing
+
+    def generate(
+        self,
+        prompt: str,
+        seed: int = 0,
+        steps: int | None = None,
+        *,
+        size: Size = (1024, 1024),
+        text_guidance: float | None = None,
+        image_guidance: float | None = None,
+        guidance: Guidance = DRAWING,
+        taylorseer: TaylorSeer | None = None,
+    ) -> Image:
+        """Generate an image for a prompt.
+
+        Args:
+            seed: of the noise; the same seed gives the same image. The noise is upstream's after `torch.manual_seed(seed)`.
+            steps: grid points, one evaluation less; None: the accelerated config's, or 50.
+            size: pixels, one number or (height, width): multiples of 16, at most 1024 a side.
+            text_guidance, image_guidance: scales; None: those of `guidance`.
+            guidance: all that guidance has besides.
+            taylorseer: extrapolate most evaluations.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; it is named.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
+        scales = guidance_of(guidance, text_guidance, image_guidance)
+        return self._drawn({"prompt": prompt}, seed, steps, size, scales, taylorseer)
+
+    def edit(
+        self,
+        image: Image | Sequence[Image],
+        prompt: str,
+        seed: int = 0,
+        steps: int | None = None,
+        *,
+        text_guidance: float | None = None,
+        image_guidance: float | None = None,
+        guidance: Guidance = EDITING,
+        taylorseer: TaylorSeer | None = None,
+    ) -> Image:
+        """Edit an image, or draw after several, as a prompt says.
+
+        Args:
+            image: PIL image of any size, or a list of them. The result has the size to which the last one is resized.
+            seed: of the noise, and of the latents that the VAE samples for the images.
+            The rest is as in `generate`.
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
+        scales = guidance_of(guidance, text_guidance, image_guidance)
+        return self._drawn({**images_of(image, "image"), "prompt": prompt}, seed, steps, None, scales, taylorseer)
+
+    def interleave(
+        self,
+        items: Sequence[str | Image],
+        seed: int = 0,
+        steps: int | None = None,
+        *,
+        size: Size | None = None,
+        text_guidance: float | None = None,
+        image_guidance: float | None = None,
+        guidance: Guidance = INTERLEAVED,
+        taylorseer: TaylorSeer | None = None,
+    ) -> Image:
+        """Draw what follows texts and images in order; the last text is the prompt.
+
+        Args:
+            items: strings and PIL images.
+            size: None: of the last image, as it is resized, or 1024 x 1024 without images.
+            The rest is as in `edit`.
+        """
+        scales = guidance_of(guidance, text_guidance, image_guidance)
+        return self._drawn(items_of(items), seed, steps, size, scales, taylorseer)
+
+    def _drawn(
+        self, items: dict[str, Any], seed: Any, steps: Any, size: Any, guidance: Guidance, seer: TaylorSeer | None
+    ) -> Image:
+        """items: names for messages, and strings or images. size: None: of the last image."""
+        (seed,) = seeds_of([seed], 1, "images")
+        points = whole(steps)
+        if steps is not None and (points is None or points < 2):
+            raise ValueError(f"steps: expected an integer >= 2 (grid points), got {shown(steps)}")
+        given = None if size is None else sides(size)
+        if given is not None:
+            check_size(self.model, given)
+        read = read_all(items, self.model.config, self.vae_sides)
+        # In upstream's order: what the VAE samples comes before the noise.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        sequence = self._sequence(read, generator)
+        images = [each for each in read if not isinstance(each, str)]
+        height, width = given or ((images[-1].height, images[-1].width) if images else (1024, 1024))
+        grid = check_size(self.model, (height, width))
+        shape = (grid[0] * grid[1], self.model.config.patch_width)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self._device)
+        tokens = sample(
+            self.model,
+            noise,
+            sequence,
+            (height, width),
+            self.layout.ids,
+            points,
+            guidance.text,
+            guidance.image,
+            guidance.interval,
+            self.timestep_shift,
+            guidance.renorm_min,
+            guidance.renorm,
+            seer,
+        )
+        return self.pictures(self.model.unpacked(tokens, (height, width)))[0]
+
+    # ---- understanding
+
+    def interleave_answer(
+        self,
+        items: Sequence[str | Image],
+        max_new_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """Answer to texts and images in order; the rest is as in `answer`."""
+        named = items_of(items)
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        seeds = None if seed is None else [seed]
+        return self._streamed(lambda told: self._answered([named], max_new_tokens, seeds, told, **sampling)[0], on_text)
+
+    def _answers(
+        self,
+        images: dict[str, Any],
+        questions: Sequence[str],
+        max_new_tokens: int,
+        *,
+        seeds: Any,
+        on_token: OnToken | None = None,
+        **sampling: Any,
+    ) -> list[str]:
+        for question in questions:
+            check_question(question)
+        entries = [images_of(entry, name) for name, entry in images.items()]
+        entries = entries * len(questions) if len(entries) == 1 else entries
+        asked = [{**own, "question": question} for own, question in zip(entries, questions, strict=True)]
+        return self._answered(asked, max_new_tokens, seeds, on_token, **sampling)
+
+    def _answered(
+        self,
+        asked: Sequence[dict[str, Any]],
+        max_new_tokens: int,
+        seeds: Any,
+        on_token: OnToken | None,
+        **sampling: Any,
+    ) -> list[str]:
+        check_callback("on_token", on_token)
+        generators = None if seeds is None else self.generators(seeds, len(asked), "questions")
+        read = [read_all(each, self.model.config, self.vae_sides) for each in asked]
+        sequences = [self._sequence(items) for items in read]
+        if not sequences:
+            return []
+        options = {"generators": generators, "on_token": on_token, **sampling}
+        answers = answer_tokens_batch(self.model, sequences, self.layout.ids, max_new_tokens, **options)
+        return [self.layout.answer(each) for each in answers]
+
+    def _sequence(self, read: Sequence[Any], generator: torch.Generator | None = None) -> list[Text | ContextImage]:
+        """What `read_all` gives as the model's items. generator: of latents, which only images have that are drawn from."""
+        device = self._device
+        made: list[Text | ContextImage] = []
+        for item in read:
+            if isinstance(item, str):
+                made.append(self.layout.text(item, device))
+                continue
+            tokens, places = vit_image(item, self.model.config, *self.vit_sides)
+            latents = None if generator is None else self.codec.encode(pixels(item).to(device), generator)
+            made.append(ContextImage(latents, tokens.to(device), places.to(device)))
+        return made
