@@ -58,6 +58,8 @@ BAGEL = within("families/test_bagel.py")
 FAMILIES = within("families/test_conformance_command.py")
 PRUNED = within("runtime/test_prune_ffn.py")
 EXPERTS = within("families/test_bagel_runtime.py")
+JANUSFLOW_PIPELINE = within("families/test_janusflow_pipeline.py")
+BAGEL_PIPELINE = within("families/test_bagel_pipeline.py")
 ENDS = within("runtime/test_many_ends.py")
 
 MUTANTS = [
@@ -308,4 +310,14 @@ MUTANTS = [
     Mutant("describe: what is refused is described", "flashu_ext/runtime/kernel_sets.py", "        check_model(parts)\n", "        pass\n", ENDS("cannot_be_accelerated")),
     Mutant("contexts: they are in a graph", "flashu_ext/runtime/generation.py", "each.done.append(self.capture.run_together(self.backbone.context, (each.state.memory,), works))", "each.run(lambda memory, work: self.backbone.context((memory,), (work,)), works[0])", EXPERTS("share_evaluations")),
     Mutant("evaluations: a neighbour's markers", "flashu_ext/runtime/backbone.py", "behind = [memory.trailing.expand(count, -1, -1) for memory, count in zip(memories, images, strict=True)]", "behind = [memories[0].trailing.expand(count, -1, -1) * (1 + i) for i, count in enumerate(images)]", EXPERTS("share_evaluations")),
+    Mutant("janusflow: a group has the noise of the first images", "flashu_ext/models/janusflow/pipeline.py", "noise[group], tokens", "noise[: len(group)], tokens", JANUSFLOW_PIPELINE("other_lengths")),
+    Mutant("janusflow: a prompt has no tag", "flashu_ext/models/janusflow/prompts.py", "[self.bos, *self.encode(text), self.tag]", "[self.bos, *self.encode(text)]", JANUSFLOW_PIPELINE("conversations or samplers")),
+    Mutant("janusflow: the preprocessor's colours are not read", "flashu_ext/models/janusflow/pipeline.py", "self.model.config, self.mean, self.std)", "self.model.config)", JANUSFLOW_PIPELINE("answers_are")),
+    Mutant("janusflow: every question has the first one's draws", "flashu_ext/models/janusflow/understanding.py", "[:, -1]), [row])", "[:, -1]), [0])", JANUSFLOW_PIPELINE("draws_of")),
+    Mutant("codec: nothing is shifted", "flashu_ext/models/codec.py", "self.scale * (latents - self.shift)", "self.scale * latents", JANUSFLOW_PIPELINE("kl_codec")),
+    Mutant("bagel: an edit is normed as a drawing", "flashu_ext/models/bagel/sequences.py", '(0.0, 1.0), "text_channel")', "(0.0, 1.0))", BAGEL_PIPELINE("edit")),
+    Mutant("bagel: an image is encoded as it came", "flashu_ext/models/bagel/sequences.py", "vae_image(rgb(item, name, on_white=True), config, *sides)", "rgb(item, name, on_white=True)", BAGEL_PIPELINE("answers_are")),
+    Mutant("bagel: transparent colours show", "flashu_ext/models/bagel/sequences.py", "on_white=True", "on_white=False", BAGEL_PIPELINE("transparent")),
+    Mutant("bagel: images have the most likely latents", "flashu_ext/models/bagel/pipeline.py", "pixels(item).to(device), generator)", "pixels(item).to(device))", BAGEL_PIPELINE("edit")),
+    Mutant("bagel: the size is the first image's", "flashu_ext/models/bagel/pipeline.py", "(images[-1].height, images[-1].width)", "(images[0].height, images[0].width)", BAGEL_PIPELINE("of_the_last")),
 ]  # fmt: skip

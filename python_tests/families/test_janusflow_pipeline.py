@@ -280,6 +280,11 @@ def test_a_kl_codec_scales_and_shifts() -> None:
         codec.encode(images[:, :2])
 
 
+def test_a_vae_is_where_its_model_is(folder: Path) -> None:
+    codec = KlCodec.from_pretrained(folder / "vae", "SDXL's", "meta")
+    assert {each.device.type for each in codec.vae.parameters()} == {"meta"}
+
+
 # ---- bad input, copies
 
 
