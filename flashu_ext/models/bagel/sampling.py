@@ -442,17 +442,17 @@ def _check_image(name: str, item: Image, config: Any, device: torch.device) -> N
             raise IndexError(f"{name}.vit_position_ids: expected places in [0, {config.vit_side**2})")
 
 
-def check_size(model: Any, noise: Any, size: Any) -> tuple[int, int]:
-    """Raise for noise that is not of the size; the grid of latent tokens."""
+def check_size(model: Any, tokens: Any, size: Any, name: str = "noise") -> tuple[int, int]:
+    """Raise for latent tokens that are not of the size; their grid."""
     config = model.config
     pixels, most = config.token_pixels, config.token_pixels * config.latent_side
     fits = isinstance(size, (list, tuple)) and len(size) == 2
     if not fits or not all(isinstance(each, int) and 0 < each <= most and each % pixels == 0 for each in size):
         raise ValueError(f"size: expected (height, width) in pixels, multiples of {pixels} up to {most}, got {size!r}")
     rows, columns = model.grid(tuple(size))
-    check_tensor("noise", noise, 2, "a floating-point tensor", model.vae2llm.weight.device)
-    if tuple(noise.shape) != (rows * columns, config.patch_width):
-        raise ValueError(f"noise: expected [{rows * columns}, {config.patch_width}], got {tuple(noise.shape)}")
+    check_tensor(name, tokens, 2, "a floating-point tensor", model.vae2llm.weight.device)
+    if tuple(tokens.shape) != (rows * columns, config.patch_width):
+        raise ValueError(f"{name}: expected [{rows * columns}, {config.patch_width}], got {tuple(tokens.shape)}")
     return rows, columns
 
 
