@@ -107,7 +107,7 @@ def test_missing_parts(tmp_path: Path, state: dict):
     refused(tmp_path, r"config\.json", FileNotFoundError)
     folder = upstream(tmp_path)
     torch.save(state, folder / "pytorch_model.bin")
-    refused(folder, "expected weights: diffusion_pytorch_model.safetensors, .*or their", FileNotFoundError)
+    refused(folder, "expected weights: model.safetensors, .*or their", FileNotFoundError)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
     refused(folder, "expected the name of a .safetensors file in the folder")
 
@@ -156,7 +156,7 @@ def test_another_width_of_siglip_is_named(tmp_path: Path, state: dict):
     save_file({**state, pos: torch.zeros(1, 4, 700)}, folder / "model.safetensors")
     refused(folder, r"expected the width of a published SigLIP tower \(768, 1024, 1152\), got 700")
     save_file({**state, pos: torch.zeros(1, 5, 768)}, folder / "model.safetensors")
-    refused(folder, "expected a square number of patches, got 5")
+    refused(folder, "expected a square number of places, got 5")
 
 
 def test_the_config_is_written_and_read_strictly():
