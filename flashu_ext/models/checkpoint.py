@@ -143,15 +143,16 @@ class Layout(Generic[C]):
 
     def _read_configs(self, directory: Path) -> Configs:
         """Our own config file, or all of upstream's."""
-        if OWN not in self.configs and any(exists(directory / name) for name in self.configs):
-            # Upstream's program reads no config.json: a published one need not even be JSON.
-            try:
-                own = read_object(directory / OWN)
-            except (OSError, ValueError):
-                own = {}
-            if "format" not in own:
-                return {name: self._read_config(directory, name) for name in self.configs}
-        return {OWN: self._read_config(directory, OWN)}
+        try:
+            own = self._read_config(directory, OWN)
+        except (OSError, ValueError):
+            # A published config.json that upstream's program does not read need not even be JSON.
+            if OWN in self.configs or not any(exists(directory / name) for name in self.configs):
+                raise
+            own = {}
+        if OWN in self.configs or "format" in own:
+            return {OWN: own}
+        return {name: self._read_config(directory, name) for name in self.configs}
 
     def _read_config(self, directory: Path, name: str) -> Mapping[str, Any]:
         if not exists(directory / name):
@@ -162,7 +163,7 @@ class Layout(Generic[C]):
         return read_object(directory / name)
 
     def _is_own(self, configs: Configs) -> bool:
-        return "format" in configs.get(OWN, ()) or configs.keys() != set(self.configs)
+        return "format" in configs.get(OWN, ())
 
     def _files(self, configs: Configs) -> Files:
         return Files(suffixes=self.files.suffixes) if self._is_own(configs) else self.files
