@@ -139,7 +139,7 @@ class _Bagel(Subject):
 
     def answer(self, model: Any, latents: Tensor, question: Question) -> tuple[str, list[int]]:
         device = model.vae2llm.weight.device
-        inputs = [_image(latents.to(device)), _text(question.text, device)]
+        inputs: list[Image | Text] = [_image(latents.to(device)), _text(question.text, device)]
         given = answer_tokens(model, inputs, token_ids(), max_new_tokens=ANSWER_TOKENS)
         return layout().answer(given), given.tolist()
 

@@ -199,9 +199,15 @@ class Stack(nn.Module):
 
 
 class LanguageModel(nn.Module):
+    """The stack with its output head, which may be the token embedding."""
+
     def __init__(self, config: BagelConfig):
         super().__init__()
+        self.config = config
         self.model = Stack(config)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
