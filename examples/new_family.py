@@ -1,7 +1,7 @@
 """A model of a new family, with the adapter that makes it fast: docs/adding-a-model.md goes through it.
 
 `Sketch` draws small images by rectified flow and answers questions about them, with one Llama for both. Run it: it draws the
-same image dense and accelerated, and prints how far apart they are.
+same image dense and accelerated, prints how far apart they are, and draws it once more with the neurons that drawings use most.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import flashu_ext as fx
 from flashu_ext.models import known
 from flashu_ext.models.adapter import AttentionShape, Kit
+from flashu_ext.models.calibration import DensePass, Noise, Sample, noised
 from flashu_ext.models.embedding import TimestepEmbedder
 from flashu_ext.models.llm import language_model
 from flashu_ext.models.masks import additive, causal, omni_allowed
@@ -56,9 +58,27 @@ class Sketch(nn.Module):
         return unpatchify(self.sketch_out(image), latents.shape)
 
 
+@dataclass(frozen=True)
+class SketchSample(Sample):
+    """Images [B, channels, H, W] with their prompts int64 [B, n], from which neurons are scored."""
+
+    kind: ClassVar[str] = "generation"
+    family: ClassVar[str | None] = "sketch"
+    latents: Tensor
+    prompts: Tensor
+
+
+def sequences(prompts: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and spans of both branches; the unguided one has token 0 in the prompt's place."""
+    span = 1 + latents.shape[2] * latents.shape[3] // 4
+    tokens = nn.functional.pad(torch.cat([prompts, torch.zeros_like(prompts)]), (0, span))
+    return tokens, torch.tensor([[[prompts.shape[1], span]]]).repeat(len(tokens), 1, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SketchAdapter(fx.Adapter):
     family: ClassVar[str] = "sketch"
+    samples: ClassVar[tuple[type[Sample], ...]] = (SketchSample,)
     patches: Any = None
     time: Any = None
     out: Any = None
@@ -95,6 +115,14 @@ class SketchAdapter(fx.Adapter):
         counts = [image.shape[1] for image in images]
         spans = [(before.shape[1] + sum(counts[:i]), count) for i, count in enumerate(counts)]
         return fx.Question(embeds, causal(embeds.shape[1], embeds.device), tuple(spans))
+
+    def passes(self, sample: SketchSample, times: Sequence[float], noise: Noise) -> Iterator[DensePass]:
+        tokens, spans = sequences(sample.prompts, sample.latents)
+        for row, t in enumerate(times):
+            latents = noised(sample.latents, t, noise).repeat(2, 1, 1, 1)
+            yield DensePass(
+                partial(self.model.velocity, latents, torch.full((len(tokens),), t), tokens, spans), row=row
+            )
 
     def shape(self) -> ModelShape:
         layers = tuple(layer_shape(layer, self.llm_attention) for layer in self.layers)
@@ -139,19 +167,16 @@ class SketchInputs(DrawInputs):
 
 @torch.no_grad()
 def sample(model: Sketch, noise: Tensor, prompts: Tensor, steps: int = 10, scale: float = 3.0) -> Tensor:
-    """Latents [B, channels, H, W] of prompts int64 [B, n]; the unguided branch has token 0 in their place."""
-    tokens = torch.cat([prompts, torch.zeros_like(prompts)])
-    span = 1 + noise.shape[2] * noise.shape[3] // 4
-    spans = torch.tensor([[[prompts.shape[1], span]]]).repeat(len(tokens), 1, 1)
-    whole = torch.nn.functional.pad(tokens, (0, span))
-    inputs = SketchInputs(noise, whole, spans, steps + 1, scale)
+    """Latents [B, channels, H, W] of prompts int64 [B, n]."""
+    tokens, spans = sequences(prompts, noise)
+    inputs = SketchInputs(noise, tokens, spans, steps + 1, scale)
     handle = fx.handle_of(model)
     if handle is not None:
         latents: Tensor = integrate(handle.stepper(inputs))
         return latents
     times, dt = inputs.schedule(steps + 1)
     for t, step in zip(times, dt, strict=True):
-        both = model.velocity(noise.repeat(2, 1, 1, 1), t.expand(len(tokens)), whole, spans)
+        both = model.velocity(noise.repeat(2, 1, 1, 1), t.expand(len(tokens)), tokens, spans)
         noise = noise + step * guide(both, scale)
     return noise
 
@@ -164,6 +189,10 @@ def main() -> None:
     with fx.accelerate(model) as handle:
         fast = sample(model, noise, prompts)
         print(f"exact: {(fast - dense).norm() / dense.norm():.1e} from the dense images; {handle.summary().steps}")
+    plan = fx.calibrate(model, [SketchSample(dense, prompts)], ratio=0.25, multiple=16, progress=False)
+    with fx.accelerate(model, fx.FlashUConfig(ffn_prune_ratio=0.25, prune_multiple=16), plan):
+        pruned = sample(model, noise, prompts)
+        print(f"without a quarter of the neurons: {(pruned - dense).norm() / dense.norm():.1e}")
     assert math.isfinite(float(fast.sum())) and patchify(fast, 2).shape == (2, 16, 16)
 
 

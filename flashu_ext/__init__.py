@@ -20,9 +20,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import ops as ops
-    from .calibration.calibrate import GenerationSample as GenerationSample
-    from .calibration.calibrate import TokenSample as TokenSample
-    from .calibration.calibrate import UnderstandingSample as UnderstandingSample
     from .calibration.calibrate import calibrate as calibrate
     from .models import bagel as bagel
     from .models import janusflow as janusflow
@@ -31,6 +28,9 @@ if TYPE_CHECKING:
     from .models.adapter import Adapter as Adapter
     from .models.adapter import Question as Question
     from .models.adapter import Sizes as Sizes
+    from .models.calibration import TokenSample as TokenSample
+    from .models.showo2.calibration import GenerationSample as GenerationSample
+    from .models.showo2.calibration import UnderstandingSample as UnderstandingSample
     from .ops import reference as reference
     from .planning.config import FlashUConfig as FlashUConfig
     from .planning.decoders import Family as Family
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from .runtime.pruned import prune_ffn as prune_ffn
 
 _HOMES = {
-    "GenerationSample": "calibration.calibrate",
-    "TokenSample": "calibration.calibrate",
-    "UnderstandingSample": "calibration.calibrate",
+    "GenerationSample": "models.showo2.calibration",
+    "TokenSample": "models.calibration",
+    "UnderstandingSample": "models.showo2.calibration",
     "calibrate": "calibration.calibrate",
     "FlashUConfig": "planning.config",
     "Answers": "planning.groups",

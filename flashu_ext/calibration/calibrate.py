@@ -1,7 +1,8 @@
 """Runs a model on calibration samples of each task and scores its FFN neurons: the result is a TaskPlan.
 
-Generation runs on latents noised to several times, with their prompts, under guidance; understanding runs on images with
-questions and answers. Padding and tokens after an image are not counted, because no output depends on them.
+What is run for a sample is the family's (`Adapter.passes`). Generation runs on latents noised to several times, with their
+prompts, under guidance; understanding runs on images with questions and answers. Padding and tokens after an image are not
+counted, because no output depends on them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,85 +20,29 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models.accelerated import handle_of
+from ..models.adapter import Adapter, adapter_of, family_of
 from ..models.autocast import without_autocast
-from ..models.masks import additive, omni_allowed
-from ..models.showo2 import validate
-from ..models.showo2.adapter import adapter
-from ..models.showo2.understanding import prompt_embeds
+from ..models.calibration import DensePass, Noise, Sample, TokenSample, text_passes
+from ..models.showo2.calibration import GenerationSample, UnderstandingSample
 from ..ops import reference
-from ..planning.decoders import Decoder, decoder_of
+from ..planning.decoders import FAMILIES, Decoder, decoder_of
 from ..planning.estimators import DownNorms, check_estimator
 from ..planning.fingerprint import model_fingerprint
 from ..planning.plan import TaskPlan, check_pruning
-from .state import TaskState, chained_digest, load_states, measured, save_states
+from .state import KINDS, TaskState, chained_digest, load_states, measured, save_states
 
-__all__ = ["GenerationSample", "Sample", "TokenSample", "UnderstandingSample", "calibrate"]
+# Show-o2's samples had their names here before other families had any.
+__all__ = ["GenerationSample", "TokenSample", "UnderstandingSample", "calibrate"]
 
 DEFAULT_TIMES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-@dataclass(frozen=True)
-class GenerationSample:
-    """Images with their prompts.
-
-    Attributes:
-        latents: clean latents [B, channels, H, W].
-        text_tokens, text_tokens_null: int64 [B, length].
-        modality_positions, modality_positions_null: int64 [B, 1, 2].
-    """
-
-    latents: Tensor
-    text_tokens: Tensor
-    text_tokens_null: Tensor
-    modality_positions: Tensor
-    modality_positions_null: Tensor
-
-
-@dataclass(frozen=True)
-class UnderstandingSample:
-    """One image with a question and its answer.
-
-    Attributes:
-        image_latents: [1, channels, H, W].
-        tokens_before_image: int64 [1, n].
-        tokens_after_boi: int64 [1, m]: boi, eoi, question and answer.
-        answer_length: number of answer tokens among them. Layer importance is measured at the token before the answer, the
-            last one of a prompt.
-    """
-
-    image_latents: Tensor
-    tokens_before_image: Tensor
-    tokens_after_boi: Tensor
-    answer_length: int = 0
-
-
-@dataclass(frozen=True)
-class TokenSample:
-    """A text, for a decoder of any kind.
-
-    Attributes:
-        tokens: int64 [1, n].
-        answer_length: number of answer tokens at its end, as in `UnderstandingSample`.
-    """
-
-    tokens: Tensor
-    answer_length: int = 0
-
-
-Sample = GenerationSample | UnderstandingSample | TokenSample
-_KINDS: Mapping[type[Any], str] = {
-    GenerationSample: "generation",
-    UnderstandingSample: "understanding",
-    TokenSample: "understanding",
-}
-
-
 def calibrate(
     model: Any,
-    generation: Iterable[GenerationSample] = (),
-    understanding: Iterable[UnderstandingSample | TokenSample] = (),
+    generation: Iterable[Any] = (),
+    understanding: Iterable[Any] = (),
     *,
-    tasks: Mapping[str, Iterable[Sample]] | None = None,
+    tasks: Mapping[str, Iterable[Any]] | None = None,
     estimator: str = "wanda",
     ratio: float = 0.2,
     multiple: int = 64,
@@ -114,9 +59,12 @@ def calibrate(
     second run.
 
     Args:
-        model: a Show-o2 model, or with `TokenSample`s any decoder (`planning.decoders`); not accelerated.
-        generation, understanding: samples of each task, any iterable, read once and one at a time. A task without samples
-            gets no neuron set.
+        model: of any family, or with `TokenSample`s any decoder (`planning.decoders`); not accelerated. Where drawing has
+            experts of its own (BAGEL), a generation task scores their neurons, over the patches, and an understanding task those
+            of the text's, as each prunes.
+        generation, understanding: samples of each task, `GenerationSample`s and `UnderstandingSample`s of the model's family
+            (`fx.showo2`, `fx.janusflow`, `fx.bagel`), or `TokenSample`s; any iterable, read once and one at a time. A task
+            without samples gets no neuron set.
         tasks: further tasks by name, any number. The samples of one task are all of one type.
         estimator: 'wanda' (the paper's), 'flap' or 'reconstruction', see `estimators.ESTIMATORS`.
         ratio, multiple: pruning of the resulting plan (`TaskPlan.with_ratio` changes them later).
@@ -157,7 +105,7 @@ def calibrate(
             bar.set_postfix_str(task)
             run.accumulate(task, samples, bar)
     states = {task: run.states[task] for task in given}
-    calibration = measured(states, run.observer.down, times)
+    calibration = measured(states, run.observer.down, run.observer.drawing_down, times)
     notes = {"samples": {task: state.samples for task, state in states.items()}, "seed": seed}
     plan = TaskPlan.from_calibration(
         calibration, estimator=estimator, ratio=ratio, multiple=multiple, model=model, notes=notes
@@ -166,7 +114,7 @@ def calibrate(
     return plan
 
 
-def _given(generation: Any, understanding: Any, tasks: Any) -> dict[str, Iterable[Sample]]:
+def _given(generation: Any, understanding: Any, tasks: Any) -> dict[str, Iterable[Any]]:
     """The given tasks by name, without empty ones."""
     given = {"generation": generation, "understanding": understanding}
     named = {task: s for task, s in given.items() if not (isinstance(s, Sized) and len(s) == 0)}
@@ -198,7 +146,10 @@ class _Run:
     ):
         self.times, self.seed, self.checkpoint, self.interval = times, seed, checkpoint, interval
         self.decoder = decoder
-        self.observer = _Observer(decoder)
+        self.parts = adapter_of(decoder.model) if family_of(decoder.model) else None
+        own: tuple[Any, ...] = self.parts.samples if self.parts is not None else ()
+        self.types = own if TokenSample in own else (*own, TokenSample)
+        self.observer = _Observer(decoder, self.parts)
         self.states: dict[str, TaskState] = {}
         layers, intermediate = self.observer.down.absolute.shape
         # All that the sums depend on. Ratio, multiple and estimator are applied afterwards.
@@ -218,7 +169,7 @@ class _Run:
                 self.states = load_states(checkpoint, self.settings, decoder.device)
         self.unsaved = 0
 
-    def accumulate(self, task: str, samples: Iterable[Sample], bar: Any) -> None:
+    def accumulate(self, task: str, samples: Iterable[Any], bar: Any) -> None:
         """Read a task's samples and accumulate those not in the checkpoint."""
         before = self.states.get(task)
         seen, digest, index = (before.samples if before else 0), "", -1
@@ -247,32 +198,30 @@ class _Run:
 
     def _check(self, task: str, index: int, sample: Any) -> None:
         state = self.states.get(task)
-        kind = state.kind if state else task if task in _KINDS.values() else None
-        allowed = tuple(cls for cls, of in _KINDS.items() if kind in (None, of))
+        kind = state.kind if state else task if task in KINDS else None
+        if isinstance(sample, Sample) and sample.family not in (None, self.parts and self.parts.family):
+            family = FAMILIES.get(sample.family or "")
+            expected, got = family.name if family else sample.family, type(self.decoder.model).__name__
+            raise TypeError(f"{task}[{index}]: model: expected a {expected} model, as the sample is, got {got}")
+        allowed = tuple(each for each in self.types if kind in (None, each.kind))
         if not isinstance(sample, allowed):
-            names = " or ".join(cls.__name__ for cls in allowed)
+            names = " or ".join(each.__name__ for each in allowed) or f"model with samples of {kind}"
             raise TypeError(f"{task}[{index}]: expected a {names}, got {type(sample).__name__}")
         for field in fields(sample):
             value = getattr(sample, field.name)
-            if field.type == "Tensor" and not isinstance(value, Tensor):
+            if field.type in ("Tensor", Tensor) and not isinstance(value, Tensor):
                 raise TypeError(f"{task}[{index}].{field.name}: expected a tensor, got {type(value).__name__}")
 
-    def _add(self, task: str, index: int, sample: Sample, digest: str) -> None:
+    def _add(self, task: str, index: int, sample: Any, digest: str) -> None:
         state = self.states.get(task)
         if state is None:
             shape = self.observer.down.absolute.shape
-            kind = _KINDS[type(sample)]
-            state = TaskState.build(kind, shape[0], shape[1], len(self.times), self.decoder.device)
+            state = TaskState.build(sample.kind, shape[0], shape[1], len(self.times), self.decoder.device)
             self.states[task] = state
         try:
             with self.observer.watching(state):
-                if isinstance(sample, GenerationSample):
-                    for row, t in enumerate(self.times):
-                        _run_generation(self.observer, sample, t, row, self._noise(task, index, t, sample.latents))
-                elif isinstance(sample, UnderstandingSample):
-                    _run_understanding(self.observer, sample)
-                else:
-                    _run_tokens(self.observer, sample)
+                for each in self._passes(sample, lambda t, like: self._noise(task, index, t, like)):
+                    self.observer.run(each)
         except (TypeError, ValueError, IndexError) as error:
             kind_of_error = next(base for base in (TypeError, ValueError, IndexError) if isinstance(error, base))
             raise kind_of_error(f"{task}[{index}]: {error}") from error
@@ -281,6 +230,11 @@ class _Run:
         if self.checkpoint is not None and self.unsaved >= self.interval:
             save_states(self.checkpoint, self.settings, self.states)
             self.unsaved = 0
+
+    def _passes(self, sample: Any, noise: Noise) -> Iterator[DensePass]:
+        if self.parts is not None and isinstance(sample, self.parts.samples):
+            return self.parts.passes(sample, self.times, noise)
+        return text_passes(self.decoder.stack, sample)
 
     def _noise(self, task: str, index: int, t: float, like: Tensor) -> Tensor:
         """Noise of a sample at a time, from its own seed: a resumed run samples the same noise."""
@@ -292,131 +246,89 @@ class _Run:
 class _Observer:
     """Accumulates activations of a model's layers in a task's state, by hooks."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, parts: Adapter | None):
         self.decoder = decoder
         self.down = DownNorms.from_projections([ffn.down_proj for ffn in decoder.ffns])
+        self._experts = [layer.mlp for layer in parts.experts] if parts is not None else []
+        self._expert_norm = parts.expert_norm if parts is not None else None
+        self.drawing_down: DownNorms | None = None
+        if self._experts:
+            self.drawing_down = DownNorms.from_projections([ffn.down_proj for ffn in self._experts])
         self._norms = _supported(ops.neuron_norms_, reference.neuron_norms_, decoder)
         self._importance = _supported(ops.cosine_importance, reference.cosine_importance, decoder)
         self._state: TaskState | None = None
-        self._counted: Tensor | None = None
-        self._row = 0
-        self._last: int | None = None
-        self._into_last_layer: Tensor | None = None
+        self._pass: DensePass | None = None
+        self._values: list[list[Tensor]] = []
+        """Importance of the counted tokens, for each layer of each of its calls in the pass."""
 
-    def run(self, inputs: Mapping[str, Tensor], counted: Tensor | None, row: int, last: int | None) -> None:
-        """One pass of the decoder.
-
-        Args:
-            inputs: of the decoder: `inputs_embeds` [rows, length, hidden], or `input_ids`, and `attention_mask`.
-            counted: bool [rows, length], tokens that count; None: all.
-            row: of the state's importance.
-            last: position whose importance is recorded; None: the mean over counted tokens.
-        """
-        assert self._state is not None, "run is called inside `watching`"
-        self._counted, self._row, self._last = counted, row, last
-        rows, length = next(iter(inputs.values())).shape[:2]
-        self._state.tokens += int(counted.sum()) if counted is not None else rows * length
-        # Without lm_head and diffusion head, which do not affect the language model's activations.
-        self.decoder.stack(**inputs, use_cache=False)
+    def run(self, each: DensePass) -> None:
+        """Accumulate a pass."""
+        state = self._state
+        assert state is not None, "run is called inside `watching`"
+        self._values = [[] for _ in self.decoder.layers]
+        self._pass = each
+        try:
+            each.run()
+        finally:
+            self._pass = None
+        for layer, calls in enumerate(self._values):
+            values = torch.cat(calls)
+            if state.kind == "generation":
+                state.importance[each.row, layer] += values.mean()
+            else:
+                state.importance[0, layer] += values[-1 - each.answer]
+                state.mean_importance[layer] += values.mean()
 
     @contextmanager
     def watching(self, state: TaskState) -> Iterator[None]:
-        """A context in which every `run` is accumulated in `state`."""
-        hooks = [self.decoder.norm.register_forward_hook(self._after_norm)]
+        """A context in which every `run` is accumulated in `state`. What else the model runs in it does not count."""
+        drawn = bool(self._experts) and state.kind == "generation"
+        ffns, norm = (self._experts, self._expert_norm) if drawn else (self.decoder.ffns, self.decoder.norm)
+        hooks = []
         self._state = state
         try:
-            for index, layer in enumerate(self.decoder.layers):
-                hooks.append(layer.register_forward_hook(self._layer_hook(index), with_kwargs=True))
-                hooks.append(layer.mlp.down_proj.register_forward_pre_hook(self._neurons_hook(index)))
+            for index, (layer, ffn) in enumerate(zip(self.decoder.layers, ffns, strict=True)):
+                hooks.append(layer.register_forward_hook(self._layer_hook(index, norm), with_kwargs=True))
+                hooks.append(ffn.down_proj.register_forward_pre_hook(self._neurons_hook(index, drawn)))
             yield
         finally:
-            self._state = self._into_last_layer = None
+            self._state = None
             for hook in hooks:
                 hook.remove()
 
-    def _neurons_hook(self, index: int) -> Any:
+    def _neurons_hook(self, index: int, drawn: bool) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self._pass is None:
+                return
             assert self._state is not None
-            hidden = inputs[0]
-            rows = hidden[self._counted] if self._counted is not None else hidden.flatten(0, 1)
+            # Experts compute no tokens but their own.
+            counted = None if drawn else self._pass.counted
+            rows = inputs[0][counted] if counted is not None else inputs[0].flatten(0, -2)
+            if index == 0:
+                self._state.tokens += rows.shape[0]
             # The kernel sums squares; the plain sum, needed only for the variance, is torch's, over the same rows.
             self._norms(self._state.squares[index], rows)
             self._state.total[index] += rows.sum(0, dtype=torch.float64)
 
         return hook
 
-    def _layer_hook(self, index: int) -> Any:
+    def _layer_hook(self, index: int, norm: Any) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._pass is None:
+                return
             before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
             if index == len(self.decoder.layers) - 1:
-                self._into_last_layer = before
-            else:
-                self._add_importance(index, before, output[0] if isinstance(output, tuple) else output)
+                after = norm(after)
+            values = self._importance(before, after).double()
+            counted = self._pass.counted
+            self._values[index].append(values[counted] if counted is not None else values.flatten())
 
         return hook
-
-    def _after_norm(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert self._into_last_layer is not None
-        self._add_importance(len(self.decoder.layers) - 1, self._into_last_layer, output)
-
-    def _add_importance(self, layer: int, before: Tensor, after: Tensor) -> None:
-        assert self._state is not None
-        values = self._importance(before, after).double()
-        mean = (values[self._counted] if self._counted is not None else values).mean()
-        if self._last is None:
-            self._state.importance[self._row, layer] += mean
-        else:
-            self._state.importance[self._row, layer] += values[0, self._last]
-            self._state.mean_importance[layer] += mean
 
 
 def _supported(kernel: Any, fallback: Any, decoder: Decoder) -> Any:
     return kernel if kernel.is_supported(decoder.device, decoder.dtype) else fallback
-
-
-def _run_generation(observer: _Observer, sample: GenerationSample, t: float, row: int, noise: Tensor) -> None:
-    """One evaluation of noised latents under guidance; both branches count up to the end of their spans."""
-    parts = adapter(observer.decoder.model)
-    tokens = torch.cat([sample.text_tokens, sample.text_tokens_null])
-    positions = torch.cat([sample.modality_positions, sample.modality_positions_null])
-    latents = t * sample.latents + (1 - t) * noise
-    time = torch.full((tokens.shape[0],), t, dtype=torch.float32, device=tokens.device)
-    validate.check_t2i_inputs(parts.model, latents.repeat(2, 1, 1, 1), time, tokens, positions, True)
-    span = parts.with_time(parts.embed_image(latents).repeat(2, 1, 1), parts.time_token(parts.embed_time(time)))
-    # No counted token attends past the longest row's span, so the rest is not computed.
-    end = positions[:, 0].sum(dim=-1)
-    length = int(end.max())
-    embeds = parts.embed_tokens(tokens[:, :length])
-    for i, offset in enumerate(positions[:, 0, 0].tolist()):
-        embeds[i, offset : offset + span.shape[1]] = span[i]
-    counted = torch.arange(length, device=tokens.device) < end[:, None]
-    observer.run(_masked(embeds, omni_allowed(positions, length)), counted, row, None)
-
-
-def _run_understanding(observer: _Observer, sample: UnderstandingSample) -> None:
-    """One prefill of image, question and answer."""
-    model, after, answer = observer.decoder.model, sample.tokens_after_boi, sample.answer_length
-    adapter(model)
-    validate.check_answer_inputs(model, [sample.image_latents], sample.tokens_before_image, after, 0)
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer <= after.shape[1] - 2:
-        raise ValueError(f"answer_length: expected an integer in [0, {after.shape[1] - 2}], got {answer!r}")
-    embeds, allowed = prompt_embeds(model, sample.image_latents, sample.tokens_before_image, after)
-    observer.run(_masked(embeds, allowed[None]), None, 0, embeds.shape[1] - 1 - answer)
-
-
-def _run_tokens(observer: _Observer, sample: TokenSample) -> None:
-    """One pass over a text."""
-    tokens, answer = sample.tokens, sample.answer_length
-    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens: expected int64 [1, n], n > 0, got {tokens.dtype} {list(tokens.shape)}")
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < tokens.shape[1]:
-        raise ValueError(f"answer_length: expected an integer in [0, {tokens.shape[1]}), got {answer!r}")
-    observer.run({"input_ids": tokens}, None, 0, tokens.shape[1] - 1 - answer)
-
-
-def _masked(embeds: Tensor, allowed: Tensor) -> dict[str, Tensor]:
-    """Inputs of a decoder: embeddings [rows, length, hidden], and what each may attend to, bool [rows, length, length]."""
-    return {"inputs_embeds": embeds, "attention_mask": additive(allowed, embeds.dtype)[:, None]}
 
 
 def _bar(total: int | None, progress: bool) -> Any:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..models.showo2.calibration import GenerationSample, UnderstandingSample
 from ..planning.reading import MAX_LIST_BYTES, open_regular, read_image, read_text, refusal, shown, strict_json
-from .calibrate import GenerationSample, Sample, UnderstandingSample
 
 if TYPE_CHECKING:
     from ..models.showo2.pipeline import Pipeline
@@ -37,12 +37,12 @@ class Samples:
     """A task's samples, made lazily, with `len()`."""
 
     records: tuple[Any, ...]
-    make: Callable[[Any], Sample]
+    make: Callable[[Any], Any]
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Any]:
         return map(self.make, self.records)
 
 
@@ -72,7 +72,7 @@ def folder_samples(pipe: Pipeline, directory: str | os.PathLike[str], limit: int
     """
     directory = Path(directory)
 
-    def make(line: tuple[str, Mapping[str, str]]) -> Sample:
+    def make(line: tuple[str, Mapping[str, str]]) -> GenerationSample | UnderstandingSample:
         where, record = line
         try:
             image = read_image(directory / record["image"])

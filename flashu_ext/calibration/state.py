@@ -22,7 +22,7 @@ from ..planning.groups import is_int
 from ..planning.reading import refusal, shown, strict_json
 from ..planning.safe_files import load_safetensors, save_safetensors
 
-__all__ = ["TaskState", "chained_digest", "load_states", "save_states"]
+__all__ = ["KINDS", "TaskState", "chained_digest", "load_states", "save_states"]
 
 FORMAT = "flashu_ext.calibration"
 VERSION = 1
@@ -64,7 +64,9 @@ class TaskState:
         return {name: getattr(self, name) for name in names}
 
 
-def measured(states: Mapping[str, TaskState], down: DownNorms, times: Sequence[float]) -> Calibration:
+def measured(
+    states: Mapping[str, TaskState], down: DownNorms, drawing_down: DownNorms | None, times: Sequence[float]
+) -> Calibration:
     """The calibration from finished states. Raises ValueError with task, layer and neuron of any NaN or infinity."""
     sums, importance, means = {}, {}, {}
     for task, state in states.items():
@@ -76,20 +78,31 @@ def measured(states: Mapping[str, TaskState], down: DownNorms, times: Sequence[f
         if state.kind == "understanding":
             means[task] = (state.mean_importance / state.samples).float().cpu()
     drawn = any(state.kind == "generation" for state in states.values())
-    return Calibration(sums, down, tuple(times) if drawn else (), importance, means)
+    return Calibration(sums, down, tuple(times) if drawn else (), importance, means, drawing_down if drawn else None)
 
 
 def chained_digest(previous: str, sample: Any) -> str:
-    """SHA-256 of the earlier samples' digest and a sample (a dataclass of tensors and numbers)."""
+    """SHA-256 of the earlier samples' digest and a sample: a dataclass of tensors, numbers, lists and dataclasses."""
     digest = hashlib.sha256(previous.encode())
     for field in dataclasses.fields(sample):
-        value = getattr(sample, field.name)
-        if isinstance(value, Tensor):
-            digest.update(f"{field.name} {tuple(value.shape)} {value.dtype};".encode())
-            digest.update(value.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(f"{field.name} {value!r};".encode())
+        _feed(digest, field.name, getattr(sample, field.name))
     return digest.hexdigest()
+
+
+def _feed(digest: Any, name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+        digest.update(value.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif dataclasses.is_dataclass(value):
+        digest.update(f"{name} {type(value).__name__};".encode())
+        for field in dataclasses.fields(value):
+            _feed(digest, f"{name}.{field.name}", getattr(value, field.name))
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"{name} of {len(value)};".encode())
+        for index, item in enumerate(value):
+            _feed(digest, f"{name}[{index}]", item)
+    else:
+        digest.update(f"{name} {value!r};".encode())
 
 
 # ---- files

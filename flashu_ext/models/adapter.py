@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..planning.config import FlashUConfig
 from ..planning.cost import ModelShape
-from ..planning.decoders import FAMILIES, find
+from ..planning.decoders import FAMILIES, Family, find
 from ..planning.groups import Answers
+from .calibration import DensePass, Noise, Sample
 from .sampling import DrawInputs, Stepper
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Question",
     "Sizes",
     "adapter_of",
+    "family_of",
     "norm_eps",
     "out_features",
 ]
@@ -133,6 +135,9 @@ class Adapter(ABC):
     """Whether all tokens of an image span have one rotary position."""
     norms_span: ClassVar[bool] = True
     """Whether `final_norm` is applied to a span. Else `velocity` norms it, and the head's cache has it before its norm."""
+    samples: ClassVar[tuple[type[Sample], ...]] = ()
+    """Types of calibration samples that `passes` takes; `TokenSample` among them only where the language model is not called as
+    transformers'."""
     skips_tokens: ClassVar[bool] = True
     """Whether its layers can leave out tokens of a drawing (`FlashUConfig.token_skip_ratio`)."""
 
@@ -149,6 +154,8 @@ class Adapter(ABC):
     experts: Any = ()
     """Layers, as `layers`, that compute a drawing's patches where these have experts of their own; `layers` then compute all
     other tokens, on all neurons. Attention is over both."""
+    expert_norm: Any = None
+    """The experts' `final_norm`."""
     blocks: Any = ()
     """Of a head of attention blocks behind the language model, as `layers`, with a rotary module of their own. Their parts of
     the `modulation` come first, `BLOCK_PARTS` widths each."""
@@ -278,6 +285,26 @@ class Adapter(ABC):
         """A question about encoded images, [1, tokens, hidden] each; before and after int64 [1, n], the tokens around them,
         or what the family's answers have in their place."""
 
+    # ---- calibration
+
+    def passes(self, sample: Any, times: Sequence[float], noise: Noise) -> Iterator[DensePass]:
+        """What the dense model runs for one of the `samples`: for a drawing a pass for each time with all branches of its
+        guidance, for a question one over question and answer.
+
+        Args:
+            times: in [0, 1], of a drawing; 0 is noise, 1 the image.
+            noise: what a drawing's latents are noised with (`calibration.noised`).
+
+        Raises:
+            TypeError, ValueError, IndexError: the sample is wrong, before the first pass; the message names the field.
+        """
+        raise NotImplementedError
+
+
+def family_of(model: Any) -> Family | None:
+    """A model's family, whether or not the model is complete; None for any other decoder."""
+    return next((family for family in FAMILIES.values() if hasattr(model, family.mark)), None)
+
 
 def adapter_of(model: Any) -> Adapter:
     """The adapter of a model of any family, found by its structure.
@@ -285,10 +312,9 @@ def adapter_of(model: Any) -> Adapter:
     Raises:
         TypeError: no family has such a model, or a part of it is missing; the message says which.
     """
-    for family in FAMILIES.values():
-        if hasattr(model, family.mark):
-            found: Adapter = import_module(family.module).adapter(model)
-            return found
+    if (family := family_of(model)) is not None:
+        found: Adapter = import_module(family.module).adapter(model)
+        return found
     names, marks = (" or ".join(each) for each in zip(*(family[:2] for family in FAMILIES.values()), strict=True))
     inside = any(find(model, f"model.{family.mark}") is not None for family in FAMILIES.values())
     raise TypeError(

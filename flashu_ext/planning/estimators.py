@@ -127,6 +127,8 @@ class Calibration:
             after the final norm. A generation task has one row per time, the mean over its tokens; an understanding task has
             one row, of the token that predicts the first answer token.
         mean_layer_importance: understanding task -> the mean over all tokens instead, fp32 [layers].
+        drawing_down: norms of the drawing experts' down projections, whose neurons a generation task's then are; None: the model
+            has no such experts.
     """
 
     sums: Mapping[str, NeuronSums]
@@ -134,6 +136,7 @@ class Calibration:
     times: tuple[float, ...]
     layer_importance: Mapping[str, Tensor]
     mean_layer_importance: Mapping[str, Tensor]
+    drawing_down: DownNorms | None = None
 
     def __post_init__(self) -> None:
         times = self.times
@@ -146,6 +149,8 @@ class Calibration:
         if set(self.mean_layer_importance) - set(self.sums):
             raise ValueError(f"mean_layer_importance: unknown tasks {sorted(self.mean_layer_importance)}")
         shape = tuple(self.down.absolute.shape)
+        if self.drawing_down is not None:
+            _check_matrix("drawing_down", self.drawing_down.absolute, torch.float32, shape)
         for task, sums in self.sums.items():
             if tuple(sums.total.shape) != shape:
                 raise ValueError(f"sums[{task!r}]: expected shape {shape}, got {tuple(sums.total.shape)}")
@@ -162,10 +167,15 @@ class Calibration:
             ValueError: no such estimator, or a score beyond fp32.
         """
         function = ESTIMATORS[check_estimator(estimator)]
-        scores = {task: function(sums, self.down).float() for task, sums in self.sums.items()}
+        scores = {task: function(sums, self._down_of(task)).float() for task, sums in self.sums.items()}
         for task, score in scores.items():
             _check_matrix(f"scores[{task!r}] by {estimator}", score, torch.float32, tuple(self.down.absolute.shape))
         return scores
+
+    def _down_of(self, task: str) -> DownNorms:
+        if self.drawing_down is None or task in self.mean_layer_importance:
+            return self.down
+        return self.drawing_down
 
 
 def _check_matrix(name: str, value: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

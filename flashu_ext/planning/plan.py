@@ -367,7 +367,10 @@ class TaskPlan:
 
 
 def _measured_tensors(measured: Calibration) -> dict[str, Tensor]:
-    tensors = {"down.absolute": measured.down.absolute, "down.squares": measured.down.squares}
+    tensors: dict[str, Tensor] = {}
+    for name, norms in (("down", measured.down), ("drawing_down", measured.drawing_down)):
+        if norms is not None:
+            tensors |= {f"{name}.absolute": norms.absolute, f"{name}.squares": norms.squares}
     for task, sums in measured.sums.items():
         tensors |= {f"total.{task}": sums.total, f"squares.{task}": sums.squares}
         tensors[f"importance.{task}"] = measured.layer_importance[task]
@@ -433,15 +436,19 @@ def _read_calibration(tasks: list[str], times: Any, tokens: Any, tensors: Mappin
         raise ValueError(f"calibration.tokens: expected a count for each of {shown(tasks)}, got {shown(tokens)}")
     answering = [task for task in tasks if f"mean_importance.{task}" in tensors]
     expected = {f"{kind}.{task}" for task in tasks for kind in ("total", "squares", "importance")}
-    expected |= {"down.absolute", "down.squares", *(f"mean_importance.{task}" for task in answering)}
+    norms = ["down", "drawing_down"] if "drawing_down.absolute" in tensors else ["down"]
+    expected |= {f"{name}.{kind}" for name in norms for kind in ("absolute", "squares")}
+    expected |= {f"mean_importance.{task}" for task in answering}
     if set(tensors) != expected:
         raise ValueError(f"expected tensors {shown(sorted(expected), 200)}, got {shown(sorted(tensors), 200)}")
+    down, *drawing = (DownNorms(tensors[f"{name}.absolute"], tensors[f"{name}.squares"]) for name in norms)
     return Calibration(
         {task: NeuronSums(tokens[task], tensors[f"total.{task}"], tensors[f"squares.{task}"]) for task in tasks},
-        DownNorms(tensors["down.absolute"], tensors["down.squares"]),
+        down,
         tuple(times),
         {task: tensors[f"importance.{task}"] for task in tasks},
         {task: tensors[f"mean_importance.{task}"] for task in answering},
+        drawing[0] if drawing else None,
     )
 
 

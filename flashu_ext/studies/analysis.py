@@ -22,8 +22,9 @@ from torch import Tensor
 from .. import ops
 from ..calibration.calibrate import GenerationSample, UnderstandingSample, calibrate
 from ..models.adapter import adapter_of
-from ..nano.evaluate import GUIDANCE, SHIFT, Proportion
+from ..nano.evaluate import Proportion
 from ..nano.probe import Probe
+from ..nano.showo2 import SHIFT, SUBJECT
 from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.plan import TaskPlan
@@ -213,7 +214,9 @@ def _drift(model: Any, probe: Probe, count: int) -> Drift:
         hook = parts.blocks[-1].register_forward_hook(keep)
         try:
             noise = probe.noise[number : number + 1]
-            sample(model, noise, **vars(inputs), steps=STEPS, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT)
+            sample(
+                model, noise, **vars(inputs), steps=STEPS, guidance_scale=SUBJECT.guidance, time_shifting_factor=SHIFT
+            )
         finally:
             hook.remove()
         spans = [state[0, offset : offset + length].contiguous() for state in states]

@@ -44,6 +44,8 @@ LISTS = within("parallel/test_lists.py")
 RANKS = within("parallel/test_ranks.py")
 LOCK = within("parallel/test_folder_lock.py")
 HOSTILE = within("planning/test_hostile_files.py")
+FOLDERS = within("families/test_checkpoint_folders.py")
+CONFIGS = within("families/test_bagel_checkpoint.py")
 WRITES = within("planning/test_failed_writes.py")
 EDGES = within("showo2/test_edges.py")
 SIZES = within("showo2/test_sizes.py")
@@ -60,6 +62,7 @@ PRUNED = within("runtime/test_prune_ffn.py")
 EXPERTS = within("families/test_bagel_runtime.py")
 JANUSFLOW_PIPELINE = within("families/test_janusflow_pipeline.py")
 BAGEL_PIPELINE = within("families/test_bagel_pipeline.py")
+PLANS = within("families/test_family_plans.py")
 ENDS = within("runtime/test_many_ends.py")
 
 MUTANTS = [
@@ -89,7 +92,13 @@ MUTANTS = [
     Mutant("schedule: one full step more", "flashu_ext/planning/schedule.py", "index > rules.whole_after", "index >= rules.whole_after", SCHEDULE),
     Mutant("schedule: a forecast takes the oldest", "flashu_ext/planning/schedule.py", "(index, *measured_tokens)", "(*measured_tokens, index)", SCHEDULE),
     Mutant("cost: the unguided is priced as guided", "flashu_ext/planning/cost.py", "(2 if guided else 1), geometry.length", "2, geometry.length", COST),
-    Mutant("checkpoint: a tied table is saved twice", "flashu_ext/models/checkpoint.py", "    state.pop(layout.tied_head(model), None)\n", "", SMALL("files")),
+    Mutant("checkpoint: a tied table is saved twice", "flashu_ext/models/checkpoint.py", "        state.pop(self._tied_head(model), None)\n", "", SMALL("files")),
+    Mutant("checkpoint: shards count beside a whole file", "flashu_ext/models/weights.py", '            if exists(directory / f"{stem}.{suffix}"):\n', '            if exists(directory / f"{stem}.{suffix}") and not exists(directory / f"{stem}.{suffix}.index.json"):\n', FOLDERS("saved_over")),
+    Mutant("checkpoint: ours is upstream's where both are there", "flashu_ext/models/checkpoint.py", 'OWN in self.configs or "format" in own', 'OWN in self.configs', FOLDERS("bagel")),
+    Mutant("checkpoint: fixed tables are trained", "flashu_ext/models/checkpoint.py", "parameter.requires_grad_(name in trained)", "parameter.requires_grad_(True)", FOLDERS("bagel and round_trip")),
+    Mutant("checkpoint: a field may contradict the weights", "flashu_ext/models/checkpoint.py", "fields.get(name) not in (None, value)", "fields.get(name, value) is None", CONFIGS("bad_configs")),
+    Mutant("checkpoint: an activation is not looked at", "flashu_ext/models/checkpoint.py", "if fields.get(name, value) != value:", "if False:", CONFIGS("bad_configs")),
+    Mutant("bagel: the image encoder has all layers of its file", "flashu_ext/models/bagel/checkpoint.py", "sizes.count(_VIT_LAYERS) + 1", "sizes.count(_VIT_LAYERS)", CONFIGS("released")),
     Mutant("prompts: the end is kept", "flashu_ext/models/showo2/prompts.py", "[: self.max_text_len]", "[-self.max_text_len :]", EDGES("prompt")),
     Mutant("pixels: cut off", "flashu_ext/models/pictures.py", "* 127.5).round()", "* 127.5)", EDGES("pixels"), quick=True),
     Mutant("pixels: cropped at the top", "flashu_ext/models/showo2/pipeline.py", "round((height - side) / 2)", "0", EDGES("cropped")),
@@ -187,10 +196,24 @@ MUTANTS = [
     Mutant("handle: an edit is not told of at the end", "flashu_ext/runtime/handle.py", "            try:\n                self.runner.tell_once()\n", "            try:\n                pass\n", LIVING("removing_tells")),
     Mutant("handle: the plan's order is shown for editing", "flashu_ext/runtime/handle.py", "                runner.reset()\n                runner.restore()\n", "                runner.reset()\n", LIVING("editing_shows")),
     Mutant("handle: a plan of another multiple is taken", "flashu_ext/runtime/handle.py", '        ("prune_multiple", ffn.multiple, plan.multiple),\n', "", HANDLE("refused_model")),
-    Mutant("calibration: importance of the answer's first token", "flashu_ext/calibration/calibrate.py", "embeds.shape[1] - 1 - answer)", "embeds.shape[1] - answer)", CALIBRATE("layer_importance")),
+    Mutant("calibration: importance of the answer's first token", "flashu_ext/calibration/calibrate.py", "values[-1 - each.answer]", "values[-each.answer]", CALIBRATE("layer_importance")),
     Mutant("calibration: two tasks have one noise", "flashu_ext/calibration/calibrate.py", "{self.seed}/{task}/{index}/", "{self.seed}/{index}/", CALIBRATE("noise_depends")),
-    Mutant("calibration: a token behind the image counts", "flashu_ext/calibration/calibrate.py", "device=tokens.device) < end[:, None]", "device=tokens.device) <= end[:, None]", CALIBRATE("scores_equal")),
-    Mutant("calibration: the caller's latents are changed", "flashu_ext/calibration/calibrate.py", "latents = t * sample.latents + ", "latents = sample.latents.mul_(t) + ", CALLERS("calibrate"), quick=True),
+    Mutant("calibration: a token behind the image counts", "flashu_ext/models/showo2/calibration.py", "device=tokens.device) < end[:, None]", "device=tokens.device) <= end[:, None]", CALIBRATE("scores_equal")),
+    Mutant("calibration: the caller's latents are changed", "flashu_ext/models/calibration.py", "return t * latents + ", "return latents.mul_(t) + ", CALLERS("calibrate"), quick=True),
+    Mutant("calibration: what a drawing computes before its pass counts", "flashu_ext/calibration/calibrate.py", "            if self._pass is None:\n                return\n            assert self._state is not None\n", "            assert self._state is not None\n            self._pass = self._pass or DensePass(lambda: None)\n", PLANS("sums_and_scores")),
+    Mutant("calibration: a drawing scores the text expert", "flashu_ext/calibration/calibrate.py", "drawn = bool(self._experts) and state.kind == \"generation\"", "drawn = bool(self._experts) and state.kind == \"drawing\"", PLANS("sums_and_scores")),
+    Mutant("calibration: an answer scores the drawing expert", "flashu_ext/calibration/calibrate.py", "drawn = bool(self._experts) and state.kind == \"generation\"", "drawn = bool(self._experts)", PLANS("sums_and_scores")),
+    Mutant("calibration: the drawing expert has the text's norm", "flashu_ext/models/bagel/adapter.py", "expert_norm=llm.norm_moe_gen", "expert_norm=llm.norm", PLANS("layer_importance")),
+    Mutant("calibration: hooks stay after an error", "flashu_ext/calibration/calibrate.py", "        finally:\n            self._state = None\n            for hook", "        finally:\n            self._state = None\n        if self._values:\n            for hook", PLANS("error_in_the_model")),
+    Mutant("estimators: scores by the other expert's weights", "flashu_ext/planning/estimators.py", "if self.drawing_down is None or task in self.mean_layer_importance:", "if self.drawing_down is None or task not in self.mean_layer_importance:", PLANS("sums_and_scores")),
+    Mutant("plans: the drawing expert's norms are not kept", "flashu_ext/planning/plan.py", "        drawing[0] if drawing else None,\n", "", PLANS("kept_in_a_file")),
+    Mutant("calibration: a tensor in a sequence is not compared", "flashu_ext/calibration/state.py", "            _feed(digest, f\"{name}.{field.name}\", getattr(value, field.name))", "            pass", PLANS("tells_checkpoints_apart")),
+    Mutant("janusflow: padding counts", "flashu_ext/models/janusflow/calibration.py", "(position < seen[:, None]) | (position >= inputs.length)", "position[None].repeat(len(seen), 1) >= 0", PLANS("sums_and_scores")),
+    Mutant("janusflow: the time is not the network's", "flashu_ext/models/janusflow/calibration.py", "t * TIMES, dtype", "t, dtype", PLANS("sums_and_scores")),
+    Mutant("bagel: the time runs the wrong way", "flashu_ext/models/bagel/calibration.py", "torch.full((1,), 1 - t, ", "torch.full((1,), t, ", PLANS("sums_and_scores")),
+    Mutant("bagel: one branch of guidance", "flashu_ext/models/bagel/calibration.py", "else [whole, without_text]", "else [whole]", PLANS("sums_and_scores")),
+    Mutant("bagel: markers are patches", "flashu_ext/models/bagel/calibration.py", "        counted[[0, -1]] = False\n", "", PLANS("layer_importance")),
+    Mutant("bagel: the answer's marker is not read", "flashu_ext/models/bagel/calibration.py", "torch.tensor([ids.bos_token_id, *answer]", "torch.tensor([*answer]", PLANS("sums_and_scores")),
     Mutant("calibration: a sample is left out behind a checkpoint", "flashu_ext/calibration/calibrate.py", "            if index < seen:\n", "            if index <= seen and seen:\n", RESUMED("interrupted_run")),
     Mutant("calibration: samples of a checkpoint are not compared", "flashu_ext/calibration/calibrate.py", "if index == seen - 1 and before", "if index == seen and before", RESUMED("checkpoint_of_another_run")),
     Mutant("tuning: it reports on the split of the walk", "flashu_ext/studies/tuning.py", 'seed + 1, "held-out")', 'seed + 1, "training")', TUNE("training_scenes"), quick=True),
@@ -276,7 +299,7 @@ MUTANTS = [
     Mutant("janusflow: a cached step decodes old latents", "flashu_ext/runtime/generation.py", "        self._run_together(self.backbone.early, early)\n", "        self._run_together(self.backbone.early, [each for each in early if each[0].step.backbone])\n", JANUSFLOW("cached_step")),
     Mutant("janusflow: the time modulates the branch", "flashu_ext/models/janusflow/adapter.py", "        x = self.down(responded, residual=x)\n        scale, shift = modulation[:, None, None].chunk(2, dim=-1)\n        return x * (1 + scale) + shift\n", "        scale, shift = modulation[:, None, None].chunk(2, dim=-1)\n        return x + self.down(responded) * (1 + scale) + shift\n", FAMILIES("holds and janusflow")),
     Mutant("janusflow: the encoder's hooks are passed over", "flashu_ext/models/janusflow/adapter.py", "            if reason := known.why_replaced(module, kinds):\n", "            if reason := known.why_unknown(module, kinds):\n", JANUSFLOW("would_be_passed_over")),
-    Mutant("janusflow: two places of an image are one", "flashu_ext/models/janusflow/understanding.py", "if count == 1 or len(found) != 1 or found[0] == 0:", "if count == 1 or found[0] == 0:", JANUSFLOW("arguments_of_a_question")),
+    Mutant("janusflow: two places of an image are one", "flashu_ext/models/janusflow/images.py", "if count == 1 or len(found) != 1 or found[0] == 0:", "if count == 1 or found[0] == 0:", JANUSFLOW("arguments_of_a_question")),
     Mutant("bagel: markers go through the drawing expert", "flashu_ext/models/bagel/model.py", "self.language_model.model(block, Experts(1, len(block) - 1), context", "self.language_model.model(block, Experts(0, len(block)), context", BAGEL("whole_sequence")),
     Mutant("bagel: an image's tokens have positions of their own", "flashu_ext/models/bagel/model.py", "context = run(block, Experts(1, len(block) - 1), context, causal=False, step=0)[1]", "context = run(block, Experts(1, len(block) - 1), context, causal=False, step=1)[1]", BAGEL("whole_sequence")),
     Mutant("bagel: renormalisation enlarges", "flashu_ext/models/bagel/sampling.py", ".clamp(least, 1.0)", ".clamp(least)", BAGEL("never_enlarges")),

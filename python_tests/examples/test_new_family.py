@@ -117,6 +117,31 @@ def test_it_answers(example: Any, any_model: Any) -> None:
     assert torch.equal(got, expected[0])
 
 
+def test_its_plan_is_made_of_its_drawings(example: Any, model: Any) -> None:
+    """From the tokens of both branches; drawing then runs without the other neurons."""
+    latents, prompts = torch.randn(2, 4, 8, 8), torch.arange(1, 15).reshape(2, 7)
+    sample = example.SketchSample(latents, prompts)
+    plan = fx.calibrate(model, [sample], times=(1.0,), ratio=0.5, multiple=16, progress=False)
+    rows: list[torch.Tensor] = []
+    down = model.llm.model.layers[2].mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].flatten(0, -2)))
+    with torch.no_grad():
+        model.velocity(latents.repeat(2, 1, 1, 1), torch.ones(4), *example.sequences(prompts, latents))
+    hook.remove()
+    expected = down.weight.abs().sum(0) * rows[0].norm(dim=0)
+    assert plan.calibration.sums["generation"].tokens == len(rows[0]) == 4 * 24
+    torch.testing.assert_close(plan.scores["generation"][2], expected.detach(), rtol=1e-4, atol=1e-5)
+    with fx.accelerate(model, fx.FlashUConfig(ffn_prune_ratio=0.5, prune_multiple=16), plan):
+        got = draw(example, model)
+    for n, layer in enumerate(model.llm.model.layers):
+        gone = torch.ones(128, dtype=torch.bool)
+        gone[plan.kept("generation", n)] = False
+        layer.mlp.down_proj.weight.data[:, gone] = 0
+    torch.testing.assert_close(got, draw(example, model), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match=r"generation\[0\]: expected a SketchSample, got int"):
+        fx.calibrate(model, [3])
+
+
 def test_a_change_is_noticed_or_refused(example: Any, model: Any) -> None:
     with fx.accelerate(model):
         before = draw(example, model)

@@ -206,22 +206,13 @@ def test_the_marker_at_an_answers_end_is_no_text() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bagel")
+    MODEL.save_pretrained(path)
     write_byte_tokenizer(path, SPECIAL)
     small_kl_vae(16, scaling_factor=0.3611, shift_factor=0.1159).save_pretrained(path / "vae")
     return path
 
 
-@pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The model of a folder is the small one, whatever is in it."""
-
-    def from_pretrained(directory: Path, dtype: torch.dtype | None = None) -> Any:
-        return model_of(FIXTURE).to(dtype)
-
-    monkeypatch.setattr(fx.bagel.Bagel, "from_pretrained", from_pretrained, raising=False)
-
-
-def test_a_folder_becomes_a_pipeline(folder: Path, loaded: Any) -> None:
+def test_a_folder_becomes_a_pipeline(folder: Path, tmp_path: Path) -> None:
     pipe = fx.bagel.Pipeline.from_pretrained(folder)
     assert (pipe.vae_sides, pipe.vit_sides, pipe.timestep_shift) == ((1024, 512), (980, 224), 3.0)
     assert pipe.layout.ids == IDS and torch.equal(pipe.layout.text("a cat").ids, text("a cat").ids)
@@ -237,6 +228,10 @@ def test_a_folder_becomes_a_pipeline(folder: Path, loaded: Any) -> None:
         raw = pipe.codec.vae.decode(drawn / 0.3611 + 0.1159).sample[0].clamp(-1, 1)
     image = np.asarray(pipe.edit(WIDE, "red", 2, 3))
     assert np.abs(image - ((raw.permute(1, 2, 0).numpy() + 1) * 127.5).round()).max() <= 1
+    pipe.save_pretrained(tmp_path / "saved")
+    again = fx.bagel.Pipeline.from_pretrained(tmp_path / "saved")
+    again.vae_sides, again.vit_sides = pipe.vae_sides, pipe.vit_sides
+    assert np.array_equal(np.asarray(again.edit(WIDE, "red", 2, 3)), image)
     half = fx.bagel.Pipeline.from_pretrained(folder, torch.bfloat16)
     assert half.model.vae2llm.weight.dtype == torch.bfloat16
     assert half.generate("a cat", steps=3, size=32).size == (32, 32)
@@ -249,7 +244,7 @@ def test_markers_that_a_tokenizer_lacks_are_appended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["tokenizer.json", "vae/config.json"])
-def test_missing_parts_are_named(folder: Path, loaded: Any, tmp_path: Path, part: str) -> None:
+def test_missing_parts_are_named(folder: Path, tmp_path: Path, part: str) -> None:
     shutil.copytree(folder, tmp_path / "a")
     (tmp_path / "a" / part).unlink()
     with pytest.raises(FileNotFoundError, match=part.replace(".", r"\.")):
@@ -257,7 +252,7 @@ def test_missing_parts_are_named(folder: Path, loaded: Any, tmp_path: Path, part
 
 
 @pytest.mark.parametrize("field", ["scaling_factor", "shift_factor"])
-def test_another_vae_is_named(folder: Path, loaded: Any, tmp_path: Path, field: str) -> None:
+def test_another_vae_is_named(folder: Path, tmp_path: Path, field: str) -> None:
     shutil.copytree(folder, tmp_path / "a")
     path = tmp_path / "a" / "vae" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: 0.5}))

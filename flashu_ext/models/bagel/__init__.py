@@ -8,6 +8,8 @@ from ...lazy import loaded_from
 
 if TYPE_CHECKING:
     from ..sampling import TaylorSeer as TaylorSeer
+    from .calibration import GenerationSample as GenerationSample
+    from .calibration import UnderstandingSample as UnderstandingSample
     from .config import BagelConfig as BagelConfig
     from .images import encoded as encoded
     from .images import vae_image as vae_image
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from .understanding import answer_tokens_batch as answer_tokens_batch
 
 _HOMES = {
+    "GenerationSample": "calibration",
+    "UnderstandingSample": "calibration",
     "BagelConfig": "config",
     "Bagel": "model",
     "Guidance": "sampling",

@@ -13,9 +13,11 @@ from ...planning.cost import EncoderShape, ModelShape
 from ...planning.decoders import check_parts
 from .. import known
 from ..adapter import Adapter, AttentionShape, Kit, Question, Sizes
+from ..calibration import DensePass, Noise, Sample, TokenSample
 from ..masks import causal
 from ..sampling import Segment
 from ..shapes import layer_shape, linear_flops
+from . import calibration
 from .model import Image, Text, TokenIds
 from .sampling import MARKERS, extent
 
@@ -74,6 +76,11 @@ class BagelAdapter(Adapter):
     """A span is the patches, then both markers: all of them have one position and see each other, so their order is free."""
 
     family: ClassVar[str] = "bagel"
+    samples: ClassVar[tuple[type[Sample], ...]] = (
+        calibration.GenerationSample,
+        calibration.UnderstandingSample,
+        TokenSample,
+    )
     flat: ClassVar[bool] = True
     drops_unit_guidance: ClassVar[bool] = True
     norms_span: ClassVar[bool] = False
@@ -81,7 +88,6 @@ class BagelAdapter(Adapter):
 
     latents_in: Any = None
     time: Any = None
-    span_norm: Any = None
     latents_out: Any = None
     patch_embedding: Any = None
     vision: Any = None
@@ -107,7 +113,7 @@ class BagelAdapter(Adapter):
             lm_head=kit.linear(self.lm_head),
             latents_in=kit.linear(model.vae2llm),
             time=kit.time(model.time_embedder),
-            span_norm=kit.norm(model.language_model.model.norm_moe_gen),
+            expert_norm=kit.norm(self.expert_norm),
             latents_out=kit.linear(model.llm2vae),
             patch_embedding=kit.linear(vit.embeddings.patch_embedding),
             vision=kit.vision(vit.encoder),
@@ -137,7 +143,7 @@ class BagelAdapter(Adapter):
         return latents.to(self.dtype).flatten(2).transpose(1, 2).contiguous()
 
     def velocity(self, x: Tensor, modulation: Tensor, early: Tensor | None) -> Tensor:
-        return self.latents_out(self.span_norm(x[:, :-MARKERS].contiguous()))
+        return self.latents_out(self.expert_norm(x[:, :-MARKERS].contiguous()))
 
     # ---- sequences
 
@@ -211,6 +217,11 @@ class BagelAdapter(Adapter):
         positions = torch.full((embeds.shape[1],), position, device=self.device)
         return Segment(embeds, positions, causal=False, drawn=tokens.shape[1] if drawn else 0)
 
+    # ---- calibration
+
+    def passes(self, sample: Any, times: Sequence[float], noise: Noise) -> Iterator[DensePass]:
+        return calibration.passes(self, sample, times, noise)
+
     # ---- what is known
 
     def shape(self) -> ModelShape:
@@ -272,6 +283,7 @@ def adapter(model: Any) -> BagelAdapter:
         embed_tokens=llm.embed_tokens,
         layers=llm.layers,
         experts=tuple(_Expert.of(layer) for layer in llm.layers),
+        expert_norm=llm.norm_moe_gen,
         final_norm=llm.norm,
         llm_rope=llm.rotary_emb,
         lm_head=model.language_model.lm_head,

@@ -24,7 +24,7 @@ from .images import SCALE, SHIFT, pixels, vit_image
 from .model import Bagel, Text
 from .model import Image as ContextImage
 from .prompts import SequenceLayout, load_tokenizer
-from .sampling import Guidance, TaylorSeer, check_size, sample
+from .sampling import Guidance, TaylorSeer, grid_of, sample
 from .sequences import DRAWING, EDITING, INTERLEAVED, guidance_of, images_of, items_of, read_all
 from .understanding import answer_tokens_batch
 
@@ -91,8 +91,7 @@ class Pipeline(ModelPipeline):
         )
         check_vae(directory, "scaling_factor", SCALE, codec.scale)
         check_vae(directory, "shift_factor", SHIFT, codec.shift)
-        loaded: Any = Bagel
-        model: Bagel = loaded.from_pretrained(directory, dtype).to(where)
+        model = Bagel.from_pretrained(directory, dtype).to(where)
         check_vocabulary(directory, tokenizer, model.config.vocab)
         check_vae(directory, "latent_channels", model.config.latent_channels, codec.channels)
         return cls(model, SequenceLayout.from_tokenizer(tokenizer), codec, name=str(directory), tokenizer=tokenizer)
@@ -185,14 +184,14 @@ class Pipeline(ModelPipeline):
             raise ValueError(f"steps: expected an integer >= 2 (grid points), got {shown(steps)}")
         given = None if size is None else sides(size)
         if given is not None:
-            check_size(self.model, given)
+            grid_of(self.model, given)
         read = read_all(items, self.model.config, self.vae_sides)
         # In upstream's order: what the VAE samples comes before the noise.
         generator = torch.Generator("cpu").manual_seed(seed)
         sequence = self._sequence(read, generator)
         images = [each for each in read if not isinstance(each, str)]
         height, width = given or ((images[-1].height, images[-1].width) if images else (1024, 1024))
-        grid = check_size(self.model, (height, width))
+        grid = grid_of(self.model, (height, width))
         shape = (grid[0] * grid[1], self.model.config.patch_width)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self._device)
         tokens = sample(

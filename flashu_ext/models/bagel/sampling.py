@@ -178,8 +178,7 @@ def sample(
     """
     guidance = Guidance(cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
     ids = check_inputs(model, inputs, token_ids)
-    grid = check_size(model, size)
-    check_noise(model, noise, grid)
+    grid = check_size(model, noise, size)
     real = isinstance(num_timesteps, int) and not isinstance(num_timesteps, bool) and num_timesteps >= 2
     if num_timesteps is not None and not real:
         raise ValueError(f"num_timesteps: expected an integer >= 2, got {num_timesteps!r}")
@@ -443,7 +442,7 @@ def _check_image(name: str, item: Image, config: Any, device: torch.device) -> N
             raise IndexError(f"{name}.vit_position_ids: expected places in [0, {config.vit_side**2})")
 
 
-def check_size(model: Any, size: Any) -> tuple[int, int]:
+def grid_of(model: Any, size: Any) -> tuple[int, int]:
     """The grid of latent tokens of an image of (height, width) pixels. Raises ValueError where it has none."""
     config = model.config
     pixels, most = config.token_pixels, config.token_pixels * config.latent_side
@@ -454,12 +453,13 @@ def check_size(model: Any, size: Any) -> tuple[int, int]:
     return rows, columns
 
 
-def check_noise(model: Any, noise: Any, grid: tuple[int, int]) -> None:
-    """Raise for noise that is not of a grid of latent tokens."""
-    check_tensor("noise", noise, 2, "a floating-point tensor", model.vae2llm.weight.device)
-    expected = (grid[0] * grid[1], model.config.patch_width)
-    if tuple(noise.shape) != expected:
-        raise ValueError(f"noise: expected {list(expected)}, got {tuple(noise.shape)}")
+def check_size(model: Any, tokens: Any, size: Any, name: str = "noise") -> tuple[int, int]:
+    """Raise for latent tokens that are not of the size; their grid."""
+    rows, columns = grid_of(model, size)
+    check_tensor(name, tokens, 2, "a floating-point tensor", model.vae2llm.weight.device)
+    if tuple(tokens.shape) != (rows * columns, model.config.patch_width):
+        raise ValueError(f"{name}: expected [{rows * columns}, {model.config.patch_width}], got {tuple(tokens.shape)}")
+    return rows, columns
 
 
 def _real(value: Any) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from ...lazy import loaded_from
 
 if TYPE_CHECKING:
+    from .calibration import GenerationSample as GenerationSample
+    from .calibration import UnderstandingSample as UnderstandingSample
     from .config import JanusFlowConfig as JanusFlowConfig
     from .images import pixel_values as pixel_values
     from .model import JanusFlow as JanusFlow
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from .understanding import answer_tokens_batch as answer_tokens_batch
 
 _HOMES = {
+    "GenerationSample": "calibration",
+    "UnderstandingSample": "calibration",
     "JanusFlowConfig": "config",
     "JanusFlow": "model",
     "Pipeline": "pipeline",

@@ -14,10 +14,12 @@ from ...planning.cost import EncoderShape, ModelShape
 from ...planning.decoders import check_parts
 from .. import known
 from ..adapter import Adapter, AttentionShape, Kit, Question, Sizes
+from ..calibration import DensePass, Noise, Sample
 from ..embedding import sinusoids
 from ..masks import causal
 from ..shapes import layer_shape, linear_flops
 from ..velocity import patchify
+from . import calibration
 from .sampling import DEFAULT_STEPS
 
 __all__ = ["JanusFlowAdapter", "adapter"]
@@ -98,6 +100,7 @@ class JanusFlowAdapter(Adapter):
     """Causal image tokens behind a time token; a latent encoder whose output the decoder reads too."""
 
     family: ClassVar[str] = "janusflow"
+    samples: ClassVar[tuple[type[Sample], ...]] = (calibration.GenerationSample, calibration.UnderstandingSample)
     causal: ClassVar[bool] = True
     drops_unit_guidance: ClassVar[bool] = True
     grid_points: ClassVar[int] = DEFAULT_STEPS + 1
@@ -236,6 +239,11 @@ class JanusFlowAdapter(Adapter):
             spans.append((at + 1, image.shape[1] - 1))  # the learned begin stays
             at += image.shape[1]
         return Question(embeds, causal(embeds.shape[1], embeds.device), tuple(spans))
+
+    # ---- calibration
+
+    def passes(self, sample: Any, times: Sequence[float], noise: Noise) -> Iterator[DensePass]:
+        return calibration.passes(self, sample, times, noise)
 
     # ---- what is known
 

@@ -8,9 +8,10 @@ import torch
 
 from ..comparison import Accelerated, Comparison, Fixture, compared, each, same
 from .config import JanusFlowConfig
+from .images import image_span
 from .model import JanusFlow
 from .sampling import DenseStepper, SampleInputs, sample
-from .understanding import answer_tokens, answer_tokens_batch, image_span
+from .understanding import answer_tokens, answer_tokens_batch
 
 __all__ = ["comparisons", "model_of"]
 

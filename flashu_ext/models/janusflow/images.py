@@ -1,4 +1,4 @@
-"""Images of questions as pixels."""
+"""Images of questions: as pixels, and their place among the tokens."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import check_tensor
 from ..pictures import picture
 from .config import JanusFlowConfig
 
-__all__ = ["pixel_values"]
+__all__ = ["check_pixels", "image_span", "pixel_values"]
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -47,3 +48,31 @@ def pixel_values(
         std, dtype=torch.float32, device="cpu"
     )
     return normal.permute(2, 0, 1)[None]
+
+
+def check_pixels(value: Any, images: int, model: Any) -> None:
+    """Raise TypeError or ValueError for what is not the pixels of so many images."""
+    side = model.config.image_size
+    check_tensor("pixel_values", value, 4, "a floating-point tensor", model.beg_of_und_embed.device)
+    if tuple(value.shape) != (images, 3, side, side):
+        raise ValueError(f"pixel_values: expected [{images}, 3, {side}, {side}], got {tuple(value.shape)}")
+
+
+def image_span(model: Any, tokens: Tensor) -> tuple[int, int]:
+    """(start, count) of an image's place in a question's tokens int64 [1, n]: begin_of_image, whose embedding is not used, and
+    a run of the placeholder as long as an image has tokens.
+
+    Raises:
+        ValueError: there is no such run, or several.
+    """
+    count = model.config.vit_tokens
+    same = tokens[0, 1:] == tokens[0, :-1]
+    # Of a run of `count` equal ids all neighbours are equal, and the neighbours around it differ.
+    runs = torch.nn.functional.pad(same.int(), (1, 1)).diff()
+    starts, ends = (torch.nonzero(runs == sign).flatten().tolist() for sign in (1, -1))
+    found = [start for start, end in zip(starts, ends, strict=True) if end - start + 1 == count]
+    if count == 1 or len(found) != 1 or found[0] == 0:
+        raise ValueError(
+            f"tokens: expected one image, begin_of_image and {count} placeholders of one id, got {len(found)} such places"
+        )
+    return found[0] - 1, count + 1

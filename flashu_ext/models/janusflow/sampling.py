@@ -14,7 +14,7 @@ from ..checks import check_callback, check_tensor, check_tokens, guidance_scale_
 from ..sampling import Callback, DrawInputs, integrate
 from ..velocity import guide
 
-__all__ = ["DEFAULT_STEPS", "DenseStepper", "SampleInputs", "sample"]
+__all__ = ["DEFAULT_STEPS", "TIMES", "DenseStepper", "SampleInputs", "check_latents", "sample"]
 
 DEFAULT_STEPS = 30
 """Evaluations of upstream's demo."""
@@ -33,10 +33,7 @@ class SampleInputs(DrawInputs):
     ) -> SampleInputs:
         """Check the arguments of `sample`. Raises TypeError, ValueError or IndexError naming the wrong one."""
         embed = model.language_model.model.embed_tokens
-        channels, size = model.config.latent_channels, model.config.latent_size
-        check_tensor("noise", noise, 4, "a floating-point tensor", embed.weight.device)
-        if noise.shape[0] == 0 or tuple(noise.shape[1:]) != (channels, size, size):
-            raise ValueError(f"noise: expected [images >= 1, {channels}, {size}, {size}], got {tuple(noise.shape)}")
+        check_latents("noise", noise, model)
         if isinstance(tokens, Tensor) and tokens.dim() == 1:
             tokens = tokens.expand(noise.shape[0], -1)
         check_tokens("tokens", tokens, noise.shape[0], embed)
@@ -75,6 +72,14 @@ class SampleInputs(DrawInputs):
         return torch.tensor(times, dtype=torch.float32, device=device), torch.full(
             (steps,), 1 / steps, dtype=torch.float32, device=device
         )
+
+
+def check_latents(name: str, value: Any, model: Any) -> None:
+    """Raise TypeError or ValueError for what is not latents of images."""
+    channels, size = model.config.latent_channels, model.config.latent_size
+    check_tensor(name, value, 4, "a floating-point tensor", model.language_model.model.embed_tokens.weight.device)
+    if value.shape[0] == 0 or tuple(value.shape[1:]) != (channels, size, size):
+        raise ValueError(f"{name}: expected [images >= 1, {channels}, {size}, {size}], got {tuple(value.shape)}")
 
 
 @torch.no_grad()

@@ -10,39 +10,12 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import (
-    check_callback,
-    check_count,
-    check_eos,
-    check_generators,
-    check_sampling,
-    check_tensor,
-    check_tokens,
-)
+from ..checks import check_callback, check_count, check_eos, check_generators, check_sampling, check_tokens
 from ..decoding import OnToken, TokenSampler
 from .adapter import adapter
+from .images import check_pixels, image_span
 
-__all__ = ["answer_tokens", "answer_tokens_batch", "image_span"]
-
-
-def image_span(model: Any, tokens: Tensor) -> tuple[int, int]:
-    """(start, count) of an image's place in a question's tokens int64 [1, n]: begin_of_image, whose embedding is not used, and
-    a run of the placeholder as long as an image has tokens.
-
-    Raises:
-        ValueError: there is no such run, or several.
-    """
-    count = model.config.vit_tokens
-    same = tokens[0, 1:] == tokens[0, :-1]
-    # Of a run of `count` equal ids all neighbours are equal, and the neighbours around it differ.
-    runs = torch.nn.functional.pad(same.int(), (1, 1)).diff()
-    starts, ends = (torch.nonzero(runs == sign).flatten().tolist() for sign in (1, -1))
-    found = [start for start, end in zip(starts, ends, strict=True) if end - start + 1 == count]
-    if count == 1 or len(found) != 1 or found[0] == 0:
-        raise ValueError(
-            f"tokens: expected one image, begin_of_image and {count} placeholders of one id, got {len(found)} such places"
-        )
-    return found[0] - 1, count + 1
+__all__ = ["answer_tokens", "answer_tokens_batch"]
 
 
 @torch.no_grad()
@@ -108,12 +81,9 @@ def answer_tokens_batch(
     """Answers to several questions, each about its own image: pixel_values [questions, 3, side, side], tokens int64 [1, n] each,
     without padding, and generators for each. The rest is as in `answer_tokens`."""
     embed = model.language_model.model.embed_tokens
-    side = model.config.image_size
-    check_tensor("pixel_values", pixel_values, 4, "a floating-point tensor", embed.weight.device)
     if not isinstance(tokens, (list, tuple)):
         raise TypeError(f"tokens: expected a list, got {type(tokens).__name__}")
-    if tuple(pixel_values.shape) != (len(tokens), 3, side, side):
-        raise ValueError(f"pixel_values: expected [{len(tokens)}, 3, {side}, {side}], got {tuple(pixel_values.shape)}")
+    check_pixels(pixel_values, len(tokens), model)
     check_count("max_new_tokens", max_new_tokens)
     check_eos(eos_token)
     check_sampling(temperature, top_k, top_p)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ...lazy import loaded_from
 
 if TYPE_CHECKING:
+    from .calibration import GenerationSample as GenerationSample
+    from .calibration import UnderstandingSample as UnderstandingSample
     from .config import Showo2Config as Showo2Config
     from .many import Answers as Answers
     from .many import Drawings as Drawings
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from .understanding import answer_tokens_batch as answer_tokens_batch
 
 _HOMES = {
+    "GenerationSample": "calibration",
+    "UnderstandingSample": "calibration",
     "Showo2Config": "config",
     "Showo2": "model",
     "Answers": "many",

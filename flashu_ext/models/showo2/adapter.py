@@ -13,9 +13,11 @@ from ...planning.cost import EncoderShape, ModelShape
 from ...planning.decoders import check_parts, find
 from .. import known
 from ..adapter import BLOCK_PARTS, Adapter, AttentionShape, Kit, Question, Sizes, out_features
+from ..calibration import DensePass, Noise, Sample
 from ..masks import omni_allowed
 from ..sampling import DrawInputs, Stepper
 from ..shapes import layer_shape, linear_flops
+from . import calibration
 from .positions import stored_table, table_side
 
 __all__ = ["Showo2Adapter", "adapter"]
@@ -62,6 +64,7 @@ class Showo2Adapter(Adapter):
     """Dual-path image embeddings, one bidirectional span, a head of modulated attention blocks."""
 
     family: ClassVar[str] = "showo2"
+    samples: ClassVar[tuple[type[Sample], ...]] = (calibration.GenerationSample, calibration.UnderstandingSample)
     methods: ClassVar[tuple[str, ...]] = ("t2i_generate", "mmu_generate")
 
     patch_und: Any
@@ -228,6 +231,11 @@ class Showo2Adapter(Adapter):
         embeds = torch.cat([*pieces, rest[:, 2:]], dim=1)
         allowed = omni_allowed(torch.tensor([spans], device=embeds.device), embeds.shape[1])[0]
         return Question(embeds, allowed, tuple((start, count - late) for start, count in spans))
+
+    # ---- calibration
+
+    def passes(self, sample: Any, times: Sequence[float], noise: Noise) -> Iterator[DensePass]:
+        return calibration.passes(self, sample, times, noise)
 
     # ---- what is known
 

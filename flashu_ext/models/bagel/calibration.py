@@ -1,0 +1,109 @@
+"""Samples from which neurons and layers are scored, and the passes that they are. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..calibration import DensePass, Noise, Sample, TokenSample, noised
+from ..checks import check_tokens
+from .layers import Context, Experts
+from .model import Image, Text, TokenIds
+from .sampling import MARKERS, branch_contexts, check_inputs, check_size
+
+__all__ = ["GenerationSample", "UnderstandingSample", "passes"]
+
+
+@dataclass(frozen=True)
+class GenerationSample(Sample):
+    """An image with what it is drawn or edited from.
+
+    Attributes:
+        latents: clean latent tokens [n, numbers of a token] (`Bagel.packed`).
+        inputs: texts and images in order, as for `sample`; the prompt is the last text.
+        size: (height, width) in pixels.
+        token_ids: of the markers, `TokenIds` or a mapping with its names.
+    """
+
+    kind: ClassVar[str] = "generation"
+    family: ClassVar[str | None] = "bagel"
+    latents: Tensor
+    inputs: Sequence[Text | Image]
+    size: tuple[int, int]
+    token_ids: TokenIds | Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class UnderstandingSample(Sample):
+    """A question with its answer.
+
+    Attributes:
+        inputs: texts and images in order, as for `answer_tokens`; images are read by the image encoder.
+        answer: its token ids, without markers. Layer importance is measured at the marker before them.
+        token_ids: of the markers, `TokenIds` or a mapping with its names.
+    """
+
+    kind: ClassVar[str] = "understanding"
+    family: ClassVar[str | None] = "bagel"
+    inputs: Sequence[Text | Image]
+    answer: tuple[int, ...]
+    token_ids: TokenIds | Mapping[str, int]
+
+
+def passes(
+    parts: Any, sample: GenerationSample | UnderstandingSample | TokenSample, times: Sequence[float], noise: Noise
+) -> Iterator[DensePass]:
+    """See `Adapter.passes`; parts: the model's adapter."""
+    model = parts.model
+    if isinstance(sample, TokenSample):
+        sample.check()
+        check_tokens("tokens", sample.tokens, 1, parts.embed_tokens)
+        yield DensePass(lambda: _text(model, sample.tokens[0], Context()), answer=sample.answer_length)
+    elif isinstance(sample, UnderstandingSample):
+        yield _question(model, sample)
+    else:
+        ids = check_inputs(model, sample.inputs, sample.token_ids)
+        grid = check_size(model, sample.latents, sample.size, "latents")
+        whole, without_text, _ = branch_contexts(model, sample.inputs, ids)
+        # Images of the sequence are computed once for all evaluations of a drawing, and do not count.
+        contexts = [whole] if whole is without_text else [whole, without_text]
+        patches = len(sample.latents)
+        counted = torch.ones(patches + MARKERS, dtype=torch.bool, device=sample.latents.device)
+        counted[[0, -1]] = False
+        for row, t in enumerate(times):
+            tokens = noised(sample.latents, t, noise)
+            # The model's own time is 1 for noise.
+            time = torch.full((1,), 1 - t, dtype=torch.float32, device=tokens.device)
+            yield DensePass(_drawing(model, tokens, time, grid, contexts, ids), counted, row)
+
+
+def _drawing(
+    model: Any, tokens: Tensor, time: Tensor, grid: tuple[int, int], contexts: Sequence[Context], ids: TokenIds
+) -> Any:
+    """One evaluation of noised latent tokens in every branch."""
+    return lambda: [model.hidden(tokens, time, grid, context, ids) for context in contexts]
+
+
+def _question(model: Any, sample: UnderstandingSample) -> DensePass:
+    """Question, then the marker and the answer."""
+    ids = check_inputs(model, sample.inputs, sample.token_ids)
+    for index, item in enumerate(sample.inputs):
+        if isinstance(item, Image) and item.latents is not None:
+            raise ValueError(f"inputs[{index}].latents: expected None, answers read images by vit_tokens, got latents")
+    answer, vocabulary = sample.answer, model.config.vocab
+    if not isinstance(answer, (list, tuple)):
+        raise TypeError(f"answer: expected a tuple of token ids, got {type(answer).__name__}")
+    for place, token in enumerate(answer):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocabulary:
+            raise IndexError(f"answer[{place}]: expected a token id in [0, {vocabulary}), got {token!r}")
+    words = torch.tensor([ids.bos_token_id, *answer], device=model.vae2llm.weight.device)
+    return DensePass(lambda: _text(model, words, model.context(sample.inputs, ids)), answer=len(answer))
+
+
+def _text(model: Any, tokens: Tensor, context: Context) -> object:
+    run = model.language_model.model
+    return run(run.embed_tokens(tokens), Experts(), context, causal=True, step=1)
