@@ -62,6 +62,7 @@ PRUNED = within("runtime/test_prune_ffn.py")
 EXPERTS = within("families/test_bagel_runtime.py")
 JANUSFLOW_PIPELINE = within("families/test_janusflow_pipeline.py")
 BAGEL_PIPELINE = within("families/test_bagel_pipeline.py")
+KL_CODEC = Pytest("python_tests/families/test_kl_codec.py")
 PLANS = within("families/test_family_plans.py")
 ENDS = within("runtime/test_many_ends.py")
 
@@ -337,7 +338,7 @@ MUTANTS = [
     Mutant("janusflow: a prompt has no tag", "flashu_ext/models/janusflow/prompts.py", "[self.bos, *self.encode(text), self.tag]", "[self.bos, *self.encode(text)]", JANUSFLOW_PIPELINE("conversations or samplers")),
     Mutant("janusflow: the preprocessor's colours are not read", "flashu_ext/models/janusflow/pipeline.py", "self.model.config, self.mean, self.std)", "self.model.config)", JANUSFLOW_PIPELINE("answers_are")),
     Mutant("janusflow: every question has the first one's draws", "flashu_ext/models/janusflow/understanding.py", "[:, -1]), [row])", "[:, -1]), [0])", JANUSFLOW_PIPELINE("draws_of")),
-    Mutant("codec: nothing is shifted", "flashu_ext/models/codec.py", "self.scale * (latents - self.shift)", "self.scale * latents", JANUSFLOW_PIPELINE("kl_codec")),
+    Mutant("codec: nothing is shifted", "flashu_ext/models/codec.py", "self.scale * (latents - self.shift)", "self.scale * latents", KL_CODEC),
     Mutant("bagel: an edit is normed as a drawing", "flashu_ext/models/bagel/sequences.py", '(0.0, 1.0), "text_channel")', "(0.0, 1.0))", BAGEL_PIPELINE("edit")),
     Mutant("bagel: an image is encoded as it came", "flashu_ext/models/bagel/sequences.py", "vae_image(rgb(item, name, on_white=True), config, *sides)", "rgb(item, name, on_white=True)", BAGEL_PIPELINE("answers_are")),
     Mutant("bagel: transparent colours show", "flashu_ext/models/bagel/sequences.py", "on_white=True", "on_white=False", BAGEL_PIPELINE("transparent")),
