@@ -120,7 +120,9 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ()
-    """Of the model's class, which the runtime takes over (`Family.upstream`): the one that draws, and others."""
+    """Of the model's class, which the runtime takes over (`Family.upstream`)."""
+    evaluates: ClassVar[str | None] = None
+    """The one of them that computes one evaluation of a drawing, where there is one."""
     drops_unit_guidance: ClassVar[bool] = False
     """Whether the model's own formula gives at guidance scale 1 the bits of the prompt's branch, so that the other one need not
     run. Elsewhere that is a switch, `FlashUConfig.skip_unit_guidance`."""
@@ -196,7 +198,7 @@ class Adapter(ABC):
             raise ValueError(f"token_skip_ratio: expected 0 for a {self.family} model, got {tokens.ratio:g}")
 
     def dense(self, inputs: DrawInputs) -> Stepper:
-        """The steps of an image by the model's own drawing method, the first of `methods`."""
+        """The steps of an image by the model's own method that `evaluates` names."""
         raise ValueError("guidance_scale: expected one for all images that share their state, got one for each")
 
     # ---- drawing

@@ -33,7 +33,9 @@ FAMILIES: dict[str, Family] = {
     "janusflow": Family(
         "JanusFlow", "vision_gen_enc_model", "language_model.model", "flashu_ext.models.janusflow.adapter"
     ),
-    "bagel": Family("BAGEL", "vae2llm", "language_model.model", "flashu_ext.models.bagel.adapter"),
+    "bagel": Family(
+        "BAGEL", "vae2llm", "language_model.model", "flashu_ext.models.bagel.adapter", "flashu_ext.upstream.bagel"
+    ),
 }
 """By the adapters' `family`."""
 

@@ -48,7 +48,7 @@ class Handle:
         self.plan = plan
         self.model = runner.model
         names = runner.parts.methods
-        module = FAMILIES[runner.parts.family].upstream
+        module = FAMILIES[runner.parts.family].upstream if names else None
         originals = {name: getattr(self.model, name) for name in names}
         self._upstream: Any = None if module is None else import_module(module).UpstreamMethods(runner, originals)
         methods = {name: getattr(self._upstream, name) for name in names}
@@ -140,7 +140,7 @@ class Handle:
         """
         own_scales = isinstance(inputs.guidance_scale, tuple) and not self.runner.generation.invariant
         parts = self.runner.parts
-        if not own_scales and all(map(self._overrides.intact, parts.methods[:1])):
+        if not own_scales and (parts.evaluates is None or self._overrides.intact(parts.evaluates)):
             return self.runner.stepper(inputs, config)
         if config is not None and config != self.config:
             raise ValueError("preset: expected None, with a scale for each image or a wrapped t2i_generate")

@@ -13,7 +13,7 @@ from ..checks import check_count
 from ..decoding import TokenSampler
 from .layers import Experts
 from .model import Image, Text, TokenIds
-from .sampling import check_inputs
+from .sampling import check_inputs, check_own
 
 __all__ = ["answer_tokens"]
 
@@ -47,6 +47,7 @@ def answer_tokens(
     check_count("max_new_tokens", max_new_tokens)
     if (handle := handle_of(model)) is not None:
         return _answered(model, handle, inputs, ids, max_new_tokens, stop, return_logits)
+    check_own(model)
     run, device = model.language_model.model, model.vae2llm.weight.device
     context = model.context(inputs, ids)
     token = torch.tensor([ids.bos_token_id], device=device)
