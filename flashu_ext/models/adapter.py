@@ -120,7 +120,7 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ()
-    """Of the model's class, which the runtime takes over (`Family.upstream`)."""
+    """Of the model's class, which the runtime takes over (`Family.upstream`): names, or dotted paths to a part's."""
     evaluates: ClassVar[str | None] = None
     """The one of them that computes one evaluation of a drawing, where there is one."""
     drops_unit_guidance: ClassVar[bool] = False
@@ -181,6 +181,11 @@ class Adapter(ABC):
     def refused(self) -> Iterator[tuple[str, str]]:
         """(path in the model, reason) of modules that the runtime passes over and whose class it does not know: a hook, an
         adapter or a replaced method there would be lost. See `models.known`."""
+
+    def own(self, path: str) -> tuple[str, ...]:
+        """The `methods` of the model's part at a path; '': of the model itself."""
+        parts = (method.rpartition(".") for method in self.methods)
+        return tuple(name for owner, _, name in parts if owner == path)
 
     @abstractmethod
     def shape(self) -> ModelShape:

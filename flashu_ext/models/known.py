@@ -65,7 +65,10 @@ _ATTENTIONS = {
     "MistralAttention": _MISTRAL,
 }
 _PATCHES = {
-    "PatchEmbed": ("flashu_ext.models.showo2.embedders", "models.modules", "flashu_ext.models.janusflow.vision")
+    "PatchEmbed": (
+        *("flashu_ext.models.showo2.embedders", "models.modules", "flashu_ext.models.janusflow.vision"),
+        "timm.layers.patch_embed",
+    )
 }
 _TIMES = {"TimestepEmbedder": ("flashu_ext.models.embedding", "models.modules", "modeling.bagel.modeling_utils")}
 _SIGLIP = ("transformers.models.siglip.modeling_siglip", "models.modeling_siglip", "modeling.bagel.siglip_navit")
@@ -91,7 +94,7 @@ Known = Mapping[str, tuple[str, ...]]
 _ATTENTION_FUNCTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Transformers' own, which compute the same."""
 
-_LIBRARIES = ("torch", "transformers", "diffusers", "einops", "flash_attn", "flashu_ext")
+_LIBRARIES = ("torch", "transformers", "diffusers", "einops", "timm", "flash_attn", "flashu_ext")
 """Packages that decorate methods of known classes, or whose functions these call by name: upstream's model registers the
 arguments of its `__init__` by diffusers, and rearranges tensors by einops."""
 
@@ -404,13 +407,18 @@ def _why_other_function(attention: Any) -> str | None:
     return None
 
 
-def untracked(model: nn.Module) -> list[str]:
+def untracked(model: nn.Module, own: Sequence[str] = ()) -> list[str]:
     """Paths of modules that may depend on more than weights and flags (a hook, an adapter, a replaced method): what was
-    computed by them must not be used again in another call, and not be captured in a graph."""
+    computed by them must not be used again in another call, and not be captured in a graph. own: dotted paths of methods that
+    this library has replaced itself."""
+
+    def replaced(name: str, module: nn.Module) -> bool:
+        return "forward" in vars(module) and f"{name}.forward" not in own
+
     return [
         name
         for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or not tracked(module)
+        if module._forward_hooks or module._forward_pre_hooks or replaced(name, module) or not tracked(module)
     ]
 
 

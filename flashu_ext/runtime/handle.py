@@ -20,7 +20,7 @@ from ..models.accelerated import HANDLE, handle_of, unwrapped
 from ..models.adapter import adapter_of
 from ..models.sampling import DrawInputs, Stepper
 from ..planning.config import FlashUConfig
-from ..planning.decoders import FAMILIES
+from ..planning.decoders import FAMILIES, find
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
 from ..planning.schedule import Step
@@ -49,10 +49,15 @@ class Handle:
         self.model = runner.model
         names = runner.parts.methods
         module = FAMILIES[runner.parts.family].upstream if names else None
-        originals = {name: getattr(self.model, name) for name in names}
+        originals = {name: find(self.model, name) for name in names}
         self._upstream: Any = None if module is None else import_module(module).UpstreamMethods(runner, originals)
-        methods = {name: getattr(self._upstream, name) for name in names}
-        self._overrides = Overrides(self.model, {**methods, HANDLE: self})
+        attributes: dict[str, dict[str, Any]] = {"": {HANDLE: self}}
+        for path in names:
+            owner, _, name = path.rpartition(".")
+            attributes.setdefault(owner, {})[name] = getattr(self._upstream, path.replace(".", "_"))
+        self._overrides = {
+            owner: Overrides(find(self.model, owner) if owner else self.model, own) for owner, own in attributes.items()
+        }
 
     def remove(self) -> None:
         """Restore the model bitwise, with the same module and parameter objects; what was loaded or edited meanwhile stays.
@@ -76,7 +81,8 @@ class Handle:
         self.runner.reset()
         self.runner.restore()
         with _INSTALLING.held:
-            self._overrides.remove()
+            for each in self._overrides.values():
+                each.remove()
         self.runner.active = False
 
     @contextlib.contextmanager
@@ -140,7 +146,7 @@ class Handle:
         """
         own_scales = isinstance(inputs.guidance_scale, tuple) and not self.runner.generation.invariant
         parts = self.runner.parts
-        if not own_scales and (parts.evaluates is None or self._overrides.intact(parts.evaluates)):
+        if not own_scales and (parts.evaluates is None or self._overrides[""].intact(parts.evaluates)):
             return self.runner.stepper(inputs, config)
         if config is not None and config != self.config:
             raise ValueError("preset: expected None, with a scale for each image or a wrapped t2i_generate")
@@ -271,14 +277,16 @@ def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None, b
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
     parts.check_config(config)
-    for name in parts.methods:
-        if name in vars(model):
-            raise TypeError(f"model.{name}: expected the class's method, got one that is set on this instance")
+    for path in parts.methods:
+        owner, _, name = path.rpartition(".")
+        if name in vars(find(model, owner) if owner else model):
+            raise TypeError(f"model.{path}: expected the class's method, got one that is set on this instance")
     runner = Runner(model, config, _layouts(model, config, plan))
     handle = Handle(runner, plan)
     begun.append(handle)
     with runner.lock.held:  # another thread that finds the handle waits until it works
-        handle._overrides.install()
+        for each in handle._overrides.values():
+            each.install()
         runner.follow()
         return handle
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...planning.config import FlashUConfig
 from ..accelerated import handle_of
-from ..checks import check_callback, check_tensor
+from ..checks import check_callback, check_own, check_tensor
 from ..sampling import Callback, DrawInputs, Formula, Segment, TaylorSeer, integrate
 from .config import BagelConfig, config_of
 from .latents import grid_of
@@ -23,7 +23,6 @@ __all__ = [
     "MARKERS",
     "Guidance",
     "SampleInputs",
-    "check_own",
     "TaylorSeer",
     "extent",
     "guided",
@@ -198,7 +197,7 @@ def sample(
         told = (num_timesteps, guidance, timestep_shift, taylorseer)
         drawn = SampleInputs.build(config_of(model), noise, branch_inputs(inputs), grid, ids, *told)
         return tokens_of(integrate(handle.stepper(drawn), _told(callback), return_velocity))
-    check_own(model)
+    check_own(model, Bagel)
     times = time_grid(num_timesteps or DEFAULT_TIMESTEPS, timestep_shift)
     counts = zip(*((True, *guidance.branches(t)) for t in times[:-1].tolist()), strict=True)
     contexts = branch_contexts(model, inputs, ids)
@@ -397,14 +396,6 @@ def branch_contexts(model: Any, inputs: Sequence[Text | Image], ids: TokenIds) -
     before = model.context(without_text, ids)
     whole = before if len(full) == len(without_text) else model.append(before, full[-1], ids)
     return whole, before, model.context(texts, ids)
-
-
-def check_own(model: Any) -> None:
-    """Raise TypeError for an upstream instance: it computes nothing for this library unless it is accelerated."""
-    if not isinstance(model, Bagel):
-        raise TypeError(
-            f"model: expected a flashu_ext Bagel, or any that is accelerated (flashu_ext.accelerate), got {type(model).__name__}"
-        )
 
 
 def check_inputs(model: Any, inputs: Any, token_ids: Any) -> TokenIds:

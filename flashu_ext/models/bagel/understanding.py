@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_count
+from ..checks import check_count, check_own
 from ..decoding import TokenSampler
 from .layers import Experts
-from .model import Image, Text, TokenIds
-from .sampling import check_inputs, check_own
+from .model import Bagel, Image, Text, TokenIds
+from .sampling import check_inputs
 
 __all__ = ["answer_tokens"]
 
@@ -47,7 +47,7 @@ def answer_tokens(
     check_count("max_new_tokens", max_new_tokens)
     if (handle := handle_of(model)) is not None:
         return _answered(model, handle, inputs, ids, max_new_tokens, stop, return_logits)
-    check_own(model)
+    check_own(model, Bagel)
     run, device = model.language_model.model, model.vae2llm.weight.device
     context = model.context(inputs, ids)
     token = torch.tensor([ids.bos_token_id], device=device)
