@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_callback, check_tensor, check_tokens, guidance_scale_of
+from ..checks import check_callback, check_own, check_tensor, check_tokens, guidance_scale_of
 from ..sampling import Callback, DrawInputs, integrate
 from ..velocity import guide
+from .config import PATCH, config_of
+from .model import JanusFlow
 
 __all__ = ["DEFAULT_STEPS", "DenseStepper", "SampleInputs", "sample"]
 
@@ -33,8 +35,9 @@ class SampleInputs(DrawInputs):
     ) -> SampleInputs:
         """Check the arguments of `sample`. Raises TypeError, ValueError or IndexError naming the wrong one."""
         embed = model.language_model.model.embed_tokens
-        channels, size = model.config.latent_channels, model.config.latent_size
         check_tensor("noise", noise, 4, "a floating-point tensor", embed.weight.device)
+        config = config_of(model, max(PATCH, noise.shape[-1] // PATCH * PATCH))
+        channels, size = config.latent_channels, config.latent_size
         if noise.shape[0] == 0 or tuple(noise.shape[1:]) != (channels, size, size):
             raise ValueError(f"noise: expected [images >= 1, {channels}, {size}, {size}], got {tuple(noise.shape)}")
         if isinstance(tokens, Tensor) and tokens.dim() == 1:
@@ -53,7 +56,7 @@ class SampleInputs(DrawInputs):
             without = torch.full_like(prompts, pad_token)
             without[:, 0] = prompts[:, 0]
             prompts = torch.cat([prompts, without])
-        span = 1 + model.config.grid**2
+        span = 1 + config.grid**2
         positions = torch.tensor([[[prompts.shape[1], span]]], device=prompts.device).repeat(len(prompts), 1, 1)
         whole = torch.cat([prompts, prompts.new_full((len(prompts), span), pad_token)], dim=1)
         return cls(noise, whole, positions, None if steps is None else steps + 1, scale)
@@ -111,6 +114,8 @@ def sample(
     inputs = SampleInputs.build(model, noise, tokens, steps, guidance_scale, pad_token)
     check_callback("callback", callback)
     handle = handle_of(model)
+    if handle is None:
+        check_own(model, JanusFlow)
     stepper = handle.stepper(inputs) if handle is not None else DenseStepper(model, inputs)
     return integrate(stepper, callback, return_velocity)
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_callback, check_count, check_eos, check_sampling, check_tensor, check_tokens
+from ..checks import check_callback, check_count, check_eos, check_own, check_sampling, check_tensor, check_tokens
 from ..decoding import OnToken, TokenSampler
 from .adapter import adapter
+from .config import config_of
+from .model import JanusFlow
 
 __all__ = ["answer_tokens", "answer_tokens_batch", "image_span"]
 
@@ -24,7 +26,7 @@ def image_span(model: Any, tokens: Tensor) -> tuple[int, int]:
     Raises:
         ValueError: there is no such run, or several.
     """
-    count = model.config.vit_tokens
+    count = config_of(model).vit_tokens
     same = tokens[0, 1:] == tokens[0, :-1]
     # Of a run of `count` equal ids all neighbours are equal, and the neighbours around it differ.
     runs = torch.nn.functional.pad(same.int(), (1, 1)).diff()
@@ -97,7 +99,7 @@ def answer_tokens_batch(
     """Answers to several questions, each about its own image: pixel_values [questions, 3, side, side], tokens int64 [1, n] each,
     without padding. The rest is as in `answer_tokens`."""
     embed = model.language_model.model.embed_tokens
-    side = model.config.image_size
+    side = config_of(model).image_size
     check_tensor("pixel_values", pixel_values, 4, "a floating-point tensor", embed.weight.device)
     if not isinstance(tokens, (list, tuple)):
         raise TypeError(f"tokens: expected a list, got {type(tokens).__name__}")
@@ -123,6 +125,7 @@ def answer_tokens_batch(
             images, befores, afters, max_new_tokens, eos_token, sampler, on_token
         )
         return answers
+    check_own(model, JanusFlow)
     own = adapter(model)
     dense = []
     for row, (image, before, after) in enumerate(zip(images, befores, afters, strict=True)):
