@@ -168,11 +168,37 @@ def _replaced_methods(module: Any, own: Sequence[str] = ()) -> list[str]:
         own: methods that this library has replaced itself.
     """
     kind, computing = type(module), ("_call_impl", "_conv_forward")
+    if _placed(module):
+        own = (*own, "forward", "to", "cuda")
     return [
         name
-        for name in vars(module)
-        if (not name.startswith("_") or name in computing) and name not in own and callable(getattr(kind, name, None))
+        for name, value in vars(module).items()
+        if (not name.startswith("_") or name in computing)
+        and name not in own
+        and callable(getattr(kind, name, None))
+        and not _is_own(module, name, value)
     ]
+
+
+def _is_own(module: Any, name: str, value: Any) -> bool:
+    """Whether an attribute is the class's method bound to this module, as accelerate leaves it when its hooks are removed."""
+    return getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is getattr(type(module), name)
+
+
+def _placed(module: Any) -> bool:
+    """Whether accelerate's hook (`load_checkpoint_and_dispatch`) replaces a module's forward and only moves its inputs to the
+    device where its weights lie, as the runtime does."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    forward = getattr(module, "_old_forward", None)
+    if type(hook).__name__ != "AlignDevicesHook" or not type(hook).__module__.startswith("accelerate."):
+        return False
+    wrapped = getattr(vars(module).get("forward"), "__wrapped__", None)
+    if hook.offload or wrapped != forward or not _is_own(module, "forward", forward):
+        return False
+    place = hook.execution_device
+    place = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    devices = {weight.device for weight in module.parameters()}
+    return all(each.type == place.type and each.index in (place.index, place.index or 0) for each in devices)
 
 
 def why_replaced(module: Any, known: Known, own: Sequence[str] = ()) -> str | None:
@@ -413,7 +439,7 @@ def untracked(model: nn.Module, own: Sequence[str] = ()) -> list[str]:
     this library has replaced itself."""
 
     def replaced(name: str, module: nn.Module) -> bool:
-        return "forward" in vars(module) and f"{name}.forward" not in own
+        return "forward" in _replaced_methods(module) and f"{name}.forward" not in own
 
     return [
         name

@@ -150,6 +150,37 @@ def unusual(program: Program) -> dict[str, list[Any]]:
     return made
 
 
+def placed(program: Program) -> dict[str, Any]:
+    """On a model that accelerate's hooks place, as upstream's app.py loads it."""
+    from accelerate import dispatch_model
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
+
+    model, inputs, settings = program.model, *CASES["a text"]
+    plain = program.outputs(inputs, **settings)
+    dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with fx.accelerate(program.run) as handle:
+        found = {"difference": differences(plain, program.outputs(inputs, **settings))}
+        found["fallbacks"] = dict(handle.summary().fallbacks)
+        found["evaluations"] = [handle.summary().backbone_evaluations]
+    remove_hook_from_submodules(model)
+    for name in ("to", "cuda", "npu", "xpu", "mlu", "musa", "hf_device_map"):
+        vars(model).pop(name, None)
+    with fx.accelerate(program.run):  # the class's methods are attributes of the modules now
+        found["after"] = differences(plain, program.outputs(inputs, **settings))
+    for module in model.modules():
+        vars(module).pop("forward", None)
+    layer = model.language_model.model.layers[0]
+    layer.forward = lambda *_: None
+    add_hook_to_module(layer, AlignDevicesHook("cpu"))  # around a forward that is not the class's
+    try:
+        fx.accelerate(model)
+    except TypeError as error:
+        found["refused"] = [str(error)]
+    remove_hook_from_submodules(model)
+    del layer.forward
+    return found
+
+
 def refusals(program: Program) -> list[str]:
     """Messages of models that cannot be accelerated, and of a sampler of ours without acceleration."""
     model, messages = program.model, []
@@ -220,6 +251,7 @@ def main(root: Path, out: Path) -> None:
         value is state[name][0] and torch.equal(value, state[name][1])
         for name, value in program.model.named_parameters()
     )
+    facts["placed"] = placed(program)
     facts["refusals"], facts["own sampler"] = refusals(program), own_sampler(program)
     plan = weight_plan(program.model, 8)
     with fx.accelerate(program.run, fx.FlashUConfig.paper(steps=8, prune_multiple=8), plan) as handle:

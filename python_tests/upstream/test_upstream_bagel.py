@@ -64,6 +64,14 @@ def test_what_is_passed_over_is_refused_by_name(facts: dict[str, Any]) -> None:
 
 
 @upstream
+def test_a_model_that_accelerate_has_placed(facts: dict[str, Any]) -> None:
+    found = facts["placed"]
+    assert max(found["difference"]) <= LATENT_TOLERANCE and found["evaluations"] == [7] and not found["fallbacks"]
+    assert max(found["after"]) <= LATENT_TOLERANCE
+    assert "layers.0: its forward is replaced" in found["refused"][0]
+
+
+@upstream
 def test_own_sampler_and_presets_take_the_instance(facts: dict[str, Any]) -> None:
     assert facts["own sampler"][0] <= LATENT_TOLERANCE
     finite, steps = facts["paper"]

@@ -280,6 +280,10 @@ class UpstreamBagelAdapter(BagelAdapter):
 
     def refused(self) -> Iterator[tuple[str, str]]:
         yield from super().refused()
+        for name, weight in self.model.named_parameters():
+            if weight.device != self.device:
+                yield f".{name}", f"is on {weight.device}, other weights on {self.device}"
+                break
         model, vit = self.model, self.model.vit_model.vision_model
         yield from known.refused_decoder(".language_model", model.language_model, self.llm_rope, len(self.layers))
         # Their own signatures are others, so that they cannot be called as they are.
