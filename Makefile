@@ -55,7 +55,7 @@ upstream-env: $(PROGRAMS:%=.venv-%/.ready) ## .venv-showo2, .venv-janus, .venv-b
 
 .venv-%/.ready: Makefile
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy safetensors pillow $(MORE_$*) \
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy safetensors pillow click $(MORE_$*) \
 	  $$(grep -oE '^[^#]*($(PINNED))[=>]=[0-9.]+' '$(CHECKOUT_$*)/$(PINS_$*)' | grep -oE '($(PINNED))[=>]=[0-9.]+' | sed 's/^transformers>=/transformers==/')
 	touch $@
 

@@ -182,7 +182,9 @@ def _replaced_methods(module: Any, own: Sequence[str] = ()) -> list[str]:
 
 def _is_own(module: Any, name: str, value: Any) -> bool:
     """Whether an attribute is the class's method bound to this module, as accelerate leaves it when its hooks are removed."""
-    return getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is getattr(type(module), name)
+    return getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is getattr(
+        type(module), name
+    )
 
 
 def _placed(module: Any) -> bool:

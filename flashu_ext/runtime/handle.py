@@ -1,6 +1,6 @@
 """Accelerates one model instance, returns a handle, and restores the model.
 
-Only the instance is changed: two methods are shadowed, and the neurons of its FFNs may be reordered in place. No module is
+Only the instance is changed: a few methods are shadowed, and the neurons of its FFNs may be reordered in place. No module is
 replaced, no class is patched, and there is no global state.
 """
 
@@ -233,11 +233,12 @@ class Handle:
 
 
 def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Handle:
-    """Accelerate a model of a known family in place: Show-o2 (ours, or an upstream `Showo2Qwen2_5` instance), JanusFlow, or a
-    registered one (`register_family`).
+    """Accelerate a model of a known family in place: Show-o2, JanusFlow or BAGEL (ours, or an instance of upstream's own class),
+    or a registered one (`register_family`).
 
     Args:
-        model: the model, or a torch.compile, DataParallel or DistributedDataParallel wrapper, whose model is accelerated.
+        model: the model, or what has it inside and whose model is accelerated: a torch.compile, DataParallel or
+            DistributedDataParallel wrapper, or upstream's `InterleaveInferencer`.
         config: the settings; None is `FlashUConfig.exact()`.
         plan: neuron sets, required where `config.ffn` prunes neurons. A task without a set runs on all neurons. Where the
             config prunes none, as `exact()`, a plan is checked against the model and not used; `summary()` says so.

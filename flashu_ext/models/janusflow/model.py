@@ -41,7 +41,7 @@ class JanusFlow(nn.Module):
             "rms_norm_eps": config.eps,
             "rope_theta": config.rope_theta,
             "tie_word_embeddings": config.tie_word_embeddings,
-            "max_position_embeddings": 16384,
+            "max_position_embeddings": 2048,  # transformers 4.38 makes a mask of so many rows and columns, larger on demand
         }
         self.language_model = language_model("Llama", fields)
         self.vision_und_enc_model = ImageEncoder(config)

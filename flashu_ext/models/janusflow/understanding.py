@@ -143,10 +143,11 @@ def _decode(model: Any, embeds: Tensor, most: int, sampler: TokenSampler, eos_to
     llm = model.language_model.model
     # The argument has another name in later versions.
     name = "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
-    cache = {name: DynamicCache()}
+    cache: dict[str, Any] = {name: DynamicCache()}
     words: list[Tensor] = []
     while len(words) < most and not (words and int(words[-1]) == eos_token):
         out = llm(inputs_embeds=embeds, use_cache=True, **cache)
+        cache = {name: out.past_key_values}  # up to 4.38 another than the given one
         token = sampler(model.language_model.lm_head(out.last_hidden_state[:, -1]), [0])
         words.append(token[0, 0])
         embeds = llm.embed_tokens(token)
