@@ -19,6 +19,12 @@ apt_get = echo "installing Debian packages: $(1)"; \
 # The requirements in pyproject.toml, by extra. Only this file and gpu.sh install them.
 requirements = $(shell $(PYTHON) .ci/requirements $(1) | sed "s/.*/'&'/")
 
+# Checkouts of upstream programs, whose unmodified code the tests run.
+CHECKOUT_showo2 := $(SHOWO2_UPSTREAM)
+CHECKOUT_janus := $(JANUS_UPSTREAM)
+CHECKOUT_bagel := $(BAGEL_UPSTREAM)
+PROGRAMS := $(foreach name,showo2 janus bagel,$(if $(CHECKOUT_$(name)),$(name)))
+
 .PHONY: help demo test python-test cpp-test ptx-test tsan mutants mutants-quick lint format build bench api info test-abi wheel-check sass gpu-wheels clean
 
 help: ## list the targets
@@ -31,19 +37,26 @@ test: python-test cpp-test ptx-test lint ## everything that CI checks
 
 # Two processes of one thread are faster than one of two: most models in the tests are too small to be shared by threads.
 # `make test-abi` runs the operators' tests on all threads.
-python-test: build $(if $(SHOWO2_UPSTREAM),upstream-env) ## Python tests; SHOWO2_UPSTREAM=DIR adds those that run a Show-o2 checkout
+python-test: build $(if $(PROGRAMS),upstream-env) ## Python tests; SHOWO2_UPSTREAM=, JANUS_UPSTREAM=, BAGEL_UPSTREAM=DIR add those that run upstream's code
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -n 2 --dist worksteal
 
-# Packages that upstream's models and scripts import, at the versions in its build_env.sh. Its torch (2.5.1) is too old for us.
+# What upstream's models and scripts import, at the versions that a checkout pins (of JanusFlow's transformers the oldest).
+# Their torch is too old for us.
 PINNED := transformers|diffusers|einops|timm|huggingface-hub|accelerate
+PINS_showo2 := build_env.sh
+PINS_janus := requirements.txt
+PINS_bagel := requirements.txt
+MORE_showo2 := torchdiffeq omegaconf
+MORE_janus := diffusers==0.27.2 'huggingface-hub<0.26' accelerate attrdict einops sentencepiece
+MORE_bagel := pyyaml sentencepiece
 .PHONY: upstream-env
-upstream-env: .venv-upstream/.ready ## .venv-upstream with the versions that the checkout in SHOWO2_UPSTREAM pins
+upstream-env: $(PROGRAMS:%=.venv-%/.ready) ## .venv-showo2, .venv-janus, .venv-bagel with what the checkouts in *_UPSTREAM pin
+	@test -n '$(PROGRAMS)' || { echo "make: SHOWO2_UPSTREAM= (a Show-o2 checkout's show-o2 folder), JANUS_UPSTREAM= or BAGEL_UPSTREAM= must name a checkout" >&2; exit 1; }
 
-.venv-upstream/.ready: $(if $(SHOWO2_UPSTREAM),$(SHOWO2_UPSTREAM)/build_env.sh)
-	@test -n '$(SHOWO2_UPSTREAM)' || { echo "make: SHOWO2_UPSTREAM= must name a Show-o2 checkout's show-o2 folder" >&2; exit 1; }
-	test -x .venv-upstream/bin/python || $(PYTHON) -m venv .venv-upstream
-	.venv-upstream/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy safetensors torchdiffeq omegaconf pillow \
-	  $$(grep -oE '($(PINNED))==[0-9.]+' '$(SHOWO2_UPSTREAM)/build_env.sh')
+.venv-%/.ready: Makefile
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' numpy safetensors pillow click $(MORE_$*) \
+	  $$(grep -oE '^[^#]*($(PINNED))[=>]=[0-9.]+' '$(CHECKOUT_$*)/$(PINS_$*)' | grep -oE '($(PINNED))[=>]=[0-9.]+' | sed 's/^transformers>=/transformers==/')
 	touch $@
 
 # The build folder of the package, so that nothing is compiled twice.

@@ -1,7 +1,7 @@
 """Whole images and answers: dense, exact and paper, interleaved in one process.
 
-The baseline is this library's dense model or, of Show-o2 with `--upstream`, the unmodified classes on the same
-weights. Rows with as many steps as the baseline and rows with fewer are kept apart. An answer of one token is its prefill.
+The baseline is this library's dense model or, with `--upstream`, the unmodified classes of a checkout on the same weights.
+Rows with as many steps as the baseline and rows with fewer are kept apart. An answer of one token is its prefill.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Subject(Protocol):
 
     name: str
     model: Any
+    evaluates_only: bool
+    """Its loop is not this library's and does not say which step a call is: every evaluation is whole."""
 
     def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor: ...
 
@@ -65,6 +67,7 @@ class OwnSubject:
     """This library's Show-o2, through `showo2.sample` and `showo2.answer_tokens`."""
 
     name = "flashu_ext"
+    evaluates_only = False
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
@@ -267,7 +270,8 @@ def _subjects(settings: Settings, shape: Shape) -> tuple[Subject, Subject | None
     from ..models.showo2 import Showo2
 
     if (subject := SUBJECTS.get(settings.family)) is not None:
-        return subject(settings.model, settings.seed), None
+        own = subject(settings.model, settings.seed)
+        return own, None if settings.upstream is None else own.upstream(settings.upstream)
 
     model = Showo2(shape.config).eval()
     fill(model, settings.seed)
@@ -313,7 +317,8 @@ def _cases(settings: Settings, shape: Shape, own: Subject, upstream: Subject | N
             generate(subject, "exact", settings.steps, exact)
         for steps in dict.fromkeys((settings.steps, settings.paper_steps)):
             for subject in subjects if steps == settings.paper_steps else [own]:
-                generate(subject, "paper", steps, paper(steps))
+                if not subject.evaluates_only:
+                    generate(subject, "paper", steps, paper(steps))
     if "understanding" in settings.tasks:
         for tokens in settings.tokens:
             answer(base, "dense", tokens, None, baseline=True)
@@ -337,7 +342,7 @@ def _under(case: _Case, plans: dict[int, TaskPlan]) -> Iterator[Any]:
 
 
 def _count(row: Row, handle: Any) -> None:
-    if handle is not None and row.task == "generation":
+    if handle is not None and row.task == "generation" and handle.runner.last_image is not None:
         summary = handle.summary()
         row.backbone, row.head = summary.backbone_evaluations, summary.head_evaluations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,9 +50,10 @@ def _words(count: int, vocabulary: int, seed: int) -> Tensor:
 
 
 class JanusFlowSubject:
-    """JanusFlow through `janusflow.sample` and `answer_tokens`."""
+    """JanusFlow through `janusflow.sample` and `answer_tokens`, with what it draws from and is asked."""
 
     name = "JanusFlow"
+    evaluates_only = False
 
     def __init__(self, shape: str, seed: int):
         from ..models.janusflow import JanusFlow, JanusFlowConfig
@@ -60,27 +62,34 @@ class JanusFlowSubject:
         self.model: Any = JanusFlow(config).eval()
         fill(self.model, seed)
         side, image = config.latent_size, [4, *[5] * config.vit_tokens, 6]
-        self._noise = _normal(1, config.latent_channels, side, side, seed=seed)
-        self._pixels = _normal(1, 3, config.image_size, config.image_size, seed=seed)
-        self._prompt = _words(PROMPT, config.vocab, seed)
+        self.noise = _normal(1, config.latent_channels, side, side, seed=seed)
+        self.pixels = _normal(1, 3, config.image_size, config.image_size, seed=seed)
+        self.prompt = _words(PROMPT, config.vocab, seed)
         before, after = _words(16, config.vocab, seed + 1), _words(QUESTION, config.vocab, seed + 2)
-        self._question = torch.cat([before, torch.tensor(image), after])[None]
+        self.question = torch.cat([before, torch.tensor(image), after])[None]
+
+    def upstream(self, directory: Path) -> Any:
+        """The same of a checkout's unmodified class, on the same weights."""
+        from .upstream_janusflow import UpstreamJanusFlowSubject
+
+        return UpstreamJanusFlowSubject(directory, self)
 
     def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
         from ..models.janusflow import sample
 
-        return sample(self.model, self._noise, self._prompt, steps - 1, guidance)
+        return sample(self.model, self.noise, self.prompt, steps - 1, guidance)
 
     def answer(self, inputs: Inputs, tokens: int) -> Tensor:
         from ..models.janusflow import answer_tokens
 
-        return answer_tokens(self.model, self._pixels, self._question, tokens)
+        return answer_tokens(self.model, self.pixels, self.question, tokens)
 
 
 class BagelSubject:
     """BAGEL through `bagel.sample` (with the guidance of its API: text 4, image 1.5, between 0.4 and 1) and `answer_tokens`."""
 
     name = "BAGEL"
+    evaluates_only = False
 
     def __init__(self, shape: str, seed: int):
         from ..models.bagel import Bagel, BagelConfig, Image, Text, TokenIds
@@ -88,24 +97,30 @@ class BagelSubject:
         config = BagelConfig(**SIZES["bagel"][shape])  # type: ignore[arg-type]
         self.model: Any = Bagel(config).eval()
         fill(self.model, seed)
-        self._size = (config.latent_side * config.token_pixels,) * 2
-        self._noise = _normal(config.latent_side**2, config.patch_width, seed=seed)
-        self._ids = TokenIds(1, 2, 3, 4)
-        self._prompt = [Text(_words(PROMPT, config.vocab, seed))]
+        self.size = (config.latent_side * config.token_pixels,) * 2
+        self.noise = _normal(config.latent_side**2, config.patch_width, seed=seed)
+        self.ids = TokenIds(1, 2, 3, 4)
+        self.prompt = [Text(_words(PROMPT, config.vocab, seed))]
         patches = config.vit_side**2
         image = Image(None, _normal(patches, 3 * config.vit_patch**2, seed=seed), torch.arange(patches))
-        self._question = image, Text(_words(QUESTION, config.vocab, seed + 2))
+        self.question = image, Text(_words(QUESTION, config.vocab, seed + 2))
+
+    def upstream(self, directory: Path) -> Any:
+        """The same of a checkout's unmodified class, on the same weights."""
+        from .upstream_bagel import UpstreamBagelSubject
+
+        return UpstreamBagelSubject(directory, self)
 
     def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
         from ..models.bagel import sample
 
-        arguments = self._noise, self._prompt, self._size, self._ids, steps
+        arguments = self.noise, self.prompt, self.size, self.ids, steps
         return sample(self.model, *arguments, cfg_img_scale=1.5, timestep_shift=shift)
 
     def answer(self, inputs: Inputs, tokens: int) -> Tensor:
         from ..models.bagel import answer_tokens
 
-        return answer_tokens(self.model, self._question, self._ids, tokens, stop=False)
+        return answer_tokens(self.model, self.question, self.ids, tokens, stop=False)
 
 
 SUBJECTS: dict[str, type[JanusFlowSubject] | type[BagelSubject]] = {

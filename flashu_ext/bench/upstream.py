@@ -6,9 +6,7 @@ requirements (transformers 4.47, diffusers, timm, einops, torchdiffeq) must be i
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.showo2.config import Showo2Config
+from .checkouts import imported
 from .shapes import Inputs
 
 __all__ = ["UpstreamSubject", "build"]
@@ -28,6 +27,10 @@ _FILES = (
     "models/modules.py",
     "models/omni_attention.py",
     "transport/transport.py",
+)
+_MODULES = (
+    *(f"models.{name}" for name in ("modeling_showo2_qwen2_5", "modules", "modeling_siglip", "omni_attention")),
+    "transport",
 )
 
 
@@ -48,30 +51,8 @@ class Checkout:
         Raises:
             ValueError: the folder is not such a checkout. ImportError: something it needs is not installed.
         """
-        root = directory.resolve()
-        for name in _FILES:
-            if not (root / name).is_file():
-                raise ValueError(f"--upstream: expected a Show-o2 checkout with {name}, got {directory}")
-        for name in ("models", "transport"):
-            loaded = sys.modules.get(name)
-            if loaded is not None and not str(getattr(loaded, "__file__", "")).startswith(str(root)):
-                raise ImportError(f"--upstream: a module named {name!r} is imported already, from {loaded.__file__}")
-        sys.path.insert(0, str(root))
-        try:
-            return cls(
-                showo2=importlib.import_module("models.modeling_showo2_qwen2_5"),
-                modules=importlib.import_module("models.modules"),
-                siglip=importlib.import_module("models.modeling_siglip"),
-                attention=importlib.import_module("models.omni_attention"),
-                transport=importlib.import_module("transport"),
-            )
-        except ImportError as error:
-            raise ImportError(
-                f"--upstream: {root} cannot be imported here ({error}); it needs transformers 4.47, "
-                "diffusers, timm, einops and torchdiffeq"
-            ) from error
-        finally:
-            sys.path.remove(str(root))
+        needs = "transformers 4.47, diffusers, timm, einops and torchdiffeq"
+        return cls(*imported(directory, "Show-o2", needs, _FILES, _MODULES))
 
 
 def build(directory: Path, config: Showo2Config) -> UpstreamSubject:
@@ -149,6 +130,7 @@ class UpstreamSubject:
     """Generates and answers as upstream's scripts do; its model may be accelerated."""
 
     name = "Show-o2 (upstream)"
+    evaluates_only = False
 
     def __init__(self, model: nn.Module, checkout: Checkout):
         self.model: Any = model

@@ -12,12 +12,16 @@ HANDLE = "_flashu_handle"
 """The one attribute that acceleration adds to a model; `Handle.remove` deletes it."""
 
 
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
-"""Class name -> attribute with the model inside. By name: importing them would start torch's compiler."""
+_WRAPPERS = {
+    **{"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"},
+    "InterleaveInferencer": "model",
+}
+"""Class name -> attribute with the model inside: torch's wrappers, and what BAGEL's scripts have around a model. By name:
+importing them would start torch's compiler."""
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's and the data-parallel wrappers."""
+    """The model inside torch.compile's and the data-parallel wrappers, or inside upstream's inferencer."""
     while (attribute := _WRAPPERS.get(type(model).__name__)) is not None and hasattr(model, attribute):
         model = getattr(model, attribute)
     return model

@@ -122,7 +122,9 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     methods: ClassVar[tuple[str, ...]] = ()
-    """Of the model's class, which the runtime takes over (`Family.upstream`): the one that draws, and others."""
+    """Of the model's class, which the runtime takes over (`Family.upstream`): names, or dotted paths to a part's."""
+    evaluates: ClassVar[str | None] = None
+    """The one of them that computes one evaluation of a drawing, where there is one."""
     drops_unit_guidance: ClassVar[bool] = False
     """Whether the model's own formula gives at guidance scale 1 the bits of the prompt's branch, so that the other one need not
     run. Elsewhere that is a switch, `FlashUConfig.skip_unit_guidance`."""
@@ -187,6 +189,11 @@ class Adapter(ABC):
         """(path in the model, reason) of modules that the runtime passes over and whose class it does not know: a hook, an
         adapter or a replaced method there would be lost. See `models.known`."""
 
+    def own(self, path: str) -> tuple[str, ...]:
+        """The `methods` of the model's part at a path; '': of the model itself."""
+        parts = (method.rpartition(".") for method in self.methods)
+        return tuple(name for owner, _, name in parts if owner == path)
+
     @abstractmethod
     def shape(self) -> ModelShape:
         """The sizes that the cost model needs."""
@@ -203,7 +210,7 @@ class Adapter(ABC):
             raise ValueError(f"token_skip_ratio: expected 0 for a {self.family} model, got {tokens.ratio:g}")
 
     def dense(self, inputs: DrawInputs) -> Stepper:
-        """The steps of an image by the model's own drawing method, the first of `methods`."""
+        """The steps of an image by the model's own method that `evaluates` names."""
         raise ValueError("guidance_scale: expected one for all images that share their state, got one for each")
 
     # ---- drawing

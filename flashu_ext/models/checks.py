@@ -16,6 +16,7 @@ __all__ = [
     "check_count",
     "check_device",
     "check_eos",
+    "check_own",
     "check_generator",
     "check_generators",
     "check_sampling",
@@ -36,6 +37,15 @@ def check_tensor(name: str, value: Any, dims: int, dtype: str, device: torch.dev
         raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} as the model, got {value.device}")
+
+
+def check_own(model: Any, kind: type) -> None:
+    """Raise TypeError for a dense upstream instance: it computes nothing for this library unless it is accelerated."""
+    if not isinstance(model, kind):
+        raise TypeError(
+            f"model: expected a flashu_ext {kind.__name__}, or any that is accelerated (flashu_ext.accelerate), got "
+            f"{type(model).__name__}"
+        )
 
 
 def check_tokens(name: str, value: Any, rows: int, embed_tokens: Any) -> None:

@@ -45,7 +45,7 @@ __all__ = [
 
 _HEAD = ("flashu_ext.models.showo2.head", "models.modules")
 _BAGEL = "flashu_ext.models.bagel.layers"
-_QWEN2 = ("transformers.models.qwen2.modeling_qwen2", "models.qwen2")
+_QWEN2 = ("transformers.models.qwen2.modeling_qwen2", "models.qwen2", "modeling.qwen2.modeling_qwen2")
 
 _LLAMA, _QWEN3, _MISTRAL = ((f"transformers.models.{name}.modeling_{name}",) for name in ("llama", "qwen3", "mistral"))
 _FFNS = {"Qwen2MLP": _QWEN2, "LlamaMLP": _LLAMA, "Qwen3MLP": _QWEN3, "MistralMLP": _MISTRAL, "MLP": (*_HEAD, _BAGEL)}
@@ -60,14 +60,18 @@ _ATTENTIONS = {
     **dict.fromkeys(("Qwen2Attention", "Qwen2SdpaAttention", "Qwen2FlashAttention2"), _QWEN2),
     **dict.fromkeys(("LlamaAttention", "LlamaSdpaAttention", "LlamaFlashAttention2"), _LLAMA),
     **dict.fromkeys(("Attention", "SdpaAttention"), (*_HEAD, _BAGEL)),
+    "PackedAttentionMoT": ("modeling.bagel.qwen2_navit",),
     "Qwen3Attention": _QWEN3,
     "MistralAttention": _MISTRAL,
 }
 _PATCHES = {
-    "PatchEmbed": ("flashu_ext.models.showo2.embedders", "models.modules", "flashu_ext.models.janusflow.vision")
+    "PatchEmbed": (
+        *("flashu_ext.models.showo2.embedders", "models.modules", "flashu_ext.models.janusflow.vision"),
+        "timm.layers.patch_embed",
+    )
 }
-_TIMES = {"TimestepEmbedder": ("flashu_ext.models.embedding", "models.modules")}
-_SIGLIP = ("transformers.models.siglip.modeling_siglip", "models.modeling_siglip")
+_TIMES = {"TimestepEmbedder": ("flashu_ext.models.embedding", "models.modules", "modeling.bagel.modeling_utils")}
+_SIGLIP = ("transformers.models.siglip.modeling_siglip", "models.modeling_siglip", "modeling.bagel.siglip_navit")
 _VISION = {"SiglipEncoder": _SIGLIP}
 _VISION_LAYERS = {"SiglipEncoderLayer": _SIGLIP}
 _VISION_ATTENTIONS = dict.fromkeys(("SiglipAttention", "SiglipSdpaAttention", "SiglipFlashAttention2"), _SIGLIP)
@@ -90,12 +94,18 @@ Known = Mapping[str, tuple[str, ...]]
 _ATTENTION_FUNCTIONS = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Transformers' own, which compute the same."""
 
-_LIBRARIES = ("torch", "transformers", "diffusers", "einops", "flashu_ext")
+_LIBRARIES = ("torch", "transformers", "diffusers", "einops", "timm", "flash_attn", "flashu_ext")
 """Packages that decorate methods of known classes, or whose functions these call by name: upstream's model registers the
 arguments of its `__init__` by diffusers, and rearranges tensors by einops."""
 
+_SISTERS = {"modeling": ("data",)}
+"""Upstream package -> others of the same program, whose functions its classes call."""
+
 _CALLING = ("__call__", "_call_impl")
 """Methods that lead from a call of a module to its forward."""
+
+_INNER = ("forward_inference",)
+"""Methods that BAGEL's own forwards lead to."""
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Of rotary embeddings whose frequencies do not depend on the sequence's length; upstream's length is not the runtime's."""
@@ -107,7 +117,7 @@ def why_unknown(module: Any, known: Known, method: str = "forward") -> str | Non
     homes = known.get(kind.__name__)
     if homes is None or not any(kind.__module__ == home or kind.__module__.endswith(f".{home}") for home in homes):
         return f"is a {kind.__module__}.{kind.__qualname__}"
-    for name in (method, *_CALLING):
+    for name in (method, *_CALLING, *(each for each in _INNER if hasattr(kind, each))):
         inherited = name in _CALLING and getattr(kind, name) is getattr(nn.Module, name)
         if _replaced_in_class(nn.Module if inherited else kind, name):
             return f"its class's {name} is replaced"
@@ -128,8 +138,9 @@ def _replaced_in_class(kind: Any, method: str) -> bool:
         function = function.__wrapped__
     if code is None or home is None:
         return True
-    package = _file_of(kind.__module__.partition(".")[0])
-    homes = (*libraries, f"{Path(package or home).parent}/")
+    root = kind.__module__.partition(".")[0]
+    packages = [file for name in (root, *_SISTERS.get(root, ())) if (file := _file_of(name)) is not None] or [home]
+    homes = (*libraries, *(f"{Path(file).parent}/" for file in packages))
     called = [namespace[name] for namespace, name in called_functions(function)]
     return any(not _undecorated(each).__code__.co_filename.startswith(homes) for each in called)
 
@@ -157,11 +168,39 @@ def _replaced_methods(module: Any, own: Sequence[str] = ()) -> list[str]:
         own: methods that this library has replaced itself.
     """
     kind, computing = type(module), ("_call_impl", "_conv_forward")
+    if _placed(module):
+        own = (*own, "forward", "to", "cuda")
     return [
         name
-        for name in vars(module)
-        if (not name.startswith("_") or name in computing) and name not in own and callable(getattr(kind, name, None))
+        for name, value in vars(module).items()
+        if (not name.startswith("_") or name in computing)
+        and name not in own
+        and callable(getattr(kind, name, None))
+        and not _is_own(module, name, value)
     ]
+
+
+def _is_own(module: Any, name: str, value: Any) -> bool:
+    """Whether an attribute is the class's method bound to this module, as accelerate leaves it when its hooks are removed."""
+    return getattr(value, "__self__", None) is module and getattr(value, "__func__", None) is getattr(
+        type(module), name
+    )
+
+
+def _placed(module: Any) -> bool:
+    """Whether accelerate's hook (`load_checkpoint_and_dispatch`) replaces a module's forward and only moves its inputs to the
+    device where its weights lie, as the runtime does."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    forward = getattr(module, "_old_forward", None)
+    if type(hook).__name__ != "AlignDevicesHook" or not type(hook).__module__.startswith("accelerate."):
+        return False
+    wrapped = getattr(vars(module).get("forward"), "__wrapped__", None)
+    if hook.offload or wrapped != forward or not _is_own(module, "forward", forward):
+        return False
+    place = hook.execution_device
+    place = torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+    devices = {weight.device for weight in module.parameters()}
+    return all(each.type == place.type and each.index in (place.index, place.index or 0) for each in devices)
 
 
 def why_replaced(module: Any, known: Known, own: Sequence[str] = ()) -> str | None:
@@ -396,13 +435,18 @@ def _why_other_function(attention: Any) -> str | None:
     return None
 
 
-def untracked(model: nn.Module) -> list[str]:
+def untracked(model: nn.Module, own: Sequence[str] = ()) -> list[str]:
     """Paths of modules that may depend on more than weights and flags (a hook, an adapter, a replaced method): what was
-    computed by them must not be used again in another call, and not be captured in a graph."""
+    computed by them must not be used again in another call, and not be captured in a graph. own: dotted paths of methods that
+    this library has replaced itself."""
+
+    def replaced(name: str, module: nn.Module) -> bool:
+        return "forward" in _replaced_methods(module) and f"{name}.forward" not in own
+
     return [
         name
         for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) or not tracked(module)
+        if module._forward_hooks or module._forward_pre_hooks or replaced(name, module) or not tracked(module)
     ]
 
 

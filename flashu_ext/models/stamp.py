@@ -24,8 +24,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 __all__ = ["COMPUTED", "GLOBAL_HOOKS", "Stamp", "Turns", "called_functions", "registered_attention", "tracked"]
 
-_TRACKED = ("torch.nn.modules.", "transformers.", "flashu_ext.models.")
-_TRACKED_UPSTREAM = ("models.qwen2", "models.modules", "models.modeling_siglip", "models.modeling_showo2_qwen2_5")
+_TRACKED = ("torch.nn.modules.", "transformers.", "flashu_ext.models.", "diffusers.models.", "timm.layers.")
+_TRACKED_UPSTREAM = (
+    *("models.qwen2", "models.modules", "models.modeling_siglip", "models.modeling_showo2_qwen2_5"),
+    *(f"modeling.bagel.{name}" for name in ("bagel", "qwen2_navit", "siglip_navit", "modeling_utils")),
+    "modeling.qwen2.modeling_qwen2",
+    *(f"janus.janusflow.models.{name}" for name in ("modeling_vlm", "uvit", "clip_encoder", "siglip_vit")),
+)
 """Where classes are defined whose results depend on nothing but weights, attributes and inputs."""
 
 _BYTES = 16

@@ -229,7 +229,7 @@ class Trainer:
         flow.backward()
         answer = self._answer_loss(phase, rng)
         (phase.answer_weight * answer).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, error_if_nonfinite=True)
         self.muon.step()
         self.adam.step()
         decay = min(phase.averaging, (index + 1) / (index + 10))

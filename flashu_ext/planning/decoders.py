@@ -23,7 +23,7 @@ class Family(NamedTuple):
     module: str
     """Has `adapter(model)`, which raises TypeError where a part is missing; imported on first use."""
     upstream: str | None = None
-    """Has `UpstreamMethods(runner, originals)`, with the methods that `Adapter.methods` names."""
+    """Has `UpstreamMethods(runner, originals)`, with the methods that `Adapter.methods` names, underscores for dots."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -31,9 +31,15 @@ FAMILIES: dict[str, Family] = {
         "Show-o2", "showo", "showo.model", "flashu_ext.models.showo2.adapter", "flashu_ext.upstream.showo2"
     ),
     "janusflow": Family(
-        "JanusFlow", "vision_gen_enc_model", "language_model.model", "flashu_ext.models.janusflow.adapter"
+        "JanusFlow",
+        "vision_gen_enc_model",
+        "language_model.model",
+        "flashu_ext.models.janusflow.adapter",
+        "flashu_ext.upstream.janusflow",
     ),
-    "bagel": Family("BAGEL", "vae2llm", "language_model.model", "flashu_ext.models.bagel.adapter"),
+    "bagel": Family(
+        "BAGEL", "vae2llm", "language_model.model", "flashu_ext.models.bagel.adapter", "flashu_ext.upstream.bagel"
+    ),
 }
 """By the adapters' `family`."""
 

@@ -1,6 +1,6 @@
 """Accelerates one model instance, returns a handle, and restores the model.
 
-Only the instance is changed: two methods are shadowed, and the neurons of its FFNs may be reordered in place. No module is
+Only the instance is changed: a few methods are shadowed, and the neurons of its FFNs may be reordered in place. No module is
 replaced, no class is patched, and there is no global state.
 """
 
@@ -20,7 +20,7 @@ from ..models.accelerated import HANDLE, handle_of, unwrapped
 from ..models.adapter import adapter_of
 from ..models.sampling import DrawInputs, Stepper
 from ..planning.config import FlashUConfig
-from ..planning.decoders import FAMILIES
+from ..planning.decoders import FAMILIES, find
 from ..planning.neurons import NeuronLayout
 from ..planning.plan import TaskPlan
 from ..planning.schedule import Step
@@ -48,11 +48,16 @@ class Handle:
         self.plan = plan
         self.model = runner.model
         names = runner.parts.methods
-        module = FAMILIES[runner.parts.family].upstream
-        originals = {name: getattr(self.model, name) for name in names}
+        module = FAMILIES[runner.parts.family].upstream if names else None
+        originals = {name: find(self.model, name) for name in names}
         self._upstream: Any = None if module is None else import_module(module).UpstreamMethods(runner, originals)
-        methods = {name: getattr(self._upstream, name) for name in names}
-        self._overrides = Overrides(self.model, {**methods, HANDLE: self})
+        attributes: dict[str, dict[str, Any]] = {"": {HANDLE: self}}
+        for path in names:
+            owner, _, name = path.rpartition(".")
+            attributes.setdefault(owner, {})[name] = getattr(self._upstream, path.replace(".", "_"))
+        self._overrides = {
+            owner: Overrides(find(self.model, owner) if owner else self.model, own) for owner, own in attributes.items()
+        }
 
     def remove(self) -> None:
         """Restore the model bitwise, with the same module and parameter objects; what was loaded or edited meanwhile stays.
@@ -76,7 +81,8 @@ class Handle:
         self.runner.reset()
         self.runner.restore()
         with _INSTALLING.held:
-            self._overrides.remove()
+            for each in self._overrides.values():
+                each.remove()
         self.runner.active = False
 
     @contextlib.contextmanager
@@ -140,7 +146,7 @@ class Handle:
         """
         own_scales = isinstance(inputs.guidance_scale, tuple) and not self.runner.generation.invariant
         parts = self.runner.parts
-        if not own_scales and all(map(self._overrides.intact, parts.methods[:1])):
+        if not own_scales and (parts.evaluates is None or self._overrides[""].intact(parts.evaluates)):
             return self.runner.stepper(inputs, config)
         if config is not None and config != self.config:
             raise ValueError("preset: expected None, with a scale for each image or a wrapped t2i_generate")
@@ -227,11 +233,12 @@ class Handle:
 
 
 def accelerate(model: nn.Module, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Handle:
-    """Accelerate a model of a known family in place: Show-o2 (ours, or an upstream `Showo2Qwen2_5` instance), JanusFlow, or a
-    registered one (`register_family`).
+    """Accelerate a model of a known family in place: Show-o2, JanusFlow or BAGEL (ours, or an instance of upstream's own class),
+    or a registered one (`register_family`).
 
     Args:
-        model: the model, or a torch.compile, DataParallel or DistributedDataParallel wrapper, whose model is accelerated.
+        model: the model, or what has it inside and whose model is accelerated: a torch.compile, DataParallel or
+            DistributedDataParallel wrapper, or upstream's `InterleaveInferencer`.
         config: the settings; None is `FlashUConfig.exact()`.
         plan: neuron sets, required where `config.ffn` prunes neurons. A task without a set runs on all neurons. Where the
             config prunes none, as `exact()`, a plan is checked against the model and not used; `summary()` says so.
@@ -271,14 +278,16 @@ def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None, b
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
     parts.check_config(config)
-    for name in parts.methods:
-        if name in vars(model):
-            raise TypeError(f"model.{name}: expected the class's method, got one that is set on this instance")
+    for path in parts.methods:
+        owner, _, name = path.rpartition(".")
+        if name in vars(find(model, owner) if owner else model):
+            raise TypeError(f"model.{path}: expected the class's method, got one that is set on this instance")
     runner = Runner(model, config, _layouts(model, config, plan))
     handle = Handle(runner, plan)
     begun.append(handle)
     with runner.lock.held:  # another thread that finds the handle waits until it works
-        handle._overrides.install()
+        for each in handle._overrides.values():
+            each.install()
         runner.follow()
         return handle
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Runner:
         suspended: why nothing may run now, or None.
         orders: of the FFNs whose neurons lie in plan order.
         fallbacks: reason -> calls that ran the model's own methods.
+        forgetting: called by `reset`, for what upstream's methods have computed.
         last_images: the records of the images begun last, one for each state of the batch.
     """
 
@@ -66,6 +67,7 @@ class Runner:
         self.orders: list[FfnOrder] = []
         self.in_place: dict[str, str] = {}
         self.fallbacks: Counter[str] = Counter()
+        self.forgetting: list[Callable[[], None]] = []
         self.last_images: list[ImageRecord] = []
         self._told = False
         self._unfinished = True
@@ -152,7 +154,7 @@ class Runner:
 
     def _build(self, network: Network) -> None:
         """Engines on a network, with empty caches."""
-        unknown = untracked(self.model)
+        unknown = untracked(self.model, self.parts.methods)
         capture = getattr(self, "capture", None)
         if capture is None or capture.device != network.parts.device:
             self.capture = GraphCapture(network.parts.device, self.config.execution.step_graphs)
@@ -291,3 +293,5 @@ class Runner:
             self.generation.pool.clear()
         if hasattr(self, "understanding"):
             self.understanding.reset()
+        for forget in self.forgetting:
+            forget()

@@ -115,6 +115,14 @@ def test_other_families(family: str) -> None:
     assert all(row.difference is None or row.difference > 1e-4 for row in pruned)
 
 
-def test_upstream_is_of_show_o2(tmp_path: Path) -> None:
-    done = CliRunner().invoke(cli, ["bench", "e2e", "--family", "bagel", "--upstream", str(tmp_path)])
+def test_only_show_o2_runs_on_a_gpu(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["bench", "e2e", "--family", "bagel", "--gpu"])
     assert done.exit_code == 2 and "--family: expected showo2" in done.output
+
+
+@pytest.mark.parametrize(
+    ("family", "file"), [("bagel", "inferencer.py"), ("janusflow", "janus/janusflow/models/modeling_vlm.py")]
+)
+def test_a_folder_that_is_no_checkout(family: str, file: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["bench", "e2e", "--family", family, "--model", "tiny", "--upstream", str(tmp_path)])
+    assert done.exit_code != 0 and file in done.output

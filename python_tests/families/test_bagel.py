@@ -175,6 +175,13 @@ def test_a_taylor_polynomial_is_exact_for_low_orders() -> None:
     assert torch.equal(taylor_prediction([0 * one, 0 * one, 2 * one], 3), 9 * one)
 
 
+def test_the_interval_is_compared_in_fp32() -> None:
+    # Of 12 points one lies at 0.4: as upstream's, it is not above it.
+    times = time_grid(12, 3.0)[:-1].tolist()
+    assert 0.4 < times[9] < 0.4000001
+    assert not any(fx.bagel.Guidance(4.0, 1.0, (0.4, 1.0)).branches(times[9]))
+
+
 def test_branches_run_where_they_count() -> None:
     guidance = fx.bagel.Guidance(4.0, 2.0, (0.4, 0.9))
     assert [guidance.branches(t) for t in (0.4, 0.41, 0.9, 0.91)] == [

@@ -141,7 +141,7 @@ def test_branches_that_see_the_same_are_one_row() -> None:
     def rows(inputs: list[Any], **guidance: Any) -> int:
         noise = torch.zeros(12, 64)
         own = fx.bagel.Guidance(**{"text": 4.0, "image": 1.5, **guidance})
-        return SampleInputs.build(model(), noise, inputs, (3, 4), IDS, POINTS, own, 3.0).branches
+        return SampleInputs.build(model().config, noise, branch_inputs(inputs), (3, 4), IDS, POINTS, own, 3.0).branches
 
     assert rows(PROMPT) == 2 and rows(EDIT) == 3
     assert rows(EDIT, image=1.0) == 2 and rows(EDIT, text=1.0) == 1
@@ -189,7 +189,9 @@ def test_threads_and_earlier_work_change_no_bit(accelerated: Any) -> None:
 def stepper(handle: Any, inputs: list[Any], seed: int, points: int, seer: Any = None) -> Any:
     noise = torch.randn(12, 64, generator=torch.Generator().manual_seed(seed))
     guidance = fx.bagel.Guidance(image=1.5)
-    built = SampleInputs.build(handle.model, noise, inputs, (3, 4), IDS, points, guidance, 3.0, seer)
+    built = SampleInputs.build(
+        handle.model.config, noise, branch_inputs(inputs), (3, 4), IDS, points, guidance, 3.0, seer
+    )
     return handle.stepper(built)
 
 

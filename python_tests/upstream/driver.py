@@ -19,9 +19,8 @@ import sys
 import zlib
 from collections.abc import Iterator
 from importlib import metadata
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from flashu_ext import accelerate
 from flashu_ext.bench import e2e, e2e_gpu
+from flashu_ext.bench.checkouts import declare_operators, module
 from flashu_ext.bench.shapes import SHAPES, fill
 from flashu_ext.bench.upstream import UpstreamSubject, build
 from flashu_ext.models.showo2 import answer_tokens, sample
@@ -111,13 +111,6 @@ class Vae:
         return torch.einsum("cr,bcthw->brthw", self.matrix, latents).tanh()
 
 
-def module(name: str, **attributes: Any) -> ModuleType:
-    made = ModuleType(name)
-    made.__spec__ = ModuleSpec(name, None)
-    vars(made).update(attributes)
-    return made
-
-
 @contextlib.contextmanager
 def stand_ins(root: Path, model: Any, vae: Vae, tokenizer: Tokenizer) -> Iterator[None]:
     """Replaces what the scripts import or load besides the checkout's own models, masks and sampler."""
@@ -182,19 +175,6 @@ def arguments_of(root: Path, out: Path) -> dict[str, list[str]]:
     generation = ["batch_size=2", "guidance_scale=5.0", "num_inference_steps=8"]
     generation += [f"dataset.params.validation_prompts_file={prompts}"]
     return {"t2i": [*common, *generation], "mmu": [*common, f"mmu_image_path={images}", f"question={QUESTION}"]}
-
-
-def declare_operators() -> None:
-    """timm imports torchvision, whose PyPI wheel lacks its operators with a CPU torch; the import needs two of them."""
-    if importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
 
 
 def compared(root: Path) -> list[list[Any]]:

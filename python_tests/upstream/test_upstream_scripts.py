@@ -1,15 +1,11 @@
 """Upstream Show-o2's own inference scripts with the README's line: same outputs, and nothing remains after remove().
 
 `SHOWO2_UPSTREAM=DIR make test` runs this; DIR is a checkout's show-o2 folder. The scripts run in another interpreter, with the
-versions that upstream pins: SHOWO2_PYTHON, or `.venv-upstream`, which `make upstream-env` prepares.
+versions that upstream pins: SHOWO2_PYTHON, or `.venv-showo2`, which `make upstream-env` prepares.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,44 +13,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.upstream import ROOT, SHOWO2
 
-ROOT = Path(__file__).resolve().parents[2]
 DRIVER = Path(__file__).parent / "driver.py"
 LATENT_TOLERANCE = 1e-4  # relative L2 in fp32 under guidance 5, as in `flashu-ext bench e2e`
 
-upstream = pytest.mark.skipif(
-    not os.environ.get("SHOWO2_UPSTREAM"), reason="SHOWO2_UPSTREAM names no Show-o2 checkout (its show-o2 folder)"
-)
-
-
-def interpreter() -> str:
-    prepared = ROOT / ".venv-upstream" / "bin" / "python"
-    return os.environ.get("SHOWO2_PYTHON") or (str(prepared) if prepared.is_file() else sys.executable)
-
-
-def pinned(checkout: Path) -> str:
-    """The version of transformers that a checkout's build_env.sh installs."""
-    match = re.search(r"transformers==([\w.]+)", (checkout / "build_env.sh").read_text(encoding="utf-8"))
-    assert match is not None, f"{checkout / 'build_env.sh'} pins no transformers"
-    return match[1]
+upstream = SHOWO2.missing
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the driver found, and the outputs of every run: {'facts': ..., 't2i': {...}, 'mmu': {...}}."""
-    checkout, out = Path(os.environ["SHOWO2_UPSTREAM"]).resolve(), tmp_path_factory.mktemp("upstream")
-    command = [interpreter(), str(DRIVER), str(checkout), str(ROOT / "README.md"), str(out)]
-    ask = [command[0], "-c", "from importlib.metadata import version; print(version('transformers'))"]
-    found = subprocess.run(ask, capture_output=True, text=True, timeout=60).stdout.strip()
-    if found != pinned(checkout):
-        pytest.fail(
-            f"{command[0]} has transformers {found or 'not at all'}, upstream pins {pinned(checkout)}: "
-            "`make upstream-env` prepares .venv-upstream, or name an interpreter in SHOWO2_PYTHON"
-        )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
+    out = tmp_path_factory.mktemp("upstream")
+    facts = SHOWO2.run(DRIVER, out, str(ROOT / "README.md"))
     return {"facts": facts} | {task: load_file(out / f"{task}.safetensors") for task in ("t2i", "mmu")}
 
 

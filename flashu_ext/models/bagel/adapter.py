@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...planning.cost import EncoderShape, ModelShape
 from ...planning.decoders import check_parts
@@ -18,7 +18,9 @@ from ..masks import causal
 from ..sampling import Segment
 from ..shapes import layer_shape, linear_flops
 from . import calibration
-from .model import Image, Text, TokenIds
+from .config import BagelConfig, config_of
+from .latents import latent_places, packed
+from .model import Bagel, Image, Text, TokenIds
 from .sampling import MARKERS, extent
 
 __all__ = ["BagelAdapter", "adapter", "with_places"]
@@ -35,12 +37,22 @@ _REQUIRED = (
     "connector",
     "vit_pos_embed",
 )
-_OWN = "flashu_ext.models.bagel"
-_MODELS = {"Bagel": (f"{_OWN}.model",)}
-_LLM = dict.fromkeys(("LanguageModel", "Stack", "DecoderLayer", "Attention", "Rotary"), (f"{_OWN}.layers",))
-_PARTS = dict.fromkeys(
-    ("PositionTable", "Connector", "Embeddings", "VisionTransformer", "VisionModel"), (f"{_OWN}.model",)
-)
+_OWN, _THEIRS = "flashu_ext.models.bagel", "modeling.bagel"
+_MODELS = {"Bagel": (f"{_OWN}.model", f"{_THEIRS}.bagel")}
+_LLM = {
+    **dict.fromkeys(("LanguageModel", "Stack", "DecoderLayer", "Attention", "Rotary"), (f"{_OWN}.layers",)),
+    **dict.fromkeys(("Qwen2ForCausalLM", "Qwen2Model", "Qwen2MoTDecoderLayer"), (f"{_THEIRS}.qwen2_navit",)),
+    "Qwen2RotaryEmbedding": ("modeling.qwen2.modeling_qwen2",),
+}
+_PARTS = {
+    **dict.fromkeys(
+        ("PositionTable", "Connector", "Embeddings", "VisionTransformer", "VisionModel"), (f"{_OWN}.model",)
+    ),
+    **dict.fromkeys(("PositionEmbedding", "MLPconnector"), (f"{_THEIRS}.modeling_utils",)),
+    **dict.fromkeys(
+        ("SiglipVisionModel", "SiglipVisionTransformer", "SiglipVisionEmbeddings"), (f"{_THEIRS}.siglip_navit",)
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class BagelAdapter(Adapter):
     norms_span: ClassVar[bool] = False
     skips_tokens: ClassVar[bool] = False
 
+    config: BagelConfig
     latents_in: Any = None
     time: Any = None
     latents_out: Any = None
@@ -100,11 +113,11 @@ class BagelAdapter(Adapter):
     @property
     def latent_channels(self) -> int:
         """Numbers of a latent token: the runtime's latents are a grid of tokens."""
-        return int(self.model.config.patch_width)
+        return int(self.config.patch_width)
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        return self.model.config.latent_side, self.model.config.latent_side
+        return self.config.latent_side, self.config.latent_side
 
     def on(self, kit: Kit) -> BagelAdapter:
         model, vit = self.model, self.model.vit_model.vision_model
@@ -134,7 +147,7 @@ class BagelAdapter(Adapter):
 
     def span(self, latents: Tensor, features: Tensor | None, early: Tensor | None, token: Tensor) -> Tensor:
         rows, columns = latents.shape[2:]
-        places = self.model.latent_pos_embed(self.model.latent_places((rows, columns), latents.device))
+        places = self.model.latent_pos_embed(latent_places((rows, columns), self.config, latents.device))
         # The time's embedding first, as in the model: sums of three numbers depend on their order.
         return self.latents_in(self.signal(latents, token)) + token[:, None] + places.to(self.dtype)
 
@@ -167,9 +180,9 @@ class BagelAdapter(Adapter):
     def _context_latents(self, item: Image) -> Tensor | None:
         if item.latents is None:
             return None
-        patch = self.model.config.latent_patch
+        patch = self.config.latent_patch
         rows, columns = (length // patch for length in item.latents.shape[2:])
-        grid = self.model.packed(item.latents).reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
+        grid = packed(item.latents, self.config).reshape(1, rows, columns, -1).permute(0, 3, 1, 2)
         time = self.time_token(self.embed_time(torch.zeros(1, dtype=torch.float32, device=self.device)))
         return self.span(grid, None, None, time)
 
@@ -202,7 +215,7 @@ class BagelAdapter(Adapter):
                 spans.append((place, made[0].embeds.shape[1] - MARKERS))
             segments += made
             place += made[0].embeds.shape[1]
-            position += extent(self.model, item)[1]
+            position += extent(self.config, item)[1]
         start = torch.tensor([[after.bos_token_id]], device=self.device)
         segments.append(Segment(self.embed_tokens(start), torch.full_like(start[0], position), causal=True))
         allowed = causal(place + 1, self.device)
@@ -264,6 +277,42 @@ class BagelAdapter(Adapter):
             yield path, model.get_submodule(path)
 
 
+@dataclass(frozen=True, kw_only=True)
+class UpstreamBagelAdapter(BagelAdapter):
+    """Of upstream's class, whose own entry points the runtime takes over (`flashu_ext.upstream.bagel`)."""
+
+    methods: ClassVar[tuple[str, ...]] = (
+        "forward_cache_update_text",
+        "forward_cache_update_vit",
+        "forward_cache_update_vae",
+        "generate_image",
+        "generate_text",
+    )
+
+    def refused(self) -> Iterator[tuple[str, str]]:
+        yield from super().refused()
+        for name, weight in self.model.named_parameters():
+            if weight.device != self.device:
+                yield f".{name}", f"is on {weight.device}, other weights on {self.device}"
+                break
+        model, vit = self.model, self.model.vit_model.vision_model
+        yield from known.refused_decoder(".language_model", model.language_model, self.llm_rope, len(self.layers))
+        # Their own signatures are others, so that they cannot be called as they are.
+        if reason := known.why_not_vision(vit.encoder):
+            yield ".vit_model.vision_model.encoder", reason
+        if reason := known.why_not_time(model.time_embedder):
+            yield ".time_embedder", reason
+        if vit.config.rope:
+            yield ".vit_model.vision_model", "rotates its queries and keys"
+        if isinstance(vit.embeddings.patch_embedding, nn.Conv2d):
+            yield (
+                ".vit_model.vision_model.embeddings",
+                "is a convolution; upstream's convert_conv2d_to_linear changes it",
+            )
+        if known.epilogue_of(model.connector.activation_fn) != "gelu_tanh":
+            yield ".connector.activation_fn", "is another activation than gelu_pytorch_tanh"
+
+
 def with_places(item: Image) -> Tensor:
     """An image's tokens of the image encoder, with their places as a last number, fp32 [1, n, numbers + 1]."""
     assert item.vit_tokens is not None and item.vit_position_ids is not None, "sampling.check_inputs has looked"
@@ -277,9 +326,11 @@ def adapter(model: Any) -> BagelAdapter:
         TypeError: some are missing; the message lists them.
     """
     check_parts(model, "BAGEL", _REQUIRED)
-    llm, config = model.language_model.model, model.config
-    return BagelAdapter(
+    llm, config = model.language_model.model, config_of(model)
+    kind = BagelAdapter if isinstance(model, Bagel) else UpstreamBagelAdapter
+    return kind(
         model=model,
+        config=config,
         embed_tokens=llm.embed_tokens,
         layers=llm.layers,
         experts=tuple(_Expert.of(layer) for layer in llm.layers),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calibration import DensePass, Noise, Sample, TokenSample, noised
 from ..checks import check_tokens
+from .config import config_of
 from .layers import Context, Experts
 from .model import Image, Text, TokenIds
 from .sampling import MARKERS, branch_contexts, check_inputs, check_size
@@ -94,7 +95,7 @@ def _question(model: Any, sample: UnderstandingSample) -> DensePass:
     for index, item in enumerate(sample.inputs):
         if isinstance(item, Image) and item.latents is not None:
             raise ValueError(f"inputs[{index}].latents: expected None, answers read images by vit_tokens, got latents")
-    answer, vocabulary = sample.answer, model.config.vocab
+    answer, vocabulary = sample.answer, config_of(model).vocab
     if not isinstance(answer, (list, tuple)):
         raise TypeError(f"answer: expected a tuple of token ids, got {type(answer).__name__}")
     for place, token in enumerate(answer):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...planning.groups import Check
 from ..fields import COUNT, EVEN, LAYERS, NUMBER, SIZE, SWITCH, JsonConfig, check_divides, check_fields
 
-__all__ = ["BagelConfig"]
+__all__ = ["BagelConfig", "config_of"]
 
 _CHECKS: Mapping[str, Check] = {
     **dict.fromkeys(
@@ -83,3 +83,40 @@ class BagelConfig(JsonConfig):
     def token_pixels(self) -> int:
         """Pixels of a latent token's side."""
         return self.latent_patch * self.vae_downsample
+
+
+def config_of(model: Any) -> BagelConfig:
+    """The sizes of a model of ours, or of an upstream instance, which has them in several places.
+
+    Raises:
+        ValueError: no model can have them.
+    """
+    own = model.config
+    if isinstance(own, BagelConfig):
+        return own
+    llm, layers = own.llm_config, model.language_model.model.layers
+    embed, encoder = model.language_model.model.embed_tokens, model.vit_model.vision_model
+    return BagelConfig(
+        hidden=int(embed.weight.shape[1]),
+        inter=int(llm.intermediate_size),
+        layers=len(layers),
+        heads=int(llm.num_attention_heads),
+        kv=int(llm.num_key_value_heads),
+        vocab=int(embed.weight.shape[0]),
+        vit=int(encoder.config.hidden_size),
+        vit_inter=int(encoder.config.intermediate_size),
+        vit_layers=len(encoder.encoder.layers),
+        vit_layers_kept=len(encoder.encoder.layers),
+        vit_heads=int(encoder.config.num_attention_heads),
+        vit_patch=int(encoder.config.patch_size),
+        vit_side=int(model.vit_max_num_patch_per_side),
+        vit_eps=float(encoder.config.layer_norm_eps),
+        rope_theta=float(llm.rope_theta),
+        eps=float(llm.rms_norm_eps),
+        latent_side=int(model.max_latent_size),
+        latent_channels=int(model.latent_channel),
+        latent_patch=int(model.latent_patch_size),
+        vae_downsample=int(model.latent_downsample // model.latent_patch_size),
+        qk_norm=bool(llm.qk_norm),
+        tie_word_embeddings=bool(llm.tie_word_embeddings),
+    )

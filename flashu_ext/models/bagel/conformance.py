@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..comparison import Accelerated, Comparison, Fixture, compared, each, same
 from .config import BagelConfig
+from .latents import grid_of
 from .model import Bagel, Image, Text
 from .sampling import TaylorSeer, branch_contexts, check_inputs, sample
 from .understanding import answer_tokens
@@ -87,7 +88,8 @@ def _drawing(
         at = range(len(own)) if guided is None else torch.nonzero(expected[f"{guided}{suffix}"]).flatten().tolist()
         trajectory, times = (expected[f"{key}{suffix}"] for key in ("trajectory", "timesteps"))
         got = [
-            model.velocity(model.hidden(trajectory[k], times[k : k + 1], model.grid(size), context, ids)) for k in at
+            model.velocity(model.hidden(trajectory[k], times[k : k + 1], grid_of(size, model.config), context, ids))
+            for k in at
         ]
         if got:
             yield each(f"{name}: {branch}", torch.stack(got), own)

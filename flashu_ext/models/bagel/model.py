@@ -16,6 +16,7 @@ from ..embedding import TimestepEmbedder, sinusoids
 from ..llm import fill_tied_head, siglip_encoder
 from . import checkpoint
 from .config import BagelConfig
+from .latents import latent_places, packed, unpacked
 from .layers import Context, Experts, LanguageModel
 
 __all__ = ["Bagel", "Image", "Text", "TokenIds"]
@@ -143,32 +144,17 @@ class Bagel(nn.Module):
     # ---- tokens
 
     def packed(self, latents: Tensor) -> Tensor:
-        """Latents [1, channels, H, W] -> tokens [n, row in patch x column in patch x channel]."""
-        patch = self.config.latent_patch
-        _, channels, height, width = latents.shape
-        rows = latents[0].reshape(channels, height // patch, patch, width // patch, patch)
-        return rows.permute(1, 3, 2, 4, 0).reshape(-1, self.config.patch_width)
+        """See `latents.packed`."""
+        return packed(latents, self.config)
 
     def unpacked(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """The inverse of `packed` for an image of (height, width) pixels: [1, channels, H, W]."""
-        patch, (rows, columns) = self.config.latent_patch, self.grid(size)
-        grid = tokens.reshape(rows, columns, patch, patch, self.config.latent_channels)
-        return grid.permute(4, 0, 2, 1, 3).reshape(1, self.config.latent_channels, rows * patch, columns * patch)
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Latent tokens (rows, columns) of an image of (height, width) pixels."""
-        height, width = (length // self.config.token_pixels for length in size)
-        return height, width
-
-    def latent_places(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """int64 [n]: indices into the table of all places, whatever the grid."""
-        rows, columns = (torch.arange(count, device=device) for count in grid)
-        return (rows[:, None] * self.config.latent_side + columns).flatten()
+        """See `latents.unpacked`."""
+        return unpacked(tokens, size, self.config)
 
     def embed_latents(self, tokens: Tensor, t: Tensor, grid: tuple[int, int]) -> Tensor:
         """Latent tokens [n, numbers] at a time fp32 [1] in [0, 1] -> [n, hidden]."""
         time = self.time_embedder(t, self.vae2llm.weight.dtype)
-        places = self.latent_pos_embed(self.latent_places(grid, tokens.device))
+        places = self.latent_pos_embed(latent_places(grid, self.config, tokens.device))
         return self.vae2llm(tokens.to(time.dtype)) + time + places.to(time.dtype)
 
     def embed_image(self, tokens: Tensor, places: Tensor) -> Tensor:

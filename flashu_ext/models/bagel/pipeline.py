@@ -24,7 +24,7 @@ from .images import SCALE, SHIFT, pixels, vit_image
 from .model import Bagel, Text
 from .model import Image as ContextImage
 from .prompts import SequenceLayout, load_tokenizer
-from .sampling import Guidance, TaylorSeer, grid_of, sample
+from .sampling import Guidance, TaylorSeer, sample, size_grid
 from .sequences import DRAWING, EDITING, INTERLEAVED, guidance_of, images_of, items_of, read_all
 from .understanding import answer_tokens_batch
 
@@ -184,14 +184,14 @@ class Pipeline(ModelPipeline):
             raise ValueError(f"steps: expected an integer >= 2 (grid points), got {shown(steps)}")
         given = None if size is None else sides(size)
         if given is not None:
-            grid_of(self.model, given)
+            size_grid(self.model, given)
         read = read_all(items, self.model.config, self.vae_sides)
         # In upstream's order: what the VAE samples comes before the noise.
         generator = torch.Generator("cpu").manual_seed(seed)
         sequence = self._sequence(read, generator)
         images = [each for each in read if not isinstance(each, str)]
         height, width = given or ((images[-1].height, images[-1].width) if images else (1024, 1024))
-        grid = grid_of(self.model, (height, width))
+        grid = size_grid(self.model, (height, width))
         shape = (grid[0] * grid[1], self.model.config.patch_width)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self._device)
         tokens = sample(

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from ...planning.config import FlashUConfig
 from ..accelerated import handle_of
-from ..checks import check_callback, check_tensor
+from ..checks import check_callback, check_own, check_tensor
 from ..sampling import Callback, DrawInputs, Formula, Segment, TaylorSeer, integrate
+from .config import BagelConfig, config_of
+from .latents import grid_of
 from .layers import Context
-from .model import Image, Text, TokenIds
+from .model import Bagel, Image, Text, TokenIds
 
 __all__ = [
     "MARKERS",
@@ -26,6 +28,7 @@ __all__ = [
     "guided",
     "sample",
     "taylor_prediction",
+    "tokens_of",
     "time_grid",
 ]
 
@@ -70,8 +73,11 @@ class Guidance:
             raise ValueError(f"cfg_renorm_min: expected a number in [0, 1], got {self.renorm_min!r}")
 
     def branches(self, t: float) -> tuple[bool, bool]:
-        """Whether the branches without text and without image are needed at a time."""
-        text = self.text > 1 and self.interval[0] < t <= self.interval[1]
+        """Whether the branches without text and without image are needed at a time; compared in fp32, as upstream does."""
+        low, at, high = torch.tensor(
+            (self.interval[0], t, self.interval[1]), dtype=torch.float32, device="cpu"
+        ).tolist()
+        text = self.text > 1 and low < at <= high
         return text, text and self.image > 1
 
 
@@ -188,8 +194,10 @@ def sample(
         raise TypeError(f"taylorseer: expected None or a TaylorSeer, got {type(taylorseer).__name__}")
     check_callback("callback", callback)
     if (handle := handle_of(model)) is not None:
-        drawn = SampleInputs.build(model, noise, inputs, grid, ids, num_timesteps, guidance, timestep_shift, taylorseer)
-        return _packed(integrate(handle.stepper(drawn), _told(callback), return_velocity))
+        told = (num_timesteps, guidance, timestep_shift, taylorseer)
+        drawn = SampleInputs.build(config_of(model), noise, branch_inputs(inputs), grid, ids, *told)
+        return tokens_of(integrate(handle.stepper(drawn), _told(callback), return_velocity))
+    check_own(model, Bagel)
     times = time_grid(num_timesteps or DEFAULT_TIMESTEPS, timestep_shift)
     counts = zip(*((True, *guidance.branches(t)) for t in times[:-1].tolist()), strict=True)
     contexts = branch_contexts(model, inputs, ids)
@@ -265,9 +273,9 @@ class SampleInputs(DrawInputs):
     @classmethod
     def build(
         cls,
-        model: Any,
+        config: BagelConfig,
         noise: Tensor,
-        inputs: Sequence[Text | Image],
+        branches: Sequence[tuple[Text | Image, ...]],
         grid: tuple[int, int],
         ids: TokenIds,
         num_timesteps: int | None,
@@ -275,10 +283,15 @@ class SampleInputs(DrawInputs):
         shift: float,
         forecast: TaylorSeer | None = None,
     ) -> SampleInputs:
-        """From arguments of `sample`, which are checked."""
+        """From arguments of `sample`, which are checked.
+
+        Args:
+            config: the model's sizes.
+            branches: what they see: with everything, without the text, without images; those that count.
+        """
         sequences: list[tuple[Text | Image, ...]] = []
         rows: list[int] = []
-        for own in branch_inputs(inputs):
+        for own in branches:
             alike = [index for index, other in enumerate(sequences) if list(map(id, other)) == list(map(id, own))]
             rows.append(alike[0] if alike else len(sequences))
             if not alike:
@@ -290,7 +303,7 @@ class SampleInputs(DrawInputs):
         span = latents[0, 0].numel() + MARKERS
         extents = []
         for own in sequences:
-            items = [extent(model, item) for item in own]
+            items = [extent(config, item) for item in own]
             extents.append((sum(tokens for tokens, _ in items), sum(positions for _, positions in items)))
         spans = torch.tensor([[[position, span]] for _, position in extents], device=noise.device)
         longest = max(tokens for tokens, _ in extents)
@@ -318,7 +331,7 @@ class SampleInputs(DrawInputs):
                 if key not in made:
                     made[key] = parts.segments(item, self.ids, position)
                 row += made[key]
-                position += extent(parts.model, item)[1]
+                position += extent(parts.config, item)[1]
             rows.append(row)
         return rows
 
@@ -340,19 +353,19 @@ class SampleInputs(DrawInputs):
         return times[:-1], times[1:] - times[:-1]
 
 
-def extent(model: Any, item: Text | Image) -> tuple[int, int]:
+def extent(config: BagelConfig, item: Text | Image) -> tuple[int, int]:
     """Tokens of an item of a sequence, markers included, and its rotary positions."""
     if isinstance(item, Text):
         return len(item.ids) + MARKERS, len(item.ids) + MARKERS
     blocks = []
     if item.latents is not None:
-        blocks.append(item.latents[0, 0].numel() // model.config.latent_patch**2)
+        blocks.append(item.latents[0, 0].numel() // config.latent_patch**2)
     if item.vit_tokens is not None:
         blocks.append(len(item.vit_tokens))
     return sum(blocks) + MARKERS * len(blocks), len(blocks)
 
 
-def _packed(result: Any) -> Any:
+def tokens_of(result: Any) -> Any:
     """Latents [1, numbers, H, W], and velocities [evaluations, 1, numbers, H, W] where asked for, as packed tokens."""
     if isinstance(result, tuple):
         latents, velocities = result
@@ -387,7 +400,7 @@ def branch_contexts(model: Any, inputs: Sequence[Text | Image], ids: TokenIds) -
 
 def check_inputs(model: Any, inputs: Any, token_ids: Any) -> TokenIds:
     """Raise for a sequence that the model cannot read; its marker ids."""
-    config, device = model.config, model.vae2llm.weight.device
+    config, device = config_of(model), model.vae2llm.weight.device
     if isinstance(token_ids, Mapping):
         names = set(TokenIds.__dataclass_fields__)
         if set(token_ids) != names:
@@ -442,23 +455,23 @@ def _check_image(name: str, item: Image, config: Any, device: torch.device) -> N
             raise IndexError(f"{name}.vit_position_ids: expected places in [0, {config.vit_side**2})")
 
 
-def grid_of(model: Any, size: Any) -> tuple[int, int]:
+def size_grid(model: Any, size: Any) -> tuple[int, int]:
     """The grid of latent tokens of an image of (height, width) pixels. Raises ValueError where it has none."""
-    config = model.config
+    config = config_of(model)
     pixels, most = config.token_pixels, config.token_pixels * config.latent_side
     fits = isinstance(size, (list, tuple)) and len(size) == 2
     if not fits or not all(isinstance(each, int) and 0 < each <= most and each % pixels == 0 for each in size):
         raise ValueError(f"size: expected (height, width) in pixels, multiples of {pixels} up to {most}, got {size!r}")
-    rows, columns = model.grid(tuple(size))
-    return rows, columns
+    return grid_of((size[0], size[1]), config)
 
 
 def check_size(model: Any, tokens: Any, size: Any, name: str = "noise") -> tuple[int, int]:
     """Raise for latent tokens that are not of the size; their grid."""
-    rows, columns = grid_of(model, size)
+    rows, columns = size_grid(model, size)
+    width = config_of(model).patch_width
     check_tensor(name, tokens, 2, "a floating-point tensor", model.vae2llm.weight.device)
-    if tuple(tokens.shape) != (rows * columns, model.config.patch_width):
-        raise ValueError(f"{name}: expected [{rows * columns}, {model.config.patch_width}], got {tuple(tokens.shape)}")
+    if tuple(tokens.shape) != (rows * columns, width):
+        raise ValueError(f"{name}: expected [{rows * columns}, {width}], got {tuple(tokens.shape)}")
     return rows, columns
 
 

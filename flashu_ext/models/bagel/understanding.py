@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_callback, check_count, check_generator, check_generators, check_sampling
+from ..checks import check_callback, check_count, check_generator, check_generators, check_own, check_sampling
 from ..decoding import OnToken, TokenSampler
 from .layers import Experts
-from .model import Image, Text, TokenIds
+from .model import Bagel, Image, Text, TokenIds
 from .sampling import check_inputs
 
 __all__ = ["answer_tokens", "answer_tokens_batch"]
@@ -116,6 +116,7 @@ def _answers(
     check_callback("on_token", on_token)
     handle = handle_of(model)
     if handle is None:
+        check_own(model, Bagel)
         return [_dense(model, each, row, ids, most, stop, pick, on_token) for row, each in enumerate(sequences)]
     images = [_read(each) for each in sequences]
     end = ids.eos_token_id if stop else None

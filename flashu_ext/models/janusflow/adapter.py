@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...planning.cost import EncoderShape, ModelShape
 from ...planning.decoders import check_parts
@@ -20,6 +21,8 @@ from ..masks import causal
 from ..shapes import layer_shape, linear_flops
 from ..velocity import patchify
 from . import calibration
+from .config import PATCH, JanusFlowConfig, config_of
+from .model import JanusFlow
 from .sampling import DEFAULT_STEPS
 
 __all__ = ["JanusFlowAdapter", "adapter"]
@@ -37,13 +40,28 @@ _REQUIRED = (
     "vision_gen_dec_model.mid_block",
 )
 _LLAMA = ("transformers.models.llama.modeling_llama",)
-_OWN = "flashu_ext.models.janusflow"
-_MODELS = {"JanusFlow": (f"{_OWN}.model",)}
+_OWN, _THEIRS = "flashu_ext.models.janusflow", "janus.janusflow.models"
+_MODELS = {"JanusFlow": (f"{_OWN}.model",), "MultiModalityCausalLM": (f"{_THEIRS}.modeling_vlm",)}
+_ROPES = dict.fromkeys(("LlamaRotaryEmbedding", "LlamaLinearScalingRotaryEmbedding"), _LLAMA)
 _LANGUAGE_MODELS = dict.fromkeys(("LlamaForCausalLM", "LlamaModel", "LlamaDecoderLayer"), _LLAMA)
-_LATENTS = dict.fromkeys(
-    ("LatentEncoder", "LatentDecoder", "LatentBlocks", "LatentBlock", "TimeEmbed", "Unpatch"), (f"{_OWN}.latents",)
-)
-_VISION = dict.fromkeys(("ImageEncoder", "VisionTower", "Block", "SelfAttention", "Mlp"), (f"{_OWN}.vision",))
+_LATENTS = {
+    **dict.fromkeys(
+        ("LatentEncoder", "LatentDecoder", "LatentBlocks", "LatentBlock", "TimeEmbed", "Unpatch", "ResponseNorm"),
+        (f"{_OWN}.latents",),
+    ),
+    **dict.fromkeys(
+        ("ShallowUViTEncoder", "ShallowUViTDecoder", "UVitBlock", "ConvNextBlock", "Unpatchify", "GlobalResponseNorm"),
+        (f"{_THEIRS}.uvit",),
+    ),
+    **dict.fromkeys(("Timesteps", "TimestepEmbedding"), ("diffusers.models.embeddings",)),
+}
+_VISION: known.Known = {
+    **dict.fromkeys(("ImageEncoder", "VisionTower", "SelfAttention"), (f"{_OWN}.vision",)),
+    "Block": (f"{_OWN}.vision", f"{_THEIRS}.siglip_vit"),
+    "Mlp": (f"{_OWN}.vision", "timm.layers.mlp"),
+    **dict.fromkeys(("VisionTransformer", "Attention"), (f"{_THEIRS}.siglip_vit",)),
+    "CLIPVisionTower": (f"{_THEIRS}.clip_encoder",),
+}
 
 
 @dataclass(frozen=True)
@@ -80,15 +98,16 @@ class _VisionBlock:
     up: Any
     down: Any
     attention: Any
+    heads: int
 
     @classmethod
-    def on(cls, module: Any, kit: Kit) -> _VisionBlock:
+    def on(cls, module: Any, kit: Kit, heads: int) -> _VisionBlock:
         attention, mlp = module.attn, module.mlp
         qkv, proj, up, down = map(kit.linear, (attention.qkv, attention.proj, mlp.fc1, mlp.fc2))
-        return cls(module, qkv, proj, up, down, kit.attention)
+        return cls(module, qkv, proj, up, down, kit.attention, heads)
 
     def __call__(self, x: Tensor) -> Tensor:
-        heads = self.module.attn.heads
+        heads = self.heads
         projected = self.qkv(self.module.norm1(x)).chunk(3, dim=-1)
         attended = self.attention(*(each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in projected))
         x = self.proj(attended.flatten(2), residual=x)
@@ -105,6 +124,7 @@ class JanusFlowAdapter(Adapter):
     drops_unit_guidance: ClassVar[bool] = True
     grid_points: ClassVar[int] = DEFAULT_STEPS + 1
 
+    config: JanusFlowConfig
     time_1: Any = None
     time_2: Any = None
     in_conv: Any = None
@@ -127,11 +147,11 @@ class JanusFlowAdapter(Adapter):
 
     @property
     def latent_channels(self) -> int:
-        return int(self.model.config.latent_channels)
+        return self.config.latent_channels
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        return self.model.config.latent_size, self.model.config.latent_size
+        return self.config.latent_size, self.config.latent_size
 
     def on(self, kit: Kit) -> JanusFlowAdapter:
         model = self.model
@@ -155,15 +175,15 @@ class JanusFlowAdapter(Adapter):
             unpatch_norm=kit.norm(last.norm),
             unpatch=kit.patches(last.unpatch_conv),
             patch_embed=kit.patches(tower.patch_embed),
-            tower=tuple(_VisionBlock.on(each, kit) for each in tower.blocks),
+            tower=tuple(_VisionBlock.on(each, kit, self.config.vit_heads) for each in tower.blocks),
             und_aligner=kit.linear(model.vision_und_enc_aligner),
         )
 
     # ---- drawing
 
     def sizes(self, latent_size: tuple[int, int]) -> Sizes:
-        config = self.model.config
-        patches = config.grid**2
+        config = self.config
+        patches = latent_size[0] // PATCH * (latent_size[1] // PATCH)
         return Sizes(
             patches=patches,
             velocity=(patches, 4 * config.latent_channels),
@@ -174,7 +194,7 @@ class JanusFlowAdapter(Adapter):
         )
 
     def embed_time(self, t: Tensor) -> Tensor:
-        waves = sinusoids(t, self.model.vision_gen_enc_model.time_embed.waves).to(self.dtype)
+        waves = sinusoids(t, self.model.vision_gen_enc_model.time_embed.linear_1.in_features).to(self.dtype)
         return self.time_2(self.time_1(waves, epilogue="silu"))
 
     def time_token(self, time: Tensor) -> Tensor:
@@ -187,7 +207,7 @@ class JanusFlowAdapter(Adapter):
 
     def _modulated(self, x: Tensor, blocks: tuple[_Block, ...], modulation: Tensor) -> Tensor:
         """x [rows, patches, width] through blocks, whose parts of the modulation are given."""
-        side = self.model.config.grid
+        side = math.isqrt(x.shape[1])
         x = x.unflatten(1, (side, side))
         for block, own in zip(blocks, modulation.chunk(len(blocks), dim=1), strict=True):
             x = block(x, own)
@@ -195,7 +215,7 @@ class JanusFlowAdapter(Adapter):
 
     def _parts(self, modulation: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's and the decoder's part."""
-        config = self.model.config
+        config = self.config
         first = 2 * config.blocks * config.channels
         return modulation[:, :first], modulation[:, first:]
 
@@ -212,7 +232,7 @@ class JanusFlowAdapter(Adapter):
 
     def velocity(self, x: Tensor, modulation: Tensor, early: Tensor | None) -> Tensor:
         assert early is not None
-        side = self.model.config.grid
+        side = math.isqrt(x.shape[1])  # the time token is less than a row
         aligned = self.input_norm(self.out_aligner(self.out_norm(x[:, 1:].contiguous())))
         both = torch.cat([aligned, early], dim=-1)
         decoded = self.unpatch_norm(self._modulated(both, self.decoder, self._parts(modulation)[1]))
@@ -225,7 +245,9 @@ class JanusFlowAdapter(Adapter):
     def embed_image(self, image: Tensor) -> Tensor:
         """Pixels [images, 3, side, side]."""
         tower = self.model.vision_und_enc_model.vision_tower
-        x = self.patch_embed(image.to(self.dtype)) + tower.pos_embed
+        image = image.to(self.dtype)
+        normalize = getattr(self.model.vision_und_enc_model, "image_norm", None)
+        x = self.patch_embed(image if normalize is None else normalize(image)) + tower.pos_embed
         for block in self.tower:
             x = block(x)
         first = self.model.beg_of_und_embed.expand(len(x), 1, -1).to(x.dtype)
@@ -253,7 +275,7 @@ class JanusFlowAdapter(Adapter):
         return ModelShape(
             layers=tuple(layer_shape(layer, self.llm_attention) for layer in self.layers),
             blocks=(),
-            encoder=EncoderShape(linear=encoder, layers=0, width=model.config.channels),
+            encoder=EncoderShape(linear=encoder, layers=0, width=self.config.channels),
             head_input=linear_flops(model.vision_gen_dec_aligner),
             final=linear_flops(model.vision_gen_dec_model.mid_block),
             final_modulation=0.0,
@@ -263,10 +285,10 @@ class JanusFlowAdapter(Adapter):
 
     def refused(self) -> Iterator[tuple[str, str]]:
         model, like = self.model, self.embed_tokens.weight
-        yield from known.refused_model(model, _MODELS, self.methods)
+        yield from known.refused_model(model, _MODELS, self.own(""))
         yield from known.refused_decoder(".language_model", model.language_model, self.llm_rope, len(self.layers))
         for path, module, kinds in self._passed_over():
-            if reason := known.why_replaced(module, kinds):
+            if reason := known.why_replaced(module, kinds, self.own(path)):
                 yield f".{path}", reason
         for index, block in enumerate(model.vision_und_enc_model.vision_tower.blocks):
             if known.epilogue_of(block.mlp.act) != "gelu":
@@ -287,6 +309,7 @@ class JanusFlowAdapter(Adapter):
             yield f"{name}.mid_block", ends.mid_block, _LATENTS
             for i, block in enumerate(ends.mid_block.res_blocks):
                 yield f"{name}.mid_block.res_blocks.{i}", block, _LATENTS
+                yield f"{name}.mid_block.res_blocks.{i}.channelwise_norm", block.channelwise_norm, _LATENTS
         yield "vision_gen_enc_model.time_embed", model.vision_gen_enc_model.time_embed, _LATENTS
         yield "vision_gen_dec_model.out_convs.0", model.vision_gen_dec_model.out_convs[0], _LATENTS
         tower = model.vision_und_enc_model.vision_tower
@@ -297,6 +320,84 @@ class JanusFlowAdapter(Adapter):
                 yield f"vision_und_enc_model.vision_tower.blocks.{i}{name}", module, _VISION
 
 
+@dataclass(frozen=True, kw_only=True)
+class UpstreamJanusFlowAdapter(JanusFlowAdapter):
+    """Of upstream's class. It has no method that draws: its demo's loop calls the language model, which the runtime takes over,
+    as its answers (`flashu_ext.upstream.janusflow`)."""
+
+    methods: ClassVar[tuple[str, ...]] = ("language_model.model.forward", "language_model.generate")
+
+    def refused(self) -> Iterator[tuple[str, str]]:
+        yield from super().refused()
+        ropes = [getattr(layer.self_attn, "rotary_emb", None) for layer in self.layers]
+        for index, rope in enumerate(ropes):
+            path = f".language_model.model.layers.{index}.self_attn.rotary_emb"
+            if rope is not None and (reason := known.why_replaced(rope, _ROPES)):
+                yield path, reason
+            elif rope is not None and not torch.equal(rope.inv_freq, self.llm_rope.inv_freq):
+                yield path, "has frequencies of its own"
+        yield from self._refused_latents()
+        yield from self._refused_vision()
+
+    def _refused_latents(self) -> Iterator[tuple[str, str]]:
+        encoder, decoder = self.model.vision_gen_enc_model, self.model.vision_gen_dec_model
+        waves, embed = encoder.time_proj, encoder.time_embed
+        if reason := known.why_replaced(waves, _LATENTS):
+            yield ".vision_gen_enc_model.time_proj", reason
+        elif not waves.flip_sin_to_cos or waves.downscale_freq_shift != 0 or getattr(waves, "scale", 1) != 1:
+            yield ".vision_gen_enc_model.time_proj", "has other sinusoids"
+        if known.epilogue_of(embed.act) != "silu" or embed.post_act is not None or embed.cond_proj is not None:
+            yield ".vision_gen_enc_model.time_embed", "is more than two linear layers and SiLU"
+        if len(decoder.out_convs) != 1 or decoder.out_convs[0].patch_size != PATCH:
+            yield ".vision_gen_dec_model.out_convs", "are not one, of patches of 2"
+        for name, ends in (("vision_gen_enc_model", encoder), ("vision_gen_dec_model", decoder)):
+            for sampling in ("downsample", "upsample"):
+                if getattr(ends.mid_block, sampling) is not None:
+                    yield f".{name}.mid_block.{sampling}", "is there"
+            for index, block in enumerate(ends.mid_block.res_blocks):
+                path = f".{name}.mid_block.res_blocks.{index}"
+                if known.epilogue_of(block.channelwise_act) != "gelu":
+                    yield f"{path}.channelwise_act", "is another activation"
+                if _drops(block.channelwise_dropout):
+                    yield f"{path}.channelwise_dropout", _DROPS
+
+    def _refused_vision(self) -> Iterator[tuple[str, str]]:
+        encoder, path = self.model.vision_und_enc_model, ".vision_und_enc_model"
+        tower = encoder.vision_tower
+        if encoder.forward_kwargs or not tower.ignore_head or tower.num_prefix_tokens or tower.dynamic_img_size:
+            yield f"{path}.vision_tower", "is another kind of SigLIP"
+        for name in ("pos_drop", "patch_drop", "norm_pre"):
+            if _drops(getattr(tower, name)):
+                yield f"{path}.vision_tower.{name}", _DROPS
+        for index, block in enumerate(tower.blocks):
+            attention, mlp = block.attn, block.mlp
+            parts = {"ls1": block.ls1, "ls2": block.ls2, "drop_path1": block.drop_path1, "drop_path2": block.drop_path2}
+            parts |= {
+                "attn.q_norm": attention.q_norm,
+                "attn.k_norm": attention.k_norm,
+                "attn.attn_drop": attention.attn_drop,
+            }
+            parts |= {
+                "attn.proj_drop": attention.proj_drop,
+                "mlp.drop1": mlp.drop1,
+                "mlp.norm": mlp.norm,
+                "mlp.drop2": mlp.drop2,
+            }
+            for name, module in parts.items():
+                if _drops(module):
+                    yield f"{path}.vision_tower.blocks.{index}.{name}", _DROPS
+
+
+_DROPS = "does something"
+
+
+def _drops(module: Any) -> bool:
+    """Whether a module is more than an identity, as a dropout of 0 or in eval mode is one."""
+    if type(module) is nn.Dropout:
+        return bool(module.training and module.p)
+    return type(module) is not nn.Identity
+
+
 def adapter(model: Any) -> JanusFlowAdapter:
     """Look the parts up.
 
@@ -304,14 +405,17 @@ def adapter(model: Any) -> JanusFlowAdapter:
         TypeError: some are missing; the message lists them.
     """
     check_parts(model, "JanusFlow", _REQUIRED)
-    llm, config = model.language_model, model.language_model.config
-    heads = config.num_attention_heads
-    return JanusFlowAdapter(
+    llm, config = model.language_model, config_of(model)
+    kind = JanusFlowAdapter if isinstance(model, JanusFlow) else UpstreamJanusFlowAdapter
+    # Up to transformers 4.47 every layer has rotary frequencies of its own.
+    rope = getattr(llm.model, "rotary_emb", None) or llm.model.layers[0].self_attn.rotary_emb
+    return kind(
         model=model,
+        config=config,
         embed_tokens=llm.model.embed_tokens,
         layers=llm.model.layers,
         final_norm=llm.model.norm,
-        llm_rope=llm.model.rotary_emb,
+        llm_rope=rope,
         lm_head=llm.lm_head,
-        llm_attention=AttentionShape(heads, config.num_key_value_heads, config.hidden_size // heads),
+        llm_attention=AttentionShape(config.heads, config.kv, config.hidden // config.heads),
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...planning.groups import Check
 from ..fields import EVEN, LAYERS, NUMBER, SIZE, SWITCH, JsonConfig, check_divides, check_fields
 
-__all__ = ["JanusFlowConfig"]
+__all__ = ["JanusFlowConfig", "config_of"]
 
 PATCH = 2
 """Latents a side of an image token."""
@@ -76,3 +77,43 @@ class JanusFlowConfig(JsonConfig):
     def vit_tokens(self) -> int:
         """Of an image that is asked about."""
         return (self.image_size // self.vit_patch) ** 2
+
+
+def config_of(model: Any, latent_size: int | None = None) -> JanusFlowConfig:
+    """The sizes of a model of ours, or of an upstream instance, whose weights have them.
+
+    Args:
+        latent_size: of what an upstream instance draws: it is in no weight. None: the released model's, 48.
+
+    Raises:
+        ValueError: no model can have them.
+    """
+    if isinstance(model.config, JanusFlowConfig):
+        return model.config
+    llm, encoder, tower = model.language_model, model.vision_gen_enc_model, model.vision_und_enc_model.vision_tower
+    patch = int(tower.patch_embed.proj.kernel_size[0])
+    width, size = int(tower.pos_embed.shape[2]), JanusFlowConfig.latent_size if latent_size is None else latent_size
+    return JanusFlowConfig(
+        hidden=int(llm.config.hidden_size),
+        inter=int(llm.config.intermediate_size),
+        layers=len(llm.model.layers),
+        heads=int(llm.config.num_attention_heads),
+        kv=int(llm.config.num_key_value_heads),
+        vocab=int(llm.model.embed_tokens.weight.shape[0]),
+        rope_theta=float(llm.config.rope_theta),
+        eps=float(llm.config.rms_norm_eps),
+        tie_word_embeddings=bool(llm.config.tie_word_embeddings),
+        channels=int(encoder.in_conv.out_channels),
+        blocks=len(encoder.mid_block.res_blocks),
+        latent_channels=int(encoder.in_conv.in_channels),
+        grid=size // PATCH,
+        latent_size=size,
+        vit=width,
+        vit_layers=len(tower.blocks),
+        vit_heads=int(tower.blocks[0].attn.num_heads),
+        vit_ratio=int(tower.blocks[0].mlp.fc1.out_features // width),
+        vit_patch=patch,
+        image_size=patch * math.isqrt(int(tower.pos_embed.shape[1])),
+        uvit_norm_eps=float(model.vision_gen_dec_model.input_norm.variance_epsilon),
+        vit_norm_eps=float(tower.norm.eps),
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_tensor
 from ..pictures import picture
-from .config import JanusFlowConfig
+from .config import JanusFlowConfig, config_of
 
 __all__ = ["check_pixels", "image_span", "pixel_values"]
 
@@ -52,7 +52,7 @@ def pixel_values(
 
 def check_pixels(value: Any, images: int, model: Any) -> None:
     """Raise TypeError or ValueError for what is not the pixels of so many images."""
-    side = model.config.image_size
+    side = config_of(model).image_size
     check_tensor("pixel_values", value, 4, "a floating-point tensor", model.beg_of_und_embed.device)
     if tuple(value.shape) != (images, 3, side, side):
         raise ValueError(f"pixel_values: expected [{images}, 3, {side}, {side}], got {tuple(value.shape)}")
@@ -65,7 +65,7 @@ def image_span(model: Any, tokens: Tensor) -> tuple[int, int]:
     Raises:
         ValueError: there is no such run, or several.
     """
-    count = model.config.vit_tokens
+    count = config_of(model).vit_tokens
     same = tokens[0, 1:] == tokens[0, :-1]
     # Of a run of `count` equal ids all neighbours are equal, and the neighbours around it differ.
     runs = torch.nn.functional.pad(same.int(), (1, 1)).diff()

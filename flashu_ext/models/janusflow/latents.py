@@ -40,7 +40,8 @@ class ResponseNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        response = x.float().square().sum(dim=(1, 2), keepdim=True).sqrt()
+        # A square root of a sum would have no gradient where a channel is 0 everywhere.
+        response = torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True)
         relative = (response / (response.mean(dim=-1, keepdim=True) + self.eps)).to(x.dtype)
         return self.bias + (self.weight * relative + 1) * x
 

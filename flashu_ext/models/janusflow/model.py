@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..llm import fill_tied_head, language_model
-from ..masks import additive, sequence_allowed
 from ..norms import RMSNorm
 from . import checkpoint
 from .config import JanusFlowConfig
@@ -42,7 +41,7 @@ class JanusFlow(nn.Module):
             "rms_norm_eps": config.eps,
             "rope_theta": config.rope_theta,
             "tie_word_embeddings": config.tie_word_embeddings,
-            "max_position_embeddings": 16384,
+            "max_position_embeddings": 2048,  # transformers 4.38 makes a mask of so many rows and columns, larger on demand
         }
         self.language_model = language_model("Llama", fields)
         self.vision_und_enc_model = ImageEncoder(config)
@@ -75,12 +74,12 @@ class JanusFlow(nn.Module):
         """
         embeds = torch.cat([self.language_model.model.embed_tokens(tokens), span], dim=1)
         rows, length = embeds.shape[:2]
-        spans = torch.tensor([[[tokens.shape[1], span.shape[1]]]], device=tokens.device).expand(rows, 1, 2)
-        mask = additive(sequence_allowed(spans, seen, length, image_causal=True), embeds.dtype)
         positions = torch.arange(length, device=tokens.device).expand(rows, -1)
+        # The prompt's end is hidden; the rest is causal. Up to transformers 4.38 a mask of all pairs is not understood.
+        shown = (positions < seen[:, None]) | (positions >= tokens.shape[1])
         run = self.language_model.model
         return run(
-            inputs_embeds=embeds, attention_mask=mask[:, None], position_ids=positions, use_cache=False
+            inputs_embeds=embeds, attention_mask=shown.long(), position_ids=positions, use_cache=False
         ).last_hidden_state
 
     def velocity(self, hidden: Tensor, encoded: Tensor, time: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_callback, check_tensor, check_tokens, guidance_scale_of
+from ..checks import check_callback, check_own, check_tensor, check_tokens, guidance_scale_of
 from ..sampling import Callback, DrawInputs, integrate
 from ..velocity import guide
+from .config import PATCH, JanusFlowConfig, config_of
+from .model import JanusFlow
 
 __all__ = ["DEFAULT_STEPS", "TIMES", "DenseStepper", "SampleInputs", "check_latents", "sample"]
 
@@ -33,7 +35,7 @@ class SampleInputs(DrawInputs):
     ) -> SampleInputs:
         """Check the arguments of `sample`. Raises TypeError, ValueError or IndexError naming the wrong one."""
         embed = model.language_model.model.embed_tokens
-        check_latents("noise", noise, model)
+        config = check_latents("noise", noise, model)
         if isinstance(tokens, Tensor) and tokens.dim() == 1:
             tokens = tokens.expand(noise.shape[0], -1)
         check_tokens("tokens", tokens, noise.shape[0], embed)
@@ -50,7 +52,7 @@ class SampleInputs(DrawInputs):
             without = torch.full_like(prompts, pad_token)
             without[:, 0] = prompts[:, 0]
             prompts = torch.cat([prompts, without])
-        span = 1 + model.config.grid**2
+        span = 1 + config.grid**2
         positions = torch.tensor([[[prompts.shape[1], span]]], device=prompts.device).repeat(len(prompts), 1, 1)
         whole = torch.cat([prompts, prompts.new_full((len(prompts), span), pad_token)], dim=1)
         return cls(noise, whole, positions, None if steps is None else steps + 1, scale)
@@ -74,12 +76,14 @@ class SampleInputs(DrawInputs):
         )
 
 
-def check_latents(name: str, value: Any, model: Any) -> None:
-    """Raise TypeError or ValueError for what is not latents of images."""
-    channels, size = model.config.latent_channels, model.config.latent_size
+def check_latents(name: str, value: Any, model: Any) -> JanusFlowConfig:
+    """Raise TypeError or ValueError for what is not latents of images; the model's sizes."""
     check_tensor(name, value, 4, "a floating-point tensor", model.language_model.model.embed_tokens.weight.device)
+    config = config_of(model, max(PATCH, value.shape[-1] // PATCH * PATCH))
+    channels, size = config.latent_channels, config.latent_size
     if value.shape[0] == 0 or tuple(value.shape[1:]) != (channels, size, size):
         raise ValueError(f"{name}: expected [images >= 1, {channels}, {size}, {size}], got {tuple(value.shape)}")
+    return config
 
 
 @torch.no_grad()
@@ -116,6 +120,8 @@ def sample(
     inputs = SampleInputs.build(model, noise, tokens, steps, guidance_scale, pad_token)
     check_callback("callback", callback)
     handle = handle_of(model)
+    if handle is None:
+        check_own(model, JanusFlow)
     stepper = handle.stepper(inputs) if handle is not None else DenseStepper(model, inputs)
     return integrate(stepper, callback, return_velocity)
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_callback, check_count, check_eos, check_generators, check_sampling, check_tokens
+from ..checks import check_callback, check_count, check_eos, check_generators, check_own, check_sampling, check_tokens
 from ..decoding import OnToken, TokenSampler
 from .adapter import adapter
 from .images import check_pixels, image_span
+from .model import JanusFlow
 
 __all__ = ["answer_tokens", "answer_tokens_batch"]
 
@@ -105,6 +106,7 @@ def answer_tokens_batch(
             images, befores, afters, max_new_tokens, eos_token, sampler, on_token
         )
         return answers
+    check_own(model, JanusFlow)
     own = adapter(model)
     dense = []
     for row, (image, before, after) in enumerate(zip(images, befores, afters, strict=True)):
@@ -122,10 +124,11 @@ def _decode(model: Any, embeds: Tensor, row: int, most: int, sampler: TokenSampl
     llm = model.language_model.model
     # The argument has another name in later versions.
     name = "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
-    cache = {name: DynamicCache()}
+    cache: dict[str, Any] = {name: DynamicCache()}
     words: list[Tensor] = []
     while len(words) < most and not (words and int(words[-1]) == eos_token):
         out = llm(inputs_embeds=embeds, use_cache=True, **cache)
+        cache = {name: out.past_key_values}  # up to 4.38 another than the given one
         token = sampler(model.language_model.lm_head(out.last_hidden_state[:, -1]), [row])
         words.append(token[0, 0])
         embeds = llm.embed_tokens(token)

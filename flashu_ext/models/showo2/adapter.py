@@ -66,6 +66,7 @@ class Showo2Adapter(Adapter):
     family: ClassVar[str] = "showo2"
     samples: ClassVar[tuple[type[Sample], ...]] = (calibration.GenerationSample, calibration.UnderstandingSample)
     methods: ClassVar[tuple[str, ...]] = ("t2i_generate", "mmu_generate")
+    evaluates: ClassVar[str | None] = "t2i_generate"
 
     patch_und: Any
     patch_gen: Any

@@ -306,16 +306,25 @@ class MaskedPass:
 class SegmentPass:
     """Tokens that come to be seen together, after those that are in the cache already; they are stored there too."""
 
-    def __init__(self, cache: Tensor, kernels: KernelSet, tokens: int, filled: int = 0, ordered: bool = True):
+    def __init__(
+        self,
+        cache: Tensor,
+        kernels: KernelSet,
+        tokens: int,
+        filled: int = 0,
+        ordered: bool = True,
+        mask: Tensor | None = None,
+    ):
         """Args:
         cache: [layers, 2, rows, slots, kv_heads, d], of which the first `filled` slots are seen whole.
         ordered: whether one of the `tokens` sees earlier ones only; else all.
+        mask: additive [rows or 1, 1, tokens, filled + tokens], what is seen instead.
         """
         self.cache = cache[:, :, :, : filled + tokens]
         self.kernels = kernels
         self._filled = filled
-        self._mask = None
-        if ordered and tokens > 1:
+        self._mask = mask
+        if mask is None and ordered and tokens > 1:
             seen = torch.ones(tokens, filled, dtype=torch.bool, device=cache.device)
             self._mask = additive(torch.cat([seen, causal(tokens, cache.device)], dim=1)[None, None], cache.dtype)
 
