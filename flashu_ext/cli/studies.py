@@ -45,22 +45,14 @@ def analyze(
     out: Path, folder: Path | None, samples: int, drawings: int, questions: int, seed: int, quiet: bool
 ) -> None:
     """Measure whether the model is specialised per task: critical neurons, redundant layers, drift of the head."""
-    from ..nano.calibrate import samples as nano_samples
     from ..planning.safe_files import write_text
     from ..report.render import render_analysis, write
     from ..studies import analysis
+    from ..studies.worlds import Showo2World
 
     model, _, name = _model(folder)
-    result = analysis.run(
-        model,
-        nano_samples,
-        count=samples,
-        drawings=drawings,
-        questions=questions,
-        seed=seed,
-        model_name=name,
-        progress=not quiet,
-    )
+    world = Showo2World(drawings, questions, seed)
+    result = analysis.run(model, world, count=samples, seed=seed, model_name=name, progress=not quiet)
     path = write(render_analysis(result), out / "analysis.html")
     write_text(out / "analysis.json", result.to_json())
     click.echo("\n".join(result.verdicts))

@@ -43,6 +43,10 @@ class Sample:
     family: ClassVar[str | None] = None
     """The adapters' that take it; None: any model."""
 
+    def prompt(self) -> Sample:
+        """Of a drawing, where the model draws with experts (`Adapter.experts`): a sample of all that they do not compute."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class TokenSample(Sample):
