@@ -96,13 +96,13 @@ def removed_sets(pair: tuple[str, str]) -> tuple[str, ...]:
 
 def chosen(plan: TaskPlan, of: str, fraction: float, seed: int) -> Tensor:
     """The neurons of a set, int64 [layers, n]."""
-    if of == "random":
+    task, _, end = of.partition(":")
+    if task == "random":
         generator = torch.Generator("cpu").manual_seed(seed)
         scores = torch.rand(plan.layers, plan.intermediate, generator=generator, dtype=torch.float32, device="cpu")
     else:
-        task, end = of.split(":")
-        scores = plan.scores[task] * (1.0 if end == "most" else -1.0)
-    return torch.topk(scores, int(plan.intermediate * fraction)).indices
+        scores = plan.scores[task]
+    return torch.topk(scores, int(plan.intermediate * fraction), largest=end == "most").indices
 
 
 @contextmanager

@@ -208,7 +208,7 @@ MUTANTS = [
     Mutant("bagel: the prompt's markers are not read", "flashu_ext/models/bagel/calibration.py", "[run(_contexts(model, sample.drawing)) for run in runs]", "[_contexts(model, sample.drawing) for run in runs]", PLANS("rest_of_a_drawing")),
     Mutant("analysis: neurons stay away", "flashu_ext/studies/analysis.py", "            weight[:, neurons] = values", "            weight[:, neurons] += 0 * values", ANALYSIS("come_back")),
     Mutant("analysis: a drawing's neurons are the text expert's", "flashu_ext/studies/analysis.py", "layers = parts.experts if len(parts.experts) and of.partition(\":\")[0] == TASKS[0] else parts.layers", "layers = parts.layers", ANALYSIS("come_back")),
-    Mutant("analysis: the least important are removed", "flashu_ext/studies/analysis.py", "(1.0 if end == \"most\" else -1.0)", "(-1.0 if end == \"most\" else 1.0)", ANALYSIS("sets_that_are_removed")),
+    Mutant("analysis: the least important are removed", "flashu_ext/studies/analysis.py", "largest=end == \"most\"", "largest=end != \"most\"", ANALYSIS("sets_that_are_removed")),
     Mutant("specialisation: rankings of different experts are compared", "flashu_ext/studies/specialisation.py", "pair = (PROMPTS, TASKS[1])", "pair = TASKS", ANALYSIS("any_family")),
     Mutant("specialisation: both halves are one", "flashu_ext/studies/specialisation.py", "[plan_of(0), plan_of(1)]", "[plan_of(0), plan_of(0)]", ANALYSIS("halves_are")),
     Mutant("calibration: a sample is left out behind a checkpoint", "flashu_ext/calibration/calibrate.py", "            if index < seen:\n", "            if index <= seen and seen:\n", RESUMED("interrupted_run")),

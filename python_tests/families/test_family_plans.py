@@ -416,6 +416,14 @@ def test_an_accelerated_model_runs_without_the_neurons_that_were_pruned(case: Ca
     )
 
 
+def test_half_precision_finds_nearly_the_same_neurons(case: Case) -> None:
+    plan = run(case.model().bfloat16(), case.generation(), case.questions())
+    for task in TASKS:
+        for layer in range(plan.layers):
+            shared = set(plan.kept(task, layer).tolist()) & set(plan_of(case).kept(task, layer).tolist())
+            assert len(shared) >= 0.9 * plan.kept_neurons
+
+
 def test_padding_and_tag_are_not_seen() -> None:
     """JanusFlow: what stands in the padding's places or behind the prompt changes no bit."""
     model = CASES["janusflow"].model()
