@@ -122,12 +122,16 @@ class _Images:
 
     def _latents(self, prompts: int, **changes: Any) -> tuple[Tensor, Any, Any]:
         from ..models.showo2 import sample
-        from ..nano.evaluate import GUIDANCE, SHIFT
+        from ..nano.showo2 import SHIFT, SUBJECT
 
         inputs = {name: value[:prompts] for name, value in self.inputs.items()}
         with accelerate(self.pipe.model, FlashUConfig(steps=self.steps, **changes)) as handle:
             latents = sample(
-                self.pipe.model, self.noise[:prompts], **inputs, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT
+                self.pipe.model,
+                self.noise[:prompts],
+                **inputs,
+                guidance_scale=SUBJECT.guidance,
+                time_shifting_factor=SHIFT,
             )
             return latents, handle.runner.last_images, handle.summary()
 

@@ -18,7 +18,7 @@ from .. import __version__
 from .bench import bench
 from .generate import generate
 from .studies import COMMANDS
-from .support import DTYPES, PRESETS, Group, check_writable, example, model_options, open_pipeline, read_config
+from .support import DTYPES, FAMILY, PRESETS, Group, check_writable, example, model_options, open_pipeline, read_config
 
 __all__ = ["cli", "main"]
 
@@ -35,7 +35,8 @@ def cli(traceback: bool) -> None:
 # ---- generate, answer, calibrate
 
 
-@cli.command(epilog=example("flashu-ext demo --out flashu_demo"))
+@cli.command(epilog=example("flashu-ext demo --out flashu_demo", "flashu-ext demo --family bagel"))
+@FAMILY
 @click.option(
     "--out",
     default="flashu_demo",
@@ -65,12 +66,12 @@ def cli(traceback: bool) -> None:
     type=click.IntRange(1),
     help="Timed single images and answers per preset.",
 )
-def demo(out: Path, seed: int, images: int, questions: int, repeats: int) -> None:
-    """Generate and answer with the embedded model: dense, exact and paper, compared in a report."""
+def demo(family: str, out: Path, seed: int, images: int, questions: int, repeats: int) -> None:
+    """Generate and answer with an embedded model: dense, exact, paper and fast, compared in a report."""
     from ..report import demo as report_demo
     from ..report.render import write_report
 
-    result = report_demo.run(seed=seed, images=images, questions=questions, repeats=repeats)
+    result = report_demo.run(seed=seed, images=images, questions=questions, repeats=repeats, family=family)
     path = write_report(result, out)
     click.echo(result.table())
     click.echo(f"\nreport: {path}")
@@ -221,7 +222,7 @@ def calibrate(
     from ..calibration.data import folder_samples
     from ..models.showo2 import Pipeline
     from ..nano.calibrate import SAMPLES, samples
-    from ..nano.model import PRUNE_MULTIPLE
+    from ..nano.subject import PRUNE_MULTIPLE
 
     pipe = Pipeline.from_pretrained(model)
     if data is not None:
@@ -345,7 +346,7 @@ def _print_kernels(
     from ..models.showo2.checkpoint import read_config as read_model_config
     from ..models.showo2.config import Showo2Config
     from ..models.showo2.model import Showo2
-    from ..nano.model import nano_config
+    from ..nano.showo2 import nano_config
     from ..runtime.kernel_sets import describe
 
     known = {"nano": nano_config, "1.5b": Showo2Config.show_o2_1_5b, "7b": Showo2Config.show_o2_7b}

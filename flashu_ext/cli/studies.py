@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .support import example
+from .support import FAMILY, example
 
 __all__ = ["COMMANDS"]
 
@@ -17,15 +17,18 @@ _SEED = click.option("--seed", default=0, show_default=True, help="Of scenes, wo
 _QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
 
 
-def _model(folder: Path | None) -> tuple[Any, Any, str]:
+def _model(family: str, folder: Path | None) -> tuple[Any, Any, str]:
     """The model, its plan and its name: the shipped one, or from a folder written by `python -m flashu_ext.nano.train`."""
-    from ..nano.model import DATA, load_model, load_plan
+    from ..nano.model import load_model, load_plan
+    from ..nano.subject import subject
 
-    model = load_model(folder or DATA)
-    return model, load_plan(model, folder or DATA), "nano" if folder is None else str(folder)
+    source = folder or subject(family).folder
+    model = load_model(source)
+    return model, load_plan(model, source), f"nano, {family}" if folder is None else str(folder)
 
 
-@click.command(epilog=example("flashu-ext analyze --out flashu_analysis"))
+@click.command(epilog=example("flashu-ext analyze --out flashu_analysis", "flashu-ext analyze --family bagel"))
+@FAMILY
 @click.option("--out", default="flashu_analysis", show_default=True, type=_FOLDER, help="Folder for the page and JSON.")
 @click.option(
     "--model", "folder", type=_OLD_FOLDER, help="Another checkpoint of the embedded model (default: the shipped one)."
@@ -42,16 +45,17 @@ def _model(folder: Path | None) -> tuple[Any, Any, str]:
 @_SEED
 @_QUIET
 def analyze(
-    out: Path, folder: Path | None, samples: int, drawings: int, questions: int, seed: int, quiet: bool
+    family: str, out: Path, folder: Path | None, samples: int, drawings: int, questions: int, seed: int, quiet: bool
 ) -> None:
     """Measure whether the model is specialised per task: critical neurons, redundant layers, drift of the head."""
+    from ..nano.subject import subject_of
     from ..planning.safe_files import write_text
     from ..report.render import render_analysis, write
     from ..studies import analysis
-    from ..studies.worlds import Showo2World
+    from ..studies.worlds import EmbeddedWorld
 
-    model, _, name = _model(folder)
-    world = Showo2World(drawings, questions, seed)
+    model, _, name = _model(family, folder)
+    world = EmbeddedWorld(subject_of(model).family, drawings, questions, seed)
     result = analysis.run(model, world, count=samples, seed=seed, model_name=name, progress=not quiet)
     path = write(render_analysis(result), out / "analysis.html")
     write_text(out / "analysis.json", result.to_json())
@@ -93,6 +97,7 @@ def report(out: Path, drawings: int, questions: int, repeats: int, seed: int, qu
         'flashu-ext generate "a red circle" --tuned flashu_tuned',
     )
 )
+@FAMILY
 @click.option(
     "--fidelity",
     default=0.99,
@@ -125,6 +130,7 @@ def report(out: Path, drawings: int, questions: int, repeats: int, seed: int, qu
 @_SEED
 @_QUIET
 def tune(
+    family: str,
     fidelity: float,
     out: Path,
     folder: Path | None,
@@ -135,15 +141,15 @@ def tune(
     quiet: bool,
 ) -> None:
     """Search the cheapest settings at a fidelity, on training scenes; report on held-out ones."""
-    from ..nano.evaluate import preset_config
+    from ..nano.subject import subject_of
     from ..studies.tuning import tune as search
 
-    model, plan, _ = _model(folder)
+    model, plan, _ = _model(family, folder)
     result = search(
         model,
         plan,
         fidelity,
-        paper=preset_config("paper"),
+        paper=subject_of(model).preset_config("paper"),
         drawings=drawings,
         questions=questions,
         report_drawings=reported,

@@ -17,6 +17,7 @@ from ..planning.reading import printable, read_text, refusal
 __all__ = [
     "DTYPES",
     "EXPECTED_ERRORS",
+    "FAMILY",
     "PRESETS",
     "Group",
     "check_writable",
@@ -29,6 +30,12 @@ __all__ = [
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Names of --dtype and of torch."""
+
+FAMILIES = ("showo2", "janusflow", "bagel")
+
+FAMILY = click.option(
+    "--family", type=click.Choice(FAMILIES), default=FAMILIES[0], show_default=True, help="Of the embedded model."
+)
 
 # Errors caused by input or machine. Others are bugs and keep their tracebacks.
 EXPECTED_ERRORS = (ValueError, TypeError, LookupError, RuntimeError, OSError, ImportError, MemoryError)

@@ -26,9 +26,9 @@ class DensePass:
     """
 
     run: Callable[[], object]
-    """Calls the layers, once or several times, each on tokens [rows, n, hidden] or [n, hidden]."""
+    """Calls the layers, once or several times, each on tokens [rows, n, hidden]."""
     counted: Tensor | None = None
-    """bool [rows, n] or [n], of every call: the tokens that count; None: all. No output may depend on the others."""
+    """bool [rows, n], of every call: the tokens that count; None: all. No output may depend on the others."""
     row: int = 0
     """Number of its time, of a drawing."""
     answer: int = 0

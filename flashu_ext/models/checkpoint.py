@@ -1,4 +1,4 @@
-"""Checkpoint folders of all models: config.json and weights, upstream's or our own.
+"""Checkpoint folders of all models: config files and weights, upstream's or our own.
 
 Loading is strict and executes no code; files are written atomically.
 """
@@ -10,128 +10,191 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..planning.reading import exists, refusal, shown
 from ..planning.safe_files import save_safetensors, write_text
-from .weights import DTYPES, Shapes, Sizes, listed, read_object, read_shapes, read_weights
+from .fields import JsonConfig
+from .weights import DTYPES, USUAL, Files, Shapes, Sizes, listed, read_object, read_shapes, read_weights
 
+C = TypeVar("C", bound=JsonConfig)
 M = TypeVar("M", bound=nn.Module)
 
-__all__ = ["Layout", "check_dtype", "check_names", "config_of", "load", "read_config", "save"]
+__all__ = ["Configs", "Layout", "check_dtype", "check_names", "expect_fields"]
+
+OWN = "config.json"
+"""The config file of our own format, by its field `format`; upstream's may have the same name."""
+
+Configs = Mapping[str, Mapping[str, Any]]
+"""The objects in a folder's config files, by the files' names."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Generic[C]):
     """What the checkpoint folders of one family of models are like.
 
     Attributes:
         name: of the family, as 'Show-o2'.
-        language_model: name of the submodule that is transformers' language model with its head.
-        own: fields of a config.json in our own format -> the model's configuration.
-        upstream: (folder, fields of upstream's config.json, sizes of the weights) -> the configuration.
+        language_model: name of the submodule that is the language model with its head: `model.embed_tokens`, `lm_head`,
+            `config.tie_word_embeddings` and `tie_weights()` as transformers' have them.
+        config: the class of configurations.
+        upstream: (folder, what is in upstream's config files, sizes of the weights) -> the configuration.
         layers: a configuration -> for every kind of layer its name for messages, the pattern of its weights' names, and how many
             there are.
         shallow: a configuration -> one of a small model with the same buffers: one layer of each kind.
-        suffixes: kinds of weight files.
+        configs: upstream's config files. All of them must be there.
+        files: upstream's weights. Ours are of the same kinds and have the usual names.
     """
 
     name: str
     language_model: str
-    own: Callable[[dict[str, Any]], Any]
-    upstream: Callable[[Path, dict[str, Any], Sizes], Any]
-    layers: Callable[[Any], Iterable[tuple[str, str, int]]]
-    shallow: Callable[[Any], Any]
-    suffixes: tuple[str, ...] = ("safetensors",)
+    config: type[C]
+    upstream: Callable[[Path, Configs, Sizes], C]
+    layers: Callable[[C], Iterable[tuple[str, str, int]]]
+    shallow: Callable[[C], C]
+    configs: tuple[str, ...] = (OWN,)
+    files: Files = USUAL
 
-    def tied_head(self, model: Any) -> str | None:
+    # ---- folders
+
+    def load(self, directory: str | os.PathLike[str], build: Callable[[C], M], dtype: torch.dtype | None = None) -> M:
+        """Load a model from a folder with config files and weights.
+
+        Args:
+            directory: upstream's layout, or one written by `save`.
+            build: the model's class. It is called on the meta device, when the files' layers are known to be there.
+            dtype: of the parameters; None keeps the token embedding's.
+
+        Returns:
+            The model on the CPU, in eval mode. Parameters take gradients where the class's do.
+
+        Raises:
+            FileNotFoundError: the folder, a config file or its weights are missing.
+            ValueError: a file is malformed, or names, shapes or dtypes do not match the model; the message lists them.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"{directory}: expected a folder with a {self.name} checkpoint")
+        check_dtype(dtype)
+        configs = self._read_configs(directory)
+        state = read_weights(directory, self._files(configs))
+        config = self.config_of(directory, configs, {name: tuple(t.shape) for name, t in state.items()})
+        model: Any = _on_meta(_where(directory, configs), build, config)
+        head = self._tied_head(model)
+        check_names(directory, model, state, () if head is None else (head,))
+        if dtype is None:
+            dtype = state[f"{self.language_model}.model.embed_tokens.weight"].dtype
+        for name, tensor in state.items():
+            state[name] = tensor.to(dtype)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # assign=True makes the loaded tensors the parameters, so the weights are never in memory twice.
+        model.load_state_dict(state, strict=True, assign=True)
+        if head is not None:
+            model.get_submodule(self.language_model).tie_weights()
+        _restore_buffers(model, lambda: build(self.shallow(config)))
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        return model.eval()
+
+    def save(self, model: Any, directory: str | os.PathLike[str]) -> None:
+        """Write `model.safetensors` and `config.json` in our own format, each atomically.
+
+        Args:
+            directory: created if missing; existing files of these names are replaced. They count where upstream's are there too.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = model.state_dict()
+        state.pop(self._tied_head(model), None)
+        save_safetensors(directory / "model.safetensors", state)
+        write_text(directory / OWN, model.config.to_json() + "\n")
+
+    def read_config(self, directory: str | os.PathLike[str]) -> C:
+        """The configuration of the model in a checkpoint folder; of safetensors only headers are read.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load`, for what is read.
+        """
+        directory = Path(directory)
+        configs = self._read_configs(directory)
+        return self.config_of(directory, configs, read_shapes(directory, self._files(configs)))
+
+    def config_of(self, directory: Path, configs: Configs, shapes: Shapes) -> C:
+        """The configuration that the config files and the shapes of the weights give together.
+
+        Raises:
+            ValueError: they do not; the message names the config file, or the folder where there are several.
+        """
+        sizes = Sizes(shapes)
+        try:
+            own = self._is_own(configs)
+            config = self.config.from_fields(configs[OWN]) if own else self.upstream(directory, configs, sizes)
+            for where, pattern, asked in self.layers(config):  # before a layer is built
+                if sizes.count(pattern) != asked:
+                    raise ValueError(f"{where}: expected {sizes.count(pattern)}, as the weights have, got {asked}")
+        except ValueError as error:
+            raise refusal(_where(directory, configs), error) from error
+        return config
+
+    # ---- files
+
+    def _read_configs(self, directory: Path) -> Configs:
+        """Our own config file, or all of upstream's."""
+        try:
+            own = self._read_config(directory, OWN)
+        except (OSError, ValueError):
+            # A published config.json that upstream's program does not read need not even be JSON.
+            if OWN in self.configs or not any(exists(directory / name) for name in self.configs):
+                raise
+            own = {}
+        if OWN in self.configs or "format" in own:
+            return {OWN: own}
+        return {name: self._read_config(directory, name) for name in self.configs}
+
+    def _read_config(self, directory: Path, name: str) -> Mapping[str, Any]:
+        if not exists(directory / name):
+            others = "" if OWN in self.configs else f", or upstream's {listed(self.configs)}"
+            raise FileNotFoundError(
+                f"{directory}: expected {name} in the checkpoint folder{others if name == OWN else ''}"
+            )
+        return read_object(directory / name)
+
+    def _is_own(self, configs: Configs) -> bool:
+        return "format" in configs.get(OWN, ())
+
+    def _files(self, configs: Configs) -> Files:
+        return Files(suffixes=self.files.suffixes) if self._is_own(configs) else self.files
+
+    def _tied_head(self, model: Any) -> str | None:
         """The output head's weight where it is the token embedding, which a checkpoint then need not hold."""
         tied = model.get_submodule(self.language_model).config.tie_word_embeddings
         return f"{self.language_model}.lm_head.weight" if tied else None
 
 
-def load(
-    layout: Layout, directory: str | os.PathLike[str], build: Callable[[Any], M], dtype: torch.dtype | None = None
-) -> M:
-    """Load a model from a folder with config.json and weights.
+def expect_fields(
+    where: str, fields: Mapping[str, Any], found: Mapping[str, Any], plain: Mapping[str, Any] | None = None
+) -> None:
+    """Raise ValueError for the first field of a config file that says something else than expected.
 
     Args:
-        directory: upstream's layout, or one written by `save`.
-        build: the model's class. It is called on the meta device, when the files' layers are known to be there.
-        dtype: of the parameters; None keeps the token embedding's.
-
-    Returns:
-        The model on the CPU, in eval mode.
-
-    Raises:
-        FileNotFoundError: the folder, its config.json or its weights are missing.
-        ValueError: a file is malformed, or names, shapes or dtypes do not match the model; the message lists them.
+        where: before the field's name in messages.
+        found: what the weights have. A field that is missing or null says nothing.
+        plain: what the program here computes. A field that is missing says that.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: expected a folder with a {layout.name} checkpoint")
-    check_dtype(dtype)
-    config_path = directory / "config.json"
-    if not exists(config_path):
-        raise FileNotFoundError(f"{directory}: expected config.json in the checkpoint folder")
-    fields = read_object(config_path)
-    state = read_weights(directory, layout.suffixes)
-    config = config_of(layout, directory, fields, {name: tuple(t.shape) for name, t in state.items()})
-    model: Any = _on_meta(config_path, build, config)
-    head = layout.tied_head(model)
-    check_names(directory, model, state, () if head is None else (head,))
-    if dtype is None:
-        dtype = state[f"{layout.language_model}.model.embed_tokens.weight"].dtype
-    for name, tensor in state.items():
-        state[name] = tensor.to(dtype)
-    # assign=True makes the loaded tensors the parameters, so the weights are never in memory twice.
-    model.load_state_dict(state, strict=True, assign=True)
-    if head is not None:
-        model.get_submodule(layout.language_model).tie_weights()
-    _restore_buffers(model, lambda: build(layout.shallow(config)))
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.eval()
+    for name, value in (plain or {}).items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"{where}{name}: expected {value!r}, got {shown(fields[name])}")
+    for name, value in found.items():
+        if fields.get(name) not in (None, value):
+            raise ValueError(f"{where}{name}: expected {value}, as the weights have, got {shown(fields[name])}")
 
 
-def save(layout: Layout, model: Any, directory: str | os.PathLike[str]) -> None:
-    """Write `model.safetensors` and `config.json` in our own format, each atomically.
-
-    Args:
-        directory: created if missing; existing files of these names are replaced.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()
-    state.pop(layout.tied_head(model), None)
-    save_safetensors(directory / "model.safetensors", state)
-    write_text(directory / "config.json", model.config.to_json() + "\n")
-
-
-def read_config(layout: Layout, directory: str | os.PathLike[str]) -> Any:
-    """The configuration of the model in a checkpoint folder; of safetensors only headers are read."""
-    directory = Path(directory)
-    return config_of(layout, directory, read_object(directory / "config.json"), read_shapes(directory, layout.suffixes))
-
-
-def config_of(layout: Layout, directory: Path, fields: dict[str, Any], shapes: Shapes) -> Any:
-    """The configuration that the fields of config.json and the shapes of the weights give together.
-
-    Raises:
-        ValueError: they do not; the message names config.json.
-    """
-    sizes = Sizes(shapes)
-    try:
-        config = layout.own(fields) if "format" in fields else layout.upstream(directory, fields, sizes)
-        for where, pattern, asked in layout.layers(config):  # before a layer is built
-            if sizes.count(pattern) != asked:
-                raise ValueError(f"{where}: expected {sizes.count(pattern)}, as the weights have, got {asked}")
-    except ValueError as error:
-        raise refusal(directory / "config.json", error) from error
-    return config
+def _where(directory: Path, configs: Configs) -> Path:
+    """What an error about the config files names: the file, or of several the folder."""
+    return directory.joinpath(*configs) if len(configs) == 1 else directory
 
 
 def check_dtype(dtype: Any) -> None:

@@ -40,8 +40,16 @@ def siglip_encoder(fields: dict[str, Any]) -> nn.Module:
 
 
 def rope_theta(config: Mapping[str, Any]) -> Any:
-    """The base as transformers writes it, in either place; 10000 where it is in neither."""
+    """The base as transformers writes it, in either place; 10000 where it is in neither.
+
+    Raises:
+        ValueError: it is no number > 0, or the frequencies are scaled, which is not computed here.
+    """
     nested = config.get("rope_parameters")
+    kind = nested.get("rope_type", "default") if isinstance(nested, dict) else "default"
+    for name, value, plain in (("rope_scaling", config.get("rope_scaling"), None), ("rope_type", kind, "default")):
+        if value != plain:
+            raise ValueError(f"the language model's {name}: expected {plain!r}, got {shown(value)}")
     if "rope_theta" in config or not isinstance(nested, dict):
         return _base(config.get("rope_theta", 10000.0))
     return _base(nested.get("rope_theta", 10000.0))

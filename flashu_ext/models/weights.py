@@ -5,10 +5,12 @@ Reading is strict and executes no code.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,15 +20,29 @@ from torch import Tensor, nn
 from ..planning.reading import exists, open_regular, read_json, refusal, shown
 from ..planning.safe_files import load_safetensors, read_header
 
-__all__ = ["DTYPES", "Shapes", "Sizes", "listed", "read_object", "read_shapes", "read_weights"]
-
-STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")
-"""Names of the weights file: diffusers', upstream's own, transformers'."""
+__all__ = ["DTYPES", "USUAL", "Files", "Shapes", "Sizes", "listed", "read_object", "read_shapes", "read_weights"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of weights, by name."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Which files of a folder are weights.
+
+    Attributes:
+        stems: their names without ending, the first that is there counts. By default ours and transformers', upstream's own
+            and diffusers'.
+        suffixes: their kinds.
+    """
+
+    stems: tuple[str, ...] = ("model", "pytorch_model", "diffusion_pytorch_model")
+    suffixes: tuple[str, ...] = ("safetensors",)
+
+
+USUAL = Files()
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -50,6 +66,26 @@ class Sizes:
             raise ValueError(f"expected a weight {name} with at least {dim + 1} dimensions, none of them 0, got {got}")
         return shape[dim]
 
+    def side(self, name: str, dim: int) -> int:
+        """The side of a square whose places a dimension counts."""
+        places = self(name, dim)
+        if math.isqrt(places) ** 2 != places:
+            raise ValueError(f"{name}: expected a square number of places, got {places}")
+        return math.isqrt(places)
+
+    def decoder(self, path: str, pattern: str, head_dim: int) -> dict[str, int]:
+        """Of a decoder at a path, under the names of transformers' configs. pattern: of its layers."""
+        layer, table = f"{path}.model.layers.0", f"{path}.model.embed_tokens.weight"
+        return {
+            "hidden_size": self(table, 1),
+            "intermediate_size": self(f"{layer}.mlp.gate_proj.weight", 0),
+            "num_hidden_layers": self.count(pattern),
+            "num_attention_heads": max(1, self(f"{layer}.self_attn.q_proj.weight", 0) // head_dim),
+            "num_key_value_heads": max(1, self(f"{layer}.self_attn.k_proj.weight", 0) // head_dim),
+            "vocab_size": self(table, 0),
+            "head_dim": head_dim,
+        }
+
     def count(self, pattern: str) -> int:
         """How many layers there are in names that match `pattern`; they are numbered from 0 without a gap."""
         found = {match[1]: name for name in self.shapes if (match := re.match(pattern, name))}
@@ -62,18 +98,19 @@ class Sizes:
 # ---- files
 
 
-def _weight_files(directory: Path, suffixes: tuple[str, ...]) -> tuple[list[Path], dict[str, str] | None]:
+def _weight_files(directory: Path, files: Files) -> tuple[list[Path], dict[str, str] | None]:
     """The weight files and, for shards, the index: tensor name -> file name."""
-    for stem in STEMS:
-        for suffix in suffixes:
-            index = directory / f"{stem}.{suffix}.index.json"
-            if exists(index):
-                weight_map = _weight_map(index, suffixes)
-                return [directory / name for name in sorted(set(weight_map.values()))], weight_map
+    for stem in files.stems:
+        for suffix in files.suffixes:
+            # The whole file goes first: `save` writes it beside shards that may be there already.
             if exists(directory / f"{stem}.{suffix}"):
                 return [directory / f"{stem}.{suffix}"], None
-    names = ", ".join(f"{stem}.{suffixes[0]}" for stem in STEMS)
-    others = "".join(f", the same as .{suffix}" for suffix in suffixes[1:])
+            index = directory / f"{stem}.{suffix}.index.json"
+            if exists(index):
+                weight_map = _weight_map(index, files.suffixes)
+                return [directory / name for name in sorted(set(weight_map.values()))], weight_map
+    names = ", ".join(f"{stem}.{files.suffixes[0]}" for stem in files.stems)
+    others = "".join(f", the same as .{suffix}" for suffix in files.suffixes[1:])
     raise FileNotFoundError(f"{directory}: expected weights: {names}{others}, or their .index.json with shards")
 
 
@@ -93,30 +130,30 @@ def _weight_map(index: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     return weight_map
 
 
-def read_weights(directory: Path, suffixes: tuple[str, ...]) -> dict[str, Tensor]:
+def read_weights(directory: Path, files: Files) -> dict[str, Tensor]:
     """All weights of a folder, on the CPU."""
-    files, weight_map = _weight_files(directory, suffixes)
+    paths, weight_map = _weight_files(directory, files)
     state: dict[str, Tensor] = {}
-    for path in files:
+    for path in paths:
         shard = load_safetensors(path)[0] if path.suffix == ".safetensors" else _load_bin(path)
         _check_shard(path, shard, state, weight_map)
         _check_plain(path, shard)
         state.update(shard)
-    return _complete(files, state, weight_map)
+    return _complete(paths, state, weight_map)
 
 
-def read_shapes(directory: Path, suffixes: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def read_shapes(directory: Path, files: Files) -> dict[str, tuple[int, ...]]:
     """Shapes of all weights of a folder; of safetensors only headers are read."""
-    files, weight_map = _weight_files(directory, suffixes)
+    paths, weight_map = _weight_files(directory, files)
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
+    for path in paths:
         if path.suffix == ".safetensors":
             shard = {name: entry.shape for name, entry in read_header(path).entries.items()}
         else:
             shard = {name: tuple(tensor.shape) for name, tensor in _load_bin(path).items()}
         _check_shard(path, shard, shapes, weight_map)
         shapes.update(shard)
-    return _complete(files, shapes, weight_map)
+    return _complete(paths, shapes, weight_map)
 
 
 def _check_shard(
@@ -129,10 +166,10 @@ def _check_shard(
             raise refusal(path, f"{name:.200}: the index says {shown(weight_map.get(name))}")
 
 
-def _complete(files: list[Path], found: dict[str, Any], weight_map: Mapping[str, str] | None) -> dict[str, Any]:
+def _complete(paths: list[Path], found: dict[str, Any], weight_map: Mapping[str, str] | None) -> dict[str, Any]:
     missing = sorted(set(weight_map or ()) - set(found))
     if missing:
-        raise refusal(files[0].parent, f"the index names {listed(missing)}, missing from all shards")
+        raise refusal(paths[0].parent, f"the index names {listed(missing)}, missing from all shards")
     return found
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
-from ..calibration.calibrate import GenerationSample, UnderstandingSample, calibrate
+from ..calibration.calibrate import calibrate
 from . import codec
-from .model import DATA, PRUNE_MULTIPLE, load_model
-from .tokenizer import layout
+from .model import load_model
+from .subject import DATA, PRUNE_MULTIPLE, subject, subject_of
 from .world import Scene, captions, questions, render, scenes
 
 __all__ = ["SAMPLES", "samples"]
@@ -24,26 +25,23 @@ def _latents(scene: Scene, rng: random.Random) -> torch.Tensor:
     return codec.encode(codec.to_unit(render(scene, rng)[None]))
 
 
-def samples(count: int, seed: int) -> tuple[list[GenerationSample], list[UnderstandingSample]]:
-    """`count` images and `count` questions with answers, from training scenes.
+def samples(count: int, seed: int, family: str = "showo2") -> tuple[list[Any], list[Any]]:
+    """`count` images and `count` questions with answers, from training scenes, as samples of a family.
 
     Raises:
         ValueError: more than there are training scenes.
     """
     rng = random.Random(seed)
-    words = layout()
+    own = subject(family)
     generation, understanding = [], []
     everything = scenes(held_out=False)
     if count > len(everything):
         raise ValueError(f"count: expected at most {len(everything)} training scenes, got {count}")
     for scene in rng.sample(everything, count):
-        rows = words.generation([rng.choice(captions(scene))])
-        generation.append(GenerationSample(latents=_latents(scene, rng), **vars(rows)))
+        prompt = rng.choice(captions(scene))
+        generation.append(own.generation_sample(_latents(scene, rng), prompt))
         question = rng.choice(questions(scene, rng))
-        before, after = words.question(question.text)
-        answer = torch.tensor([words.encode(question.answer)], dtype=torch.int64)
-        tokens = torch.cat([after, answer], dim=1)
-        understanding.append(UnderstandingSample(_latents(scene, rng), before, tokens, answer.shape[1]))
+        understanding.append(own.understanding_sample(_latents(scene, rng), question))
     return generation, understanding
 
 
@@ -76,7 +74,9 @@ def main(directory: Path, count: int, ratio: float, seed: int) -> None:
 
     `flashu-ext calibrate nano` does the same for the shipped model, with every setting.
     """
-    plan = calibrate(load_model(directory), *samples(count, seed), ratio=ratio, multiple=PRUNE_MULTIPLE, seed=seed)
+    model = load_model(directory)
+    given = samples(count, seed, subject_of(model).family)
+    plan = calibrate(model, *given, ratio=ratio, multiple=PRUNE_MULTIPLE, seed=seed)
     plan.save(directory / "plan.safetensors")
     click.echo(f"{directory / 'plan.safetensors'}\n{plan.describe()}")
 

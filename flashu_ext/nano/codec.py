@@ -19,7 +19,18 @@ from torch import Tensor
 from ..models.autocast import without_autocast
 from .world import SIZE
 
-__all__ = ["CHANNELS", "LATENT_SHAPE", "decode", "encode", "latent_size", "pictures", "to_unit"]
+__all__ = [
+    "CHANNELS",
+    "GRID",
+    "LATENT_SHAPE",
+    "decode",
+    "encode",
+    "grid",
+    "latent_size",
+    "pictures",
+    "to_unit",
+    "ungrid",
+]
 
 BLOCK = 4
 CHANNELS = 16
@@ -87,6 +98,18 @@ def decode(latents: Tensor) -> Tensor:
         blocks = codes @ _BASIS.to(latents.device)
     blocks = blocks.view(batch, GRID, GRID, 2, 2, 3, BLOCK, BLOCK)
     return blocks.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(batch, 3, SIZE, SIZE).clamp(-1, 1)
+
+
+def grid(latents: Tensor) -> Tensor:
+    """Latents [B, 16, 72, 2] -> the same numbers where they lie in the image, [B, 16, 12, 12]."""
+    blocks = latents.unflatten(2, (GRID, GRID, 2))  # [B, 16, row, column, row in patch, column in patch]
+    return blocks.permute(0, 1, 2, 4, 3, 5).reshape(latents.shape[0], CHANNELS, 2 * GRID, 2 * GRID)
+
+
+def ungrid(latents: Tensor) -> Tensor:
+    """The inverse of `grid`."""
+    blocks = latents.view(latents.shape[0], CHANNELS, GRID, 2, GRID, 2)
+    return blocks.permute(0, 1, 2, 4, 3, 5).reshape(latents.shape[0], *LATENT_SHAPE)
 
 
 def latent_size(height: int, width: int) -> tuple[int, int]:

@@ -15,19 +15,13 @@ import click
 import torch
 from torch import Tensor
 
-from ..planning.config import PRESETS, FlashUConfig, preset
+from ..planning.config import PRESETS
 from . import codec
 from .judge import judge
-from .model import PRUNE_MULTIPLE
-from .tokenizer import layout
+from .subject import DATA, subject_of
 from .world import Question, Scene, captions, questions, render, scenes
 
-__all__ = ["Proportion", "answer", "generate", "make_noise", "measure_answers", "measure_images", "preset_config"]
-
-GUIDANCE = 2.5
-SHIFT = 1.5
-"""Guidance and time shift of the embedded model, chosen on training scenes."""
-ANSWER_TOKENS = 4
+__all__ = ["Proportion", "answer", "generate", "make_noise", "measure_answers", "measure_images"]
 
 
 @dataclass(frozen=True)
@@ -55,22 +49,6 @@ class Proportion:
         return f"{100 * self.value:.1f} % ({self.right}/{self.n}, 95 % {100 * low:.1f} to {100 * high:.1f})"
 
 
-def preset_config(name: str, steps: int | None = None) -> FlashUConfig | None:
-    """FlashUConfig of a preset for the embedded model, or None for dense.
-
-    'paper' has the paper's settings with two changes. It skips no layers: one of six is a sixth of the depth, and skipping it
-    leaves 27 of 100 images correct (96 without; `flashu-ext report`). In answers it drops the half of the visual tokens with
-    the *smallest* value norms: dropping the largest, as in the paper, leaves 45 % of the answers correct here (93 % without
-    dropping; `flashu-ext report`). 'fast' is tuned for a fidelity of 0.99.
-    """
-    overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
-    if name in ("paper", "fast"):
-        overrides["prune_multiple"] = PRUNE_MULTIPLE
-    if name == "paper":
-        overrides |= {"layer_skip_ratio": 0.0, "token_prune_ratio": 0.5, "token_prune_score": "value_norm_small"}
-    return preset(name, **overrides)
-
-
 def make_noise(count: int, seed: int) -> Tensor:
     """Noise of `count` images, fp32 [count, 16, 72, 2] on the CPU; the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -91,21 +69,7 @@ def generate(
         steps: grid points if the config has none.
         callback: as for `showo2.sample`.
     """
-    from ..models.showo2.sampling import sample
-
-    device = model.showo.model.embed_tokens.weight.device
-    inputs = layout().generation(list(prompts), device)
-    latents = sample(
-        model,
-        noise.to(device),
-        **vars(inputs),
-        steps=steps,
-        guidance_scale=GUIDANCE,
-        time_shifting_factor=SHIFT,
-        callback=callback,
-    )
-    assert isinstance(latents, Tensor)
-    return latents
+    return subject_of(model).generate(model, prompts, noise, steps, callback)
 
 
 def measure_images(
@@ -125,13 +89,7 @@ def measure_images(
 
 def answer(model: Any, latents: Tensor, question: Question) -> tuple[str, list[int]]:
     """The model's answer to a question about latents [1, 16, 72, 2], as text and as token ids."""
-    from ..models.showo2.understanding import answer_tokens
-
-    words = layout()
-    device = model.showo.model.embed_tokens.weight.device
-    before, after = (tokens.to(device) for tokens in words.question(question.text))
-    tokens = answer_tokens(model, latents.to(device), before, after, max_new_tokens=ANSWER_TOKENS, eos_token=words.eos)
-    return words.answer(tokens), tokens.tolist()
+    return subject_of(model).answer(model, latents, question)
 
 
 def measure_answers(model: Any, among: Sequence[Scene], n: int, seed: int = 0) -> dict[str, Proportion]:
@@ -185,14 +143,14 @@ def main(
 
     from ..ops.machine import command_line, facts
     from ..runtime.handle import accelerate
-    from .model import DATA, load_model, load_plan
+    from .model import load_model, load_plan
 
     folder = Path(directory) if directory else DATA
     model = load_model(folder)
     held_out = split == "held-out"
     results: dict[str, Any] = {}
     for name in presets:
-        config = preset_config(name, steps)
+        config = subject_of(model).preset_config(name, steps)
         plan = load_plan(model, folder, config) if config is not None else None
         began = time.time()
         with accelerate(model, config, plan) if config is not None else nullcontext():

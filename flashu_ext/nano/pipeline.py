@@ -6,8 +6,8 @@ import torch
 
 from ..models.showo2.pipeline import Pipeline
 from . import codec
-from .evaluate import GUIDANCE, SHIFT, preset_config
 from .model import load_model, load_plan
+from .showo2 import SHIFT, SUBJECT
 from .tokenizer import layout
 from .world import SIZE
 
@@ -22,9 +22,9 @@ def load_pipeline(dtype: torch.dtype | None, device: torch.device | str) -> Pipe
         layout(),
         codec,
         SIZE,
-        GUIDANCE,
+        SUBJECT.guidance,
         SHIFT,
         "nano",
-        presets=preset_config,
+        presets=SUBJECT.preset_config,
         own_plan=lambda config: load_plan(model, config=config),
     )

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..planning.safe_files import atomic_path
 from . import codec
-from .model import nano_config
-from .tokenizer import layout, write_tokenizer
+from .subject import FAMILIES, subject
+from .tokenizer import write_tokenizer
 from .world import Question, Scene, captions, crowded_scene, description, questions, render, scenes
 
 __all__ = ["Settings", "Trainer"]
@@ -31,6 +31,8 @@ __all__ = ["Settings", "Trainer"]
 NULL_SHARE = 0.1
 VARIANTS = 24
 LOOSE_VARIANTS = 64
+MATRICES = ("layers.", "blocks.", "diffusion_head_a")
+"""In the names of the hidden matrices, which Muon trains."""
 CROWDED = 12_000
 """Renderings of every training scene, for generation and for answers; and scenes of three objects."""
 
@@ -73,9 +75,11 @@ class Settings:
     """What a run is; a checkpoint of other settings is not resumed.
 
     Attributes:
+        family: of the model, one of `subject.FAMILIES`.
         phases: how many of PHASES are run.
     """
 
+    family: str = "showo2"
     phases: int = len(PHASES)
     muon_lr: float = 0.015
     adam_lr: float = 2e-3
@@ -109,6 +113,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter.grad is None:  # in the checkpoint, but never run
+                    continue
                 state = self.state[parameter]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(parameter)
@@ -177,17 +183,15 @@ class Trainer:
     """Model, optimisers and averaged weights; `step(i)` trains on batch i."""
 
     def __init__(self, settings: Settings, data: Data, device: torch.device):
-        from ..models.showo2.model import Showo2
-
         torch.manual_seed(settings.seed)
         self.settings, self.data, self.device = settings, data, device
-        self.layout = layout()
-        self.model: Any = Showo2(nano_config()).to(device).train()
+        self.subject = subject(settings.family)
+        self.model: Any = self.subject.build().to(device).train()
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
-            hidden = parameter.dim() == 2 and ("layers." in name or "diffusion_head_a" in name)
+            hidden = parameter.dim() == 2 and any(part in name for part in MATRICES)
             (matrices if hidden else others).append(parameter)
         self.muon = Muon(matrices, settings.muon_lr)
         self.adam = torch.optim.AdamW(others, lr=settings.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -197,48 +201,18 @@ class Trainer:
     def _image_loss(self, count: int, rng: random.Random, generator: torch.Generator) -> Tensor:
         chosen, target = self.data.sample(rng, count)
         prompts = [rng.choice(captions(scene)) for scene in chosen]
-        inputs = self.layout.generation(prompts)
-        null = torch.tensor([rng.random() < NULL_SHARE for _ in prompts])
-        tokens = torch.where(null[:, None], inputs.text_tokens_null, inputs.text_tokens)
-        spans = torch.where(null[:, None, None], inputs.modality_positions_null, inputs.modality_positions)
-        end = int(spans[:, 0].sum(-1).max())  # tokens after the image do not affect it
-        tokens, spans, target = tokens[:, :end].to(self.device), spans.to(self.device), target.to(self.device)
+        null = torch.tensor([rng.random() < NULL_SHARE for _ in prompts], device=self.device)
+        target = target.to(self.device)
         noise = torch.randn(target.shape, generator=generator).to(self.device)
         t = torch.sigmoid(torch.randn(len(prompts), generator=generator) * 1.2 - 0.3).to(self.device)
         mixed = t[:, None, None, None] * target + (1 - t[:, None, None, None]) * noise
-        model = self.model
-        mask = model.omni_mask(spans, end)
-        embeds, time_embeds = model.embed_sequence(tokens, mixed, t, spans)
-        velocity = model.velocity(model.backbone(embeds, mask), time_embeds, mask, spans, target.shape)
-        return F.mse_loss(velocity, target - noise)
+        return F.mse_loss(self.subject.velocity(self.model, prompts, null, mixed, t), target - noise)
 
     def _answer_loss(self, phase: Phase, rng: random.Random) -> Tensor:
         among = self.data.ask if phase.varied else self.data.sample
         chosen, latents = among(rng, phase.answers)
-        model, plan = self.model, self.layout
-        rows, starts, ends = [], [], []
-        for scene in chosen:
-            question = _question(scene, phase, rng)
-            before, after = plan.question(question.text)
-            span = [plan.img_pad] * plan.image_tokens
-            prompt = [*before[0].tolist(), plan.boi, *span, *after[0, 1:].tolist()]
-            answer = [*plan.encode(question.answer), plan.eos]
-            rows.append([*prompt, *answer])
-            starts.append(len(prompt))
-            ends.append(len(prompt) + len(answer))
-        length = max(ends)
-        tokens = torch.tensor([[*row, *[plan.pad] * (length - len(row))] for row in rows], device=self.device)
-        offset = len(plan.before_image) + 1
-        spans = torch.tensor([[[offset, plan.image_tokens]]], device=self.device).expand(len(rows), 1, 2)
-        embeds, _ = model.embed_sequence(
-            tokens, latents.to(self.device), torch.ones(len(rows), device=self.device), spans
-        )
-        late = spans + torch.tensor([1, 0], device=self.device)  # the span starts one token late, as upstream answers
-        hidden = model.backbone(embeds, model.omni_mask(late, length))
-        position = torch.arange(1, length, device=self.device)
-        start = torch.tensor(starts, device=self.device)[:, None]
-        asked = (position >= start) & (position < torch.tensor(ends, device=self.device)[:, None])
-        return F.cross_entropy(model.showo.lm_head(hidden[:, :-1][asked]), tokens[:, 1:][asked])
+        asked = [_question(scene, phase, rng) for scene in chosen]
+        return F.cross_entropy(*self.subject.answered(self.model, latents.to(self.device), asked))
 
     def step(self, index: int) -> tuple[float, float]:
         """Train on batch `index`: (flow loss, answer loss)."""
@@ -267,9 +241,7 @@ class Trainer:
 
     def averaged(self) -> Any:
         """The model with averaged weights, in eval mode; shares nothing with the one being trained."""
-        from ..models.showo2.model import Showo2
-
-        model = Showo2(nano_config())
+        model = self.subject.build()
         model.load_state_dict({name: value.cpu() for name, value in self.average.items()}, strict=True)
         return model.eval()
 
@@ -305,6 +277,7 @@ class Trainer:
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("nano_run"), help="Folder of the run and its result."
 )
+@click.option("--family", type=click.Choice(FAMILIES), default=Settings.family, show_default=True, help="Of the model.")
 @click.option(
     "--phases",
     default=Settings.phases,

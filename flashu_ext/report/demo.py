@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..nano.evaluate import preset_config
 from ..nano.model import load_model, load_plan
 from ..nano.probe import Outputs, Probe
+from ..nano.subject import Subject, subject
 from ..ops import machine
 from ..planning.config import PRESETS, FlashUConfig
 from ..planning.extras import extra
@@ -29,37 +29,39 @@ SHOWN_DRAWINGS = 12
 SHOWN_ANSWERS = 12
 
 
-def run(seed: int = 0, images: int = 48, questions: int = 96, repeats: int = 5) -> DemoResult:
-    """Run the demo on the embedded model.
+def run(seed: int = 0, images: int = 48, questions: int = 96, repeats: int = 5, family: str = "showo2") -> DemoResult:
+    """Run the demo on an embedded model.
 
     Args:
         seed: of noise, wordings and the choice of scenes.
         images: prompts per preset.
         questions: asked per preset.
         repeats: timed rounds, one image and one answer each.
+        family: of the model, one of `nano.subject.FAMILIES`.
 
     Raises:
         FileNotFoundError: the package was installed without the model's data.
     """
     began = time.perf_counter()
-    model = load_model()
-    plan = load_plan(model)
+    own = subject(family)
+    model = load_model(own.folder)
+    plan = load_plan(model, own.folder)
     probe = Probe.build(images, questions, seed)
     outputs: dict[str, Outputs] = {}
     results: dict[str, PresetResult] = {}
     with _progress(len(PRESETS) * (images + questions) + repeats * len(PRESETS)) as advance:
         for preset in PRESETS:
-            with running(model, preset_config(preset), plan) as handle:
+            with running(model, own.preset_config(preset), plan) as handle:
                 outputs[preset] = probe.perform(model, advance)
                 summary = str(handle.summary()) if handle is not None else ""
-            results[preset] = _judged(preset, probe, outputs, summary)
+            results[preset] = _judged(own, preset, probe, outputs, summary)
         for index in range(repeats):
             for preset in PRESETS:
-                with running(model, preset_config(preset), plan):
+                with running(model, own.preset_config(preset), plan):
                     time_round(model, probe, index, results[preset])
                 advance(1)
     return DemoResult(
-        model=f"nano ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters)",
+        model=f"nano, {family} ({sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters)",
         command=machine.command_line(),
         machine=machine.facts(),
         seconds=time.perf_counter() - began,
@@ -69,9 +71,9 @@ def run(seed: int = 0, images: int = 48, questions: int = 96, repeats: int = 5) 
     )
 
 
-def _judged(preset: str, probe: Probe, outputs: dict[str, Outputs], summary: str) -> PresetResult:
+def _judged(of: Subject, preset: str, probe: Probe, outputs: dict[str, Outputs], summary: str) -> PresetResult:
     own, dense = outputs[preset], outputs[PRESETS[0]]
-    config = preset_config(preset)
+    config = of.preset_config(preset)
     steps = StepPlan.build(config if config is not None else FlashUConfig.exact(), None, None)
     exact = config is not None and not config.approximates
     return PresetResult(

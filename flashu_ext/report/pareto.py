@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..nano.evaluate import Proportion, preset_config
-from ..nano.model import PRUNE_MULTIPLE, load_model, load_plan
+from ..nano.evaluate import Proportion
+from ..nano.model import load_model, load_plan
 from ..nano.probe import Probe
+from ..nano.showo2 import SUBJECT
+from ..nano.subject import PRUNE_MULTIPLE
 from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..studies.comparison import Point, Setting, compare
@@ -79,11 +81,11 @@ def settings(fidelities: Sequence[float] = (0.99, 0.95)) -> list[Setting]:
 
     result = [Setting("dense", "dense, fewer steps", None)]
     result += [Setting(f"dense, {n} grid points", "dense, fewer steps", None, n) for n in fewer]
-    result += [Setting("exact", "exact", preset_config("exact"))]
+    result += [Setting("exact", "exact", SUBJECT.preset_config("exact"))]
     result += [
         Setting(f"exact, {n} grid points", "exact, fewer steps", FlashUConfig.exact(steps=n, **pruned)) for n in fewer
     ]
-    result += [Setting("paper", "paper", preset_config("paper"))]
+    result += [Setting("paper", "paper", SUBJECT.preset_config("paper"))]
     result += [knob(f"neurons -{100 * r:.0f} %", ffn_prune_ratio=r) for r in (0.2, 0.4)]
     result += [knob("a layer of six skipped", layer_skip_ratio=0.2, layer_skip_interval=10, full_network_steps=0.3)]
     result += [knob(f"head cached, every {n}", head_cache_interval=n, full_network_steps=0.3) for n in (3, 5)]

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..models.adapter import adapter_of
-from ..nano.evaluate import GUIDANCE, Proportion
+from ..nano.evaluate import Proportion
 from ..nano.probe import Outputs, Probe
-from ..nano.tokenizer import layout
+from ..nano.subject import subject_of
 from ..planning.config import FlashUConfig
-from ..planning.cost import Geometry, dense_flops, image_flops
+from ..planning.cost import dense_flops, image_flops
 from ..planning.plan import TaskPlan
 from ..planning.schedule import StepPlan
 from ..runtime.handle import accelerate
@@ -143,14 +143,15 @@ def time_round(model: Any, probe: Probe, turn: int, into: Timed, steps: int | No
 
 def _point(model: Any, setting: Setting, probe: Probe, own: Outputs, dense: Outputs) -> Point:
     shape = adapter_of(model).shape()
-    rows = layout().generation([probe.prompts[0]])
-    prefix, span = (int(value) for value in rows.modality_positions[0, 0])
-    geometry = Geometry(prefix, span, rows.text_tokens.shape[1])
+    subject = subject_of(model)
+    geometry = subject.geometry(probe.prompts[0])
     if setting.config is None:
         steps = setting.steps or 50
         flops = dense_flops(shape, geometry, steps - 1)
     else:
-        plan = StepPlan.build(setting.config, setting.steps, len(shape.layers), GUIDANCE, span - shape.time_token)
+        plan = StepPlan.build(
+            setting.config, setting.steps, len(shape.layers), subject.guidance, geometry.span - shape.time_token
+        )
         steps = plan.grid_points
         flops = image_flops(shape, plan, geometry)
     perceptual = fidelity.lpips(own.images, dense.images)

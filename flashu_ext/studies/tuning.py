@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..models.adapter import adapter_of
-from ..nano.evaluate import GUIDANCE, Proportion
+from ..nano.evaluate import Proportion
 from ..nano.probe import Probe
+from ..nano.subject import subject_of
 from ..ops import machine
 from ..planning.config import FlashUConfig
 from ..planning.cost import CostModel
@@ -176,7 +177,7 @@ def tune(
             probe.generate(model, [0], callback=callback)
 
     tokens = model.config.image_latent_height * model.config.image_latent_width
-    costs = CostModel(generate, len(adapter_of(model).layers), GUIDANCE, tokens)
+    costs = CostModel(generate, len(adapter_of(model).layers), subject_of(model).guidance, tokens)
 
     answers: dict[FlashUConfig, float] = {}
 

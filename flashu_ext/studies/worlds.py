@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..models.adapter import adapter_of
 from ..nano.calibrate import samples
-from ..nano.evaluate import GUIDANCE, SHIFT, Proportion
+from ..nano.evaluate import Proportion
 from ..nano.probe import Probe
+from ..nano.subject import subject
 
-__all__ = ["Advance", "Showo2World", "World"]
+__all__ = ["Advance", "EmbeddedWorld", "World"]
 
 STEPS = 30
 """Grid points of a drawing."""
@@ -44,15 +45,15 @@ class World(Protocol):
         empty where that is not measured. The model is not accelerated."""
 
 
-class Showo2World:
-    """Of the embedded Show-o2: held-out scenes."""
+class EmbeddedWorld:
+    """Of the embedded models of a family: held-out scenes."""
 
-    def __init__(self, drawings: int, questions: int, seed: int = 0):
-        self.drawings, self.questions = drawings, questions
+    def __init__(self, family: str, drawings: int, questions: int, seed: int = 0):
+        self.family, self.drawings, self.questions = family, drawings, questions
         self._probe = Probe.build(drawings, questions, seed)
 
     def samples(self, count: int, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
-        return samples(count, seed)
+        return samples(count, seed, self.family)
 
     def draw(self, model: Any, advance: Advance) -> Proportion:
         probe = dataclasses.replace(self._probe, asked=[])
@@ -63,25 +64,22 @@ class Showo2World:
         return probe.accuracy(probe.perform(model, advance))
 
     def states(self, model: Any, count: int) -> Sequence[Sequence[Tensor]]:
-        """The last block's output over the image span."""
-        from ..models.showo2.sampling import sample
-        from ..nano.tokenizer import layout
-
-        probe, found = self._probe, []
+        """Of a head of blocks: the last one's output over the image span."""
+        blocks, probe, found = adapter_of(model).blocks, self._probe, []
+        if not len(blocks):
+            return ()
         outputs: list[Tensor] = []
 
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
             outputs.append((output[0] if isinstance(output, tuple) else output).detach().float().clone())
 
-        hook = adapter_of(model).blocks[-1].register_forward_hook(keep)
+        hook = blocks[-1].register_forward_hook(keep)
         try:
             for number in range(count):
-                inputs = layout().generation([probe.prompts[number]])
-                first, length = inputs.modality_positions[0, 0].tolist()
                 outputs.clear()
-                noise = probe.noise[number : number + 1]
-                sample(model, noise, **vars(inputs), steps=STEPS, guidance_scale=GUIDANCE, time_shifting_factor=SHIFT)
-                found.append([output[0, first : first + length].contiguous() for output in outputs])
+                probe.generate(model, [number], STEPS)
+                place = subject(self.family).geometry(probe.prompts[number])
+                found.append([each[0, place.prefix : place.prefix + place.span].contiguous() for each in outputs])
         finally:
             hook.remove()
         return found

@@ -45,6 +45,8 @@ LISTS = within("parallel/test_lists.py")
 RANKS = within("parallel/test_ranks.py")
 LOCK = within("parallel/test_folder_lock.py")
 HOSTILE = within("planning/test_hostile_files.py")
+FOLDERS = within("families/test_checkpoint_folders.py")
+CONFIGS = within("families/test_bagel_checkpoint.py")
 WRITES = within("planning/test_failed_writes.py")
 EDGES = within("showo2/test_edges.py")
 SIZES = within("showo2/test_sizes.py")
@@ -89,7 +91,13 @@ MUTANTS = [
     Mutant("schedule: one full step more", "flashu_ext/planning/schedule.py", "index > rules.whole_after", "index >= rules.whole_after", SCHEDULE),
     Mutant("schedule: a forecast takes the oldest", "flashu_ext/planning/schedule.py", "(index, *measured_tokens)", "(*measured_tokens, index)", SCHEDULE),
     Mutant("cost: the unguided is priced as guided", "flashu_ext/planning/cost.py", "(2 if guided else 1), geometry.length", "2, geometry.length", COST),
-    Mutant("checkpoint: a tied table is saved twice", "flashu_ext/models/checkpoint.py", "    state.pop(layout.tied_head(model), None)\n", "", SMALL("files")),
+    Mutant("checkpoint: a tied table is saved twice", "flashu_ext/models/checkpoint.py", "        state.pop(self._tied_head(model), None)\n", "", SMALL("files")),
+    Mutant("checkpoint: shards count beside a whole file", "flashu_ext/models/weights.py", '            if exists(directory / f"{stem}.{suffix}"):\n', '            if exists(directory / f"{stem}.{suffix}") and not exists(directory / f"{stem}.{suffix}.index.json"):\n', FOLDERS("saved_over")),
+    Mutant("checkpoint: ours is upstream's where both are there", "flashu_ext/models/checkpoint.py", 'OWN in self.configs or "format" in own', 'OWN in self.configs', FOLDERS("bagel")),
+    Mutant("checkpoint: fixed tables are trained", "flashu_ext/models/checkpoint.py", "parameter.requires_grad_(name in trained)", "parameter.requires_grad_(True)", FOLDERS("bagel and round_trip")),
+    Mutant("checkpoint: a field may contradict the weights", "flashu_ext/models/checkpoint.py", "fields.get(name) not in (None, value)", "fields.get(name, value) is None", CONFIGS("bad_configs")),
+    Mutant("checkpoint: an activation is not looked at", "flashu_ext/models/checkpoint.py", "if fields.get(name, value) != value:", "if False:", CONFIGS("bad_configs")),
+    Mutant("bagel: the image encoder has all layers of its file", "flashu_ext/models/bagel/checkpoint.py", "sizes.count(_VIT_LAYERS) + 1", "sizes.count(_VIT_LAYERS)", CONFIGS("released")),
     Mutant("prompts: the end is kept", "flashu_ext/models/showo2/prompts.py", "[: self.max_text_len]", "[-self.max_text_len :]", EDGES("prompt")),
     Mutant("pixels: cut off", "flashu_ext/models/showo2/pipeline.py", "* 127.5).round()", "* 127.5)", EDGES("pixels"), quick=True),
     Mutant("pixels: cropped at the top", "flashu_ext/models/showo2/pipeline.py", "round((height - side) / 2)", "0", EDGES("cropped")),
@@ -203,7 +211,7 @@ MUTANTS = [
     Mutant("janusflow: the time is not the network's", "flashu_ext/models/janusflow/calibration.py", "t * TIMES, dtype", "t, dtype", PLANS("sums_and_scores")),
     Mutant("bagel: the time runs the wrong way", "flashu_ext/models/bagel/calibration.py", "torch.full((1,), 1 - t, ", "torch.full((1,), t, ", PLANS("sums_and_scores")),
     Mutant("bagel: one branch of guidance", "flashu_ext/models/bagel/calibration.py", "else [model.append(before, full[-1], ids), before]", "else [model.append(before, full[-1], ids)]", PLANS("sums_and_scores")),
-    Mutant("bagel: markers are patches", "flashu_ext/models/bagel/calibration.py", "        counted[[0, -1]] = False\n", "", PLANS("layer_importance")),
+    Mutant("bagel: markers are patches", "flashu_ext/models/bagel/calibration.py", "        counted[:, [0, -1]] = False\n", "", PLANS("layer_importance")),
     Mutant("bagel: the answer's marker is not read", "flashu_ext/models/bagel/calibration.py", "torch.tensor([ids.bos_token_id, *answer]", "torch.tensor([*answer]", PLANS("sums_and_scores")),
     Mutant("bagel: the prompt's markers are not read", "flashu_ext/models/bagel/calibration.py", "[run(_contexts(model, sample.drawing)) for run in runs]", "[_contexts(model, sample.drawing) for run in runs]", PLANS("rest_of_a_drawing")),
     Mutant("analysis: neurons stay away", "flashu_ext/studies/analysis.py", "            weight[:, neurons] = values", "            weight[:, neurons] += 0 * values", ANALYSIS("come_back")),

@@ -388,7 +388,8 @@ def test_plan_shows_the_columns_of_knobs_that_are_on(tmp_path: Path) -> None:
 
 
 def test_tuned_settings_generate_and_answer(tmp_path: Path) -> None:
-    from flashu_ext.nano.model import PRUNE_MULTIPLE, load_model, load_plan
+    from flashu_ext.nano.model import load_model, load_plan
+    from flashu_ext.nano.subject import PRUNE_MULTIPLE
 
     config = FlashUConfig.fast(prune_multiple=PRUNE_MULTIPLE, steps=4, ffn_prune_ratio=0.1)
     (tmp_path / "config.json").write_text(config.to_json())

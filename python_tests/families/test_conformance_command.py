@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from support.conformance import FIXTURES
+from support.conformance import FIXTURES, released_shapes
 
 from flashu_ext.bench.conformance import compare, main
 from flashu_ext.models.comparison import Comparison, Fixture, compared, same
@@ -107,15 +106,7 @@ def test_the_released_sizes(family: str) -> None:
     config, model = {"janusflow": ("JanusFlowConfig", "JanusFlow"), "bagel": ("BagelConfig", "Bagel")}[family]
     with torch.device("meta"):
         built = getattr(fx_family, model)(getattr(fx_family, config)())
-    expected: dict[str, list[int]] = {}
-    for line in (FIXTURES / f"shapes_{family}.txt").read_text().splitlines():
-        if line.startswith("parameters:"):
-            continue
-        name, shape, *times = line.split("  ")
-        count = int(times[0].removeprefix("x")) if times else 1
-        for index in range(count):
-            expected[name.replace(".N.", f".{index}.", 1)] = json.loads(shape)
-    assert {name: list(value.shape) for name, value in built.state_dict().items()} == expected
+    assert {name: list(value.shape) for name, value in built.state_dict().items()} == released_shapes(family)
 
 
 def test_a_fixture_names_its_family() -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from flashu_ext.nano import codec
-from flashu_ext.nano.evaluate import Proportion, measure_answers, preset_config
+from flashu_ext.nano.evaluate import Proportion, measure_answers
 from flashu_ext.nano.judge import judge
-from flashu_ext.nano.model import DATA, load_model, load_plan, nano_config
+from flashu_ext.nano.model import load_model, load_plan
+from flashu_ext.nano.showo2 import SUBJECT, nano_config
+from flashu_ext.nano.subject import DATA
 from flashu_ext.nano.tokenizer import FILE, MAX_TEXT, layout, vocabulary, write_tokenizer
 from flashu_ext.nano.world import COLORS, SHAPES, captions, crowded_scene, description, questions, render, scenes
 
@@ -128,6 +130,6 @@ def test_share_and_presets():
     assert Proportion(0, 0).interval == (0.0, 1.0)
     low, high = Proportion(90, 100).interval
     assert 0.82 < low < 0.9 < high < 0.95
-    assert preset_config("dense") is None and preset_config("paper", 20).steps == 20
+    assert SUBJECT.preset_config("dense") is None and SUBJECT.preset_config("paper", 20).steps == 20
     with pytest.raises(ValueError, match="preset"):
-        preset_config("slow")
+        SUBJECT.preset_config("slow")

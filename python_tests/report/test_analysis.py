@@ -20,10 +20,11 @@ from flashu_ext.models.comparison import Fixture
 from flashu_ext.models.janusflow import conformance as janusflow_outputs
 from flashu_ext.nano.evaluate import Proportion
 from flashu_ext.nano.model import load_model
+from flashu_ext.nano.subject import subject
 from flashu_ext.planning.plan import TaskPlan
 from flashu_ext.report.render import render_analysis
 from flashu_ext.studies import analysis, specialisation
-from flashu_ext.studies.worlds import STEPS, Advance, Showo2World
+from flashu_ext.studies.worlds import STEPS, Advance, EmbeddedWorld
 
 
 @pytest.mark.parametrize(("total", "size"), [(12, 3), (40, 20), (9, 9), (5, 1)])
@@ -63,7 +64,7 @@ def test_the_sets_that_are_removed():
 
 
 def test_a_small_run_becomes_a_page(tmp_path: Path):
-    result = analysis.run(load_model(), Showo2World(2, 3), count=4, removed=(0.2,), progress=False)
+    result = analysis.run(load_model(), EmbeddedWorld("showo2", 2, 3), count=4, removed=(0.2,), progress=False)
     assert tuple(r.of for r in result.removals) == analysis.removed_sets(("generation", "understanding"))
     assert isinstance(result.intact.adherence, Proportion) and result.intact.accuracy.n == 3
     assert len(result.importance["generation"][0]) == result.layers == 6
@@ -184,6 +185,16 @@ def test_any_family_is_analysed_in_a_world_of_its_own(family: str):
         assert removed["prompts:most"].adherence.value == 0
     page = render_analysis(result)
     assert ("Drawing has experts of its own" in page) == experts and "Drift of" not in page
+
+
+@pytest.mark.parametrize("family", ["janusflow", "bagel"])
+def test_embedded_models_share_their_world(family: str):
+    """Also before they are trained."""
+    torch.manual_seed(0)
+    model = subject(family).build().eval()
+    result = analysis.run(model, EmbeddedWorld(family, 1, 2), count=2, removed=(0.2,), progress=False)
+    assert (result.intact.adherence.n, result.intact.accuracy.n) == (1, 2) and result.drift is None
+    assert len(result.removals) == len(analysis.removed_sets(result.pair)) and render_analysis(result)
 
 
 @pytest.mark.parametrize("of", ["generation:most", "understanding:least", "random"])

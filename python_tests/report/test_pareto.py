@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashu_ext.nano.evaluate import preset_config
 from flashu_ext.nano.model import load_model, load_plan
 from flashu_ext.nano.probe import Probe
+from flashu_ext.nano.showo2 import SUBJECT
 from flashu_ext.planning.config import FlashUConfig
 from flashu_ext.report import pareto
 from flashu_ext.report.pareto_plots import front
@@ -68,7 +68,10 @@ def test_presets_keep_the_fidelity_that_was_measured():
     """Measured once on these seeds: paper 24/24 images, 59/60 answers, PSNR 41.6 dB to dense; fast 24/24, 59/60, 36.8 dB."""
     model = load_model()
     probe = Probe.build(24, 60, seed=3)
-    settings = [Setting("dense", "", None), *(Setting(name, name, preset_config(name)) for name in ("paper", "fast"))]
+    settings = [
+        Setting("dense", "", None),
+        *(Setting(name, name, SUBJECT.preset_config(name)) for name in ("paper", "fast")),
+    ]
     dense, paper, fast = compare(model, settings, probe, load_plan(model), repeats=1)
     for point, psnr in ((paper, 39.5), (fast, 34.5)):
         assert point.adherence.right >= 22 and point.accuracy.right >= dense.accuracy.right - 2 and point.psnr > psnr

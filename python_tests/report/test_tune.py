@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from flashu_ext.models.accelerated import handle_of
-from flashu_ext.nano.evaluate import Proportion, preset_config
+from flashu_ext.nano.evaluate import Proportion
 from flashu_ext.nano.model import load_model, load_plan
 from flashu_ext.nano.probe import Probe
+from flashu_ext.nano.showo2 import SUBJECT
 from flashu_ext.nano.world import scenes
 from flashu_ext.planning.config import FlashUConfig
 from flashu_ext.planning.plan import TaskPlan
@@ -34,7 +35,7 @@ def test_the_walk_keeps_what_holds(tmp_path: Path):
         "visual tokens": [{"token_prune_ratio": 0.0}, {"token_prune_ratio": 0.9}],
     }
     base = FlashUConfig.exact(steps=10, prune_multiple=plan.multiple)
-    result = tune(model, plan, 0.99, base=base, paper=preset_config("paper"), knobs=knobs, **SIZES)
+    result = tune(model, plan, 0.99, base=base, paper=SUBJECT.preset_config("paper"), knobs=knobs, **SIZES)
     steps = [trial for trial in result.trials if trial.knob == "steps"]
     assert steps and all(trial.seconds < trial.before for trial in steps)
     dense_drawn, dense_answered = result.dense

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import flashu_ext as fx
-from flashu_ext.models.checkpoint import config_of
 from flashu_ext.models.showo2.checkpoint import LAYOUT
 
 SIZES = {
@@ -90,7 +89,7 @@ def test_the_published_config_json_gives_that_size(size: tuple[str, int], tmp_pa
         "add_qk_norm": True,
         "num_diffusion_layers": 10,
     }
-    read = config_of(LAYOUT, tmp_path, fields, shapes)
+    read = LAYOUT.config_of(tmp_path, {"config.json": fields}, shapes)
     assert {name: tuple(t.shape) for name, t in meta_model(read).state_dict().items()} == shapes
     assert read.llm["num_attention_heads"] == config.llm["num_attention_heads"]
     assert read.llm["rope_theta"] == 1e6 and read.vision["num_attention_heads"] == 16

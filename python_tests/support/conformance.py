@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from flashu_ext.models import comparison
 from flashu_ext.models.comparison import relative
 from flashu_ext.models.showo2 import conformance
 
-__all__ = ["DATA", "FIXTURES", "Fixture", "public", "relative"]
+__all__ = ["DATA", "FIXTURES", "Fixture", "public", "relative", "released_shapes"]
 
 FIXTURES = Path(__file__).parents[1] / "data"
 DATA = FIXTURES / "conformance"
@@ -57,3 +58,15 @@ class Fixture:
 @cache
 def public() -> Fixture:
     return Fixture()
+
+
+def released_shapes(family: str) -> dict[str, list[int]]:
+    """Names and shapes of a released checkpoint's weights."""
+    shapes: dict[str, list[int]] = {}
+    for line in (FIXTURES / f"shapes_{family}.txt").read_text().splitlines():
+        if line.startswith("parameters:"):
+            continue
+        name, shape, *times = line.split("  ")
+        for index in range(int(times[0].removeprefix("x")) if times else 1):
+            shapes[name.replace(".N.", f".{index}.", 1)] = json.loads(shape)
+    return shapes

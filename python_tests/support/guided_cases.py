@@ -16,7 +16,8 @@ from torch import Tensor
 
 import flashu_ext as fx
 from flashu_ext.nano.evaluate import make_noise
-from flashu_ext.nano.model import PRUNE_MULTIPLE, load_model, load_plan
+from flashu_ext.nano.model import load_model, load_plan
+from flashu_ext.nano.subject import PRUNE_MULTIPLE
 from flashu_ext.nano.tokenizer import layout
 
 STEPS = 6

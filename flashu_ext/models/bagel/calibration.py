@@ -84,8 +84,8 @@ def passes(
         yield DensePass(lambda: [run(_contexts(model, sample.drawing)) for run in runs])
     else:
         runs = list(_drawing(model, sample, times, noise))
-        counted = torch.ones(len(sample.latents) + MARKERS, dtype=torch.bool, device=sample.latents.device)
-        counted[[0, -1]] = False
+        counted = torch.ones(1, len(sample.latents) + MARKERS, dtype=torch.bool, device=sample.latents.device)
+        counted[:, [0, -1]] = False
         # Images of the sequence are computed once for all evaluations of a drawing, and do not count.
         contexts = _contexts(model, sample)
         for row, run in enumerate(runs):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from ...planning.groups import Check
-from ..fields import COUNT, EVEN, LAYERS, NUMBER, SIZE, SWITCH, check_divides, check_fields
+from ..fields import COUNT, EVEN, LAYERS, NUMBER, SIZE, SWITCH, JsonConfig, check_divides, check_fields
 
 __all__ = ["BagelConfig"]
 
@@ -26,7 +25,7 @@ _CHECKS: Mapping[str, Check] = {
 
 
 @dataclass(frozen=True)
-class BagelConfig:
+class BagelConfig(JsonConfig):
     """Sizes of BAGEL-7B-MoT.
 
     Attributes:
@@ -38,6 +37,8 @@ class BagelConfig:
         latent_channels, latent_patch, vae_downsample: of the latents: a token is latent_patch x latent_patch of them, each
             vae_downsample pixels a side.
     """
+
+    FORMAT: ClassVar = "flashu_ext.bagel"
 
     hidden: int = 3584
     inter: int = 18944
@@ -82,6 +83,3 @@ class BagelConfig:
     def token_pixels(self) -> int:
         """Pixels of a latent token's side."""
         return self.latent_patch * self.vae_downsample
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)

@@ -23,12 +23,12 @@ class Experts:
     last: int = 0
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [n, ...] -> the text expert's tokens, the drawing expert's."""
-        return torch.cat([x[: self.first], x[self.last :]]), x[self.first : self.last]
+        """x [..., n, width] -> the text expert's tokens, the drawing expert's."""
+        return torch.cat([x[..., : self.first, :], x[..., self.last :, :]], dim=-2), x[..., self.first : self.last, :]
 
     def joined(self, text: Tensor, drawn: Tensor) -> Tensor:
         """The inverse of `split`."""
-        return torch.cat([text[: self.first], drawn, text[self.first :]])
+        return torch.cat([text[..., : self.first, :], drawn, text[..., self.first :, :]], dim=-2)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Context:
     """What a query block attends to: rotated keys and values of every layer. Appending makes another one.
 
     Attributes:
-        keys, values: for each layer [kv heads, tokens, d].
+        keys, values: for each layer [1, kv heads, tokens, d].
         position: of the next token. An image has one position.
     """
 
@@ -46,7 +46,7 @@ class Context:
 
     @property
     def length(self) -> int:
-        return self.keys[0].shape[1] if self.keys else 0
+        return self.keys[0].shape[-2] if self.keys else 0
 
 
 class Attention(nn.Module):
@@ -63,8 +63,9 @@ class Attention(nn.Module):
                 setattr(self, f"{name}{suffix}", RMSNorm(self.head_dim, config.eps))
 
     def project(self, x: Tensor, suffix: str) -> list[Tensor]:
-        """x [n, hidden] -> query, key and value [n, heads, d] of an expert, before rotation."""
-        of = [getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)) for name in "qkv"]
+        """x [..., n, hidden] -> query, key and value [..., heads, n, d] of an expert, before rotation."""
+        wide = [getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)) for name in "qkv"]
+        of = [each.transpose(-3, -2) for each in wide]
         return [getattr(self, f"q_norm{suffix}")(of[0]), getattr(self, f"k_norm{suffix}")(of[1]), of[2]]
 
 
@@ -89,33 +90,36 @@ class DecoderLayer(nn.Module):
                 setattr(self, f"{name}{suffix}", RMSNorm(config.hidden, config.eps))
 
     def forward(
-        self, x: Tensor, experts: Experts, rope: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None, causal: bool
+        self,
+        x: Tensor,
+        experts: Experts,
+        rope: tuple[Tensor, Tensor],
+        past: tuple[Tensor, Tensor] | None,
+        allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block of tokens.
 
         Args:
-            x: [n, hidden].
-            rope: cos and sin [n, d].
-            past: keys and values [kv heads, m, d] that all tokens attend to.
-            causal: within the block a token attends to earlier ones only.
+            x: [rows, n, hidden].
+            rope: cos and sin that rows and heads share, or [rows, 1, n, d].
+            past: keys and values [rows, kv heads, m, d].
+            allowed: bool [..., n, m + n], what a token attends to; None: all.
 
         Returns:
-            x after the layer, and its keys and values [kv heads, n, d].
+            x after the layer, and its keys and values [rows, kv heads, n, d].
         """
         attention, both = self.self_attn, ("", "_moe_gen")
         normed = [
             getattr(self, f"input_layernorm{suffix}")(own) for suffix, own in zip(both, experts.split(x), strict=True)
         ]
         projected = [attention.project(own, suffix) for suffix, own in zip(both, normed, strict=True)]
-        query, key, value = (experts.joined(*pair).transpose(0, 1) for pair in zip(*projected, strict=True))
+        query, key, value = (experts.joined(*pair) for pair in zip(*projected, strict=True))
         query, key = (_rotated(each, rope) for each in (query, key))
         keys, values = (
-            (key, value) if past is None else (torch.cat(pair, 1) for pair in zip(past, (key, value), strict=True))
+            (key, value) if past is None else (torch.cat(pair, -2) for pair in zip(past, (key, value), strict=True))
         )
-        attended = F.scaled_dot_product_attention(
-            query[None], keys[None], values[None], attn_mask=_mask(query, keys) if causal else None, enable_gqa=True
-        )[0]
-        attended = attended.transpose(0, 1).flatten(1)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed, enable_gqa=True)
+        attended = attended.transpose(-3, -2).flatten(-2)
         out = [
             getattr(attention, f"o_proj{suffix}")(own)
             for suffix, own in zip(both, experts.split(attended), strict=True)
@@ -128,14 +132,13 @@ class DecoderLayer(nn.Module):
         return x + experts.joined(*fed), key, value
 
 
-def _mask(query: Tensor, keys: Tensor) -> Tensor:
-    """Bool [n, m + n]: all of the past, and within the block what is not later."""
-    n, all_keys = query.shape[1], keys.shape[1]
-    return torch.ones(n, all_keys, dtype=torch.bool, device=query.device).tril(all_keys - n)
+def _causal(n: int, past: int, device: torch.device) -> Tensor:
+    """Bool [n, past + n]: all of the past, and within the block what is not later."""
+    return torch.ones(n, past + n, dtype=torch.bool, device=device).tril(past)
 
 
 def _rotated(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """x [heads, n, d] by cos and sin [n, d]."""
+    """x [..., heads, n, d] by cos and sin [..., n, d]."""
     first, second = x.chunk(2, dim=-1)
     return x * rope[0] + torch.cat([-second, first], dim=-1) * rope[1]
 
@@ -175,28 +178,36 @@ class Stack(nn.Module):
 
         Args:
             x: [n, hidden].
-            causal: see `DecoderLayer`.
+            causal: within the block a token attends to earlier ones only.
             step: of the position from token to token: 1 for text, 0 for an image.
 
         Returns:
             Hidden states [n, hidden] before the experts' final norms, and the context with the block in it.
         """
         steps = torch.arange(len(x), device=x.device) * step
-        cos, sin = self.rotary_emb(x, (context.position + steps)[None])
+        rope = self.rotary_emb(x, context.position + steps)
+        allowed = _causal(len(x), context.length, x.device) if causal else None
         keys, values = [], []
+        x = x[None]
         for index, layer in enumerate(self.layers):
             past = (context.keys[index], context.values[index]) if context.keys else None
-            x, key, value = layer(x, experts, (cos[0], sin[0]), past, causal)
-            keys.append(key if past is None else torch.cat([past[0], key], dim=1))
-            values.append(value if past is None else torch.cat([past[1], value], dim=1))
+            x, key, value = layer(x, experts, rope, past, allowed)
+            keys.append(key if past is None else torch.cat([past[0], key], dim=-2))
+            values.append(value if past is None else torch.cat([past[1], value], dim=-2))
         after = context.position + (len(steps) if step else 1)
-        return x, Context(tuple(keys), tuple(values), after)
+        return x[0], Context(tuple(keys), tuple(values), after)
 
 
 class LanguageModel(nn.Module):
+    """The stack with its output head, which may be the token embedding."""
+
     def __init__(self, config: BagelConfig):
         super().__init__()
+        self.config = config
         self.model = Stack(config)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

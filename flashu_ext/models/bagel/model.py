@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..embedding import TimestepEmbedder, sinusoids
-from ..llm import siglip_encoder
+from ..llm import fill_tied_head, siglip_encoder
+from . import checkpoint
 from .config import BagelConfig
 from .layers import Context, Experts, LanguageModel
 
@@ -135,6 +138,7 @@ class Bagel(nn.Module):
         self.vit_model = VisionModel(config)
         self.connector = Connector(config)
         self.vit_pos_embed = PositionTable(config.vit_side, config.hidden)
+        self.register_load_state_dict_pre_hook(partial(fill_tied_head, language_model="language_model"))
 
     # ---- tokens
 
@@ -216,6 +220,17 @@ class Bagel(nn.Module):
     def velocity(self, hidden: Tensor) -> Tensor:
         """[n, hidden] -> fp32 [n, numbers], from data to noise."""
         return self.llm2vae(self.language_model.model.norm_moe_gen(hidden)).float()
+
+    # ---- files
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Bagel:
+        """Load a checkpoint directory, upstream's or ours; see `checkpoint.load`."""
+        return checkpoint.load(directory, cls, dtype)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors; see `checkpoint.save`."""
+        checkpoint.save(self, directory)
 
 
 def without_latents(image: Image) -> Image:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from ...planning.groups import Check
-from ...planning.reading import strict_json
-from .. import fields
-from ..fields import EVEN, LAYERS, NUMBER, SIZE, SWITCH, check_divides, check_fields
+from ..fields import EVEN, LAYERS, NUMBER, SIZE, SWITCH, JsonConfig, check_divides, check_fields
 
 __all__ = ["JanusFlowConfig"]
 
-FORMAT = "flashu_ext.janusflow"
 PATCH = 2
 """Latents a side of an image token."""
 
@@ -28,7 +25,7 @@ _CHECKS: Mapping[str, Check] = {
 
 
 @dataclass(frozen=True)
-class JanusFlowConfig:
+class JanusFlowConfig(JsonConfig):
     """Sizes of JanusFlow-1.3B.
 
     Attributes:
@@ -38,6 +35,8 @@ class JanusFlowConfig:
         grn_eps, uvit_norm_eps: of the latent blocks' response norm and RMS norms.
         vit, vit_layers, vit_heads, vit_ratio, vit_patch, image_size, vit_norm_eps: of the image encoder, a SigLIP.
     """
+
+    FORMAT: ClassVar = "flashu_ext.janusflow"
 
     hidden: int = 2048
     inter: int = 5632
@@ -77,19 +76,3 @@ class JanusFlowConfig:
     def vit_tokens(self) -> int:
         """Of an image that is asked about."""
         return (self.image_size // self.vit_patch) ** 2
-
-    # ---- JSON
-
-    def to_json(self) -> str:
-        """The config as a JSON object, readable by `from_json`."""
-        return fields.to_json(self, FORMAT)
-
-    @classmethod
-    def from_json(cls, text: str, name: str = "JanusFlowConfig") -> JanusFlowConfig:
-        """Read what `to_json` wrote; unknown or repeated fields, NaN and Infinity are refused with a ValueError."""
-        return cls.from_fields(strict_json(text, name), name)
-
-    @classmethod
-    def from_fields(cls, data: Any, name: str = "JanusFlowConfig") -> JanusFlowConfig:
-        """The same from parsed JSON."""
-        return fields.from_fields(cls, FORMAT, data, name)

@@ -10,25 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from torch import nn
+from typing import Any
 
 from ...planning.groups import is_int
 from ...planning.reading import exists, shown
-from .. import checkpoint
+from ..checkpoint import Configs, Layout, expect_fields
 from ..llm import rope_theta
-from ..weights import Sizes, read_object
+from ..weights import Files, Sizes, read_object
 from .config import Showo2Config
 
-M = TypeVar("M", bound=nn.Module)
-
-__all__ = ["load", "read_config", "save"]
+__all__ = ["LAYOUT", "load", "read_config", "save"]
 
 _UPSTREAM_CLASS = "Showo2Qwen2_5"
 
@@ -60,26 +54,11 @@ _QWEN2_5 = {"0.5B": (14, 64), "1.5B": (12, 128), "3B": (16, 128), "7B": (28, 128
 _SIGLIP_HEADS = {"so400m": 16, "base": 12, "large": 16}
 
 
-def load(directory: str | os.PathLike[str], build: Callable[[Showo2Config], M], dtype: torch.dtype | None = None) -> M:
-    """Load a model from a folder with config.json and weights, as `models.checkpoint.load`; `Showo2.from_pretrained` calls
-    this."""
-    return checkpoint.load(LAYOUT, directory, build, dtype)
-
-
-def save(model: Any, directory: str | os.PathLike[str]) -> None:
-    """Write `model.safetensors` and `config.json` (format flashu_ext.showo2), as `models.checkpoint.save`."""
-    checkpoint.save(LAYOUT, model, directory)
-
-
-def read_config(directory: str | os.PathLike[str]) -> Showo2Config:
-    """The configuration of the model in a checkpoint folder; of safetensors only headers are read."""
-    return checkpoint.read_config(LAYOUT, directory)
-
-
 # ---- config.json
 
 
-def _upstream_format(directory: Path, fields: dict[str, Any], sizes: Sizes) -> Showo2Config:
+def _upstream_format(directory: Path, configs: Configs, sizes: Sizes) -> Showo2Config:
+    fields = configs["config.json"]
     name = fields.get("_class_name", fields.get("model_name"))
     if name not in (_UPSTREAM_CLASS, "Showo2"):
         raise ValueError(f"expected _class_name {_UPSTREAM_CLASS!r} or our own format, got {shown(name)}")
@@ -92,9 +71,7 @@ def _upstream_format(directory: Path, fields: dict[str, Any], sizes: Sizes) -> S
         head=_head_fields(sizes),
         **{key: fields[key] for key in _SHARED_FIELDS if fields.get(key) is not None},
     )
-    for key, value in (("hidden_size", config.hidden_size), ("clip_latent_dim", config.clip_latent_dim)):
-        if fields.get(key) not in (None, value):
-            raise ValueError(f"{key}: expected {value}, as the weights have, got {shown(fields[key])}")
+    expect_fields("", fields, {"hidden_size": config.hidden_size, "clip_latent_dim": config.clip_latent_dim})
     return config
 
 
@@ -125,9 +102,7 @@ def _own_config(directory: Path, path: Any) -> dict[str, Any] | None:
 
 
 def _llm_fields(directory: Path, fields: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    layer = "showo.model.layers.0"
-    table = "showo.model.embed_tokens.weight"
-    queries = sizes(f"{layer}.self_attn.q_proj.weight", 0)
+    queries = sizes("showo.model.layers.0.self_attn.q_proj.weight", 0)
     own = _own_config(directory, fields.get("llm_model_path"))
     if own is not None:
         heads, rope, eps = own.get("num_attention_heads"), rope_theta(own), own.get("rms_norm_eps", 1e-6)
@@ -147,22 +122,16 @@ def _llm_fields(directory: Path, fields: Mapping[str, Any], sizes: Sizes) -> dic
         rope, eps, longest, tied = 1e6, 1e-6, 32768, known[1] in ("0.5B", "1.5B", "3B")
     if not is_int(heads) or heads < 1 or queries % heads:
         raise ValueError(f"the language model's num_attention_heads {shown(heads)} does not divide its queries")
-    head_dim = queries // heads
-    result = {
-        "hidden_size": sizes(table, 1),
-        "intermediate_size": sizes(f"{layer}.mlp.gate_proj.weight", 0),
-        "num_hidden_layers": sizes.count(_LLM_LAYERS),
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(1, sizes(f"{layer}.self_attn.k_proj.weight", 0) // head_dim),
-        "vocab_size": sizes(table, 0),
+    found = sizes.decoder("showo", _LLM_LAYERS, queries // heads)
+    if queries == found["hidden_size"]:
+        del found["head_dim"]
+    return {
+        **found,
         "max_position_embeddings": longest,
         "rope_theta": rope,
         "rms_norm_eps": eps,
         "tie_word_embeddings": tied,
     }
-    if head_dim * heads != result["hidden_size"]:
-        result["head_dim"] = head_dim
-    return result
 
 
 def _vision_fields(directory: Path, fields: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
@@ -226,12 +195,14 @@ def _shallow(config: Showo2Config) -> Showo2Config:
     )
 
 
-LAYOUT = checkpoint.Layout(
+LAYOUT = Layout(
     name="Show-o2",
     language_model="showo",
-    own=Showo2Config.from_fields,
+    config=Showo2Config,
     upstream=_upstream_format,
     layers=_layers,
     shallow=_shallow,
-    suffixes=("safetensors", "bin"),
+    files=Files(suffixes=("safetensors", "bin")),
 )
+
+load, save, read_config = LAYOUT.load, LAYOUT.save, LAYOUT.read_config

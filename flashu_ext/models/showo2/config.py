@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from ...planning.groups import Check, expect, is_int, is_real
-from ...planning.reading import refusal, shown, strict_json
+from ...planning.reading import refusal, shown
+from ..fields import JsonConfig
 
 __all__ = ["HeadConfig", "Showo2Config"]
 
@@ -102,7 +102,7 @@ def _check_heads(where: str, group: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class Showo2Config:
+class Showo2Config(JsonConfig):
     """A Show-o2 model's shape.
 
     Attributes:
@@ -119,6 +119,8 @@ class Showo2Config:
     Raises:
         ValueError: a field is missing, unknown or not positive, or sizes do not fit together.
     """
+
+    FORMAT: ClassVar = "flashu_ext.showo2"
 
     llm: dict[str, Any]
     vision: dict[str, Any]
@@ -198,33 +200,6 @@ class Showo2Config:
         llm = _qwen2(3584, 18944, 28, 28, 4, vocab_size)
         return cls(llm=llm, vision=_SIGLIP, **_grid(resolution))
 
-    # ---- JSON
-
-    def to_json(self) -> str:
-        """The config as a JSON object, readable by `from_json`."""
-        return json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str, name: str = "Showo2Config") -> Showo2Config:
-        """Read what `to_json` wrote; unknown or repeated fields, NaN and Infinity are refused with a ValueError."""
-        return cls.from_fields(strict_json(text, name), name)
-
-    @classmethod
-    def from_fields(cls, data: Any, name: str = "Showo2Config") -> Showo2Config:
-        """The same from parsed JSON."""
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise refusal(name, f"expected a JSON object with format {_FORMAT!r}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(data) - known - {"format"})
-        if unknown:
-            raise refusal(name, f"unknown field {shown(unknown[0])}")
-        for required in ("llm", "vision"):
-            if required not in data:
-                raise refusal(name, f"missing field {required!r}")
-        return cls(**{key: value for key, value in data.items() if key in known})
-
-
-_FORMAT = "flashu_ext.showo2"
 
 _SIGLIP = {
     "hidden_size": 1152,

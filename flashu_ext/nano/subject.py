@@ -1,0 +1,148 @@
+"""What training and measuring ask of an embedded model, whatever its family: all of them live in one world, with one codec
+and one tokenizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..models.adapter import adapter_of
+from ..planning.config import FlashUConfig, preset
+from ..planning.cost import Geometry
+from .world import Question
+
+__all__ = [
+    "ANSWER_TOKENS",
+    "DATA",
+    "FAMILIES",
+    "PRUNE_MULTIPLE",
+    "Answered",
+    "Subject",
+    "packed",
+    "subject",
+    "subject_of",
+    "trained",
+]
+
+DATA = Path(__file__).parent / "data"
+PRUNE_MULTIPLE = 16
+"""The FFNs are small, so kept neurons are counted in 16s here."""
+ANSWER_TOKENS = 4
+
+
+class Answered(NamedTuple):
+    """What a batch of answers is trained on: logits [words, vocab], and the words int64 [words]."""
+
+    logits: Tensor
+    words: Tensor
+
+
+class Subject(ABC):
+    """An embedded model's family. Images are the codec's latents [B, 16, 72, 2] everywhere; a family reads them as it likes."""
+
+    family: ClassVar[str]
+    folder: ClassVar[Path]
+    """Of the shipped model."""
+    guidance: ClassVar[float]
+    """Chosen on training scenes."""
+    paper: ClassVar[Mapping[str, Any]] = {}
+    """Where the preset 'paper' has other settings than the paper."""
+
+    @abstractmethod
+    def build(self) -> Any:
+        """A model with new weights."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> Any:
+        """The model of a folder, fp32, in eval mode."""
+
+    @abstractmethod
+    def velocity(self, model: Any, prompts: Sequence[str], null: Tensor, mixed: Tensor, t: Tensor) -> Tensor:
+        """In training, the velocity towards the images.
+
+        Args:
+            null: bool [B], rows that see no prompt.
+            mixed: t of the image and 1 - t of noise [B, 16, 72, 2]. t: fp32 [B].
+        """
+
+    @abstractmethod
+    def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> Answered:
+        """In training, the logits of the right answers' words, one question to each image [B, 16, 72, 2]."""
+
+    @abstractmethod
+    def generate(
+        self,
+        model: Any,
+        prompts: Sequence[str],
+        noise: Tensor,
+        steps: int | None,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Images of prompts from noise, both [B, 16, 72, 2], by the family's own `sample`, dense or accelerated.
+
+        Args:
+            steps: grid points if the config has none.
+            callback: as for `sample`, where all prompts are one call.
+        """
+
+    @abstractmethod
+    def answer(self, model: Any, latents: Tensor, question: Question) -> tuple[str, list[int]]:
+        """The answer to a question about an image [1, 16, 72, 2], as text and as token ids."""
+
+    @abstractmethod
+    def generation_sample(self, latents: Tensor, prompt: str) -> Any:
+        """A sample of drawing for `calibrate`: an image [1, 16, 72, 2] and what it may be called."""
+
+    @abstractmethod
+    def understanding_sample(self, latents: Tensor, question: Question) -> Any:
+        """A sample of answering for `calibrate`, with its answer."""
+
+    @abstractmethod
+    def geometry(self, prompt: str) -> Geometry:
+        """Lengths of a drawing, for counting its work."""
+
+    def preset_config(self, name: str, steps: int | None = None) -> FlashUConfig | None:
+        """FlashUConfig of a preset for this model, or None for dense."""
+        overrides: dict[str, Any] = {} if steps is None else {"steps": steps}
+        if name in ("paper", "fast"):
+            overrides["prune_multiple"] = PRUNE_MULTIPLE
+        if name == "paper":
+            overrides |= self.paper
+        return preset(name, **overrides)
+
+
+FAMILIES = ("showo2", "janusflow", "bagel")
+
+
+def subject(family: str) -> Subject:
+    """The embedded model's family of this name, one of FAMILIES."""
+    found: Subject = import_module(f".{family}", __package__).SUBJECT
+    return found
+
+
+def subject_of(model: Any) -> Subject:
+    """The same by a model."""
+    return subject(adapter_of(model).family)
+
+
+def trained(
+    hidden: Tensor, tokens: Tensor, asked: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """What predicts the words of answers, [words, hidden], and the words: of hidden states [B, n, hidden] of tokens [B, n], the
+    padded `rows`, whose questions are `asked`."""
+    place = torch.arange(1, tokens.shape[1], device=tokens.device)
+    start, end = (torch.tensor([len(row) for row in each], device=tokens.device)[:, None] for each in (asked, rows))
+    chosen = (place >= start) & (place < end)
+    return hidden[:, :-1][chosen], tokens[:, 1:][chosen]
+
+
+def packed(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> Tensor:
+    """Token ids int64 [rows, longest], with padding behind."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device)

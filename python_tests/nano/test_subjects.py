@@ -1,0 +1,86 @@
+"""The embedded models of every family: what they are trained on is what drawing and answering compute."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from flashu_ext.nano import codec
+from flashu_ext.nano.evaluate import make_noise
+from flashu_ext.nano.subject import FAMILIES, subject
+from flashu_ext.nano.world import questions, render, scenes
+
+PROMPTS = ["a red circle", "a blue square on the left", "a red circle left of a blue square"]
+
+
+def rough_model(family: str) -> Any:
+    """A model whose layers all matter."""
+    torch.manual_seed(7)
+    model = subject(family).build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def picture_latents(count: int, seed: int) -> tuple[torch.Tensor, list[Any]]:
+    """Latents [count, 16, 72, 2] and a question about each."""
+    rng = random.Random(seed)
+    chosen = rng.sample(scenes(held_out=False), count)
+    latents = torch.cat([codec.encode(codec.to_unit(render(scene, rng)[None])) for scene in chosen])
+    return latents, [rng.choice(questions(scene, rng)) for scene in chosen]
+
+
+def guided(family: str, prompt: torch.Tensor, null: torch.Tensor, scale: float) -> torch.Tensor:
+    """Velocities of both branches [B, ...] as drawing combines them."""
+    both = null + scale * (prompt - null)
+    if family == "bagel":  # its norm is brought back to the prompt's, never enlarged
+        shrunk = prompt.flatten(1).norm(dim=1) / both.flatten(1).norm(dim=1)
+        both = both * shrunk.clamp(max=1)[:, None, None, None]
+    return both
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_training_velocity_is_that_of_a_drawing(family: str) -> None:
+    """With two grid points the only step goes all the way: the image is the noise and the guided velocity at time 0."""
+    model, own = rough_model(family), subject(family)
+    noise = make_noise(len(PROMPTS), 3)
+    drawn = torch.cat(
+        [own.generate(model, [prompt], each, 2) for prompt, each in zip(PROMPTS, noise.split(1), strict=True)]
+    )
+    start = torch.zeros(len(PROMPTS))
+    prompt, null = (own.velocity(model, PROMPTS, torch.full((3,), alone), noise, start) for alone in (False, True))
+    expected = guided(family, prompt, null, own.guidance)
+    assert (prompt - null).norm() > 0.1 * prompt.norm()
+    assert (drawn - noise - expected).norm() < 1e-4 * expected.norm()
+    together = own.generate(model, PROMPTS, noise, 2)
+    assert (together - drawn).norm() < 1e-4 * drawn.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_training_answers_in_a_batch_as_alone(family: str) -> None:
+    """Questions of other lengths, whose rows are padded."""
+    model, own = rough_model(family), subject(family)
+    latents, asked = picture_latents(4, 9)
+    logits, words = own.answered(model, latents, asked)
+    alone = [own.answered(model, row, [question]) for row, question in zip(latents.split(1), asked, strict=True)]
+    assert torch.equal(words, torch.cat([each.words for each in alone]))
+    assert (logits - torch.cat([each.logits for each in alone])).norm() < 1e-4 * logits.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_training_answer_is_what_the_model_says(family: str) -> None:
+    """The first word that the model answers is the most likely one in training."""
+    model, own = rough_model(family), subject(family)
+    latents, asked = picture_latents(3, 5)
+    for row, question in zip(latents.split(1), asked, strict=True):
+        _, tokens = own.answer(model, row, question)
+        logits, _ = own.answered(model, row, [question])
+        assert int(logits[0].argmax()) == tokens[0]
