@@ -48,22 +48,15 @@ def analyze(
     family: str, out: Path, folder: Path | None, samples: int, drawings: int, questions: int, seed: int, quiet: bool
 ) -> None:
     """Measure whether the model is specialised per task: critical neurons, redundant layers, drift of the head."""
-    from ..nano.calibrate import samples as nano_samples
+    from ..nano.subject import subject_of
     from ..planning.safe_files import write_text
     from ..report.render import render_analysis, write
     from ..studies import analysis
+    from ..studies.worlds import EmbeddedWorld
 
     model, _, name = _model(family, folder)
-    result = analysis.run(
-        model,
-        nano_samples,
-        count=samples,
-        drawings=drawings,
-        questions=questions,
-        seed=seed,
-        model_name=name,
-        progress=not quiet,
-    )
+    world = EmbeddedWorld(subject_of(model).family, drawings, questions, seed)
+    result = analysis.run(model, world, count=samples, seed=seed, model_name=name, progress=not quiet)
     path = write(render_analysis(result), out / "analysis.html")
     write_text(out / "analysis.json", result.to_json())
     click.echo("\n".join(result.verdicts))

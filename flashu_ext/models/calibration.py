@@ -26,9 +26,9 @@ class DensePass:
     """
 
     run: Callable[[], object]
-    """Calls the layers, once or several times, each on tokens [rows, n, hidden] or [n, hidden]."""
+    """Calls the layers, once or several times, each on tokens [rows, n, hidden]."""
     counted: Tensor | None = None
-    """bool [rows, n] or [n], of every call: the tokens that count; None: all. No output may depend on the others."""
+    """bool [rows, n], of every call: the tokens that count; None: all. No output may depend on the others."""
     row: int = 0
     """Number of its time, of a drawing."""
     answer: int = 0
@@ -42,6 +42,10 @@ class Sample:
     """'generation' (a drawing) or 'understanding'."""
     family: ClassVar[str | None] = None
     """The adapters' that take it; None: any model."""
+
+    def prompt(self) -> Sample:
+        """Of a drawing, where the model draws with experts (`Adapter.experts`): a sample of all that they do not compute."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from .figures import GRID, INK, MUTED, SERIES, figure, style, svg
 
 if TYPE_CHECKING:
-    from ..studies.analysis import Analysis
+    from ..studies.analysis import Analysis, Drift
 
 __all__ = ["drift", "importance", "overlap", "removal"]
 
-LABELS = {
-    "generation:most": "generation's most important",
-    "understanding:most": "understanding's most important",
-    "random": "random",
-    "generation:least": "generation's least important",
-    "understanding:least": "understanding's least important",
-}
+
+def _label(of: str) -> str:
+    """Of a set of removed neurons, 'task:most', 'task:least' or 'random'."""
+    task, _, end = of.partition(":")
+    return f"{task}'s {end} important" if end else task
 
 
 def overlap(result: Analysis) -> str:
@@ -28,7 +27,7 @@ def overlap(result: Analysis) -> str:
     for o, at in zip(result.overlaps, x, strict=True):
         axes.scatter([at] * len(o.tasks), o.tasks, s=9, color=SERIES[1], alpha=0.4, linewidths=0)
     axes.plot(x, [o.mean for o in result.overlaps], "o-", color=SERIES[1], label="between the two tasks")
-    for color, task in zip((SERIES[0], SERIES[2]), ("generation", "understanding"), strict=True):
+    for color, task in zip((SERIES[0], SERIES[2]), result.pair, strict=True):
         axes.plot(
             x, [o.mean_half(task) for o in result.overlaps], ".--", color=color, label=f"{task}: two halves of samples"
         )
@@ -43,12 +42,12 @@ def removal(result: Analysis) -> str:
     drawn, both = figure(9.6, 3.4, 2)
     for axes, measure, title in zip(both, ("adherence", "accuracy"), ("Right drawings", "Right answers"), strict=True):
         style(axes)
-        for color, (of, label) in zip(SERIES, LABELS.items(), strict=False):
+        for color, of in zip(itertools.cycle(SERIES), dict.fromkeys(r.of for r in result.removals), strict=False):
             chosen = [result.intact, *(r for r in result.removals if r.of == of)]
             shares = [getattr(r, measure) for r in chosen]
             low, high = zip(*(share.interval for share in shares), strict=True)
             x = [100 * r.fraction for r in chosen]
-            axes.plot(x, [share.value for share in shares], "o-", ms=4, color=color, label=label)
+            axes.plot(x, [share.value for share in shares], "o-", ms=4, color=color, label=_label(of))
             axes.fill_between(x, low, high, color=color, alpha=0.08, linewidth=0)
         axes.set(ylim=(0, 1.02), xlabel="removed, % of every layer's neurons")
         axes.set_title(title, loc="left", fontsize=10.5, color=INK)
@@ -87,14 +86,14 @@ def importance(result: Analysis) -> str:
     return svg(drawn)
 
 
-def drift(result: Analysis) -> str:
+def drift(found: Drift) -> str:
     """Relative change of the head's output from one evaluation to the next; SVG."""
     drawn, axes = figure(6.4, 2.8)
     style(axes)
-    x = range(2, 2 + len(result.drift.relative_l1))
-    axes.plot(x, result.drift.relative_l1, color=SERIES[0], label="relative L1")
-    axes.plot(x, result.drift.relative_l2, color=SERIES[1], label="relative L2")
-    axes.plot(x, [1 - c for c in result.drift.cosine], color=SERIES[2], label="1 - cosine")
+    x = range(2, 2 + len(found.relative_l1))
+    axes.plot(x, found.relative_l1, color=SERIES[0], label="relative L1")
+    axes.plot(x, found.relative_l2, color=SERIES[1], label="relative L2")
+    axes.plot(x, [1 - c for c in found.cosine], color=SERIES[2], label="1 - cosine")
     axes.set(xlabel="evaluation", ylim=(0, None))
     axes.legend(fontsize=8, frameon=False)
     axes.grid(axis="y", color=GRID)

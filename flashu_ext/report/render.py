@@ -71,7 +71,7 @@ def render_analysis(result: Any) -> str:
         overlap_plot=analysis_plots.overlap(result),
         removal_plot=analysis_plots.removal(result),
         importance_plot=analysis_plots.importance(result),
-        drift_plot=analysis_plots.drift(result),
+        drift_plot=analysis_plots.drift(result.drift) if result.drift else None,
     )
 
 

@@ -39,6 +39,7 @@ CALIBRATE = within("planning/test_calibrate.py")
 PLAN = within("planning/test_plan.py")
 SETTINGS = within("planning/test_config.py")
 TUNE = within("report/test_tune.py")
+ANALYSIS = within("report/test_analysis.py")
 FOLDER = within("parallel/test_folder.py")
 LISTS = within("parallel/test_lists.py")
 RANKS = within("parallel/test_ranks.py")
@@ -212,9 +213,15 @@ MUTANTS = [
     Mutant("janusflow: padding counts", "flashu_ext/models/janusflow/calibration.py", "(position < seen[:, None]) | (position >= inputs.length)", "position[None].repeat(len(seen), 1) >= 0", PLANS("sums_and_scores")),
     Mutant("janusflow: the time is not the network's", "flashu_ext/models/janusflow/calibration.py", "t * TIMES, dtype", "t, dtype", PLANS("sums_and_scores")),
     Mutant("bagel: the time runs the wrong way", "flashu_ext/models/bagel/calibration.py", "torch.full((1,), 1 - t, ", "torch.full((1,), t, ", PLANS("sums_and_scores")),
-    Mutant("bagel: one branch of guidance", "flashu_ext/models/bagel/calibration.py", "else [whole, without_text]", "else [whole]", PLANS("sums_and_scores")),
-    Mutant("bagel: markers are patches", "flashu_ext/models/bagel/calibration.py", "        counted[[0, -1]] = False\n", "", PLANS("layer_importance")),
+    Mutant("bagel: one branch of guidance", "flashu_ext/models/bagel/calibration.py", "else [model.append(before, full[-1], ids), before]", "else [model.append(before, full[-1], ids)]", PLANS("sums_and_scores")),
+    Mutant("bagel: markers are patches", "flashu_ext/models/bagel/calibration.py", "        counted[:, [0, -1]] = False\n", "", PLANS("layer_importance")),
     Mutant("bagel: the answer's marker is not read", "flashu_ext/models/bagel/calibration.py", "torch.tensor([ids.bos_token_id, *answer]", "torch.tensor([*answer]", PLANS("sums_and_scores")),
+    Mutant("bagel: the prompt's markers are not read", "flashu_ext/models/bagel/calibration.py", "[run(_contexts(model, sample.drawing)) for run in runs]", "[_contexts(model, sample.drawing) for run in runs]", PLANS("rest_of_a_drawing")),
+    Mutant("analysis: neurons stay away", "flashu_ext/studies/analysis.py", "            weight[:, neurons] = values", "            weight[:, neurons] += 0 * values", ANALYSIS("come_back")),
+    Mutant("analysis: a drawing's neurons are the text expert's", "flashu_ext/studies/analysis.py", "layers = parts.experts if len(parts.experts) and of.partition(\":\")[0] == TASKS[0] else parts.layers", "layers = parts.layers", ANALYSIS("come_back")),
+    Mutant("analysis: the least important are removed", "flashu_ext/studies/analysis.py", "largest=end == \"most\"", "largest=end != \"most\"", ANALYSIS("sets_that_are_removed")),
+    Mutant("specialisation: rankings of different experts are compared", "flashu_ext/studies/specialisation.py", "pair = (PROMPTS, TASKS[1])", "pair = TASKS", ANALYSIS("any_family")),
+    Mutant("specialisation: both halves are one", "flashu_ext/studies/specialisation.py", "[plan_of(0), plan_of(1)]", "[plan_of(0), plan_of(0)]", ANALYSIS("halves_are")),
     Mutant("calibration: a sample is left out behind a checkpoint", "flashu_ext/calibration/calibrate.py", "            if index < seen:\n", "            if index <= seen and seen:\n", RESUMED("interrupted_run")),
     Mutant("calibration: samples of a checkpoint are not compared", "flashu_ext/calibration/calibrate.py", "if index == seen - 1 and before", "if index == seen and before", RESUMED("checkpoint_of_another_run")),
     Mutant("tuning: it reports on the split of the walk", "flashu_ext/studies/tuning.py", 'seed + 1, "held-out")', 'seed + 1, "training")', TUNE("training_scenes"), quick=True),

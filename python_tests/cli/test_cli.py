@@ -319,7 +319,7 @@ def test_a_plan_that_cannot_be_written_costs_no_second_run(tmp_path: Path, monke
         refused = run(*arguments)
     assert refused.exit_code != 0 and state.exists() and "plan.safetensors" in refused.output, refused.output
     samples: list[int] = []
-    observer = "flashu_ext.calibration.calibrate._run_generation"
+    observer = "flashu_ext.calibration.calibrate._Observer.run"
     monkeypatch.setattr(observer, lambda *_: samples.append(1))
     resumed = run(*arguments)
     assert resumed.exit_code == 0 and not samples and not state.exists(), resumed.output

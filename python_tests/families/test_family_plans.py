@@ -416,6 +416,14 @@ def test_an_accelerated_model_runs_without_the_neurons_that_were_pruned(case: Ca
     )
 
 
+def test_half_precision_finds_nearly_the_same_neurons(case: Case) -> None:
+    plan = run(case.model().bfloat16(), case.generation(), case.questions())
+    for task in TASKS:
+        for layer in range(plan.layers):
+            shared = set(plan.kept(task, layer).tolist()) & set(plan_of(case).kept(task, layer).tolist())
+            assert len(shared) >= 0.9 * plan.kept_neurons
+
+
 def test_padding_and_tag_are_not_seen() -> None:
     """JanusFlow: what stands in the padding's places or behind the prompt changes no bit."""
     model = CASES["janusflow"].model()
@@ -463,6 +471,29 @@ def test_texts_score_the_experts_of_texts() -> None:
             atol=1e-6,
         )
         assert abs(float(plan.layer_importance["understanding"][0, layer] - distances[-2])) < 1e-5
+
+
+@pytest.mark.parametrize("inputs", [[text(3, 4)], EDIT, [text(3), *EDIT[:1]], []])
+def test_the_rest_of_a_drawing_scores_the_experts_of_texts(inputs: Any) -> None:
+    """At every time the tokens that the drawing experts do not compute: what both branches see, and the image's markers."""
+    model = CASES["bagel"].model()
+    (sample,) = bagel_generation(1)
+    sample = dataclasses.replace(sample, inputs=inputs)
+    plan = run(model, tasks={"prompts": [sample.prompt()]})
+    stack = model.language_model.model
+    whole, before = list(inputs), list(inputs[:-1]) if inputs and isinstance(inputs[-1], bagel.Text) else list(inputs)
+    with torch.no_grad(), Watched(stack.layers, "mlp", stack.norm) as watched:
+        for t in TIMES:
+            noised = t * sample.latents + (1 - t) * noise_of("prompts", 0, t, sample.latents.shape)
+            context = model.context(before, IDS)
+            branches = [context] if len(whole) == len(before) else [model.append(context, whole[-1], IDS), context]
+            for branch in branches:
+                model.hidden(noised, torch.tensor([1 - t]), (3, 4), branch, IDS)
+    assert plan.calibration is not None
+    sums = plan.calibration.sums["prompts"]
+    for layer, activations in enumerate(map(torch.cat, watched.activations)):
+        assert sums.tokens == len(activations)
+        torch.testing.assert_close(sums.squares[layer].float(), activations.square().sum(0), rtol=1e-4, atol=1e-5)
 
 
 # ---- refusals
@@ -525,7 +556,9 @@ def test_samples_of_another_kind_or_family_are_refused(case: Case) -> None:
     model = case.model()
     with pytest.raises(TypeError, match=r"^generation\[0\]: expected a GenerationSample, got UnderstandingSample"):
         run(model, case.questions())
-    with pytest.raises(TypeError, match=r"^understanding\[0\]: expected a UnderstandingSample or TokenSample, got Gen"):
+    with pytest.raises(
+        TypeError, match=r"^understanding\[0\]: expected a UnderstandingSample or TokenSample.*, got Gen"
+    ):
         run(model, understanding=case.generation())
     (other,) = (each for each in CASES.values() if each is not case)
     for samples, name in ((other.generation(), type(other.model()).__name__), (_showo2(), "Show-o2")):

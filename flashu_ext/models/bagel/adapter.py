@@ -92,6 +92,7 @@ class BagelAdapter(Adapter):
         calibration.GenerationSample,
         calibration.UnderstandingSample,
         TokenSample,
+        calibration.PromptSample,
     )
     flat: ClassVar[bool] = True
     drops_unit_guidance: ClassVar[bool] = True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +15,9 @@ from ..checks import check_tokens
 from .config import config_of
 from .layers import Context, Experts
 from .model import Image, Text, TokenIds
-from .sampling import MARKERS, branch_contexts, check_inputs, check_size
+from .sampling import MARKERS, branch_inputs, check_inputs, check_size
 
-__all__ = ["GenerationSample", "UnderstandingSample", "passes"]
+__all__ = ["GenerationSample", "PromptSample", "UnderstandingSample", "passes"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class GenerationSample(Sample):
     size: tuple[int, int]
     token_ids: TokenIds | Mapping[str, int]
 
+    def prompt(self) -> PromptSample:
+        return PromptSample(self)
+
 
 @dataclass(frozen=True)
 class UnderstandingSample(Sample):
@@ -55,6 +59,16 @@ class UnderstandingSample(Sample):
     token_ids: TokenIds | Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class PromptSample(Sample):
+    """What the text expert computes of a drawing, at every time: texts, images that the image encoder has read, and all markers.
+    Layer importance is over all tokens, the patches too, and at the last marker."""
+
+    kind: ClassVar[str] = "understanding"
+    family: ClassVar[str | None] = "bagel"
+    drawing: GenerationSample
+
+
 def passes(
     parts: Any, sample: GenerationSample | UnderstandingSample | TokenSample, times: Sequence[float], noise: Noise
 ) -> Iterator[DensePass]:
@@ -66,27 +80,44 @@ def passes(
         yield DensePass(lambda: _text(model, sample.tokens[0], Context()), answer=sample.answer_length)
     elif isinstance(sample, UnderstandingSample):
         yield _question(model, sample)
+    elif isinstance(sample, PromptSample):
+        runs = list(_drawing(model, sample.drawing, times, noise))
+        yield DensePass(lambda: [run(_contexts(model, sample.drawing)) for run in runs])
     else:
-        ids = check_inputs(model, sample.inputs, sample.token_ids)
-        grid = check_size(model, sample.latents, sample.size, "latents")
-        whole, without_text, _ = branch_contexts(model, sample.inputs, ids)
+        runs = list(_drawing(model, sample, times, noise))
+        counted = torch.ones(1, len(sample.latents) + MARKERS, dtype=torch.bool, device=sample.latents.device)
+        counted[:, [0, -1]] = False
         # Images of the sequence are computed once for all evaluations of a drawing, and do not count.
-        contexts = [whole] if whole is without_text else [whole, without_text]
-        patches = len(sample.latents)
-        counted = torch.ones(patches + MARKERS, dtype=torch.bool, device=sample.latents.device)
-        counted[[0, -1]] = False
-        for row, t in enumerate(times):
-            tokens = noised(sample.latents, t, noise)
-            # The model's own time is 1 for noise.
-            time = torch.full((1,), 1 - t, dtype=torch.float32, device=tokens.device)
-            yield DensePass(_drawing(model, tokens, time, grid, contexts, ids), counted, row)
+        contexts = _contexts(model, sample)
+        for row, run in enumerate(runs):
+            yield DensePass(partial(run, contexts), counted, row)
 
 
 def _drawing(
-    model: Any, tokens: Tensor, time: Tensor, grid: tuple[int, int], contexts: Sequence[Context], ids: TokenIds
-) -> Any:
-    """One evaluation of noised latent tokens in every branch."""
-    return lambda: [model.hidden(tokens, time, grid, context, ids) for context in contexts]
+    model: Any, sample: GenerationSample, times: Sequence[float], noise: Noise
+) -> Iterator[Callable[[Sequence[Context]], object]]:
+    """For each time an evaluation of the noised latent tokens after given contexts."""
+    ids = check_inputs(model, sample.inputs, sample.token_ids)
+    grid = check_size(model, sample.latents, sample.size, "latents")
+    for t in times:
+        tokens = noised(sample.latents, t, noise)
+        # The model's own time is 1 for noise.
+        time = torch.full((1,), 1 - t, dtype=torch.float32, device=tokens.device)
+        yield partial(_evaluate, model, tokens, time, grid, ids)
+
+
+def _evaluate(
+    model: Any, tokens: Tensor, time: Tensor, grid: tuple[int, int], ids: TokenIds, contexts: Sequence[Context]
+) -> object:
+    return [model.hidden(tokens, time, grid, context, ids) for context in contexts]
+
+
+def _contexts(model: Any, sample: GenerationSample) -> list[Context]:
+    """Of the branches that guidance by text has: with the text at the end and without."""
+    ids = check_inputs(model, sample.inputs, sample.token_ids)
+    full, without_text, _ = branch_inputs(sample.inputs)
+    before = model.context(without_text, ids)
+    return [before] if len(full) == len(without_text) else [model.append(before, full[-1], ids), before]
 
 
 def _question(model: Any, sample: UnderstandingSample) -> DensePass:
