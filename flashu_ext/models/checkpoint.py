@@ -47,6 +47,7 @@ class Layout(Generic[C]):
         shallow: a configuration -> one of a small model with the same buffers: one layer of each kind.
         configs: upstream's config files. All of them must be there.
         files: upstream's weights. Ours are of the same kinds and have the usual names.
+        named: what is in upstream's config files -> whether they are of this family.
     """
 
     name: str
@@ -57,8 +58,17 @@ class Layout(Generic[C]):
     shallow: Callable[[C], C]
     configs: tuple[str, ...] = (OWN,)
     files: Files = USUAL
+    named: Callable[[Configs], bool] = lambda configs: True
 
     # ---- folders
+
+    def is_in(self, directory: Path) -> bool:
+        """Whether a folder's config files are this family's, whatever else is wrong with them."""
+        try:
+            configs = self._read_configs(directory)
+        except (OSError, ValueError):
+            return False
+        return configs[OWN]["format"] == self.config.FORMAT if self._is_own(configs) else self.named(configs)
 
     def load(self, directory: str | os.PathLike[str], build: Callable[[C], M], dtype: torch.dtype | None = None) -> M:
         """Load a model from a folder with config files and weights.
