@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..models.showo2.calibration import GenerationSample, UnderstandingSample
 from ..planning.reading import MAX_LIST_BYTES, open_regular, read_image, read_text, refusal, shown, strict_json
 
 if TYPE_CHECKING:
-    from ..models.showo2.pipeline import Pipeline
+    from ..models.calibration import Sample
+    from ..models.pipeline import ModelPipeline
 
-__all__ = ["Samples", "image_sample", "folder_samples", "question_sample", "read_folder"]
+__all__ = ["Samples", "folder_samples", "read_folder"]
 
 _DRAWING = frozenset({"image", "prompt"})
 _QUESTION = frozenset({"image", "question", "answer"})
@@ -46,25 +44,13 @@ class Samples:
         return map(self.make, self.records)
 
 
-def image_sample(pipe: Pipeline, image: Any, prompt: str) -> GenerationSample:
-    """A PIL image with its prompt, in the pipeline's layout."""
-    rows = pipe.layout.generation([prompt], pipe.model.image_position_ids.device)
-    return GenerationSample(latents=pipe.encode(image), **vars(rows))
-
-
-def question_sample(pipe: Pipeline, image: Any, question: str, answer: str) -> UnderstandingSample:
-    """A PIL image with a question and its answer. The end token, which a model never reads, is omitted."""
-    latents = pipe.encode(image)
-    before, after = pipe.layout.question(question, latents.device)
-    tokens = torch.tensor([pipe.layout.encode(answer)], dtype=torch.int64, device=latents.device)
-    return UnderstandingSample(latents, before, torch.cat([after, tokens], dim=1), tokens.shape[1])
-
-
-def folder_samples(pipe: Pipeline, directory: str | os.PathLike[str], limit: int | None = None) -> dict[str, Samples]:
+def folder_samples(
+    pipe: ModelPipeline, directory: str | os.PathLike[str], limit: int | None = None
+) -> dict[str, Samples]:
     """task -> samples of a folder, for `calibrate(model, tasks=...)`; `generation` and `understanding` come first.
 
     Args:
-        pipe: its prompt layout and image codec are used.
+        pipe: of any family; its prompt layout and image codec are used.
         limit: maximum samples per task, the first ones.
 
     Raises:
@@ -72,13 +58,13 @@ def folder_samples(pipe: Pipeline, directory: str | os.PathLike[str], limit: int
     """
     directory = Path(directory)
 
-    def make(line: tuple[str, Mapping[str, str]]) -> GenerationSample | UnderstandingSample:
+    def make(line: tuple[str, Mapping[str, str]]) -> Sample:
         where, record = line
         try:
             image = read_image(directory / record["image"])
             if "prompt" in record:
-                return image_sample(pipe, image, record["prompt"])
-            return question_sample(pipe, image, record["question"], record["answer"])
+                return pipe.image_sample(image, record["prompt"])
+            return pipe.question_sample(image, record["question"], record["answer"])
         except (ValueError, OSError) as error:
             raise refusal(where, error) from error
 

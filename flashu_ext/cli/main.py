@@ -18,7 +18,18 @@ from .. import __version__
 from .bench import bench
 from .generate import generate
 from .studies import COMMANDS
-from .support import DTYPES, FAMILY, PRESETS, Group, check_writable, example, model_options, open_pipeline, read_config
+from .support import (
+    DTYPES,
+    FAMILIES,
+    FAMILY,
+    PRESETS,
+    Group,
+    check_writable,
+    example,
+    model_options,
+    open_pipeline,
+    read_config,
+)
 
 __all__ = ["cli", "main"]
 
@@ -146,10 +157,12 @@ def answer(
 @cli.command(
     epilog=example(
         "flashu-ext calibrate nano --out plan.safetensors",
+        "flashu-ext calibrate nano --family bagel --out plan.safetensors",
         "flashu-ext calibrate CHECKPOINT --data DIR --estimator flap --checkpoint state.safetensors --out plan.safetensors",
     )
 )
 @click.argument("model")
+@FAMILY
 @click.option(
     "--data",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -195,6 +208,7 @@ def answer(
 @click.option("--limit", type=click.IntRange(1), help="At most this many samples per task (default: all, for nano 40).")
 def calibrate(
     model: str,
+    family: str,
     data: Path | None,
     out: Path,
     estimator: str,
@@ -206,7 +220,7 @@ def calibrate(
     checkpoint: Path | None,
     limit: int | None,
 ) -> None:
-    """Score the neurons and layers of MODEL ('nano' or a checkpoint folder) for each task.
+    """Score the neurons and layers of MODEL ('nano' or a checkpoint folder of any family) for each task.
 
     DATA holds images and one file of JSON lines per task: generation.jsonl with {"image": "cat.png", "prompt": "a cat"},
     understanding.jsonl with {"image": "cat.png", "question": "what is it?", "answer": "a cat"}, and any other name with
@@ -217,20 +231,28 @@ def calibrate(
             check_writable(name, path)
     if data is None and model != "nano":
         raise click.UsageError("--data: expected a folder with samples; only nano generates its own")
+    if family != FAMILIES[0] and (data is not None or model != "nano"):
+        raise click.UsageError("--family: expected with 'nano' and without --data; a folder says of which family it is")
     from ..calibration.calibrate import DEFAULT_TIMES
     from ..calibration.calibrate import calibrate as run
     from ..calibration.data import folder_samples
+    from ..models.folders import pipeline_class
     from ..models.showo2 import Pipeline
     from ..nano.calibrate import SAMPLES, samples
-    from ..nano.subject import PRUNE_MULTIPLE
+    from ..nano.model import load_model
+    from ..nano.subject import PRUNE_MULTIPLE, subject
 
-    pipe = Pipeline.from_pretrained(model)
+    own: Any
     if data is not None:
-        tasks: Any = folder_samples(pipe, data, limit)
+        pipe = (
+            Pipeline.from_pretrained(model) if model == "nano" else pipeline_class(Path(model)).from_pretrained(model)
+        )
+        own, tasks = pipe.model, dict[str, Any](folder_samples(pipe, data, limit))
     else:
-        tasks = dict(zip(("generation", "understanding"), samples(limit or SAMPLES, seed), strict=True))
+        own = load_model(subject(family).folder)
+        tasks = dict(zip(("generation", "understanding"), samples(limit or SAMPLES, seed, family), strict=True))
     plan = run(
-        pipe.model,
+        own,
         tasks=tasks,
         estimator=estimator,
         ratio=ratio,
@@ -270,6 +292,7 @@ def calibrate(
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A FlashUConfig as JSON, instead of a preset.",
 )
+@FAMILY
 @click.option("--steps", type=click.IntRange(2), help="Grid points (default: the preset's; 50 if it has none).")
 @click.option(
     "--layers", type=click.IntRange(1), help="LLM layers; needed to see whether the skip ratio rounds down to none."
@@ -288,7 +311,7 @@ def calibrate(
 )
 @click.option(
     "--model",
-    help="With --kernels: 'nano', '1.5b', '7b', or a folder with a Show-o2 checkpoint, whose weights are not read.  "
+    help="With --kernels: 'nano', '1.5b', '7b', or a checkpoint folder of any family, whose weights are not read.  "
     "[default: nano]",
 )
 @click.option(
@@ -305,6 +328,7 @@ def calibrate(
 def schedule(
     preset: str,
     config_file: Path | None,
+    family: str,
     steps: int | None,
     layers: int | None,
     guidance: float,
@@ -327,7 +351,7 @@ def schedule(
         overrides = {"steps": steps} if steps is not None else {}
         config = getattr(FlashUConfig, preset)(**overrides)
     if kernels:
-        _print_kernels(model or "nano", config, steps, device, dtype, as_json)
+        _print_kernels(model or "nano", family, config, steps, device, dtype, as_json)
         return
     step_plan = StepPlan.build(config, steps, layers, guidance)
     if as_json:
@@ -337,24 +361,26 @@ def schedule(
 
 
 def _print_kernels(
-    model: str, config: Any, steps: int | None, device: str | None, dtype: str | None, as_json: bool
+    model: str, family: str, config: Any, steps: int | None, device: str | None, dtype: str | None, as_json: bool
 ) -> None:
     import dataclasses
 
     import torch
 
-    from ..models.showo2.checkpoint import read_config as read_model_config
+    from ..models.folders import shell_of
     from ..models.showo2.config import Showo2Config
     from ..models.showo2.model import Showo2
-    from ..nano.showo2 import nano_config
+    from ..nano.subject import subject
     from ..runtime.kernel_sets import describe
 
-    known = {"nano": nano_config, "1.5b": Showo2Config.show_o2_1_5b, "7b": Showo2Config.show_o2_7b}
-    sizes = known[model]() if model in known else read_model_config(model)
+    known = {"1.5b": Showo2Config.show_o2_1_5b, "7b": Showo2Config.show_o2_7b}
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights = getattr(torch, DTYPES[dtype or ("bf16" if where == "cuda" else "fp32")])
     with torch.device("meta"):
-        shell = Showo2(sizes)
+        if model == "nano":
+            shell = subject(family).build()
+        else:
+            shell = Showo2(known[model]()) if model in known else shell_of(Path(model))
     description = describe(shell, config, device=where, dtype=weights, steps=steps)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(row) for row in description.rows], indent=1))

@@ -17,6 +17,7 @@ from ..planning.reading import printable, read_text, refusal
 __all__ = [
     "DTYPES",
     "EXPECTED_ERRORS",
+    "FAMILIES",
     "FAMILY",
     "PRESETS",
     "Group",

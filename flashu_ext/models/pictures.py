@@ -12,7 +12,7 @@ from ..planning.extras import extra
 from ..planning.groups import whole
 from ..planning.reading import MAX_PIXELS, shown
 
-__all__ = ["Size", "picture", "rgb", "sides", "to_pil", "unit"]
+__all__ = ["Size", "covered", "picture", "rgb", "sides", "to_pil", "unit"]
 
 Size = int | tuple[int, int]
 """An image's size in pixels: its side, or (height, width)."""
@@ -63,6 +63,22 @@ def rgb(image: Any, name: str, on_white: bool = False) -> Any:
     if width < 1 or height < 1:
         raise ValueError(f"{name}: expected at least one pixel, got {width} x {height}")
     return image
+
+
+def covered(image: Any, side: int, name: str) -> Any:
+    """A PIL image in RGB scaled to cover a square, bicubically, and cropped in its middle. Raises ValueError where it is too long."""
+    from PIL.Image import Resampling
+
+    width, height = image.size
+    if (width, height) == (side, side):
+        return image
+    scale = side / min(width, height)
+    width, height = max(side, int(width * scale)), max(side, int(height * scale))
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name}: expected sides of a like length, got {image.size[0]} x {image.size[1]}")
+    image = image.resize((width, height), Resampling.BICUBIC)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
 
 
 def unit(image: Any) -> Tensor:

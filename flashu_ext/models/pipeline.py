@@ -18,6 +18,7 @@ from torch import Tensor
 from ..planning.config import FlashUConfig
 from ..planning.groups import FfnPruning
 from ..planning.safe_files import atomic_path
+from .calibration import Sample
 from .checks import check_callback
 from .decoding import OnToken
 from .pictures import to_pil
@@ -110,6 +111,16 @@ class ModelPipeline:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with atomic_path(target) as temporary:
                         shutil.copyfile(file, temporary)
+
+    # ---- calibration
+
+    def image_sample(self, image: Image, prompt: str) -> Sample:
+        """A PIL image with its prompt, for `calibrate`. Raises TypeError or ValueError for what is neither."""
+        raise NotImplementedError
+
+    def question_sample(self, image: Image, question: str, answer: str) -> Sample:
+        """A PIL image with a question and its answer, for `calibrate`. The end token, which a model never reads, is omitted."""
+        raise NotImplementedError
 
     # ---- drawing and answering
 

@@ -282,7 +282,7 @@ MUTANTS = [
     Mutant("prompts: rows of another size are padded as the model's own", "flashu_ext/models/showo2/prompts.py", "text = self.max_text_len if length is None else length - image_tokens - _MARKS", "text = self.max_text_len", SIZES("long_as_upstreams")),
     Mutant("folder: the size is not recorded", "flashu_ext/batch/folder.py", '{} if grid == pipe.grid() else {"grid": list(grid)}', "{}", SIZES("folder_records")),
     Mutant("prompts: half a character is returned", "flashu_ext/models/prompts.py", 'if text.endswith("\\ufffd") or not', "if not", PIPELINE("incomplete_characters")),
-    Mutant("pixels: a picture is a pixel too narrow", "flashu_ext/models/showo2/pipeline.py", "max(side, int(width * scale))", "int(width * scale)", EDGES("cropped")),
+    Mutant("pixels: a picture is a pixel too narrow", "flashu_ext/models/pictures.py", "max(side, int(width * scale))", "int(width * scale)", EDGES("cropped")),
     Mutant("generate: ranks that are started anew discard", "flashu_ext/cli/generate.py", "discard = overwrite and ranks.attempt == 0", "discard = overwrite", LISTS("started_anew")),
     Mutant("cli: samples have no seed", "flashu_ext/cli/main.py", '"top_p": top_p, "seed": seed}', '"top_p": top_p, "seed": None}', COMMANDS("answers_are_sampled")),
     Mutant("cli: a plan beside tuned settings is ignored", "flashu_ext/cli/support.py", "if tuned is not None and plan_file is not None:", "if tuned is not None and plan_file is None and False:", COMMANDS("tuned")),

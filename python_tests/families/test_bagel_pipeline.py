@@ -16,6 +16,8 @@ from support.pipelines import Blocks, byte_tokenizer, small_kl_vae, write_byte_t
 from torch import Tensor
 
 import flashu_ext as fx
+from flashu_ext.calibration.calibrate import calibrate
+from flashu_ext.calibration.data import folder_samples
 from flashu_ext.models.bagel.conformance import model_of
 from flashu_ext.models.bagel.images import pixels, vae_image
 from flashu_ext.models.bagel.prompts import SequenceLayout, load_tokenizer
@@ -300,3 +302,22 @@ def test_bad_input_is_named_before_work(pipe: Any, call: Any, message: str, monk
         monkeypatch.setattr(pipe.model, method, None)
     with pytest.raises((TypeError, ValueError), match=message):
         call(pipe)
+
+
+def test_calibration_samples_are_by_hand(pipe: Any, tmp_path: Path) -> None:
+    """A folder of pictures is scored as samples made by hand."""
+    WIDE.save(tmp_path / "a.png")
+    (tmp_path / "generation.jsonl").write_text(json.dumps({"image": "a.png", "prompt": "a cat"}))
+    (tmp_path / "understanding.jsonl").write_text(
+        json.dumps({"image": "a.png", "question": "what is it?", "answer": "a cat"})
+    )
+    resized = torch.from_numpy(np.asarray(WIDE.resize(RESIZED["wide"], Image.Resampling.BICUBIC)).copy())
+    latents = Blocks(16).encode(resized.permute(2, 0, 1)[None].float() / 127.5 - 1)
+    drawn = fx.bagel.GenerationSample(MODEL.packed(latents), [text("a cat")], (48, 80), IDS)
+    answer = tuple(len(SPECIAL) + byte for byte in b"a cat")
+    asked = fx.bagel.UnderstandingSample([wide(), text("what is it?")], answer, IDS)
+    expected = calibrate(MODEL, [drawn], [asked], progress=False, multiple=16)
+    plan = calibrate(pipe.model, tasks=folder_samples(pipe, tmp_path), progress=False, multiple=16)
+    for task in ("generation", "understanding"):
+        assert torch.equal(plan.scores[task], expected.scores[task])
+        assert torch.equal(plan.layer_importance[task], expected.layer_importance[task])

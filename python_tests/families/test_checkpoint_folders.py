@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from support.checkpoints import FAMILIES, Family, write_weights
 
+from flashu_ext.models import folders
+
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:
@@ -52,6 +54,25 @@ def test_upstreams_layout(tmp_path: Path, family: Family, sharded: bool):
     write_weights(family.state(), folder, family.stem, sharded=sharded)
     same(family.kind.from_pretrained(folder), family.model())
     assert family.layout.read_config(folder) == family.model().config
+
+
+@pytest.mark.parametrize("layout", ["upstream", "own", "weights are missing"])
+def test_a_folder_says_of_which_family_it_is(tmp_path: Path, family: Family, layout: str):
+    folder = family.upstream(tmp_path) if layout == "upstream" else tmp_path / "own"
+    if layout == "upstream":
+        write_weights(family.state(), folder, family.stem)
+    else:
+        family.model().save_pretrained(folder)
+    name = next(name for name, each in FAMILIES.items() if each is family)
+    if layout == "weights are missing":
+        (folder / "model.safetensors").unlink()
+        assert folders.family_in(folder) == name
+        return
+    assert folders.family_in(folder) == name
+    with torch.device("meta"):
+        shell = folders.shell_of(folder)
+    assert type(shell) is family.kind and shell.config == family.model().config
+    assert folders.pipeline_class(folder).__module__ == f"flashu_ext.models.{name}.pipeline"
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -18,6 +18,8 @@ from support.pipelines import Blocks, byte_tokenizer, small_kl_vae, write_byte_t
 from torch import Tensor
 
 import flashu_ext as fx
+from flashu_ext.calibration.calibrate import calibrate
+from flashu_ext.calibration.data import folder_samples
 from flashu_ext.models.comparison import Fixture
 from flashu_ext.models.janusflow.conformance import model_of
 from flashu_ext.models.janusflow.prompts import ChatLayout, load_tokenizer
@@ -309,3 +311,25 @@ def test_a_pipeline_is_copied_and_not_pickled(pipe: Any) -> None:
     assert copy.copy(pipe).model is pipe.model
     with pytest.raises(TypeError, match="it cannot be pickled"):
         pickle.dumps(pipe)
+
+
+def test_calibration_samples_are_by_hand(pipe: Any, tmp_path: Path) -> None:
+    """A folder of pictures is scored as samples made by hand."""
+    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (96, 160, 3), np.uint8))
+    picture.save(tmp_path / "a.png")
+    (tmp_path / "generation.jsonl").write_text(json.dumps({"image": "a.png", "prompt": "a cat"}))
+    (tmp_path / "understanding.jsonl").write_text(
+        json.dumps({"image": "a.png", "question": "what is it?", "answer": "a cat"})
+    )
+    square = (
+        torch.from_numpy(np.asarray(picture.crop((32, 0, 128, 96))).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    )
+    drawn = fx.janusflow.GenerationSample(Blocks(4).encode(square), drawing("a cat"), PAD)
+    pixels = fx.janusflow.pixel_values(picture, pipe.model.config, **COLOURS)
+    tokens = torch.cat([question("what is it?"), torch.tensor([ids("a cat")])], dim=1)
+    asked = fx.janusflow.UnderstandingSample(pixels, tokens, 5)
+    expected = calibrate(pipe.model, [drawn], [asked], progress=False, multiple=16)
+    plan = calibrate(pipe.model, tasks=folder_samples(pipe, tmp_path), progress=False, multiple=16)
+    for task in ("generation", "understanding"):
+        assert torch.equal(plan.scores[task], expected.scores[task])
+        assert torch.equal(plan.layer_importance[task], expected.layer_importance[task])

@@ -20,6 +20,7 @@ from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
 from ..prompts import check_question
 from ..seeds import seeds_of
+from .calibration import GenerationSample, UnderstandingSample
 from .images import SCALE, SHIFT, pixels, vit_image
 from .model import Bagel, Text
 from .model import Image as ContextImage
@@ -210,6 +211,19 @@ class Pipeline(ModelPipeline):
             seer,
         )
         return self.pictures(self.model.unpacked(tokens, (height, width)))[0]
+
+    # ---- calibration
+
+    def image_sample(self, image: Image, prompt: str) -> GenerationSample:
+        (resized,) = read_all({"image": image}, self.model.config, self.vae_sides)
+        latents = self.codec.encode(pixels(resized).to(self._device))
+        inputs = (self.layout.text(prompt, self._device),)
+        size = (resized.height, resized.width)
+        return GenerationSample(self.model.packed(latents), inputs, size, self.layout.ids)
+
+    def question_sample(self, image: Image, question: str, answer: str) -> UnderstandingSample:
+        inputs = self._sequence(read_all({"image": image, "question": question}, self.model.config, self.vae_sides))
+        return UnderstandingSample(inputs, tuple(self.layout.encode(answer)), self.layout.ids)
 
     # ---- understanding
 

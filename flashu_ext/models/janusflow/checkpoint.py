@@ -128,6 +128,7 @@ LAYOUT = Layout(
     upstream=_upstream_format,
     layers=_layers,
     shallow=_shallow,
+    named=lambda configs: configs["config.json"].get("model_type") == _UPSTREAM_TYPE,
 )
 
 load, save, read_config = LAYOUT.load, LAYOUT.save, LAYOUT.read_config

@@ -18,10 +18,11 @@ from ...planning.reading import read_json, refusal, shown
 from ...planning.safe_files import write_text
 from ..checks import check_callback, guidance_scale_of
 from ..codec import Codec, KlCodec
-from ..pictures import rgb
+from ..pictures import covered, rgb, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
 from ..seeds import noise_of, seeds_of
+from .calibration import GenerationSample, UnderstandingSample
 from .images import HALF, pixel_values
 from .model import JanusFlow
 from .prompts import ChatLayout, load_tokenizer
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from ...planning.plan import TaskPlan
 
 __all__ = ["Pipeline"]
+
+VAE_PIXELS = 8
+"""A latent's side, of SDXL's VAE."""
 
 _PREPROCESSOR = "preprocessor_config.json"
 
@@ -155,6 +159,21 @@ class Pipeline(ModelPipeline):
         config = self.model.config
         shape = (config.latent_channels, config.latent_size, config.latent_size)
         return noise_of(seeds_of(seeds, count, "prompts"), shape, self._device)
+
+    # ---- calibration
+
+    def image_sample(self, image: Image, prompt: str) -> GenerationSample:
+        """The image is made the size that the model draws: scaled to cover it, and cropped in the middle."""
+        (row,) = self.layout.drawing([prompt])
+        side = VAE_PIXELS * self.model.config.latent_size
+        latents = self.codec.encode(unit(covered(rgb(image, "image"), side, "image")).to(self._device))
+        return GenerationSample(latents, torch.tensor(row, dtype=torch.int64, device=self._device), self.layout.pad)
+
+    def question_sample(self, image: Image, question: str, answer: str) -> UnderstandingSample:
+        pixels = pixel_values(rgb(image, "image"), self.model.config, self.mean, self.std).to(self._device)
+        words = torch.tensor([self.layout.encode(answer)], dtype=torch.int64, device=self._device)
+        asked = self.layout.question(question, self._device)
+        return UnderstandingSample(pixels, torch.cat([asked, words], dim=1), words.shape[1])
 
     # ---- understanding
 

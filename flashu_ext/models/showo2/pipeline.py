@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
-from ...planning.reading import MAX_PIXELS
 from ..checkpoint import check_dtype
 from ..checks import check_callback, check_device
-from ..pictures import Size, rgb, sides, unit
+from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vocabulary, opened, parts_of
 from ..seeds import noise_of, seeds_of
+from .calibration import GenerationSample, UnderstandingSample
 from .codec import ImageCodec, WanCodec
 from .many import AT_ONCE, Answers, Drawings
 from .model import Showo2
@@ -235,6 +235,18 @@ class Pipeline(ModelPipeline):
             return self.layout
         return self.layout.with_image_tokens(grid[0] * grid[1] + (1 if config.add_time_embeds else 0))
 
+    # ---- calibration
+
+    def image_sample(self, image: Image, prompt: str) -> GenerationSample:
+        rows = self.layout.generation([prompt], self._device)
+        return GenerationSample(latents=self.encode(image), **vars(rows))
+
+    def question_sample(self, image: Image, question: str, answer: str) -> UnderstandingSample:
+        latents = self.encode(image)
+        before, after = self.layout.question(question, self._device)
+        tokens = torch.tensor([self.layout.encode(answer)], dtype=torch.int64, device=self._device)
+        return UnderstandingSample(latents, before, torch.cat([after, tokens], dim=1), tokens.shape[1])
+
     # ---- understanding
 
     def _answers(
@@ -308,16 +320,4 @@ class Pipeline(ModelPipeline):
 
 def _from_pil(image: Image, side: int, name: str) -> Tensor:
     """PIL image -> [1, 3, side, side] in [-1, 1]. Raises TypeError or ValueError, naming it."""
-    from PIL.Image import Resampling
-
-    image = rgb(image, name)
-    width, height = image.size
-    if (width, height) != (side, side):
-        scale = side / min(width, height)
-        width, height = max(side, int(width * scale)), max(side, int(height * scale))
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{name}: expected sides of a like length, got {image.size[0]} x {image.size[1]}")
-        image = image.resize((width, height), Resampling.BICUBIC)
-        left, top = round((width - side) / 2), round((height - side) / 2)
-        image = image.crop((left, top, left + side, top + side))
-    return unit(image)
+    return unit(covered(rgb(image, name), side, name))
