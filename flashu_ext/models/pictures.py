@@ -66,7 +66,7 @@ def rgb(image: Any, name: str, on_white: bool = False) -> Any:
 
 
 def covered(image: Any, side: int, name: str) -> Any:
-    """A PIL image in RGB scaled to cover a square, bicubically, and cropped in its middle. Raises ValueError where it is too long."""
+    """A PIL image in RGB scaled to cover a square, bicubically, and cropped in its middle. Raises ValueError where it is long."""
     from PIL.Image import Resampling
 
     width, height = image.size

@@ -176,8 +176,9 @@ def tune(
         with running(model, settings, plan):
             probe.generate(model, [0], callback=callback)
 
-    tokens = model.config.image_latent_height * model.config.image_latent_width
-    costs = CostModel(generate, len(adapter_of(model).layers), subject_of(model).guidance, tokens)
+    subject, shape = subject_of(model), adapter_of(model).shape()
+    tokens = subject.geometry(probe.prompts[0]).span - shape.time_token
+    costs = CostModel(generate, len(shape.layers), subject.guidance, tokens)
 
     answers: dict[FlashUConfig, float] = {}
 
