@@ -346,7 +346,11 @@ def schedule(
         if value is not None and not kernels:
             raise click.UsageError(f"{name}: expected with --kernels only")
     if config_file is not None:
-        config = read_config(config_file)
+        config: Any = read_config(config_file)
+    elif kernels and model in (None, "nano"):
+        from ..nano.subject import subject
+
+        config = subject(family).preset_config(preset, steps)
     else:
         overrides = {"steps": steps} if steps is not None else {}
         config = getattr(FlashUConfig, preset)(**overrides)

@@ -14,10 +14,10 @@ __all__ = ["layer_shape", "layer_shapes", "linear_flops"]
 
 def layer_shape(layer: Any, attention: AttentionShape, modulation: float = 0.0) -> LayerShape:
     """Of a decoder layer, or of a block of a head. modulation: operations per row."""
-    key_value = linear_flops(layer.self_attn.k_proj) + linear_flops(layer.self_attn.v_proj)
+    own = layer.self_attn
     return LayerShape(
-        key_value=key_value,
-        attention=linear_flops(layer.self_attn) - key_value,
+        key_value=linear_flops(own.k_proj) + linear_flops(own.v_proj),
+        attention=linear_flops(own.q_proj) + linear_flops(own.o_proj),
         ffn=linear_flops(layer.mlp),
         heads=attention.heads,
         head_dim=attention.head_dim,

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import flashu_ext as fx
+from flashu_ext.models.adapter import adapter_of
 from flashu_ext.nano import codec
 from flashu_ext.nano.evaluate import make_noise
 from flashu_ext.nano.subject import FAMILIES, subject
@@ -84,3 +86,18 @@ def test_a_training_answer_is_what_the_model_says(family: str) -> None:
         _, tokens = own.answer(model, row, question)
         logits, _ = own.answered(model, row, [question])
         assert int(logits[0].argmax()) == tokens[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_and_costs_are_known_before_anything_runs(family: str) -> None:
+    with torch.device("meta"):
+        model = subject(family).build()
+    rows = fx.kernel_sets.describe(model, subject(family).preset_config("exact"), device="cpu").rows
+    assert {row.task for row in rows} == {"generation", "understanding"}
+    shape = adapter_of(model).shape()
+    widths = {"showo2": (128, 64, 384), "janusflow": (128, 128, 352), "bagel": (96, 48, 320)}
+    hidden, key_value, neurons = widths[family]
+    assert len(shape.layers) == 6
+    for layer in shape.layers:
+        assert layer.key_value == 2 * 2 * hidden * key_value and layer.attention == 2 * 2 * hidden * hidden
+        assert layer.ffn == 3 * 2 * hidden * neurons and layer.neurons == neurons
