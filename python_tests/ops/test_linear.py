@@ -99,6 +99,23 @@ def test_a_row_has_the_same_bits_in_any_company(epilogue: str, dtype: torch.dtyp
             assert torch.equal(many, whole.repeat(30, 1))
 
 
+@pytest.mark.parametrize("flush", [False, True])
+def test_threads_flush_denormals_as_their_caller(flush: bool):
+    """torch's flag is of one thread; workers that did not have it gave other bits."""
+    x, weight = randn(1, 400, 300), randn(2, 600, 300) * 1e-39
+    if not torch.set_flush_denormal(flush):
+        pytest.skip("this machine cannot flush denormals")
+    try:
+        with threads(1):
+            alone = ops.linear(x, weight)
+        for count in (2, 4):
+            with threads(count):
+                assert torch.equal(ops.linear(x, weight), alone)
+    finally:
+        torch.set_flush_denormal(False)
+    assert bool((alone == 0).all()) == flush
+
+
 @every_epilogue
 def test_a_column_has_the_same_bits_in_any_place(epilogue: str):
     """Vectors and what is left of them apply the same activation."""
