@@ -68,10 +68,11 @@ class SketchSample(Sample):
     prompts: Tensor
 
 
-def sequences(prompts: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and spans of both branches; the unguided one has token 0 in the prompt's place."""
+def sequences(prompts: Tensor, latents: Tensor, guided: bool = True) -> tuple[Tensor, Tensor]:
+    """Tokens and spans of the prompts and, under guidance, of rows that have token 0 in the prompt's place."""
     span = 1 + latents.shape[2] * latents.shape[3] // 4
-    tokens = nn.functional.pad(torch.cat([prompts, torch.zeros_like(prompts)]), (0, span))
+    rows = torch.cat([prompts, torch.zeros_like(prompts)]) if guided else prompts
+    tokens = nn.functional.pad(rows, (0, span))
     return tokens, torch.tensor([[[prompts.shape[1], span]]]).repeat(len(tokens), 1, 1)
 
 
@@ -168,7 +169,7 @@ class SketchInputs(DrawInputs):
 @torch.no_grad()
 def sample(model: Sketch, noise: Tensor, prompts: Tensor, steps: int = 10, scale: float = 3.0) -> Tensor:
     """Latents [B, channels, H, W] of prompts int64 [B, n]."""
-    tokens, spans = sequences(prompts, noise)
+    tokens, spans = sequences(prompts, noise, scale > 0)
     inputs = SketchInputs(noise, tokens, spans, steps + 1, scale)
     handle = fx.handle_of(model)
     if handle is not None:
@@ -176,8 +177,8 @@ def sample(model: Sketch, noise: Tensor, prompts: Tensor, steps: int = 10, scale
         return latents
     times, dt = inputs.schedule(steps + 1)
     for t, step in zip(times, dt, strict=True):
-        both = model.velocity(noise.repeat(2, 1, 1, 1), t.expand(len(tokens)), tokens, spans)
-        noise = noise + step * guide(both, scale)
+        rows = model.velocity(noise.repeat(len(tokens) // len(noise), 1, 1, 1), t.expand(len(tokens)), tokens, spans)
+        noise = noise + step * (guide(rows, scale) if scale > 0 else rows)
     return noise
 
 

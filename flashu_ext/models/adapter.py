@@ -96,7 +96,8 @@ class Kit(Protocol):
         """nn.Sequential of linear layers, norms and activations."""
 
     def norm(self, module: Any) -> Any:
-        """RMS norm, and any other as itself: (x [rows, n, width], shift=None, scale=None)."""
+        """RMS norm, and any other as itself: (x [rows, n, width], shift=None, scale=None) -> norm(x) * (1 + scale[:, None]) +
+        shift[:, None], both [rows, width]."""
 
     def patches(self, module: Any) -> Any:
         """nn.Conv2d over patches side by side, or a module with one in `proj`: [images, channels, H, W] -> [images, patches,
@@ -227,7 +228,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def sizes(self, latent_size: tuple[int, int]) -> Sizes:
-        """Of an image whose latents are (H, W)."""
+        """Of an image whose latents are (H, W); a ValueError where the model draws none of that size."""
 
     @property
     @abstractmethod
@@ -244,7 +245,8 @@ class Adapter(ABC):
 
     @abstractmethod
     def time_token(self, time: Tensor) -> Tensor:
-        """Embeddings [rows, width] -> what the language model's input needs of them [rows, hidden]."""
+        """Embeddings [rows, width] -> what the language model's input needs of them [rows, hidden]: a token of the span (`lead`),
+        or what `span` adds to the patches."""
 
     def modulation(self, time: Tensor) -> Tensor:
         """Embeddings [rows, width] -> what encoder and head need of them [rows, `Sizes.modulation`]; computed once for all times
@@ -278,8 +280,8 @@ class Adapter(ABC):
 
     @abstractmethod
     def velocity(self, x: Tensor, modulation: Tensor, early: Tensor | None) -> Tensor:
-        """The head's end: span [rows, `lead` + patches + `trail`, width] -> velocity rows [rows, patches, numbers]
-        (`models.velocity`)."""
+        """The head's end: span [rows, `lead` + patches + `trail`, width] -> velocity rows [rows, patches, numbers]: those of
+        `velocity.patchify(image's velocity, patch)`, vectors of channels in raster order of the latents, not square patches."""
 
     # ---- answering
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..planning.config import FlashUConfig
+from ..planning.groups import is_real
+from ..planning.reading import shown
 from .velocity import Scale, guided
 
-__all__ = ["Callback", "DrawInputs", "Formula", "Segment", "Stepper", "TaylorSeer", "integrate"]
+__all__ = ["Callback", "DrawInputs", "Formula", "Segment", "Stepper", "TaylorSeer", "check_drawing", "integrate"]
 
 Callback = Callable[[int, Tensor], None]
 """Called after each step with its number, from 1, and the latents, which must not be modified."""
@@ -72,7 +74,7 @@ class DrawInputs(ABC):
     noise: Tensor
     """[B, channels, H, W]."""
     tokens: Tensor
-    """int64 [rows, length]; rows are the B prompts and, under guidance, their B counterparts without a prompt after them."""
+    """int64 [rows, length]; rows are the B prompts and, only where `guided`, their B counterparts without a prompt after them."""
     positions: Tensor
     """int64 [rows, 1, 2], (offset, length) of every row's image span."""
     steps: int | None
@@ -139,6 +141,43 @@ class Stepper(Protocol):
 
     def close(self) -> None:
         """End the image, finished or not."""
+
+
+def check_drawing(inputs: DrawInputs, parts: Any) -> None:
+    """Raise for inputs that do not fit together, or not the model of an adapter, whoever made them.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the field, what was expected and what was given.
+    """
+    noise, tokens, positions, scale = inputs.noise, inputs.tokens, inputs.positions, inputs.guidance_scale
+    scales = scale if isinstance(scale, tuple) else (scale,)
+    if not all(is_real(each) and each >= 0 for each in scales):
+        raise ValueError(
+            f"guidance_scale: expected a number >= 0, or a tuple with one for each image, got {shown(scale)}"
+        )
+    if noise.dim() != 4 or noise.shape[0] < 1 or noise.shape[1] != parts.latent_channels:
+        raise ValueError(f"noise: expected [images >= 1, {parts.latent_channels}, H, W], got {tuple(noise.shape)}")
+    images, rows = len(noise), len(noise) * inputs.branches
+    if len(scales) not in (1, images):
+        raise ValueError(f"guidance_scale: expected one, or one for each of {images} images, got {len(scales)}")
+    if tokens.dim() != 2 or tokens.dtype != torch.int64 or len(tokens) != rows:
+        raise ValueError(
+            f"tokens: expected int64 [{rows}, n], {inputs.branches} rows for each of {images} images, got {tokens.dtype} "
+            f"{tuple(tokens.shape)}"
+        )
+    if tuple(positions.shape) != (rows, 1, 2):
+        raise ValueError(f"positions: expected [{rows}, 1, 2], got {tuple(positions.shape)}")
+    span = parts.lead + parts.sizes(tuple(noise.shape[2:])).patches + parts.trail
+    for offset, length in positions[:, 0].tolist():
+        if length != span or not 0 <= offset <= tokens.shape[1] - span:
+            raise ValueError(
+                f"positions: expected (offset, {span}) within {tokens.shape[1]} tokens, got ({offset}, {length})"
+            )
+    vocabulary = len(parts.embed_tokens.weight)
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise IndexError(
+            f"tokens: expected token ids in [0, {vocabulary}), got {int(tokens.min())} to {int(tokens.max())}"
+        )
 
 
 def integrate(stepper: Stepper, callback: Callback | None = None, return_velocity: bool = False) -> Any:

@@ -15,7 +15,7 @@ from ..models.adapter import adapter_of
 from ..models.autocast import without_autocast
 from ..models.decoding import OnToken
 from ..models.known import check_model, untracked, why_not_attention_kernel
-from ..models.sampling import DrawInputs
+from ..models.sampling import DrawInputs, check_drawing
 from ..models.shapes import layer_shapes
 from ..models.stamp import Stamp
 from ..ops.kernel_sets import KernelSet, resolve
@@ -193,14 +193,15 @@ class Runner:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """A context for all generation and answering: holds the lock and switches autocast off."""
-        with self.lock.held, without_autocast(self.parts.device):
+        """A context for all generation and answering: holds the lock and switches autocast and gradients off."""
+        with self.lock.held, without_autocast(self.parts.device), torch.no_grad():
             if self.lock.abandoned:
                 self.reset()
             yield
 
     def stepper(self, inputs: DrawInputs, config: FlashUConfig | None = None) -> AcceleratedStepper:
-        """The steps of `flashu_ext.showo2.sample`. config: of these images; None: the model's."""
+        """The steps of a family's `sample`. config: of these images; None: the model's."""
+        check_drawing(inputs, self.parts)
         if config is not None:
             self._check_config(config)
         with self.working():

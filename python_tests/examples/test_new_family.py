@@ -162,3 +162,59 @@ def test_a_family_is_registered_once(example: Any) -> None:
         fx.register_family("other", FAMILIES["sketch"])
     with pytest.raises(TypeError, match="description: expected a Family"):
         fx.register_family("other", ("Other", "mark"))
+
+
+def test_without_guidance_the_prompts_run_alone(example: Any, model: Any) -> None:
+    dense = draw(example, model, steps=4, scale=0.0)
+    with fx.accelerate(model):
+        fast = draw(example, model, steps=4, scale=0.0)
+    assert (fast - dense).norm() < 1e-5 * dense.norm()
+    assert (draw(example, model, steps=4, scale=1.0) - dense).norm() < 1e-5 * dense.norm()
+
+
+def test_gradients_may_be_on(example: Any, model: Any) -> None:
+    inputs = inputs_of(example)
+    with fx.accelerate(model) as handle:
+        without = draw(example, model, steps=3)
+        with torch.enable_grad():
+            latents = example.integrate(handle.stepper(inputs))
+    assert torch.equal(latents, without) and not latents.requires_grad
+
+
+def inputs_of(example: Any, **changes: Any) -> Any:
+    """Of `draw` with three steps."""
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    tokens, spans = example.sequences(torch.arange(1, 15).reshape(2, 7), noise)
+    fields = {"noise": noise, "tokens": tokens, "positions": spans, "steps": 4, "guidance_scale": 3.0}
+    return example.SketchInputs(**{**fields, **changes})
+
+
+SPANS = torch.tensor([[[7, 17]]]).repeat(4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"positions": SPANS + torch.tensor([5, 0])},
+            r"positions: expected \(offset, 17\) within 24 tokens, got \(12, 17\)",
+        ),
+        ({"positions": SPANS - torch.tensor([0, 4])}, r"positions: .* got \(7, 13\)"),
+        ({"positions": SPANS[:, 0]}, r"positions: expected \[4, 1, 2\]"),
+        (
+            {"tokens": torch.zeros(2, 24, dtype=torch.int64)},
+            r"tokens: expected int64 \[4, n\], 2 rows for each of 2 images",
+        ),
+        ({"tokens": torch.full((4, 24), 64)}, r"tokens: expected token ids in \[0, 64\)"),
+        ({"noise": torch.zeros(2, 3, 8, 8)}, r"noise: expected \[images >= 1, 4, H, W\]"),
+        ({"guidance_scale": -1.0}, "guidance_scale: expected a number >= 0"),
+        ({"guidance_scale": [3.0, 3.0]}, "guidance_scale: expected a number >= 0"),
+        ({"guidance_scale": (3.0, 3.0, 3.0)}, "guidance_scale: expected one, or one for each of 2 images, got 3"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(example: Any, model: Any, changes: dict[str, Any], message: str) -> None:
+    with fx.accelerate(model) as handle:
+        expected = draw(example, model, steps=3)
+        with pytest.raises((ValueError, IndexError), match=message):
+            handle.stepper(inputs_of(example, **changes))
+        assert torch.equal(draw(example, model, steps=3), expected)

@@ -25,6 +25,9 @@ class Norm:
 
     def __call__(self, x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
         """x [..., width] -> [..., width]; modulated, x [rows, n, width], by shift and scale [rows, width] where given."""
+        for name, value in (("shift", shift), ("scale", scale)):
+            if value is not None and value.shape != (x.shape[0], x.shape[-1]):
+                raise ValueError(f"{name}: expected [{x.shape[0]}, {x.shape[-1]}], got {tuple(value.shape)}")
         if self.why_itself is None:
             return self._kernels.rms_norm(x, self.module.weight, norm_eps(self.module), shift, scale)
         normed = self.module(x)
