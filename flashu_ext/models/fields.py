@@ -45,6 +45,13 @@ def check_divides(name: str, whole: int, part: int) -> None:
         raise ValueError(f"{name}: expected a divisor of {whole}, got {part}")
 
 
+def check_heads(hidden: int, heads: int) -> None:
+    """That heads share the width, and can be rotated."""
+    check_divides("heads", hidden, heads)
+    if hidden // heads % 2:
+        raise ValueError(f"heads: expected an even width of each, got {hidden} / {heads} = {hidden // heads}")
+
+
 class JsonConfig:
     """What dataclasses of plain values have in common that are written as JSON objects."""
 

@@ -42,7 +42,9 @@ class Placement:
         chosen = cls([None] * len(network.layers), [None] * len(network.layers), {})
         by_ffn = {id(order.ffn): order for order in held}
         ffns = [layer.ffn.module if layer.ffn.why_itself is None else None for layer in network.layers]
-        uses = Counter(id(weight) for ffn in ffns if ffn is not None for weight in ffn_weights(ffn))
+        # The experts read their weights in the model's own order.
+        read = [*ffns, *(layer.ffn.module for layer in network.experts if layer.ffn.why_itself is None)]
+        uses = Counter(id(weight) for ffn in read if ffn is not None for weight in ffn_weights(ffn))
         for index, (ffn, layout) in enumerate(zip(ffns, planned, strict=False)):
             if ffn is None:
                 continue

@@ -159,13 +159,18 @@ class UpstreamMethods:
         grid = places[-1] // side + 1, places[-1] % side + 1
         _same("packed_vae_position_ids", arguments, latent_places(grid, config, torch.device("cpu")).tolist())
         _same("packed_seqlens", arguments, [count + MARKERS])
-        guidance = Guidance(
-            arguments["cfg_text_scale"],
-            arguments["cfg_img_scale"],
-            tuple(arguments["cfg_interval"]),
-            arguments["cfg_renorm_type"],
-            arguments["cfg_renorm_min"],
-        )
+        try:
+            guidance = Guidance(
+                arguments["cfg_text_scale"],
+                arguments["cfg_img_scale"],
+                tuple(arguments["cfg_interval"]),
+                arguments["cfg_renorm_type"],
+                arguments["cfg_renorm_min"],
+            )
+            seer = TaylorSeer() if arguments["enable_taylorseer"] else None
+            guidance.check_forecast(seer)
+        except ValueError as error:  # upstream's own code takes more
+            raise UnknownContents(str(error)) from error
         contents = [contents_of(arguments["past_key_values"])]
         self._check_image(arguments, contents[0], count, arguments["packed_vae_token_indexes"])
         for name, counts in (("text", guidance.text > 1), ("img", guidance.text > 1 and guidance.image > 1)):
@@ -184,7 +189,6 @@ class UpstreamMethods:
                 )
         ids = _ids(contents, image=tuple(arguments["packed_text_ids"].tolist()))
         branches = [each.items for each in contents]
-        seer = TaylorSeer() if arguments["enable_taylorseer"] else None
         told = (int(arguments["num_timesteps"]), guidance, float(arguments["timestep_shift"]), seer)
         return SampleInputs.build(config, noise.to(device), branches, grid, ids, *told)
 

@@ -61,6 +61,7 @@ BAGEL = within("families/test_bagel.py")
 FAMILIES = within("families/test_conformance_command.py")
 PRUNED = within("runtime/test_prune_ffn.py")
 EXPERTS = within("families/test_bagel_runtime.py")
+NEW_FAMILY = within("examples/test_new_family.py")
 JANUSFLOW_PIPELINE = within("families/test_janusflow_pipeline.py")
 BAGEL_PIPELINE = within("families/test_bagel_pipeline.py")
 KL_CODEC = Pytest("python_tests/families/test_kl_codec.py")
@@ -321,6 +322,9 @@ MUTANTS = [
     Mutant("experts: heads are not normed", "flashu_ext/runtime/modules/decoder_layer.py", "projected.append([*layer.normed_heads(query, key), value])", "projected.append([query, key, value])", EXPERTS("any_sequence")),
     Mutant("layers: heads of a decoder are not normed", "flashu_ext/runtime/modules/decoder_layer.py", "attention(index, query, key, value, rope, layer.head_norms), task)", "attention(index, query, key, value, rope), task)", EXPERTS("any_question")),
     Mutant("contexts: rows share a segment too many", "flashu_ext/runtime/backbone.py", "        if a is not b:\n            return count\n", "        if a is not b:\n            return count + 1\n", EXPERTS("any_sequence")),
+    Mutant("placement: experts that share weights do not count", "flashu_ext/runtime/placement.py", "for ffn in read if ffn is not None", "for ffn in ffns if ffn is not None", EXPERTS("share_weights")),
+    Mutant("bagel: TaylorSeer where guidance begins later", "flashu_ext/models/bagel/sampling.py", "    guidance.check_forecast(taylorseer)\n", "", EXPERTS("any_sequence")),
+    Mutant("example: rows of another number", "flashu_ext/models/sampling.py", "or len(tokens) != rows:", "or False:", NEW_FAMILY("do_not_fit")),
     Mutant("contexts: an image is causal", "flashu_ext/runtime/modules/attention.py", "        if mask is None and ordered and tokens > 1:\n", "        if mask is None and tokens > 1:\n", EXPERTS("any_sequence")),
     Mutant("contexts: a text is not causal", "flashu_ext/runtime/modules/attention.py", "        if mask is None and ordered and tokens > 1:\n", "        if mask is None and ordered and tokens > 9999:\n", EXPERTS("any_sequence")),
     Mutant("spans: tokens of an image have positions of their own", "flashu_ext/runtime/image_memory.py", "along = torch.zeros if parts.flat else torch.arange", "along = torch.arange", EXPERTS("any_sequence")),

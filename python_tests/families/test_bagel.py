@@ -305,3 +305,17 @@ def test_latents_are_sampled_and_packed() -> None:
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(got, 0.3611 * (mean + std * noise - 0.1159))
     assert torch.equal(MODEL.unpacked(MODEL.packed(got), (32, 48)), got)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden": 30, "heads": 6, "kv": 2}, "hidden: expected a multiple of 4"),
+        ({"hidden": 36, "heads": 4, "kv": 2}, "heads: expected an even width"),
+    ],
+)
+def test_sizes_that_no_model_can_have(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fx.bagel.BagelConfig(**sizes)
+    with pytest.raises(ValueError, match="heads: expected an even width"):
+        fx.janusflow.JanusFlowConfig(hidden=36, heads=4, kv=2)

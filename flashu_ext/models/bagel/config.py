@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...planning.groups import Check
-from ..fields import COUNT, EVEN, LAYERS, NUMBER, SIZE, SWITCH, JsonConfig, check_divides, check_fields
+from ..fields import COUNT, EVEN, LAYERS, NUMBER, SIZE, SWITCH, JsonConfig, check_divides, check_fields, check_heads
 
 __all__ = ["BagelConfig", "config_of"]
 
@@ -66,7 +66,9 @@ class BagelConfig(JsonConfig):
     def __post_init__(self) -> None:
         """Raises ValueError for a size that no model can have."""
         check_fields(self, _CHECKS)
-        check_divides("heads", self.hidden, self.heads)
+        if self.hidden % 4:
+            raise ValueError(f"hidden: expected a multiple of 4, for the waves of two axes, got {self.hidden}")
+        check_heads(self.hidden, self.heads)
         check_divides("kv", self.heads, self.kv)
         check_divides("vit_heads", self.vit, self.vit_heads)
         if not 0 < self.vit_layers_kept <= self.vit_layers:

@@ -72,6 +72,14 @@ class Guidance:
         if not _real(self.renorm_min) or not 0 <= self.renorm_min <= 1:
             raise ValueError(f"cfg_renorm_min: expected a number in [0, 1], got {self.renorm_min!r}")
 
+    def check_forecast(self, seer: TaylorSeer | None) -> None:
+        """Raise ValueError where guidance begins later than TaylorSeer, whose state is one for all branches: upstream's counts a
+        branch's own evaluations."""
+        if seer is not None and self.text > 1 and self.interval[1] < 1:
+            raise ValueError(
+                f"cfg_interval: expected to reach 1, the time of noise, with taylorseer, got {self.interval}"
+            )
+
     def branches(self, t: float) -> tuple[bool, bool]:
         """Whether the branches without text and without image are needed at a time; compared in fp32, as upstream does."""
         low, at, high = torch.tensor(
@@ -192,6 +200,7 @@ def sample(
         raise ValueError(f"timestep_shift: expected a finite number > 0, got {timestep_shift!r}")
     if taylorseer is not None and not isinstance(taylorseer, TaylorSeer):
         raise TypeError(f"taylorseer: expected None or a TaylorSeer, got {type(taylorseer).__name__}")
+    guidance.check_forecast(taylorseer)
     check_callback("callback", callback)
     if (handle := handle_of(model)) is not None:
         told = (num_timesteps, guidance, timestep_shift, taylorseer)

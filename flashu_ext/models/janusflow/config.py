@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from ...planning.groups import Check
-from ..fields import EVEN, LAYERS, NUMBER, SIZE, SWITCH, JsonConfig, check_divides, check_fields
+from ..fields import EVEN, LAYERS, NUMBER, SIZE, SWITCH, JsonConfig, check_divides, check_fields, check_heads
 
 __all__ = ["JanusFlowConfig", "config_of"]
 
@@ -66,7 +66,7 @@ class JanusFlowConfig(JsonConfig):
     def __post_init__(self) -> None:
         """Raises ValueError for a size that no model can have."""
         check_fields(self, _CHECKS)
-        check_divides("heads", self.hidden, self.heads)
+        check_heads(self.hidden, self.heads)
         check_divides("kv", self.heads, self.kv)
         check_divides("vit_heads", self.vit, self.vit_heads)
         check_divides("vit_patch", self.image_size, self.vit_patch)
