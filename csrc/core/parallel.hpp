@@ -20,7 +20,8 @@ const flashu_parallel_backend& default_parallel_backend();
 
 inline int32_t num_threads() { return parallel_backend().num_threads(); }
 
-// A thread's rounding, and whether it flushes denormals to zero (torch.set_flush_denormal); put back at the end.
+// A thread's rounding, and whether it flushes denormals to zero (torch.set_flush_denormal); put back at the
+// end.
 class FloatMode {
  public:
 #if defined(__SSE__)
@@ -39,7 +40,8 @@ class FloatMode {
 };
 
 // Runs body(begin, end) over disjoint chunks of [begin, end) of at least `grain` each; serial when nested.
-// The body must not throw. Workers compute in the caller's mode, so that no result depends on who computes it.
+// The body must not throw. Workers compute in the caller's mode, so that no result depends on who computes
+// it.
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   if (begin >= end) return;
