@@ -97,6 +97,11 @@ def _nano(record: dict[str, Any]) -> str:
     return title + _table(["", "n", *presets], rows) + _source(record)
 
 
+def _analysis(record: dict[str, Any]) -> str:
+    verdicts = "\n".join(f"- {each}" for each in record["verdicts"])
+    return f"{record['model']}:\n\n{verdicts}\n" + _source(record)
+
+
 def _fidelity(record: dict[str, Any]) -> str:
     points = record["points"]
     dense = points[0]
@@ -201,6 +206,7 @@ def _steps(record: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "analysis": _analysis,
     "arrivals": _arrivals,
     "ffn": _ffn,
     "e2e": _e2e,
