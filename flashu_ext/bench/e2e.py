@@ -266,12 +266,20 @@ def run(settings: Settings, say: Callable[[str], None] | None = None) -> Report:
     return Report(settings, [case.row for case in cases], machine.facts(), machine.command_line())
 
 
+def _upstream(family: str, directory: Path, own: Any) -> Any:
+    """The same of a checkout's unmodified class, on the same weights."""
+    from .upstream_bagel import UpstreamBagelSubject
+    from .upstream_janusflow import UpstreamJanusFlowSubject
+
+    return {"bagel": UpstreamBagelSubject, "janusflow": UpstreamJanusFlowSubject}[family](directory, own)
+
+
 def _subjects(settings: Settings, shape: Shape) -> tuple[Subject, Subject | None]:
     from ..models.showo2 import Showo2
 
     if (subject := SUBJECTS.get(settings.family)) is not None:
         own = subject(settings.model, settings.seed)
-        return own, None if settings.upstream is None else own.upstream(settings.upstream)
+        return own, None if settings.upstream is None else _upstream(settings.family, settings.upstream, own)
 
     model = Showo2(shape.config).eval()
     fill(model, settings.seed)

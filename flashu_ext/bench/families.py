@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,12 +67,6 @@ class JanusFlowSubject:
         before, after = _words(16, config.vocab, seed + 1), _words(QUESTION, config.vocab, seed + 2)
         self.question = torch.cat([before, torch.tensor(image), after])[None]
 
-    def upstream(self, directory: Path) -> Any:
-        """The same of a checkout's unmodified class, on the same weights."""
-        from .upstream_janusflow import UpstreamJanusFlowSubject
-
-        return UpstreamJanusFlowSubject(directory, self)
-
     def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
         from ..models.janusflow import sample
 
@@ -104,12 +97,6 @@ class BagelSubject:
         patches = config.vit_side**2
         image = Image(None, _normal(patches, 3 * config.vit_patch**2, seed=seed), torch.arange(patches))
         self.question = image, Text(_words(QUESTION, config.vocab, seed + 2))
-
-    def upstream(self, directory: Path) -> Any:
-        """The same of a checkout's unmodified class, on the same weights."""
-        from .upstream_bagel import UpstreamBagelSubject
-
-        return UpstreamBagelSubject(directory, self)
 
     def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
         from ..models.bagel import sample

@@ -173,6 +173,10 @@ def check_drawing(inputs: DrawInputs, parts: Any) -> None:
             raise ValueError(
                 f"positions: expected (offset, {span}) within {tokens.shape[1]} tokens, got ({offset}, {length})"
             )
+    if parts.trail and type(inputs).trailing is DrawInputs.trailing:
+        raise ValueError(
+            f"trailing: expected {parts.trail} tokens behind the patches, {type(inputs).__name__} gives none"
+        )
     vocabulary = len(parts.embed_tokens.weight)
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise IndexError(

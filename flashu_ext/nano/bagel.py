@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..models.bagel.calibration import GenerationSample, UnderstandingSample
 from ..models.bagel.config import BagelConfig
+from ..models.bagel.latents import latent_places
 from ..models.bagel.layers import Experts
 from ..models.bagel.model import Bagel, Image, Text, TokenIds
 from ..models.bagel.sampling import MARKERS, sample
@@ -75,7 +76,7 @@ class _Bagel(Subject):
         tokens = _latent_tokens(codec.grid(mixed))
         # BAGEL's time runs the other way: 1 is noise.
         time = model.time_embedder(1 - t, text.dtype)[:, None]
-        places = model.latent_pos_embed(model.latent_places((codec.GRID, codec.GRID), device))
+        places = model.latent_pos_embed(latent_places((codec.GRID, codec.GRID), model.config, device))
         image = _marked(model, ids, model.vae2llm(tokens) + time + places)
         before, count = text.shape[1], image.shape[1]
         position = torch.arange(before + count, device=device)

@@ -272,9 +272,10 @@ def _common(one: Tensor, other: Tensor, known: int) -> int:
 
 def _settings(model: Any, arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """transformers' settings of a call of `generate`, and the other arguments."""
-    given = {name: value for name, value in arguments.items() if value is not None}
-    settings = copy.deepcopy(given.pop("generation_config", model.generation_config))
-    rest: dict[str, Any] = settings.update(**given)
+    given = dict(arguments)
+    settings = copy.deepcopy(given.pop("generation_config", None) or model.generation_config)
+    # A setting of None counts, as top_k's, which is then off; an argument of None is none.
+    rest = {name: value for name, value in settings.update(**given).items() if value is not None}
     usual = type(settings)().to_dict()
     for name, value in settings.to_dict().items():
         told = name in (*_DECODING, *_TOKENS) or name.startswith("_") or name == "transformers_version"

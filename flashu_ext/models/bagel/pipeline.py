@@ -215,14 +215,15 @@ class Pipeline(ModelPipeline):
     # ---- calibration
 
     def image_sample(self, image: Image, prompt: str) -> GenerationSample:
-        (resized,) = read_all({"image": image}, self.model.config, self.vae_sides)
+        (resized,) = read_all(images_of([image], "image"), self.model.config, self.vae_sides)
         latents = self.codec.encode(pixels(resized).to(self._device))
         inputs = (self.layout.text(prompt, self._device),)
         size = (resized.height, resized.width)
         return GenerationSample(self.model.packed(latents), inputs, size, self.layout.ids)
 
     def question_sample(self, image: Image, question: str, answer: str) -> UnderstandingSample:
-        inputs = self._sequence(read_all({"image": image, "question": question}, self.model.config, self.vae_sides))
+        items = {**images_of([image], "image"), "question": question}
+        inputs = self._sequence(read_all(items, self.model.config, self.vae_sides))
         return UnderstandingSample(inputs, tuple(self.layout.encode(answer)), self.layout.ids)
 
     # ---- understanding
