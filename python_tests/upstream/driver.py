@@ -179,7 +179,9 @@ def arguments_of(root: Path, out: Path) -> dict[str, list[str]]:
 
 def compared(root: Path) -> list[list[Any]]:
     """[program, preset, size, agrees] for every row of `flashu-ext bench e2e --upstream` on the small model."""
-    report = e2e.run(e2e.Settings("tiny", root, steps=12, paper_steps=9, repeats=1, tokens=(5,)), lambda text: None)
+    report = e2e.run(
+        e2e.Settings("tiny", upstream=root, steps=12, paper_steps=9, repeats=1, tokens=(5,)), lambda text: None
+    )
     return [[row.program, row.preset, row.size, not row.disagrees] for row in report.rows]
 
 
