@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .support import Group, example
+from .support import FAMILIES, Group, example
 
 if TYPE_CHECKING:
     from ..bench.e2e_gpu import Settings
@@ -243,7 +243,7 @@ def arrivals(json_file: Path | None, **options: Any) -> None:
     "--family",
     default="showo2",
     show_default=True,
-    type=click.Choice(("showo2", "janusflow", "bagel")),
+    type=click.Choice(FAMILIES),
     help="Which model.",
 )
 @click.option(

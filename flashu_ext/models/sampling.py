@@ -178,10 +178,9 @@ def check_drawing(inputs: DrawInputs, parts: Any) -> None:
             f"trailing: expected {parts.trail} tokens behind the patches, {type(inputs).__name__} gives none"
         )
     vocabulary = len(parts.embed_tokens.weight)
-    if not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise IndexError(
-            f"tokens: expected token ids in [0, {vocabulary}), got {int(tokens.min())} to {int(tokens.max())}"
-        )
+    least, most = (int(each) for each in tokens.aminmax())
+    if not 0 <= least <= most < vocabulary:
+        raise IndexError(f"tokens: expected token ids in [0, {vocabulary}), got {least} to {most}")
 
 
 def integrate(stepper: Stepper, callback: Callback | None = None, return_velocity: bool = False) -> Any:

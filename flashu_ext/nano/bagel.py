@@ -19,7 +19,7 @@ from ..models.bagel.sampling import MARKERS, sample
 from ..models.bagel.understanding import answer_tokens
 from ..planning.cost import Geometry
 from . import codec
-from .subject import ANSWER_TOKENS, DATA, Answered, Subject, packed, trained
+from .subject import ANSWER_TOKENS, DATA, Answered, Subject, packed, with_answers
 from .tokenizer import layout, vocabulary
 from .world import SIZE, Question
 
@@ -34,7 +34,7 @@ SHIFT = 1.5
 
 
 def _config() -> BagelConfig:
-    """About 1.7 M parameters, half of which a token meets."""
+    """1.6 M parameters, about half of which a token meets."""
     return BagelConfig(
         hidden=96,
         inter=320,
@@ -92,10 +92,9 @@ class _Bagel(Subject):
         return codec.ungrid(F.fold(columns, (2 * codec.GRID, 2 * codec.GRID), 2, stride=2))
 
     def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> Answered:
-        device, ids, words = latents.device, token_ids(), layout()
+        device, ids = latents.device, token_ids()
         asked = [[*_between(ids, question.text), ids.bos_token_id] for question in questions]
-        rows = [[*row, *words.encode(q.answer), words.eos] for row, q in zip(asked, questions, strict=True)]
-        tokens = packed(rows, words.pad, device)
+        tokens, predicting = with_answers(asked, questions, device)
         vision = model.vit_model.vision_model
         places = torch.arange((SIZE // PATCH) ** 2, device=device)
         seen = vision.embeddings.patch_embedding(_patches(latents)) + vision.embeddings.position_embedding(places)
@@ -105,11 +104,10 @@ class _Bagel(Subject):
         position = torch.arange(count + tokens.shape[1], device=device)
         inside = position < count
         allowed = (position[:, None] >= position) | (inside[:, None] & inside)
-        positions = torch.where(inside, 0, position - count + 1).expand(len(rows), -1)
-        hidden = _run(run, torch.cat([image, run.embed_tokens(tokens)], dim=1), Experts(), positions, allowed)[
-            :, count:
-        ]
-        states, chosen = trained(hidden, tokens, asked, rows)
+        positions = torch.where(inside, 0, position - count + 1).expand(len(tokens), -1)
+        sequence = torch.cat([image, run.embed_tokens(tokens)], dim=1)
+        hidden = _run(run, sequence, Experts(), positions, allowed)[:, count:]
+        states, chosen = hidden[:, :-1][predicting], tokens[:, 1:][predicting]
         return Answered(model.language_model.lm_head(run.norm(states)), chosen)
 
     def generate(

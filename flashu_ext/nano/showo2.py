@@ -16,7 +16,7 @@ from ..models.showo2.sampling import sample
 from ..models.showo2.understanding import answer_tokens
 from ..planning.cost import Geometry
 from . import codec
-from .subject import ANSWER_TOKENS, DATA, Answered, Subject, packed, trained
+from .subject import ANSWER_TOKENS, DATA, Answered, Subject, with_answers
 from .tokenizer import layout, vocabulary
 from .world import Question
 
@@ -92,14 +92,13 @@ class _Showo2(Subject):
             before, after = words.question(question.text)
             image = [words.boi, *[words.img_pad] * words.image_tokens]
             asked.append([*before[0].tolist(), *image, *after[0, 1:].tolist()])
-        rows = [[*row, *words.encode(q.answer), words.eos] for row, q in zip(asked, questions, strict=True)]
-        tokens = packed(rows, words.pad, device)
+        tokens, predicting = with_answers(asked, questions, device)
         offset = len(words.before_image) + 1
-        spans = torch.tensor([[[offset, words.image_tokens]]], device=device).expand(len(rows), 1, 2)
-        embeds, _ = model.embed_sequence(tokens, latents, torch.ones(len(rows), device=device), spans)
+        spans = torch.tensor([[[offset, words.image_tokens]]], device=device).expand(len(tokens), 1, 2)
+        embeds, _ = model.embed_sequence(tokens, latents, torch.ones(len(tokens), device=device), spans)
         late = spans + torch.tensor([1, 0], device=device)  # the span starts one token late, as upstream answers
         hidden = model.backbone(embeds, model.omni_mask(late, tokens.shape[1]))
-        states, chosen = trained(hidden, tokens, asked, rows)
+        states, chosen = hidden[:, :-1][predicting], tokens[:, 1:][predicting]
         return Answered(model.showo.lm_head(states), chosen)
 
     def generate(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..models.adapter import adapter_of
 from ..planning.config import FlashUConfig, preset
 from ..planning.cost import Geometry
+from .tokenizer import layout
 from .world import Question
 
 __all__ = [
@@ -27,7 +28,7 @@ __all__ = [
     "packed",
     "subject",
     "subject_of",
-    "trained",
+    "with_answers",
 ]
 
 DATA = Path(__file__).parent / "data"
@@ -50,7 +51,7 @@ class Subject(ABC):
     folder: ClassVar[Path]
     """Of the shipped model."""
     guidance: ClassVar[float]
-    """Chosen on training scenes."""
+    """Show-o2's was chosen on training scenes; for the others no better one was found or looked for."""
     paper: ClassVar[Mapping[str, Any]] = {}
     """Where the preset 'paper' has other settings than the paper."""
 
@@ -131,18 +132,19 @@ def subject_of(model: Any) -> Subject:
     return subject(adapter_of(model).family)
 
 
-def trained(
-    hidden: Tensor, tokens: Tensor, asked: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor]:
-    """What predicts the words of answers, [words, hidden], and the words: of hidden states [B, n, hidden] of tokens [B, n], the
-    padded `rows`, whose questions are `asked`."""
-    place = torch.arange(1, tokens.shape[1], device=tokens.device)
-    start, end = (torch.tensor([len(row) for row in each], device=tokens.device)[:, None] for each in (asked, rows))
-    chosen = (place >= start) & (place < end)
-    return hidden[:, :-1][chosen], tokens[:, 1:][chosen]
-
-
 def packed(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> Tensor:
     """Token ids int64 [rows, longest], with padding behind."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device)
+
+
+def with_answers(
+    asked: Sequence[Sequence[int]], questions: Sequence[Question], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Token ids of questions with their answers and the end behind them, int64 [B, n]; and bool [B, n - 1], the places before a
+    word of the answer or the end, where it is predicted."""
+    words = layout()
+    rows = [[*row, *words.encode(q.answer), words.eos] for row, q in zip(asked, questions, strict=True)]
+    place = torch.arange(1, max(map(len, rows)), device=device)
+    start, end = (torch.tensor([len(row) for row in each], device=device)[:, None] for each in (asked, rows))
+    return packed(rows, words.pad, device), (place >= start) & (place < end)

@@ -201,11 +201,11 @@ class Runner:
 
     def stepper(self, inputs: DrawInputs, config: FlashUConfig | None = None) -> AcceleratedStepper:
         """The steps of a family's `sample`. config: of these images; None: the model's."""
-        check_drawing(inputs, self.parts)
         if config is not None:
             self._check_config(config)
         with self.working():
             self.ready()
+            check_drawing(inputs, self.parts)
             stepper = AcceleratedStepper(self.generation, inputs, self.working, self.check_unchanged, config)
             self.last_images = [state.record for state in stepper.states]
             return stepper
