@@ -19,7 +19,7 @@ from ..models.bagel.sampling import MARKERS, sample
 from ..models.bagel.understanding import answer_tokens
 from ..planning.cost import Geometry
 from . import codec
-from .subject import ANSWER_TOKENS, DATA, Answered, Subject, packed, with_answers
+from .subject import ANSWER_TOKENS, DATA, Subject, packed, with_answers
 from .tokenizer import layout, vocabulary
 from .world import SIZE, Question
 
@@ -91,7 +91,7 @@ class _Bagel(Subject):
         columns = towards.unflatten(2, (4, codec.CHANNELS)).transpose(2, 3).flatten(2).transpose(1, 2)
         return codec.ungrid(F.fold(columns, (2 * codec.GRID, 2 * codec.GRID), 2, stride=2))
 
-    def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> Answered:
+    def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
         device, ids = latents.device, token_ids()
         asked = [[*_between(ids, question.text), ids.bos_token_id] for question in questions]
         tokens, predicting = with_answers(asked, questions, device)
@@ -108,7 +108,7 @@ class _Bagel(Subject):
         sequence = torch.cat([image, run.embed_tokens(tokens)], dim=1)
         hidden = _run(run, sequence, Experts(), positions, allowed)[:, count:]
         states, chosen = hidden[:, :-1][predicting], tokens[:, 1:][predicting]
-        return Answered(model.language_model.lm_head(run.norm(states)), chosen)
+        return model.language_model.lm_head(run.norm(states)), chosen
 
     def generate(
         self,

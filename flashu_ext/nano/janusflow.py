@@ -17,7 +17,7 @@ from ..models.janusflow.understanding import answer_tokens
 from ..models.masks import additive, causal
 from ..planning.cost import Geometry
 from . import codec
-from .subject import ANSWER_TOKENS, DATA, Answered, Subject, packed, with_answers
+from .subject import ANSWER_TOKENS, DATA, Subject, packed, with_answers
 from .tokenizer import layout, vocabulary
 from .world import SIZE, Question
 
@@ -85,7 +85,7 @@ class _Janus(Subject):
         patches = out.gather(1, index)[:, 1:]
         return codec.ungrid(model.velocity(patches, encoded, time))
 
-    def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> Answered:
+    def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
         device = latents.device
         asked = [_question(question) for question in questions]
         tokens, predicting = with_answers(asked, questions, device)
@@ -96,7 +96,7 @@ class _Janus(Subject):
         embeds = torch.cat([embeds[:, :first], image, embeds[:, first + image.shape[1] :]], dim=1)
         hidden = llm(inputs_embeds=embeds, use_cache=False).last_hidden_state
         states, chosen = hidden[:, :-1][predicting], tokens[:, 1:][predicting]
-        return Answered(model.language_model.lm_head(states), chosen)
+        return model.language_model.lm_head(states), chosen
 
     def generate(
         self,

@@ -16,7 +16,7 @@ from ..models.showo2.sampling import sample
 from ..models.showo2.understanding import answer_tokens
 from ..planning.cost import Geometry
 from . import codec
-from .subject import ANSWER_TOKENS, DATA, Answered, Subject, with_answers
+from .subject import ANSWER_TOKENS, DATA, Subject, with_answers
 from .tokenizer import layout, vocabulary
 from .world import Question
 
@@ -85,7 +85,7 @@ class _Showo2(Subject):
         velocity: Tensor = model.velocity(model.backbone(embeds, mask), time_embeds, mask, spans, mixed.shape)
         return velocity
 
-    def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> Answered:
+    def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
         words, device = layout(), latents.device
         asked = []
         for question in questions:
@@ -99,7 +99,7 @@ class _Showo2(Subject):
         late = spans + torch.tensor([1, 0], device=device)  # the span starts one token late, as upstream answers
         hidden = model.backbone(embeds, model.omni_mask(late, tokens.shape[1]))
         states, chosen = hidden[:, :-1][predicting], tokens[:, 1:][predicting]
-        return Answered(model.showo.lm_head(states), chosen)
+        return model.showo.lm_head(states), chosen
 
     def generate(
         self,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ __all__ = [
     "DATA",
     "FAMILIES",
     "PRUNE_MULTIPLE",
-    "Answered",
     "Subject",
     "packed",
     "subject",
@@ -35,13 +34,6 @@ DATA = Path(__file__).parent / "data"
 PRUNE_MULTIPLE = 16
 """The FFNs are small, so kept neurons are counted in 16s here."""
 ANSWER_TOKENS = 4
-
-
-class Answered(NamedTuple):
-    """What a batch of answers is trained on: logits [words, vocab], and the words int64 [words]."""
-
-    logits: Tensor
-    words: Tensor
 
 
 class Subject(ABC):
@@ -73,8 +65,9 @@ class Subject(ABC):
         """
 
     @abstractmethod
-    def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> Answered:
-        """In training, the logits of the right answers' words, one question to each image [B, 16, 72, 2]."""
+    def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
+        """What a batch is trained on, one question to each image [B, 16, 72, 2]: logits [words, vocab], and the right
+        answers' words int64 [words]."""
 
     @abstractmethod
     def generate(
