@@ -25,6 +25,7 @@ typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef int8_t Bytes __attribute__((vector_size(kWidth)));
 
 // Moves a value of one type from or to unaligned memory.
 template <class V>
@@ -39,6 +40,9 @@ FLASHU_INLINE void store_as(void* to, V value) {
 }
 
 FLASHU_INLINE Floats load(const float* from) { return load_as<Floats>(from); }
+FLASHU_INLINE Floats load(const int8_t* from) {
+  return __builtin_convertvector(load_as<Bytes>(from), Floats);
+}
 FLASHU_INLINE Floats load(const bfloat16* from) {
   const Words wide = __builtin_convertvector(load_as<Halves>(from), Words) << 16;
   return (Floats)wide;

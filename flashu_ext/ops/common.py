@@ -22,7 +22,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # The library registers all ops for every device that it was built for.
 DEVICES = ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("flashu::rms_norm", "CUDA") else ("cpu",)
 
-_KNOWN = (*FLOATING, torch.float64, torch.int32, torch.int64, torch.bool)
+_KNOWN = (*FLOATING, torch.float64, torch.int32, torch.int64, torch.int8, torch.bool)
 """Dtypes that the adapters know; the kernels say themselves which of them they take."""
 
 _OTHER_DTYPES = {
