@@ -41,7 +41,7 @@ FLASHU_INLINE void store_as(void* to, V value) {
 
 FLASHU_INLINE Floats load(const float* from) { return load_as<Floats>(from); }
 FLASHU_INLINE Floats load(const int8_t* from) {
-  return __builtin_convertvector(load_as<Bytes>(from), Floats);
+  return __builtin_convertvector(__builtin_convertvector(load_as<Bytes>(from), Ints), Floats);
 }
 FLASHU_INLINE Floats load(const bfloat16* from) {
   const Words wide = __builtin_convertvector(load_as<Halves>(from), Words) << 16;

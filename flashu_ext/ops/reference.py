@@ -27,6 +27,8 @@ __all__ = [
     "gathered_ffn",
     "gathered_swiglu",
     "guided_euler_step_",
+    "int8_ffn",
+    "int8_linear",
     "linear",
     "linears",
     "neuron_norms_",
