@@ -25,7 +25,6 @@ typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
-typedef int8_t Bytes __attribute__((vector_size(kWidth)));
 
 // Moves a value of one type from or to unaligned memory.
 template <class V>
@@ -41,7 +40,15 @@ FLASHU_INLINE void store_as(void* to, V value) {
 
 FLASHU_INLINE Floats load(const float* from) { return load_as<Floats>(from); }
 FLASHU_INLINE Floats load(const int8_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(load_as<Bytes>(from), Ints), Floats);
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<int64_t>(from))));
+#else
+  Floats wide;
+  for (int i = 0; i < kWidth; ++i) wide[i] = to_float(from[i]);
+  return wide;
+#endif
 }
 FLASHU_INLINE Floats load(const bfloat16* from) {
   const Words wide = __builtin_convertvector(load_as<Halves>(from), Words) << 16;

@@ -80,6 +80,7 @@ class Stamp:
         self._copies = list(map(dict, self._filled))
         self._empty = [each for each in (*contents, *hooks) if not each]
         named = [(own, name, each) for own in self._filled for name, each in own.items() if isinstance(each, Tensor)]
+        self._composed = [each for *_, each in named if type(each) is not nn.Parameter and inner_tensors(each)]
         self._single = [(own, name) for own, name, each in named if each.numel() < 2]
         kinds: set[Any] = set(map(type, self._modules))
         self._classes = [
@@ -93,7 +94,6 @@ class Stamp:
         self._adapted = [module for module in self._modules if is_lora(module)]
         self._settings = [(own.get, _settings(own)) for module, own in pairs if tracked(module)]
         self._flags = self._read_flags()
-        self._composed = [each for *_, each in named if type(each) is not nn.Parameter and inner_tensors(each)]
         inner = [part for each in self._composed for part in inner_tensors(each)]
         distinct = list({id(each): each for each in (*(each for *_, each in named), *inner)}.values())
         self._versioned = [tensor for tensor in distinct if not tensor.is_inference()]
