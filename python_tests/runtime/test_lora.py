@@ -32,13 +32,15 @@ def two_active(wrapped: Any) -> None:
     wrapped.base_model.set_adapter(["default", "other"])
 
 
+EVERY = r".*((q|k|v|o|out|gate|up|down)_proj|fc1|fc2|linear|lm_head|fusion_proj\.[13]|mlp\.[02]|adaLN_modulation\.1)"
+
 KINDS: dict[str, Callable[[], Any]] = {
     "everywhere": lambda: adapted(small_model()),
     "attention": lambda: adapted(small_model(), ATTENTION),
     "one projection": lambda: adapted(small_model(), ["v_proj"]),
     "gate": lambda: adapted(small_model(), ["gate_proj"]),
     "down": lambda: adapted(small_model(), ["down_proj"]),
-    "every linear layer": lambda: adapted(small_model(), r".*(proj|fc1|fc2|linear|mlp\.\d|adaLN_modulation\.1)"),
+    "every linear layer": lambda: adapted(small_model(), EVERY),
     "rank-stabilised": lambda: adapted(small_model(), use_rslora=True),
     "with dropout": lambda: adapted(small_model(), lora_dropout=0.5),
 }
@@ -119,7 +121,7 @@ def test_dropout_in_train_mode_and_other_types_are_named() -> None:
     dropped(wrapped)
     loha = peft.get_peft_model(small_model(), peft.LoHaConfig(r=2, target_modules=["up_proj"])).eval()
     with fx.accelerate(wrapped) as handle:
-        (reason,) = (each for each in handle.summary().fallbacks if "layers.0." in each)
+        (reason,) = (each for each in handle.summary().fallbacks if "showo.model.layers.0." in each)
         assert reason.endswith("its adapter 'default' is in train mode with dropout; call model.eval()")
     with fx.accelerate(loha.base_model.model) as handle:
         assert all("up_proj is a peft.tuners.loha" in each for each in handle.summary().fallbacks)
@@ -158,7 +160,7 @@ def test_what_becomes_of_adapters_while_accelerated_is_noticed(change: str, plan
     else:
         expected = outputs(other.base_model.model)
     assert close(got, expected)
-    assert relative(got[0], before[0]) > 10 * LIMIT or change == "merged"
+    assert relative(got[0], before[0]) > 10 * LIMIT or "merged" in change
 
 
 @pytest.mark.parametrize("planned", [False, True], ids=["exact", "pruned"])

@@ -13,6 +13,7 @@ from ...models.lora import Update, base_of, updates_of
 from ...ops.kernel_sets import KernelSet
 from ...ops.selection import Selection
 from ...planning.neurons import NeuronLayout, ffn_weights
+from .linear import add_product
 
 __all__ = ["FFN"]
 
@@ -90,19 +91,16 @@ class FFN:
         h = ops.gathered_swiglu(x, w_gate, w_up, **added, selection=selection)
         y = ops.gathered_down(h, w_down, residual=residual, selection=selection)
         for update in down:
-            own = update.down.weight.dtype
-            low = ops.gathered_down(h.to(own), update.down.weight, selection=selection) * update.scaling
-            y = self._kernels.linear(low, update.up.weight, None, y.to(own))
+            low = ops.gathered_down(h.to(update.down.weight.dtype), update.down.weight, selection=selection)
+            y = add_product(self._kernels, low * update.scaling, update.up.weight, y)
         return y.to(x.dtype)
 
     def _added(self, updates: tuple[Update, ...], x: Tensor, selection: Selection | None) -> Tensor | None:
         """What adapters add to gate or up, [..., n] in x's dtype; None for none."""
         total: Tensor | None = None
         for update in updates:
-            own = update.down.weight.dtype
-            low = self._kernels.linear(x.to(own), update.down.weight) * update.scaling
-            rows = _rows(update.up.weight, selection)
-            total = self._kernels.linear(low, rows, None, None if total is None else total.to(own))
+            low = self._kernels.linear(x.to(update.down.weight.dtype), update.down.weight)
+            total = add_product(self._kernels, low * update.scaling, _rows(update.up.weight, selection), total)
         return None if total is None else total.to(x.dtype)
 
 

@@ -18,7 +18,7 @@ from ...ops.kernel_sets import ONE_BY_ONE, KernelSet
 from ...ops.reference import finish_linear
 from .norm import Norm
 
-__all__ = ["Chain", "Linear", "Linears", "Unknown", "add_updates"]
+__all__ = ["Chain", "Linear", "Linears", "Unknown", "add_product"]
 
 
 class Linear:
@@ -72,10 +72,16 @@ def add_updates(kernels: KernelSet, updates: Sequence[Update], x: Tensor, y: Ten
     """y [..., N] plus scaling B A x of each update, in the dtype of its weights; x [..., K] -> [..., N]."""
     dtype = y.dtype
     for update in updates:
-        own = update.down.weight.dtype
-        low = kernels.linear(x.to(own), update.down.weight) * update.scaling
-        y = kernels.linear(low, update.up.weight, None, y.to(own))
+        low = kernels.linear(x.to(update.down.weight.dtype), update.down.weight)
+        y = add_product(kernels, low * update.scaling, update.up.weight, y)
     return y.to(dtype)
+
+
+def add_product(kernels: KernelSet, low: Tensor, weight: Tensor, y: Tensor | None) -> Tensor:
+    """low [..., r] times weight [N, r] plus y [..., N], in the wider of their dtypes."""
+    if y is None or torch.promote_types(low.dtype, y.dtype) == low.dtype:
+        return kernels.linear(low, weight, None, None if y is None else y.to(low.dtype))
+    return y + kernels.linear(low, weight)
 
 
 class Linears:
