@@ -361,8 +361,8 @@ FLASHU_INLINE void load_words(Floats (&words)[kWidth], const void* const* rows, 
   for (int i = 0; i < kWidth; ++i) words[i] = block[i];
 }
 
-// A byte of every word as a float: its bits, with the sign's turned, behind the exponent of 2^23 or 2^15 are 128 more than it.
-// That takes fewer instructions than to shift and convert.
+// A byte of every word as a float: its bits, with the sign's turned, behind the exponent of 2^23 or 2^15 are
+// 128 more than it. That takes fewer instructions than to shift and convert.
 FLASHU_INLINE Floats byte_of(Floats words, int byte) {
   const Words half = byte < 2 ? (Words)words : (Words)words >> 16;
   return byte % 2 == 0 ? (Floats)((half & 0xffu) ^ 0x4b000080u) - 8388736.0f
@@ -415,8 +415,8 @@ void pack_int8_panel(float* out, const void* const* source, const void* const* a
     pack_int8_slot<Slot>(out + k / Slot::kValues * kColumns, source, k, k + 1 < count);
 }
 
-// As multiply_row: the same sums in the same order. The next words are transposed between the halves of the products with the
-// present ones, which are a long chain of sums that the CPU fills with that.
+// As multiply_row: the same sums in the same order. The next words are transposed between the halves of the
+// products with the present ones, which are a long chain of sums that the CPU fills with that.
 template <class Slot>
 void multiply_int8_row(float* c, const float* a, const void* const* source, const void* const* ahead,
                        int64_t count) {

@@ -25,7 +25,9 @@ def unwrapped(model: Any) -> Any:
     while (attribute := _WRAPPERS.get(type(model).__name__)) is not None and hasattr(model, attribute):
         model = getattr(model, attribute)
     tuner = getattr(model, "base_model", None)
-    if type(model).__module__.startswith("peft.") and type(tuner).__name__ == "LoraModel":  # adds nothing to the call itself
+    if (
+        type(model).__module__.startswith("peft.") and type(tuner).__name__ == "LoraModel"
+    ):  # adds nothing to the call itself
         return unwrapped(getattr(tuner, "model", model))
     return model
 

@@ -29,7 +29,7 @@ def is_int8(weight: Any) -> bool:
 
 
 def int8_of(weight: Any) -> Int8 | None:
-    """The numbers of a weight that `why_not_int8` has nothing against; None for a plain weight. They are the weight's own memory."""
+    """The numbers, in place, of a weight that `why_not_int8` has nothing against; None for a plain weight."""
     return Int8(weight.qdata, weight.scale.reshape(-1)) if is_int8(weight) else None
 
 

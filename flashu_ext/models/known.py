@@ -34,6 +34,7 @@ __all__ = [
     "untracked",
     "patch_convolution",
     "why_not_activation",
+    "why_not_adapter",
     "why_not_attention_kernel",
     "why_not_chain",
     "why_not_ffn",
@@ -294,12 +295,12 @@ def _why_not_lora(module: Any, like: Tensor) -> str | None:
     if not getattr(module, "cast_input_dtype_enabled", True):
         return "its adapters do not cast their input"
     for name in adapters_of(module):
-        if reason := _why_not_adapter(module, name, like):
+        if reason := why_not_adapter(module, name, like):
             return f"its adapter {name!r} {reason}"
     return None
 
 
-def _why_not_adapter(module: Any, name: str, like: Tensor) -> str | None:
+def why_not_adapter(module: Any, name: str, like: Tensor) -> str | None:
     """Why an active adapter of a LoRA layer is no plain low-rank update, or None."""
     variant = getattr(module, "lora_variant", {}).get(name)
     if variant is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +43,18 @@ def base_of(module: Any) -> Any:
 
 
 def adapters_of(module: Any) -> list[str]:
-    """The adapters that a LoRA layer adds now, in its order: the active ones, unless it is disabled or they are merged. One may be
-    named twice."""
+    """The adapters that a LoRA layer adds now, in its order: the active ones, unless it is disabled or they are merged."""
     if module.disable_adapters or module.merged_adapters:
         return []
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def updates_of(module: Any) -> tuple[Update, ...]:
-    """What a linear layer's adapters add now; nothing for any other module."""
-    names = adapters_of(module) if is_lora(module) else []
+def updates_of(module: Any, names: Sequence[str] | None = None) -> tuple[Update, ...]:
+    """What a linear layer's adapters add: those of these names, or None for those that are active now. Nothing for a module
+    without adapters, or for names that it does not have."""
+    if not is_lora(module):
+        return ()
+    names = adapters_of(module) if names is None else [name for name in names if name in module.lora_A]
     return tuple(Update(name, module.lora_A[name], module.lora_B[name], module.scaling[name]) for name in names)
 
 
@@ -64,6 +66,10 @@ def lora_state(module: Any) -> tuple[Any, ...]:
         list(module.merged_adapters),
         dict(module.scaling),
         {name: type(variant) for name, variant in getattr(module, "lora_variant", {}).items()},
-        {name: dict(flags) for name in ("use_dora", "lora_bias") if isinstance(flags := getattr(module, name, None), dict)},
+        {
+            name: dict(flags)
+            for name in ("use_dora", "lora_bias")
+            if isinstance(flags := getattr(module, name, None), dict)
+        },
         getattr(module, "cast_input_dtype_enabled", True),
     )

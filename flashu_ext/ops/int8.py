@@ -1,4 +1,4 @@
-"""FFNs and linear layers with int8 weights, as torchao's `Int8WeightOnlyConfig` stores them: row r stands for values[r] * scale[r].
+"""FFNs and linear layers with int8 weights as torchao's `Int8WeightOnlyConfig` stores them: row r is values[r] * scale[r].
 
 x is fp32, bf16 or fp16. Weights are widened in registers, sums are fp32 of x times the integers, in an order that the width alone
 decides, and multiplied by the row's scale once: a row's bits depend neither on the other rows nor on threads. On the CPU only.

@@ -80,7 +80,9 @@ def test_pruned_neurons_stay_where_they_are() -> None:
     with fx.accelerate(model, PRUNED, plan()) as handle:
         got = outputs(model)
         reasons = handle.summary().fallbacks
-    assert len(reasons) == 8 and all(each.endswith("its weights are int8; neurons read where they are") for each in reasons)
+    assert len(reasons) == 8 and all(
+        each.endswith("its weights are int8; neurons read where they are") for each in reasons
+    )
     with fx.accelerate(same, PRUNED, plan()):
         expected = outputs(same)
     assert relative(got[0], expected[0]) < LIMIT and torch.equal(got[1], expected[1])
@@ -106,6 +108,14 @@ def test_what_changes_in_int8_weights_is_noticed() -> None:
             before = got
 
 
+def test_zero_points_are_named() -> None:
+    model = quantised(small_model())
+    model.showo.model.layers[0].mlp.up_proj.weight.zero_point = torch.ones(64, 1, dtype=torch.int8)
+    with fx.accelerate(model) as handle:
+        (reason,) = handle.summary().fallbacks
+    assert reason == "model.showo.model.layers.0.mlp: up_proj its weight is int8 with zero points"
+
+
 def other_kinds() -> dict[str, tuple[Any, str]]:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
     from torchao.quantization.granularity import PerGroup, PerTensor
@@ -113,7 +123,10 @@ def other_kinds() -> dict[str, tuple[Any, str]]:
     return {
         "activations too": (Int8DynamicActivationInt8WeightConfig(), "int8 for activations that are quantised too"),
         "groups": (Int8WeightOnlyConfig(granularity=PerGroup(16)), "int8 with a scale for every [1, 16] of [64, 32]"),
-        "one scale": (Int8WeightOnlyConfig(granularity=PerTensor()), "int8 with a scale for every [64, 32] of [64, 32]"),
+        "one scale": (
+            Int8WeightOnlyConfig(granularity=PerTensor()),
+            "int8 with a scale for every [64, 32] of [64, 32]",
+        ),
     }
 
 
@@ -136,7 +149,9 @@ def test_some_int8_and_kernels_that_are_off_are_named() -> None:
     model = quantised(small_model())
     with fx.accelerate(model, fx.FlashUConfig(ffn_kernels=False)) as handle:
         outputs(model)
-        assert any("its weights are int8, for which only the CPU's FFN kernel is" in e for e in handle.summary().fallbacks)
+        assert any(
+            "its weights are int8, for which only the CPU's FFN kernel is" in e for e in handle.summary().fallbacks
+        )
 
 
 def test_adapters_on_int8_weights_run_as_themselves() -> None:

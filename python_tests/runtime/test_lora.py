@@ -99,7 +99,11 @@ BY_NAME: dict[str, tuple[dict[str, Any], Callable[[Any], None], str]] = {
     "DoRA": ({"use_dora": True}, lambda w: None, "its adapter 'default' is of another kind, DoraLinearVariant"),
     "bias": ({}, biased, "its adapter 'other' has a B that has a bias"),
     "a hook on B": ({}, hooked, "its adapter 'default' has a B that has a forward hook"),
-    "disabled while merged": ({}, merged_and_disabled, "its adapters are merged and disabled, which its next call undoes"),
+    "disabled while merged": (
+        {},
+        merged_and_disabled,
+        "its adapters are merged and disabled, which its next call undoes",
+    ),
 }
 
 
@@ -130,7 +134,9 @@ def test_dropout_in_train_mode_and_other_types_are_named() -> None:
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "B written": lambda w: fill(w, seed=11, std=0.1),
     "scaling set": lambda w: [m.set_scale("default", 3.0) for m in w.modules() if hasattr(m, "set_scale")],
-    "scaling of one layer": lambda w: w.base_model.model.showo.model.layers[1].self_attn.v_proj.scaling.update(default=9.0),
+    "scaling of one layer": lambda w: w.base_model.model.showo.model.layers[1].self_attn.v_proj.scaling.update(
+        default=9.0
+    ),
     "another active": lambda w: w.set_adapter("other"),
     "both active": lambda w: w.base_model.set_adapter(["default", "other"]),
     "none active": lambda w: w.base_model.disable_adapter_layers(),
@@ -225,7 +231,41 @@ def test_a_layer_is_as_accurate_as_peft_and_knows_no_company(dtype: torch.dtype,
             assert (y.double() - wide).norm() <= 2 * (own.double() - wide).norm() + 1e-6
             assert torch.equal(torch.cat([layer(row[None]) for row in x]), y)
             raised = layer(x, "gelu", residual=y)
-            assert torch.equal(torch.cat([layer(x[i : i + 1], "gelu", residual=y[i : i + 1]) for i in range(7)]), raised)
+            assert torch.equal(
+                torch.cat([layer(x[i : i + 1], "gelu", residual=y[i : i + 1]) for i in range(7)]), raised
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_one_batch_may_have_adapters_of_their_own(dtype: torch.dtype) -> None:
+    block = nn.ModuleDict({name: nn.Linear(96, 48) for name in "ab"}).to(dtype)
+    wrapped = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, lora_alpha=6, target_modules=["a"]), block, "one"
+    ).eval()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["a"]), block, "two").eval()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["a"], use_dora=True), block, "three").eval()
+    wrapped["a"].set_adapter("one")
+    fill(wrapped, "one")
+    fill(wrapped, "two")
+    wrapped = wrapped.to(dtype)
+    kernels = resolve(fx.FlashUConfig.exact(), torch.device("cpu"), dtype).of("understanding", "prefill")
+    layer, plain = (Linear(wrapped[name], kernels, wrapped["b"].weight) for name in "ab")
+    names, x = ["two", None, "one", "two", "absent"], torch.randn(5, 3, 96).to(dtype)
+    with torch.no_grad():
+        got = layer.of_adapters(x, names)
+        theirs = layer.module(x, adapter_names=[name or "__base__" for name in names])
+        assert relative(got, theirs) < (1e-6 if dtype == torch.float32 else 1e-2)
+        for row, name in enumerate(names):
+            assert torch.equal(layer.of_adapters(x[row : row + 1], [name]), got[row : row + 1])
+        assert torch.equal(plain.of_adapters(x, names), plain(x))
+        assert not torch.equal(got[0], layer.of_adapters(x, [None] * 5)[0])
+        with pytest.raises(ValueError, match=r"names: expected 5, one for each row of x, got 4"):
+            layer.of_adapters(x, names[1:])
+        with pytest.raises(ValueError, match=r"'three' is of another kind, DoraLinearVariant"):
+            layer.of_adapters(x, [*names[1:], "three"])
+        layer.module.merge(adapter_names=["one"])
+        with pytest.raises(ValueError, match=r"while adapters are merged, \['one'\]"):
+            layer.of_adapters(x, names)
 
 
 def test_a_plan_of_the_base_fits_the_adapted_model() -> None:

@@ -241,7 +241,9 @@ def _int8_ffn(selection: str, residual: bool = False, rows: tuple[int, ...] = (5
     }
 
 
-def _int8_linear(epilogue: str, added: bool = True, rows: tuple[int, ...] = (5,), depth: int = 24, columns: int = 37) -> Make:
+def _int8_linear(
+    epilogue: str, added: bool = True, rows: tuple[int, ...] = (5,), depth: int = 24, columns: int = 37
+) -> Make:
     return lambda dtype: {
         "x": randn(1, *rows, depth, dtype=dtype),
         "weight": int8(2, columns, depth),

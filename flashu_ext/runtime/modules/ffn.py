@@ -110,5 +110,5 @@ def _rows(weight: Tensor, selection: Selection | None) -> Tensor:
         return weight
     if selection.list is None:
         assert selection.runs is not None
-        return weight[: 0] if not selection.runs else weight.narrow(0, *selection.runs)
+        return weight[:0] if not selection.runs else weight.narrow(0, *selection.runs)
     return weight.index_select(0, selection.list)
