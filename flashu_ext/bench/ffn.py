@@ -138,7 +138,7 @@ def _variants(settings: Settings, rows: int) -> dict[str, Callable[[], Tensor]]:
         "index list": lambda: ops.gathered_ffn(x, gate, up, down, index=index),
     }
     if settings.int8:
-        quantised = [part for weight in (gate, up, down) for part in _int8(weight)]
+        quantised = (*_int8(gate), *_int8(up), *_int8(down))
         variants |= {
             "int8 torch": lambda: reference.int8_ffn(x, *quantised),
             "int8 one run": lambda: ops.int8_ffn(x, *quantised, runs=[0, kept]),

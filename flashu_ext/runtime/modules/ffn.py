@@ -77,8 +77,8 @@ class FFN:
             return out if residual is None else out + residual
         selection = self._selections.get(task) if task else None
         if self._int8:
-            weights = [part for own in self._int8 for part in (own.values, own.scale)]
-            return ops.int8_ffn(x, *weights, residual=residual, selection=selection)
+            gate, up, down = ((own.values, own.scale) for own in self._int8)
+            return ops.int8_ffn(x, *gate, *up, *down, residual=residual, selection=selection)
         if self._updates:
             return self._adapted(x, residual, selection)
         return self._kernels.gathered_ffn(x, *ffn_weights(self.module), residual=residual, selection=selection)
