@@ -74,6 +74,19 @@ def everything(model: Any) -> fx.TaskPlan:
     return fx.TaskPlan.from_scores(understanding=scores, ratio=0.125, multiple=8)
 
 
+def test_a_plan_is_calibrated_on_the_quantised_model() -> None:
+    model, dense = quantised(small_model()), small_model()
+    samples = [fx.TokenSample(torch.arange(3, 14)[None])]
+    made, other = (
+        fx.calibrate(each.showo, understanding=samples, ratio=0.25, multiple=8, progress=False)
+        for each in (model, dense)
+    )
+    with fx.prune_ffn(model.showo, made) as handle:
+        assert handle.fallbacks == {}
+    with pytest.raises(ValueError, match="made for another model"):
+        fx.prune_ffn(model.showo, other)
+
+
 def test_pruned_neurons_stay_where_they_are() -> None:
     model = quantised(small_model())
     same = as_floats(model)
