@@ -80,7 +80,7 @@ _HOMES = {
     "EditedWeightsError": "runtime.order",
     "handle_of": "models.accelerated",
 }
-_MODULES = ("bench", "nano", "ops")
+_MODULES = ("bench", "hosts", "nano", "ops")
 # Public modules that lie in a folder: `import flashu_ext.showo2.sampling` finds `flashu_ext.models.showo2.sampling`.
 _ALIASES = {
     "bagel": "models.bagel",

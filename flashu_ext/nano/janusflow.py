@@ -12,19 +12,24 @@ from torch import Tensor
 from ..models.janusflow.calibration import GenerationSample, UnderstandingSample
 from ..models.janusflow.config import JanusFlowConfig
 from ..models.janusflow.model import JanusFlow
+from ..models.janusflow.prompts import ChatLayout
 from ..models.janusflow.sampling import TIMES, sample
 from ..models.janusflow.understanding import answer_tokens
 from ..models.masks import additive, causal
+from ..models.prompts import check_prompts, check_question
 from ..planning.cost import Geometry
 from . import codec
 from .subject import ANSWER_TOKENS, DATA, Subject, packed, with_answers
 from .tokenizer import layout, vocabulary
 from .world import SIZE, Question
 
-__all__ = ["SUBJECT"]
+__all__ = ["SUBJECT", "chat_layout"]
 
 PATCH = 8
 """Pixels a side of an image encoder's token."""
+
+IMAGE_TOKENS = (SIZE // PATCH) ** 2
+"""Of an image that is asked about."""
 
 
 def _config() -> JanusFlowConfig:
@@ -87,7 +92,7 @@ class _Janus(Subject):
 
     def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
         device = latents.device
-        asked = [_question(question) for question in questions]
+        asked = [_question(question.text) for question in questions]
         tokens, predicting = with_answers(asked, questions, device)
         llm = model.language_model.model
         image = model.embed_image(codec.decode(latents))
@@ -127,7 +132,7 @@ class _Janus(Subject):
     def answer(self, model: Any, latents: Tensor, question: Question) -> tuple[str, list[int]]:
         device, words = model.beg_of_und_embed.device, layout()
         pixels = codec.decode(latents.to(device))
-        tokens = torch.tensor([_question(question)], device=device)
+        tokens = torch.tensor([_question(question.text)], device=device)
         given = answer_tokens(model, pixels, tokens, max_new_tokens=ANSWER_TOKENS, eos_token=words.eos)
         return words.answer(given), given.tolist()
 
@@ -136,7 +141,7 @@ class _Janus(Subject):
 
     def understanding_sample(self, latents: Tensor, question: Question) -> UnderstandingSample:
         answer = layout().encode(question.answer)
-        tokens = torch.tensor([[*_question(question), *answer]])
+        tokens = torch.tensor([[*_question(question.text), *answer]])
         return UnderstandingSample(codec.decode(latents), tokens, len(answer))
 
     def geometry(self, prompt: str) -> Geometry:
@@ -150,10 +155,28 @@ def _prompt(text: str) -> list[int]:
     return [*words.before_image, *words.encode(text), *words.after_question, words.boi]
 
 
-def _question(question: Question) -> list[int]:
+def _question(text: str) -> list[int]:
     words = layout()
-    image = [words.boi, *[words.img_pad] * (SIZE // PATCH) ** 2, words.eoi]
-    return [*words.before_image, *image, *words.encode(question.text), *words.after_question]
+    image = [words.boi, *[words.img_pad] * IMAGE_TOKENS, words.eoi]
+    return [*words.before_image, *image, *words.encode(text), *words.after_question]
+
+
+class _Layout(ChatLayout):
+    """With the embedded model's shorter conversations."""
+
+    def drawing(self, prompts: Sequence[str]) -> list[list[int]]:
+        check_prompts(prompts)
+        return [_prompt(prompt) for prompt in prompts]
+
+    def question(self, text: str, device: torch.device | str = "cpu") -> Tensor:
+        check_question(text)
+        return torch.tensor([_question(text)], dtype=torch.int64, device=device)
+
+
+def chat_layout() -> ChatLayout:
+    words = layout()
+    ids = {"bos": words.bos, "eos": words.eos, "boi": words.boi, "eoi": words.eoi, "pad": words.pad}
+    return _Layout(words.encode, words.decode, **ids, image=words.img_pad, tag=words.boi, image_tokens=IMAGE_TOKENS)
 
 
 SUBJECT = _Janus()

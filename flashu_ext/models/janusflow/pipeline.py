@@ -21,6 +21,7 @@ from ..codec import Codec, KlCodec
 from ..pictures import covered, rgb, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
+from ..prompts import by_length
 from ..seeds import noise_of, seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .images import HALF, pixel_values
@@ -54,6 +55,7 @@ class Pipeline(ModelPipeline):
         mean, std: of the colours of images that questions are about.
         name: the checkpoint's folder.
         presets, own_plan, tokenizer: as in `ModelPipeline`.
+        latent_pixels: a latent's side.
     """
 
     saved_codec: ClassVar[type] = KlCodec
@@ -68,6 +70,7 @@ class Pipeline(ModelPipeline):
     presets: Callable[[str], FlashUConfig | None] = preset
     own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
     tokenizer: Any = None
+    latent_pixels: int = VAE_PIXELS
 
     @property
     def _device(self) -> Any:
@@ -144,15 +147,17 @@ class Pipeline(ModelPipeline):
         rows, count = self.layout.drawing(prompts), len(prompts)
         noise = self.noise(list(range(count)) if seeds is None else seeds, count)
         scale = guidance_scale_of(self.guidance_scale if guidance_scale is None else guidance_scale, count)
-        groups: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            groups.setdefault(len(row), []).append(index)
         latents = torch.empty_like(noise)
-        for group in groups.values():
+        for group in by_length(rows):
             tokens = torch.tensor([rows[index] for index in group], dtype=torch.int64, device=noise.device)
             own = [scale[index] for index in group] if isinstance(scale, tuple) else scale
             latents[group] = sample(self.model, noise[group], tokens, steps, own, self.layout.pad)
         return self.pictures(latents)
+
+    @property
+    def pixels(self) -> int:
+        """The side of an image that is drawn."""
+        return self.latent_pixels * self.model.config.latent_size
 
     def noise(self, seeds: Sequence[int], count: int | None = None) -> Tensor:
         """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed."""
@@ -165,8 +170,7 @@ class Pipeline(ModelPipeline):
     def image_sample(self, image: Image, prompt: str) -> GenerationSample:
         """The image is made the size that the model draws: scaled to cover it, and cropped in the middle."""
         (row,) = self.layout.drawing([prompt])
-        side = VAE_PIXELS * self.model.config.latent_size
-        latents = self.codec.encode(unit(covered(rgb(image, "image"), side, "image")).to(self._device))
+        latents = self.codec.encode(unit(covered(rgb(image, "image"), self.pixels, "image")).to(self._device))
         return GenerationSample(latents, torch.tensor(row, dtype=torch.int64, device=self._device), self.layout.pad)
 
     def question_sample(self, image: Image, question: str, answer: str) -> UnderstandingSample:
