@@ -245,6 +245,10 @@ class FlashuPipeline(DiffusionPipeline):
     enable_attention_slicing = _refused("enable_attention_slicing", _ATTENTION)
     set_attention_slice = _refused("set_attention_slice", _ATTENTION)
     enable_xformers_memory_efficient_attention = _refused("enable_xformers_memory_efficient_attention", _ATTENTION)
+
+    def disable_attention_slicing(self) -> None:
+        """Nothing is sliced."""
+
     from_pipe = classmethod(_refused("from_pipe", "FlashuPipeline(pipe.parts) shares the weights of another"))
 
     # ---- drawing
@@ -328,7 +332,6 @@ class FlashuPipeline(DiffusionPipeline):
                 except _InterruptedError:
                     drawn[group] = told.latents
                     break
-        self.maybe_free_model_hooks()
         images = self._output(drawn, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
