@@ -375,15 +375,17 @@ class _Told:
         self.latents = latents
         self.bar.update()
         if self.callback is not None:
-            self._tell(number - 1, latents.clone())
+            with torch.inference_mode(False):  # where tensors do not say that they were changed
+                given = latents.clone()
+            self._tell(number - 1, given)
         if self.pipe.interrupt:
             raise _InterruptedError
 
     def _tell(self, step: int, given: Tensor) -> None:
-        version = None if given.is_inference() else given._version
+        version = given._version
         returned = self.callback(self.pipe, step, self.times[step], {"latents": given} if self.names else {})
         replaced = isinstance(returned, Mapping) and returned.get("latents", given) is not given
-        if replaced or (version is not None and given._version != version):
+        if replaced or given._version != version:
             raise ValueError(
                 "callback_on_step_end: expected the latents as they came, got others; the sampler keeps its own"
             )

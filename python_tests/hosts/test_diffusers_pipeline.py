@@ -230,8 +230,9 @@ def test_an_interrupted_image_is_what_it_was_by_then(pipe: Any, preset: str) -> 
             handle.remove()
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("change", ["in place", "returned"])
-def test_latents_are_not_replaced_by_a_callback(pipe: Any, change: str) -> None:
+def test_latents_are_not_replaced_by_a_callback(pipe: Any, change: str, inference: bool) -> None:
     def callback(of: Any, step: int, time: Any, values: dict[str, Any]) -> dict[str, Any]:
         if step == 1:
             latents = values["latents"]
@@ -241,7 +242,7 @@ def test_latents_are_not_replaced_by_a_callback(pipe: Any, change: str) -> None:
     def drawn(**more: Any) -> Any:
         return pipe(PROMPTS[0], num_inference_steps=3, generator=seeded(0), **more).images[0]
 
-    with pipe.accelerate():
+    with pipe.accelerate(), torch.inference_mode(inference):
         before = drawn()
         with pytest.raises(ValueError, match="callback_on_step_end: expected the latents as they came"):
             drawn(callback_on_step_end=callback)
