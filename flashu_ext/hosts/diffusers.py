@@ -81,7 +81,7 @@ class Parts(ModelMixin):
 
         Args:
             directory: as `from_pretrained` of the family's pipeline takes it, or the embedded model's.
-            options: `dtype` or `torch_dtype`, of the model's weights; None keeps the checkpoint's. The VAE keeps its own.
+            options: dtype or torch_dtype, of the model's weights; None keeps the checkpoint's. The VAE keeps its own.
 
         Raises:
             FileNotFoundError, ValueError: as the family's pipeline.
@@ -180,7 +180,7 @@ class FlashuPipeline(DiffusionPipeline):
 
         Args:
             directory: as `from_pretrained` of the family's pipeline takes it.
-            options: `dtype` or `torch_dtype`, of the model's weights; None keeps the checkpoint's.
+            options: dtype or torch_dtype, of the model's weights; None keeps the checkpoint's.
 
         Raises:
             FileNotFoundError, ValueError: as the family's pipeline.
@@ -306,8 +306,7 @@ class FlashuPipeline(DiffusionPipeline):
             size = drawer.size(*(_count(name, value) for name, value in (("height", height), ("width", width))))
         except ValueError as error:
             raise ValueError(f"height, width: {error}") from error
-        steps = drawer.evaluations() if num_inference_steps is None else num_inference_steps
-        _count("num_inference_steps", steps)
+        steps: int = _count("num_inference_steps", num_inference_steps) or drawer.evaluations()
         scale = drawer.default_scale if guidance_scale is None else guidance_scale
         if not is_real(scale) or scale < 0:
             raise ValueError(f"guidance_scale: expected a finite number >= 0, got {shown(scale)}")

@@ -98,7 +98,7 @@ def test_accelerated_images_are_the_same_in_any_company(pipe: Any) -> None:
     with fx.accelerate(pipe.model, fx.FlashUConfig.exact()):
         images = pipe(
             PROMPTS,
-            num_inference_steps=4,
+            num_inference_steps=np.int64(4),
             guidance_scale=2.5,
             num_images_per_prompt=2,
             generator=[seeded(seed) for seed in range(6)],
@@ -289,6 +289,12 @@ def test_a_wrong_argument_is_named_and_nothing_drawn(pipe: Any, arguments: dict[
     given = {"prompt": "a red circle", "callback_on_step_end": told, **arguments}
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         pipe(**given)
+
+
+def test_a_callback_of_diffusers_that_changes_embeddings_is_refused(showo2: Any) -> None:
+    callback = pytest.importorskip("diffusers.callbacks").SDCFGCutoffCallback(cutoff_step_ratio=0.4)
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs: expected a part of .*prompt_embeds"):
+        showo2(PROMPTS[0], num_inference_steps=2, callback_on_step_end=callback)
 
 
 def test_guidance_of_zero_is_the_prompt_alone(showo2: Any) -> None:
