@@ -293,7 +293,7 @@ def test_a_wrong_argument_is_named_and_nothing_drawn(pipe: Any, arguments: dict[
 
 def test_a_callback_of_diffusers_that_changes_embeddings_is_refused(showo2: Any) -> None:
     callback = pytest.importorskip("diffusers.callbacks").SDCFGCutoffCallback(cutoff_step_ratio=0.4)
-    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs: expected a part of .*prompt_embeds"):
+    with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs: expected a part of .*prompt_embeds"):
         showo2(PROMPTS[0], num_inference_steps=2, callback_on_step_end=callback)
 
 
