@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ..models.checkpoint import check_dtype
 from ..models.checks import check_callback
-from ..models.folders import pipeline_class
+from ..models.folders import load_pipeline
 from ..models.pipeline import ModelPipeline
-from ..models.pretrained import opened
-from ..nano.pipeline import embedded_in
+from ..nano.subject import FAMILIES, subject
 from ..planning.config import FlashUConfig
 from ..planning.extras import extra
 from ..planning.groups import is_real, whole
@@ -97,9 +96,10 @@ class Parts(ModelMixin):
                 raise TypeError(
                     f"{name}: not supported by FlashuPipeline, got {shown(value)}; a folder is loaded whole"
                 )
-        folder, device = opened(directory, dtype, "cpu", "a folder with a checkpoint")
-        pipe = embedded_in(folder, dtype, device) or pipeline_class(folder).from_pretrained(folder, dtype, device)
-        return cls(pipe)
+        for family in FAMILIES:
+            if os.path.isdir(directory) and os.path.samefile(directory, subject(family).folder):
+                return cls(load_pipeline("nano", dtype, family=family))
+        return cls(load_pipeline(directory, dtype))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move model and VAE to a device, and the model to a dtype; an accelerated model stays accelerated."""
@@ -275,7 +275,7 @@ class FlashuPipeline(DiffusionPipeline):
         Args:
             prompt: one, or several. Show-o2 draws all of them together, JanusFlow those whose tokens are as many, BAGEL one image
                 after another.
-            height, width: pixels; None: the model's own size (BAGEL: at most 1024).
+            height, width: pixels; None: those of this library's own pipeline.
             num_inference_steps: evaluations of the model, each followed by a callback. The `steps` of this library's own
                 pipelines are one more for Show-o2 and BAGEL, which count grid points. None: the accelerated config's, or the
                 family's default: 49, JanusFlow 30, BAGEL 49.
@@ -307,7 +307,7 @@ class FlashuPipeline(DiffusionPipeline):
         except ValueError as error:
             raise ValueError(f"height, width: {error}") from error
         steps: int = _count("num_inference_steps", num_inference_steps) or drawer.evaluations()
-        scale = drawer.default_scale if guidance_scale is None else guidance_scale
+        scale = self.pipeline.guidance_scale if guidance_scale is None else guidance_scale
         if not is_real(scale) or scale < 0:
             raise ValueError(f"guidance_scale: expected a finite number >= 0, got {shown(scale)}")
         if output_type not in _OUTPUTS:

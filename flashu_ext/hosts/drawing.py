@@ -12,7 +12,6 @@ from torch import Tensor
 from ..models.accelerated import handle_of
 from ..models.bagel import sampling as bagel
 from ..models.bagel.pipeline import Pipeline as BagelPipeline
-from ..models.bagel.sequences import DRAWING
 from ..models.janusflow import sampling as janusflow
 from ..models.janusflow.pipeline import Pipeline as JanusFlowPipeline
 from ..models.pictures import Size
@@ -28,9 +27,6 @@ __all__ = ["Drawer", "drawer_of"]
 class Drawer(ABC):
     """A pipeline's sampler, seen the same way for every family: latents are [B, channels, H, W], and steps are evaluations
     of the model."""
-
-    default_scale: float
-    """The guidance scale where a caller gives none."""
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
@@ -84,10 +80,6 @@ class Drawer(ABC):
 class _Showo2(Drawer):
     own_evaluations = showo2.DEFAULT_STEPS - 1
 
-    def __init__(self, pipe: Any):
-        super().__init__(pipe)
-        self.default_scale = pipe.guidance_scale
-
     def size(self, height: int | None, width: int | None) -> Size | None:
         own = self.pipe.pixels
         size = None if height is width is None else (height or own, width or own)
@@ -115,14 +107,9 @@ class _Showo2(Drawer):
 class _JanusFlow(Drawer):
     own_evaluations = janusflow.DEFAULT_STEPS
 
-    def __init__(self, pipe: Any):
-        super().__init__(pipe)
-        self.default_scale = pipe.guidance_scale
-
     def size(self, height: int | None, width: int | None) -> Size | None:
-        own = self.pipe.pixels
-        if (height or own, width or own) != (own, own):
-            raise ValueError(f"size: expected {own} x {own} pixels, all that JanusFlow draws, got {height} x {width}")
+        own = self.pipe.latent_pixels * self.model.config.latent_size
+        self.pipe.grid((height or own, width or own))
         return None
 
     def shape(self, size: Any) -> tuple[int, int, int]:
@@ -145,13 +132,10 @@ class _JanusFlow(Drawer):
 
 class _Bagel(Drawer):
     own_evaluations = bagel.DEFAULT_TIMESTEPS - 1
-    default_scale = DRAWING.text
 
     def size(self, height: int | None, width: int | None) -> Size | None:
-        config = self.model.config
-        own = min(1024, config.token_pixels * config.latent_side)
-        size = (height or own, width or own)
-        bagel.size_grid(self.model, size)
+        size = (height or self.pipe.size[0], width or self.pipe.size[1])
+        self.pipe.grid(size)
         return size
 
     def shape(self, size: Any) -> tuple[int, int, int]:
@@ -176,7 +160,7 @@ class _Bagel(Drawer):
         return [[index] for index in range(len(prompts))]
 
     def draw(self, prompts: Any, noise: Any, evaluations: int, scale: float, size: Any, callback: Any) -> Tensor:
-        layout, unpacked = self.pipe.layout, self.model.unpacked
+        layout, guidance, unpacked = self.pipe.layout, self.pipe.guidance, self.model.unpacked
         tokens = bagel.sample(
             self.model,
             self.model.packed(noise),
@@ -185,11 +169,11 @@ class _Bagel(Drawer):
             layout.ids,
             evaluations + 1,
             scale,
-            DRAWING.image,
-            DRAWING.interval,
+            guidance.image,
+            guidance.interval,
             self.pipe.timestep_shift,
-            DRAWING.renorm_min,
-            DRAWING.renorm,
+            guidance.renorm_min,
+            guidance.renorm,
             callback=lambda number, given: callback(number, unpacked(given, size)),
         )
         drawn: Tensor = unpacked(tokens, size)

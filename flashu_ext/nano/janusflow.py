@@ -12,6 +12,7 @@ from torch import Tensor
 from ..models.janusflow.calibration import GenerationSample, UnderstandingSample
 from ..models.janusflow.config import JanusFlowConfig
 from ..models.janusflow.model import JanusFlow
+from ..models.janusflow.pipeline import Pipeline
 from ..models.janusflow.prompts import ChatLayout
 from ..models.janusflow.sampling import TIMES, sample
 from ..models.janusflow.understanding import answer_tokens
@@ -23,13 +24,10 @@ from .subject import ANSWER_TOKENS, DATA, Subject, packed, with_answers
 from .tokenizer import layout, vocabulary
 from .world import SIZE, Question
 
-__all__ = ["SUBJECT", "chat_layout"]
+__all__ = ["SUBJECT"]
 
 PATCH = 8
 """Pixels a side of an image encoder's token."""
-
-IMAGE_TOKENS = (SIZE // PATCH) ** 2
-"""Of an image that is asked about."""
 
 
 def _config() -> JanusFlowConfig:
@@ -55,6 +53,18 @@ def _config() -> JanusFlowConfig:
     )
 
 
+class _Layout(ChatLayout):
+    """The embedded model's own words around prompts and questions."""
+
+    def drawing(self, prompts: Sequence[str]) -> list[list[int]]:
+        check_prompts(prompts)
+        return [_prompt(each) for each in prompts]
+
+    def question(self, text: str, device: torch.device | str = "cpu") -> Tensor:
+        check_question(text)
+        return torch.tensor([_question(text)], dtype=torch.int64, device=device)
+
+
 class _Janus(Subject):
     family = "janusflow"
     folder = DATA / "janusflow"
@@ -65,6 +75,13 @@ class _Janus(Subject):
 
     def load(self, directory: Path) -> JanusFlow:
         return JanusFlow.from_pretrained(directory, torch.float32)
+
+    def pipeline(self, model: Any) -> Pipeline:
+        words, tokens = layout(), (SIZE // PATCH) ** 2
+        markers = (words.bos, words.eos, words.boi, words.eoi, words.pad, words.img_pad, words.boi)
+        own = _Layout(words.encode, words.decode, *markers, tokens)
+        pixels = SIZE // model.config.latent_size
+        return Pipeline(model, own, codec.GridCodec(), self.guidance, latent_pixels=pixels)
 
     def velocity(self, model: Any, prompts: Sequence[str], null: Tensor, mixed: Tensor, t: Tensor) -> Tensor:
         words, device = layout(), mixed.device
@@ -157,26 +174,8 @@ def _prompt(text: str) -> list[int]:
 
 def _question(text: str) -> list[int]:
     words = layout()
-    image = [words.boi, *[words.img_pad] * IMAGE_TOKENS, words.eoi]
+    image = [words.boi, *[words.img_pad] * (SIZE // PATCH) ** 2, words.eoi]
     return [*words.before_image, *image, *words.encode(text), *words.after_question]
-
-
-class _Layout(ChatLayout):
-    """With the embedded model's shorter conversations."""
-
-    def drawing(self, prompts: Sequence[str]) -> list[list[int]]:
-        check_prompts(prompts)
-        return [_prompt(prompt) for prompt in prompts]
-
-    def question(self, text: str, device: torch.device | str = "cpu") -> Tensor:
-        check_question(text)
-        return torch.tensor([_question(text)], dtype=torch.int64, device=device)
-
-
-def chat_layout() -> ChatLayout:
-    words = layout()
-    ids = {"bos": words.bos, "eos": words.eos, "boi": words.boi, "eoi": words.eoi, "pad": words.pad}
-    return _Layout(words.encode, words.decode, **ids, image=words.img_pad, tag=words.boi, image_tokens=IMAGE_TOKENS)
 
 
 SUBJECT = _Janus()

@@ -62,6 +62,8 @@ FAMILIES = within("families/test_conformance_command.py")
 PRUNED = within("runtime/test_prune_ffn.py")
 EXPERTS = within("families/test_bagel_runtime.py")
 NEW_FAMILY = within("examples/test_new_family.py")
+EMBEDDED = within("nano/test_embedded_pipelines.py")
+SUBJECTS = within("nano/test_subjects.py")
 JANUSFLOW_PIPELINE = within("families/test_janusflow_pipeline.py")
 BAGEL_PIPELINE = within("families/test_bagel_pipeline.py")
 DIFFUSERS = within("hosts/test_diffusers_pipeline.py")
@@ -266,7 +268,7 @@ MUTANTS = [
     Mutant("folder: a whole image is written again", "flashu_ext/batch/folder.py", "if write and not complete_png(path):", "if write:", LISTS("list_is_resumed")),
     Mutant("folder: an image is written in place", "flashu_ext/batch/folder.py", '                    with atomic_path(path) as temporary:\n                        image.save(temporary, format="PNG")\n', '                    image.save(path, format="PNG")\n', FOLDER("ctrl_c")),
     Mutant("folder: an image without its end is whole", "flashu_ext/batch/folder.py", "if file.read() != _PNG_END:", "if not file.read():", LISTS("complete_png")),
-    Mutant("folder: the config's steps are recorded, not the caller's", "flashu_ext/batch/folder.py", "steps or planned or DEFAULT_STEPS", "planned or steps or DEFAULT_STEPS", FOLDER("what_the_caller_asks")),
+    Mutant("folder: the config's steps are recorded, not the caller's", "flashu_ext/batch/folder.py", "steps or planned or parts.grid_points", "planned or steps or parts.grid_points", FOLDER("what_the_caller_asks")),
     Mutant("folder: no guidance is recorded as the pipeline's", "flashu_ext/batch/folder.py", "float(pipe.guidance_scale if guidance_scale is None else guidance_scale)", "float(guidance_scale or pipe.guidance_scale)", FOLDER("what_the_caller_asks")),
     Mutant("validate: a span that ends with the row", "flashu_ext/models/showo2/validate.py", "offset + got > length", "offset + got >= length", SMALL("ends_with_its_row")),
     Mutant("validate: an odd number of guided rows", "flashu_ext/models/showo2/validate.py", "if guided and rows % 2:", "if guided and rows < 2:", CONFORMANCE("odd_number")),
@@ -325,6 +327,12 @@ MUTANTS = [
     Mutant("contexts: rows share a segment too many", "flashu_ext/runtime/backbone.py", "        if a is not b:\n            return count\n", "        if a is not b:\n            return count + 1\n", EXPERTS("any_sequence")),
     Mutant("placement: experts that share weights do not count", "flashu_ext/runtime/placement.py", "for ffn in read if ffn is not None", "for ffn in ffns if ffn is not None", EXPERTS("share_weights")),
     Mutant("bagel: TaylorSeer where guidance begins later", "flashu_ext/models/bagel/sampling.py", "    guidance.check_forecast(taylorseer)\n", "", EXPERTS("any_sequence")),
+    Mutant("adapter: results of another shape", "flashu_ext/models/checks.py", "if len(got) != len(shape) or any(", "if False and any(", NEW_FAMILY("another_shape")),
+    Mutant("config: a skip without measurements is not idle", "flashu_ext/planning/groups.py", 'return {"ratio": "interval"} if self.ratio > 0 and self.interval == 0 else {}', "return {}", SETTINGS("keeps_off")),
+    Mutant("embedded pipeline: BAGEL's own guidance is left out", "flashu_ext/models/bagel/pipeline.py", "guidance_of(self.guidance if guidance is None else guidance,", "guidance_of(DRAWING if guidance is None else guidance,", EMBEDDED("subjects")),
+    Mutant("embedded pipeline: JanusFlow draws any size", "flashu_ext/models/janusflow/pipeline.py", "if size is not None and sides(size) != (own, own):", "if False:", EMBEDDED("sizes")),
+    Mutant("describe: the family's own number of steps", "flashu_ext/runtime/kernel_sets.py", "steps or config.steps or parts.grid_points", "steps or config.steps or 50", SUBJECTS("kernels_and_costs")),
+    Mutant("calibrate: a projection without weights", "flashu_ext/planning/decoders.py", '"mlp.down_proj.weight")', '"mlp.down_proj")', CALIBRATE("without_weights")),
     Mutant("example: rows of another number", "flashu_ext/models/sampling.py", "or len(tokens) != rows:", "or False:", NEW_FAMILY("do_not_fit")),
     Mutant("contexts: an image is causal", "flashu_ext/runtime/modules/attention.py", "        if mask is None and ordered and tokens > 1:\n", "        if mask is None and tokens > 1:\n", EXPERTS("any_sequence")),
     Mutant("contexts: a text is not causal", "flashu_ext/runtime/modules/attention.py", "        if mask is None and ordered and tokens > 1:\n", "        if mask is None and ordered and tokens > 9999:\n", EXPERTS("any_sequence")),
