@@ -82,7 +82,7 @@ _HOMES = {
     "handle_of": "models.accelerated",
     "load_pipeline": "models.folders",
 }
-_MODULES = ("bench", "nano", "ops")
+_MODULES = ("bench", "hosts", "nano", "ops")
 # Public modules that lie in a folder: `import flashu_ext.showo2.sampling` finds `flashu_ext.models.showo2.sampling`.
 _ALIASES = {
     "bagel": "models.bagel",

@@ -66,6 +66,7 @@ EMBEDDED = within("nano/test_embedded_pipelines.py")
 SUBJECTS = within("nano/test_subjects.py")
 JANUSFLOW_PIPELINE = within("families/test_janusflow_pipeline.py")
 BAGEL_PIPELINE = within("families/test_bagel_pipeline.py")
+DIFFUSERS = within("hosts/test_diffusers_pipeline.py")
 KL_CODEC = Pytest("python_tests/families/test_kl_codec.py")
 PLANS = within("families/test_family_plans.py")
 ENDS = within("runtime/test_many_ends.py")
@@ -363,4 +364,16 @@ MUTANTS = [
     Mutant("bagel: transparent colours show", "flashu_ext/models/bagel/sequences.py", "on_white=True", "on_white=False", BAGEL_PIPELINE("transparent")),
     Mutant("bagel: images have the most likely latents", "flashu_ext/models/bagel/pipeline.py", "pixels(item).to(device), generator)", "pixels(item).to(device))", BAGEL_PIPELINE("edit")),
     Mutant("bagel: the size is the first image's", "flashu_ext/models/bagel/pipeline.py", "(images[-1].height, images[-1].width)", "(images[0].height, images[0].width)", BAGEL_PIPELINE("of_the_last")),
+    Mutant("diffusers: steps are grid points", "flashu_ext/hosts/drawing.py", "steps=evaluations + 1, callback", "steps=evaluations, callback", DIFFUSERS("each_with_a_callback")),
+    Mutant("diffusers: images of one generator are alike", "flashu_ext/hosts/diffusers.py", "drawer.noise(each, size).to(device) for each in given", "drawer.noise(None if each is None else each.clone_state(), size).to(device) for each in given", DIFFUSERS("generators")),
+    Mutant("diffusers: BAGEL's noise is drawn as latents", "flashu_ext/hosts/drawing.py", "tokens = (rows * columns, self.model.config.patch_width)", "return super().noise(generator, size)\n        tokens = (rows * columns, self.model.config.patch_width)", DIFFUSERS("bit_by_bit")),
+    Mutant("diffusers: an image is not interrupted", "flashu_ext/hosts/diffusers.py", "            raise _InterruptedError\n", "            pass\n", DIFFUSERS("interrupted")),
+    Mutant("diffusers: what is interrupted is lost", "flashu_ext/hosts/diffusers.py", "drawn[group] = told.latents", "pass", DIFFUSERS("interrupted")),
+    Mutant("diffusers: the next image is interrupted", "flashu_ext/hosts/diffusers.py", "self._interrupt, self._num_timesteps = False, steps", "self._num_timesteps = steps", DIFFUSERS("interrupted")),
+    Mutant("diffusers: a callback gets the sampler's latents", "flashu_ext/hosts/diffusers.py", "given = latents.clone()", "given = latents", DIFFUSERS("replaced")),
+    Mutant("diffusers: a callback's latents are not looked at", "flashu_ext/hosts/diffusers.py", "if replaced or given._version != version:", "if replaced:", DIFFUSERS("replaced")),
+    Mutant("diffusers: the VAE takes the model's dtype", "flashu_ext/hosts/diffusers.py", "self.vae.to(device=device, non_blocking", "self.vae.to(device=device, dtype=dtype, non_blocking", DIFFUSERS("loads_and_is_saved")),
+    Mutant("diffusers: a saved folder has no index", "flashu_ext/hosts/diffusers.py", "        write_diffusers_index(directory)\n", "", DIFFUSERS("loads_and_is_saved")),
+    Mutant("diffusers: another's index is overwritten", "flashu_ext/hosts/__init__.py", "if name != _CLASS:", "if False:", DIFFUSERS("another_pipeline_stays")),
+    Mutant("diffusers: copies are drawn in turns", "flashu_ext/hosts/diffusers.py", '[each for each in prompts for _ in range(_count("num_images_per_prompt", copies))]', '[each for _ in range(_count("num_images_per_prompt", copies)) for each in prompts]', DIFFUSERS("company")),
 ]  # fmt: skip

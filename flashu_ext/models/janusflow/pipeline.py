@@ -21,6 +21,7 @@ from ..codec import Codec, KlCodec
 from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
+from ..prompts import by_length
 from ..seeds import noise_of, seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .images import HALF, pixel_values
@@ -119,11 +120,8 @@ class Pipeline(ModelPipeline):
         self.grid(size)
         rows, noise = self.layout.drawing(prompts), self.noise(seeds)
         # Images of one call of the sampler have prompts of one length.
-        groups: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            groups.setdefault(len(row), []).append(index)
         latents = torch.empty_like(noise)
-        for group in groups.values():
+        for group in by_length(rows):
             tokens = torch.tensor([rows[index] for index in group], dtype=torch.int64, device=noise.device)
             scale = [guidance_scale[index] for index in group] if isinstance(guidance_scale, tuple) else guidance_scale
             latents[group] = sample(self.model, noise[group], tokens, steps, scale, self.layout.pad)
