@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -22,8 +22,10 @@ from .calibration import Sample
 from .checkpoint import check_dtype
 from .checks import check_callback, check_device, guidance_scale_of
 from .decoding import OnToken
+from .many import AT_ONCE, Answers, Drawings, ImageRequest
 from .pictures import Size, to_pil
 from .prompts import AnswerLayout, check_prompts
+from .sampling import Stepper
 from .seeds import seeds_of
 
 if TYPE_CHECKING:
@@ -210,6 +212,58 @@ class ModelPipeline:
             TypeError, ValueError: `size` is no size, or none that is drawn.
         """
         raise NotImplementedError
+
+    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
+        """The steps of one image.
+
+        Args:
+            request: prompt, seed and guidance_scale are checked.
+            config: of this image, where the model is accelerated; None: the model's.
+        """
+        raise NotImplementedError
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """Latents of `begin`'s steps -> those that `pictures` takes."""
+        return latents
+
+    def generate_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Drawings:
+        """Draw images that may begin at any time; those in progress share evaluations.
+
+        Args:
+            requests: `ImageRequest`s, mappings of their fields, or prompts; read one by one, whenever there is room.
+            at_once: images in progress at once.
+
+        Returns:
+            An iterator of `ImageResult`s, in the order in which images finish. A wrong request, or what an `on_step` raises,
+            is the result of that image alone. `add` and `cancel` may be called at any time.
+
+        Example:
+            for result in pipe.generate_many(["a red circle", {"prompt": "a blue square", "steps": 20}]):
+                result.image.save(f"{result.index}.png")
+        """
+        return Drawings(self, requests, at_once)
+
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Any, Any]:
+        """The images of a question as `Adapter.embed_image` takes them, and what stands before and after them
+        (`Adapter.question`). Raises TypeError or ValueError."""
+        raise NotImplementedError
+
+    def answer_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Answers:
+        """Answer questions that may come at any time; a step computes a token of every answer under way.
+
+        Args:
+            requests: `QuestionRequest`s, or mappings of their fields; read one by one, whenever there is room.
+            at_once: answers under way at once.
+
+        Returns:
+            An iterator of `QuestionResult`s, in the order in which answers end. A wrong request, or what an `on_token` raises,
+            is the result of that answer alone. `add` and `cancel` may be called at any time.
+
+        Example:
+            for result in pipe.answer_many({"images": image, "question": each} for each in questions):
+                print(result.index, result.answer)
+        """
+        return Answers(self, requests, at_once)
 
     def pictures(self, latents: Tensor) -> list[Image]:
         """Latents [B, channels, H, W] -> images. One at a time: a convolution's bits may depend on its batch."""

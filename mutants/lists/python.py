@@ -64,6 +64,7 @@ EXPERTS = within("families/test_bagel_runtime.py")
 NEW_FAMILY = within("examples/test_new_family.py")
 EMBEDDED = within("nano/test_embedded_pipelines.py")
 SUBJECTS = within("nano/test_subjects.py")
+OF_FAMILIES = within("nano/test_many_of_families.py")
 JANUSFLOW_PIPELINE = within("families/test_janusflow_pipeline.py")
 BAGEL_PIPELINE = within("families/test_bagel_pipeline.py")
 DIFFUSERS = within("hosts/test_diffusers_pipeline.py")
@@ -152,7 +153,7 @@ MUTANTS = [
     Mutant("company: images of a batch share their decisions", "flashu_ext/runtime/generation.py", "        if not self.invariant:\n", "        if True:\n", IMAGES("any_batch and fast")),
     Mutant("company: rows attend in another image's memory", "flashu_ext/runtime/modules/attention.py", "for own, each in zip(self.passes, rows, strict=True)", "for own, each in zip(self.passes[::-1], rows, strict=True)", IMAGES("any_batch and exact"), quick=True),
     Mutant("company: the first image's time serves all", "flashu_ext/runtime/head.py", "m.modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", "memories[0].modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", IMAGES("different_times and exact")),
-    Mutant("many: what was cancelled goes on", "flashu_ext/models/showo2/many.py", "        self._live = [each for each in self._live if each.index not in self._cancelled]\n", "", IMAGES("different_times and exact")),
+    Mutant("many: what was cancelled goes on", "flashu_ext/models/many.py", "        self._live = [each for each in self._live if each.index not in self._cancelled]\n", "", IMAGES("different_times and exact")),
     Mutant("many: an image of another config is planned as the model's", "flashu_ext/runtime/generation.py", "config = self.config if config is None else config", "config = self.config", MANY("preset_of_its_own")),
     Mutant("embedders: a patch's pixels by columns", "flashu_ext/runtime/modules/embedders.py", ".permute(0, 2, 4, 1, 3, 5)", ".permute(0, 2, 4, 1, 5, 3)", HANDLE("exact_equals_upstream")),
     Mutant("vision: an FFN without its residual", "flashu_ext/runtime/modules/vision.py", "x = layer.down(raised, residual=x)", "x = layer.down(raised)", HANDLE("exact_equals_upstream")),
@@ -299,8 +300,10 @@ MUTANTS = [
     Mutant("kernels: every row attends as many keys as the first", "flashu_ext/ops/reference.py", "for r, n in enumerate(counts)\n    ]\n", "for r, n in enumerate(counts[:1] * len(counts))\n    ]\n", KERNELS("one_at_a_time")),
     Mutant("kernels: sixteen rows are many", "flashu_ext/ops/kernel_sets.py", "MANY = 17\n", "MANY = 16\n", KERNELS("padded_to_many")),
     Mutant("many: structure is not looked at between steps", "flashu_ext/runtime/runner.py", "                self.check_unchanged()\n                self.generation.step", "                self.generation.step", MANY("between_two_steps"), quick=True),
-    Mutant("many: any index is cancelled", "flashu_ext/models/showo2/many.py", "if not 0 <= index < self._count:", "if index is None:", MANY("cannot_be_cancelled")),
-    Mutant("many: what waits survives close", "flashu_ext/models/showo2/many.py", "        self._results.clear()\n", "", MANY("closed_list")),
+    Mutant("many: BAGEL's latents stay a grid of tokens", "flashu_ext/models/many.py", "latents = self.pipe.unpacked(each.work.latents())", "latents = each.work.latents()", OF_FAMILIES("drawn_alone and bagel")),
+    Mutant("many: a config of one image is left out", "flashu_ext/models/sampling.py", "handle.stepper(inputs, config)", "handle.stepper(inputs)", OF_FAMILIES("preset_of_one")),
+    Mutant("many: any index is cancelled", "flashu_ext/models/many.py", "if not 0 <= index < self._count:", "if index is None:", MANY("cannot_be_cancelled")),
+    Mutant("many: what waits survives close", "flashu_ext/models/many.py", "        self._results.clear()\n", "", MANY("closed_list")),
     Mutant("known: a convolution's own method is passed over", "flashu_ext/models/known.py", '("_call_impl", "_conv_forward")', '("_call_impl",)', PARTS("private_method")),
     Mutant("linear: strided rows go to the kernel", "flashu_ext/runtime/modules/linear.py", "x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()", "x", PARTS("may_give_columns")),
     Mutant("stamp: settings of activations are not watched", "flashu_ext/models/stamp.py", "[(own.get, _settings(own)) for module, own in pairs if tracked(module)]", "[]", PARTS("settings_that_change")),
@@ -345,10 +348,10 @@ MUTANTS = [
     Mutant("prompts: equal tokens at other positions are shared", "flashu_ext/runtime/prompt_cache.py", "    same &= source.positions[:limit] == prompt.positions[:limit]\n", "", JANUSFLOW("reused_whole")),
     Mutant("prompts: what is not finite is shared", "flashu_ext/runtime/prompt_cache.py", "    if source.finite is not None and not bool(source.finite):\n        return 0\n", "", ENDS("spoils_no_other")),
     Mutant("prompts: what is not finite is shared in a batch", "flashu_ext/runtime/understanding.py", "            if bool(cache.prompt(other).finite):\n", "            if True:\n", ENDS("spoils_no_other")),
-    Mutant("many: a list is numbered as it is read", "flashu_ext/models/showo2/many.py", "        self._requests = iter(() if isinstance(requests, Sequence) else requests)\n", "        self._requests, requests = iter(requests), iter(requests)\n", ENDS("numbered_before")),
-    Mutant("many: answers are not put to rest", "flashu_ext/models/showo2/many.py", "        if not self._live:\n            self._rest()\n", "", ENDS("leave_no_memory")),
+    Mutant("many: a list is numbered as it is read", "flashu_ext/models/many.py", "        self._requests = iter(() if isinstance(requests, Sequence) else requests)\n", "        self._requests, requests = iter(requests), iter(requests)\n", ENDS("numbered_before")),
+    Mutant("many: answers are not put to rest", "flashu_ext/models/many.py", "        if not self._live:\n            self._rest()\n", "", ENDS("leave_no_memory")),
     Mutant("many: errors hold memory", "flashu_ext/runtime/generation.py", "        self.states = []\n", "", ENDS("hold_no_memory")),
-    Mutant("many: an image goes on accelerated", "flashu_ext/models/showo2/many.py", "                    if handle is not None:\n", "                    if handle is self:\n", ENDS("began_dense")),
+    Mutant("many: an image goes on accelerated", "flashu_ext/models/many.py", "                    if handle is not None:\n", "                    if handle is self:\n", ENDS("began_dense")),
     Mutant("pool: what is forgotten stays", "flashu_ext/runtime/memory.py", "        self._leased.add(lease)\n", "        self._leased.add(lease)\n        self.all = [*getattr(self, \"all\", ()), lease]\n", ENDS("loops_that_are_left")),
     Mutant("decoding: lengths are written in place", "flashu_ext/runtime/decoding.py", "[lengths + 1 for lengths in memory.lengths]", "[lengths.add_(1) for lengths in memory.lengths]", ENDS("any_mode")),
     Mutant("describe: what is refused is described", "flashu_ext/runtime/kernel_sets.py", "        check_model(parts)\n", "        pass\n", ENDS("cannot_be_accelerated")),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
 from ...planning.groups import whole
@@ -15,19 +16,21 @@ from ...planning.reading import shown
 from ..checks import check_callback
 from ..codec import Codec, KlCodec
 from ..decoding import OnToken
+from ..many import ImageRequest
 from ..pictures import Size, sides
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
 from ..prompts import check_question
+from ..sampling import Stepper, integrate
 from ..seeds import seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .images import SCALE, SHIFT, pixels, vit_image
 from .model import Bagel, Text
 from .model import Image as ContextImage
 from .prompts import SequenceLayout, load_tokenizer
-from .sampling import Guidance, TaylorSeer, sample, size_grid
+from .sampling import Guidance, TaylorSeer, begin, size_grid, tokens_of
 from .sequences import DRAWING, EDITING, INTERLEAVED, guidance_of, images_of, items_of, read_all
-from .understanding import answer_tokens_batch
+from .understanding import answer_tokens_batch, read_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -201,6 +204,19 @@ class Pipeline(ModelPipeline):
     ) -> Image:
         """items: names for messages, and strings or images. size: None: of the last image."""
         (seed,) = seeds_of([seed], 1, "images")
+        stepper = self._stepper(items, seed, steps, size, guidance, seer)
+        return self.pictures(self.unpacked(integrate(stepper)))[0]
+
+    def _stepper(
+        self,
+        items: dict[str, Any],
+        seed: int,
+        steps: Any,
+        size: Any,
+        guidance: Guidance,
+        seer: TaylorSeer | None = None,
+        config: FlashUConfig | None = None,
+    ) -> Stepper:
         points = whole(steps)
         if steps is not None and (points is None or points < 2):
             raise ValueError(f"steps: expected an integer >= 2 (grid points), got {shown(steps)}")
@@ -212,26 +228,23 @@ class Pipeline(ModelPipeline):
         generator = torch.Generator("cpu").manual_seed(seed)
         sequence = self._sequence(read, generator)
         images = [each for each in read if not isinstance(each, str)]
-        height, width = given or ((images[-1].height, images[-1].width) if images else self.size)
-        grid = size_grid(self.model, (height, width))
-        shape = (grid[0] * grid[1], self.model.config.patch_width)
+        drawn = given or ((images[-1].height, images[-1].width) if images else self.size)
+        rows, columns = size_grid(self.model, drawn)
+        shape = (rows * columns, self.model.config.patch_width)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self._device)
-        tokens = sample(
-            self.model,
-            noise,
-            sequence,
-            (height, width),
-            self.layout.ids,
-            points,
-            guidance.text,
-            guidance.image,
-            guidance.interval,
-            self.timestep_shift,
-            guidance.renorm_min,
-            guidance.renorm,
-            seer,
-        )
-        return self.pictures(self.model.unpacked(tokens, (height, width)))[0]
+        told = (points, guidance, self.timestep_shift, seer, config)
+        return begin(self.model, noise, sequence, drawn, self.layout.ids, *told)
+
+    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
+        guidance = guidance_of(self.guidance, request.guidance_scale, None)
+        items = {"prompt": request.prompt}
+        return self._stepper(items, request.seed, request.steps, request.size, guidance, config=config)
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        pixels = self.model.config.token_pixels
+        size = (latents.shape[2] * pixels, latents.shape[3] * pixels)
+        unpacked: Tensor = self.model.unpacked(tokens_of(latents), size)
+        return unpacked
 
     # ---- calibration
 
@@ -248,6 +261,12 @@ class Pipeline(ModelPipeline):
         return UnderstandingSample(inputs, tuple(self.layout.encode(answer)), self.layout.ids)
 
     # ---- understanding
+
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Any, Any]:
+        check_question(question)
+        items = {**images_of(images, "images"), "question": question}
+        sequence = self._sequence(read_all(items, self.model.config, self.vae_sides))
+        return read_images(sequence), sequence, self.layout.ids
 
     def interleave_answer(
         self,

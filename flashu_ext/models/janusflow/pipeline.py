@@ -18,17 +18,19 @@ from ...planning.reading import read_json, refusal, shown
 from ...planning.safe_files import write_text
 from ..checks import check_callback
 from ..codec import Codec, KlCodec
+from ..many import ImageRequest
 from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
 from ..prompts import by_length
+from ..sampling import Stepper, stepper_of
 from ..seeds import noise_of, seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .images import HALF, pixel_values
 from .model import JanusFlow
 from .prompts import ChatLayout, load_tokenizer
-from .sampling import sample
-from .understanding import answer_tokens_batch
+from .sampling import DenseStepper, SampleInputs, sample
+from .understanding import answer_tokens_batch, around_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -127,6 +129,13 @@ class Pipeline(ModelPipeline):
             latents[group] = sample(self.model, noise[group], tokens, steps, scale, self.layout.pad)
         return self.pictures(latents)
 
+    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
+        self.grid(request.size)
+        tokens = torch.tensor(self.layout.drawing([request.prompt]), dtype=torch.int64, device=self._device)
+        noise, scale = self.noise([request.seed]), request.guidance_scale
+        inputs = SampleInputs.build(self.model, noise, tokens, request.steps, scale, self.layout.pad)
+        return stepper_of(self.model, inputs, DenseStepper, config)
+
     def grid(self, size: Size | None = None) -> tuple[int, int]:
         config, own = self.model.config, self._side
         if size is not None and sides(size) != (own, own):
@@ -159,6 +168,11 @@ class Pipeline(ModelPipeline):
         return UnderstandingSample(pixels, torch.cat([asked, words], dim=1), words.shape[1])
 
     # ---- understanding
+
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Any, Any]:
+        image = rgb(*_single(images, "images"))
+        pixels = pixel_values(image, self.model.config, self.mean, self.std).to(self._device)
+        return [pixels], *around_image(self.model, self.layout.question(question, self._device))
 
     def _answers(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,18 +12,20 @@ from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
 from ..checks import check_callback
+from ..many import ImageRequest
 from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vocabulary, opened, parts_of
+from ..sampling import Stepper, stepper_of
 from ..seeds import noise_of, seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .codec import ImageCodec, WanCodec
-from .many import AT_ONCE, Answers, Drawings
 from .model import Showo2
 from .positions import table_side
 from .prompts import PromptLayout, load_tokenizer
-from .sampling import sample
+from .sampling import DenseStepper, SampleInputs, sample
 from .understanding import answer_tokens_batch
+from .validate import check_answer_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,22 +120,16 @@ class Pipeline(ModelPipeline):
         )
         return self.pictures(latents)
 
-    def generate_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Drawings:
-        """Draw images that may begin at any time; those in progress share evaluations.
-
-        Args:
-            requests: `ImageRequest`s, mappings of their fields, or prompts; read one by one, whenever there is room.
-            at_once: images in progress at once.
-
-        Returns:
-            An iterator of `ImageResult`s, in the order in which images finish. A wrong request, or what an `on_step` raises,
-            is the result of that image alone. `add` and `cancel` may be called at any time.
-
-        Example:
-            for result in pipe.generate_many(["a red circle", {"prompt": "a blue square", "steps": 20}]):
-                result.image.save(f"{result.index}.png")
-        """
-        return Drawings(self, requests, at_once)
+    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
+        inputs = SampleInputs.build(
+            self.model,
+            self.noise([request.seed], 1, request.size),
+            **self.prompt_tokens([request.prompt], request.size),
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            time_shifting_factor=self.time_shifting_factor,
+        )
+        return stepper_of(self.model, inputs, DenseStepper, config)
 
     def prompt_tokens(self, prompts: Sequence[str], size: Size | None = None) -> dict[str, Any]:
         """The tokens and positions of `sample`'s arguments for prompts whose images have `size`."""
@@ -233,26 +229,10 @@ class Pipeline(ModelPipeline):
         )
         return [self.layout.answer(tokens) for tokens in answers]
 
-    def answer_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Answers:
-        """Answer questions that may come at any time; a step computes a token of every answer under way.
-
-        Args:
-            requests: `QuestionRequest`s, or mappings of their fields; read one by one, whenever there is room.
-            at_once: answers under way at once.
-
-        Returns:
-            An iterator of `QuestionResult`s, in the order in which answers end. A wrong request, or what an `on_token` raises,
-            is the result of that answer alone. `add` and `cancel` may be called at any time.
-
-        Example:
-            for result in pipe.answer_many({"images": image, "question": each} for each in questions):
-                print(result.index, result.answer)
-        """
-        return Answers(self, requests, at_once)
-
-    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The latents [1, channels, H, W] of a question's images, and the tokens before and after them (`answer_tokens`)."""
-        return self._encoded(images, "images"), *self.layout.question(question, self._device)
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Any, Any]:
+        encoded, (before, after) = self._encoded(images, "images"), self.layout.question(question, self._device)
+        check_answer_inputs(self.model, encoded, before, after, 0, self.layout.eos)
+        return encoded, before, after
 
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""
