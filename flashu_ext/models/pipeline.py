@@ -22,7 +22,7 @@ from .calibration import Sample
 from .checks import check_callback
 from .decoding import OnToken
 from .pictures import to_pil
-from .prompts import AnswerLayout
+from .prompts import AnswerLayout, Parts
 from .seeds import seeds_of
 
 if TYPE_CHECKING:
@@ -220,20 +220,15 @@ class ModelPipeline:
         check_callback("on_text", on_text)
         if on_text is None:
             return answer(None)
-        tokens: list[int] = []
-        given = ""
+        parts = Parts(self.layout)
 
         def on_token(_: int, token: int) -> None:
-            nonlocal given
-            tokens.append(token)
-            text = self.layout.continuation(tokens, given)
-            given += text
-            if text:
-                on_text(text)
+            if part := parts.add(token):
+                on_text(part)
 
         text = answer(on_token)
-        if text != given and text.startswith(given):
-            on_text(text[len(given) :])
+        if rest := parts.rest(text):
+            on_text(rest)
         return text
 
     # ---- acceleration

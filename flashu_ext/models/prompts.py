@@ -13,7 +13,7 @@ from torch import Tensor
 from ..planning.extras import extra
 from ..planning.reading import refusal
 
-__all__ = ["AnswerLayout", "check_prompts", "check_question", "encoder", "plain_decoder", "read_tokenizer"]
+__all__ = ["AnswerLayout", "Parts", "check_prompts", "check_question", "encoder", "plain_decoder", "read_tokenizer"]
 
 
 class AnswerLayout:
@@ -36,6 +36,31 @@ class AnswerLayout:
         """The text of an answer's tokens after `given`, the text so far; '' while a character is incomplete."""
         text = self.answer(tokens)
         return "" if text.endswith("\ufffd") or not text.startswith(given) else text[len(given) :]
+
+
+class Parts:
+    """The text of one answer, part by part as its tokens come. The parts concatenate to the answer.
+
+    Attributes:
+        tokens: that have come.
+        given: the text of the parts so far.
+    """
+
+    def __init__(self, layout: AnswerLayout):
+        self.layout = layout
+        self.tokens: list[int] = []
+        self.given = ""
+
+    def add(self, token: int) -> str:
+        """The part that another token makes known; '' where there is none yet."""
+        self.tokens.append(token)
+        text = self.layout.continuation(self.tokens, self.given)
+        self.given += text
+        return text
+
+    def rest(self, answer: str) -> str:
+        """What the parts so far lack of the whole answer."""
+        return answer[len(self.given) :] if answer.startswith(self.given) else ""
 
 
 def check_prompts(prompts: Any) -> None:

@@ -47,6 +47,7 @@ def test_commands() -> None:
         "analyze",
         "report",
         "tune",
+        "serve",
     }
     assert set(cli.commands["bench"].commands) == {"arrivals", "ffn", "linear", "e2e"}
 

@@ -178,6 +178,10 @@ class Pipeline(ModelPipeline):
         """The tokens and positions of `sample`'s arguments for prompts whose images have `size`."""
         return dict(vars(self._layout_of(self.grid(size)).generation(prompts, self._device)))
 
+    def text_room(self, size: Size | None = None) -> int:
+        """How many tokens of a prompt a row has room for; longer ones are cut. Raises TypeError or ValueError: no such size."""
+        return self._layout_of(self.grid(size)).max_text_len
+
     def noise(self, seeds: Sequence[int], count: int | None = None, size: Size | None = None) -> Tensor:
         """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed; `size` as in `generate`."""
         config = self.model.config
