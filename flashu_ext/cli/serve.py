@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ..server.limits import Limits
 from .support import example, model_options, open_pipeline
 
 __all__ = ["serve"]
+
+KEY_VARIABLE = "FLASHU_API_KEY"
 
 LIMITS = {
     "at_once": "Images, and answers, in progress together.",
@@ -57,14 +60,14 @@ def _limits(command: Any) -> Any:
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @click.option(
     "--api-key",
-    envvar="FLASHU_API_KEY",
-    help="Key that clients must send. FLASHU_API_KEY, unlike an option, is not seen by other users of the machine.",
+    envvar=KEY_VARIABLE,
+    help=f"Key that clients must send. {KEY_VARIABLE}, unlike an option, is not seen by other users of the machine.",
 )
 @click.option(
     "--grace",
-    default=30.0,
+    default=30,
     show_default=True,
-    type=click.FloatRange(0),
+    type=click.IntRange(0),
     help="Seconds that requests in progress have when the server is told to stop.",
 )
 @click.option(
@@ -86,7 +89,7 @@ def serve(
     host: str,
     port: int,
     api_key: str | None,
-    grace: float,
+    grace: int,
     log_level: str,
     **options: Any,
 ) -> None:
@@ -95,26 +98,30 @@ def serve(
     Prints its address when it is ready. SIGINT or SIGTERM stops it: exit code 0 if every request was answered, 1 if some were
     given up after --grace.
     """
+    from ..server.app import application, check_family
+    from ..server.gate import check_key
+    from ..server.run import Server, listen
+
+    if api_key is None and KEY_VARIABLE in os.environ:  # as a command that failed leaves it
+        raise click.UsageError(f"{KEY_VARIABLE}: expected a key, got an empty one")
     try:
+        check_key(api_key)
         limits = Limits(**{name.removeprefix("limit_"): value for name, value in options.items()})
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    from ..server.app import application, check_family
-    from ..server.run import Server, listen
 
     with listen(host, port) as listener:  # before the model is loaded, which takes long
         check_family(model)
         with open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype) as (pipe, _):
-            try:
-                app = application(pipe, limits, api_key)
-            except ValueError as error:
-                raise click.UsageError(f"--api-key: {error}") from error
+            app = application(pipe, limits, api_key)
             bound_host, bound_port = listener.getsockname()[:2]
             shown_host = f"[{bound_host}]" if ":" in bound_host else bound_host
             if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-                click.echo(f"Warning: {host} can be reached from other machines, and no --api-key is asked for", err=True)
+                click.echo(
+                    f"Warning: {host} can be reached from other machines, and no --api-key is asked for", err=True
+                )
             server = Server(app, limits, grace, log_level, lambda: click.echo(f"http://{shown_host}:{bound_port}"))
             server.serve_on(listener)
             given_up = app.state.service.metrics.unanswered
     if given_up:
-        raise click.ClickException(f"{given_up} requests were given up: they had not ended {grace:g} s after the signal")
+        raise click.ClickException(f"{given_up} requests were given up: they had not ended {grace} s after the signal")

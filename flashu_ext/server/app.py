@@ -23,7 +23,7 @@ from ..planning.extras import extra
 from .arguments import ChatArguments, ImageArguments, chat_arguments, image_arguments, read_object
 from .bodies import Bodies, Gone
 from .errors import ApiError, invalid
-from .gate import GONE, Gate
+from .gate import GONE, Gate, check_key
 from .limits import Limits
 from .metrics import CONTENT_TYPE, Metrics
 from .worker import Busy, Closed, Worker
@@ -158,9 +158,7 @@ class Service:
         """
         task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
         try:
-            await asyncio.wait(
-                (task, gone), timeout=self.limits.request_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait((task, gone), timeout=self.limits.request_seconds, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             if gone.done():
@@ -374,10 +372,9 @@ def application(
 
     Raises:
         TypeError: the pipeline cannot serve requests together.
-        ValueError: `api_key` is empty or no ASCII.
+        ValueError: `api_key` is none that a header can have.
     """
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-        raise ValueError("api_key: expected printable ASCII without spaces around it")  # the key is not shown
+    check_key(api_key)
     service = Service(pipe, limits or Limits())
 
     @contextlib.asynccontextmanager

@@ -188,7 +188,9 @@ def read_object(body: bytes) -> Fields:
         return Fields(strict_json(body.decode("utf-8"), "body", len(body)))
     except ValueError as error:
         message = printable(str(error))
-        raise ApiError(400, message if message.startswith("body") else f"body: {message}", None, "invalid_json") from error
+        raise ApiError(
+            400, message if message.startswith("body") else f"body: {message}", None, "invalid_json"
+        ) from error
 
 
 # ---- images

@@ -14,7 +14,7 @@ from .metrics import Metrics
 with extra("serve"):
     from starlette.responses import JSONResponse
 
-__all__ = ["GONE", "Gate"]
+__all__ = ["GONE", "Gate", "check_key"]
 
 GONE = 499
 """The status of a request whose client went away; nobody reads it but who counts."""
@@ -22,6 +22,12 @@ GONE = 499
 OPEN = ("/health",)
 """Needs no key."""
 ROUTES = ("/v1/images/generations", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
+
+
+def check_key(api_key: str | None) -> None:
+    """That a header can have this key. Raises ValueError, which does not show it."""
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise ValueError("api_key: expected printable ASCII without spaces around it")
 
 
 class Gate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from ..planning.extras import extra
 from .worker import Worker
@@ -39,9 +40,9 @@ class Metrics:
         failures = Gauge("flashu_failed_steps", "Steps that ended everything in progress", ["kind"], registry=registry)
         for kind, worker in workers.items():
             self.given_up.labels(kind)  # present from the start
-            asked.labels(kind).set_function(lambda worker=worker: worker.asked)
-            under_way.labels(kind).set_function(lambda worker=worker: worker.under_way)
-            failures.labels(kind).set_function(lambda worker=worker: worker.failures)
+            asked.labels(kind).set_function(partial(getattr, worker, "asked"))
+            under_way.labels(kind).set_function(partial(getattr, worker, "under_way"))
+            failures.labels(kind).set_function(partial(getattr, worker, "failures"))
 
     def text(self) -> bytes:
         """All of them."""

@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
     """uvicorn's server that ends quietly on SIGINT and SIGTERM: it takes no new requests, and gives those it has `grace`
     seconds. A second SIGINT ends it at once."""
 
-    def __init__(self, app: Any, limits: Limits, grace: float, log_level: str, started: Callable[[], None]):
+    def __init__(self, app: Any, limits: Limits, grace: int, log_level: str, started: Callable[[], None]):
         """Args:
         app: an `application`.
         grace: seconds for requests to end.

@@ -49,7 +49,7 @@ def test_commands() -> None:
         "tune",
         "serve",
     }
-    assert set(cli.commands["bench"].commands) == {"arrivals", "ffn", "linear", "e2e"}
+    assert set(cli.commands["bench"].commands) == {"arrivals", "serve", "ffn", "linear", "e2e"}
 
 
 def test_version() -> None:

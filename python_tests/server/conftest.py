@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-for _needed in ("fastapi", "uvicorn", "prometheus_client"):
-    pytest.importorskip(_needed, reason="the extra `serve` is not installed")
-
 import flashu_ext as fx
-from support.serving import LIMITS, Running, running
+
+if TYPE_CHECKING:
+    from support.serving import Running
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +26,8 @@ def pipe() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def server(pipe: Any) -> Iterator[Running]:
+    from support.serving import LIMITS, running
+
     with running(pipe, LIMITS) as server:
         yield server
 

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from support.serving import Running, chat, data_url, held, running, until
 
-from flashu_ext.server.limits import Limits
-
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
 openai = pytest.importorskip("openai")
+
+from support.serving import Running, chat, data_url, held, running, until  # noqa: E402
+
+from flashu_ext.server.limits import Limits  # noqa: E402
 
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
 QUESTIONS = ("what color is the circle ?", "how many objects are there ?", "describe the image")
@@ -36,7 +40,9 @@ def test_images_are_those_of_the_pipeline(server: Running, pipe: Any) -> None:
     reply = client(server).images.generate(prompt=prompt, n=2, extra_body={"seed": 6, "steps": 5})
     assert [drawn(reply, index) for index in range(2)] == [pipe.generate(prompt, seed, 5).tobytes() for seed in (6, 7)]
     size = f"{pipe.pixels}x{pipe.pixels}"
-    reply = client(server).images.generate(model="nano", prompt=prompt, size=size, response_format="b64_json", user="me")
+    reply = client(server).images.generate(
+        model="nano", prompt=prompt, size=size, response_format="b64_json", user="me"
+    )
     assert drawn(reply) == pipe.generate(prompt, seed=0).tobytes()
     reply = client(server).images.generate(prompt=prompt, extra_body={"steps": 5, "guidance_scale": 0})
     assert drawn(reply) == pipe.generate(prompt, 0, 5, 0.0).tobytes()
@@ -57,8 +63,9 @@ def test_sampled_answers_are_those_of_the_pipeline(server: Running, pipe: Any, p
     alone = pipe.answer(picture, QUESTIONS[2], 9, **settings)
     reply = client(server).chat.completions.create(**chat(QUESTIONS[2], data_url(picture)), max_tokens=9, **settings)
     assert reply.choices[0].message.content == alone != pipe.answer(picture, QUESTIONS[2], 9)
-    tokens = []
-    pipe.answer_batch([picture], [QUESTIONS[2]], 9, on_token=lambda _, token: tokens.append(token), seeds=[3], temperature=5.0, top_p=0.95)
+    tokens: list[int] = []
+    told = {"on_token": lambda _, token: tokens.append(token)}
+    pipe.answer_batch([picture], [QUESTIONS[2]], 9, temperature=5.0, top_p=0.95, seeds=[3], **told)
     assert reply.usage.completion_tokens == len(tokens)
     assert reply.choices[0].finish_reason == ("stop" if tokens[-1] == pipe.layout.eos else "length")
 
@@ -175,7 +182,11 @@ def test_wrong_requests_are_named(server: Running, picture: Any) -> None:
         ({"model": "nano"}, "messages", "expected a list of messages"),
         ({"model": "nano", "messages": [message, message]}, "messages", "expected one message of the user"),
         ({"model": "nano", "messages": [{"role": "system", "content": "x"}]}, "messages[0].role", "expected 'user'"),
-        ({"model": "nano", "messages": [{"role": "user", "content": "x"}]}, "messages[0].content", "at least one image"),
+        (
+            {"model": "nano", "messages": [{"role": "user", "content": "x"}]},
+            "messages[0].content",
+            "at least one image",
+        ),
         ({"model": "nano", "messages": [message]}, "messages[0].content", "expected 1 to 8 images, got 0"),
         ({"model": "nano", "messages": [message | {"tool_calls": []}]}, "messages[0].tool_calls", "unknown argument"),
         (chat("?", *[url] * 9), "messages[0].content", "at most 8 images"),

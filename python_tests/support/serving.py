@@ -84,7 +84,9 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(pipe: Any, limits: Limits, api_key: str | None = None, change: Callable[[Any], None] | None = None) -> Iterator[Running]:
+def running(
+    pipe: Any, limits: Limits, api_key: str | None = None, change: Callable[[Any], None] | None = None
+) -> Iterator[Running]:
     """A server on a pipeline. change: called with the application before it runs."""
     app = application(pipe, limits, api_key)
     if change is not None:
@@ -92,7 +94,7 @@ def running(pipe: Any, limits: Limits, api_key: str | None = None, change: Calla
     ready = threading.Event()
     with listen("127.0.0.1", 0) as listener:
         host, port = listener.getsockname()
-        server = Server(app, limits, 5.0, "critical", ready.set)
+        server = Server(app, limits, 5, "critical", ready.set)
         thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
         thread.start()
         assert ready.wait(PATIENCE)
