@@ -7,7 +7,6 @@ replicas that die, and tells a replica when a client goes away. Needs `pip insta
 from __future__ import annotations
 
 import argparse
-import functools
 import time
 from typing import Any
 
@@ -54,7 +53,10 @@ def deployment(
     from flashu_ext.server.limits import Limits
 
     limits = Limits()
-    build = functools.partial(load, model, preset, device, api_key, max(1, int(cpus)))
+
+    def build() -> Any:
+        return load(model, preset, device, api_key, max(1, int(cpus)))
+
     # More than the queues of images and answers hold: the application refuses by 429 itself.
     most = 2 * (limits.at_once + limits.waiting) + 16
 

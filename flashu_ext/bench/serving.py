@@ -1,4 +1,4 @@
-"""A server on the loopback under load: requests together and one by one, and what slow, vanishing and hostile clients do to others.
+"""A server on the loopback under load: together, one by one, and what slow, vanishing and hostile clients do to others.
 
 Two `flashu-ext serve` run, one of which takes one request at a time. Arrivals, rows and the report are those of
 `flashu-ext bench arrivals`; latencies are what clients see. Nothing but the standard library speaks HTTP here.
@@ -140,7 +140,7 @@ def run(settings: Settings, budget: float = 300.0, say: Callable[[str], None] | 
         bodies = _bodies(settings, together)
         for server in servers.values():
             server.served(path, bodies[0])
-        alone = statistics.median(_took(single, path, body) for body in bodies[:5])
+        alone = statistics.median(_took(single, path, each) for each in bodies[:5])
         plan = [(load, way) for load in settings.loads for way in WAYS]
         plan += [(settings.loads[0], way) for way in TROUBLE]
         for load, way in plan:
@@ -193,13 +193,13 @@ def _trouble(way: str, server: _Server, rate: float) -> Iterator[None]:
         yield
         return
     stop = threading.Event()
-    thread = threading.Thread(target=make, args=(server, rate, stop), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(PATIENCE)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(make, server, rate, stop)
+        try:
+            yield
+        finally:
+            stop.set()
+        done.result(PATIENCE)
 
 
 def _slow(server: _Server, _: float, stop: threading.Event) -> None:
@@ -216,7 +216,7 @@ def _slow(server: _Server, _: float, stop: threading.Event) -> None:
 
 
 def _vanishing(server: _Server, rate: float, stop: threading.Event) -> None:
-    """As many images again are asked for; each client leaves after three times what half an image takes."""
+    """As often as good requests come, long images are asked for; each client leaves after as long as lies between two."""
     body = json.dumps({"prompt": PROMPTS[0], "steps": 200}).encode()
     head = f"POST {IMAGES} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     while not stop.wait(1 / rate):
@@ -246,8 +246,8 @@ def _hostile(server: _Server, _: float, stop: threading.Event) -> None:
         json.dumps({"model": name, "messages": asked}).encode(),
     ]
     while not stop.is_set():
-        for body in bodies:
+        for wrong in bodies:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                status, _ = server.post(CHAT if b"messages" in body else IMAGES, body)
+                status = server.post(CHAT if b"messages" in wrong else IMAGES, wrong)[0]
                 if not 400 <= status < 500:
                     raise RuntimeError(f"server: expected a refusal, got {status}")

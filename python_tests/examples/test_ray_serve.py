@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import socket
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -35,6 +36,7 @@ def url() -> Iterator[str]:
     spec = importlib.util.spec_from_file_location("ray_serve_example", FILE)
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = example
     spec.loader.exec_module(example)
     cloudpickle.register_pickle_by_value(example)  # replicas cannot import it
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -55,7 +57,9 @@ def post(url: str, path: str, fields: Any) -> tuple[int, Any]:
         with urllib.request.urlopen(request, timeout=120) as reply:
             return reply.status, json.loads(reply.read())
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())
+        text = error.read()
+        assert text.startswith(b"{"), (error.code, text)
+        return error.code, json.loads(text)
 
 
 def test_two_replicas_give_what_the_pipeline_gives(url: str) -> None:
