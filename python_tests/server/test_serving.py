@@ -18,6 +18,7 @@ openai = pytest.importorskip("openai")
 
 from support.serving import Running, chat, data_url, held, running, until  # noqa: E402
 
+from flashu_ext.server.arguments import image_arguments, read_object  # noqa: E402
 from flashu_ext.server.limits import Limits  # noqa: E402
 
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
@@ -119,6 +120,11 @@ def test_many_clients_at_once_get_what_each_gets_alone(server: Running, pipe: An
 
     with ThreadPoolExecutor(10) as pool:  # five of each kind: fewer than may wait
         assert all(pool.map(ask, range(10)))
+
+
+def test_sizes_are_width_by_height() -> None:
+    fields = read_object(b'{"prompt": "a", "size": "640x480"}')
+    assert image_arguments(fields, "nano", Limits()).size == (480, 640)
 
 
 # ---- wrong requests

@@ -71,7 +71,9 @@ def test_an_image_whose_client_vanishes_is_given_up(server: Running) -> None:
     with server.connect() as connection:
         connection.sendall(raw(IMAGES, {"prompt": "a red circle", "steps": 2000, "n": 2}))
         until(lambda: drawing.under_way == 2)
+        images_under_way = list(drawing._many._live)
     until(lambda: drawing.asked == 0 and drawing.under_way == 0)
+    assert all(each.done < each.work.evaluations for each in images_under_way)
     assert server.metric(given_up) == before + 2 and server.metric(images) == drawn
     assert not drawing._many._cancelled or served(server)
     assert drawing._many._cancelled == set(), "it is not remembered"
