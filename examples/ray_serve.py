@@ -21,12 +21,11 @@ def load(model: str, preset: str, device: str, api_key: str | None, threads: int
     """The application on a model of its own; called in each replica."""
     import torch
 
-    import flashu_ext as fx
-    from flashu_ext.server.app import application, check_family
+    from flashu_ext.models.folders import load_pipeline
+    from flashu_ext.server.app import application
 
-    check_family(model)
     torch.set_num_threads(threads)
-    pipe = fx.showo2.Pipeline.from_pretrained(model, device=device)
+    pipe = load_pipeline(model, device=device)
     config, plan = pipe.preset(preset)
     if config is not None:
         pipe.accelerate(config, plan)
@@ -78,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="nano", help="'nano', or a folder with a Show-o2 checkpoint")
+    parser.add_argument("--model", default="nano", help="'nano', or a folder with a checkpoint of any family")
     parser.add_argument("--preset", default="exact", choices=("dense", "exact", "paper", "fast"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--replicas", type=int, default=2)

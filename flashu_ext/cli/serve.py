@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..server.limits import Limits
-from .support import example, model_options, open_pipeline
+from .support import FAMILY, check_family, example, model_options, open_pipeline
 
 __all__ = ["serve"]
 
@@ -22,7 +22,7 @@ LIMITS = {
     "body_bytes": "Longest body.",
     "bodies_bytes": "All bodies that are held at a time; more is refused by 429.",
     "image_bytes": "Longest file of an image that is sent.",
-    "image_pixels": "Pixels of an image that is sent.",
+    "image_pixels": "Pixels of a question's images together.",
     "images": "Images of a question.",
     "prompt_characters": "Longest prompt or question.",
     "n": "Images of one request.",
@@ -55,6 +55,7 @@ def _limits(command: Any) -> Any:
         "FLASHU_API_KEY=$(cat key) flashu-ext serve --model DIR --preset paper --host 0.0.0.0",
     )
 )
+@FAMILY
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: every one.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
@@ -79,6 +80,7 @@ def _limits(command: Any) -> Any:
 )
 @_limits
 def serve(
+    family: str,
     model: str,
     preset: str,
     tuned: Path | None,
@@ -98,7 +100,7 @@ def serve(
     Prints its address when it is ready. SIGINT or SIGTERM stops it: exit code 0 if every request was answered, 1 if some were
     given up after --grace.
     """
-    from ..server.app import application, check_family
+    from ..server.app import application
     from ..server.gate import check_key
     from ..server.run import Server, listen
 
@@ -110,9 +112,9 @@ def serve(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
+    check_family(model, family)
     with listen(host, port) as listener:  # before the model is loaded, which takes long
-        check_family(model)
-        with open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype) as (pipe, _):
+        with open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype, family=family) as (pipe, _):
             app = application(pipe, limits, api_key)
             bound_host, bound_port = listener.getsockname()[:2]
             shown_host = f"[{bound_host}]" if ":" in bound_host else bound_host

@@ -16,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..models.folders import family_in
-from ..models.pictures import covered
+from ..models.pipeline import ModelPipeline
 from ..models.prompts import Parts
 from ..planning.extras import extra
 from .arguments import ChatArguments, ImageArguments, chat_arguments, image_arguments, read_object
@@ -33,7 +32,7 @@ with extra("serve"):
     from fastapi.responses import JSONResponse, StreamingResponse
     from starlette.exceptions import HTTPException
 
-__all__ = ["Service", "application", "check_family"]
+__all__ = ["Service", "application"]
 
 T = TypeVar("T")
 LOG = logging.getLogger("flashu_ext.server")
@@ -41,15 +40,6 @@ LOG = logging.getLogger("flashu_ext.server")
 _NAMED = re.compile(r"([a-z_]+)(?:\[[0-9]+\])?: ")
 _PARAMS = {"max_new_tokens": "max_tokens", "question": "messages", "images": "messages"}
 """Names of the pipeline's arguments that a client knows by another one."""
-
-
-def check_family(model: str) -> None:
-    """That a model's name is 'nano' or a folder of Show-o2's. Raises ValueError for a folder of another family."""
-    family = "showo2" if model == "nano" or not Path(model).is_dir() else family_in(Path(model))
-    if family != "showo2":
-        raise ValueError(
-            f"model: expected a Show-o2 checkpoint, got one of {family}, whose pipeline has no generate_many and answer_many"
-        )
 
 
 class Service:
@@ -62,11 +52,8 @@ class Service:
     """
 
     def __init__(self, pipe: Any, limits: Limits):
-        for needed in ("generate_many", "answer_many"):
-            if not hasattr(pipe, needed):
-                raise TypeError(
-                    f"pipe: expected a pipeline with {needed}, as Show-o2's, got {type(pipe).__module__}.{type(pipe).__name__}"
-                )
+        if not isinstance(pipe, ModelPipeline):
+            raise TypeError(f"pipe: expected a pipeline of flashu_ext, got {type(pipe).__name__}")
         self.pipe, self.limits = pipe, limits
         self.name = Path(pipe.name).name or "model"
         self.bodies = Bodies(limits)
@@ -106,7 +93,8 @@ class Service:
         asked = image_arguments(read_object(body), self.name, self.limits)
         with _arguments():
             room = self.pipe.text_room(asked.size)
-        if (tokens := len(self.pipe.layout.encode(asked.prompt))) > room:  # the pipeline would cut it
+        tokens = 0 if room is None else len(self.pipe.layout.encode(asked.prompt))
+        if room is not None and tokens > room:  # the pipeline would cut it
             raise invalid("prompt", f"expected at most {room} tokens, got {tokens}", "string_above_max_length")
         return asked
 
@@ -141,11 +129,9 @@ class Service:
 
     def _chat_arguments(self, body: bytes) -> ChatArguments:
         asked = chat_arguments(read_object(body), self.name, self.limits)
-        for index, picture in enumerate(asked.pictures):  # scaled here, so that a request that waits holds little
-            try:
-                asked.pictures[index] = covered(picture, self.pipe.pixels, "image")
-            except ValueError as error:
-                raise ApiError(400, str(error), "messages", "invalid_image") from error
+        with _arguments():
+            for index, picture in enumerate(asked.pictures):  # here, so that a request that waits holds little
+                asked.pictures[index] = self.pipe.question_image(picture, f"images[{index}]")
         return asked
 
     # ---- waiting
@@ -197,13 +183,10 @@ class _Answer:
         return self._head | {"object": kind}
 
     def usage(self) -> dict[str, int]:
-        """Tokens in the model's sequence, images and end token included."""
-        layout = self._service.pipe.layout
-        before, after = layout.question(self.asked.question)
-        images = len(self.asked.pictures) * (layout.image_tokens + 2)  # boi and eoi; `after` has the first image's
-        prompt = before.shape[1] + after.shape[1] - 2 + images
+        """Tokens of the question's text, and of the answer with the token that ends it."""
+        asked = len(self._service.pipe.layout.encode(self.asked.question))
         answer = len(self.parts.tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+        return {"prompt_tokens": asked, "completion_tokens": answer, "total_tokens": asked + answer}
 
     async def whole(self) -> str:
         """The answer's text."""
@@ -366,12 +349,12 @@ def application(
     """An ASGI application on a pipeline. Its threads end with its lifespan.
 
     Args:
-        pipe: Show-o2's pipeline, accelerated or dense; it may be used elsewhere too.
+        pipe: of any family, accelerated or dense; it may be used elsewhere too.
         api_key: that clients must send, None: nothing.
         closes: called after the threads have ended.
 
     Raises:
-        TypeError: the pipeline cannot serve requests together.
+        TypeError: `pipe` is no pipeline.
         ValueError: `api_key` is none that a header can have.
     """
     check_key(api_key)

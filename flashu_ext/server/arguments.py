@@ -303,7 +303,12 @@ def _asked(messages: Any, limits: Limits) -> tuple[list[Any], str]:
         raise invalid("messages[0].content", f"expected one part with a text, got {len(questions)}")
     if not 1 <= len(urls) <= limits.images:
         raise invalid("messages[0].content", f"expected 1 to {limits.images} images, got {len(urls)}")
-    return [_picture(name, url, limits) for name, url in urls], questions[0]
+    pictures: list[Any] = []
+    left = limits.image_pixels
+    for name, url in urls:
+        pictures.append(_picture(name, url, limits, left))
+        left -= pictures[-1].width * pictures[-1].height
+    return pictures, questions[0]
 
 
 def _url(part: Fields) -> str:
@@ -316,8 +321,8 @@ def _url(part: Fields) -> str:
     return url
 
 
-def _picture(name: str, url: str, limits: Limits) -> Any:
-    """The image in a data: URL."""
+def _picture(name: str, url: str, limits: Limits, pixels: int) -> Any:
+    """The image in a data: URL. pixels: that it may have."""
     match = _DATA.match(url)
     if match is None:
         raise invalid(
@@ -336,6 +341,6 @@ def _picture(name: str, url: str, limits: Limits) -> Any:
             name, f"expected an image of at most {limits.image_bytes} bytes, got {len(content)}", "image_too_large"
         )
     try:
-        return decoded_image(io.BytesIO(content), name, limits.image_pixels, FORMATS)
+        return decoded_image(io.BytesIO(content), name, pixels, FORMATS)
     except ValueError as error:
         raise ApiError(400, str(error), name, "invalid_image") from error

@@ -20,7 +20,7 @@ class Limits:
         body_bytes: of a request.
         bodies_bytes: of all bodies that are held at a time; what would exceed it is refused by 429.
         image_bytes: of an image's file.
-        image_pixels: of an image that is sent, which a small file may exceed.
+        image_pixels: of a question's images together, which small files may exceed.
         images: of a question.
         prompt_characters: of a prompt or a question.
         n: images of one request.

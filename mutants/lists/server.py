@@ -78,7 +78,7 @@ MUTANTS = [
         "flashu_ext/server/app.py",
         '"stop" if ended else "length"',
         '"stop"',
-        SERVING("prompt_tokens"),
+        SERVING("tokens_are_counted"),
     ),
     Mutant(
         "server: bodies count for ever",
@@ -110,7 +110,7 @@ MUTANTS = [
     ),
     Mutant(
         "many: what was cancelled is remembered for ever",
-        "flashu_ext/models/showo2/many.py",
+        "flashu_ext/models/many.py",
         "self._cancelled & {index for index, _ in self._added}",
         "self._cancelled",
         CLIENTS("image_whose_client_vanishes"),

@@ -19,7 +19,7 @@ FLOORS = (
     ("upstream",),
     ("calibration", "batch", "server"),
     ("nano",),
-    ("studies", "bench"),
+    ("studies", "bench", "hosts"),
     ("report",),
     ("cli",),
 )

@@ -18,6 +18,7 @@ openai = pytest.importorskip("openai")
 
 from support.serving import Running, chat, data_url, held, running, until  # noqa: E402
 
+from flashu_ext.models.folders import load_pipeline  # noqa: E402
 from flashu_ext.server.arguments import image_arguments, read_object  # noqa: E402
 from flashu_ext.server.limits import Limits  # noqa: E402
 
@@ -88,21 +89,28 @@ def test_streamed_words_are_the_answer(server: Running, pipe: Any, picture: Any)
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_prompt_tokens_are_those_of_the_models_sequence(
-    server: Running, pipe: Any, picture: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lengths = []
-    for images in (1, 3):
-        with monkeypatch.context() as context:
-            context.setattr(pipe.model.showo.config, "max_position_embeddings", 1)
-            with pytest.raises(ValueError, match="tokens, which this language model") as refused:
-                pipe.answer([picture] * images, QUESTIONS[0])
-        said = str(refused.value).partition("got ")[2].split()[0]
-        _, reply = server.post(CHAT, chat(QUESTIONS[0], *[data_url(picture)] * images, max_tokens=1))
-        assert reply["usage"]["prompt_tokens"] == int(said)
-        assert reply["choices"][0]["finish_reason"] == "length"
-        lengths.append(int(said))
-    assert lengths[0] < lengths[1]
+def test_tokens_are_counted(server: Running, pipe: Any, picture: Any) -> None:
+    asked = chat(QUESTIONS[0], data_url(picture), max_tokens=1)
+    _, reply = server.post(CHAT, asked)
+    count = len(pipe.layout.encode(QUESTIONS[0]))
+    assert reply["usage"] == {"prompt_tokens": count, "completion_tokens": 1, "total_tokens": count + 1}
+    assert reply["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("family", ["janusflow", "bagel"])
+def test_other_families_are_served(family: str) -> None:
+    own = load_pipeline("nano", family=family)
+    with own.accelerate(*own.preset("exact")), running(own, Limits()) as server:
+        drawn_alone = own.generate("a red circle", 3, 4)
+        reply = client(server).images.generate(prompt="a red circle", extra_body={"seed": 3, "steps": 4})
+        assert drawn(reply) == drawn_alone.tobytes()
+        answer = client(server).chat.completions.create(**chat(QUESTIONS[0], data_url(drawn_alone)))
+        assert answer.choices[0].message.content == own.answer(drawn_alone, QUESTIONS[0])
+        status, param, said = server.error(IMAGES, {"prompt": "a red circle", "size": "7x7"})
+        assert (status, param) == (400, "size"), said
+        if family == "janusflow":
+            status, param, said = server.error(CHAT, chat("?", *[data_url(drawn_alone)] * 2))
+            assert (status, param) == (400, "messages") and "expected one image" in said
 
 
 def test_many_clients_at_once_get_what_each_gets_alone(server: Running, pipe: Any, picture: Any) -> None:
@@ -206,6 +214,11 @@ def test_wrong_requests_are_named(server: Running, picture: Any) -> None:
         (chat("?", sent(huge.getvalue())), "messages[0].content[0].image_url.url", "at most 1048576 pixels, got 20000"),
         (chat("?", sent(bytes(1 << 18))), "messages[0].content[0].image_url.url", "at most 131072 bytes"),
         (chat("?", data_url(Image.new("RGB", (1, 100_000)))), "messages", "sides of a like length"),
+        (
+            chat("?", *[data_url(Image.new("L", (800, 800)))] * 2),
+            "messages[0].content[1].image_url.url",
+            "at most 408576 pixels, got 800 x 800",
+        ),
     ):
         status, named, said = server.error(CHAT, fields)
         assert status == 400 and words in said and named == param, (fields, named, said)
