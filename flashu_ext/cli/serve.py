@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..server.limits import Limits
-from .support import FAMILY, check_family, example, model_options, open_pipeline
+from .support import check_family, example, model_options, open_pipeline
 
 __all__ = ["serve"]
 
@@ -55,7 +55,6 @@ def _limits(command: Any) -> Any:
         "FLASHU_API_KEY=$(cat key) flashu-ext serve --model DIR --preset paper --host 0.0.0.0",
     )
 )
-@FAMILY
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: every one.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")

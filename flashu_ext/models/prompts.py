@@ -26,13 +26,15 @@ __all__ = [
 
 
 class AnswerLayout:
-    """What a family's layout of prompts and questions knows of answers.
+    """What every family's layout of prompts and questions knows.
 
     Attributes:
+        encode: text -> token ids, without special tokens.
         decode: token ids -> text, without special tokens.
         eos: the token id that ends an answer.
     """
 
+    encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     eos: int
 
