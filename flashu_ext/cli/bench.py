@@ -1,4 +1,4 @@
-"""The commands `flashu-ext bench ffn`, `bench linear` and `bench e2e`. Imports only click until one runs."""
+"""The commands `flashu-ext bench ffn`, `linear`, `arrivals`, `serve` and `e2e`. Imports only click until one runs."""
 
 from __future__ import annotations
 
@@ -218,6 +218,60 @@ def arrivals(json_file: Path | None, **options: Any) -> None:
     from ..planning.safe_files import write_text
 
     report = module.run(module.Settings(**options), lambda text: click.echo(text, err=True))
+    click.echo(report.table())
+    if json_file is not None:
+        write_text(json_file, report.to_json())
+
+
+@bench.command(
+    epilog=example(
+        "flashu-ext bench serve",
+        "flashu-ext bench serve --task answers --load 0.9 --load 2 --json serve.json",
+    )
+)
+@click.option(
+    "--task", default="images", show_default=True, type=click.Choice(("images", "answers")), help="What is asked for."
+)
+@click.option("--model", default="nano", show_default=True, help="'nano', or a folder with a checkpoint of any family.")
+@click.option(
+    "--preset", default="exact", show_default=True, type=click.Choice(("exact", "paper", "fast")), help="Of the model."
+)
+@click.option(
+    "--load",
+    "loads",
+    multiple=True,
+    type=click.FloatRange(0, min_open=True),
+    default=(0.7, 1.5),
+    show_default=True,
+    help="Rate of arrival, as a share of what one by one can serve (may be repeated); trouble is made under the first.",
+)
+@click.option("--requests", default=24, show_default=True, type=click.IntRange(1), help="Requests of a run.")
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(2), help="Grid points of an image.")
+@click.option(
+    "--tokens", default=16, show_default=True, type=click.IntRange(1), help="New tokens of an answer, at most."
+)
+@click.option("--at-once", default=8, show_default=True, type=click.IntRange(1), help="Under way together, at most.")
+@click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="Runs of each row.")
+@click.option("--threads", type=click.IntRange(1), help="torch threads of each server (default: torch's own).")
+@click.option(
+    "--budget",
+    default=300.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds after which no further run begins.",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write all figures to this file.",
+)
+def serve(json_file: Path | None, budget: float, **options: Any) -> None:
+    """Ask a server on this machine: together, one by one, and beside slow, vanishing and hostile clients."""
+    from ..bench import arrivals, serving
+    from ..planning.safe_files import write_text
+
+    report = serving.run(arrivals.Settings(**options), budget, lambda text: click.echo(text, err=True))
     click.echo(report.table())
     if json_file is not None:
         write_text(json_file, report.to_json())

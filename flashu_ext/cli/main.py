@@ -17,6 +17,7 @@ import click
 from .. import __version__
 from .bench import bench
 from .generate import generate
+from .serve import serve
 from .studies import COMMANDS
 from .support import (
     DTYPES,
@@ -419,7 +420,7 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=1) if as_json else module.describe(facts))
 
 
-for _command in (generate, bench, *COMMANDS):
+for _command in (generate, serve, bench, *COMMANDS):
     cli.add_command(_command)
 cli.aliases["plan"] = "schedule"
 

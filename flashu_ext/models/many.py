@@ -237,10 +237,12 @@ class Many(Iterator[R], Generic[R]):
 
     def _admit(self) -> list[R]:
         """Drop what was cancelled and begin what there is room for; returns the requests that cannot be met."""
+        with self._lock:  # what has begun or ended need not be remembered as cancelled
+            cancelled, self._cancelled = self._cancelled, self._cancelled & {index for index, _ in self._added}
         for each in self._live:
-            if each.index in self._cancelled:
+            if each.index in cancelled:
                 self._abandon(each)
-        self._live = [each for each in self._live if each.index not in self._cancelled]
+        self._live = [each for each in self._live if each.index not in cancelled]
         refused = []
         while len(self._live) < self.at_once and (waiting := self._waiting()) is not None:
             index, request = waiting

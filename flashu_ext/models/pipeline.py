@@ -23,8 +23,8 @@ from .checkpoint import check_dtype
 from .checks import check_callback, check_device, guidance_scale_of
 from .decoding import OnToken
 from .many import AT_ONCE, Answers, Drawings, ImageRequest
-from .pictures import Size, to_pil
-from .prompts import AnswerLayout, check_prompts
+from .pictures import Size, rgb, to_pil
+from .prompts import AnswerLayout, Parts, check_prompts
 from .sampling import Stepper
 from .seeds import seeds_of
 
@@ -213,6 +213,20 @@ class ModelPipeline:
         """
         raise NotImplementedError
 
+    def text_room(self, size: Size | None = None) -> int | None:
+        """How many tokens of a prompt an image of this size has room for; longer prompts are cut. None: any number.
+
+        Raises:
+            TypeError, ValueError: as `grid`.
+        """
+        self.grid(size)
+        return None
+
+    def question_image(self, image: Image, name: str) -> Image:
+        """An image of a question in RGB, as small as the same answers allow. Raises TypeError or ValueError, with `name`."""
+        own: Image = rgb(image, name)
+        return own
+
     def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
         """The steps of one image.
 
@@ -361,20 +375,15 @@ class ModelPipeline:
         check_callback("on_text", on_text)
         if on_text is None:
             return answer(None)
-        tokens: list[int] = []
-        given = ""
+        parts = Parts(self.layout)
 
         def on_token(_: int, token: int) -> None:
-            nonlocal given
-            tokens.append(token)
-            text = self.layout.continuation(tokens, given)
-            given += text
-            if text:
-                on_text(text)
+            if part := parts.add(token):
+                on_text(part)
 
         text = answer(on_token)
-        if text != given and text.startswith(given):
-            on_text(text[len(given) :])
+        if rest := parts.rest(text):
+            on_text(rest)
         return text
 
     # ---- acceleration

@@ -15,6 +15,7 @@ from ..planning.reading import refusal
 
 __all__ = [
     "AnswerLayout",
+    "Parts",
     "by_length",
     "check_prompts",
     "check_question",
@@ -25,13 +26,15 @@ __all__ = [
 
 
 class AnswerLayout:
-    """What a family's layout of prompts and questions knows of answers.
+    """What every family's layout of prompts and questions knows.
 
     Attributes:
+        encode: text -> token ids, without special tokens.
         decode: token ids -> text, without special tokens.
         eos: the token id that ends an answer.
     """
 
+    encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     eos: int
 
@@ -44,6 +47,31 @@ class AnswerLayout:
         """The text of an answer's tokens after `given`, the text so far; '' while a character is incomplete."""
         text = self.answer(tokens)
         return "" if text.endswith("\ufffd") or not text.startswith(given) else text[len(given) :]
+
+
+class Parts:
+    """The text of one answer, part by part as its tokens come. The parts concatenate to the answer.
+
+    Attributes:
+        tokens: that have come.
+        given: the text of the parts so far.
+    """
+
+    def __init__(self, layout: AnswerLayout):
+        self.layout = layout
+        self.tokens: list[int] = []
+        self.given = ""
+
+    def add(self, token: int) -> str:
+        """The part that another token makes known; '' where there is none yet."""
+        self.tokens.append(token)
+        text = self.layout.continuation(self.tokens, self.given)
+        self.given += text
+        return text
+
+    def rest(self, answer: str) -> str:
+        """What the parts so far lack of the whole answer."""
+        return answer[len(self.given) :] if answer.startswith(self.given) else ""
 
 
 def check_prompts(prompts: Any) -> None:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from .extras import extra
 
 __all__ = [
+    "decoded_image",
     "open_regular",
     "os_refusal",
     "printable",
@@ -162,20 +163,36 @@ def read_image(path: Where) -> Any:
         ValueError: not an image of a format that holds pixels only, damaged, or of more than `MAX_PIXELS`. OSError: it cannot
             be opened.
     """
+    with open_regular(path) as raw:
+        return decoded_image(raw, path)
+
+
+def decoded_image(
+    raw: BinaryIO, where: Where, limit: int = MAX_PIXELS, formats: tuple[str, ...] = _IMAGE_FORMATS
+) -> Any:
+    """The first picture of an open file as a PIL image in RGB.
+
+    Args:
+        where: its name, for messages.
+        limit: pixels. A picture of more is refused before it is decoded.
+        formats: PIL's names of those that are read.
+
+    Raises:
+        ValueError: not an image of these formats, damaged, or of more pixels.
+    """
     with extra("showo2"):
         from PIL import Image, UnidentifiedImageError
 
-    with open_regular(path) as raw:
-        try:
-            with Image.open(raw, formats=_IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height <= MAX_PIXELS:
-                    return image.convert("RGB")
-        except UnidentifiedImageError as error:
-            raise refusal(path, "not an image") from error
-        except Exception as error:  # damaged files end in errors of all kinds, also of zlib and struct
-            raise refusal(path, f"not a whole image: {error}") from error
-    raise refusal(path, f"expected an image of at most {MAX_PIXELS} pixels, got {width} x {height}")
+    try:
+        with Image.open(raw, formats=formats) as image:
+            width, height = image.size
+            if width * height <= limit:
+                return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise refusal(where, "not an image") from error
+    except Exception as error:  # damaged files end in errors of all kinds, also of zlib and struct
+        raise refusal(where, f"not a whole image: {error}") from error
+    raise refusal(where, f"expected an image of at most {limit} pixels, got {width} x {height}")
 
 
 # ---- JSON

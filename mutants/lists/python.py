@@ -154,7 +154,7 @@ MUTANTS = [
     Mutant("company: images of a batch share their decisions", "flashu_ext/runtime/generation.py", "        if not self.invariant:\n", "        if True:\n", IMAGES("any_batch and fast")),
     Mutant("company: rows attend in another image's memory", "flashu_ext/runtime/modules/attention.py", "for own, each in zip(self.passes, rows, strict=True)", "for own, each in zip(self.passes[::-1], rows, strict=True)", IMAGES("any_batch and exact"), quick=True),
     Mutant("company: the first image's time serves all", "flashu_ext/runtime/head.py", "m.modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", "memories[0].modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", IMAGES("different_times and exact")),
-    Mutant("many: what was cancelled goes on", "flashu_ext/models/many.py", "        self._live = [each for each in self._live if each.index not in self._cancelled]\n", "", IMAGES("different_times and exact")),
+    Mutant("many: what was cancelled goes on", "flashu_ext/models/many.py", "        self._live = [each for each in self._live if each.index not in cancelled]\n", "", IMAGES("different_times and exact")),
     Mutant("many: an image of another config is planned as the model's", "flashu_ext/runtime/generation.py", "config = self.config if config is None else config", "config = self.config", MANY("preset_of_its_own")),
     Mutant("embedders: a patch's pixels by columns", "flashu_ext/runtime/modules/embedders.py", ".permute(0, 2, 4, 1, 3, 5)", ".permute(0, 2, 4, 1, 5, 3)", HANDLE("exact_equals_upstream")),
     Mutant("vision: an FFN without its residual", "flashu_ext/runtime/modules/vision.py", "x = layer.down(raised, residual=x)", "x = layer.down(raised)", HANDLE("exact_equals_upstream")),

@@ -47,8 +47,9 @@ def test_commands() -> None:
         "analyze",
         "report",
         "tune",
+        "serve",
     }
-    assert set(cli.commands["bench"].commands) == {"arrivals", "ffn", "linear", "e2e"}
+    assert set(cli.commands["bench"].commands) == {"arrivals", "serve", "ffn", "linear", "e2e"}
 
 
 def test_version() -> None:

@@ -17,7 +17,7 @@ FLOORS = (
     ("models",),
     ("runtime",),
     ("upstream",),
-    ("calibration", "batch"),
+    ("calibration", "batch", "server"),
     ("nano",),
     ("studies", "bench", "hosts"),
     ("report",),

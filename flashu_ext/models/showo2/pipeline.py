@@ -135,6 +135,9 @@ class Pipeline(ModelPipeline):
         """The tokens and positions of `sample`'s arguments for prompts whose images have `size`."""
         return dict(vars(self._layout_of(self.grid(size)).generation(prompts, self._device)))
 
+    def text_room(self, size: Size | None = None) -> int:
+        return self._layout_of(self.grid(size)).max_text_len
+
     def noise(self, seeds: Sequence[int], count: int | None = None, size: Size | None = None) -> Tensor:
         """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed; `size` as in `generate`."""
         config = self.model.config
@@ -233,6 +236,10 @@ class Pipeline(ModelPipeline):
         encoded, (before, after) = self._encoded(images, "images"), self.layout.question(question, self._device)
         check_answer_inputs(self.model, encoded, before, after, 0, self.layout.eos)
         return encoded, before, after
+
+    def question_image(self, image: Image, name: str) -> Image:
+        own: Image = covered(rgb(image, name), self.pixels, name)
+        return own
 
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""

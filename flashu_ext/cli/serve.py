@@ -1,0 +1,128 @@
+"""The command `flashu-ext serve`. Imports only click and limits until it runs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..server.limits import Limits
+from .support import check_family, example, model_options, open_pipeline
+
+__all__ = ["serve"]
+
+KEY_VARIABLE = "FLASHU_API_KEY"
+
+LIMITS = {
+    "at_once": "Images, and answers, in progress together.",
+    "waiting": "Images, and answers, that may wait; further ones are refused by 429.",
+    "body_bytes": "Longest body.",
+    "bodies_bytes": "All bodies that are held at a time; more is refused by 429.",
+    "image_bytes": "Longest file of an image that is sent.",
+    "image_pixels": "Pixels of a question's images together.",
+    "images": "Images of a question.",
+    "prompt_characters": "Longest prompt or question.",
+    "n": "Images of one request.",
+    "side": "Longest side of an image that is drawn, in pixels.",
+    "steps": "Grid points of an image.",
+    "tokens": "Longest answer.",
+    "request_seconds": "For a result, from the whole request on; then 504.",
+    "read_seconds": "For a client to send a head, and then a body; then 408 or the end of the connection.",
+    "write_seconds": "For a client to take what waits for it; then the end of the connection.",
+    "connections": "Open connections; a request on a further one is refused by 503.",
+}
+"""Help of the options; they are the fields of `Limits`."""
+
+
+def _limits(command: Any) -> Any:
+    for field in reversed(fields(Limits)):
+        name = "--" + ("max-" if field.name in ("n", "side", "steps", "tokens") else "") + field.name.replace("_", "-")
+        number = click.FloatRange(0, min_open=True) if field.name.endswith("_seconds") else click.IntRange(0)
+        command = click.option(
+            name, f"limit_{field.name}", default=field.default, show_default=True, type=number, help=LIMITS[field.name]
+        )(command)
+    return command
+
+
+@click.command(
+    epilog=example(
+        "flashu-ext serve --port 8000 &",
+        "curl -s localhost:8000/v1/images/generations -H 'Content-Type: application/json' \\",
+        """    -d '{"prompt": "a red circle above a blue square", "seed": 1}'""",
+        "FLASHU_API_KEY=$(cat key) flashu-ext serve --model DIR --preset paper --host 0.0.0.0",
+    )
+)
+@model_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: every one.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
+@click.option(
+    "--api-key",
+    envvar=KEY_VARIABLE,
+    help=f"Key that clients must send. {KEY_VARIABLE}, unlike an option, is not seen by other users of the machine.",
+)
+@click.option(
+    "--grace",
+    default=30,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Seconds that requests in progress have when the server is told to stop.",
+)
+@click.option(
+    "--log-level",
+    default="info",
+    show_default=True,
+    type=click.Choice(("critical", "error", "warning", "info", "debug")),
+    help="Of what goes to stderr; info has a line for each request.",
+)
+@_limits
+def serve(
+    family: str,
+    model: str,
+    preset: str,
+    tuned: Path | None,
+    plan_file: Path | None,
+    device: str | None,
+    dtype: str | None,
+    verbose: bool,
+    host: str,
+    port: int,
+    api_key: str | None,
+    grace: int,
+    log_level: str,
+    **options: Any,
+) -> None:
+    """Serve images and answers over HTTP as OpenAI's API does (docs/serving.md).
+
+    Prints its address when it is ready. SIGINT or SIGTERM stops it: exit code 0 if every request was answered, 1 if some were
+    given up after --grace.
+    """
+    from ..server.app import application
+    from ..server.gate import check_key
+    from ..server.run import Server, listen
+
+    if api_key is None and KEY_VARIABLE in os.environ:  # as a command that failed leaves it
+        raise click.UsageError(f"{KEY_VARIABLE}: expected a key, got an empty one")
+    try:
+        check_key(api_key)
+        limits = Limits(**{name.removeprefix("limit_"): value for name, value in options.items()})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+    check_family(model, family)
+    with listen(host, port) as listener:  # before the model is loaded, which takes long
+        with open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype, family=family) as (pipe, _):
+            app = application(pipe, limits, api_key)
+            bound_host, bound_port = listener.getsockname()[:2]
+            shown_host = f"[{bound_host}]" if ":" in bound_host else bound_host
+            if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+                click.echo(
+                    f"Warning: {host} can be reached from other machines, and no --api-key is asked for", err=True
+                )
+            server = Server(app, limits, grace, log_level, lambda: click.echo(f"http://{shown_host}:{bound_port}"))
+            server.serve_on(listener)
+            given_up = app.state.service.metrics.unanswered
+    if given_up:
+        raise click.ClickException(f"{given_up} requests were given up: they had not ended {grace} s after the signal")
