@@ -108,7 +108,7 @@ MUTANTS = [
     Mutant("pixels: cropped at the left", "flashu_ext/models/pictures.py", "left, top = round((width - side) / 2)", "left, top = 0", EDGES("cropped")),
     Mutant("validate: an id equal to the vocabulary", "flashu_ext/models/checks.py", "high >= vocabulary", "high > vocabulary", SMALL("vocabulary")),
     Mutant("folder: weights do not matter", "flashu_ext/batch/folder.py", '        "weights": weights_digest(pipe.model),\n', "", FOLDER("weights")),
-    Mutant("folder: the plan does not matter", "flashu_ext/batch/folder.py", '"plan": _plan_digest(config, plan)', '"plan": None', FOLDER("plan")),
+    Mutant("folder: the plan does not matter", "flashu_ext/batch/folder.py", '"plan": plan_digest(config, plan)', '"plan": None', FOLDER("plan")),
     Mutant("folder: the manifest goes first", "flashu_ext/batch/folder.py", "    for name in names:\n        (out /", "    path.unlink(missing_ok=True)\n    for name in names:\n        (out /", FOLDER("manifest")),
     Mutant("backbone: layers are judged over the span alone", "flashu_ext/runtime/backbone.py", "memory.importance[index] = importance.float().mean()", "memory.importance[index] = importance.gather(1, places).float().mean()", SMALL("layer_importance_equals"), quick=True),
     Mutant("backbone: the last layer is judged before the final norm", "flashu_ext/runtime/backbone.py", "importance = kernels.cosine_importance(before, after)", "importance = kernels.cosine_importance(before, x)", SMALL("layer_importance_equals")),
