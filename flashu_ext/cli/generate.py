@@ -239,9 +239,13 @@ def generate_list(
     patience: float,
     batch: int,
     overwrite: bool,
+    begun: Callable[[int], None] = lambda missing: None,
     **settings: Any,
 ) -> int | None:
     """Draw what is missing of a list in a folder, on all ranks.
+
+    Args:
+        begun: called on rank 0 with the number of missing images, once the folder is found to be of these settings.
 
     Returns:
         How many images were missing, on the rank that reports for all; None on the others.
@@ -273,7 +277,7 @@ def generate_list(
                 )
                 # When a launcher restarts the ranks, they resume from the images of the first attempt.
                 discard = overwrite and ranks.attempt == 0
-                run, todo = heartbeat.share("todo", functools.partial(_begin, lock, out, record, jobs, discard))
+                run, todo = heartbeat.share("todo", functools.partial(_begin, lock, out, record, jobs, discard, begun))
                 lock.join(run)
                 batches = sorted({index // batch for index in todo})
                 mine = batches if apart else shard(batches, ranks.rank, ranks.world)
@@ -305,13 +309,19 @@ def generate_list(
 
 
 def _begin(
-    lock: FolderLock, out: Path, record: dict[str, Any], jobs: list[Job], overwrite: bool
+    lock: FolderLock,
+    out: Path,
+    record: dict[str, Any],
+    jobs: list[Job],
+    overwrite: bool,
+    begun: Callable[[int], None],
 ) -> tuple[str, list[int]]:
     """The run's name and the images that the folder misses, on the one rank that makes the folder ready."""
     from ..batch.folder import open_folder
 
     run = lock.begin()
     todo = open_folder(out, record, jobs, overwrite=overwrite, lock=lock)
+    begun(len(todo))
     lock.share()
     return run, todo
 

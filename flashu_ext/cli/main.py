@@ -16,6 +16,7 @@ import click
 
 from .. import __version__
 from .bench import bench
+from .evaluate import evaluate
 from .generate import generate
 from .studies import COMMANDS
 from .support import (
@@ -422,7 +423,7 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=1) if as_json else module.describe(facts))
 
 
-for _command in (generate, bench, *COMMANDS):
+for _command in (generate, bench, evaluate, *COMMANDS):
     cli.add_command(_command)
 cli.aliases["plan"] = "schedule"
 

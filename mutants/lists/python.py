@@ -257,7 +257,7 @@ MUTANTS = [
     Mutant("ranks: a rank too many", "flashu_ext/batch/ranks.py", "if self.rank >= self.world:", "if self.rank > self.world:", RANKS("wrong_environments")),
     Mutant("prompts: a seed of 0 is none", "flashu_ext/batch/prompts.py", 'record.get("seed", seed + index)', 'record.get("seed") or seed + index', LISTS("text_and_jsonl"), quick=True),
     Mutant("prompts: a mark of the byte order is part of the first", "flashu_ext/batch/prompts.py", 'encoding="utf-8-sig"', 'encoding="utf-8"', LISTS("text_and_jsonl")),
-    Mutant("prompts: seeds run out of their range", "flashu_ext/batch/prompts.py", '        _check_seed(f"{where}: seed", own)\n', "", LISTS("seeds_end")),
+    Mutant("prompts: seeds run out of their range", "flashu_ext/batch/prompts.py", '        check_seed(f"{where}: seed", own)\n', "", LISTS("seeds_end")),
     Mutant("folder: the order of neurons matters", "flashu_ext/planning/fingerprint.py", "return mixed.sum(0, keepdim=True)", "return mixed", FOLDER("digest_of_the_dense"), quick=True),
     Mutant("folder: neurons of each matrix in an order of its own", "flashu_ext/planning/fingerprint.py", "        mixed = mixed ^ (mixed >> 29)\n", "", FOLDER("another_order")),
     Mutant("folder: norms do not matter", "flashu_ext/planning/fingerprint.py", "if id(value) not in own and _readable(value)]", "if id(value) not in own and value.dim() > 1]", FOLDER("halving")),
