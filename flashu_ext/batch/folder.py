@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MANIFEST",
     "complete_png",
+    "differences",
     "generate",
     "missing",
     "open_folder",
@@ -222,29 +223,30 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
             "written by an earlier version of this program, which did not record all weights; "
             "choose another folder or overwrite",
         )
-    differences = _differences(old["settings"], new["settings"])
+    differing = differences(old["settings"], new["settings"])
     before, now = old["images"], new["images"]
     if len(before) != len(now):
-        differences.append(f"images: {len(before)} were requested, now {len(now)}")
+        differing.append(f"images: {len(before)} were requested, now {len(now)}")
     else:
         changed = [index for index, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1]]
         if changed:
             index = changed[0]
-            differences.append(f"images[{index}]: was {shown(before[index], 160)}, now {shown(now[index], 160)}")
-    if differences:
-        more = len(differences) - SHOWN_DIFFERENCES
-        listed = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+            differing.append(f"images[{index}]: was {shown(before[index], 160)}, now {shown(now[index], 160)}")
+    if differing:
+        more = len(differing) - SHOWN_DIFFERENCES
+        listed = "; ".join(differing[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
         raise refusal(
             path, f"this folder was generated with other settings: {listed}; choose another folder or overwrite"
         )
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines that name each setting of two records that differs, with both values."""
     lines = []
     for key in dict.fromkeys((*old, *new)):
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            lines += _differences(before, now, f"{prefix}{key}.")
+            lines += differences(before, now, f"{prefix}{key}.")
         elif json.dumps(before) != json.dumps(now):  # as JSON, which writes tuples as lists
             lines.append(f"{prefix}{key:.40}: was {shown(before, 80)}, now {shown(now, 80)}")
     return lines

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .generate import generate_list, list_options, own_ranks
-from .support import Group, example, model_options
+from .support import Group, example, model_options, open_pipeline
 
 if TYPE_CHECKING:
     from ..evaluation.lists import PromptList
@@ -144,3 +144,77 @@ def _scoring(prompts: PromptList, folder: Path) -> str:
     side = resolution(prompts, folder)[0]
     arguments = ["--image-root-path", images, "--resolution", str(side), "--pic-num", "4", "--res-path", results]
     return shlex.join(["accelerate", "launch", "dpg_bench/compute_dpg_bench.py", *arguments, "--vqa-model", "mplug"])
+
+
+# ---- understanding
+
+
+@evaluate.command(
+    epilog=example(
+        "flashu-ext evaluate understanding --tasks mme,mmstar,mmbench_en_dev --model DIR --preset exact",
+        "flashu-ext evaluate understanding --tasks my_task.yaml --model DIR --preset paper --plan plan.safetensors",
+    )
+)
+@click.option(
+    "--tasks",
+    required=True,
+    help="Tasks of lmms-eval separated by commas, or .yaml files of tasks of your own.",
+)
+@click.option(
+    "--include",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with more tasks in lmms-eval's YAML format.",
+)
+@_OUT
+@model_options
+@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Questions answered together.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first questions of each task, to try it out.")
+@click.option(
+    "--max-new-tokens",
+    default=512,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Longest answer, where a task names none.",
+)
+@click.option("--overwrite", is_flag=True, help="Run tasks again whose results are there.")
+def understanding(
+    tasks: str,
+    include: Path | None,
+    out: Path,
+    batch: int,
+    limit: int | None,
+    max_new_tokens: int,
+    overwrite: bool,
+    **settings: Any,
+) -> None:
+    """Ask lmms-eval's tasks and keep their results in OUT/PRESET/understanding.
+
+    lmms-eval fetches the data of its own tasks from the Hugging Face hub. A task whose results are there, of the same
+    settings, is not run again; results of other settings are an error. Under torchrun the ranks share the questions.
+    """
+    from ..evaluation import understanding as module
+    from ..evaluation.scores import question_scores
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise click.UsageError("--tasks: expected at least one, got none")
+    ranks = own_ranks("data")
+    preset = "tuned" if settings["tuned"] else settings["preset"]
+    folder = out / preset / "understanding"
+    known, manager = module.task_names(names, include)
+    if ranks.world > 1 and settings["device"] is None:
+        settings["device"] = str(ranks.device())
+    start = time.perf_counter()
+    with open_pipeline(**settings) as (pipe, handle):
+        record = module.settings_of(pipe, handle, preset, batch, limit, max_new_tokens)
+        todo = [given for name, given in known.items() if overwrite or not module.is_there(folder, name, record)]
+        ran = module.run(pipe, record, todo, manager, folder) if todo else []
+    if ranks.rank == 0:
+        for name in ran:
+            result = module.read_results(module.results_path(folder, name))
+            figures = ", ".join(
+                f"{score.name} {score.value:g}" for score in question_scores(result["results"], result["samples"])
+            )
+            click.echo(f"{name}: {figures} ({len(result['samples'])} of {result['questions']} questions)")
+        seconds = time.perf_counter() - start
+        click.echo(f"{folder}: {len(known)} tasks, {len(todo)} of them run now, {seconds:.2f} s ({preset})")

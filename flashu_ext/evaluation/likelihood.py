@@ -1,0 +1,62 @@
+"""Likelihoods of given answers, token by token, on a dense or an accelerated model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.accelerated import handle_of
+from ..models.showo2.decoding import decode_dense
+from ..models.showo2.understanding import prompt_embeds
+
+__all__ = ["Likelihood", "answer_likelihood"]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of an answer: the sum of its tokens' log-probabilities, and whether each is the most likely one."""
+
+    logprob: float
+    greedy: bool
+
+
+class _Forced:
+    """Chooses the given tokens, and adds up what the model thought of them."""
+
+    def __init__(self, tokens: Sequence[int]):
+        self.tokens = tokens
+        self.logprobs: list[Tensor] = []
+        self.greedy: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, prompts: Sequence[int]) -> Tensor:
+        token = self.tokens[len(self.logprobs)]
+        self.logprobs.append(torch.log_softmax(logits[0].float(), dim=-1)[token])
+        self.greedy.append(logits[0].argmax() == token)
+        return torch.full((1, 1), token, dtype=torch.int64, device=logits.device)
+
+
+@torch.no_grad()
+def answer_likelihood(pipe: Any, images: Any, question: str, answer: str) -> Likelihood:
+    """How likely a Show-o2 pipeline finds an answer to a question about one or more images, without its end token.
+
+    Args:
+        images: PIL image, or a list of them.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or the answer has no tokens.
+    """
+    latents, before, after = pipe.question_inputs(images, question)
+    tokens = pipe.layout.encode(answer)
+    if not tokens:
+        raise ValueError(f"answer: expected at least one token, got {answer!r:.80}")
+    forced = _Forced(tokens)
+    handle = handle_of(pipe.model)
+    if handle is not None:
+        handle.runner.answer_tokens([latents], [before], [after], len(tokens), None, forced)
+    else:
+        decode_dense(pipe.model, *prompt_embeds(pipe.model, latents, before, after), len(tokens), forced, None)
+    return Likelihood(float(torch.stack(forced.logprobs).sum()), bool(torch.stack(forced.greedy).all()))
