@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..planning.reading import MAX_LIST_BYTES, read_json, refusal, shown
 from ..planning.safe_files import write_text
 from .drawing import check_runs
 
-__all__ = ["is_there", "read_results", "results_path", "run", "settings_of", "task_names"]
+__all__ = ["find_tasks", "is_there", "read_results", "results_path", "run", "settings_of"]
 
 VERSION = 1
 TASK = "understanding"
@@ -67,15 +67,12 @@ def is_there(folder: Path, task: str, settings: dict[str, Any]) -> bool:
     return True
 
 
-def task_names(tasks: Sequence[str], include: Path | None) -> tuple[dict[str, Any], Any]:
-    """lmms-eval's tasks by name, and its manager of tasks.
+def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], Any]:
+    """Names of lmms-eval's tasks, and its manager that knows them.
 
     Args:
         tasks: names, groups, tags, or files of tasks in lmms-eval's YAML format.
         include: a folder with more of such files.
-
-    Returns:
-        name -> what lmms-eval's `simple_evaluate` takes for it.
 
     Raises:
         ValueError: there is no such task, or a file names none.
@@ -84,13 +81,8 @@ def task_names(tasks: Sequence[str], include: Path | None) -> tuple[dict[str, An
         from lmms_eval import utils
         from lmms_eval.tasks import TaskManager
 
+    names, folders = [], [] if include is None else [str(include)]
     files = {task for task in tasks if task.endswith((".yaml", ".yml"))}
-    manager = TaskManager(
-        "WARNING",
-        include_path=None if include is None else str(include),
-        include_defaults=any(task not in files for task in tasks),
-    )
-    known: dict[str, Any] = {}
     for task in tasks:
         if task in files:
             if not Path(task).is_file():
@@ -98,20 +90,24 @@ def task_names(tasks: Sequence[str], include: Path | None) -> tuple[dict[str, An
             config = utils.load_yaml_config(task)
             if not isinstance(config, dict) or not isinstance(config.get("task"), str):
                 raise refusal(task, "expected a task of lmms-eval with its name in 'task'")
-            known[config["task"]] = config
-        elif task in manager.all_tasks:
-            known[task] = task
+            names.append(config["task"])
+            folders.append(str(Path(task).resolve().parent))
         else:
+            names.append(task)
+    # Its own tasks are more than a thousand files, read only where one is asked for.
+    manager = TaskManager("WARNING", include_path=folders or None, include_defaults=len(files) < len(tasks))
+    for name in names:
+        if name not in manager.all_tasks:
             raise ValueError(
-                f"--tasks: expected tasks of lmms-eval (python -m lmms_eval --tasks list), got {shown(task)}"
+                f"--tasks: expected tasks of lmms-eval (python -m lmms_eval --tasks list), got {shown(name)}"
             )
-    return known, manager
+    return list(dict.fromkeys(names)), manager
 
 
 def run(
     pipe: Any,
     settings: dict[str, Any],
-    tasks: Iterable[Any],
+    tasks: Sequence[str],
     manager: Any,
     folder: Path,
 ) -> list[str]:
@@ -120,7 +116,7 @@ def run(
     Args:
         pipe: a pipeline, accelerated or not.
         settings: of `settings_of`.
-        tasks, manager: of `task_names`.
+        tasks, manager: of `find_tasks`.
 
     Returns:
         The names of the tasks, of a group its members'; none on ranks other than 0.
