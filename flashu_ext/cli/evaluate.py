@@ -218,3 +218,26 @@ def understanding(
             click.echo(f"{name}: {figures} ({len(result['samples'])} of {result['questions']} questions)")
         seconds = time.perf_counter() - start
         click.echo(f"{folder}: {len(known)} tasks, {len(todo)} of them run now, {seconds:.2f} s ({preset})")
+
+
+# ---- the page
+
+
+@evaluate.command(epilog=example("flashu-ext evaluate page --out flashu_evaluation"))
+@_OUT
+def page(out: Path) -> None:
+    """Gather what was scored into OUT/evaluation.html and OUT/evaluation.json, beside the paper's published figures.
+
+    What is missing is shown as missing. A results file that does not belong to the images drawn is an error.
+    """
+    from ..planning.safe_files import write_text
+    from ..report.evaluation import gather
+    from ..report.render import render_evaluation, write
+
+    result = gather(out)
+    path = write(render_evaluation(result), out / "evaluation.html")
+    write_text(out / "evaluation.json", result.to_json())
+    click.echo(result.table())
+    for line in result.missing:
+        click.echo(f"missing: {line}")
+    click.echo(f"wrote {path} and {out / 'evaluation.json'}")

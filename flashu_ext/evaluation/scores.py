@@ -174,6 +174,8 @@ def _interval(value: float, own: Sequence[Any]) -> tuple[tuple[float, float] | N
     for strata, combine, of in _ways(own):
         means = [sum(total for total, _ in clusters) / sum(n for _, n in clusters) for clusters in strata]
         if means and math.isclose(float(combine(np.asarray(means))), value, rel_tol=1e-6, abs_tol=1e-9):
+            if len(strata) == 1 and all(each in ((0.0, 1.0), (1.0, 1.0)) for each in strata[0]):
+                return wilson(value, len(strata[0])), "Wilson, n = questions"
             interval = bootstrap(strata, combine)
             return interval, _method(interval, of)
     return None, ""
