@@ -18,9 +18,10 @@ __all__ = ["Likelihood", "answer_likelihood"]
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of an answer: the sum of its tokens' log-probabilities, and whether each is the most likely one."""
+    """Of an answer: the sum of its tokens' log-probabilities, how many they are, and whether each is the most likely one."""
 
     logprob: float
+    tokens: int
     greedy: bool
 
 
@@ -59,4 +60,5 @@ def answer_likelihood(pipe: Any, images: Any, question: str, answer: str) -> Lik
         handle.runner.answer_tokens([latents], [before], [after], len(tokens), None, forced)
     else:
         decode_dense(pipe.model, *prompt_embeds(pipe.model, latents, before, after), len(tokens), forced, None)
-    return Likelihood(float(torch.stack(forced.logprobs).sum()), bool(torch.stack(forced.greedy).all()))
+    logprob, greedy = torch.stack(forced.logprobs).sum(), torch.stack(forced.greedy).all()
+    return Likelihood(float(logprob), len(tokens), bool(greedy))

@@ -15,6 +15,7 @@ from ..planning.reading import shown
 from .likelihood import answer_likelihood
 
 with extra("evaluate"):
+    from lmms_eval.api.instance import GenerationResult
     from lmms_eval.api.model import lmms
 
 __all__ = ["FlashU"]
@@ -127,8 +128,11 @@ class FlashU(lmms):
         )
         return [_cut(answer, until) for answer in answers]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """(log-probability, whether it is the greedy answer) for (context, answer, doc_to_visual, doc_id, task, split).
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        """(loss, whether it is the greedy answer) for (context, answer, doc_to_visual, doc_id, task, split).
+
+        The loss is the mean over the answer's tokens of minus their log-probability, as lmms-eval's own classes give it: its
+        choices take the smallest.
 
         Raises:
             ValueError: a question without an image.
@@ -140,7 +144,8 @@ class FlashU(lmms):
                 answer = answer(self.task_dict[task][split][number])
             images = self._images(f"{task}[{number}]", visuals, number, task, split)
             likelihood = answer_likelihood(self.pipe, images, context, answer)
-            found.append((likelihood.logprob, likelihood.greedy))
+            # Wrapped: lmms-eval 0.7.3 makes a text of any other tuple, and then fails to take it apart.
+            found.append(GenerationResult((-likelihood.logprob / likelihood.tokens, likelihood.greedy)))
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:

@@ -115,7 +115,9 @@ def test_a_resumed_run_draws_what_is_missing(geneval: Path, tmp_path: Path, one_
     resumed = run(*command)
     assert "2 images, 1 of them drawn now" in resumed.output, resumed.output
     changed = files(folder)
-    assert {name for name in changed if changed[name] != before[name]} == {"drawing.json"} and changed.keys() == before.keys()
+    assert {name for name in changed if changed[name] != before[name]} == {
+        "drawing.json"
+    } and changed.keys() == before.keys()
     assert (folder / "images/00000/samples/0000.png").stat().st_mtime_ns == kept.st_mtime_ns
     assert [each["missing"] for each in json.loads(changed["drawing.json"])["runs"]] == [2, 1]
 
