@@ -247,6 +247,12 @@ def arrivals(json_file: Path | None, **options: Any) -> None:
     help="Which model.",
 )
 @click.option(
+    "--drawing",
+    type=click.Choice(("api", "text", "plain", "taylorseer")),
+    help="How BAGEL draws: guided by text and image as its API does (default), by the text alone, not guided, or as its API "
+    "with TaylorSeer.",
+)
+@click.option(
     "--upstream",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A checkout of the family's program: its unmodified classes are the baseline (with --gpu also from SHOWO2_UPSTREAM).",
@@ -292,6 +298,7 @@ def e2e(
     gpu: bool,
     models: tuple[str, ...],
     family: str,
+    drawing: str | None,
     upstream: Path | None,
     batches: tuple[int, ...],
     variants: tuple[str, ...],
@@ -310,6 +317,8 @@ def e2e(
     """Time whole images and answers: dense, exact and paper, interleaved in one process."""
     if gpu and family != "showo2":
         raise click.UsageError(f"--family: expected showo2 with --gpu, got {family}")
+    if drawing is not None and family != "bagel":
+        raise click.UsageError(f"--drawing: expected with --family bagel only, got {family}")
     if gpu:
         if len(tokens) > 1:
             raise click.UsageError(f"--tokens: expected one number with --gpu, got {len(tokens)}")
@@ -333,6 +342,7 @@ def e2e(
     settings = module.Settings(
         model=models[0] if models else "bench",
         family=family,
+        drawing=drawing or "api",
         upstream=upstream,
         tasks=tasks or ("generation", "understanding"),
         tokens=tokens or (1, 32, 64),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.accelerated import handle_of
+from ..models.showo2 import Showo2
 from ..models.showo2.decoding import decode_dense
 from ..models.showo2.understanding import prompt_embeds
 
@@ -42,20 +43,26 @@ class _Forced:
 
 @torch.no_grad()
 def answer_likelihood(pipe: Any, images: Any, question: str, answer: str) -> Likelihood:
-    """How likely a Show-o2 pipeline finds an answer to a question about one or more images, without its end token.
+    """How likely a pipeline finds an answer to a question about one or more images, without its end token.
 
     Args:
+        pipe: of any family if its model is accelerated, of Show-o2 if it is dense.
         images: PIL image, or a list of them.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or the answer has no tokens.
+        TypeError, ValueError: an argument is wrong, the answer has no tokens, or the model is dense and of another family.
     """
+    handle = handle_of(pipe.model)
+    if handle is None and not isinstance(pipe.model, Showo2):
+        raise TypeError(
+            "pipe: expected an accelerated model, as by the preset exact, where the family is not Show-o2, got a dense "
+            f"{type(pipe.model).__name__}"
+        )
     latents, before, after = pipe.question_inputs(images, question)
     tokens = pipe.layout.encode(answer)
     if not tokens:
         raise ValueError(f"answer: expected at least one token, got {answer!r:.80}")
     forced = _Forced(tokens)
-    handle = handle_of(pipe.model)
     if handle is not None:
         handle.runner.answer_tokens([latents], [before], [after], len(tokens), None, forced)
     else:

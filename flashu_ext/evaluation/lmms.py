@@ -1,4 +1,4 @@
-"""A model class of lmms-eval: a Show-o2 checkpoint, dense or accelerated.
+"""A model class of lmms-eval: a checkpoint of any family, dense or accelerated.
 
 `python -m lmms_eval --model flashu_ext --model_args pretrained=DIR,preset=paper,plan=plan.safetensors --tasks mme`
 """
@@ -41,19 +41,21 @@ class FlashU(lmms):
         dtype: str | None = None,
         batch_size: int | str = 1,
         max_new_tokens: int | str = MAX_NEW_TOKENS,
+        family: str = "showo2",
         pipe: Any = None,
         **others: Any,
     ):
         """
         Args:
-            pretrained: 'nano', or a folder with a Show-o2 checkpoint. Nothing is downloaded.
+            pretrained: 'nano', or a folder with a checkpoint of any family. Nothing is downloaded.
             preset: dense, exact, paper or fast.
             plan: a task plan's file, for a preset that prunes.
             device: None: a GPU where torch sees one, else the CPU.
             dtype: of the weights, as 'bfloat16'; None: bf16 on a GPU, the checkpoint's on the CPU.
             batch_size: questions answered together.
             max_new_tokens: longest answer where a task names none.
-            pipe: a pipeline that is there already, accelerated or not, instead of all of these but the last two.
+            family: of the embedded model.
+            pipe: a pipeline that is there already, accelerated or not; of the others only batch_size and max_new_tokens count.
 
         Raises:
             TypeError, ValueError: an argument is unknown or wrong. OSError: a file cannot be read.
@@ -64,7 +66,7 @@ class FlashU(lmms):
             raise TypeError(f"model_args: expected none but the arguments of FlashU, got {shown(sorted(others))}")
         self.batch_size = _at_least_one("batch_size", batch_size)
         self.max_new_tokens = _at_least_one("max_new_tokens", max_new_tokens)
-        self.pipe = pipe if pipe is not None else _opened(pretrained, preset, plan, device, dtype)
+        self.pipe = pipe if pipe is not None else _opened(pretrained, preset, plan, device, dtype, family)
         # Where ranks gather counts: on the CPU, whatever the model runs on, as their group there is gloo's.
         self.device = "cpu"
         self._told: set[str] = set()
@@ -163,12 +165,12 @@ def _at_least_one(name: str, value: Any) -> int:
     return number
 
 
-def _opened(pretrained: str, preset: str, plan: str | None, device: str | None, dtype: str | None) -> Any:
+def _opened(pretrained: str, preset: str, plan: str | None, device: str | None, dtype: str | None, family: str) -> Any:
     """A pipeline, accelerated by a preset for as long as it lives."""
     import torch
 
     from ..models.checks import check_device
-    from ..models.showo2 import Pipeline
+    from ..models.folders import load_pipeline
     from ..planning.plan import TaskPlan
 
     where = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -176,7 +178,7 @@ def _opened(pretrained: str, preset: str, plan: str | None, device: str | None, 
         dtype = "bfloat16"
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected a name as bfloat16, got {shown(dtype)}")
-    pipe = Pipeline.from_pretrained(pretrained, None if dtype is None else getattr(torch, dtype), where)
+    pipe = load_pipeline(pretrained, None if dtype is None else getattr(torch, dtype), where, family=family)
     config, own = pipe.preset(preset, TaskPlan.load(plan, model=pipe.model) if plan is not None else None)
     if config is not None:
         pipe.accelerate(config, own)

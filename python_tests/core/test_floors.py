@@ -19,7 +19,7 @@ FLOORS = (
     ("upstream",),
     ("calibration", "batch"),
     ("nano",),
-    ("studies", "bench", "evaluation"),
+    ("studies", "bench", "hosts", "evaluation"),
     ("report",),
     ("cli",),
 )

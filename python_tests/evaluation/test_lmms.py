@@ -19,6 +19,7 @@ from support.ranks import ROOT, environment
 
 import flashu_ext as fx
 from flashu_ext.evaluation.likelihood import answer_likelihood
+from flashu_ext.models.folders import load_pipeline
 from flashu_ext.nano.world import questions, render, scenes
 
 HAVE = importlib.util.find_spec("lmms_eval") is not None
@@ -138,6 +139,20 @@ def test_likelihoods_are_those_of_the_answering_model(preset: str, one_thread: N
         assert abs(likely.logprob - expected) < 1e-4
     with pytest.raises(ValueError, match="answer: expected at least one token"):
         answer_likelihood(pipe, picture, question.text, "")
+
+
+@pytest.mark.parametrize("family", ["janusflow", "bagel"])
+def test_likelihoods_of_other_families(family: str, one_thread: None) -> None:
+    pipe = load_pipeline("nano", family=family)
+    picture, question = asked(1)[0]
+    with pytest.raises(TypeError, match="pipe: expected an accelerated model, as by the preset exact"):
+        answer_likelihood(pipe, picture, question.text, question.answer)
+    with pipe.accelerate(*pipe.preset("exact")):
+        own = pipe.answer(picture, question.text, 4)
+        likely = answer_likelihood(pipe, picture, question.text, own)
+        other = answer_likelihood(pipe, picture, question.text, "above")
+        assert likely.greedy and not other.greedy and other.logprob < likely.logprob < 0
+        assert likely.tokens == len(pipe.layout.encode(own))
 
 
 # ---- the class
