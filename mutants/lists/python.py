@@ -20,6 +20,7 @@ SMALL = within("runtime/test_small_models.py")
 CALLERS = within("runtime/test_callers_tensors.py")
 IMAGES = within("runtime/test_image_company.py")
 KNOBS = within("runtime/test_skipping_and_caching.py")
+LORA = within("runtime/test_lora.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 COMPANY = within("runtime/test_answer_company.py")
@@ -185,7 +186,12 @@ MUTANTS = [
     Mutant("stamp: other functions of torch do not matter", "flashu_ext/models/stamp.py", "            [functions(vars(owner)) for owner, functions in _LIBRARY],\n", "", FUNCTIONS("only_modules_call")),
     Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", PAGE("what_happens")),
     Mutant("known: forward hooks are passed over", "flashu_ext/models/known.py", '    if module._forward_hooks:\n        return "has a forward hook"\n', "", MODULES("hooked_module")),
-    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'reason = reason or ("has a bias" if linear.bias is not None else None)', "reason = reason or None", MODULES("kernel_does_not_compute")),
+    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'why_not_linear(linear, like) or ("has a bias" if linear.bias is not None else None)', "why_not_linear(linear, like)", MODULES("kernel_does_not_compute")),
+    Mutant("lora: a scaling set later is not noticed", "flashu_ext/models/lora.py", "        dict(module.scaling),\n", "", LORA("noticed")),
+    Mutant("lora: merged adapters are added again", "flashu_ext/models/lora.py", "if module.disable_adapters or module.merged_adapters:", "if module.disable_adapters:", LORA("states")),
+    Mutant("lora: DoRA is taken for a plain adapter", "flashu_ext/models/known.py", "    if variant is not None:\n", "    if False:\n", LORA("themselves")),
+    Mutant("lora: down reads A of the first neurons", "flashu_ext/runtime/modules/ffn.py", "low = ops.gathered_down(h.to(update.down.weight.dtype), update.down.weight, selection=selection)", "low = self._kernels.linear(h.to(update.down.weight.dtype), update.down.weight[:, : h.shape[-1]].contiguous())", LORA("pruned")),
+    Mutant("int8: zero points are passed over", "flashu_ext/models/int8.py", "if zero is not None and bool(zero.any()):", "if False:", within("runtime/test_int8_models.py")("zero")),
     Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", MODULES("refused_by_name")),
     Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "        self.reset()\n        self._stamp", "        self.generation.pool.clear()\n        self._stamp", LIVING("follow_weights"), quick=True),
     Mutant("runner: an image goes on with other weights", "flashu_ext/runtime/runner.py", "        self.reset()\n        self._stamp", "        self.understanding.reset()\n        self._stamp", SCHEDULES("image_in_progress")),
