@@ -38,9 +38,12 @@ test: ## Python tests, C++ tests, the CUDA kernels' PTX, lint; says how long eac
 	  $(MAKE) --no-print-directory $$target || exit 1; echo "make $$target: $$((SECONDS - began)) s"; done
 
 # Two processes of one thread are faster than one of two: most models in the tests are too small to be shared by threads.
-# `make test-abi` runs the operators' tests on all threads.
+# `make test-abi` runs the operators' tests on all threads. torchao, which transformers and diffusers import where they find it,
+# writes to stderr and slows them down, so only the tests that are about it see it.
 python-test: build $(if $(PROGRAMS),upstream-env) ## Python tests; SHOWO2_UPSTREAM=, JANUS_UPSTREAM=, BAGEL_UPSTREAM=DIR add those that run upstream's code
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -n 2 --dist worksteal
+	$(PIP) --upgrade --no-deps --target build/torchao $(filter 'torchao%,$(call requirements,int8-test))
+	PYTHONPATH=build/torchao OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests/runtime/test_int8_models.py
 
 # What upstream's models and scripts import, at the versions that a checkout pins (of JanusFlow's transformers the oldest).
 # Their torch is too old for us.
