@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from ..planning.config import FlashUConfig
     from ..planning.plan import TaskPlan
 
-__all__ = ["MANIFEST", "complete_png", "generate", "missing", "open_folder", "settings_record"]
+__all__ = [
+    "MANIFEST",
+    "complete_png",
+    "differences",
+    "generate",
+    "missing",
+    "open_folder",
+    "plan_digest",
+    "read_manifest",
+    "settings_record",
+]
 
 MANIFEST = "manifest.json"
 VERSION = 2
@@ -83,19 +93,20 @@ def settings_record(
         "batch": batch,
         "branches": "apart" if branches_apart else "together",
         "config": fields,
-        "plan": _plan_digest(config, plan),
+        "plan": plan_digest(config, plan),
     }
 
 
-def _plan_digest(config: FlashUConfig | None, plan: TaskPlan | None) -> str | None:
-    """SHA-256 of the neurons kept for generation; None if none are pruned."""
+def plan_digest(config: FlashUConfig | None, plan: TaskPlan | None, task: str | None = None) -> str | None:
+    """SHA-256 of the neurons kept for a task (None: generation); None if none are pruned."""
     from ..runtime.generation import TASK
 
-    if config is None or plan is None or not config.needs_plan or TASK not in plan.tasks:
+    task = task or TASK
+    if config is None or plan is None or not config.needs_plan or task not in plan.tasks:
         return None
     digest = hashlib.sha256()
     for layer in range(plan.layers):
-        digest.update(repr(plan.kept(TASK, layer).tolist()).encode())
+        digest.update(repr(plan.kept(task, layer).tolist()).encode())
     return digest.hexdigest()
 
 
@@ -132,7 +143,7 @@ def open_folder(
     if overwrite:
         _discard(out, jobs)
     elif path.exists():
-        _check_same(path, _read_manifest(path), record)
+        _check_same(path, read_manifest(path), record)
     else:
         for job in jobs:
             if (out / job.name).exists():
@@ -175,7 +186,12 @@ def complete_png(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A folder's record: version, settings (`settings_record`) and images (fields of `Job`).
+
+    Raises:
+        ValueError: malformed; the file is named. OSError: it cannot be read.
+    """
     record = read_json(path, MAX_MANIFEST_BYTES)
     if not isinstance(record, dict) or set(record) != {"version", "settings", "images"}:
         raise refusal(path, f"expected an object with version, settings, images, got {shown(record)}")
@@ -209,29 +225,30 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
             "written by an earlier version of this program, which did not record all weights; "
             "choose another folder or overwrite",
         )
-    differences = _differences(old["settings"], new["settings"])
+    differing = differences(old["settings"], new["settings"])
     before, now = old["images"], new["images"]
     if len(before) != len(now):
-        differences.append(f"images: {len(before)} were requested, now {len(now)}")
+        differing.append(f"images: {len(before)} were requested, now {len(now)}")
     else:
         changed = [index for index, pair in enumerate(zip(before, now, strict=True)) if pair[0] != pair[1]]
         if changed:
             index = changed[0]
-            differences.append(f"images[{index}]: was {shown(before[index], 160)}, now {shown(now[index], 160)}")
-    if differences:
-        more = len(differences) - SHOWN_DIFFERENCES
-        listed = "; ".join(differences[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+            differing.append(f"images[{index}]: was {shown(before[index], 160)}, now {shown(now[index], 160)}")
+    if differing:
+        more = len(differing) - SHOWN_DIFFERENCES
+        listed = "; ".join(differing[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
         raise refusal(
             path, f"this folder was generated with other settings: {listed}; choose another folder or overwrite"
         )
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines that name each setting of two records that differs, with both values."""
     lines = []
     for key in dict.fromkeys((*old, *new)):
         before, now = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            lines += _differences(before, now, f"{prefix}{key}.")
+            lines += differences(before, now, f"{prefix}{key}.")
         elif json.dumps(before) != json.dumps(now):  # as JSON, which writes tuples as lists
             lines.append(f"{prefix}{key:.40}: was {shown(before, 80)}, now {shown(now, 80)}")
     return lines
@@ -242,7 +259,7 @@ def _discard(out: Path, jobs: Sequence[Job]) -> None:
     path = out / MANIFEST
     names = [job.name for job in jobs]
     with contextlib.suppress(ValueError, FileNotFoundError):
-        names += [image["name"] for image in _read_manifest(path)["images"]]
+        names += [image["name"] for image in read_manifest(path)["images"]]
     for name in names:
         (out / (name if name.endswith(".png") else f"{name}.png")).unlink(missing_ok=True)
     path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..planning.reading import MAX_LIST_BYTES, read_text, refusal, shown, strict_json
 
-__all__ = ["Job", "check_name", "make_jobs", "read_prompts", "slug"]
+__all__ = ["Job", "check_name", "check_record", "check_seed", "make_jobs", "read_prompts", "slug"]
 
 PROMPT_LENGTH = 100_000
 """Characters of a prompt, of which a model reads some hundred tokens."""
@@ -55,7 +55,7 @@ def read_prompts(path: str | os.PathLike[str], seed: int = 0) -> list[Job]:
     if path.suffix == ".jsonl":
         records = [(where, _record(where, line)) for where, line in lines if line]
     else:
-        records = [(where, _checked(where, {"prompt": line})) for where, line in lines if line and line[0] != "#"]
+        records = [(where, check_record(where, {"prompt": line})) for where, line in lines if line and line[0] != "#"]
     if not records:
         raise refusal(path, "expected at least one prompt, got none")
     return _jobs(records, seed)
@@ -72,7 +72,7 @@ def make_jobs(prompts: Sequence[str], seed: int = 0) -> list[Job]:
         raise TypeError(f"prompts: expected a list of strings, got {type(prompts).__name__}")
     if not prompts:
         raise ValueError("prompts: expected at least one, got none")
-    return _jobs(((f"prompts[{i}]", _checked(f"prompts[{i}]", {"prompt": p})) for i, p in enumerate(prompts)), seed)
+    return _jobs(((f"prompts[{i}]", check_record(f"prompts[{i}]", {"prompt": p})) for i, p in enumerate(prompts)), seed)
 
 
 def _record(where: str, line: str) -> dict[str, Any]:
@@ -82,10 +82,10 @@ def _record(where: str, line: str) -> dict[str, Any]:
     unknown = sorted(set(record) - set(_KEYS))
     if unknown:
         raise refusal(where, f"unknown key {shown(unknown[0])}; known keys: {', '.join(_KEYS)}")
-    return _checked(where, record)
+    return check_record(where, record)
 
 
-def _checked(where: str, record: dict[str, Any]) -> dict[str, Any]:
+def check_record(where: str, record: dict[str, Any]) -> dict[str, Any]:
     prompt = record["prompt"]
     if not isinstance(prompt, str) or not prompt.strip():
         raise refusal(where, f"prompt: expected a non-empty string, got {shown(prompt)}")
@@ -96,13 +96,13 @@ def _checked(where: str, record: dict[str, Any]) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise refusal(where, f"prompt: expected text that UTF-8 can encode, got {shown(prompt)}") from error
     if "seed" in record:
-        _check_seed(f"{where}: seed", record["seed"])
+        check_seed(f"{where}: seed", record["seed"])
     if "name" in record:
         check_name(f"{where}: name", record["name"])
     return record
 
 
-def _check_seed(where: str, seed: Any) -> None:
+def check_seed(where: str, seed: Any) -> None:
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise refusal(where, f"expected an integer in [0, 2^63), got {shown(seed)}")
 
@@ -125,13 +125,13 @@ def check_name(where: str, name: Any) -> None:
 
 def _jobs(records: Sequence[tuple[str, dict[str, Any]]] | Iterator[tuple[str, dict[str, Any]]], seed: int) -> list[Job]:
     records = list(records)
-    _check_seed("seed", seed)
+    check_seed("seed", seed)
     digits = max(INDEX_DIGITS, len(str(len(records) - 1)))
     jobs: list[Job] = []
     taken: dict[str, str] = {}
     for index, (where, record) in enumerate(records):
         own = record.get("seed", seed + index)
-        _check_seed(f"{where}: seed", own)
+        check_seed(f"{where}: seed", own)
         name = record.get("name") or "-".join(filter(None, (f"{index:0{digits}}", slug(record["prompt"]))))
         if not name.endswith(".png"):
             name += ".png"

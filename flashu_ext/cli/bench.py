@@ -69,6 +69,7 @@ def bench() -> None:
     is_flag=True,
     help="Count what the CUDA kernels execute and move, and do not measure (bf16; no GPU, a source checkout with its C++ tests).",
 )
+@click.option("--int8", is_flag=True, help="Also with int8 weights, as torchao stores them (on the CPU).")
 @click.option(
     "--json",
     "json_file",
@@ -84,13 +85,16 @@ def ffn(
     threads: int | None,
     explain: str | None,
     counters: bool,
+    int8: bool,
     json_file: Path | None,
 ) -> None:
     """Compare the gathered FFN with torch dense, a pruned copy, and gather-then-GEMM."""
     from ..bench import ffn as module
     from ..planning.safe_files import write_text
 
-    settings = module.Settings(shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads)
+    settings = module.Settings(
+        shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads, int8=int8
+    )
     if explain is not None:
         click.echo(module.explain(settings, explain))
         return

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..batch.lock import FolderLock
     from ..batch.prompts import Job
 
-__all__ = ["generate"]
+__all__ = ["generate", "generate_list", "list_options", "own_ranks"]
 
 SHOWN_MISSING = 5
 
@@ -36,6 +36,53 @@ def _size(_context: click.Context, _parameter: click.Parameter, text: str | None
     if len(sides) != 2 or not all(side.isascii() and side.isdigit() and len(side) < 8 for side in sides):
         raise click.BadParameter(f"expected pixels as 512 or height x width as 512x1024, got {text[:80]!r}")
     return int(sides[0]), int(sides[1])
+
+
+def list_options(command: Any) -> Any:
+    """Options of every command that draws a list: how it is shared, and how each image is sampled."""
+    for option in reversed(
+        (
+            click.option("--batch", type=click.IntRange(1), help="Images of a list generated together.  [default: 1]"),
+            click.option(
+                "--overwrite", is_flag=True, help="Delete what an earlier run left in --out and generate all images."
+            ),
+            click.option(
+                "--parallel",
+                default="data",
+                show_default=True,
+                type=click.Choice(("data", "guidance")),
+                help="How torchrun ranks split the work: the list, or (two ranks) the branches of guidance.",
+            ),
+            click.option(
+                "--patience",
+                default=30.0,
+                show_default=True,
+                type=click.FloatRange(1),
+                help="Seconds of silence after which another rank counts as gone.",
+            ),
+            click.option(
+                "--seed",
+                default=0,
+                show_default=True,
+                type=click.IntRange(0),
+                help="Seed of the (first) image's noise.",
+            ),
+            click.option(
+                "--steps",
+                type=click.IntRange(2),
+                help="Grid points of the sampler, for JanusFlow its evaluations (default: the preset's, or the family's own).",
+            ),
+            click.option("--guidance", type=click.FloatRange(0), help="Guidance scale (default: the model's)."),
+            click.option(
+                "--size",
+                callback=_size,
+                metavar="PIXELS",
+                help="Side of the images, or height x width as in 512x1024 (default: the model's).",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -60,35 +107,7 @@ def _size(_context: click.Context, _parameter: click.Parameter, text: str | None
     help="File with one prompt per line (# begins a comment), or .jsonl with prompt and optionally seed, name.",
 )
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the images of --prompts.")
-@click.option("--batch", type=click.IntRange(1), help="Images generated together, for --prompts.  [default: 1]")
-@click.option("--overwrite", is_flag=True, help="Delete what an earlier run left in --out and generate all images.")
-@click.option(
-    "--parallel",
-    default="data",
-    show_default=True,
-    type=click.Choice(("data", "guidance")),
-    help="How torchrun ranks split the work: the list, or (two ranks) the branches of guidance.",
-)
-@click.option(
-    "--patience",
-    default=30.0,
-    show_default=True,
-    type=click.FloatRange(1),
-    help="Seconds of silence after which another rank counts as gone.",
-)
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the (first) image's noise.")
-@click.option(
-    "--steps",
-    type=click.IntRange(2),
-    help="Grid points of the sampler, for JanusFlow its evaluations (default: the preset's, or the family's own).",
-)
-@click.option("--guidance", type=click.FloatRange(0), help="Guidance scale (default: the model's).")
-@click.option(
-    "--size",
-    callback=_size,
-    metavar="PIXELS",
-    help="Side of the images, or height x width as in 512x1024 (default: the model's).",
-)
+@list_options
 def generate(
     prompt: str | None,
     prompts: Path | None,
@@ -114,6 +133,28 @@ def generate(
                 raise click.UsageError(f"{name}: expected --prompts with it, got PROMPT (see -o)")
     elif output is not None or out is None:
         raise click.UsageError("--out: expected a folder with --prompts" + (", got -o" if output is not None else ""))
+    ranks = own_ranks(parallel)
+    if prompts is None and parallel == "data" and ranks.world > 1:
+        raise click.UsageError(
+            f"PROMPT: expected --prompts or --parallel guidance on {ranks.world} ranks, got one image"
+        )
+    apart = parallel == "guidance"
+    if prompt is not None:
+        _generate_one(prompt, output or Path("out.png"), ranks, apart, patience, **settings)
+    else:
+        assert prompts is not None and out is not None, "checked above"
+        from ..batch.prompts import read_prompts
+
+        start = time.perf_counter()
+        jobs = read_prompts(prompts, settings["seed"])
+        drawn = generate_list(jobs, out, ranks, apart, patience, batch or 1, overwrite, **settings)
+        if drawn is not None:
+            seconds, name = time.perf_counter() - start, settings["tuned"] or settings["preset"]
+            click.echo(f"{out}: {len(jobs)} images, {drawn} of them generated now, {seconds:.2f} s ({name})")
+
+
+def own_ranks(parallel: str) -> Ranks:
+    """This process's rank among those that draw. Raises click.UsageError."""
     # When a rank dies, torch logs a page of C++ frames; the rank is reported in one line below instead.
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -127,16 +168,7 @@ def generate(
         raise click.UsageError(
             f"--parallel guidance: expected 2 ranks (torchrun --nproc-per-node 2), got {ranks.world}"
         )
-    if prompts is None and parallel == "data" and ranks.world > 1:
-        raise click.UsageError(
-            f"PROMPT: expected --prompts or --parallel guidance on {ranks.world} ranks, got one image"
-        )
-    apart = parallel == "guidance"
-    if prompt is not None:
-        _generate_one(prompt, output or Path("out.png"), ranks, apart, patience, **settings)
-    else:
-        assert prompts is not None and out is not None, "checked above"
-        _generate_list(prompts, out, ranks, apart, patience, batch or 1, overwrite, **settings)
+    return ranks
 
 
 @contextlib.contextmanager
@@ -199,16 +231,32 @@ def _generate_one(prompt: str, output: Path, ranks: Ranks, apart: bool, patience
             click.echo(f"{output}: {image.width} x {image.height}, {seconds:.2f} s ({name})")
 
 
-def _generate_list(
-    prompts: Path, out: Path, ranks: Ranks, apart: bool, patience: float, batch: int, overwrite: bool, **settings: Any
-) -> None:
+def generate_list(
+    jobs: list[Job],
+    out: Path,
+    ranks: Ranks,
+    apart: bool,
+    patience: float,
+    batch: int,
+    overwrite: bool,
+    begun: Callable[[int], None] = lambda missing: None,
+    **settings: Any,
+) -> int | None:
+    """Draw what is missing of a list in a folder, on all ranks.
+
+    Args:
+        begun: called on rank 0 with the number of missing images, once the folder is found to be of these settings.
+
+    Returns:
+        How many images were missing, on the rank that reports for all; None on the others.
+
+    Raises:
+        click.ClickException: images are missing at the end.
+    """
     from ..batch import Heartbeat, shard
     from ..batch import folder as folder
     from ..batch.lock import FolderLock
-    from ..batch.prompts import read_prompts
 
-    jobs = read_prompts(prompts, settings["seed"])
-    start = time.perf_counter()
     try:
         with (
             _stop_on_sigterm() as stop,
@@ -229,7 +277,7 @@ def _generate_list(
                 )
                 # When a launcher restarts the ranks, they resume from the images of the first attempt.
                 discard = overwrite and ranks.attempt == 0
-                run, todo = heartbeat.share("todo", functools.partial(_begin, lock, out, record, jobs, discard))
+                run, todo = heartbeat.share("todo", functools.partial(_begin, lock, out, record, jobs, discard, begun))
                 lock.join(run)
                 batches = sorted({index // batch for index in todo})
                 mine = batches if apart else shard(batches, ranks.rank, ranks.world)
@@ -257,19 +305,23 @@ def _generate_list(
         raise click.exceptions.Exit(1)  # another rank reports the reason
     if absent or reasons:
         raise click.ClickException("; ".join([*reasons, f"{out}: {_missing(absent, len(jobs))}"]))
-    if heartbeat.reporter:
-        seconds, name = time.perf_counter() - start, settings["tuned"] or settings["preset"]
-        click.echo(f"{out}: {len(jobs)} images, {len(todo)} of them generated now, {seconds:.2f} s ({name})")
+    return len(todo) if heartbeat.reporter else None
 
 
 def _begin(
-    lock: FolderLock, out: Path, record: dict[str, Any], jobs: list[Job], overwrite: bool
+    lock: FolderLock,
+    out: Path,
+    record: dict[str, Any],
+    jobs: list[Job],
+    overwrite: bool,
+    begun: Callable[[int], None],
 ) -> tuple[str, list[int]]:
     """The run's name and the images that the folder misses, on the one rank that makes the folder ready."""
     from ..batch.folder import open_folder
 
     run = lock.begin()
     todo = open_folder(out, record, jobs, overwrite=overwrite, lock=lock)
+    begun(len(todo))
     lock.share()
     return run, todo
 

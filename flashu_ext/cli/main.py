@@ -16,6 +16,7 @@ import click
 
 from .. import __version__
 from .bench import bench
+from .evaluate import evaluate
 from .generate import generate
 from .serve import serve
 from .studies import COMMANDS
@@ -420,7 +421,7 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=1) if as_json else module.describe(facts))
 
 
-for _command in (generate, serve, bench, *COMMANDS):
+for _command in (generate, serve, evaluate, bench, *COMMANDS):
     cli.add_command(_command)
 cli.aliases["plan"] = "schedule"
 

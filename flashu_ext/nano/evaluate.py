@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..planning.config import PRESETS
+from ..planning.intervals import wilson
 from . import codec
 from .judge import judge
 from .subject import DATA, subject_of
@@ -37,12 +37,7 @@ class Proportion:
 
     @property
     def interval(self) -> tuple[float, float]:
-        if self.n == 0:
-            return (0.0, 1.0)
-        z, p = 1.96, self.value
-        center = (p + z * z / (2 * self.n)) / (1 + z * z / self.n)
-        half = z / (1 + z * z / self.n) * math.sqrt(p * (1 - p) / self.n + z * z / (4 * self.n * self.n))
-        return (max(0.0, center - half), min(1.0, center + half))
+        return wilson(self.value, self.n)
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -22,7 +22,7 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # The library registers all ops for every device that it was built for.
 DEVICES = ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("flashu::rms_norm", "CUDA") else ("cpu",)
 
-_KNOWN = (*FLOATING, torch.float64, torch.int32, torch.int64, torch.bool)
+_KNOWN = (*FLOATING, torch.float64, torch.int32, torch.int64, torch.int8, torch.bool)
 """Dtypes that the adapters know; the kernels say themselves which of them they take."""
 
 _OTHER_DTYPES = {
@@ -32,6 +32,7 @@ _OTHER_DTYPES = {
     "lengths": "int64",
     "list": "int32",
     "norms": "float32 or float64",
+    **dict.fromkeys(("scale", "gate_scale", "up_scale", "down_scale"), "float32"),
     "start": "int64",
     "step": "int64",
 }
@@ -92,12 +93,14 @@ def _tensor_misfit(place: str, value: Any, argument: Any) -> Exception | None:
         layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         return TypeError(f"{where} a dense tensor, got {layout}")
     if value.dtype not in _KNOWN:
-        return TypeError(f"{where} {_dtypes(argument)}, got {str(value.dtype).removeprefix('torch.')}")
+        return TypeError(f"{where} {_dtypes(place, argument)}, got {str(value.dtype).removeprefix('torch.')}")
     return None
 
 
-def _dtypes(argument: Any) -> str:
+def _dtypes(place: str, argument: Any) -> str:
     """The dtypes of an argument in words."""
+    if place.startswith("int8_") and argument.name.startswith("w"):
+        return "int8"
     if argument.name == "index" and argument.alias_info is None:
         return "int32 or int64"
     return _OTHER_DTYPES.get(argument.name, "float32, bfloat16 or float16")

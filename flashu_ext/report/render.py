@@ -10,7 +10,15 @@ from ..planning.safe_files import write_text
 from . import analysis_plots, figures, pareto_plots, plots
 from .result import DemoResult
 
-__all__ = ["page", "render", "render_analysis", "render_fidelity", "write", "write_report"]
+__all__ = [
+    "page",
+    "render",
+    "render_analysis",
+    "render_evaluation",
+    "render_fidelity",
+    "write",
+    "write_report",
+]
 
 
 def page(template: str, **values: Any) -> str:
@@ -119,3 +127,8 @@ def render_fidelity(result: Any) -> str:
             ),
         ],
     )
+
+
+def render_evaluation(result: Any) -> str:
+    """The page of an `evaluation.Evaluation`."""
+    return page("evaluation.html.j2", result=result)

@@ -20,6 +20,7 @@ SMALL = within("runtime/test_small_models.py")
 CALLERS = within("runtime/test_callers_tensors.py")
 IMAGES = within("runtime/test_image_company.py")
 KNOBS = within("runtime/test_skipping_and_caching.py")
+LORA = within("runtime/test_lora.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 COMPANY = within("runtime/test_answer_company.py")
@@ -53,6 +54,9 @@ SIZES = within("showo2/test_sizes.py")
 PIPELINE = within("showo2/test_pipeline.py")
 CONFORMANCE = within("showo2/test_conformance.py")
 COMMANDS = within("cli/test_cli.py")
+BENCHMARKS = within("evaluation/test_benchmark_folders.py")
+SCORES = within("evaluation/test_scores.py")
+LMMS = within("evaluation/test_lmms.py")
 KERNELS = within("runtime/test_kernel_sets.py")
 MANY = within("runtime/test_many_changes.py")
 PARTS = within("runtime/test_living_parts.py")
@@ -112,7 +116,7 @@ MUTANTS = [
     Mutant("pixels: cropped at the left", "flashu_ext/models/pictures.py", "left, top = round((width - side) / 2)", "left, top = 0", EDGES("cropped")),
     Mutant("validate: an id equal to the vocabulary", "flashu_ext/models/checks.py", "high >= vocabulary", "high > vocabulary", SMALL("vocabulary")),
     Mutant("folder: weights do not matter", "flashu_ext/batch/folder.py", '        "weights": weights_digest(pipe.model),\n', "", FOLDER("weights")),
-    Mutant("folder: the plan does not matter", "flashu_ext/batch/folder.py", '"plan": _plan_digest(config, plan)', '"plan": None', FOLDER("plan")),
+    Mutant("folder: the plan does not matter", "flashu_ext/batch/folder.py", '"plan": plan_digest(config, plan)', '"plan": None', FOLDER("plan")),
     Mutant("folder: the manifest goes first", "flashu_ext/batch/folder.py", "    for name in names:\n        (out /", "    path.unlink(missing_ok=True)\n    for name in names:\n        (out /", FOLDER("manifest")),
     Mutant("backbone: layers are judged over the span alone", "flashu_ext/runtime/backbone.py", "memory.importance[index] = importance.float().mean()", "memory.importance[index] = importance.gather(1, places).float().mean()", SMALL("layer_importance_equals"), quick=True),
     Mutant("backbone: the last layer is judged before the final norm", "flashu_ext/runtime/backbone.py", "importance = kernels.cosine_importance(before, after)", "importance = kernels.cosine_importance(before, x)", SMALL("layer_importance_equals")),
@@ -182,7 +186,12 @@ MUTANTS = [
     Mutant("stamp: other functions of torch do not matter", "flashu_ext/models/stamp.py", "            [functions(vars(owner)) for owner, functions in _LIBRARY],\n", "", FUNCTIONS("only_modules_call")),
     Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", PAGE("what_happens")),
     Mutant("known: forward hooks are passed over", "flashu_ext/models/known.py", '    if module._forward_hooks:\n        return "has a forward hook"\n', "", MODULES("hooked_module")),
-    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'reason = reason or ("has a bias" if linear.bias is not None else None)', "reason = reason or None", MODULES("kernel_does_not_compute")),
+    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'why_not_linear(linear, like) or ("has a bias" if linear.bias is not None else None)', "why_not_linear(linear, like)", MODULES("kernel_does_not_compute")),
+    Mutant("lora: a scaling set later is not noticed", "flashu_ext/models/lora.py", "        dict(module.scaling),\n", "", LORA("noticed")),
+    Mutant("lora: merged adapters are added again", "flashu_ext/models/lora.py", "if module.disable_adapters or module.merged_adapters:", "if module.disable_adapters:", LORA("states")),
+    Mutant("lora: DoRA is taken for a plain adapter", "flashu_ext/models/known.py", "    if variant is not None:\n", "    if False:\n", LORA("themselves")),
+    Mutant("lora: down reads A of the first neurons", "flashu_ext/runtime/modules/ffn.py", "low = ops.gathered_down(h.to(update.down.weight.dtype), update.down.weight, selection=selection)", "low = self._kernels.linear(h.to(update.down.weight.dtype), update.down.weight[:, : h.shape[-1]].contiguous())", LORA("pruned")),
+    Mutant("int8: zero points are passed over", "flashu_ext/models/int8.py", "if zero is not None and bool(zero.any()):", "if False:", within("runtime/test_int8_models.py")("zero")),
     Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", MODULES("refused_by_name")),
     Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "        self.reset()\n        self._stamp", "        self.generation.pool.clear()\n        self._stamp", LIVING("follow_weights"), quick=True),
     Mutant("runner: an image goes on with other weights", "flashu_ext/runtime/runner.py", "        self.reset()\n        self._stamp", "        self.understanding.reset()\n        self._stamp", SCHEDULES("image_in_progress")),
@@ -261,7 +270,7 @@ MUTANTS = [
     Mutant("ranks: a rank too many", "flashu_ext/batch/ranks.py", "if self.rank >= self.world:", "if self.rank > self.world:", RANKS("wrong_environments")),
     Mutant("prompts: a seed of 0 is none", "flashu_ext/batch/prompts.py", 'record.get("seed", seed + index)', 'record.get("seed") or seed + index', LISTS("text_and_jsonl"), quick=True),
     Mutant("prompts: a mark of the byte order is part of the first", "flashu_ext/batch/prompts.py", 'encoding="utf-8-sig"', 'encoding="utf-8"', LISTS("text_and_jsonl")),
-    Mutant("prompts: seeds run out of their range", "flashu_ext/batch/prompts.py", '        _check_seed(f"{where}: seed", own)\n', "", LISTS("seeds_end")),
+    Mutant("prompts: seeds run out of their range", "flashu_ext/batch/prompts.py", '        check_seed(f"{where}: seed", own)\n', "", LISTS("seeds_end")),
     Mutant("folder: the order of neurons matters", "flashu_ext/planning/fingerprint.py", "return mixed.sum(0, keepdim=True)", "return mixed", FOLDER("digest_of_the_dense"), quick=True),
     Mutant("folder: neurons of each matrix in an order of its own", "flashu_ext/planning/fingerprint.py", "        mixed = mixed ^ (mixed >> 29)\n", "", FOLDER("another_order")),
     Mutant("folder: norms do not matter", "flashu_ext/planning/fingerprint.py", "if id(value) not in own and _readable(value)]", "if id(value) not in own and value.dim() > 1]", FOLDER("halving")),
@@ -379,4 +388,18 @@ MUTANTS = [
     Mutant("diffusers: a saved folder has no index", "flashu_ext/hosts/diffusers.py", "        write_diffusers_index(directory)\n", "", DIFFUSERS("loads_and_is_saved")),
     Mutant("diffusers: another's index is overwritten", "flashu_ext/hosts/__init__.py", "if name != _CLASS:", "if False:", DIFFUSERS("another_pipeline_stays")),
     Mutant("diffusers: copies are drawn in turns", "flashu_ext/hosts/diffusers.py", '[each for each in prompts for _ in range(_count("num_images_per_prompt", copies))]', '[each for _ in range(_count("num_images_per_prompt", copies)) for each in prompts]', DIFFUSERS("company")),
+    Mutant("geneval: samples share their seed", "flashu_ext/evaluation/lists.py", "seed + index * samples + sample", "seed + index * samples", BENCHMARKS("genevals_folder")),
+    Mutant("dpg: images lie column by column", "flashu_ext/evaluation/drawing.py", "(index % 2 * side, index // 2 * side)", "(index // 2 * side, index % 2 * side)", BENCHMARKS("dpgs_folder"), quick=True),
+    Mutant("dpg: a name may have a dot", "flashu_ext/evaluation/lists.py", 're.search(r"[.]|^\\s*$", name)', 're.search(r"^\\s*$", name)', BENCHMARKS("of_dpg_that_are_none")),
+    Mutant("evaluation: a damaged picture stays", "flashu_ext/evaluation/drawing.py", "    if not complete_png(target):\n        return False\n", "    if not target.exists():\n        return False\n", BENCHMARKS("resumed")),
+    Mutant("evaluation: a grid is written in place", "flashu_ext/evaluation/drawing.py", "            with atomic_path(target) as temporary:\n                _make(picture, sources, temporary)\n", "            _make(picture, sources, target)\n", BENCHMARKS("no_part_of_a_file")),
+    Mutant("evaluation: pictures of another list stay", "flashu_ext/evaluation/drawing.py", "        left.unlink()\n", "        pass\n", BENCHMARKS("shorter_list")),
+    Mutant("geneval: the overall score is the mean over images", "flashu_ext/evaluation/scores.py", "math.fsum(shares) / len(shares)", "sum(r for t in strata for r, _ in t) / (len(seen) + 1)", SCORES("genevals_scores")),
+    Mutant("geneval: images are independent", "flashu_ext/evaluation/scores.py", "wilson(share, len(task))", "wilson(share, int(sum(n for _, n in task)))", SCORES("genevals_scores")),
+    Mutant("geneval: results of another list are taken", "flashu_ext/evaluation/scores.py", 'if line["prompt"] != prompts[match[1]]:', "if False:", SCORES("geneval_that_are_none")),
+    Mutant("mme: a picture needs one right answer", "flashu_ext/evaluation/scores.py", "100.0 * (share == 1.0)", "100.0 * (share > 0.0)", SCORES("mme")),
+    Mutant("intervals: clusters are drawn once", "flashu_ext/planning/intervals.py", "rng.integers(len(clusters), size=", "rng.integers(1 + len(clusters) // 2, size=", SCORES("intervals")),
+    Mutant("page: a part of a list is a whole one", "flashu_ext/report/evaluation.py", 'if result.state == "scored" and result.scored != result.expected:', "if False:", SCORES("the_page")),
+    Mutant("page: other weights are not told", "flashu_ext/report/evaluation.py", '_OWN = {"preset", "config", "plan", "steps"}', '_OWN = {"preset", "config", "plan", "steps", "weights"}', SCORES("the_page")),
+    Mutant("likelihoods: of the token before", "flashu_ext/evaluation/likelihood.py", "token = self.tokens[len(self.logprobs)]", "token = self.tokens[max(0, len(self.logprobs) - 1)]", LMMS("likelihoods")),
 ]  # fmt: skip

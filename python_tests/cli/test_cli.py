@@ -38,6 +38,7 @@ def test_help_has_an_example(path: tuple[str, ...]) -> None:
 def test_commands() -> None:
     assert set(cli.commands) == {
         "demo",
+        "evaluate",
         "generate",
         "answer",
         "calibrate",

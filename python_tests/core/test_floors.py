@@ -19,7 +19,7 @@ FLOORS = (
     ("upstream",),
     ("calibration", "batch", "server"),
     ("nano",),
-    ("studies", "bench", "hosts"),
+    ("studies", "bench", "hosts", "evaluation"),
     ("report",),
     ("cli",),
 )

@@ -190,7 +190,7 @@ def _no_tensors(tensor: Tensor) -> dict[str, tuple[Any, str]]:
         "array": (np.ones((2000, 100)), "a tensor, got ndarray"),
         "text": ("x", "a tensor.*got str"),
         "sparse": (tensor.to_sparse(), "a dense tensor, got layout torch.sparse_coo"),
-        "short": (tensor.to(torch.int16), "(float32|int64|int32 or int64).*, got int16"),
+        "short": (tensor.to(torch.int16), "(int8|float32|int64|int32 or int64).*, got int16"),
     }
 
 

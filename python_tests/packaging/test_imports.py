@@ -81,6 +81,7 @@ except ImportError as error:
         ("jinja2", "report", "from flashu_ext.report import render; render.page('')"),
         ("skimage.metrics", "report", "import numpy as n; from flashu_ext.studies import fidelity as f; "
          "x = n.zeros((1, 8, 8, 3), n.uint8); f.ssim(x, x)"),
+        ("lmms_eval", "evaluate", "import flashu_ext.evaluation.lmms"),
     ],
 )  # fmt: skip
 def test_a_missing_package_names_its_extra(module: str, extra: str, code: str):
