@@ -19,6 +19,9 @@ __all__ = ["GONE", "Gate", "check_key"]
 GONE = 499
 """The status of a request whose client went away; nobody reads it but who counts."""
 
+NONE = 0
+"""Before a reply has begun."""
+
 OPEN = ("/health",)
 """Needs no key."""
 ROUTES = ("/v1/images/generations", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
@@ -42,7 +45,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), NONE
 
         async def counted(message: Any) -> None:
             nonlocal status
@@ -57,13 +60,15 @@ class Gate:
                 error = ApiError(401, "Authorization: expected Bearer and this server's key", code="invalid_api_key")
                 await JSONResponse(error.body(), 401, {"WWW-Authenticate": "Bearer"})(scope, receive, counted)
         except asyncio.CancelledError:
-            status = GONE
             self._metrics.unanswered += 1
+            if status == NONE:
+                error = ApiError(503, "the server is stopping", code="stopping")
+                await JSONResponse(error.body(), 503)(scope, receive, counted)
             raise
         finally:
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             route = path if path in ROUTES else "other"
-            self._metrics.requests.labels(route, status).inc()
+            self._metrics.requests.labels(route, 500 if status == NONE else status).inc()
             self._metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
     def _admits(self, scope: Any) -> bool:
