@@ -87,9 +87,10 @@ class Linear(nn.Module):
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether calling the module multiplies by its weight and does nothing else."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return type(module) is nn.Linear and module.bias is None and not hooked
+    """Whether calling the module multiplies by its weight and does nothing else. `kernelize` binds a forward of its own."""
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    own = getattr(module.forward, "__func__", None) in (nn.Linear.forward, Linear.forward)
+    return type(module) is nn.Linear and own and module.bias is None and not hooked
 
 
 def _is_silu(module: Any) -> bool:
