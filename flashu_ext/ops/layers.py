@@ -87,10 +87,9 @@ class Linear(nn.Module):
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether calling the module multiplies by its weight and does nothing else. `kernelize` binds a forward of its own."""
-    hooked = module._forward_hooks or module._forward_pre_hooks
+    """Whether calling the module multiplies by its weight and does nothing else. `kernelize` binds a forward to modules."""
     own = getattr(module.forward, "__func__", None) in (nn.Linear.forward, Linear.forward)
-    return type(module) is nn.Linear and own and module.bias is None and not hooked
+    return own and module.bias is None and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _is_silu(module: Any) -> bool:

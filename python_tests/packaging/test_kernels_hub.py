@@ -7,8 +7,10 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -123,24 +125,16 @@ def test_it_is_loaded_offline_and_alone(folder: Path, tmp_path: Path):
 
 
 def test_the_layout(folder: Path):
-    from kernels._rust import Build  # kernel-builder's own reader
-
-    assert {str(each) for each in Build.open(folder).general.backends} <= {"cpu", "cuda"}
-    variants = {path.name: path for path in (folder / "build").iterdir()}
-    accepted = [type(each).__name__ for each in kernels_decisions(variants)]
-    assert "VariantAccepted" in accepted
+    general = tomllib.loads((folder / "build.toml").read_text())["general"]
+    assert (general["name"], general["version"]) == (hub.NAME, hub.VERSION)
+    variants = {path.name.split("-")[3]: path for path in (folder / "build").iterdir()}
+    assert {re.sub(r"^cu\d+$", "cuda", backend) for backend in variants} == {*general["backends"]} >= {"cpu"}
     for path in variants.values():
         metadata = kernels.Metadata.read_from_file(path / "metadata.json")
         assert (metadata.name.python_name, metadata.version, metadata.python_depends) == ("flashu_ext", hub.VERSION, [])
         copied = {file.name for file in path.glob("*.py")} - {"_ops.py"}
         assert copied == {file.name for file in hub.OPS.glob("*.py")} - set(hub.LEFT_OUT)
         assert all((path / name).read_bytes() == (hub.OPS / name).read_bytes() for name in copied)
-
-
-def kernels_decisions(names: Any) -> list[Any]:
-    from kernels.variants import parse_variant, resolve_variants
-
-    return resolve_variants([parse_variant(name) for name in names], "cpu")[1]
 
 
 def test_it_imports_itself_torch_and_the_standard_library_only(folder: Path):
@@ -230,44 +224,6 @@ def test_some_neurons(kernel: ModuleType, mapped: None):
     kept = [*range(24), *range(96, 136)]
     weights = mlp.gate_proj.weight[kept], mlp.up_proj.weight[kept], mlp.down_proj.weight[:, kept]
     torch.testing.assert_close(mlp(x), reference.gathered_ffn(x, *weights), rtol=1e-4, atol=1e-5)
-    mlp.down_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
-    with pytest.raises(ValueError, match=r"selection: expected a module of SiLU and three nn\.Linear"):
-        mlp(x)
-
-
-@pytest.mark.parametrize("config", [{"mlp_bias": True}, {"hidden_act": "gelu"}])
-@torch.no_grad()
-def test_other_mlps_compute_what_they_are(kernel: ModuleType, mapped: None, config: dict[str, Any]):
-    ours = model("Llama", **config)
-    mlp, x = ours.model.layers[0].mlp, randn(7, 5, 64)
-    for parameter in mlp.parameters():
-        parameter.copy_(0.1 * torch.randn(parameter.shape))
-    expected = mlp(x)
-    kernels.kernelize(ours, mode=kernels.Mode.INFERENCE, device="cpu")
-    with Called() as called:
-        torch.testing.assert_close(mlp(x), expected, rtol=1e-4, atol=1e-4)
-    assert f"{namespace(kernel)}::gathered_ffn" not in called.counts
-
-
-@torch.no_grad()
-def test_hooks_of_projections_are_called(mapped: None):
-    ours = kernels.kernelize(model("Qwen2"), mode=kernels.Mode.INFERENCE, device="cpu")
-    mlp, x = ours.model.layers[0].mlp, randn(7, 5, 64)
-    before = mlp(x)
-    mlp.down_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
-    torch.testing.assert_close(mlp(x), 2 * before, rtol=1e-4, atol=1e-6)
-
-
-@torch.no_grad()
-def test_norms_with_other_names_and_dtypes(mapped: None):
-    x = randn(3, 4, 64)
-    norm = nn.RMSNorm(64, eps=1e-3)
-    norm.weight.copy_(randn(4, 64))
-    expected = norm(x)
-    kernels.kernelize(norm, mode=kernels.Mode.INFERENCE, device="cpu")
-    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-6)
-    low = x.bfloat16()
-    assert torch.equal(norm(low), norm(low.float()).bfloat16())  # a weight of fp32 is not rounded
 
 
 @pytest.mark.parametrize("mode", ["TRAINING", "INFERENCE"])
