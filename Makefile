@@ -33,7 +33,9 @@ help: ## list the targets
 demo: build ## generate and answer with the embedded model, dense, exact and paper; writes flashu_demo/report.html
 	$(BIN)/flashu-ext demo
 
-test: python-test cpp-test ptx-test lint ## everything that CI checks
+test: ## Python tests, C++ tests, the CUDA kernels' PTX, lint; says how long each took
+	for target in build python-test cpp-test ptx-test lint; do began=$$SECONDS; \
+	  $(MAKE) --no-print-directory $$target || exit 1; echo "make $$target: $$((SECONDS - began)) s"; done
 
 # Two processes of one thread are faster than one of two: most models in the tests are too small to be shared by threads.
 # `make test-abi` runs the operators' tests on all threads.

@@ -43,6 +43,55 @@ void expect_equal(const Owned<T>& got, const std::vector<float>& expected) {
     ASSERT_EQ(to_float(got.data[i]), expected[i]) << "element " << i;
 }
 
+// Bytes, and the same numbers in the storage type.
+template <class T>
+std::pair<Owned<int8_t>, Owned<T>> bytes(int64_t rows, int64_t width, uint32_t seed) {
+  const auto numbers = integers<int32_t>({rows, width}, seed, 127);
+  Owned<int8_t> small({rows, width});
+  Owned<T> wide({rows, width});
+  for (size_t i = 0; i < numbers.data.size(); ++i) {
+    small.data[i] = static_cast<int8_t>(numbers.data[i]);
+    wide.data[i] = from_float<T>(static_cast<float>(numbers.data[i]));
+  }
+  return {small, wide};
+}
+
+// With scales of 1 int8 weights give the bits that the same numbers give: sums have one order.
+TYPED_TEST(Ffn, OfInt8WeightsHasTheBitsOfTheirNumbers) {
+  for (const int64_t hidden : {37, 64, 130, 300}) {
+    const auto [gate8, gate] = bytes<TypeParam>(kNeurons, hidden, 1);
+    const auto [up8, up] = bytes<TypeParam>(kNeurons, hidden, 2);
+    const auto [down8, down] = bytes<TypeParam>(kWidth, kNeurons, 3);
+    const Owned<float> one({kNeurons}, std::vector<float>(kNeurons, 1.0f));
+    const Owned<float> one_down({kWidth}, std::vector<float>(kWidth, 1.0f));
+    for (const int64_t rows : {1, 2, 13}) {
+      Owned<TypeParam> x({rows, hidden});
+      for (size_t i = 0; i < x.data.size(); ++i)
+        x.data[i] = from_float<TypeParam>(1e-3f * std::sin(static_cast<float>(i)));
+      Owned<TypeParam> got({rows, kWidth});
+      Owned<TypeParam> expected({rows, kWidth});
+      FfnArgs args{};
+      args.x = x;
+      args.w_gate = gate;
+      args.w_up = up;
+      args.w_down = down;
+      args.out = expected;
+      gathered_ffn(args);
+      args.w_gate = gate8;
+      args.w_up = up8;
+      args.w_down = down8;
+      args.gate_scale = one;
+      args.up_scale = one;
+      args.down_scale = one_down;
+      args.out = got;
+      gathered_ffn(args);
+      for (size_t i = 0; i < got.data.size(); ++i)
+        ASSERT_EQ(to_float(got.data[i]), to_float(expected.data[i]))
+            << hidden << " " << rows << " element " << i;
+    }
+  }
+}
+
 TYPED_TEST(Ffn, DownIsExactOnIntegersForEverySelection) {
   const auto w = integers<TypeParam>({kWidth, kNeurons}, 1);
   for (const int64_t rows : {1, 2, 6, 7, 13, 40}) {

@@ -22,6 +22,7 @@ constexpr flashu_dtype dtype_of() {
   if constexpr (std::is_same_v<T, double>) return FLASHU_F64;
   if constexpr (std::is_same_v<T, int32_t>) return FLASHU_I32;
   if constexpr (std::is_same_v<T, int64_t>) return FLASHU_I64;
+  if constexpr (std::is_same_v<T, int8_t>) return FLASHU_I8;
 }
 
 // A contiguous tensor that owns its elements.

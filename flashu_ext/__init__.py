@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .models.adapter import Question as Question
     from .models.adapter import Sizes as Sizes
     from .models.calibration import TokenSample as TokenSample
+    from .models.folders import load_pipeline as load_pipeline
     from .models.showo2.calibration import GenerationSample as GenerationSample
     from .models.showo2.calibration import UnderstandingSample as UnderstandingSample
     from .ops import reference as reference
@@ -79,8 +80,9 @@ _HOMES = {
     "prune_ffn": "runtime.pruned",
     "EditedWeightsError": "runtime.order",
     "handle_of": "models.accelerated",
+    "load_pipeline": "models.folders",
 }
-_MODULES = ("bench", "nano", "ops")
+_MODULES = ("bench", "hosts", "nano", "ops")
 # Public modules that lie in a folder: `import flashu_ext.showo2.sampling` finds `flashu_ext.models.showo2.sampling`.
 _ALIASES = {
     "bagel": "models.bagel",

@@ -97,25 +97,52 @@ void check_selection(FfnProblem& p, const flashu_selection& selection, const cha
   p.block = block_of(p.runs);
 }
 
+core::Matrix any_weight(const FfnProblem& p, const char* name, const flashu_tensor& tensor,
+                        const flashu_tensor& x) {
+  return p.int8 ? int8_weight(name, tensor) : weight(name, tensor, "x", x);
+}
+
 void check_up_weights(FfnProblem& p, const flashu_tensor& x, const flashu_tensor& w_gate,
                       const flashu_tensor& w_up) {
   const core::Rows rows = core::as_rows("x", x);
   p.hidden = rows.width;
   p.x = {x.data, rows.stride};
-  p.w_gate = weight("w_gate", w_gate, "x", x);
+  p.w_gate = any_weight(p, "w_gate", w_gate, x);
   core::check_size("w_gate", w_gate, 1, p.hidden);
-  p.w_up = weight("w_up", w_up, "x", x);
+  p.w_up = any_weight(p, "w_up", w_up, x);
   core::check_same_shape("w_up", w_up, "w_gate", w_gate);
   p.intermediate = w_gate.sizes[0];
   p.has_up = true;
 }
 
+// What is added to a product of the up half.
+core::Matrix addend(const FfnProblem& p, const char* name, const flashu_tensor& tensor,
+                    const flashu_tensor& x) {
+  if (!core::present(tensor)) return {};
+  FLASHU_CHECK(p.device == FLASHU_DEVICE_CPU, FLASHU_UNSUPPORTED, name,
+               ": expected none on CUDA, whose kernels add nothing, got a tensor");
+  return rows_like(name, tensor, "x", x, p.neurons);
+}
+
 FfnProblem checked(const flashu_swiglu_args& a) {
-  check_all({{"x", &a.x}, {"w_gate", &a.w_gate}, {"w_up", &a.w_up}, {"out", &a.out}, {"status", &a.status}});
+  check_all({{"x", &a.x},
+             {"w_gate", &a.w_gate},
+             {"w_up", &a.w_up},
+             {"gate_add", &a.gate_add},
+             {"up_add", &a.up_add},
+             {"out", &a.out},
+             {"status", &a.status}});
   FfnProblem p = begin("x", a.x, a);
   check_up_weights(p, a.x, a.w_gate, a.w_up);
   check_selection(p, a.selection, "x", a.x);
-  p.h = output(a.out, "x", a.x, p.neurons, {{"x", &a.x}, {"w_gate", &a.w_gate}, {"w_up", &a.w_up}});
+  p.gate_add = addend(p, "gate_add", a.gate_add, a.x);
+  p.up_add = addend(p, "up_add", a.up_add, a.x);
+  p.h = output(a.out, "x", a.x, p.neurons,
+               {{"x", &a.x},
+                {"w_gate", &a.w_gate},
+                {"w_up", &a.w_up},
+                {"gate_add", &a.gate_add},
+                {"up_add", &a.up_add}});
   return p;
 }
 
@@ -143,15 +170,24 @@ FfnProblem checked(const flashu_ffn_args& a) {
              {"w_gate", &a.w_gate},
              {"w_up", &a.w_up},
              {"w_down", &a.w_down},
+             {"gate_scale", &a.gate_scale},
+             {"up_scale", &a.up_scale},
+             {"down_scale", &a.down_scale},
              {"residual", &a.residual},
              {"norms", &a.norms},
              {"out", &a.out},
              {"status", &a.status}});
   FfnProblem p = begin("x", a.x, a);
+  p.int8 = core::present(a.gate_scale) || core::present(a.up_scale) || core::present(a.down_scale);
   check_up_weights(p, a.x, a.w_gate, a.w_up);
-  p.w_down = weight("w_down", a.w_down, "x", a.x);
+  p.w_down = any_weight(p, "w_down", a.w_down, a.x);
   core::check_size("w_down", a.w_down, 1, p.intermediate);
   p.width = a.w_down.sizes[0];
+  if (p.int8) {
+    p.gate_scale = row_scales("gate_scale", a.gate_scale, p.intermediate);
+    p.up_scale = row_scales("up_scale", a.up_scale, p.intermediate);
+    p.down_scale = row_scales("down_scale", a.down_scale, p.width);
+  }
   p.has_down = true;
   check_selection(p, a.selection, "x", a.x);
   if (core::present(a.residual)) p.residual = rows_like("residual", a.residual, "x", a.x, p.width);
@@ -160,6 +196,9 @@ FfnProblem checked(const flashu_ffn_args& a) {
                   {"w_gate", &a.w_gate},
                   {"w_up", &a.w_up},
                   {"w_down", &a.w_down},
+                  {"gate_scale", &a.gate_scale},
+                  {"up_scale", &a.up_scale},
+                  {"down_scale", &a.down_scale},
                   {"residual", &a.residual}});
   if (core::present(a.norms)) {
     core::check_dtype("norms", a.norms, {FLASHU_F32, FLASHU_F64});

@@ -48,7 +48,8 @@ bool continues(const core::LinearPart& part, const core::LinearPart& next, int32
          vector(part.out) && vector(next.out);
 }
 
-core::LinearProblem checked(const flashu_linears_args& a, const Names* names) {
+// scale: of a first weight that is int8, or absent.
+core::LinearProblem checked(const flashu_linears_args& a, const Names* names, const flashu_tensor& scale) {
   FLASHU_CHECK(a.count >= 1 && a.count <= FLASHU_LINEAR_WEIGHTS, FLASHU_INVALID_VALUE,
                "count: expected 1 to ", FLASHU_LINEAR_WEIGHTS, " weights, got ", a.count);
   static_assert(FLASHU_LINEAR_WEIGHTS == 4, "the lists of inputs below name four");
@@ -65,6 +66,7 @@ core::LinearProblem checked(const flashu_linears_args& a, const Names* names) {
                                {names[1].bias, &b[1]},
                                {names[2].bias, &b[2]},
                                {names[3].bias, &b[3]},
+                               {"scale", &scale},
                                {"residual", &a.residual}};
   check_all(inputs);
   check_all({{"x", &a.x}, {"out", &a.out}});
@@ -80,12 +82,14 @@ core::LinearProblem checked(const flashu_linears_args& a, const Names* names) {
   p.k = x.width;
   p.epilogue = a.epilogue;
   p.stream = a.stream;
+  p.int8 = core::present(scale);
   core::LinearPart given[FLASHU_LINEAR_WEIGHTS] = {};
   for (int32_t i = 0; i < a.count; ++i) {
     core::LinearPart& part = given[i];
-    part.weight = weight(names[i].weight, w[i], "x", a.x);
+    part.weight = p.int8 ? int8_weight(names[i].weight, w[i]) : weight(names[i].weight, w[i], "x", a.x);
     core::check_size(names[i].weight, w[i], 1, p.k);
     part.n = w[i].sizes[0];
+    if (p.int8) part.scale = row_scales("scale", scale, part.n);
     p.n += part.n;
     if (!core::present(b[i])) continue;
     core::check_same_dtype(names[i].bias, b[i], "x", a.x);
@@ -123,13 +127,13 @@ core::LinearProblem checked(const flashu_linear_args& a) {
   one.residual = a.residual;
   one.out = a.out;
   one.stream = a.stream;
-  return checked(one, kOne);
+  return checked(one, kOne, a.scale);
 }
 
 }  // namespace
 
 LinearPlan::LinearPlan(const flashu_linear_args& args) : problem_(checked(args)) { plan(); }
-LinearPlan::LinearPlan(const flashu_linears_args& args) : problem_(checked(args, kSeveral)) { plan(); }
+LinearPlan::LinearPlan(const flashu_linears_args& args) : problem_(checked(args, kSeveral, {})) { plan(); }
 
 void LinearPlan::plan() {
   if (empty()) return;

@@ -18,6 +18,12 @@ void check_all(NamedTensors tensors);
 core::Matrix weight(const char* name, const flashu_tensor& tensor, const char* like_name,
                     const flashu_tensor& like);
 
+// A weight matrix of int8 with contiguous rows, on the CPU.
+core::Matrix int8_weight(const char* name, const flashu_tensor& tensor);
+
+// The scales of its `rows` rows.
+const float* row_scales(const char* name, const flashu_tensor& tensor, int64_t rows);
+
 // A tensor of rows that must have the leading dimensions of `like` and `width` columns.
 core::Matrix rows_like(const char* name, const flashu_tensor& tensor, const char* like_name,
                        const flashu_tensor& like, int64_t width);

@@ -49,6 +49,8 @@ const char* dtype_name(int32_t dtype) {
       return "int32";
     case FLASHU_I64:
       return "int64";
+    case FLASHU_I8:
+      return "int8";
     default:
       return "an unknown dtype";
   }
@@ -56,6 +58,8 @@ const char* dtype_name(int32_t dtype) {
 
 int64_t dtype_size(int32_t dtype) {
   switch (dtype) {
+    case FLASHU_I8:
+      return 1;
     case FLASHU_BF16:
     case FLASHU_F16:
       return 2;

@@ -26,7 +26,10 @@ struct FfnProblem {
   int32_t block;        // of runs or a list: 64, 8 or 1 neighbours at a time, from multiples of eight on
   RunList runs;
   Matrix x, w_gate, w_up, w_down, residual;
-  Matrix h;  // up half alone: its output; down half alone: its input
+  bool int8;  // weights are int8, row r of each to be multiplied by its scale[r]
+  const float *gate_scale, *up_scale, *down_scale;
+  Matrix gate_add, up_add;  // absent, or added to the up half's products
+  Matrix h;                 // up half alone: its output; down half alone: its input
   Matrix out;
   flashu_tensor norms;   // absent unless both halves run
   flashu_tensor status;  // absent, or where CUDA kernels report a clamped index

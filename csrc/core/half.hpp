@@ -30,6 +30,7 @@ struct float16 {
 };
 
 FLASHU_INLINE float to_float(float value) { return value; }
+FLASHU_INLINE float to_float(int8_t value) { return static_cast<float>(value); }
 FLASHU_INLINE float to_float(bfloat16 value) {
   return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }

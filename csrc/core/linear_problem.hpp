@@ -12,6 +12,7 @@ namespace flashu::core {
 struct LinearPart {
   Matrix weight;         // [n, k]
   int64_t n;             // at least 1
+  const float* scale;    // [n] that the sums are multiplied by where weights are int8, or null
   const void* bias;      // [n] of the storage type, or null
   Matrix residual, out;  // from this part's first column on
 };
@@ -24,6 +25,7 @@ struct LinearProblem {
   LinearPart parts[FLASHU_LINEAR_WEIGHTS];  // side by side
   int32_t count;                            // of parts
   int32_t epilogue;                         // flashu_epilogue
+  bool int8;                                // weights are
   void* stream;
 };
 

@@ -16,6 +16,14 @@ FLASHU_INLINE Floats activation(Floats x) {
   return x;
 }
 
+void scale(float* c, const float* scale, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = c + r * kColumns;
+    store(row, load(row) * load(scale));
+    store(row + kWidth, load(row + kWidth) * load(scale + kWidth));
+  }
+}
+
 template <int kEpilogue>
 void activate(float* c, const float* bias, int64_t rows) {
   const Floats left = bias == nullptr ? Floats{} : load(bias);
@@ -45,6 +53,7 @@ void store_rows(void* out, int64_t stride, const void* residual, int64_t residua
 }  // namespace
 
 extern const EpilogueKernels epilogue_kernels{
+    scale,
     {activate<FLASHU_EPILOGUE_NONE>, activate<FLASHU_EPILOGUE_GELU>, activate<FLASHU_EPILOGUE_GELU_TANH>,
      activate<FLASHU_EPILOGUE_SILU>},
     {store_rows<float>, store_rows<bfloat16>, store_rows<float16>}};

@@ -11,6 +11,9 @@ namespace flashu::cpu {
 inline constexpr int kEpilogues = 4;  // of flashu_epilogue
 
 struct EpilogueKernels {
+  // In place: c[r][j] *= scale[j], r < rows, j < panel_columns.
+  void (*scale)(float* c, const float* scale, int64_t rows);
+
   // In place: c[r][j] = f(c[r][j] + bias[j]), r < rows, j < panel_columns; bias may be null. By
   // flashu_epilogue. Whole vectors only, so that a value gives the same bits in every column.
   void (*activate[kEpilogues])(float* c, const float* bias, int64_t rows);

@@ -30,19 +30,39 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
   const Selection& selected = s.selected;
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
+  const EpilogueKernels& epilogue = FLASHU_PICK_ISA(epilogue_kernels);
   const int64_t width = gemm.panel_columns / 2;
 
   const auto rows_of = [&](int64_t panel, const void** rows) {
     for (int64_t j = 0; j < width; ++j) {
       // Columns past the last neuron repeat it; what they give is not stored.
       const int64_t neuron = selected[std::min(panel * width + j, selected.count - 1)];
-      rows[j] = row_of(p.w_gate, neuron, p.type);
-      rows[width + j] = row_of(p.w_up, neuron, p.type);
+      rows[j] = weight_row(p.w_gate, neuron, p.type, p.int8);
+      rows[width + j] = weight_row(p.w_up, neuron, p.type, p.int8);
     }
+  };
+  // Before the activation: scales of int8 weights, and what is added to a product.
+  const auto complete = [&](int64_t first, int64_t count, float* c) {
+    if (p.int8) {
+      float scales[kMaxPanelColumns] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        scales[j] = p.gate_scale[selected[first + j]];
+        scales[width + j] = p.up_scale[selected[first + j]];
+      }
+      epilogue.scale(c, scales, a.rows);
+    }
+    const auto add = [&](const core::Matrix& added, float* to) {
+      if (added.data == nullptr) return;
+      const char* const from = row_of(added, first_row, p.type) + first * element_bytes(p.type);
+      ffn.add[p.type](to, from, added.stride, a.rows, count);
+    };
+    add(p.gate_add, c);
+    add(p.up_add, c + width);
   };
   const auto finish = [&](int64_t panel, float* c) {
     const int64_t first = panel * width;
     const int64_t count = std::min(width, selected.count - first);
+    complete(first, count, c);
     ffn.swiglu(c, a.rows);
     if (core::present(p.norms)) {
       double sums[32] = {};
@@ -57,9 +77,8 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
       }
     }
     if (packed_h == nullptr) {
-      FLASHU_PICK_ISA(epilogue_kernels)
-          .store_rows[p.type](row_of(p.h, first_row, p.type) + first * element_bytes(p.type), p.h.stride,
-                              nullptr, 0, c, a.rows, count);
+      epilogue.store_rows[p.type](row_of(p.h, first_row, p.type) + first * element_bytes(p.type), p.h.stride,
+                                  nullptr, 0, c, a.rows, count);
       return;
     }
     const int64_t slot = first / gemm.slot_values[p.type];  // whole: a panel has an even number of neurons
@@ -69,16 +88,16 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
                             c + tile * a.tile_rows * gemm.panel_columns, a.rows_in(tile), count);
     }
   };
-  multiply_panels(gemm, s.up, a, divide_up(selected.count, width), {p.type, p.hidden, p.hidden, 0, nullptr},
-                  buffers.slots, s.slots, rows_of, finish);
+  multiply_panels(gemm, s.up, a, divide_up(selected.count, width),
+                  {p.type, p.int8, p.hidden, p.hidden, 0, nullptr}, buffers.slots, s.slots, rows_of, finish);
 }
 
 // Rows [first_row, first_row + a.rows) of the down half, from packed h.
 void down_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t first_row,
                const Buffers& buffers) {
   const Selection& selected = s.selected;
-  const Weights weights{p.type, p.intermediate, selected.count, selected.first, selected.list()};
-  const core::LinearPart part{p.w_down, p.width, nullptr, p.residual, p.out};
+  const Weights weights{p.type, p.int8, p.intermediate, selected.count, selected.first, selected.list()};
+  const core::LinearPart part{p.w_down, p.width, p.down_scale, nullptr, p.residual, p.out};
   project({&part, 1, weights, FLASHU_EPILOGUE_NONE}, s.down, a, first_row, buffers.slots, s.slots);
 }
 
@@ -88,7 +107,7 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   FfnPlan s;
   s.selected = resolve(p);
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  const core::GemmProblem up = gemm_problem(gemm, p.type, p.rows, 2 * p.neurons, p.hidden);
+  const core::GemmProblem up = gemm_problem(gemm, p.type, p.int8, p.rows, 2 * p.neurons, p.hidden);
   core::GemmProblem down = up;
   down.n = p.width;
   down.k = p.neurons;

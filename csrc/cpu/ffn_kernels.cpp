@@ -18,6 +18,14 @@ void swiglu(float* c, int64_t rows) {
   }
 }
 
+template <class T>
+void add(float* c, const void* added, int64_t stride, int64_t rows, int64_t count) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const from = static_cast<const T*>(added) + r * stride;
+    for (int64_t j = 0; j < count; ++j) c[r * kColumns + j] += to_float(from[j]);
+  }
+}
+
 void add_squares(double* sums, const float* c, int64_t rows, int64_t count) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t j = 0; j < count; ++j) {
@@ -55,7 +63,9 @@ void pack_tile(float* out, const float* c, int64_t rows, int64_t count) {
 
 }  // namespace
 
-extern const FfnKernels ffn_kernels{
-    swiglu, add_squares, {pack_tile<float>, pack_tile<bfloat16>, pack_tile<float16>}};
+extern const FfnKernels ffn_kernels{swiglu,
+                                    {add<float>, add<bfloat16>, add<float16>},
+                                    add_squares,
+                                    {pack_tile<float>, pack_tile<bfloat16>, pack_tile<float16>}};
 
 }  // namespace flashu::cpu::FLASHU_ISA

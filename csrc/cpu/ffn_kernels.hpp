@@ -13,6 +13,9 @@ struct FfnKernels {
   // c[r][j] = silu(c[r][j]) * c[r][kWidth + j].
   void (*swiglu)(float* c, int64_t rows);
 
+  // c[r][j] += added[r * stride + j], r < rows, j < count <= kWidth, of a storage type.
+  void (*add[kStorageTypes])(float* c, const void* added, int64_t stride, int64_t rows, int64_t count);
+
   // sums[j] += c[r][j]^2 over rows in order, j < count <= kWidth.
   void (*add_squares)(double* sums, const float* c, int64_t rows, int64_t count);
 

@@ -25,18 +25,23 @@ inline char* row_of(const core::Matrix& matrix, int64_t row, int32_t type) {
   return static_cast<char*>(matrix.data) + row * matrix.stride * element_bytes(type);
 }
 
+// The same of a matrix of weights, which may be int8.
+inline char* weight_row(const core::Matrix& matrix, int64_t row, int32_t type, bool int8) {
+  return static_cast<char*>(matrix.data) + row * matrix.stride * (int8 ? 1 : element_bytes(type));
+}
+
 // Slots that hold `k` values of a row.
 inline int64_t slots_of(const GemmKernels& kernels, int32_t type, int64_t k) {
   return divide_up(k, kernels.slot_values[type]);
 }
 
 // [m, k] x [k, n] in one range of K, on all threads; what the choice of tiles is asked.
-inline core::GemmProblem gemm_problem(const GemmKernels& kernels, int32_t type, int64_t m, int64_t n,
-                                      int64_t k) {
+inline core::GemmProblem gemm_problem(const GemmKernels& kernels, int32_t type, bool int8, int64_t m,
+                                      int64_t n, int64_t k) {
   return {m,
           n,
           k,
-          element_bytes(type),
+          int8 ? 1 : element_bytes(type),
           kernels.slot_values[type],
           core::num_threads(),
           kernels.tile_rows,
@@ -94,21 +99,24 @@ inline int64_t panel_scratch_floats(const GemmKernels& kernels, const core::Gemm
 
 // The right operand: panels of panel_columns rows of weights, each row of which holds its K values.
 struct Weights {
-  int32_t type;            // flashu_dtype of the storage
+  int32_t type;            // flashu_dtype of x
+  bool int8;               // else of that type
   int64_t width;           // elements of a row, to stay inside it
   int64_t k;               // of the product
   int64_t first;           // K is [first, first + k) of a row
   const int32_t* columns;  // or these of its columns, where given
+
+  int64_t bytes() const { return int8 ? 1 : element_bytes(type); }     // of an element
+  int32_t kind() const { return int8 ? kStorageTypes + type : type; }  // see kWeightKinds
 };
 
 // The rows of one panel of weights, moved to where a product's K begins.
 struct PanelRows {
   const void* row[kMaxPanelColumns];
 
-  // The same rows at element `at` of K.
-  PanelRows from(const GemmKernels& kernels, int32_t type, int64_t at) const {
+  // The same rows so many bytes further.
+  PanelRows from(const GemmKernels& kernels, int64_t bytes) const {
     PanelRows moved;
-    const int64_t bytes = at * element_bytes(type);
     for (int64_t j = 0; j < kernels.panel_columns; ++j)
       moved.row[j] = static_cast<const char*>(row[j]) + bytes;
     return moved;
@@ -133,24 +141,24 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
   const auto panel_rows = [&](int64_t panel) {
     PanelRows rows;
     rows_of(panel, rows.row);
-    return weights.columns != nullptr ? rows : rows.from(kernels, weights.type, weights.first);
+    return weights.columns != nullptr ? rows : rows.from(kernels, weights.first * weights.bytes());
   };
   // One row: the weights pass once from memory through registers.
   const auto multiply_row = [&](int64_t panel, int64_t end, float* product) {
     const PanelRows next = panel_rows(std::min(panel + 1, end - 1));
-    kernels.multiply_row[weights.type](product, a.data, panel_rows(panel).row,
-                                       panel + 1 < end ? next.row : nullptr, weights.k);
+    kernels.multiply_row[weights.kind()](product, a.data, panel_rows(panel).row,
+                                         panel + 1 < end ? next.row : nullptr, weights.k);
   };
   // Packs `count` k from `begin` on, while the following ones of the same rows are fetched.
   const auto pack = [&](int64_t panel, int64_t begin, int64_t count, float* out) {
     const PanelRows rows = panel_rows(panel);
     if (weights.columns != nullptr) {
-      kernels.pack_columns[weights.type](out, rows.row, weights.columns + begin, count, weights.width);
+      kernels.pack_columns[weights.kind()](out, rows.row, weights.columns + begin, count, weights.width);
       return;
     }
-    const PanelRows here = rows.from(kernels, weights.type, begin);
-    const PanelRows ahead = here.from(kernels, weights.type, count);
-    kernels.pack_panel[weights.type](out, here.row, begin + count < weights.k ? ahead.row : nullptr, count);
+    const PanelRows here = rows.from(kernels, begin * weights.bytes());
+    const PanelRows ahead = here.from(kernels, count * weights.bytes());
+    kernels.pack_panel[weights.kind()](out, here.row, begin + count < weights.k ? ahead.row : nullptr, count);
   };
   const auto multiply_block = [&](int64_t panel, int64_t block, float* panels, float* products) {
     if (a.slots == 0) std::fill_n(products, block * product_floats, 0.0f);

@@ -42,6 +42,7 @@ struct SlotOf<bfloat16> {
   using Type = PairSlot;
 };
 #endif
+using Bf16Slot = SlotOf<bfloat16>::Type;
 template <class T>
 inline constexpr int kValues = SlotOf<T>::Type::kValues;
 
@@ -261,13 +262,14 @@ void pack_float_columns(float* out, const void* const* source, const int32_t* co
   }
 }
 
-template <class T>
+// T: of the weights. Slot: of x.
+template <class T, class Slot>
 void pack_columns(float* out, const void* const* source, const int32_t* columns, int64_t count,
                   int64_t width) {
-  if constexpr (kValues<T> == 1) {
+  if constexpr (Slot::kValues == 1) {
     pack_float_columns<T>(out, source, columns, count, width);
   } else {
-    // As floats first, then two columns to a slot: a bf16 is the high half of its float.
+    // As floats first, then two columns to a slot: a bf16 is the high half of its float, an int8 fits it too.
     constexpr int64_t kStrip = 32;
     alignas(64) float strip[kStrip * kColumns];
     for (int64_t k = 0; k < count; k += kStrip) {
@@ -346,6 +348,133 @@ void multiply_row(float* c, const float* a, const void* const* source, const voi
   store(c + kWidth, total[1]);
 }
 
+// Int8 weights: four neighbours of a row travel through one transpose as a 32-bit word, and are widened to
+// the slots of x behind it. Integers of eight bits are exact in bf16 as well.
+constexpr int64_t kWordBlock = 4 * kWidth;  // k that one transpose brings
+
+FLASHU_INLINE void load_words(Floats (&words)[kWidth], const void* const* rows, int64_t k) {
+  Floats block[kWidth];  // in registers
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) block[i] = load_as<Floats>(static_cast<const int8_t*>(rows[i]) + k);
+  transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i) words[i] = block[i];
+}
+
+// A byte of every word as a float: its bits, with the sign's turned, behind the exponent of 2^23 or 2^15 are
+// 128 more than it. That takes fewer instructions than to shift and convert.
+FLASHU_INLINE Floats byte_of(Floats words, int byte) {
+  const Words half = byte < 2 ? (Words)words : (Words)words >> 16;
+  return byte % 2 == 0 ? (Floats)((half & 0xffu) ^ 0x4b000080u) - 8388736.0f
+                       : (Floats)((half & 0xff00u) ^ 0x47008000u) - 32896.0f;
+}
+
+// Slot `part` of those that a word holds.
+template <class Slot>
+FLASHU_INLINE Floats slot_of(Floats words, int part) {
+  if constexpr (Slot::kValues == 1) {
+    return byte_of(words, part);
+  } else {
+    const Words low = (Words)byte_of(words, 2 * part) >> 16;
+    return (Floats)(low | (Words)byte_of(words, 2 * part + 1));
+  }
+}
+
+// The slot at k of all panel rows, one by one.
+template <class Slot>
+FLASHU_INLINE void pack_int8_slot(float* out, const void* const* source, int64_t k, bool both) {
+  for (int c = 0; c < kColumns; ++c) {
+    const int8_t* const row = static_cast<const int8_t*>(source[c]) + k;
+    if constexpr (Slot::kValues == 1) {
+      out[c] = to_float(row[0]);
+    } else {
+      const bfloat16 pair[2] = {from_float<bfloat16>(to_float(row[0])),
+                                from_float<bfloat16>(both ? to_float(row[1]) : 0)};
+      out[c] = pair_slot(pair, true);
+    }
+  }
+}
+
+template <class Slot>
+void pack_int8_panel(float* out, const void* const* source, const void* const* ahead, int64_t count) {
+  constexpr int kParts = 4 / Slot::kValues;
+  int64_t k = 0;
+  for (; k + kWordBlock <= count; k += kWordBlock) {
+    if (ahead != nullptr) prefetch<int8_t>(ahead, k);
+    for (int side = 0; side < 2; ++side) {
+      Floats words[kWidth];
+      load_words(words, source + side * kWidth, k);
+      for (int i = 0; i < kWidth; ++i) {
+        float* const to = out + (k / Slot::kValues + i * kParts) * kColumns + side * kWidth;
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) store(to + part * kColumns, slot_of<Slot>(words[i], part));
+      }
+    }
+  }
+  for (; k < count; k += Slot::kValues)
+    pack_int8_slot<Slot>(out + k / Slot::kValues * kColumns, source, k, k + 1 < count);
+}
+
+// As multiply_row: the same sums in the same order. The next words are transposed between the halves of the
+// products with the present ones, which are a long chain of sums that the CPU fills with that.
+template <class Slot>
+void multiply_int8_row(float* c, const float* a, const void* const* source, const void* const* ahead,
+                       int64_t count) {
+  constexpr int kParts = 4 / Slot::kValues;
+  Floats total[2] = {};
+  Floats sums[2] = {};
+  // Ends a block of sums before slot `slot`, or behind the last one.
+  const auto end_block = [&](int64_t slot) {
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side) {
+      total[side] = slot <= kSumBlock ? sums[side] : total[side] + sums[side];
+      sums[side] = Floats{};
+    }
+  };
+  const int64_t whole = count / kWordBlock * kWordBlock;
+  Floats words[2][2][kWidth];
+  if (whole > 0) {
+    load_words(words[0][0], source, 0);
+    load_words(words[0][1], source + kWidth, 0);
+  }
+  int64_t k = 0;
+  for (; k < whole; k += kWordBlock) {
+    if (k + kPrefetchBytes < count) {
+      prefetch<int8_t>(source, k + kPrefetchBytes);
+    } else if (ahead != nullptr) {
+      prefetch<int8_t>(ahead, k + kPrefetchBytes - count);
+    }
+    const Floats(&here)[2][kWidth] = words[k / kWordBlock % 2];
+    Floats(&next)[2][kWidth] = words[(k / kWordBlock + 1) % 2];
+    constexpr int kHalf = kWidth / 2;
+#pragma GCC unroll 2
+    for (int side = 0; side < 2; ++side) {
+      if (k + kWordBlock < whole) load_words(next[side], source + side * kWidth, k + kWordBlock);
+      for (int i = side * kHalf; i < (side + 1) * kHalf; ++i) {
+        const int64_t first = k / Slot::kValues + i * kParts;
+        if (first % kSumBlock == 0 && first > 0) end_block(first);
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; ++part) {
+          const float value = a[(first + part) * kTileRows];
+          sums[0] = Slot::multiply_add(sums[0], slot_of<Slot>(here[0][i], part), value);
+          sums[1] = Slot::multiply_add(sums[1], slot_of<Slot>(here[1][i], part), value);
+        }
+      }
+    }
+  }
+  for (; k < count; k += Slot::kValues) {
+    const int64_t slot = k / Slot::kValues;
+    if (slot % kSumBlock == 0 && slot > 0) end_block(slot);
+    float column[kColumns];
+    pack_int8_slot<Slot>(column, source, k, k + 1 < count);
+    sums[0] = Slot::multiply_add(sums[0], load(column), a[slot * kTileRows]);
+    sums[1] = Slot::multiply_add(sums[1], load(column + kWidth), a[slot * kTileRows]);
+  }
+  end_block((count + Slot::kValues - 1) / Slot::kValues);
+  store(c, total[0]);
+  store(c + kWidth, total[1]);
+}
+
 // One register tile; kRows is a template argument so that the accumulators stay in registers.
 template <class Slot, int kRows>
 void tile(float* c, const float* a, const float* b, int64_t slots, bool first) {
@@ -413,10 +542,13 @@ extern const GemmKernels gemm_kernels{
     kColumns,
     {kValues<float>, kValues<bfloat16>, kValues<float16>},
     {pack_rows<float>, pack_rows<bfloat16>, pack_rows<float16>},
-    {pack_panel<float>, pack_panel<bfloat16>, pack_panel<float16>},
-    {pack_columns<float>, pack_columns<bfloat16>, pack_columns<float16>},
-    {multiply_row<float>, multiply_row<bfloat16>, multiply_row<float16>},
-    {multiply<FloatSlot>, multiply<SlotOf<bfloat16>::Type>, multiply<FloatSlot>},
+    {pack_panel<float>, pack_panel<bfloat16>, pack_panel<float16>, pack_int8_panel<FloatSlot>,
+     pack_int8_panel<Bf16Slot>, pack_int8_panel<FloatSlot>},
+    {pack_columns<float, FloatSlot>, pack_columns<bfloat16, Bf16Slot>, pack_columns<float16, FloatSlot>,
+     pack_columns<int8_t, FloatSlot>, pack_columns<int8_t, Bf16Slot>, pack_columns<int8_t, FloatSlot>},
+    {multiply_row<float>, multiply_row<bfloat16>, multiply_row<float16>, multiply_int8_row<FloatSlot>,
+     multiply_int8_row<Bf16Slot>, multiply_int8_row<FloatSlot>},
+    {multiply<FloatSlot>, multiply<Bf16Slot>, multiply<FloatSlot>},
 };
 
 }  // namespace flashu::cpu::FLASHU_ISA

@@ -18,6 +18,9 @@ inline constexpr int64_t kSumBlock = 32;
 // Storage types in the order of the tables below (flashu_dtype F32, BF16, F16).
 inline constexpr int kStorageTypes = 3;
 
+// What weights may be beside x of a storage type t: t too, or int8 at kStorageTypes + t.
+inline constexpr int kWeightKinds = 2 * kStorageTypes;
+
 struct GemmKernels {
   int32_t tile_rows;                   // rows of one register tile
   int32_t panel_columns;               // columns of one register tile and of one packed panel; two vectors
@@ -31,17 +34,17 @@ struct GemmKernels {
 
   // source[c][k], c < panel_columns, k < count -> out[s * panel_columns + c]. `ahead` are rows that will be
   // packed next, to be prefetched; may be null.
-  void (*pack_panel[kStorageTypes])(float* out, const void* const* source, const void* const* ahead,
-                                    int64_t count);
+  void (*pack_panel[kWeightKinds])(float* out, const void* const* source, const void* const* ahead,
+                                   int64_t count);
 
   // source[c][columns[k]] -> out[s * panel_columns + c]; `width` is the length of every source row.
-  void (*pack_columns[kStorageTypes])(float* out, const void* const* source, const int32_t* columns,
-                                      int64_t count, int64_t width);
+  void (*pack_columns[kWeightKinds])(float* out, const void* const* source, const int32_t* columns,
+                                     int64_t count, int64_t width);
 
   // One row straight from the weights, nothing packed: c[j] = sum over slots of a[s * tile_rows] *
   // source[j]. `ahead` as above: the rows of the next call.
-  void (*multiply_row[kStorageTypes])(float* c, const float* a, const void* const* source,
-                                      const void* const* ahead, int64_t count);
+  void (*multiply_row[kWeightKinds])(float* c, const float* a, const void* const* source,
+                                     const void* const* ahead, int64_t count);
 
   // c[r * panel_columns + j] (+)= sum over slots of a[s * tile_rows + r] * b[s * panel_columns + j]; r <
   // rows. Overwrites c when `first`.

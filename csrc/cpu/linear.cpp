@@ -11,7 +11,7 @@ namespace flashu::cpu {
 LinearPlan plan_linear(const core::LinearProblem& p) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   LinearPlan s;
-  s.tiles = core::choose_gemm_tiles(gemm_problem(gemm, p.type, p.m, p.n, p.k));
+  s.tiles = core::choose_gemm_tiles(gemm_problem(gemm, p.type, p.int8, p.m, p.n, p.k));
   s.x_floats =
       PackedRows::floats(std::min(p.m, s.tiles.chunk_m), slots_of(gemm, p.type, p.k), gemm.tile_rows);
   s.slot_floats = panel_scratch_floats(gemm, s.tiles);
@@ -22,7 +22,7 @@ LinearPlan plan_linear(const core::LinearProblem& p) {
 void linear(const core::LinearProblem& p, const LinearPlan& s, void* workspace) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   float* const packed = static_cast<float*>(workspace);
-  const Projection projection{p.parts, p.count, {p.type, p.k, p.k, 0, nullptr}, p.epilogue};
+  const Projection projection{p.parts, p.count, {p.type, p.int8, p.k, p.k, 0, nullptr}, p.epilogue};
   for (int64_t row = 0; row < p.m; row += s.tiles.chunk_m) {
     const PackedRows x{packed, std::min(s.tiles.chunk_m, p.m - row), slots_of(gemm, p.type, p.k),
                        gemm.tile_rows, s.tiles.block_k};

@@ -47,12 +47,16 @@ void project(const Projection& p, const core::GemmTiles& tiles, const PackedRows
     const auto [part, first] = place_of(p, panel, gemm.panel_columns);
     // Columns past the last one repeat it; what they give is not stored.
     for (int64_t j = 0; j < gemm.panel_columns; ++j)
-      rows[j] = row_of(part.weight, std::min(first + j, part.n - 1), type);
+      rows[j] = weight_row(part.weight, std::min(first + j, part.n - 1), type, p.weights.int8);
   };
   const auto finish = [&](int64_t panel, float* c) {
     const auto [part, first] = place_of(p, panel, gemm.panel_columns);
     const int64_t count = std::min<int64_t>(gemm.panel_columns, part.n - first);
     float memory[kMaxPanelColumns] = {};
+    if (part.scale != nullptr) {
+      std::copy_n(part.scale + first, count, memory);
+      epilogue.scale(c, memory, a.rows);
+    }
     const float* const bias = widened(part.bias, type, first, count, memory);
     if (bias != nullptr || p.epilogue != FLASHU_EPILOGUE_NONE) epilogue.activate[p.epilogue](c, bias, a.rows);
     const char* const residual =

@@ -39,6 +39,17 @@ FLASHU_INLINE void store_as(void* to, V value) {
 }
 
 FLASHU_INLINE Floats load(const float* from) { return load_as<Floats>(from); }
+FLASHU_INLINE Floats load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_as<__m128i>(from)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_as<int64_t>(from))));
+#else
+  Floats wide;
+  for (int i = 0; i < kWidth; ++i) wide[i] = to_float(from[i]);
+  return wide;
+#endif
+}
 FLASHU_INLINE Floats load(const bfloat16* from) {
   const Words wide = __builtin_convertvector(load_as<Halves>(from), Words) << 16;
   return (Floats)wide;

@@ -22,15 +22,18 @@ int32_t dtype_code(const char* op, const char* name, const Tensor& tensor) {
       return FLASHU_I32;
     case ScalarType::Long:
       return FLASHU_I64;
+    case ScalarType::Char:
+      return FLASHU_I8;
     case ScalarType::Bool:
       STD_TORCH_CHECK(false, "flashu type error: ", op, ": ", name, ": expected numbers, got a bool tensor");
       break;
     default:
       break;
   }
-  STD_TORCH_CHECK(false, "flashu type error: ", op, ": ", name,
-                  ": expected float32, bfloat16, float16, float64, int32 or int64, got scalar type code ",
-                  static_cast<int>(tensor.scalar_type()));
+  STD_TORCH_CHECK(
+      false, "flashu type error: ", op, ": ", name,
+      ": expected float32, bfloat16, float16, float64, int32, int64 or int8, got scalar type code ",
+      static_cast<int>(tensor.scalar_type()));
   return -1;
 }
 

@@ -52,30 +52,44 @@ int64_t selected(const flashu_selection& selection, const Tensor& weight) {
   return std::min(count, limit);
 }
 
-void run_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Neurons& neurons,
-                const Tensor& out) {
+// What both variants of gathered_swiglu share.
+struct UpTensors {
+  const Tensor& x;
+  const Tensor& w_gate;
+  const Tensor& w_up;
+  const OptionalTensor& gate_add;
+  const OptionalTensor& up_add;
+};
+
+void run_swiglu(const UpTensors& t, const Neurons& neurons, const Tensor& out) {
   const char* op = "gathered_swiglu";
-  const Tensor rows = foldable(x);
-  auto args = make_args<flashu_swiglu_args>(x);
+  const Tensor rows = foldable(t.x);
+  const OptionalTensor gate_add = foldable(t.gate_add);
+  const OptionalTensor up_add = foldable(t.up_add);
+  auto args = make_args<flashu_swiglu_args>(t.x);
   args.x = view(op, "x", rows);
-  args.w_gate = view(op, "w_gate", w_gate);
-  args.w_up = view(op, "w_up", w_up);
+  args.w_gate = view(op, "w_gate", t.w_gate);
+  args.w_up = view(op, "w_up", t.w_up);
+  args.gate_add = view(op, "gate_add", gate_add);
+  args.up_add = view(op, "up_add", up_add);
   args.selection = select(op, neurons);
   args.out = view(op, "out", out);
-  run_planned<api::FfnPlan>(op, args, x);
+  run_planned<api::FfnPlan>(op, args, t.x);
 }
 
 Tensor gathered_swiglu(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
-                       OptionalTensor index, bool listed, int64_t block) {
+                       OptionalTensor index, bool listed, int64_t block, OptionalTensor gate_add,
+                       OptionalTensor up_add) {
   const Neurons neurons{runs, index, listed, block};
   const Tensor out = new_rows(x, selected(select("gathered_swiglu", neurons), w_gate));
-  run_swiglu(x, w_gate, w_up, neurons, out);
+  run_swiglu({x, w_gate, w_up, gate_add, up_add}, neurons, out);
   return out;
 }
 
 Tensor gathered_swiglu_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, Runs runs,
-                            OptionalTensor index, bool listed, int64_t block, const Tensor& out) {
-  run_swiglu(x, w_gate, w_up, {runs, index, listed, block}, out);
+                            OptionalTensor index, bool listed, int64_t block, OptionalTensor gate_add,
+                            OptionalTensor up_add, const Tensor& out) {
+  run_swiglu({x, w_gate, w_up, gate_add, up_add}, {runs, index, listed, block}, out);
   return out;
 }
 
@@ -153,6 +167,54 @@ Tensor gathered_ffn_norms(const Tensor& x, const Tensor& w_gate, const Tensor& w
   return out;
 }
 
+// Weights of int8 with their scales; as FfnTensors.
+struct Int8Tensors {
+  const Tensor& x;
+  const Tensor& w_gate;
+  const Tensor& gate_scale;
+  const Tensor& w_up;
+  const Tensor& up_scale;
+  const Tensor& w_down;
+  const Tensor& down_scale;
+  const OptionalTensor& residual;
+};
+
+void run_int8_ffn(const Int8Tensors& t, const Neurons& neurons, const Tensor& out) {
+  const char* op = "int8_ffn";
+  const Tensor rows = foldable(t.x);
+  const OptionalTensor added = foldable(t.residual);
+  auto args = make_args<flashu_ffn_args>(t.x);
+  args.x = view(op, "x", rows);
+  args.w_gate = view(op, "w_gate", t.w_gate);
+  args.w_up = view(op, "w_up", t.w_up);
+  args.w_down = view(op, "w_down", t.w_down);
+  args.gate_scale = view(op, "gate_scale", t.gate_scale);
+  args.up_scale = view(op, "up_scale", t.up_scale);
+  args.down_scale = view(op, "down_scale", t.down_scale);
+  args.selection = select(op, neurons);
+  args.residual = view(op, "residual", added);
+  args.out = view(op, "out", out);
+  run_planned<api::FfnPlan>(op, args, t.x);
+}
+
+Tensor int8_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& gate_scale, const Tensor& w_up,
+                const Tensor& up_scale, const Tensor& w_down, const Tensor& down_scale, Runs runs,
+                OptionalTensor index, OptionalTensor residual, bool listed, int64_t block) {
+  const Tensor out = new_rows(x, size_or_zero(w_down, 0));
+  run_int8_ffn({x, w_gate, gate_scale, w_up, up_scale, w_down, down_scale, residual},
+               {runs, index, listed, block}, out);
+  return out;
+}
+
+Tensor int8_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& gate_scale, const Tensor& w_up,
+                     const Tensor& up_scale, const Tensor& w_down, const Tensor& down_scale, Runs runs,
+                     OptionalTensor index, OptionalTensor residual, bool listed, int64_t block,
+                     const Tensor& out) {
+  run_int8_ffn({x, w_gate, gate_scale, w_up, up_scale, w_down, down_scale, residual},
+               {runs, index, listed, block}, out);
+  return out;
+}
+
 // Writes the neurons into `list`, in order; how many neighbours they are at a time.
 int64_t list_neurons(const Tensor& list, int64_t limit, Runs runs, OptionalTensor index) {
   const char* op = "list_neurons";
@@ -186,6 +248,8 @@ void register_ffn(Library& m) {
   m.impl("gathered_ffn", TORCH_BOX(&gathered_ffn));
   m.impl("gathered_ffn.out", TORCH_BOX(&gathered_ffn_into));
   m.impl("gathered_ffn_norms", TORCH_BOX(&gathered_ffn_norms));
+  m.impl("int8_ffn", TORCH_BOX(&int8_ffn));
+  m.impl("int8_ffn.out", TORCH_BOX(&int8_ffn_into));
   m.impl("list_neurons", TORCH_BOX(&list_neurons));
   m.impl("neuron_norms_", TORCH_BOX(&neuron_norms_));
 }

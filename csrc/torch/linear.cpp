@@ -39,6 +39,29 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   return linear_into(x, weight, bias, residual, epilogue, new_rows(x, size_or_zero(weight, 0)));
 }
 
+Tensor int8_linear_into(const Tensor& x, const Tensor& weight, const Tensor& scale,
+                        const OptionalTensor& bias, const OptionalTensor& residual, int64_t epilogue,
+                        const Tensor& out) {
+  const char* op = "int8_linear";
+  const Tensor rows = foldable(x);
+  const OptionalTensor added = foldable(residual);
+  auto args = make_args<flashu_linear_args>(x);
+  args.epilogue = code(epilogue);
+  args.x = view(op, "x", rows);
+  args.weight = view(op, "weight", weight);
+  args.scale = view(op, "scale", scale);
+  args.bias = view(op, "bias", bias);
+  args.residual = view(op, "residual", added);
+  args.out = view(op, "out", out);
+  run_planned<api::LinearPlan>(op, args, x);
+  return out;
+}
+
+Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const OptionalTensor& bias,
+                   const OptionalTensor& residual, int64_t epilogue) {
+  return int8_linear_into(x, weight, scale, bias, residual, epilogue, new_rows(x, size_or_zero(weight, 0)));
+}
+
 Tensor linears_into(const Tensor& x, const std::vector<Tensor>& weights,
                     const std::vector<OptionalTensor>& biases, const OptionalTensor& residual,
                     int64_t epilogue, const Tensor& out) {
@@ -81,6 +104,8 @@ template <class Library>
 void register_linear(Library& m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear.out", TORCH_BOX(&linear_into));
+  m.impl("int8_linear", TORCH_BOX(&int8_linear));
+  m.impl("int8_linear.out", TORCH_BOX(&int8_linear_into));
   m.impl("linears", TORCH_BOX(&linears));
   m.impl("linears.out", TORCH_BOX(&linears_into));
 }

@@ -8,10 +8,11 @@ FLASHU_OPS_LIBRARY(FLASHU_OPS_NAMESPACE, m) {
   m.def("list_neurons(Tensor(a!) list, int limit, int[]? runs=None, Tensor? index=None) -> int");
   m.def(
       "gathered_swiglu(Tensor x, Tensor w_gate, Tensor w_up, int[]? runs=None, Tensor? index=None, "
-      "bool listed=False, int block=1) -> Tensor");
+      "bool listed=False, int block=1, Tensor? gate_add=None, Tensor? up_add=None) -> Tensor");
   m.def(
       "gathered_swiglu.out(Tensor x, Tensor w_gate, Tensor w_up, int[]? runs=None, Tensor? index=None, "
-      "bool listed=False, int block=1, *, Tensor(a!) out) -> Tensor(a!)");
+      "bool listed=False, int block=1, Tensor? gate_add=None, Tensor? up_add=None, *, "
+      "Tensor(a!) out) -> Tensor(a!)");
   m.def(
       "gathered_down(Tensor h, Tensor w_down, int[]? runs=None, Tensor? index=None, Tensor? residual=None, "
       "bool listed=False, int block=1) -> Tensor");
@@ -29,6 +30,14 @@ FLASHU_OPS_LIBRARY(FLASHU_OPS_NAMESPACE, m) {
       "gathered_ffn_norms(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor(a!) norms, "
       "int[]? runs=None, Tensor? index=None, Tensor? residual=None, bool listed=False, "
       "int block=1) -> Tensor");
+  m.def(
+      "int8_ffn(Tensor x, Tensor w_gate, Tensor gate_scale, Tensor w_up, Tensor up_scale, Tensor w_down, "
+      "Tensor down_scale, int[]? runs=None, Tensor? index=None, Tensor? residual=None, bool listed=False, "
+      "int block=1) -> Tensor");
+  m.def(
+      "int8_ffn.out(Tensor x, Tensor w_gate, Tensor gate_scale, Tensor w_up, Tensor up_scale, "
+      "Tensor w_down, Tensor down_scale, int[]? runs=None, Tensor? index=None, Tensor? residual=None, "
+      "bool listed=False, int block=1, *, Tensor(a!) out) -> Tensor(a!)");
   m.def("neuron_norms_(Tensor(a!) acc, Tensor h) -> ()");
 
   // linear: epilogue is 0 none, 1 gelu, 2 gelu_tanh, 3 silu
@@ -37,6 +46,12 @@ FLASHU_OPS_LIBRARY(FLASHU_OPS_NAMESPACE, m) {
   m.def(
       "linear.out(Tensor x, Tensor weight, Tensor? bias=None, Tensor? residual=None, int epilogue=0, *, "
       "Tensor(a!) out) -> Tensor(a!)");
+  m.def(
+      "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? residual=None, "
+      "int epilogue=0) -> Tensor");
+  m.def(
+      "int8_linear.out(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? residual=None, "
+      "int epilogue=0, *, Tensor(a!) out) -> Tensor(a!)");
   m.def(
       "linears(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? residual=None, int epilogue=0) -> "
       "Tensor");

@@ -22,7 +22,8 @@ from .lock import FolderLock
 from .prompts import Job, check_name
 
 if TYPE_CHECKING:
-    from ..models.showo2.pipeline import Pipeline, Size
+    from ..models.pictures import Size
+    from ..models.pipeline import ModelPipeline
     from ..planning.config import FlashUConfig
     from ..planning.plan import TaskPlan
 
@@ -40,7 +41,7 @@ _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def settings_record(
-    pipe: Pipeline,
+    pipe: ModelPipeline,
     config: FlashUConfig | None,
     plan: TaskPlan | None = None,
     *,
@@ -61,10 +62,11 @@ def settings_record(
         batch: images generated together.
         branches_apart: each branch of guidance runs on its own rank.
     """
-    from ..models.showo2.sampling import DEFAULT_STEPS
+    from ..models.accelerated import unwrapped
+    from ..models.adapter import adapter_of
     from ..planning.fingerprint import weights_digest
 
-    weight: Any = pipe.model.showo.model.embed_tokens.weight
+    parts = adapter_of(unwrapped(pipe.model))
     fields = None if config is None else json.loads(json.dumps(config.flat()))
     planned = fields.pop("steps") if fields is not None else None
     # Left out where it is the model's own, as in folders of earlier versions.
@@ -73,10 +75,10 @@ def settings_record(
         **({} if grid == pipe.grid() else {"grid": list(grid)}),
         "model": pipe.name,
         "weights": weights_digest(pipe.model),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
+        "dtype": str(parts.dtype).removeprefix("torch."),
+        "device": parts.device.type,
         "preset": preset,
-        "steps": steps or planned or DEFAULT_STEPS,
+        "steps": steps or planned or parts.grid_points,
         "guidance": float(pipe.guidance_scale if guidance_scale is None else guidance_scale),
         "batch": batch,
         "branches": "apart" if branches_apart else "together",
@@ -250,7 +252,7 @@ def _discard(out: Path, jobs: Sequence[Job]) -> None:
 
 
 def generate(
-    pipe: Pipeline,
+    pipe: ModelPipeline,
     jobs: Sequence[Job],
     batches: Iterable[int],
     out: str | os.PathLike[str],

@@ -40,6 +40,7 @@ class Settings:
 
     model: str = "bench"
     family: str = "showo2"
+    drawing: str = "api"
     upstream: Path | None = None
     tasks: tuple[str, ...] = ("generation", "understanding")
     tokens: tuple[int, ...] = (1, 32, 64)
@@ -278,7 +279,7 @@ def _subjects(settings: Settings, shape: Shape) -> tuple[Subject, Subject | None
     from ..models.showo2 import Showo2
 
     if (subject := SUBJECTS.get(settings.family)) is not None:
-        own = subject(settings.model, settings.seed)
+        own = subject(settings.model, settings.seed, settings.drawing)
         return own, None if settings.upstream is None else _upstream(settings.family, settings.upstream, own)
 
     model = Showo2(shape.config).eval()
@@ -300,12 +301,14 @@ def _cases(settings: Settings, shape: Shape, own: Subject, upstream: Subject | N
         return FlashUConfig.paper(steps=steps, prune_multiple=shape.prune_multiple)
 
     base: Subject = upstream or own
+    extrapolates = settings.drawing == "taylorseer"
     cases: list[_Case] = []
 
     def generate(
         subject: Subject, preset: str, steps: int, config: FlashUConfig | None, baseline: bool = False
     ) -> None:
-        row = Row("generation", subject.name, preset, steps, baseline, steps - 1, steps - 1, steps - 1)
+        counts = (None,) * 3 if extrapolates and config is None else (steps - 1,) * 3
+        row = Row("generation", subject.name, preset, steps, baseline, *counts)
 
         def action(short: int | None) -> Tensor:
             return subject.generate(data, short or steps, GUIDANCE, SHIFT)
@@ -325,7 +328,8 @@ def _cases(settings: Settings, shape: Shape, own: Subject, upstream: Subject | N
             generate(subject, "exact", settings.steps, exact)
         for steps in dict.fromkeys((settings.steps, settings.paper_steps)):
             for subject in subjects if steps == settings.paper_steps else [own]:
-                if not subject.evaluates_only:
+                # TaylorSeer predicts what the preset would cache.
+                if not subject.evaluates_only and not extrapolates:
                     generate(subject, "paper", steps, paper(steps))
     if "understanding" in settings.tasks:
         for tokens in settings.tokens:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .shapes import Inputs, fill
 
-__all__ = ["SUBJECTS", "BagelSubject", "JanusFlowSubject"]
+__all__ = ["BAGEL_DRAWINGS", "SUBJECTS", "BagelSubject", "JanusFlowSubject"]
 
 PROMPT, QUESTION = 40, 24
 
@@ -39,6 +39,14 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 }
 """Of the configurations, by family and shape."""
 
+BAGEL_DRAWINGS: dict[str, tuple[float, float, bool]] = {
+    "api": (4.0, 1.5, False),
+    "text": (4.0, 1.0, False),
+    "plain": (1.0, 1.0, False),
+    "taylorseer": (4.0, 1.5, True),
+}
+"""How BAGEL draws: the guidance scales of text and image, and whether TaylorSeer extrapolates. Upstream's API has the first."""
+
 
 def _normal(*size: int, seed: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
@@ -54,7 +62,7 @@ class JanusFlowSubject:
     name = "JanusFlow"
     evaluates_only = False
 
-    def __init__(self, shape: str, seed: int):
+    def __init__(self, shape: str, seed: int, drawing: str = "api"):
         from ..models.janusflow import JanusFlow, JanusFlowConfig
 
         self._config = config = JanusFlowConfig(**SIZES["janusflow"][shape])  # type: ignore[arg-type]
@@ -79,17 +87,21 @@ class JanusFlowSubject:
 
 
 class BagelSubject:
-    """BAGEL through `bagel.sample` (with the guidance of its API: text 4, image 1.5, between 0.4 and 1) and `answer_tokens`."""
+    """BAGEL through `bagel.sample`, guided between 0.4 and 1 as by its API, and `answer_tokens`.
+
+    drawing: a key of `BAGEL_DRAWINGS`.
+    """
 
     name = "BAGEL"
     evaluates_only = False
 
-    def __init__(self, shape: str, seed: int):
+    def __init__(self, shape: str, seed: int, drawing: str = "api"):
         from ..models.bagel import Bagel, BagelConfig, Image, Text, TokenIds
 
         config = BagelConfig(**SIZES["bagel"][shape])  # type: ignore[arg-type]
         self.model: Any = Bagel(config).eval()
         fill(self.model, seed)
+        self.drawing = BAGEL_DRAWINGS[drawing]
         self.size = (config.latent_side * config.token_pixels,) * 2
         self.noise = _normal(config.latent_side**2, config.patch_width, seed=seed)
         self.ids = TokenIds(1, 2, 3, 4)
@@ -99,10 +111,12 @@ class BagelSubject:
         self.question = image, Text(_words(QUESTION, config.vocab, seed + 2))
 
     def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
-        from ..models.bagel import sample
+        from ..models.bagel import TaylorSeer, sample
 
-        arguments = self.noise, self.prompt, self.size, self.ids, steps
-        return sample(self.model, *arguments, cfg_img_scale=1.5, timestep_shift=shift)
+        text, image, extrapolates = self.drawing
+        seer = TaylorSeer() if extrapolates else None
+        arguments = self.noise, self.prompt, self.size, self.ids, steps, text, image
+        return sample(self.model, *arguments, timestep_shift=shift, taylorseer=seer)
 
     def answer(self, inputs: Inputs, tokens: int) -> Tensor:
         from ..models.bagel import answer_tokens

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..ops import machine
+from ..ops import machine, reference
 
 __all__ = ["DTYPES", "SHAPES", "Report", "Row", "Settings", "explain", "run"]
 
@@ -23,6 +23,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = {"1.5b": (1536, 8960), "7b": (3584, 18944), "bench": (512, 2816), "head": (2048, 8192)}
 
 VARIANTS = ("torch dense", "torch pruned", "torch gather", "one run", "run list", "index list")
+INT8 = ("int8 torch", "int8 one run", "int8 index list")
+"""With int8 weights and a scale per row: torch as torchao computes it, dense, and this library's kernel."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Settings:
         shape: a name of SHAPES, hidden and intermediate size. keep: fraction of the neurons.
         rows: numbers of tokens.
         seconds: time to spend on each number of rows.
+        int8: also with int8 weights (`INT8`), beside the others in their dtype.
     """
 
     shape: str = "1.5b"
@@ -42,6 +45,11 @@ class Settings:
     seconds: float = 4.0
     threads: int | None = None
     seed: int = 0
+    int8: bool = False
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return (*VARIANTS, *INT8) if self.int8 else VARIANTS
 
 
 @dataclass
@@ -69,10 +77,10 @@ class Report:
         lines = [
             f"gathered FFN {self.settings.shape} ({hidden} x {intermediate}, {kept} neurons kept), {self.settings.dtype}: "
             "microseconds (of torch dense)",
-            f"{'rows':>6} " + " ".join(f"{name:>17}" for name in VARIANTS) + f" {'GFLOP/s':>9}",
+            f"{'rows':>6} " + " ".join(f"{name:>17}" for name in self.settings.variants) + f" {'GFLOP/s':>9}",
         ]
         for row in self.results:
-            cells = [f"{row.microseconds[name]:>9.0f} ({row.ratio(name):4.2f}x)" for name in VARIANTS]
+            cells = [f"{row.microseconds[name]:>9.0f} ({row.ratio(name):4.2f}x)" for name in self.settings.variants]
             rate = 6 * row.rows * hidden * kept / row.microseconds["one run"] / 1e3
             lines.append(f"{row.rows:>6} " + " ".join(f"{cell:>17}" for cell in cells) + f" {rate:>9.0f}")
         lines += ["", f"command: {self.command}", f"machine: {self.machine}"]
@@ -121,7 +129,7 @@ def _variants(settings: Settings, rows: int) -> dict[str, Callable[[], Tensor]]:
     def torch_ffn(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    return {
+    variants = {
         "torch dense": lambda: torch_ffn(gate, up, down),
         "torch pruned": lambda: torch_ffn(*pruned),
         "torch gather": lambda: torch_ffn(gate[index], up[index], down[:, index]),
@@ -129,6 +137,20 @@ def _variants(settings: Settings, rows: int) -> dict[str, Callable[[], Tensor]]:
         "run list": lambda: ops.gathered_ffn(x, gate, up, down, runs=runs),
         "index list": lambda: ops.gathered_ffn(x, gate, up, down, index=index),
     }
+    if settings.int8:
+        quantised = (*_int8(gate), *_int8(up), *_int8(down))
+        variants |= {
+            "int8 torch": lambda: reference.int8_ffn(x, *quantised),
+            "int8 one run": lambda: ops.int8_ffn(x, *quantised, runs=[0, kept]),
+            "int8 index list": lambda: ops.int8_ffn(x, *quantised, index=index),
+        }
+    return variants
+
+
+def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] in int8 and its scales fp32 [N], symmetric by rows."""
+    scale = weight.float().abs().amax(1) / 127
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
 
 
 def _measure(rows: int, variants: dict[str, Callable[[], Tensor]], seconds: float) -> Row:

@@ -106,6 +106,10 @@ class UpstreamBagelSubject:
     def generate(self, inputs: Inputs, steps: int, guidance: float, shift: float) -> Tensor:
         """Latent tokens. Source: upstream inferencer.py, `interleave_inference` and `gen_image`."""
         run, model, size = self._inferencer, self.model, [self._own.size]
+        stack = model.language_model.model
+        for part in (stack, *stack.layers):  # upstream leaves it on, and the next prompt would be extrapolated
+            if getattr(part, "enable_taylorseer", False):
+                part.enable_taylorseer = False
         context = run.init_gen_context()
         without_text, without_image = copy.deepcopy(context), copy.deepcopy(context)
         prompt = " ".join(str(word) for word in self._own.prompt[0].ids.tolist())
@@ -117,8 +121,10 @@ class UpstreamBagelSubject:
             prepared = model.prepare_vae_latent_cfg(other["kv_lens"], other["ropes"], size)
             arguments |= {key.replace("cfg_", f"cfg_{name}_"): value for key, value in prepared.items()}
             arguments[f"cfg_{name}_past_key_values"] = other["past_key_values"]
-        guided = {"cfg_text_scale": 4.0, "cfg_img_scale": 1.5, "cfg_interval": (0.4, 1.0)}
-        drawn: Tensor = model.generate_image(**arguments, **guided, num_timesteps=steps, timestep_shift=shift)[0]
+        text, image, extrapolates = self._own.drawing
+        arguments |= {"cfg_text_scale": text, "cfg_img_scale": image, "cfg_interval": (0.4, 1.0)}
+        arguments |= {"num_timesteps": steps, "timestep_shift": shift, "enable_taylorseer": extrapolates}
+        drawn: Tensor = model.generate_image(**arguments)[0]
         return drawn
 
     def answer(self, inputs: Inputs, tokens: int) -> Tensor:

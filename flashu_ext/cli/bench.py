@@ -69,6 +69,7 @@ def bench() -> None:
     is_flag=True,
     help="Count what the CUDA kernels execute and move, and do not measure (bf16; no GPU, a source checkout with its C++ tests).",
 )
+@click.option("--int8", is_flag=True, help="Also with int8 weights, as torchao stores them (on the CPU).")
 @click.option(
     "--json",
     "json_file",
@@ -84,13 +85,16 @@ def ffn(
     threads: int | None,
     explain: str | None,
     counters: bool,
+    int8: bool,
     json_file: Path | None,
 ) -> None:
     """Compare the gathered FFN with torch dense, a pruned copy, and gather-then-GEMM."""
     from ..bench import ffn as module
     from ..planning.safe_files import write_text
 
-    settings = module.Settings(shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads)
+    settings = module.Settings(
+        shape=shape, dtype=dtype, rows=rows, keep=keep, seconds=seconds, threads=threads, int8=int8
+    )
     if explain is not None:
         click.echo(module.explain(settings, explain))
         return
@@ -247,6 +251,12 @@ def arrivals(json_file: Path | None, **options: Any) -> None:
     help="Which model.",
 )
 @click.option(
+    "--drawing",
+    type=click.Choice(("api", "text", "plain", "taylorseer")),
+    help="How BAGEL draws: guided by text and image as its API does (default), by the text alone, not guided, or as its API "
+    "with TaylorSeer.",
+)
+@click.option(
     "--upstream",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="A checkout of the family's program: its unmodified classes are the baseline (with --gpu also from SHOWO2_UPSTREAM).",
@@ -292,6 +302,7 @@ def e2e(
     gpu: bool,
     models: tuple[str, ...],
     family: str,
+    drawing: str | None,
     upstream: Path | None,
     batches: tuple[int, ...],
     variants: tuple[str, ...],
@@ -310,6 +321,8 @@ def e2e(
     """Time whole images and answers: dense, exact and paper, interleaved in one process."""
     if gpu and family != "showo2":
         raise click.UsageError(f"--family: expected showo2 with --gpu, got {family}")
+    if drawing is not None and family != "bagel":
+        raise click.UsageError(f"--drawing: expected with --family bagel only, got {family}")
     if gpu:
         if len(tokens) > 1:
             raise click.UsageError(f"--tokens: expected one number with --gpu, got {len(tokens)}")
@@ -333,6 +346,7 @@ def e2e(
     settings = module.Settings(
         model=models[0] if models else "bench",
         family=family,
+        drawing=drawing or "api",
         upstream=upstream,
         tasks=tasks or ("generation", "understanding"),
         tokens=tokens or (1, 32, 64),

@@ -80,7 +80,7 @@ def _size(_context: click.Context, _parameter: click.Parameter, text: str | None
 @click.option(
     "--steps",
     type=click.IntRange(2),
-    help="Grid points of the sampler (default: the preset's; 50 if it has none).",
+    help="Grid points of the sampler, for JanusFlow its evaluations (default: the preset's, or the family's own).",
 )
 @click.option("--guidance", type=click.FloatRange(0), help="Guidance scale (default: the model's).")
 @click.option(
@@ -147,7 +147,7 @@ def _opened(
     from ..batch import guidance_group, sample_guided
 
     steps = settings["steps"]
-    names = ("model", "preset", "plan_file", "verbose", "tuned", "dtype")
+    names = ("model", "preset", "plan_file", "verbose", "tuned", "dtype", "family")
     with contextlib.ExitStack() as stack:
         sampling: dict[str, Any] = {
             "steps": steps,

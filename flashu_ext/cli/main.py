@@ -20,10 +20,10 @@ from .generate import generate
 from .studies import COMMANDS
 from .support import (
     DTYPES,
-    FAMILIES,
     FAMILY,
     PRESETS,
     Group,
+    check_family,
     check_writable,
     example,
     model_options,
@@ -40,7 +40,7 @@ ESTIMATORS = ("wanda", "flap", "reconstruction")
 @click.version_option(__version__, prog_name="flashu-ext")
 @click.option("--traceback", is_flag=True, help="On failure show the Python traceback instead of one line.")
 def cli(traceback: bool) -> None:
-    """Generate images and answer questions with Show-o2, dense or accelerated, without training."""
+    """Generate images and answer questions with one model, dense or accelerated, without training."""
 
 
 # ---- generate, answer, calibrate
@@ -126,6 +126,7 @@ def answer(
     question: str,
     more: tuple[Path, ...],
     model: str,
+    family: str,
     preset: str,
     tuned: Path | None,
     plan_file: Path | None,
@@ -143,7 +144,7 @@ def answer(
     from ..planning.reading import read_image
 
     pictures = [read_image(path) for path in (image, *more)]
-    with open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype) as (pipe, _):
+    with open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype, family=family) as (pipe, _):
         settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         if stream:
             pipe.answer(
@@ -231,22 +232,18 @@ def calibrate(
             check_writable(name, path)
     if data is None and model != "nano":
         raise click.UsageError("--data: expected a folder with samples; only nano generates its own")
-    if family != FAMILIES[0] and (data is not None or model != "nano"):
-        raise click.UsageError("--family: expected with 'nano' and without --data; a folder says of which family it is")
+    check_family(model, family)
     from ..calibration.calibrate import DEFAULT_TIMES
     from ..calibration.calibrate import calibrate as run
     from ..calibration.data import folder_samples
-    from ..models.folders import pipeline_class
-    from ..models.showo2 import Pipeline
+    from ..models.folders import load_pipeline
     from ..nano.calibrate import SAMPLES, samples
     from ..nano.model import load_model
     from ..nano.subject import PRUNE_MULTIPLE, subject
 
     own: Any
     if data is not None:
-        pipe = (
-            Pipeline.from_pretrained(model) if model == "nano" else pipeline_class(Path(model)).from_pretrained(model)
-        )
+        pipe = load_pipeline(model, family=family)
         own, tasks = pipe.model, dict[str, Any](folder_samples(pipe, data, limit))
     else:
         own = load_model(subject(family).folder)

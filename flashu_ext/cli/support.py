@@ -21,6 +21,7 @@ __all__ = [
     "FAMILY",
     "PRESETS",
     "Group",
+    "check_family",
     "check_writable",
     "example",
     "model_options",
@@ -81,6 +82,12 @@ def example(*lines: str) -> str:
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+def check_family(model: str, family: str) -> None:
+    """That --family is given for the embedded model alone. Raises click.UsageError."""
+    if family != FAMILIES[0] and model != "nano":
+        raise click.UsageError("--family: expected with 'nano' alone; a folder says of which family it is")
+
+
 def check_writable(option: str, path: Path) -> None:
     """That a file can be written to this place, found out before the work for it is done. Raises click.UsageError."""
     folder = path.resolve().parent
@@ -102,8 +109,9 @@ def model_options(command: Any) -> Any:
             "--model",
             default="nano",
             show_default=True,
-            help="'nano', or a folder with a Show-o2 checkpoint.",
+            help="'nano', or a folder with a checkpoint of any family.",
         ),
+        FAMILY,
         click.option(
             "--preset",
             default="exact",
@@ -160,27 +168,30 @@ def open_pipeline(
     device: Any = None,
     dtype: str | None = None,
     steps: int | None = None,
+    family: str = FAMILIES[0],
 ) -> Iterator[tuple[Any, Any]]:
     """A context with a pipeline, accelerated by preset or tuned folder, and its handle (None: dense).
 
     device: None: a GPU where torch sees one, else the CPU.
     dtype: a key of `DTYPES`; None: bf16 on a GPU, else the checkpoint's.
     steps: grid points of the config, if not passed for every image; None: the config's own.
+    family: of the embedded model.
     """
     import torch
 
     from ..models.checks import check_device
-    from ..models.showo2 import Pipeline
+    from ..models.folders import load_pipeline
     from ..planning.plan import TaskPlan
     from ..runtime.handle import accelerate
 
     if tuned is not None and plan_file is not None:
         raise click.UsageError("--plan: expected none with --tuned, which has its own")
+    check_family(model, family)
     where = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None and where.type == "cuda":
         dtype = "bf16"
     weights = None if dtype is None else getattr(torch, DTYPES[dtype])
-    pipe = Pipeline.from_pretrained(model, weights, where)
+    pipe = load_pipeline(model, weights, where, family=family)
     if tuned is not None:
         config: FlashUConfig | None = read_config(tuned / "config.json")
         plan: TaskPlan | None = TaskPlan.load(tuned / "plan.safetensors", model=pipe.model)

@@ -21,9 +21,14 @@ importing them would start torch's compiler."""
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside torch.compile's and the data-parallel wrappers, or inside upstream's inferencer."""
+    """The model inside torch.compile's and the data-parallel wrappers, inside peft's of LoRA, or inside upstream's inferencer."""
     while (attribute := _WRAPPERS.get(type(model).__name__)) is not None and hasattr(model, attribute):
         model = getattr(model, attribute)
+    tuner = getattr(model, "base_model", None)
+    if (
+        type(model).__module__.startswith("peft.") and type(tuner).__name__ == "LoraModel"
+    ):  # adds nothing to the call itself
+        return unwrapped(getattr(tuner, "model", model))
     return model
 
 

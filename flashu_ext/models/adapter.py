@@ -285,6 +285,11 @@ class Adapter(ABC):
 
     # ---- answering
 
+    @property
+    def question_tokens(self) -> int:
+        """Of the largest image that a question may be about, for predicting its cost."""
+        return self.lead + self.sizes(self.latent_size).patches
+
     @abstractmethod
     def embed_image(self, image: Tensor) -> Tensor:
         """What a question's images are given as, [images, ...] -> [images, tokens, hidden]."""

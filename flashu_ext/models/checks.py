@@ -23,6 +23,7 @@ __all__ = [
     "check_tensor",
     "check_tokens",
     "guidance_scale_of",
+    "made_by",
 ]
 
 
@@ -37,6 +38,21 @@ def check_tensor(name: str, value: Any, dims: int, dtype: str, device: torch.dev
         raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name}: expected a tensor on {device} as the model, got {value.device}")
+
+
+def made_by(method: str, value: Any, *shape: int | None) -> Tensor:
+    """What a method of an adapter gave, if it has the shape that `models.adapter` asks for; None: any length.
+
+    Raises:
+        TypeError, ValueError: it has not; the method is named.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"Adapter.{method}: expected it to give a tensor, got {type(value).__name__}")
+    got = tuple(value.shape)
+    if len(got) != len(shape) or any(want is not None and want != have for want, have in zip(shape, got, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"Adapter.{method}: expected it to give [{wanted}], got {list(got)}")
+    return value
 
 
 def check_own(model: Any, kind: type) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from .adapter import Adapter, AttentionShape, norm_eps
+from .int8 import is_int8, why_not_int8
+from .lora import LORA, adapters_of, is_lora
 from .stamp import COMPUTED, GLOBAL_HOOKS, called_functions, registered_attention, tracked
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "untracked",
     "patch_convolution",
     "why_not_activation",
+    "why_not_adapter",
     "why_not_attention_kernel",
     "why_not_chain",
     "why_not_ffn",
@@ -78,6 +81,7 @@ _VISION_ATTENTIONS = dict.fromkeys(("SiglipAttention", "SiglipSdpaAttention", "S
 _VISION_MLPS = {"SiglipMLP": _SIGLIP}
 EMBEDDING = {"Embedding": ("torch.nn.modules.sparse",)}
 _LINEAR = {"Linear": ("torch.nn.modules.linear",)}
+_DROPOUT = {"Dropout": ("torch.nn.modules.dropout",), "Identity": ("torch.nn.modules.linear",)}
 _LAYER_NORM = {"LayerNorm": ("torch.nn.modules.normalization", "models.modeling_siglip")}
 _CONVOLUTION = {"Conv2d": ("torch.nn.modules.conv",)}
 _CHAIN = {"Sequential": ("torch.nn.modules.container",)}
@@ -168,6 +172,7 @@ def _replaced_methods(module: Any, own: Sequence[str] = ()) -> list[str]:
         own: methods that this library has replaced itself.
     """
     kind, computing = type(module), ("_call_impl", "_conv_forward")
+    own = (*own, "extra_repr")  # a quantizer's, which only prints
     if _placed(module):
         own = (*own, "forward", "to", "cuda")
     return [
@@ -252,11 +257,11 @@ def why_not_ffn(ffn: Any, like: Tensor, own: Sequence[str] = ()) -> str | None:
         return f"act_fn {reason}"
     for name in ("gate_proj", "up_proj", "down_proj"):
         linear = getattr(ffn, name)
-        reason = why_replaced(linear, _LINEAR)
-        reason = reason or ("has a bias" if linear.bias is not None else None)
-        reason = reason or why_not_weight(linear.weight, (linear.out_features, linear.in_features), like)
+        reason = why_not_linear(linear, like) or ("has a bias" if linear.bias is not None else None)
         if reason is not None:
             return f"{name} {reason}"
+    if len({is_int8(linear.weight) for linear in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)}) > 1:
+        return "some of its weights are int8, others are not"
     return None
 
 
@@ -267,9 +272,60 @@ def why_not_norm(norm: Any, like: Tensor) -> str | None:
 
 def why_not_linear(linear: Any, like: Tensor) -> str | None:
     """Why the kernel does not compute this linear layer, or None."""
+    if is_lora(linear):
+        return _why_not_lora(linear, like)
     if reason := why_replaced(linear, _LINEAR):
         return reason
-    return why_not_weight(linear.weight, (linear.out_features, linear.in_features), like) or _why_not_bias(linear, like)
+    why_not = why_not_int8 if is_int8(linear.weight) else why_not_weight
+    return why_not(linear.weight, (linear.out_features, linear.in_features), like) or _why_not_bias(linear, like)
+
+
+def _why_not_lora(module: Any, like: Tensor) -> str | None:
+    """Why a LoRA layer's base and the low-rank products beside it are not all that it computes, or None."""
+    if reason := why_replaced(module, LORA):
+        return reason
+    if is_lora(module.base_layer):
+        return "its base_layer has LoRA adapters too"
+    if reason := why_not_linear(module.base_layer, like):
+        return f"base_layer {reason}"
+    if is_int8(module.base_layer.weight):
+        return "base_layer's weight is int8"
+    if module.disable_adapters and module.merged_adapters:
+        return "its adapters are merged and disabled, which its next call undoes"
+    if not getattr(module, "cast_input_dtype_enabled", True):
+        return "its adapters do not cast their input"
+    for name in adapters_of(module):
+        if reason := why_not_adapter(module, name, like):
+            return f"its adapter {name!r} {reason}"
+    return None
+
+
+def why_not_adapter(module: Any, name: str, like: Tensor) -> str | None:
+    """Why an active adapter of a LoRA layer is no plain low-rank update, or None."""
+    variant = getattr(module, "lora_variant", {}).get(name)
+    if variant is not None:
+        return f"is of another kind, {type(variant).__name__}"
+    if getattr(module, "use_dora", {}).get(name):
+        return "is of another kind, DoRA"
+    if not isinstance(module.scaling[name], (int, float)):
+        return f"is scaled by a {type(module.scaling[name]).__name__}"
+    dropout = module.lora_dropout[name] if name in module.lora_dropout else None
+    if dropout is not None and (reason := why_replaced(dropout, _DROPOUT)):
+        return f"has a dropout that {reason}"
+    if dropout is not None and dropout.training and getattr(dropout, "p", 0.0) > 0:
+        return "is in train mode with dropout; call model.eval()"
+    down, up = module.lora_A[name], module.lora_B[name]
+    for part, linear, shape in (
+        ("A", down, (up.in_features, module.in_features)),
+        ("B", up, (module.out_features, up.in_features)),
+    ):
+        own = linear.weight if linear.weight.dtype in (torch.float32, torch.bfloat16, torch.float16) else like
+        reason = why_replaced(linear, _LINEAR) or ("has a bias" if linear.bias is not None else None)
+        reason = reason or why_not_weight(linear.weight, shape, own)
+        reason = reason or ("its weight is on another device" if linear.weight.device != like.device else None)
+        if reason is not None:
+            return f"has a {part} that {reason}"
+    return None if up.weight.dtype == down.weight.dtype else "has an A and a B of two dtypes"
 
 
 def _why_not_bias(module: Any, like: Tensor) -> str | None:

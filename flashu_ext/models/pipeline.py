@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +19,13 @@ from ..planning.config import FlashUConfig
 from ..planning.groups import FfnPruning
 from ..planning.safe_files import atomic_path
 from .calibration import Sample
-from .checks import check_callback
+from .checkpoint import check_dtype
+from .checks import check_callback, check_device, guidance_scale_of
 from .decoding import OnToken
-from .pictures import to_pil
-from .prompts import AnswerLayout
+from .many import AT_ONCE, Answers, Drawings, ImageRequest
+from .pictures import Size, to_pil
+from .prompts import AnswerLayout, check_prompts
+from .sampling import Stepper
 from .seeds import seeds_of
 
 if TYPE_CHECKING:
@@ -40,19 +43,24 @@ class ModelPipeline:
         model: dense, or accelerated at any time.
         layout: prompts and questions to tokens, answers to text.
         codec: images to latents and back.
-        name: the checkpoint's folder.
+        name: 'nano' or the checkpoint's folder.
+        guidance_scale: default of drawing.
         presets: config for a preset name and this model.
         own_plan: config -> the included plan, pruned as the config says; None without one.
         tokenizer: of transformers, which `save_pretrained` writes; None where `layout` has another one.
     """
 
+    family: ClassVar[str]
     saved_codec: ClassVar[type]
     """The codec whose VAE a folder can hold."""
+    splits_guidance: ClassVar[bool] = False
+    """Whether `generate_batch` takes a `sampler`, so that two ranks can compute a branch of guidance each."""
 
     model: Any
     layout: AnswerLayout
     codec: Any
     name: str
+    guidance_scale: float
     presets: Callable[[str], FlashUConfig | None]
     own_plan: Callable[[FlashUConfig], TaskPlan] | None
     tokenizer: Any
@@ -83,6 +91,12 @@ class ModelPipeline:
         )
 
     # ---- files
+
+    @classmethod
+    def _embedded(cls, dtype: torch.dtype | None, device: torch.device | str) -> Any:
+        """The family's embedded model with its tokenizer and codec."""
+        check_dtype(dtype)
+        return import_module("flashu_ext.nano.pipeline").load_pipeline(cls.family, dtype, check_device(device))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write model, tokenizer and VAE into a folder that `from_pretrained` reads; weights in the model's own order.
@@ -123,6 +137,133 @@ class ModelPipeline:
         raise NotImplementedError
 
     # ---- drawing and answering
+
+    def generate(
+        self,
+        prompt: str,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        *,
+        size: Size | None = None,
+    ) -> Image:
+        """Generate an image for a prompt.
+
+        Args:
+            seed: of the noise; the same seed gives the same image.
+            steps: grid points, for JanusFlow evaluations; None: the accelerated config's, or 50, for JanusFlow 30.
+            guidance_scale: None: the pipeline's own; 0: no guidance.
+            size: pixels, one number or (height, width); None: the pipeline's own. JanusFlow draws one size alone. Show-o2's
+                1.5B-HQ draws 512 and 1024, and its config names 432.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; it is named.
+        """
+        self._check_prompt(prompt)
+        return self.generate_batch([prompt], [seed], steps, guidance_scale, size=size)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        *,
+        size: Size | None = None,
+        sampler: Callable[..., Any] | None = None,
+    ) -> list[Image]:
+        """Generate images for several prompts; image i has the noise of seeds[i] (default: 0, 1, ...).
+
+        Show-o2 draws them as one batch, JanusFlow those whose prompts are equally long, BAGEL one by one.
+
+        Args:
+            steps, size: of all images, as in `generate`.
+            guidance_scale: one for all images, or one for each; None: the pipeline's own.
+            sampler: called instead of `sample`, with its arguments (such as `flashu_ext.parallel.sample_guided`); Show-o2 only.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; it is named.
+        """
+        check_prompts(prompts)
+        if sampler is not None and not self.splits_guidance:
+            raise ValueError(
+                f"sampler: expected none for a {self.family} model, whose branches of guidance do not run apart"
+            )
+        count = len(prompts)
+        own = seeds_of(list(range(count)) if seeds is None else seeds, count, "prompts")
+        scale = guidance_scale_of(self.guidance_scale if guidance_scale is None else guidance_scale, count)
+        return self._draw(prompts, own, steps, scale, size, **({} if sampler is None else {"sampler": sampler}))
+
+    def _draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, guidance_scale: Any, size: Size | None
+    ) -> list[Image]:
+        """`generate_batch` with checked prompts, seeds and guidance_scale (`guidance_scale_of`)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _check_prompt(prompt: Any) -> None:
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
+
+    def grid(self, size: Size | None = None) -> tuple[int, int]:
+        """(height, width) in patches of an image of `size` pixels, as in `generate_batch`; None: of the pipeline's own size.
+
+        Raises:
+            TypeError, ValueError: `size` is no size, or none that is drawn.
+        """
+        raise NotImplementedError
+
+    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
+        """The steps of one image.
+
+        Args:
+            request: prompt, seed and guidance_scale are checked.
+            config: of this image, where the model is accelerated; None: the model's.
+        """
+        raise NotImplementedError
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        """Latents of `begin`'s steps -> those that `pictures` takes."""
+        return latents
+
+    def generate_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Drawings:
+        """Draw images that may begin at any time; those in progress share evaluations.
+
+        Args:
+            requests: `ImageRequest`s, mappings of their fields, or prompts; read one by one, whenever there is room.
+            at_once: images in progress at once.
+
+        Returns:
+            An iterator of `ImageResult`s, in the order in which images finish. A wrong request, or what an `on_step` raises,
+            is the result of that image alone. `add` and `cancel` may be called at any time.
+
+        Example:
+            for result in pipe.generate_many(["a red circle", {"prompt": "a blue square", "steps": 20}]):
+                result.image.save(f"{result.index}.png")
+        """
+        return Drawings(self, requests, at_once)
+
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Any, Any]:
+        """The images of a question as `Adapter.embed_image` takes them, and what stands before and after them
+        (`Adapter.question`). Raises TypeError or ValueError."""
+        raise NotImplementedError
+
+    def answer_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Answers:
+        """Answer questions that may come at any time; a step computes a token of every answer under way.
+
+        Args:
+            requests: `QuestionRequest`s, or mappings of their fields; read one by one, whenever there is room.
+            at_once: answers under way at once.
+
+        Returns:
+            An iterator of `QuestionResult`s, in the order in which answers end. A wrong request, or what an `on_token` raises,
+            is the result of that answer alone. `add` and `cancel` may be called at any time.
+
+        Example:
+            for result in pipe.answer_many({"images": image, "question": each} for each in questions):
+                print(result.index, result.answer)
+        """
+        return Answers(self, requests, at_once)
 
     def pictures(self, latents: Tensor) -> list[Image]:
         """Latents [B, channels, H, W] -> images. One at a time: a convolution's bits may depend on its batch."""

@@ -13,7 +13,15 @@ from torch import Tensor
 from ..planning.extras import extra
 from ..planning.reading import refusal
 
-__all__ = ["AnswerLayout", "check_prompts", "check_question", "encoder", "plain_decoder", "read_tokenizer"]
+__all__ = [
+    "AnswerLayout",
+    "by_length",
+    "check_prompts",
+    "check_question",
+    "encoder",
+    "plain_decoder",
+    "read_tokenizer",
+]
 
 
 class AnswerLayout:
@@ -42,6 +50,14 @@ def check_prompts(prompts: Any) -> None:
     """Raise ValueError for anything but a list of strings that is not empty."""
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r:.100}")
+
+
+def by_length(rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The indices of rows of equal lengths, in the order in which the lengths come."""
+    groups: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(len(row), []).append(index)
+    return list(groups.values())
 
 
 def check_question(text: Any) -> None:

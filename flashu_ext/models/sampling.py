@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,20 @@ from torch import Tensor
 from ..planning.config import FlashUConfig
 from ..planning.groups import is_real
 from ..planning.reading import shown
+from .accelerated import handle_of
 from .velocity import Scale, guided
 
-__all__ = ["Callback", "DrawInputs", "Formula", "Segment", "Stepper", "TaylorSeer", "check_drawing", "integrate"]
+__all__ = [
+    "Callback",
+    "DrawInputs",
+    "Formula",
+    "Segment",
+    "Stepper",
+    "TaylorSeer",
+    "check_drawing",
+    "integrate",
+    "stepper_of",
+]
 
 Callback = Callable[[int, Tensor], None]
 """Called after each step with its number, from 1, and the latents, which must not be modified."""
@@ -181,6 +192,22 @@ def check_drawing(inputs: DrawInputs, parts: Any) -> None:
     least, most = (int(each) for each in tokens.aminmax())
     if not 0 <= least <= most < vocabulary:
         raise IndexError(f"tokens: expected token ids in [0, {vocabulary}), got {least} to {most}")
+
+
+D = TypeVar("D", bound=DrawInputs)
+
+
+def stepper_of(
+    model: Any, inputs: D, dense: Callable[[Any, D], Stepper], config: FlashUConfig | None = None
+) -> Stepper:
+    """The steps of images, accelerated if the model is.
+
+    Args:
+        dense: makes those of a dense model.
+        config: of these images, where the model is accelerated; None: the model's.
+    """
+    handle = handle_of(model)
+    return dense(model, inputs) if handle is None else handle.stepper(inputs, config)
 
 
 def integrate(stepper: Stepper, callback: Callback | None = None, return_velocity: bool = False) -> Any:

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .int8 import inner_tensors
+from .lora import is_lora, lora_state
+
 __all__ = ["COMPUTED", "GLOBAL_HOOKS", "Stamp", "Turns", "called_functions", "registered_attention", "tracked"]
 
 _TRACKED = ("torch.nn.modules.", "transformers.", "flashu_ext.models.", "diffusers.models.", "timm.layers.")
@@ -77,6 +80,7 @@ class Stamp:
         self._copies = list(map(dict, self._filled))
         self._empty = [each for each in (*contents, *hooks) if not each]
         named = [(own, name, each) for own in self._filled for name, each in own.items() if isinstance(each, Tensor)]
+        self._composed = [each for *_, each in named if type(each) is not nn.Parameter and inner_tensors(each)]
         self._single = [(own, name) for own, name, each in named if each.numel() < 2]
         kinds: set[Any] = set(map(type, self._modules))
         self._classes = [
@@ -87,14 +91,17 @@ class Stamp:
         self._called = [each for method in methods for each in called_functions(method)]
         self._configured = [own for own in self._attributes if "config" in own]
         self._configs = list({id(own["config"]): own["config"] for own in self._configured}.values())
+        self._adapted = [module for module in self._modules if is_lora(module)]
         self._settings = [(own.get, _settings(own)) for module, own in pairs if tracked(module)]
         self._flags = self._read_flags()
-        distinct = list({id(each): each for *_, each in named}.values())
+        inner = [part for each in self._composed for part in inner_tensors(each)]
+        distinct = list({id(each): each for each in (*(each for *_, each in named), *inner)}.values())
         self._versioned = [tensor for tensor in distinct if not tensor.is_inference()]
         self._addressed = [tensor for tensor in distinct if _has_address(tensor)]
         self.unversioned = len(self._versioned) < len(distinct)
         self._versions, self._addresses = self._read_weights()
         near, far = _sampled(model)
+        near += [each for each in inner if each.device.type == "cpu" and each.nbytes >= _BYTES and each.is_contiguous()]
         self._middles = [(c_char * _BYTES).from_address(_middle(matrix)) for matrix in near]
         self._values = self._read_values()
         self._turns = Turns(far)
@@ -144,6 +151,8 @@ class Stamp:
             [id(own.get(name)) for own, name in self._single],
             [id(own.get("config")) for own in self._configured],
             [dict(vars(config)) for config in self._configs],
+            list(map(lora_state, self._adapted)),
+            [id(part) for each in self._composed for part in inner_tensors(each)],
         )
 
     def _read_weights(self) -> tuple[list[int], list[int]]:
@@ -170,7 +179,8 @@ _HOOKS_AND_MODE = itemgetter("_forward_hooks", "_forward_pre_hooks", "training")
 def tracked(module: Any) -> bool:
     """Whether a module's results depend on nothing but weights, attributes and inputs."""
     home = type(module).__module__
-    return home.startswith(_TRACKED) or home.endswith(_TRACKED_UPSTREAM)
+    plain = is_lora(module) and not getattr(module, "lora_variant", {})
+    return plain or home.startswith(_TRACKED) or home.endswith(_TRACKED_UPSTREAM)
 
 
 def _settings(attributes: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,9 @@ from ..models.bagel.config import BagelConfig
 from ..models.bagel.latents import latent_places
 from ..models.bagel.layers import Experts
 from ..models.bagel.model import Bagel, Image, Text, TokenIds
-from ..models.bagel.sampling import MARKERS, sample
+from ..models.bagel.pipeline import Pipeline
+from ..models.bagel.prompts import SequenceLayout
+from ..models.bagel.sampling import MARKERS, Guidance, sample
 from ..models.bagel.understanding import answer_tokens
 from ..planning.cost import Geometry
 from . import codec
@@ -66,6 +68,19 @@ class _Bagel(Subject):
 
     def load(self, directory: Path) -> Bagel:
         return Bagel.from_pretrained(directory, torch.float32)
+
+    def pipeline(self, model: Any) -> Pipeline:
+        words, side = layout(), (SIZE, SIZE)
+        return Pipeline(
+            model,
+            SequenceLayout(words.encode, words.decode, words.bos, words.eos, words.boi, words.eoi),
+            codec.GridCodec(),
+            vae_sides=side,
+            vit_sides=side,
+            size=side,
+            guidance=Guidance(self.guidance, interval=GUIDED),
+            timestep_shift=SHIFT,
+        )
 
     def velocity(self, model: Any, prompts: Sequence[str], null: Tensor, mixed: Tensor, t: Tensor) -> Tensor:
         device, ids = mixed.device, token_ids()

@@ -22,6 +22,7 @@ from .world import SIZE
 __all__ = [
     "CHANNELS",
     "GRID",
+    "GridCodec",
     "LATENT_SHAPE",
     "decode",
     "encode",
@@ -110,6 +111,16 @@ def ungrid(latents: Tensor) -> Tensor:
     """The inverse of `grid`."""
     blocks = latents.view(latents.shape[0], CHANNELS, GRID, 2, GRID, 2)
     return blocks.permute(0, 1, 2, 4, 3, 5).reshape(latents.shape[0], *LATENT_SHAPE)
+
+
+class GridCodec:
+    """The codec of pipelines whose latents lie as the pixels do (`models.codec.Codec`): [B, 16, 12, 12]."""
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return grid(encode(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return decode(ungrid(latents))
 
 
 def latent_size(height: int, width: int) -> tuple[int, int]:

@@ -12,9 +12,12 @@ from torch import Tensor
 from ..models.janusflow.calibration import GenerationSample, UnderstandingSample
 from ..models.janusflow.config import JanusFlowConfig
 from ..models.janusflow.model import JanusFlow
+from ..models.janusflow.pipeline import Pipeline
+from ..models.janusflow.prompts import ChatLayout
 from ..models.janusflow.sampling import TIMES, sample
 from ..models.janusflow.understanding import answer_tokens
 from ..models.masks import additive, causal
+from ..models.prompts import check_prompts, check_question
 from ..planning.cost import Geometry
 from . import codec
 from .subject import ANSWER_TOKENS, DATA, Subject, packed, with_answers
@@ -50,6 +53,18 @@ def _config() -> JanusFlowConfig:
     )
 
 
+class _Layout(ChatLayout):
+    """The embedded model's own words around prompts and questions."""
+
+    def drawing(self, prompts: Sequence[str]) -> list[list[int]]:
+        check_prompts(prompts)
+        return [_prompt(each) for each in prompts]
+
+    def question(self, text: str, device: torch.device | str = "cpu") -> Tensor:
+        check_question(text)
+        return torch.tensor([_question(text)], dtype=torch.int64, device=device)
+
+
 class _Janus(Subject):
     family = "janusflow"
     folder = DATA / "janusflow"
@@ -60,6 +75,13 @@ class _Janus(Subject):
 
     def load(self, directory: Path) -> JanusFlow:
         return JanusFlow.from_pretrained(directory, torch.float32)
+
+    def pipeline(self, model: Any) -> Pipeline:
+        words, tokens = layout(), (SIZE // PATCH) ** 2
+        markers = (words.bos, words.eos, words.boi, words.eoi, words.pad, words.img_pad, words.boi)
+        own = _Layout(words.encode, words.decode, *markers, tokens)
+        pixels = SIZE // model.config.latent_size
+        return Pipeline(model, own, codec.GridCodec(), self.guidance, latent_pixels=pixels)
 
     def velocity(self, model: Any, prompts: Sequence[str], null: Tensor, mixed: Tensor, t: Tensor) -> Tensor:
         words, device = layout(), mixed.device
@@ -87,7 +109,7 @@ class _Janus(Subject):
 
     def answered(self, model: Any, latents: Tensor, questions: Sequence[Question]) -> tuple[Tensor, Tensor]:
         device = latents.device
-        asked = [_question(question) for question in questions]
+        asked = [_question(question.text) for question in questions]
         tokens, predicting = with_answers(asked, questions, device)
         llm = model.language_model.model
         image = model.embed_image(codec.decode(latents))
@@ -127,7 +149,7 @@ class _Janus(Subject):
     def answer(self, model: Any, latents: Tensor, question: Question) -> tuple[str, list[int]]:
         device, words = model.beg_of_und_embed.device, layout()
         pixels = codec.decode(latents.to(device))
-        tokens = torch.tensor([_question(question)], device=device)
+        tokens = torch.tensor([_question(question.text)], device=device)
         given = answer_tokens(model, pixels, tokens, max_new_tokens=ANSWER_TOKENS, eos_token=words.eos)
         return words.answer(given), given.tolist()
 
@@ -136,7 +158,7 @@ class _Janus(Subject):
 
     def understanding_sample(self, latents: Tensor, question: Question) -> UnderstandingSample:
         answer = layout().encode(question.answer)
-        tokens = torch.tensor([[*_question(question), *answer]])
+        tokens = torch.tensor([[*_question(question.text), *answer]])
         return UnderstandingSample(codec.decode(latents), tokens, len(answer))
 
     def geometry(self, prompt: str) -> Geometry:
@@ -150,10 +172,10 @@ def _prompt(text: str) -> list[int]:
     return [*words.before_image, *words.encode(text), *words.after_question, words.boi]
 
 
-def _question(question: Question) -> list[int]:
+def _question(text: str) -> list[int]:
     words = layout()
     image = [words.boi, *[words.img_pad] * (SIZE // PATCH) ** 2, words.eoi]
-    return [*words.before_image, *image, *words.encode(question.text), *words.after_question]
+    return [*words.before_image, *image, *words.encode(text), *words.after_question]
 
 
 SUBJECT = _Janus()

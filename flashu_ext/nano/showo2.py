@@ -12,13 +12,14 @@ from torch import Tensor
 from ..calibration.calibrate import GenerationSample, UnderstandingSample
 from ..models.showo2.config import Showo2Config
 from ..models.showo2.model import Showo2
+from ..models.showo2.pipeline import Pipeline
 from ..models.showo2.sampling import sample
 from ..models.showo2.understanding import answer_tokens
 from ..planning.cost import Geometry
 from . import codec
 from .subject import ANSWER_TOKENS, DATA, Subject, with_answers
 from .tokenizer import layout, vocabulary
-from .world import Question
+from .world import SIZE, Question
 
 __all__ = ["SHIFT", "SUBJECT", "nano_config"]
 
@@ -74,6 +75,9 @@ class _Showo2(Subject):
 
     def load(self, directory: Path) -> Showo2:
         return Showo2.from_pretrained(directory, torch.float32)
+
+    def pipeline(self, model: Any) -> Pipeline:
+        return Pipeline(model, layout(), codec, SIZE, self.guidance, SHIFT)
 
     def velocity(self, model: Any, prompts: Sequence[str], null: Tensor, mixed: Tensor, t: Tensor) -> Tensor:
         inputs = layout().generation(prompts, mixed.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapter import adapter_of
+from ..models.pipeline import ModelPipeline
 from ..planning.config import FlashUConfig, preset
 from ..planning.cost import Geometry
 from .tokenizer import layout
@@ -54,6 +55,10 @@ class Subject(ABC):
     @abstractmethod
     def load(self, directory: Path) -> Any:
         """The model of a folder, fp32, in eval mode."""
+
+    @abstractmethod
+    def pipeline(self, model: Any) -> ModelPipeline:
+        """The family's pipeline around a model."""
 
     @abstractmethod
     def velocity(self, model: Any, prompts: Sequence[str], null: Tensor, mixed: Tensor, t: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import attention
     from .ffn import gathered_down, gathered_ffn, gathered_swiglu, neuron_norms_
+    from .int8 import int8_ffn, int8_linear
     from .linear import linear, linears
     from .norm import add_rms_norm_, gate_add_, rms_norm, rotary_cache_
     from .routing import (
@@ -41,6 +42,8 @@ __all__ = [
     "gathered_ffn",
     "gathered_swiglu",
     "guided_euler_step_",
+    "int8_ffn",
+    "int8_linear",
     "linear",
     "linears",
     "neuron_norms_",
@@ -64,7 +67,7 @@ def __getattr__(name: str) -> Any:
         return import_module(".layers", __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for family in ("attention", "ffn", "linear", "norm", "routing", "selection", "step"):
+    for family in ("attention", "ffn", "int8", "linear", "norm", "routing", "selection", "step"):
         globals().update(
             {op: value for op, value in vars(import_module(f".{family}", __name__)).items() if op in __all__}
         )

@@ -28,7 +28,7 @@ DEVICES = (
     ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::rms_norm", "CUDA") else ("cpu",)
 )
 
-_KNOWN = (*FLOATING, torch.float64, torch.int32, torch.int64, torch.bool)
+_KNOWN = (*FLOATING, torch.float64, torch.int32, torch.int64, torch.int8, torch.bool)
 """Dtypes that the adapters know; the kernels say themselves which of them they take."""
 
 _OTHER_DTYPES = {
@@ -38,6 +38,7 @@ _OTHER_DTYPES = {
     "lengths": "int64",
     "list": "int32",
     "norms": "float32 or float64",
+    **dict.fromkeys(("scale", "gate_scale", "up_scale", "down_scale"), "float32"),
     "start": "int64",
     "step": "int64",
 }
@@ -98,12 +99,14 @@ def _tensor_misfit(place: str, value: Any, argument: Any) -> Exception | None:
         layout = "a nested tensor" if value.is_nested else f"layout {value.layout}"
         return TypeError(f"{where} a dense tensor, got {layout}")
     if value.dtype not in _KNOWN:
-        return TypeError(f"{where} {_dtypes(argument)}, got {str(value.dtype).removeprefix('torch.')}")
+        return TypeError(f"{where} {_dtypes(place, argument)}, got {str(value.dtype).removeprefix('torch.')}")
     return None
 
 
-def _dtypes(argument: Any) -> str:
+def _dtypes(place: str, argument: Any) -> str:
     """The dtypes of an argument in words."""
+    if place.startswith("int8_") and argument.name.startswith("w"):
+        return "int8"
     if argument.name == "index" and argument.alias_info is None:
         return "int32 or int64"
     return _OTHER_DTYPES.get(argument.name, "float32, bfloat16 or float16")

@@ -31,8 +31,10 @@ def gathered_swiglu(
     index: Any = None,
     out: Tensor | None = None,
     selection: Selection | None = None,
+    gate_add: Tensor | None = None,
+    up_add: Tensor | None = None,
 ) -> Tensor:
-    """silu(x W_gate[S]^T) * (x W_up[S]^T) in one pass.
+    """silu(x W_gate[S]^T + gate_add) * (x W_up[S]^T + up_add) in one pass.
 
     Args:
         x: [..., hidden].
@@ -41,11 +43,13 @@ def gathered_swiglu(
         index: or as numbers [n], int32 or int64, in any order, each at most once: a tensor, a list or an array.
         selection: or as a `Selection`, which is checked once for many calls. None for all three: all neurons.
         out: [..., n] to write into, else a new contiguous tensor.
+        gate_add, up_add: [..., n] in x's dtype, added in fp32, such as what adapters give. On the CPU only.
 
     Returns:
         [..., n] in x's dtype.
     """
-    return call_into(torch_ops.gathered_swiglu, x, w_gate, w_up, **_neurons(w_gate, 0, runs, index, selection), out=out)
+    chosen = selected_neurons(w_gate, 0, runs, index, selection)
+    return call_into(torch_ops.gathered_swiglu, x, w_gate, w_up, **chosen, gate_add=gate_add, up_add=up_add, out=out)
 
 
 @capability()
@@ -72,7 +76,7 @@ def gathered_down(
     Returns:
         [..., hidden] in h's dtype.
     """
-    chosen = _neurons(w_down, 1, runs, index, selection)
+    chosen = selected_neurons(w_down, 1, runs, index, selection)
     return call_into(torch_ops.gathered_down, h, w_down, **chosen, residual=residual, out=out)
 
 
@@ -108,7 +112,7 @@ def gathered_ffn(
     Returns:
         [..., hidden_out] in x's dtype.
     """
-    weights, chosen = (w_gate, w_up, w_down), _neurons(w_gate, 0, runs, index, selection)
+    weights, chosen = (w_gate, w_up, w_down), selected_neurons(w_gate, 0, runs, index, selection)
     if norms is None:
         return call_into(torch_ops.gathered_ffn, x, *weights, **chosen, residual=residual, out=out)
     if out is not None:
@@ -133,7 +137,7 @@ def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
     return acc
 
 
-def _neurons(weight: Tensor, dim: int, runs: Any, index: Any, selection: Selection | None) -> dict[str, Any]:
+def selected_neurons(weight: Tensor, dim: int, runs: Any, index: Any, selection: Selection | None) -> dict[str, Any]:
     """The neurons as arguments of the operators; `dim` is the weight's neuron dimension."""
     if selection is None:
         numbers = None if index is None else index_tensor(index, weight)
@@ -167,6 +171,8 @@ def _gathered_swiglu_fake(
     index: Tensor | None = None,
     listed: bool = False,
     block: int = 1,
+    gate_add: Tensor | None = None,
+    up_add: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], _count(w_gate, 0, runs, index)))
 

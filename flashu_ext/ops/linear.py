@@ -46,7 +46,7 @@ def linear(
         ValueError: a shape, stride, overlap, device or the epilogue is wrong.
         TypeError: a dtype is wrong.
     """
-    return call_into(torch_ops.linear, x, weight, bias, residual, _code("linear", epilogue), out=out)
+    return call_into(torch_ops.linear, x, weight, bias, residual, epilogue_code("linear", epilogue), out=out)
 
 
 @capability()
@@ -79,10 +79,10 @@ def linears(
         TypeError: a dtype is wrong, or something is not a sequence of tensors.
     """
     none = [] if biases is None else biases
-    return call_into(torch_ops.linears, x, weights, none, residual, _code("linears", epilogue), out=out)
+    return call_into(torch_ops.linears, x, weights, none, residual, epilogue_code("linears", epilogue), out=out)
 
 
-def _code(op: str, epilogue: str) -> int:
+def epilogue_code(op: str, epilogue: str) -> int:
     if epilogue not in EPILOGUES:
         raise ValueError(f"{op}: epilogue: expected one of {', '.join(EPILOGUES)}, got {epilogue!r}")
     return EPILOGUES.index(epilogue)

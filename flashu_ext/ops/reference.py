@@ -27,6 +27,8 @@ __all__ = [
     "gathered_ffn",
     "gathered_swiglu",
     "guided_euler_step_",
+    "int8_ffn",
+    "int8_linear",
     "linear",
     "linears",
     "neuron_norms_",
@@ -82,10 +84,14 @@ def gathered_swiglu(
     *,
     out: Tensor | None = None,
     selection: Selection | None = None,
+    gate_add: Tensor | None = None,
+    up_add: Tensor | None = None,
 ) -> Tensor:
     """See `flashu_ext.ops.gathered_swiglu`. GEMMs run in the storage dtype, as in torch."""
     s = _neurons(runs, index, selection, x.device)
-    return _into(out, F.silu(F.linear(x, w_gate[s])) * F.linear(x, w_up[s]))
+    gate, up = F.linear(x, w_gate[s]), F.linear(x, w_up[s])
+    gate = gate if gate_add is None else gate + gate_add
+    return _into(out, F.silu(gate) * (up if up_add is None else up + up_add))
 
 
 def gathered_down(
@@ -149,6 +155,42 @@ def linear(
 ) -> Tensor:
     """See `flashu_ext.ops.linear`. The GEMM runs in the storage dtype, as in torch."""
     return _into(out, finish_linear(F.linear(x, weight, bias), residual, epilogue))
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    epilogue: str = "none",
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.int8_linear`. The GEMM runs in the storage dtype, as torchao's does."""
+    y = F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+    return _into(out, finish_linear(y if bias is None else y + bias, residual, epilogue))
+
+
+def int8_ffn(
+    x: Tensor,
+    w_gate: Tensor,
+    gate_scale: Tensor,
+    w_up: Tensor,
+    up_scale: Tensor,
+    w_down: Tensor,
+    down_scale: Tensor,
+    runs: Sequence[Any] | None = None,
+    index: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    selection: Selection | None = None,
+) -> Tensor:
+    """See `flashu_ext.ops.int8_ffn`. GEMMs run in the storage dtype, as torchao's do."""
+    s = _neurons(runs, index, selection, x.device)
+    gate, up = int8_linear(x, w_gate[s], gate_scale[s]), int8_linear(x, w_up[s], up_scale[s])
+    return _into(out, int8_linear(F.silu(gate) * up, w_down[:, s], down_scale, None, residual))
 
 
 def finish_linear(y: Tensor, residual: Tensor | None, epilogue: str) -> Tensor:

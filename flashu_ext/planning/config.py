@@ -234,13 +234,21 @@ class FlashUConfig:
     @property
     def approximates(self) -> tuple[str, ...]:
         """Flat keywords of the fields whose values change the outputs."""
-        flat = {where: name for name, where in FLAT_KEYWORDS.items()}
-        return tuple(
-            flat[group, field]
-            for group in _GROUPS
-            if (record := getattr(self, group)) is not None
-            for field in record.approximates
-        )
+        return tuple(_FLAT[name, field] for name, record in self._records() for field in record.approximates)
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """'field=value has no effect with other=value', in flat keywords, for settings that another one keeps off."""
+        found = []
+        for name, record in self._records():
+            for pair in record.idle.items():
+                asked, off = (f"{_FLAT[name, field]}={getattr(record, field)!r}" for field in pair)
+                found.append(f"{asked} has no effect with {off}")
+        return tuple(found)
+
+    def _records(self) -> list[tuple[str, Any]]:
+        """The groups that are not None."""
+        return [(name, record) for name in _GROUPS if (record := getattr(self, name)) is not None]
 
     @property
     def needs_plan(self) -> bool:
@@ -315,6 +323,8 @@ FLAT_KEYWORDS: Mapping[str, tuple[str, str]] = {
     name: (flat.group, flat.field) for name, flat in vars(FlashUConfig).items() if isinstance(flat, _Flat)
 } | {"guidance": ("guidance", "phases")}
 """Flat keyword -> (group, field). The flat keyword of guidance phases is `guidance` itself, as a plain list."""
+
+_FLAT: Mapping[tuple[str, str], str] = {where: name for name, where in FLAT_KEYWORDS.items()}
 
 _OFF: Mapping[str, Any] = {
     name: kind(

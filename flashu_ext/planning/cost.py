@@ -90,6 +90,7 @@ class ModelShape:
         final_modulation: operations per row of its modulation.
         lm_head: operations per token.
         time_token: the image span begins with a time token.
+        asked: the encoder of a question's images, where it is another one.
     """
 
     layers: tuple[LayerShape, ...]
@@ -100,6 +101,7 @@ class ModelShape:
     final_modulation: float
     lm_head: float
     time_token: bool
+    asked: EncoderShape | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +73,16 @@ class DownNorms:
     @classmethod
     def from_projections(cls, projections: Sequence[nn.Linear]) -> DownNorms:
         """The norms of each layer's down projection, weights [hidden, intermediate]."""
-        weights = [projection.weight.detach() for projection in projections]
+        weights = [_numbers(projection.weight.detach()) for projection in projections]
         return cls(
             torch.stack([weight.float().abs().sum(0) for weight in weights]).cpu(),
             torch.stack([weight.float().square().sum(0) for weight in weights]).cpu(),
         )
+
+
+def _numbers(weight: Any) -> Tensor:
+    """A weight, or the numbers that a quantizer's tensor stands for."""
+    return weight if type(weight) is Tensor else weight.dequantize()
 
 
 def _wanda(sums: NeuronSums, down: DownNorms) -> Tensor:

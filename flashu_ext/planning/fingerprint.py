@@ -50,7 +50,11 @@ def check_fingerprint(model: Any, expected: str) -> str | None:
 def _digest(model: Any, bits: Bits, with_dtype: bool) -> str:
     ffns = decoder_of(model).ffns
     own = {id(weight): weight for ffn in ffns for weight in ffn_weights(ffn)}
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named = {
+        name.replace(".base_layer.", "."): value
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if not any(part.startswith("lora_") for part in name.split("."))  # peft's, which leave the base as it is
+    }
     spread = [_spread(value, bits) for value in named.values() if id(value) not in own and _readable(value)]
     neurons = [_neurons(ffn, bits) for ffn in ffns if all(map(_readable, ffn_weights(ffn)))]
     sampled = torch.cat([each.cpu() for each in (*spread, *neurons)])

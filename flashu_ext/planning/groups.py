@@ -127,6 +127,11 @@ class _Group:
         """Names of the fields whose values change the outputs."""
         return ()
 
+    @property
+    def idle(self) -> dict[str, str]:
+        """Fields that ask for an approximation which another field keeps off -> that field."""
+        return {}
+
 
 @dataclass(frozen=True, repr=False)
 class FfnPruning(_Group):
@@ -165,6 +170,10 @@ class LayerSkip(_Group):
     def approximates(self) -> tuple[str, ...]:
         return ("ratio",) if self.ratio > 0 and self.interval > 0 else ()
 
+    @property
+    def idle(self) -> dict[str, str]:
+        return {"ratio": "interval"} if self.ratio > 0 and self.interval == 0 else {}
+
 
 @dataclass(frozen=True, repr=False)
 class TokenSkip(_Group):
@@ -191,6 +200,12 @@ class TokenSkip(_Group):
     @property
     def approximates(self) -> tuple[str, ...]:
         return ("on",) if self.on and self.ratio > 0 and self.interval > 1 else ()
+
+    @property
+    def idle(self) -> dict[str, str]:
+        if self.ratio == 0 or self.approximates:
+            return {}
+        return {"ratio": "interval" if self.on else "on"}
 
 
 @dataclass(frozen=True, repr=False)

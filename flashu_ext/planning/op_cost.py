@@ -23,7 +23,7 @@ class PhaseShape:
         neurons: of the FFN that are computed.
         norms: RMSNorms that run by themselves.
         others: (rows, operations per row) of linear layers outside of the transformer layers.
-        out: numbers of a token in the phase's output.
+        velocity: numbers of a row's output, (patches, each).
         tables: of differences that the head's cache has.
     """
 
@@ -35,7 +35,7 @@ class PhaseShape:
     neurons: int = 0
     norms: int = 1
     others: tuple[tuple[int, float], ...] = ()
-    out: int = 0
+    velocity: tuple[int, int] = (0, 0)
     tables: int = 1
 
     @property
@@ -124,7 +124,8 @@ def _topk(p: PhaseShape) -> OpCost:
 
 
 def _euler(p: PhaseShape) -> OpCost:
-    return OpCost(f"{p.rows} x {p.queries} x {p.out}", 0.0, 2.0 * p.tokens * p.out)
+    patches, each = p.velocity
+    return OpCost(f"{p.rows} x {patches} x {each}", 0.0, 2.0 * p.rows * patches * each)
 
 
 OP_COSTS: Mapping[str, Callable[[PhaseShape], OpCost]] = {

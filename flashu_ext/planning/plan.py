@@ -306,8 +306,7 @@ class TaskPlan:
             if actual is not None:
                 raise ValueError(
                     f"plan: made for another model (fingerprint {self.fingerprint[:12]}..., this model has {actual[:12]}...); "
-                    "calibrate this one with flashu_ext.calibrate, or, where an adapter (LoRA) was added since, accelerate "
-                    "before it is added or merge it and calibrate"
+                    "calibrate this one with flashu_ext.calibrate, also where it was quantised since or an adapter was merged"
                 )
 
     # ---- files

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..models.checks import made_by
 from ..models.masks import additive, sequence_allowed
 from ..models.sampling import Segment
 from .head import Head
@@ -85,7 +86,7 @@ class Backbone:
         pairs = list(zip(memories, works, strict=True))
         latents = joined([memory.latents[: work.images] for memory, work in pairs])
         times = [memory.modulation.index_select(0, memory.time_rows[: work.images]) for memory, work in pairs]
-        early = self.parts.early(latents, joined(times))
+        early = made_by("early", self.parts.early(latents, joined(times)), len(latents), *memories[0].sizes.early)
         for (memory, work), own in zip(pairs, early.split([work.images for work in works]), strict=True):
             assert memory.early is not None
             memory.early[: work.rows] = own.repeat(work.rows // work.images, *[1] * (own.dim() - 1))
@@ -110,17 +111,20 @@ class Backbone:
         images = [work.images for work in works]
         latents = joined([memory.latents[:count] for memory, count in zip(memories, images, strict=True)])
         features: Tensor | None = None
-        if memories[0].sizes.features and works[0].encode:
+        sizes = memories[0].sizes
+        if sizes.features and works[0].encode:
             features = parts.features(latents, memories[0].place)
+            made_by("features", features, len(latents), sizes.patches, sizes.features)
             for (memory, work), own in zip(pairs, features.split(images), strict=True):
                 if memory.features is not None:
                     memory.features[: work.images] = own
-        elif memories[0].sizes.features:
+        elif sizes.features:
             # Only a config with an encoder cache plans steps without the encoder.
             features = joined([memory.features[: work.images] for memory, work in pairs if memory.features is not None])
         tokens = [memory.time_token.index_select(0, memory.time_rows[: work.images]) for memory, work in pairs]
         early = joined_early([(memory, work.images) for memory, work in pairs])
         span = parts.span(latents, features, early, joined(tokens))
+        made_by("span", span, len(latents), parts.lead + sizes.patches, parts.hidden)
         if parts.trail:
             behind = [memory.trailing.expand(count, -1, -1) for memory, count in zip(memories, images, strict=True)]
             span = torch.cat([span, joined(behind)], dim=1)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..models.checks import made_by
 from ..models.sampling import DrawInputs, TaylorSeer
 from ..models.velocity import Scale, guide, guided, unpatchify
 from ..planning.config import FlashUConfig
@@ -161,9 +162,10 @@ class GenerationEngine:
         self._fill_times(memory, t)
 
     def _fill_times(self, memory: ImageMemory, t: Tensor) -> None:
-        time = self.parts.embed_time(t)
-        memory.time_token[: t.shape[0]] = self.parts.time_token(time)
-        memory.modulation[: t.shape[0]] = self.parts.modulation(time)
+        parts, count = self.parts, t.shape[0]
+        time = made_by("embed_time", parts.embed_time(t), count, None)
+        memory.time_token[:count] = made_by("time_token", parts.time_token(time), count, parts.hidden)
+        memory.modulation[:count] = made_by("modulation", parts.modulation(time), count, memory.sizes.modulation)
 
     def end(self, state: ImageState) -> None:
         """Release a finished or abandoned image's memory; its record stays."""

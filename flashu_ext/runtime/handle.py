@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -278,6 +279,8 @@ def _accelerate(model: nn.Module, config: FlashUConfig, plan: TaskPlan | None, b
     if handle_of(model) is not None:
         raise RuntimeError("model: already accelerated; call handle.remove() first")
     parts.check_config(config)
+    for idle in config.idle:
+        warnings.warn(f"FlashUConfig: {idle}", stacklevel=3)
     for path in parts.methods:
         owner, _, name = path.rpartition(".")
         if name in vars(find(model, owner) if owner else model):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..models.checks import made_by
 from .image_memory import ImageMemory, joined, joined_early, joined_rope
 from .modules.attention import SegmentPass, span_pass
 from .modules.head_block import head_block
@@ -44,7 +45,7 @@ class Head:
         else:
             x = self._compute(memories, works, modulation)
         early = joined_early([(memory, work.rows) for memory, work in pairs])
-        velocity = self.parts.velocity(x, modulation, early)
+        velocity = made_by("velocity", self.parts.velocity(x, modulation, early), len(x), *memories[0].sizes.velocity)
         for (memory, work), own in zip(pairs, velocity.split([work.rows for work in works]), strict=True):
             if work.formula is not None:
                 own = work.formula(own, memory.scale.index_select(0, memory.time_rows[:1]))

@@ -30,7 +30,7 @@ from ..ops.kernel_sets import (
     resolve,
 )
 from ..planning.config import FlashUConfig
-from ..planning.cost import LayerShape, ModelShape
+from ..planning.cost import EncoderShape, LayerShape, ModelShape
 from ..planning.groups import Answers, HeadCaching, LayerSkip, TokenSkip
 from ..planning.op_cost import PhaseShape
 from ..planning.plan import TaskPlan
@@ -131,8 +131,8 @@ def describe(
 ) -> Description:
     """What `accelerate` would run, op by op, with the reason and the predicted cost. Runs nothing and changes nothing.
 
-    Costs are of images of the model's own size under guidance, and of a question about one of them. Skipped layers, tokens and
-    neurons are left out; visual tokens that a prefill drops are counted.
+    Costs are of images of the model's own size under guidance, and of a question about one image of the largest size. Skipped
+    layers, tokens and neurons are left out; visual tokens that a prefill drops are counted.
 
     Args:
         model: a model of a known family, or its adapter; its weights may be on the meta device.
@@ -140,7 +140,7 @@ def describe(
         plan: whose neurons are kept where the config prunes; None: as many as the config says, in every task.
         device, dtype: where and in what it would run; None: the model's, and for the meta device a GPU where torch sees one, else
             the CPU.
-        steps: grid points; None: the config's, or 50.
+        steps: grid points; None: the config's, or the family's own.
         images: drawn at once.
         prompt: tokens of a prompt.
         question: tokens of a question without its image.
@@ -176,9 +176,17 @@ _BLOCKS = frozenset({"linears", "rotary_cache_", "attention", "gathered_ffn", "g
 """What a head's blocks run."""
 
 
+_ENCODER = frozenset({"linears", "attention"})
+"""What only an encoder that several steps can share runs when a drawing is embedded."""
+
+
 def runs(use: Use, parts: Adapter) -> bool:
-    """Whether a model runs an op in a phase at all: a head without blocks is its last layers."""
-    return bool(len(parts.blocks)) or use.phase != "head" or use.op not in _BLOCKS
+    """Whether a model runs an op in a phase at all: a head without blocks is its last layers, and not every drawing is
+    encoded."""
+    if use.phase == "head":
+        return bool(len(parts.blocks)) or use.op not in _BLOCKS
+    encodes = use.task != "generation" or bool(parts.sizes(parts.latent_size).features)
+    return encodes or use.phase != "embed" or use.op not in _ENCODER
 
 
 def _row(choice: Choice, shapes: _Shapes, device: torch.device, dtype: torch.dtype) -> Row:
@@ -218,19 +226,19 @@ class _Shapes:
         question: int,
     ):
         shape = parts.shape()
-        patches = parts.sizes(parts.latent_size).patches
-        span, layers, llm = patches + shape.time_token, len(shape.layers), shape.layers[0]
+        sizes = parts.sizes(parts.latent_size)
+        patches, span = sizes.patches, parts.lead + sizes.patches + parts.trail
+        layers, llm = len(shape.layers), shape.layers[0]
         block = shape.blocks[0] if shape.blocks else llm
         skipped = (config.layers or LayerSkip(0.0, 0)).count(layers) if config.layers else 0
         routed = (config.tokens or TokenSkip(0.0, on=False)).count(patches) if config.tokens else 0
-        rows, keys, asked = 2 * images, prompt + span, span + question
+        rows, keys, asked = 2 * images, prompt + span, parts.question_tokens + question
         drawing, answering = (_neurons(llm, config, plan, task) for task in PHASES)
         projected = ((rows * span, shape.head_input), (rows * patches, shape.final))
-        out = round(shape.final / (2 * block.width))
         tables = 1 + (config.head or HeadCaching()).order
         answered = layers - (config.answers or Answers()).layers_skipped(layers)
         self.of = {
-            ("generation", "embed"): _embedding(shape, images, patches),
+            ("generation", "embed"): _embedding(shape, shape.encoder, images, patches),
             ("generation", "backbone"): PhaseShape(
                 llm, layers - skipped, rows, span - routed, keys, drawing, layers + 1
             ),
@@ -243,17 +251,17 @@ class _Shapes:
                 block.neurons,
                 2 * len(shape.blocks) + 1,
                 projected,
-                out,
+                sizes.velocity,
                 tables,
             ),
             ("generation", "measuring"): PhaseShape(llm, layers, rows, keys, keys, drawing, layers + 1),
-            ("understanding", "embed"): _embedding(shape, 1, patches),
+            ("understanding", "embed"): _embedding(shape, shape.asked or shape.encoder, 1, parts.question_tokens),
             ("understanding", "prefill"): PhaseShape(llm, layers, 1, asked, asked, answering, layers + 1),
             ("understanding", "decode"): PhaseShape(
                 llm, answered, 1, 1, asked + 1, answering, answered + 1, ((1, shape.lm_head),)
             ),
         }
-        planned = StepPlan.build(config, steps, layers, None, patches)
+        planned = StepPlan.build(config, steps or config.steps or parts.grid_points, layers, None, patches)
         measuring = sum(step.measure or step.measure_tokens for step in planned.steps)
         self.runs = {
             ("generation", "embed"): planned.backbone_evaluations,
@@ -275,9 +283,8 @@ def _neurons(layer: LayerShape, config: FlashUConfig, plan: TaskPlan | None, tas
     return int(layer.neurons * (1 - config.ffn.ratio)) // config.ffn.multiple * config.ffn.multiple
 
 
-def _embedding(shape: ModelShape, images: int, patches: int) -> PhaseShape:
-    """The image encoder, and the times' layers: a head's modulation and the time token."""
-    encoder = shape.encoder
+def _embedding(shape: ModelShape, encoder: EncoderShape, images: int, patches: int) -> PhaseShape:
+    """An image encoder, and the times' layers: a head's modulation and the time token."""
     square = 4.0 * encoder.width**2
     layer = LayerShape(square, square, 0.0, encoder.heads, encoder.width // encoder.heads, encoder.width, encoder.width)
     modulation = sum(block.modulation for block in shape.blocks) + shape.final_modulation

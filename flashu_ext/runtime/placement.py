@@ -53,7 +53,9 @@ class Placement:
                 continue
             chosen.layouts[index] = layout
             order = by_ffn.get(id(ffn))
-            if any(uses[id(weight)] > 1 for weight in ffn_weights(ffn)):
+            if (why := network.layers[index].ffn.why_in_place) is not None:
+                chosen._stay(index, why)
+            elif any(uses[id(weight)] > 1 for weight in ffn_weights(ffn)):
                 chosen._stay(index, "its weights are shared within the model")
             elif order is not None and order.layout is layout and order.holds(ffn):
                 chosen.orders[index] = order

@@ -90,7 +90,9 @@ class _Pruned:
 
     def __call__(self, x: Tensor) -> Tensor:
         ffn = self.follow()
-        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or ffn.module.gate_proj.weight.requires_grad)
+        needs_gradient = torch.is_grad_enabled() and (
+            x.requires_grad or any(weight.requires_grad for weight in ffn.module.parameters())
+        )
         if ffn.why_itself is not None or needs_gradient:
             return type(self._module).forward(self._module, x)
         return ffn(x, self._of.task)

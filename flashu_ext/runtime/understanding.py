@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..models.adapter import Question
+from ..models.checks import made_by
 from ..models.decoding import OnToken
 from ..models.masks import additive
 from ..ops.kernel_sets import KernelSet
@@ -212,6 +213,7 @@ class UnderstandingEngine:
         for shape in {latents.shape for latents in distinct[len(embeds) :]}:
             new = [i for i, latents in enumerate(distinct) if i >= len(self._images) and latents.shape == shape]
             encoded = self.parts.embed_image(torch.cat([distinct[i] for i in new]))
+            made_by("embed_image", encoded, len(new), None, self.parts.hidden)
             self.encoded += len(new)
             embeds.update(zip(new, encoded.split(1), strict=True))
         self._images = [(distinct[i], embeds[i]) for i in dict.fromkeys(chosen)]
@@ -231,10 +233,12 @@ class UnderstandingEngine:
     def prompt(self, question: Question) -> Prompt:
         """A prompt from copies of a question's tensors."""
         dropped = self.pruner.dropped(question.spans)
-        length, positions = question.embeds.shape[1], question.positions
+        embeds = made_by("question", question.embeds, 1, None, self.parts.hidden)
+        length, positions = embeds.shape[1], question.positions
+        made_by("question", question.allowed, length, length)
         ahead = 0 if positions is None else length - 1 - int(positions.max())
         positions = torch.arange(length, device=self.parts.device) if positions is None else positions.clone()
-        return Prompt(question.embeds.clone(), question.allowed.clone(), question.spans, dropped, positions, ahead)
+        return Prompt(embeds.clone(), question.allowed.clone(), question.spans, dropped, positions, ahead)
 
     # ---- decoding
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from ..mutant import Cpp, Mutant
+from ..mutant import Cpp, Mutant, Pytest
 
 FFN = Cpp("*Ffn*:Silu*")
 LINEAR = Cpp("Linear*")
+INT8 = Pytest("python_tests/ops/test_int8.py", "-k", "accurate")
 ATTENTION = Cpp("Attention*")
 ROWS = Cpp("*Rows*")
 CHECKS = Cpp("*Checks*:*Errors*:Base*:RunList*")
@@ -21,7 +22,16 @@ MUTANTS = [
     Mutant("ffn: the last chunk is as long as the others", "csrc/cpu/ffn.cpp",
            "const int64_t rows = std::min(s.up.chunk_m, p.rows - row);", "const int64_t rows = std::min(s.up.chunk_m, p.rows);", FFN),
     Mutant("ffn: up is read with gate's stride", "csrc/cpu/ffn.cpp",
-           "rows[width + j] = row_of(p.w_up, neuron, p.type);", "rows[width + j] = row_of({p.w_up.data, p.w_gate.stride}, neuron, p.type);", FFN),
+           "rows[width + j] = weight_row(p.w_up, neuron, p.type, p.int8);", "rows[width + j] = weight_row({p.w_up.data, p.w_gate.stride}, neuron, p.type, p.int8);", FFN),
+    Mutant("ffn: every panel is added the first one's addends", "csrc/cpu/ffn.cpp",
+           "row_of(added, first_row, p.type) + first * element_bytes(p.type);", "row_of(added, first_row, p.type);", Pytest("python_tests/ops/test_contract.py", "-k", "gathered_swiglu")),
+    Mutant("int8: up is scaled as gate", "csrc/cpu/ffn.cpp",
+           "scales[width + j] = p.up_scale[", "scales[width + j] = p.gate_scale[", INT8, quick=True),
+    Mutant("int8: scales are of the first neurons", "csrc/cpu/ffn.cpp",
+           "p.gate_scale[selected[first + j]]", "p.gate_scale[first + j]", INT8),
+    Mutant("int8: a row alone is summed in one chain", "csrc/cpu/gemm_kernels.cpp",
+           "        if (first % kSumBlock == 0 && first > 0) end_block(first);\n", "", FFN),
+    Mutant("int8: signs of odd bytes are lost", "csrc/cpu/gemm_kernels.cpp", "0x47008000u", "0x47000000u", FFN),
     Mutant("ffn: the residual is read with the output's stride", "csrc/cpu/projection.cpp",
            "part.residual.stride, c, a.rows, count);", "part.out.stride, c, a.rows, count);", FFN),
     Mutant("ffn: padded rows of x are read as dense ones", "csrc/cpu/ffn.cpp",
@@ -254,7 +264,7 @@ MUTANTS = [
     Mutant("api: norms may be the output", "csrc/api/ffn.cpp",
            '{"residual", &a.residual},\n                                      {"out", &a.out}}) {', '{"residual", &a.residual}}) {', CHECKS),
     Mutant("api: the output may be the residual", "csrc/api/ffn.cpp",
-           '{"w_up", &a.w_up},\n                  {"w_down", &a.w_down},\n                  {"residual", &a.residual}});', '{"w_up", &a.w_up},\n                  {"w_down", &a.w_down}});', CHECKS),
+           '{"down_scale", &a.down_scale},\n                  {"residual", &a.residual}});', '{"down_scale", &a.down_scale}});', CHECKS),
     Mutant("api: queries may be written over values", "csrc/api/norm.cpp", '  core::check_disjoint("out", args.out, "values", args.values);\n', "", CHECKS),
     Mutant("api: w_down may have other neurons", "csrc/api/ffn.cpp", '  core::check_size("w_down", a.w_down, 1, p.intermediate);\n', "", CHECKS),
     Mutant("api: the tables of a step may differ in length", "csrc/api/step.cpp", '  core::check_size("dt", args.dt, 0, args.s.sizes[0]);\n', "", CHECKS),

@@ -20,6 +20,7 @@ SMALL = within("runtime/test_small_models.py")
 CALLERS = within("runtime/test_callers_tensors.py")
 IMAGES = within("runtime/test_image_company.py")
 KNOBS = within("runtime/test_skipping_and_caching.py")
+LORA = within("runtime/test_lora.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 COMPANY = within("runtime/test_answer_company.py")
@@ -62,8 +63,12 @@ FAMILIES = within("families/test_conformance_command.py")
 PRUNED = within("runtime/test_prune_ffn.py")
 EXPERTS = within("families/test_bagel_runtime.py")
 NEW_FAMILY = within("examples/test_new_family.py")
+EMBEDDED = within("nano/test_embedded_pipelines.py")
+SUBJECTS = within("nano/test_subjects.py")
+OF_FAMILIES = within("nano/test_many_of_families.py")
 JANUSFLOW_PIPELINE = within("families/test_janusflow_pipeline.py")
 BAGEL_PIPELINE = within("families/test_bagel_pipeline.py")
+DIFFUSERS = within("hosts/test_diffusers_pipeline.py")
 KL_CODEC = Pytest("python_tests/families/test_kl_codec.py")
 PLANS = within("families/test_family_plans.py")
 ENDS = within("runtime/test_many_ends.py")
@@ -142,14 +147,14 @@ MUTANTS = [
     Mutant("answers: memory of one slot less fits", "flashu_ext/runtime/answer_memory.py", "asked <= mine <=", "asked <= mine + 1 <=", SMALL("capacity_of_captured")),
     Mutant("answers: full memory is a step larger", "flashu_ext/runtime/image_memory.py", "return -(-count // step) * step", "return (count // step + 1) * step", SMALL("capacity_of_captured")),
     Mutant("answers: the caller's picture is kept", "flashu_ext/runtime/understanding.py", "distinct.append(latents.clone())", "distinct.append(latents)", CALLERS("answer_tokens"), quick=True),
-    Mutant("answers: the caller's embeddings are kept", "flashu_ext/runtime/understanding.py", "Prompt(question.embeds.clone(),", "Prompt(question.embeds,", CALLERS("mmu_generate")),
+    Mutant("answers: the caller's embeddings are kept", "flashu_ext/runtime/understanding.py", "Prompt(embeds.clone(),", "Prompt(embeds,", CALLERS("mmu_generate")),
     Mutant("answers: a pruned image is shared by its unpruned length", "flashu_ext/runtime/understanding.py", "prompt.kept[: prompt.slots(start)]", "prompt.kept[:start]", ANSWERS("share_a_pruned_image")),
     Mutant("prompts shared: an image is cut in the middle", "flashu_ext/runtime/prompt_cache.py", "farthest < torch.arange(1, limit + 1", "farthest <= torch.arange(1, limit + 1", ANSWERS("whole_or_not_at_all")),
     Mutant("prompts shared: the attention mask does not matter", "flashu_ext/runtime/prompt_cache.py", "    same &= (source.allowed[:limit, :limit] == prompt.allowed[:limit, :limit]).all(dim=-1)\n", "", ANSWERS("hidden_tokens")),
     Mutant("company: images of a batch share their decisions", "flashu_ext/runtime/generation.py", "        if not self.invariant:\n", "        if True:\n", IMAGES("any_batch and fast")),
     Mutant("company: rows attend in another image's memory", "flashu_ext/runtime/modules/attention.py", "for own, each in zip(self.passes, rows, strict=True)", "for own, each in zip(self.passes[::-1], rows, strict=True)", IMAGES("any_batch and exact"), quick=True),
     Mutant("company: the first image's time serves all", "flashu_ext/runtime/head.py", "m.modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", "memories[0].modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs", IMAGES("different_times and exact")),
-    Mutant("many: what was cancelled goes on", "flashu_ext/models/showo2/many.py", "        self._live = [each for each in self._live if each.index not in self._cancelled]\n", "", IMAGES("different_times and exact")),
+    Mutant("many: what was cancelled goes on", "flashu_ext/models/many.py", "        self._live = [each for each in self._live if each.index not in self._cancelled]\n", "", IMAGES("different_times and exact")),
     Mutant("many: an image of another config is planned as the model's", "flashu_ext/runtime/generation.py", "config = self.config if config is None else config", "config = self.config", MANY("preset_of_its_own")),
     Mutant("embedders: a patch's pixels by columns", "flashu_ext/runtime/modules/embedders.py", ".permute(0, 2, 4, 1, 3, 5)", ".permute(0, 2, 4, 1, 5, 3)", HANDLE("exact_equals_upstream")),
     Mutant("vision: an FFN without its residual", "flashu_ext/runtime/modules/vision.py", "x = layer.down(raised, residual=x)", "x = layer.down(raised)", HANDLE("exact_equals_upstream")),
@@ -178,7 +183,12 @@ MUTANTS = [
     Mutant("stamp: other functions of torch do not matter", "flashu_ext/models/stamp.py", "            [functions(vars(owner)) for owner, functions in _LIBRARY],\n", "", FUNCTIONS("only_modules_call")),
     Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", PAGE("what_happens")),
     Mutant("known: forward hooks are passed over", "flashu_ext/models/known.py", '    if module._forward_hooks:\n        return "has a forward hook"\n', "", MODULES("hooked_module")),
-    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'reason = reason or ("has a bias" if linear.bias is not None else None)', "reason = reason or None", MODULES("kernel_does_not_compute")),
+    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'why_not_linear(linear, like) or ("has a bias" if linear.bias is not None else None)', "why_not_linear(linear, like)", MODULES("kernel_does_not_compute")),
+    Mutant("lora: a scaling set later is not noticed", "flashu_ext/models/lora.py", "        dict(module.scaling),\n", "", LORA("noticed")),
+    Mutant("lora: merged adapters are added again", "flashu_ext/models/lora.py", "if module.disable_adapters or module.merged_adapters:", "if module.disable_adapters:", LORA("states")),
+    Mutant("lora: DoRA is taken for a plain adapter", "flashu_ext/models/known.py", "    if variant is not None:\n", "    if False:\n", LORA("themselves")),
+    Mutant("lora: down reads A of the first neurons", "flashu_ext/runtime/modules/ffn.py", "low = ops.gathered_down(h.to(update.down.weight.dtype), update.down.weight, selection=selection)", "low = self._kernels.linear(h.to(update.down.weight.dtype), update.down.weight[:, : h.shape[-1]].contiguous())", LORA("pruned")),
+    Mutant("int8: zero points are passed over", "flashu_ext/models/int8.py", "if zero is not None and bool(zero.any()):", "if False:", within("runtime/test_int8_models.py")("zero")),
     Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", MODULES("refused_by_name")),
     Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "        self.reset()\n        self._stamp", "        self.generation.pool.clear()\n        self._stamp", LIVING("follow_weights"), quick=True),
     Mutant("runner: an image goes on with other weights", "flashu_ext/runtime/runner.py", "        self.reset()\n        self._stamp", "        self.understanding.reset()\n        self._stamp", SCHEDULES("image_in_progress")),
@@ -265,7 +275,7 @@ MUTANTS = [
     Mutant("folder: a whole image is written again", "flashu_ext/batch/folder.py", "if write and not complete_png(path):", "if write:", LISTS("list_is_resumed")),
     Mutant("folder: an image is written in place", "flashu_ext/batch/folder.py", '                    with atomic_path(path) as temporary:\n                        image.save(temporary, format="PNG")\n', '                    image.save(path, format="PNG")\n', FOLDER("ctrl_c")),
     Mutant("folder: an image without its end is whole", "flashu_ext/batch/folder.py", "if file.read() != _PNG_END:", "if not file.read():", LISTS("complete_png")),
-    Mutant("folder: the config's steps are recorded, not the caller's", "flashu_ext/batch/folder.py", "steps or planned or DEFAULT_STEPS", "planned or steps or DEFAULT_STEPS", FOLDER("what_the_caller_asks")),
+    Mutant("folder: the config's steps are recorded, not the caller's", "flashu_ext/batch/folder.py", "steps or planned or parts.grid_points", "planned or steps or parts.grid_points", FOLDER("what_the_caller_asks")),
     Mutant("folder: no guidance is recorded as the pipeline's", "flashu_ext/batch/folder.py", "float(pipe.guidance_scale if guidance_scale is None else guidance_scale)", "float(guidance_scale or pipe.guidance_scale)", FOLDER("what_the_caller_asks")),
     Mutant("validate: a span that ends with the row", "flashu_ext/models/showo2/validate.py", "offset + got > length", "offset + got >= length", SMALL("ends_with_its_row")),
     Mutant("validate: an odd number of guided rows", "flashu_ext/models/showo2/validate.py", "if guided and rows % 2:", "if guided and rows < 2:", CONFORMANCE("odd_number")),
@@ -275,7 +285,7 @@ MUTANTS = [
     Mutant("answers: all images of a question are the first", "flashu_ext/runtime/runner.py", "[[next(embeds) for _ in own] for own in images]", "[[next(embeds)] * len(own) for own in images]", SEVERAL("mixed_batches")),
     Mutant("answers: only the last image's tokens are dropped", "flashu_ext/runtime/understanding.py", "if first >= start and drop:\n                assert", "if (first, count) == prompt.spans[-1] and drop:\n                assert", SEVERAL("dropped_in_each")),
     Mutant("answers: the span starts late without a time token", "flashu_ext/models/showo2/adapter.py", "        late = self.lead\n", "        late = 1\n", SMALL("without_a_time_token")),
-    Mutant("pipeline: no guidance is the pipeline's own", "flashu_ext/models/showo2/pipeline.py", "guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale", "guidance_scale=guidance_scale or self.guidance_scale", EDGES("guidance")),
+    Mutant("pipeline: no guidance is the pipeline's own", "flashu_ext/models/pipeline.py", "guidance_scale_of(self.guidance_scale if guidance_scale is None else guidance_scale, count)", "guidance_scale_of(guidance_scale or self.guidance_scale, count)", EDGES("guidance")),
     Mutant("pipeline: layers' ratios of a plan are levelled", "flashu_ext/models/pipeline.py", "if plan.ratios is not None:", "if plan.ratios is not None and not plan.layers:", CALIBRATE("ratios_of_its_own")),
     Mutant("known: diffusers' decorator hides the model's own code", "flashu_ext/models/known.py", '("torch", "transformers", "diffusers", "einops", "timm", "flash_attn", "flashu_ext")', '("torch", "transformers", "einops", "timm", "flash_attn", "flashu_ext")', FUNCTIONS("decorated_by_diffusers")),
     Mutant("parts: a table is resampled from a grid that it has not", "flashu_ext/models/showo2/positions.py", "return side if stored and side * side == rows else None", "return side if side * side == rows else None", SIZES("of_one_size")),
@@ -296,8 +306,10 @@ MUTANTS = [
     Mutant("kernels: every row attends as many keys as the first", "flashu_ext/ops/reference.py", "for r, n in enumerate(counts)\n    ]\n", "for r, n in enumerate(counts[:1] * len(counts))\n    ]\n", KERNELS("one_at_a_time")),
     Mutant("kernels: sixteen rows are many", "flashu_ext/ops/kernel_sets.py", "MANY = 17\n", "MANY = 16\n", KERNELS("padded_to_many")),
     Mutant("many: structure is not looked at between steps", "flashu_ext/runtime/runner.py", "                self.check_unchanged()\n                self.generation.step", "                self.generation.step", MANY("between_two_steps"), quick=True),
-    Mutant("many: any index is cancelled", "flashu_ext/models/showo2/many.py", "if not 0 <= index < self._count:", "if index is None:", MANY("cannot_be_cancelled")),
-    Mutant("many: what waits survives close", "flashu_ext/models/showo2/many.py", "        self._results.clear()\n", "", MANY("closed_list")),
+    Mutant("many: BAGEL's latents stay a grid of tokens", "flashu_ext/models/many.py", "latents = self.pipe.unpacked(each.work.latents())", "latents = each.work.latents()", OF_FAMILIES("drawn_alone and bagel")),
+    Mutant("many: a config of one image is left out", "flashu_ext/models/sampling.py", "handle.stepper(inputs, config)", "handle.stepper(inputs)", OF_FAMILIES("preset_of_one")),
+    Mutant("many: any index is cancelled", "flashu_ext/models/many.py", "if not 0 <= index < self._count:", "if index is None:", MANY("cannot_be_cancelled")),
+    Mutant("many: what waits survives close", "flashu_ext/models/many.py", "        self._results.clear()\n", "", MANY("closed_list")),
     Mutant("known: a convolution's own method is passed over", "flashu_ext/models/known.py", '("_call_impl", "_conv_forward")', '("_call_impl",)', PARTS("private_method")),
     Mutant("linear: strided rows go to the kernel", "flashu_ext/runtime/modules/linear.py", "x if x.shape[-1] < 2 or x.stride(-1) == 1 else x.contiguous()", "x", PARTS("may_give_columns")),
     Mutant("stamp: settings of activations are not watched", "flashu_ext/models/stamp.py", "[(own.get, _settings(own)) for module, own in pairs if tracked(module)]", "[]", PARTS("settings_that_change")),
@@ -324,6 +336,12 @@ MUTANTS = [
     Mutant("contexts: rows share a segment too many", "flashu_ext/runtime/backbone.py", "        if a is not b:\n            return count\n", "        if a is not b:\n            return count + 1\n", EXPERTS("any_sequence")),
     Mutant("placement: experts that share weights do not count", "flashu_ext/runtime/placement.py", "for ffn in read if ffn is not None", "for ffn in ffns if ffn is not None", EXPERTS("share_weights")),
     Mutant("bagel: TaylorSeer where guidance begins later", "flashu_ext/models/bagel/sampling.py", "    guidance.check_forecast(taylorseer)\n", "", EXPERTS("any_sequence")),
+    Mutant("adapter: results of another shape", "flashu_ext/models/checks.py", "if len(got) != len(shape) or any(", "if False and any(", NEW_FAMILY("another_shape")),
+    Mutant("config: a skip without measurements is not idle", "flashu_ext/planning/groups.py", 'return {"ratio": "interval"} if self.ratio > 0 and self.interval == 0 else {}', "return {}", SETTINGS("keeps_off")),
+    Mutant("embedded pipeline: BAGEL's own guidance is left out", "flashu_ext/models/bagel/pipeline.py", "guidance_of(self.guidance if guidance is None else guidance,", "guidance_of(DRAWING if guidance is None else guidance,", EMBEDDED("subjects")),
+    Mutant("embedded pipeline: JanusFlow draws any size", "flashu_ext/models/janusflow/pipeline.py", "if size is not None and sides(size) != (own, own):", "if False:", EMBEDDED("sizes")),
+    Mutant("describe: the family's own number of steps", "flashu_ext/runtime/kernel_sets.py", "steps or config.steps or parts.grid_points", "steps or config.steps or 50", SUBJECTS("kernels_and_costs")),
+    Mutant("calibrate: a projection without weights", "flashu_ext/planning/decoders.py", '"mlp.down_proj.weight")', '"mlp.down_proj")', CALIBRATE("without_weights")),
     Mutant("example: rows of another number", "flashu_ext/models/sampling.py", "or len(tokens) != rows:", "or False:", NEW_FAMILY("do_not_fit")),
     Mutant("contexts: an image is causal", "flashu_ext/runtime/modules/attention.py", "        if mask is None and ordered and tokens > 1:\n", "        if mask is None and tokens > 1:\n", EXPERTS("any_sequence")),
     Mutant("contexts: a text is not causal", "flashu_ext/runtime/modules/attention.py", "        if mask is None and ordered and tokens > 1:\n", "        if mask is None and ordered and tokens > 9999:\n", EXPERTS("any_sequence")),
@@ -336,10 +354,10 @@ MUTANTS = [
     Mutant("prompts: equal tokens at other positions are shared", "flashu_ext/runtime/prompt_cache.py", "    same &= source.positions[:limit] == prompt.positions[:limit]\n", "", JANUSFLOW("reused_whole")),
     Mutant("prompts: what is not finite is shared", "flashu_ext/runtime/prompt_cache.py", "    if source.finite is not None and not bool(source.finite):\n        return 0\n", "", ENDS("spoils_no_other")),
     Mutant("prompts: what is not finite is shared in a batch", "flashu_ext/runtime/understanding.py", "            if bool(cache.prompt(other).finite):\n", "            if True:\n", ENDS("spoils_no_other")),
-    Mutant("many: a list is numbered as it is read", "flashu_ext/models/showo2/many.py", "        self._requests = iter(() if isinstance(requests, Sequence) else requests)\n", "        self._requests, requests = iter(requests), iter(requests)\n", ENDS("numbered_before")),
-    Mutant("many: answers are not put to rest", "flashu_ext/models/showo2/many.py", "        if not self._live:\n            self._rest()\n", "", ENDS("leave_no_memory")),
+    Mutant("many: a list is numbered as it is read", "flashu_ext/models/many.py", "        self._requests = iter(() if isinstance(requests, Sequence) else requests)\n", "        self._requests, requests = iter(requests), iter(requests)\n", ENDS("numbered_before")),
+    Mutant("many: answers are not put to rest", "flashu_ext/models/many.py", "        if not self._live:\n            self._rest()\n", "", ENDS("leave_no_memory")),
     Mutant("many: errors hold memory", "flashu_ext/runtime/generation.py", "        self.states = []\n", "", ENDS("hold_no_memory")),
-    Mutant("many: an image goes on accelerated", "flashu_ext/models/showo2/many.py", "                    if handle is not None:\n", "                    if handle is self:\n", ENDS("began_dense")),
+    Mutant("many: an image goes on accelerated", "flashu_ext/models/many.py", "                    if handle is not None:\n", "                    if handle is self:\n", ENDS("began_dense")),
     Mutant("pool: what is forgotten stays", "flashu_ext/runtime/memory.py", "        self._leased.add(lease)\n", "        self._leased.add(lease)\n        self.all = [*getattr(self, \"all\", ()), lease]\n", ENDS("loops_that_are_left")),
     Mutant("decoding: lengths are written in place", "flashu_ext/runtime/decoding.py", "[lengths + 1 for lengths in memory.lengths]", "[lengths.add_(1) for lengths in memory.lengths]", ENDS("any_mode")),
     Mutant("describe: what is refused is described", "flashu_ext/runtime/kernel_sets.py", "        check_model(parts)\n", "        pass\n", ENDS("cannot_be_accelerated")),
@@ -355,4 +373,16 @@ MUTANTS = [
     Mutant("bagel: transparent colours show", "flashu_ext/models/bagel/sequences.py", "on_white=True", "on_white=False", BAGEL_PIPELINE("transparent")),
     Mutant("bagel: images have the most likely latents", "flashu_ext/models/bagel/pipeline.py", "pixels(item).to(device), generator)", "pixels(item).to(device))", BAGEL_PIPELINE("edit")),
     Mutant("bagel: the size is the first image's", "flashu_ext/models/bagel/pipeline.py", "(images[-1].height, images[-1].width)", "(images[0].height, images[0].width)", BAGEL_PIPELINE("of_the_last")),
+    Mutant("diffusers: steps are grid points", "flashu_ext/hosts/drawing.py", "steps=evaluations + 1, callback", "steps=evaluations, callback", DIFFUSERS("each_with_a_callback")),
+    Mutant("diffusers: images of one generator are alike", "flashu_ext/hosts/diffusers.py", "drawer.noise(each, size).to(device) for each in given", "drawer.noise(None if each is None else each.clone_state(), size).to(device) for each in given", DIFFUSERS("generators")),
+    Mutant("diffusers: BAGEL's noise is drawn as latents", "flashu_ext/hosts/drawing.py", "tokens = (rows * columns, self.model.config.patch_width)", "return super().noise(generator, size)\n        tokens = (rows * columns, self.model.config.patch_width)", DIFFUSERS("bit_by_bit")),
+    Mutant("diffusers: an image is not interrupted", "flashu_ext/hosts/diffusers.py", "            raise _InterruptedError\n", "            pass\n", DIFFUSERS("interrupted")),
+    Mutant("diffusers: what is interrupted is lost", "flashu_ext/hosts/diffusers.py", "drawn[group] = told.latents", "pass", DIFFUSERS("interrupted")),
+    Mutant("diffusers: the next image is interrupted", "flashu_ext/hosts/diffusers.py", "self._interrupt, self._num_timesteps = False, steps", "self._num_timesteps = steps", DIFFUSERS("interrupted")),
+    Mutant("diffusers: a callback gets the sampler's latents", "flashu_ext/hosts/diffusers.py", "given = latents.clone()", "given = latents", DIFFUSERS("replaced")),
+    Mutant("diffusers: a callback's latents are not looked at", "flashu_ext/hosts/diffusers.py", "if replaced or given._version != version:", "if replaced:", DIFFUSERS("replaced")),
+    Mutant("diffusers: the VAE takes the model's dtype", "flashu_ext/hosts/diffusers.py", "self.vae.to(device=device, non_blocking", "self.vae.to(device=device, dtype=dtype, non_blocking", DIFFUSERS("loads_and_is_saved")),
+    Mutant("diffusers: a saved folder has no index", "flashu_ext/hosts/diffusers.py", "        write_diffusers_index(directory)\n", "", DIFFUSERS("loads_and_is_saved")),
+    Mutant("diffusers: another's index is overwritten", "flashu_ext/hosts/__init__.py", "if name != _CLASS:", "if False:", DIFFUSERS("another_pipeline_stays")),
+    Mutant("diffusers: copies are drawn in turns", "flashu_ext/hosts/diffusers.py", '[each for each in prompts for _ in range(_count("num_images_per_prompt", copies))]', '[each for _ in range(_count("num_images_per_prompt", copies)) for each in prompts]', DIFFUSERS("company")),
 ]  # fmt: skip

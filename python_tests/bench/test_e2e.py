@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -118,6 +119,21 @@ def test_other_families(family: str) -> None:
 def test_only_show_o2_runs_on_a_gpu(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["bench", "e2e", "--family", "bagel", "--gpu"])
     assert done.exit_code == 2 and "--family: expected showo2" in done.output
+
+
+@pytest.mark.parametrize("drawing", ["text", "plain", "taylorseer"])
+def test_bagel_draws_otherwise(drawing: str) -> None:
+    settings = e2e.Settings(model="tiny", family="bagel", drawing=drawing, steps=12, paper_steps=8, repeats=1)
+    report = e2e.run(dataclasses.replace(settings, tasks=("generation",)), say=lambda text: None)
+    presets = ["dense", "exact"] if drawing == "taylorseer" else ["dense", "exact", "paper", "paper"]
+    assert [row.preset for row in report.rows] == presets and report.agrees
+    exact = report.rows[1]
+    assert (exact.backbone == 11) == (drawing != "taylorseer") and exact.difference < 1e-4
+
+
+def test_a_drawing_is_bagels() -> None:
+    done = CliRunner().invoke(cli, ["bench", "e2e", "--drawing", "text", "--model", "tiny"])
+    assert done.exit_code == 2 and "--drawing: expected with --family bagel only" in done.output
 
 
 @pytest.mark.parametrize(

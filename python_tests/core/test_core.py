@@ -24,7 +24,7 @@ def test_tiles_are_explained():
 def test_build_facts():
     facts = explain.build_facts()
     assert facts["version"] == flashu_ext.__version__
-    assert facts["abi version"] == "4" and facts["cpu isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
+    assert facts["abi version"] == "5" and facts["cpu isa"] in ("baseline", "avx2", "avx512", "avx512_bf16")
     built = facts["cuda"] == "on"
     assert (facts["cuda runtime"] != "none") == built and (facts["cuda ptx"] != "none") == built
     assert facts["cuda missing"] == "nothing" or facts["cuda driver"] == "none" or "too old" in facts["cuda missing"]

@@ -19,7 +19,7 @@ FLOORS = (
     ("upstream",),
     ("calibration", "batch"),
     ("nano",),
-    ("studies", "bench"),
+    ("studies", "bench", "hosts"),
     ("report",),
     ("cli",),
 )

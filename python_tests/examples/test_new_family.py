@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import flashu_ext as fx
+from flashu_ext.models.checks import made_by
 from flashu_ext.models.decoding import TokenSampler
 from flashu_ext.models.llm import language_model
 from flashu_ext.planning.decoders import FAMILIES
@@ -218,3 +219,37 @@ def test_inputs_that_do_not_fit_are_named(example: Any, model: Any, changes: dic
         with pytest.raises((ValueError, IndexError), match=message):
             handle.stepper(inputs_of(example, **changes))
         assert torch.equal(draw(example, model, steps=3), expected)
+
+
+def wide(method: str) -> Any:
+    """A subclass's method that gives one number too many in the last dimension."""
+    return lambda self, *arguments: torch.nn.functional.pad(
+        getattr(super(type(self), self), method)(*arguments), (0, 1)
+    )
+
+
+@pytest.mark.parametrize("method", ["time_token", "span", "velocity", "modulation"])
+def test_a_result_of_another_shape_is_named(
+    example: Any, model: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = type("Wrong", (example.SketchAdapter,), {method: wide(method)})
+    monkeypatch.setattr(example, "SketchAdapter", wrong)
+    with (
+        fx.accelerate(model),
+        pytest.raises(ValueError, match=rf"Adapter\.{method}: expected it to give \[.*\], got \["),
+    ):
+        draw(example, model, steps=3)
+
+
+def test_an_answers_parts_of_another_shape_are_named(example: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def question(self: Any, *arguments: Any) -> Any:
+        right = super(wrong, self).question(*arguments)
+        return fx.Question(right.embeds, right.allowed[:-1], right.spans)
+
+    wrong = type("Wrong", (example.SketchAdapter,), {"question": question})
+    monkeypatch.setattr(example, "SketchAdapter", wrong)
+    before, after = torch.tensor([[1]]), torch.tensor([[2, 3]])
+    with fx.accelerate(model) as handle, pytest.raises(ValueError, match=r"Adapter\.question: expected it to give \["):
+        handle.runner.understanding.question(torch.zeros(1, 16, 64), before, after)
+    with pytest.raises(TypeError, match=r"Adapter\.span: expected it to give a tensor, got NoneType"):
+        made_by("span", None, 1)

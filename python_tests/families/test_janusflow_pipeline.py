@@ -258,7 +258,7 @@ def test_another_vae_is_named(folder: Path, tmp_path: Path) -> None:
     small_kl_vae(16).save_pretrained(tmp_path / "a" / "vae")
     with pytest.raises(ValueError, match="latent_channels: expected 4, as the model's VAE has, got 16"):
         fx.janusflow.Pipeline.from_pretrained(tmp_path / "a")
-    with pytest.raises(FileNotFoundError, match="'nowhere': expected a folder with a JanusFlow checkpoint"):
+    with pytest.raises(FileNotFoundError, match="'nowhere': expected 'nano' or a folder with a JanusFlow checkpoint"):
         fx.janusflow.Pipeline.from_pretrained("nowhere")
     with pytest.raises(ValueError, match="dtype: expected None or a floating dtype"):
         fx.janusflow.Pipeline.from_pretrained(folder, torch.int8)
@@ -282,7 +282,7 @@ PICTURE = PICTURES[0]
         (lambda pipe: pipe.generate("a", guidance_scale=-1), "guidance_scale: expected a finite number >= 0"),
         (lambda pipe: pipe.generate_batch(["a", "bc"], None, 2, [1.0]), "guidance_scale: expected 2 finite numbers"),
         (lambda pipe: pipe.answer("a.png", "what?"), "image: expected a PIL image, got str"),
-        (lambda pipe: pipe.answer([PICTURE], "what?"), "image: expected a PIL image, got list"),
+        (lambda pipe: pipe.answer([PICTURE] * 2, "what?"), "image: expected one image, because this model"),
         (lambda pipe: pipe.answer(PICTURE, " "), "question: expected a non-empty string"),
         (lambda pipe: pipe.answer(PICTURE, f"{SPECIAL[IMAGE]} what?"), "question: expected a text without <image_pl"),
         (lambda pipe: pipe.answer(PICTURE, "a", on_text=5), "on_text: expected None or a function"),

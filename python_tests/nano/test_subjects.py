@@ -72,8 +72,8 @@ def test_training_answers_in_a_batch_as_alone(family: str) -> None:
     latents, asked = picture_latents(4, 9)
     logits, words = own.answered(model, latents, asked)
     alone = [own.answered(model, row, [question]) for row, question in zip(latents.split(1), asked, strict=True)]
-    assert torch.equal(words, torch.cat([each.words for each in alone]))
-    assert (logits - torch.cat([each.logits for each in alone])).norm() < 1e-4 * logits.norm()
+    assert torch.equal(words, torch.cat([each for _, each in alone]))
+    assert (logits - torch.cat([each for each, _ in alone])).norm() < 1e-4 * logits.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,6 +94,14 @@ def test_kernels_and_costs_are_known_before_anything_runs(family: str) -> None:
         model = subject(family).build()
     rows = fx.kernel_sets.describe(model, subject(family).preset_config("exact"), device="cpu").rows
     assert {row.task for row in rows} == {"generation", "understanding"}
+    of = {(row.task, row.phase, row.op): row for row in rows}
+    assert of["generation", "head", "guided_euler_step_"].shape == "2 x 36 x 64"
+    assert of["generation", "backbone", "rms_norm"].runs == (30 if family == "janusflow" else 49)
+    span = 36 + {"showo2": 1, "janusflow": 1, "bagel": 2}[family]
+    assert of["generation", "backbone", "attention"].shape.endswith(f"{40 + span} keys")
+    assert of["understanding", "prefill", "attention"].shape.endswith(f"{24 + span} keys")
+    assert (("generation", "embed", "attention") in of) == (family == "showo2")
+    assert of["understanding", "embed", "attention"].gflop > 0
     shape = adapter_of(model).shape()
     widths = {"showo2": (128, 64, 384), "janusflow": (128, 128, 352), "bagel": (96, 48, 320)}
     hidden, key_value, neurons = widths[family]

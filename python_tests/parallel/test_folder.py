@@ -14,8 +14,8 @@ from support.models import small_model
 from flashu_ext import FlashUConfig, TaskPlan, accelerate
 from flashu_ext.batch.folder import MANIFEST, generate, missing, open_folder, settings_record
 from flashu_ext.batch.prompts import make_jobs
+from flashu_ext.models.folders import load_pipeline
 from flashu_ext.nano.model import load_plan
-from flashu_ext.nano.pipeline import load_pipeline
 from flashu_ext.planning.fingerprint import weights_digest
 
 
@@ -60,7 +60,7 @@ def test_an_accelerated_model_has_the_digest_of_the_dense_one() -> None:
 
 @pytest.mark.parametrize("name", ["showo.model.layers.1.mlp.up_proj.weight", "diffusion_head_a.0.mlp.up_proj.weight"])
 def test_other_weights_are_refused(name: str, tmp_path: Path) -> None:
-    pipe, jobs = load_pipeline(None, "cpu"), make_jobs(["a"])
+    pipe, jobs = load_pipeline("nano"), make_jobs(["a"])
     open_folder(tmp_path, settings_record(pipe, None), jobs)
     with torch.no_grad():
         pipe.model.get_parameter(name).add_(0.1)
@@ -82,7 +82,7 @@ def test_a_manifest_of_the_earlier_version_is_refused_and_can_be_overwritten(tmp
 
 
 def test_another_plan_is_refused(tmp_path: Path) -> None:
-    pipe, jobs = load_pipeline(None, "cpu"), make_jobs(["a"])
+    pipe, jobs = load_pipeline("nano"), make_jobs(["a"])
     plan = load_plan(pipe.model)
     config = FlashUConfig(ffn_prune_ratio=0.25, prune_multiple=plan.multiple)
     open_folder(tmp_path, settings_record(pipe, config, plan.with_ratio(0.25, plan.multiple)), jobs)
@@ -92,7 +92,7 @@ def test_another_plan_is_refused(tmp_path: Path) -> None:
 
 def test_what_the_caller_asks_is_recorded() -> None:
     """Before what the config says, and before the pipeline's own; a guidance of 0 is none."""
-    pipe = load_pipeline(None, "cpu")
+    pipe = load_pipeline("nano")
     record = settings_record(pipe, FlashUConfig(steps=9), steps=4, guidance_scale=0.0)
     assert (record["steps"], record["guidance"]) == (4, 0.0)
     own = settings_record(pipe, FlashUConfig(steps=9))
@@ -126,7 +126,7 @@ class _Interrupted:
 
 
 def test_ctrl_c_while_an_image_is_written_leaves_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe, jobs = load_pipeline(None, "cpu"), make_jobs(["a red circle", "a blue square"])
+    pipe, jobs = load_pipeline("nano"), make_jobs(["a red circle", "a blue square"])
     whole = pipe.generate_batch
 
     def generate_batch(prompts: list[str], *rest: Any, **options: Any) -> list[Any]:

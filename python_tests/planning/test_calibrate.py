@@ -392,6 +392,14 @@ def test_bad_arguments_are_named(arguments, error, message):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_projection_without_weights_is_named():
+    model = public().model()
+    ffn = model.showo.model.layers[1].mlp
+    ffn.down_proj = torch.nn.Sequential(ffn.down_proj)
+    with pytest.raises(TypeError, match=r"without layers\.1\.mlp\.down_proj\.weight"):
+        run(model, generation=generation_samples())
+
+
 def test_an_accelerated_model_is_refused():
     model = public().model()
     with fx.accelerate(model), pytest.raises(RuntimeError, match="expected a model that is not accelerated"):

@@ -8,6 +8,7 @@ import pickle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.models import small_model
 
 from flashu_ext import (
     Answers,
@@ -19,6 +20,7 @@ from flashu_ext import (
     HeadCaching,
     LayerSkip,
     TokenSkip,
+    accelerate,
 )
 from flashu_ext.planning.config import FLAT_KEYWORDS
 from flashu_ext.planning.groups import TOKEN_SCORES
@@ -413,3 +415,23 @@ def test_a_flat_file_of_an_earlier_version_is_read():
     old = {name: value for name, value in FlashUConfig.fast().flat().items() if name != "step_graphs"}
     assert old["guidance"] is None and old["guidance_relative"] is False
     assert FlashUConfig.from_json(json.dumps(old)) == FlashUConfig.fast()
+
+
+@pytest.mark.parametrize(
+    ("flat", "idle"),
+    [
+        ({"layer_skip_ratio": 0.2}, "layer_skip_ratio=0.2 has no effect with layer_skip_interval=0"),
+        ({"token_skip_ratio": 0.3}, "token_skip_ratio=0.3 has no effect with token_skip=False"),
+        (
+            {"token_skip_ratio": 0.3, "token_skip": True, "token_skip_interval": 1},
+            "token_skip_ratio=0.3 has no effect with token_skip_interval=1",
+        ),
+    ],
+)
+def test_a_setting_that_another_keeps_off_is_told(flat, idle):
+    config = FlashUConfig(**flat)
+    assert config.idle == (idle,) and config.approximates == ()
+    with pytest.warns(UserWarning, match=f"^FlashUConfig: {idle}$"), accelerate(small_model(), config):
+        pass
+    on = config.replace(layer_skip_interval=5, token_skip=True, token_skip_interval=5)
+    assert on.idle == () == FlashUConfig.paper().idle and on.approximates

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flashu_ext.nano.pipeline import load_pipeline
+from flashu_ext.models.folders import load_pipeline
 
 
 class Recorded:
@@ -28,7 +28,7 @@ class Recorded:
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    return load_pipeline(None, "cpu")
+    return load_pipeline("nano")
 
 
 def test_a_long_prompt_keeps_its_beginning(pipe: Any) -> None:

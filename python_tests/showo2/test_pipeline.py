@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.pipelines import small_wan_vae
 
 import flashu_ext as fx
 from flashu_ext.models.showo2.codec import WanCodec
@@ -59,12 +60,6 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def small_vae() -> Any:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.conformance import public
@@ -72,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
     public().model().save_pretrained(path)
     write_tokenizer(path / "tokenizer")
-    small_vae().save_pretrained(path / "vae")
+    small_wan_vae().save_pretrained(path / "vae")
     return path
 
 
@@ -107,7 +102,7 @@ def test_special_tokens_and_layout(tmp_path: Path):
 
 
 def test_wan_codec_round_trips_its_own_latents():
-    codec = WanCodec(small_vae())
+    codec = WanCodec(small_wan_vae())
     images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
     latents = codec.encode(images)
     assert latents.shape == (2, 16, 4, 6) and latents.dtype == torch.float32

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import flashu_ext as fx
 from flashu_ext.batch.folder import settings_record
+from flashu_ext.models.folders import load_pipeline
 from flashu_ext.models.showo2.prompts import PromptLayout
-from flashu_ext.nano.pipeline import load_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,7 +206,7 @@ def test_a_size_that_cannot_be_drawn_is_named_and_changes_nothing(size: Any, err
 
 
 def test_a_model_or_codec_of_one_size_says_so() -> None:
-    nano = load_pipeline(None, "cpu")
+    nano = load_pipeline("nano")
     assert nano.grid(48) == nano.grid() == (36, 1)
     with pytest.raises(ValueError, match=r"size: expected 48 x 48 pixels.*got 96 x 96"):
         nano.generate("a red circle", size=96)

@@ -90,11 +90,12 @@ def _weights(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _swiglu(selection: str, rows: tuple[int, ...] = (5,)) -> Make:
+def _swiglu(selection: str, rows: tuple[int, ...] = (5,), added: tuple[str, ...] = ()) -> Make:
     def make(dtype: torch.dtype) -> dict[str, Any]:
         weights = _weights(dtype)
         del weights["w_down"]
-        return {"x": randn(1, *rows, 24, dtype=dtype), **weights, **SELECTIONS[selection]()}
+        addends = {name: randn(7 + len(name), *rows, COUNTS.get(selection, 12), dtype=dtype) for name in added}
+        return {"x": randn(1, *rows, 24, dtype=dtype), **weights, **SELECTIONS[selection](), **addends}
 
     return make
 
@@ -121,17 +122,17 @@ def _ffn(
     return make
 
 
-def _neurons_schema(*order: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _neurons_schema(*order: str, last: tuple[str, ...] = ()) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Arguments as the operator takes them: flat runs, and a selection by its parts."""
 
     def schema(arguments: dict[str, Any]) -> dict[str, Any]:
-        given = {"listed": False, "block": 1, **arguments}
+        given = {"listed": False, "block": 1, **dict.fromkeys(last), **arguments}
         if (selection := given.pop("selection", None)) is not None:
             given |= {"runs": selection.runs, "index": selection.list}
             given |= {"listed": selection.list is not None, "block": selection.block}
         if given["runs"] is not None:
             given["runs"] = [n for run in given["runs"] for n in (run if isinstance(run, tuple) else (run,))]
-        return {name: given[name] for name in (*order, "listed", "block")}
+        return {name: given[name] for name in (*order, "listed", "block", *last)}
 
     return schema
 
@@ -149,6 +150,18 @@ FFN = [
         strided=("index",),
         folding=("out",),
         schema=_neurons_schema("x", "w_gate", "w_up", "runs", "index"),
+    ),
+    *_of(
+        "gathered_swiglu",
+        {
+            "with addends": _swiglu("index", (2, 3), added=("gate_add", "up_add")),
+            "with one for up": _swiglu("all", (1, 1), added=("up_add",)),
+            "with one for gate": _swiglu("runs", added=("gate_add",)),
+        },
+        fixed=("index",),
+        strided=("index",),
+        folding=("out",),
+        schema=_neurons_schema("x", "w_gate", "w_up", "runs", "index", last=("gate_add", "up_add")),
     ),
     *_of(
         "gathered_down",
@@ -201,6 +214,74 @@ FFN = [
         },
         inplace=("acc",),
         fixed=("acc",),
+    ),
+]
+
+
+# ---- int8
+
+
+def int8(seed: int, *shape: int) -> Tensor:
+    """Every number of eight bits."""
+    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+
+
+def scales(seed: int, count: int, width: int) -> Tensor:
+    return (randn(seed, count).abs() + 0.5) * 0.01 * max(width, 1) ** -0.5
+
+
+def _int8_ffn(selection: str, residual: bool = False, rows: tuple[int, ...] = (5,)) -> Make:
+    return lambda dtype: {
+        "x": randn(1, *rows, 24, dtype=dtype),
+        **{"w_gate": int8(2, 40, 24), "gate_scale": scales(5, 40, 24)},
+        **{"w_up": int8(3, 40, 24), "up_scale": scales(6, 40, 24)},
+        **{"w_down": int8(4, 20, 40), "down_scale": scales(7, 20, 40)},
+        **SELECTIONS[selection](),
+        "residual": randn(8, *rows, 20, dtype=dtype) if residual else None,
+    }
+
+
+def _int8_linear(
+    epilogue: str, added: bool = True, rows: tuple[int, ...] = (5,), depth: int = 24, columns: int = 37
+) -> Make:
+    return lambda dtype: {
+        "x": randn(1, *rows, depth, dtype=dtype),
+        "weight": int8(2, columns, depth),
+        "scale": scales(5, columns, depth),
+        "bias": randn(3, columns, dtype=dtype) if added else None,
+        "residual": randn(4, *rows, columns, dtype=dtype) if added else None,
+        "epilogue": epilogue,
+    }
+
+
+INT8 = [
+    *_of(
+        "int8_ffn",
+        {"": _int8_ffn("index", True), "without residual": _int8_ffn("index")}
+        | {name: _int8_ffn(name, name != "all") for name in SELECTIONS if name != "index"}
+        | {"of one row": _int8_ffn("all", True, (1, 1)), "of no row": _int8_ffn("runs", rows=(2, 0))}
+        | {"of pages": _int8_ffn("runs", True, (2, 3))},
+        fixed=("index", "gate_scale", "up_scale", "down_scale", "w_gate", "w_up", "w_down"),
+        strided=("index",),
+        folding=("out",),
+        schema=_neurons_schema(
+            *("x", "w_gate", "gate_scale", "w_up", "up_scale", "w_down", "down_scale", "runs", "index", "residual")
+        ),
+    ),
+    *_of(
+        "int8_linear",
+        {"": _int8_linear("none"), "alone": _int8_linear("none", added=False)}
+        | {epilogue: _int8_linear(epilogue) for epilogue in ("gelu", "gelu_tanh", "silu")}
+        | {
+            "of one row": _int8_linear("silu", rows=(1, 1)),
+            "of no row": _int8_linear("gelu", rows=(2, 0)),
+            "of pages": _int8_linear("gelu_tanh", rows=(2, 3)),
+            "of no depth": _int8_linear("gelu", depth=0),
+            "of no column": _int8_linear("gelu", columns=0),
+        },
+        fixed=("scale", "weight"),
+        folding=("out",),
+        schema=lambda a: {**a, "epilogue": ("none", "gelu", "gelu_tanh", "silu").index(a["epilogue"])},
     ),
 ]
 
@@ -615,7 +696,7 @@ STEP = [
     *_of("taylor_predict", {o: m[1] for o, m in TAYLOR.items()}, contiguous=("state", "out")),
 ]
 
-CASES = [*FFN, *LINEAR, *LINEARS, *ATTENTION, *ROUTING, *NORM, *STEP]
+CASES = [*FFN, *INT8, *LINEAR, *LINEARS, *ATTENTION, *ROUTING, *NORM, *STEP]
 FIRST = [case for case in CASES if not case.option]
 """One case of every op, for what does not depend on its options."""
 

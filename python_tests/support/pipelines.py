@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Blocks", "byte_tokenizer", "small_kl_vae", "write_byte_tokenizer"]
+__all__ = ["Blocks", "byte_tokenizer", "small_kl_vae", "small_wan_vae", "write_byte_tokenizer"]
 
 
 def byte_tokenizer(special: Sequence[str]) -> Any:
@@ -69,3 +69,10 @@ def small_kl_vae(channels: int, **config: float) -> Any:
         latent_channels=channels,
         **config,
     ).eval()
+
+
+def small_wan_vae() -> Any:
+    """A random AutoencoderKLWan of diffusers, 8 x 8 pixels per latent of 16 channels."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)

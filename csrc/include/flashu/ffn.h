@@ -57,6 +57,8 @@ typedef struct flashu_swiglu_args {
   flashu_tensor x;            /**< [..., hidden] */
   flashu_tensor w_gate;       /**< [intermediate, hidden] */
   flashu_tensor w_up;         /**< [intermediate, hidden] */
+  flashu_tensor gate_add;     /**< [..., n] or absent, on the CPU only: added to x w_gate[S]^T */
+  flashu_tensor up_add;       /**< [..., n] or absent, on the CPU only: added to x w_up[S]^T */
   flashu_selection selection; /**< S */
   flashu_tensor out;          /**< [..., n] */
   flashu_tensor status;       /**< i32, one element, or absent: 1 where an index was out of range */
@@ -64,7 +66,7 @@ typedef struct flashu_swiglu_args {
   uint64_t workspace_bytes;   /**< its size */
   void* stream;               /**< CUDA stream; ignored on the CPU */
 } flashu_swiglu_args;
-/** out = silu(x w_gate[S]^T) * (x w_up[S]^T) */
+/** out = silu(x w_gate[S]^T + gate_add) * (x w_up[S]^T + up_add), rounded once at the end */
 FLASHU_API int32_t flashu_gathered_swiglu(const flashu_swiglu_args* args);
 /** Bytes of workspace that flashu_gathered_swiglu() needs with these arguments. */
 FLASHU_API int32_t flashu_gathered_swiglu_workspace(const flashu_swiglu_args* args, uint64_t* bytes);
@@ -96,6 +98,9 @@ typedef struct flashu_ffn_args {
   flashu_tensor w_gate;       /**< [intermediate, hidden] */
   flashu_tensor w_up;         /**< [intermediate, hidden] */
   flashu_tensor w_down;       /**< [hidden_out, intermediate] */
+  flashu_tensor gate_scale;   /**< [intermediate] f32 where weights are i8, else absent */
+  flashu_tensor up_scale;     /**< [intermediate] f32, as gate_scale */
+  flashu_tensor down_scale;   /**< [hidden_out] f32, as gate_scale */
   flashu_selection selection; /**< S */
   flashu_tensor residual;     /**< [..., hidden_out] or absent */
   flashu_tensor norms;  /**< [n] f32 or f64, or absent: += each neuron's squared product, summed over rows */
@@ -108,7 +113,10 @@ typedef struct flashu_ffn_args {
 /** out = (silu(x w_gate[S]^T) * (x w_up[S]^T)) w_down[:, S]^T (+ residual)
  *
  * The product in between never reaches memory of the caller: it stays in float, or is rounded once to bf16
- * where bf16 storage meets a CPU that multiplies bf16 pairs. */
+ * where bf16 storage meets a CPU that multiplies bf16 pairs.
+ *
+ * Weights may be i8, all three of them, on the CPU: row r of w_gate stands for w_gate[r] * gate_scale[r], and
+ * so on for the other two. A sum is taken of the integers, and multiplied by its scale once. */
 FLASHU_API int32_t flashu_gathered_ffn(const flashu_ffn_args* args);
 /** Bytes of workspace that flashu_gathered_ffn() needs with these arguments. */
 FLASHU_API int32_t flashu_gathered_ffn_workspace(const flashu_ffn_args* args, uint64_t* bytes);

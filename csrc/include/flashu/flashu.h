@@ -44,7 +44,7 @@ extern "C" {
   "." FLASHU_TEXT(FLASHU_VERSION_MINOR) "." FLASHU_TEXT(FLASHU_VERSION_PATCH)
 
 /** Raised whenever a struct, a function or a code changes, a field added at the end included. */
-#define FLASHU_ABI_VERSION 4
+#define FLASHU_ABI_VERSION 5
 
 /** Largest rank a tensor view can have. */
 #define FLASHU_MAX_DIMS 6
@@ -69,7 +69,8 @@ typedef enum flashu_dtype {
   FLASHU_F16 = 2,  /**< IEEE half precision */
   FLASHU_F64 = 3,  /**< double */
   FLASHU_I32 = 4,  /**< int32_t */
-  FLASHU_I64 = 5   /**< int64_t */
+  FLASHU_I64 = 5,  /**< int64_t */
+  FLASHU_I8 = 6    /**< int8_t */
 } flashu_dtype;
 
 /** The CPU as a device. Device 0 is none, so one that was not filled in is an error and never the first GPU.

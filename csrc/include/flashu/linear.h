@@ -24,6 +24,7 @@ typedef struct flashu_linear_args {
   int32_t epilogue;         /**< flashu_epilogue */
   flashu_tensor x;          /**< [..., K], last stride 1; leading dimensions as rows of one stride */
   flashu_tensor weight;     /**< [N, K], last stride 1 */
+  flashu_tensor scale;      /**< [N] f32, stride 1, where weight is i8, else absent */
   flashu_tensor bias;       /**< [N], stride 1, or absent */
   flashu_tensor residual;   /**< [..., N] as rows like x, or absent */
   flashu_tensor out;        /**< [..., N] as rows like x; shares no memory with the others */
@@ -38,7 +39,8 @@ typedef struct flashu_linear_args {
  * number of rows and of threads, and whichever row it is. On CUDA this holds among calls of at most 16 rows,
  * which have a kernel of their own, and among calls of more rows in tensors of equal strides and alignment,
  * but not between the two: they sum in different orders. FLASHU_FFN_DECODE=0 in the environment takes the
- * kernels of more rows for all. K = 0 gives epilogue(bias) + residual. */
+ * kernels of more rows for all. K = 0 gives epilogue(bias) + residual. The weight may be i8, on the CPU:
+ * its row r stands for weight[r] * scale[r], and the sum of the integers is multiplied by the scale once. */
 FLASHU_API int32_t flashu_linear(const flashu_linear_args* args);
 /** Bytes of workspace that these arguments need with the present number of threads. */
 FLASHU_API int32_t flashu_linear_workspace(const flashu_linear_args* args, uint64_t* bytes);

@@ -44,4 +44,4 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
-__getattr__ = loaded_from(__name__, _HOMES)
+__getattr__, __dir__ = loaded_from(__name__, _HOMES)

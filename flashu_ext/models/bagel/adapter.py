@@ -190,6 +190,10 @@ class BagelAdapter(Adapter):
     def _context_image(self, item: Image) -> Tensor | None:
         return None if item.vit_tokens is None else self.embed_image(with_places(item))
 
+    @property
+    def question_tokens(self) -> int:
+        return config_of(self.model).vit_side ** 2 + MARKERS
+
     def embed_image(self, image: Tensor) -> Tensor:
         """The image encoder's tokens and their places (`with_places`), [images, n, numbers + 1] -> [images, n, hidden]."""
         model, vit = self.model, self.model.vit_model.vision_model
@@ -239,7 +243,8 @@ class BagelAdapter(Adapter):
     # ---- what is known
 
     def shape(self) -> ModelShape:
-        model = self.model
+        model, config = self.model, config_of(self.model)
+        asked = linear_flops(model.vit_model) + linear_flops(model.connector)
         return ModelShape(
             layers=tuple(layer_shape(layer, self.llm_attention) for layer in self.experts),
             blocks=(),
@@ -249,6 +254,7 @@ class BagelAdapter(Adapter):
             final_modulation=0.0,
             lm_head=linear_flops(model.language_model.lm_head),
             time_token=False,
+            asked=EncoderShape(asked, config.vit_layers_kept, config.vit, config.vit_heads),
         )
 
     def refused(self) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
 from ...planning.groups import whole
@@ -15,19 +16,21 @@ from ...planning.reading import shown
 from ..checks import check_callback
 from ..codec import Codec, KlCodec
 from ..decoding import OnToken
+from ..many import ImageRequest
 from ..pictures import Size, sides
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
 from ..prompts import check_question
+from ..sampling import Stepper, integrate
 from ..seeds import seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .images import SCALE, SHIFT, pixels, vit_image
 from .model import Bagel, Text
 from .model import Image as ContextImage
 from .prompts import SequenceLayout, load_tokenizer
-from .sampling import Guidance, TaylorSeer, sample, size_grid
+from .sampling import Guidance, TaylorSeer, begin, size_grid, tokens_of
 from .sequences import DRAWING, EDITING, INTERLEAVED, guidance_of, images_of, items_of, read_all
-from .understanding import answer_tokens_batch
+from .understanding import answer_tokens_batch, read_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,11 +50,14 @@ class Pipeline(ModelPipeline):
         codec: images to latents and back.
         vae_sides, vit_sides: longest and shortest side in pixels to which images are resized for the VAE and for the image
             encoder; the longest one counts where both cannot be.
+        size: (height, width) in pixels of images that are drawn from texts alone, where no other is asked for.
+        guidance: of `generate`, where no other is asked for.
         timestep_shift: of drawing.
-        name: the checkpoint's folder.
+        name: 'nano' or the checkpoint's folder.
         presets, own_plan, tokenizer: as in `ModelPipeline`.
     """
 
+    family: ClassVar[str] = "bagel"
     saved_codec: ClassVar[type] = KlCodec
 
     model: Bagel
@@ -59,11 +65,18 @@ class Pipeline(ModelPipeline):
     codec: Codec
     vae_sides: tuple[int, int] = (1024, 512)
     vit_sides: tuple[int, int] = (980, 224)
+    size: tuple[int, int] = (1024, 1024)
+    guidance: Guidance = DRAWING
     timestep_shift: float = 3.0
     name: str = ""
     presets: Callable[[str], FlashUConfig | None] = preset
     own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
     tokenizer: Any = None
+
+    @property
+    def guidance_scale(self) -> float:  # type: ignore[override]
+        """The text's."""
+        return self.guidance.text
 
     @property
     def _device(self) -> Any:
@@ -73,11 +86,11 @@ class Pipeline(ModelPipeline):
     def from_pretrained(
         cls, name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Pipeline:
-        """Load a folder.
+        """Load 'nano', the embedded model, or a folder.
 
         Args:
-            name: a folder with a BAGEL checkpoint, Qwen2.5's tokenizer files beside it or in `tokenizer/`, and FLUX's VAE in
-                diffusers' layout in `vae/`. Nothing is downloaded.
+            name: 'nano', or a folder with a BAGEL checkpoint, Qwen2.5's tokenizer files beside it or in `tokenizer/`, and
+                FLUX's VAE in diffusers' layout in `vae/`. Nothing is downloaded.
             dtype: of the model's weights; None keeps the checkpoint's. The VAE keeps its own.
             device: where model and VAE run.
 
@@ -86,7 +99,9 @@ class Pipeline(ModelPipeline):
             ValueError: a file is malformed or of another model, `dtype` is none of a model's, or `device` is not there.
             ImportError: an optional package is missing.
         """
-        directory, where = opened(name, dtype, device, "a folder with a BAGEL checkpoint")
+        if name == "nano":
+            return cls._embedded(dtype, device)
+        directory, where = opened(name, dtype, device, "'nano' or a folder with a BAGEL checkpoint")
         tokenizer, codec = parts_of(
             directory, load_tokenizer, lambda path: KlCodec.from_pretrained(path, "FLUX's", where)
         )
@@ -99,16 +114,16 @@ class Pipeline(ModelPipeline):
 
     # ---- drawing
 
-    def generate(
+    def generate(  # type: ignore[override]  # its guidance has two scales
         self,
         prompt: str,
         seed: int = 0,
         steps: int | None = None,
         *,
-        size: Size = (1024, 1024),
+        size: Size | None = None,
         text_guidance: float | None = None,
         image_guidance: float | None = None,
-        guidance: Guidance = DRAWING,
+        guidance: Guidance | None = None,
         taylorseer: TaylorSeer | None = None,
     ) -> Image:
         """Generate an image for a prompt.
@@ -116,18 +131,28 @@ class Pipeline(ModelPipeline):
         Args:
             seed: of the noise; the same seed gives the same image. The noise is upstream's after `torch.manual_seed(seed)`.
             steps: grid points, one evaluation less; None: the accelerated config's, or 50.
-            size: pixels, one number or (height, width): multiples of 16, at most 1024 a side.
+            size: pixels, one number or (height, width): multiples of 16, at most 1024 a side (of the embedded model other ones);
+                None: the pipeline's own.
             text_guidance, image_guidance: scales; None: those of `guidance`.
-            guidance: all that guidance has besides.
+            guidance: all that guidance has besides; None: the pipeline's own.
             taylorseer: extrapolate most evaluations.
 
         Raises:
             TypeError, ValueError: an argument is wrong; it is named.
         """
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
-        scales = guidance_of(guidance, text_guidance, image_guidance)
+        self._check_prompt(prompt)
+        scales = guidance_of(self.guidance if guidance is None else guidance, text_guidance, image_guidance)
         return self._drawn({"prompt": prompt}, seed, steps, size, scales, taylorseer)
+
+    def _draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, guidance_scale: Any, size: Size | None
+    ) -> list[Image]:
+        scales = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,) * len(prompts)
+        drawn = zip(prompts, seeds, scales, strict=True)
+        return [self.generate(prompt, seed, steps, size=size, text_guidance=scale) for prompt, seed, scale in drawn]
+
+    def grid(self, size: Size | None = None) -> tuple[int, int]:
+        return size_grid(self.model, self.size if size is None else sides(size))
 
     def edit(
         self,
@@ -148,8 +173,7 @@ class Pipeline(ModelPipeline):
             seed: of the noise, and of the latents that the VAE samples for the images.
             The rest is as in `generate`.
         """
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
+        self._check_prompt(prompt)
         scales = guidance_of(guidance, text_guidance, image_guidance)
         return self._drawn({**images_of(image, "image"), "prompt": prompt}, seed, steps, None, scales, taylorseer)
 
@@ -169,7 +193,7 @@ class Pipeline(ModelPipeline):
 
         Args:
             items: strings and PIL images.
-            size: None: of the last image, as it is resized, or 1024 x 1024 without images.
+            size: None: of the last image, as it is resized, or without images the pipeline's own.
             The rest is as in `edit`.
         """
         scales = guidance_of(guidance, text_guidance, image_guidance)
@@ -180,6 +204,19 @@ class Pipeline(ModelPipeline):
     ) -> Image:
         """items: names for messages, and strings or images. size: None: of the last image."""
         (seed,) = seeds_of([seed], 1, "images")
+        stepper = self._stepper(items, seed, steps, size, guidance, seer)
+        return self.pictures(self.unpacked(integrate(stepper)))[0]
+
+    def _stepper(
+        self,
+        items: dict[str, Any],
+        seed: int,
+        steps: Any,
+        size: Any,
+        guidance: Guidance,
+        seer: TaylorSeer | None = None,
+        config: FlashUConfig | None = None,
+    ) -> Stepper:
         points = whole(steps)
         if steps is not None and (points is None or points < 2):
             raise ValueError(f"steps: expected an integer >= 2 (grid points), got {shown(steps)}")
@@ -191,26 +228,23 @@ class Pipeline(ModelPipeline):
         generator = torch.Generator("cpu").manual_seed(seed)
         sequence = self._sequence(read, generator)
         images = [each for each in read if not isinstance(each, str)]
-        height, width = given or ((images[-1].height, images[-1].width) if images else (1024, 1024))
-        grid = size_grid(self.model, (height, width))
-        shape = (grid[0] * grid[1], self.model.config.patch_width)
+        drawn = given or ((images[-1].height, images[-1].width) if images else self.size)
+        rows, columns = size_grid(self.model, drawn)
+        shape = (rows * columns, self.model.config.patch_width)
         noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self._device)
-        tokens = sample(
-            self.model,
-            noise,
-            sequence,
-            (height, width),
-            self.layout.ids,
-            points,
-            guidance.text,
-            guidance.image,
-            guidance.interval,
-            self.timestep_shift,
-            guidance.renorm_min,
-            guidance.renorm,
-            seer,
-        )
-        return self.pictures(self.model.unpacked(tokens, (height, width)))[0]
+        told = (points, guidance, self.timestep_shift, seer, config)
+        return begin(self.model, noise, sequence, drawn, self.layout.ids, *told)
+
+    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
+        guidance = guidance_of(self.guidance, request.guidance_scale, None)
+        items = {"prompt": request.prompt}
+        return self._stepper(items, request.seed, request.steps, request.size, guidance, config=config)
+
+    def unpacked(self, latents: Tensor) -> Tensor:
+        pixels = self.model.config.token_pixels
+        size = (latents.shape[2] * pixels, latents.shape[3] * pixels)
+        unpacked: Tensor = self.model.unpacked(tokens_of(latents), size)
+        return unpacked
 
     # ---- calibration
 
@@ -227,6 +261,12 @@ class Pipeline(ModelPipeline):
         return UnderstandingSample(inputs, tuple(self.layout.encode(answer)), self.layout.ids)
 
     # ---- understanding
+
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Any, Any]:
+        check_question(question)
+        items = {**images_of(images, "images"), "question": question}
+        sequence = self._sequence(read_all(items, self.model.config, self.vae_sides))
+        return read_images(sequence), sequence, self.layout.ids
 
     def interleave_answer(
         self,

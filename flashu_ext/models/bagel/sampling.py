@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig
-from ..accelerated import handle_of
 from ..checks import check_callback, check_own, check_tensor
-from ..sampling import Callback, DrawInputs, Formula, Segment, TaylorSeer, integrate
+from ..sampling import Callback, DrawInputs, Formula, Segment, Stepper, TaylorSeer, integrate, stepper_of
 from .config import BagelConfig, config_of
 from .latents import grid_of
 from .layers import Context
@@ -26,6 +25,7 @@ __all__ = [
     "TaylorSeer",
     "extent",
     "guided",
+    "begin",
     "sample",
     "taylor_prediction",
     "tokens_of",
@@ -191,6 +191,29 @@ def sample(
     Source: upstream inferencer.py and modeling/bagel/bagel.py.
     """
     guidance = Guidance(cfg_text_scale, cfg_img_scale, cfg_interval, cfg_renorm_type, cfg_renorm_min)
+    told = (num_timesteps, guidance, timestep_shift, taylorseer)
+    check_callback("callback", callback)
+    stepper = begin(model, noise, inputs, size, token_ids, *told)
+    return tokens_of(integrate(stepper, _told(callback), return_velocity))
+
+
+def begin(
+    model: Any,
+    noise: Tensor,
+    inputs: Sequence[Text | Image],
+    size: tuple[int, int],
+    token_ids: TokenIds | Mapping[str, int],
+    num_timesteps: int | None,
+    guidance: Guidance,
+    timestep_shift: float,
+    taylorseer: TaylorSeer | None = None,
+    config: FlashUConfig | None = None,
+) -> Stepper:
+    """The steps of an image, whose latents are a grid of tokens [1, numbers, H, W]; the arguments are those of `sample`.
+
+    Args:
+        config: of this image, where the model is accelerated; None: the model's.
+    """
     ids = check_inputs(model, inputs, token_ids)
     grid = check_size(model, noise, size)
     real = isinstance(num_timesteps, int) and not isinstance(num_timesteps, bool) and num_timesteps >= 2
@@ -201,29 +224,56 @@ def sample(
     if taylorseer is not None and not isinstance(taylorseer, TaylorSeer):
         raise TypeError(f"taylorseer: expected None or a TaylorSeer, got {type(taylorseer).__name__}")
     guidance.check_forecast(taylorseer)
-    check_callback("callback", callback)
-    if (handle := handle_of(model)) is not None:
-        told = (num_timesteps, guidance, timestep_shift, taylorseer)
-        drawn = SampleInputs.build(config_of(model), noise, branch_inputs(inputs), grid, ids, *told)
-        return tokens_of(integrate(handle.stepper(drawn), _told(callback), return_velocity))
-    check_own(model, Bagel)
-    times = time_grid(num_timesteps or DEFAULT_TIMESTEPS, timestep_shift)
-    counts = zip(*((True, *guidance.branches(t)) for t in times[:-1].tolist()), strict=True)
-    contexts = branch_contexts(model, inputs, ids)
-    branches = [_Branch(*each, taylorseer) for each in zip(contexts, counts, strict=True)]
-    x = noise.float()
-    velocities = []
-    for index in range(len(times) - 1):
+    told = (num_timesteps, guidance, timestep_shift, taylorseer)
+    drawn = SampleInputs.build(config_of(model), noise, branch_inputs(inputs), grid, ids, *told)
+
+    def dense(model: Any, drawn: SampleInputs) -> Stepper:
+        return DenseStepper(model, noise, inputs, grid, ids, *told)
+
+    return stepper_of(model, drawn, dense, config)
+
+
+class DenseStepper:
+    """Upstream's loop: every evaluation runs the branches whose velocity counts, one after the other."""
+
+    def __init__(
+        self,
+        model: Any,
+        noise: Tensor,
+        inputs: Sequence[Text | Image],
+        grid: tuple[int, int],
+        ids: TokenIds,
+        num_timesteps: int | None,
+        guidance: Guidance,
+        shift: float,
+        seer: TaylorSeer | None,
+    ):
+        check_own(model, Bagel)
+        self._model, self._grid, self._ids, self._guidance = model, grid, ids, guidance
+        self._times = time_grid(num_timesteps or DEFAULT_TIMESTEPS, shift)
+        self.evaluations = len(self._times) - 1
+        counts = zip(*((True, *guidance.branches(t)) for t in self._times[:-1].tolist()), strict=True)
+        contexts = branch_contexts(model, inputs, ids)
+        self._branches = [_Branch(*each, seer) for each in zip(contexts, counts, strict=True)]
+        self._x = noise.float()
+
+    def step(self, index: int) -> None:
+        times, x = self._times, self._x
         t = times[index : index + 1].to(x.device)
-        computed = [branch.velocity(model, index, x, t, grid, ids) for branch in branches]
+        computed = [each.velocity(self._model, index, x, t, self._grid, self._ids) for each in self._branches]
         full, without_text, without_image = computed
         assert full is not None
-        velocity = guided(full, without_text, without_image, guidance)
-        x = x - velocity * (times[index] - times[index + 1]).to(x.device)
-        velocities.append(velocity)
-        if callback is not None:
-            callback(index + 1, x)
-    return (x, torch.stack(velocities)) if return_velocity else x
+        self._velocity = guided(full, without_text, without_image, self._guidance)
+        self._x = x - self._velocity * (times[index] - times[index + 1]).to(x.device)
+
+    def velocity(self) -> Tensor:
+        return _latents(self._velocity, self._grid)
+
+    def latents(self) -> Tensor:
+        return _latents(self._x, self._grid)
+
+    def close(self) -> None:
+        pass
 
 
 class _Branch:
@@ -308,7 +358,7 @@ class SampleInputs(DrawInputs):
             if guidance.text <= 1 or (guidance.image <= 1 and len(rows) == 2):
                 break
         guide = _Guide(guidance, rows[1] if len(rows) > 1 else 0, rows[2] if len(rows) > 2 else None)
-        latents = noise.float().t().reshape(1, -1, *grid)
+        latents = _latents(noise.float(), grid)
         span = latents[0, 0].numel() + MARKERS
         extents = []
         for own in sequences:
@@ -380,6 +430,11 @@ def tokens_of(result: Any) -> Any:
         latents, velocities = result
         return _tokens(latents), velocities.flatten(3)[:, 0].transpose(1, 2).contiguous()
     return _tokens(result)
+
+
+def _latents(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[n, numbers] -> [1, numbers, H, W]."""
+    return tokens.t().reshape(1, -1, *grid)
 
 
 def _tokens(latents: Tensor) -> Tensor:

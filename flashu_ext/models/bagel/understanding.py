@@ -15,7 +15,7 @@ from .layers import Experts
 from .model import Bagel, Image, Text, TokenIds
 from .sampling import check_inputs
 
-__all__ = ["answer_tokens", "answer_tokens_batch"]
+__all__ = ["answer_tokens", "answer_tokens_batch", "read_images"]
 
 Items = Sequence[Text | Image]
 
@@ -118,7 +118,7 @@ def _answers(
     if handle is None:
         check_own(model, Bagel)
         return [_dense(model, each, row, ids, most, stop, pick, on_token) for row, each in enumerate(sequences)]
-    images = [_read(each) for each in sequences]
+    images = [read_images(each) for each in sequences]
     end = ids.eos_token_id if stop else None
     answers: list[Tensor] = handle.runner.answer_tokens(
         images, sequences, [ids] * len(sequences), most, end, pick, on_token
@@ -142,7 +142,7 @@ def _dense(
     return torch.stack(words) if words else torch.empty(0, dtype=torch.int64, device=device)
 
 
-def _read(inputs: Items) -> list[Tensor]:
+def read_images(inputs: Items) -> list[Tensor]:
     """The images of a sequence as an accelerated model reads them."""
     from .adapter import with_places
 

@@ -242,6 +242,10 @@ class JanusFlowAdapter(Adapter):
 
     # ---- answering
 
+    @property
+    def question_tokens(self) -> int:
+        return 1 + config_of(self.model).vit_tokens
+
     def embed_image(self, image: Tensor) -> Tensor:
         """Pixels [images, 3, side, side]."""
         tower = self.model.vision_und_enc_model.vision_tower
@@ -272,6 +276,8 @@ class JanusFlowAdapter(Adapter):
     def shape(self) -> ModelShape:
         model = self.model
         encoder = linear_flops(model.vision_gen_enc_model.mid_block) + linear_flops(model.vision_gen_enc_aligner)
+        tower, config = model.vision_und_enc_model.vision_tower, config_of(model)
+        asked = linear_flops(tower.blocks) + linear_flops(model.vision_und_enc_aligner)
         return ModelShape(
             layers=tuple(layer_shape(layer, self.llm_attention) for layer in self.layers),
             blocks=(),
@@ -281,6 +287,7 @@ class JanusFlowAdapter(Adapter):
             final_modulation=0.0,
             lm_head=linear_flops(model.language_model.lm_head),
             time_token=True,
+            asked=EncoderShape(asked, len(tower.blocks), config.vit, config.vit_heads),
         )
 
     def refused(self) -> Iterator[tuple[str, str]]:

@@ -16,18 +16,21 @@ from ...planning.config import FlashUConfig, preset
 from ...planning.groups import is_real
 from ...planning.reading import read_json, refusal, shown
 from ...planning.safe_files import write_text
-from ..checks import check_callback, guidance_scale_of
+from ..checks import check_callback
 from ..codec import Codec, KlCodec
-from ..pictures import covered, rgb, unit
+from ..many import ImageRequest
+from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
+from ..prompts import by_length
+from ..sampling import Stepper, stepper_of
 from ..seeds import noise_of, seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .images import HALF, pixel_values
 from .model import JanusFlow
 from .prompts import ChatLayout, load_tokenizer
-from .sampling import sample
-from .understanding import answer_tokens_batch
+from .sampling import DenseStepper, SampleInputs, sample
+from .understanding import answer_tokens_batch, around_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,9 +38,6 @@ if TYPE_CHECKING:
     from ...planning.plan import TaskPlan
 
 __all__ = ["Pipeline"]
-
-VAE_PIXELS = 8
-"""A latent's side, of SDXL's VAE."""
 
 _PREPROCESSOR = "preprocessor_config.json"
 
@@ -52,10 +52,12 @@ class Pipeline(ModelPipeline):
         codec: images to latents and back.
         guidance_scale: default of `generate`.
         mean, std: of the colours of images that questions are about.
-        name: the checkpoint's folder.
+        latent_pixels: a latent's side.
+        name: 'nano' or the checkpoint's folder.
         presets, own_plan, tokenizer: as in `ModelPipeline`.
     """
 
+    family: ClassVar[str] = "janusflow"
     saved_codec: ClassVar[type] = KlCodec
 
     model: JanusFlow
@@ -64,6 +66,7 @@ class Pipeline(ModelPipeline):
     guidance_scale: float = 2.0
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
+    latent_pixels: int = 8
     name: str = ""
     presets: Callable[[str], FlashUConfig | None] = preset
     own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
@@ -79,11 +82,11 @@ class Pipeline(ModelPipeline):
     def from_pretrained(
         cls, name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Pipeline:
-        """Load a folder.
+        """Load 'nano', the embedded model, or a folder.
 
         Args:
-            name: a folder with a JanusFlow checkpoint and its preprocessor_config.json, the tokenizer's files beside it or in
-                `tokenizer/`, and SDXL's VAE in diffusers' layout in `vae/`. Nothing is downloaded.
+            name: 'nano', or a folder with a JanusFlow checkpoint and its preprocessor_config.json, the tokenizer's files beside
+                it or in `tokenizer/`, and SDXL's VAE in diffusers' layout in `vae/`. Nothing is downloaded.
             dtype: of the model's weights; None keeps the checkpoint's. The VAE keeps its own.
             device: where model and VAE run.
 
@@ -92,7 +95,9 @@ class Pipeline(ModelPipeline):
             ValueError: a file is malformed or of another model, `dtype` is none of a model's, or `device` is not there.
             ImportError: an optional package is missing.
         """
-        directory, where = opened(name, dtype, device, "a folder with a JanusFlow checkpoint")
+        if name == "nano":
+            return cls._embedded(dtype, device)
+        directory, where = opened(name, dtype, device, "'nano' or a folder with a JanusFlow checkpoint")
         mean, std = _colours(directory / _PREPROCESSOR)
         tokenizer, codec = parts_of(
             directory, load_tokenizer, lambda path: KlCodec.from_pretrained(path, "SDXL's", where)
@@ -111,48 +116,36 @@ class Pipeline(ModelPipeline):
 
     # ---- drawing
 
-    def generate(
-        self, prompt: str, seed: int = 0, steps: int | None = None, guidance_scale: float | None = None
-    ) -> Image:
-        """Generate an image for a prompt.
-
-        Args:
-            seed: of the noise; the same seed gives the same image.
-            steps: evaluations; None: the accelerated config's, or 30.
-            guidance_scale: None: the pipeline's own; 0: no guidance.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; it is named.
-        """
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
-        return self.generate_batch([prompt], [seed], steps, guidance_scale)[0]
-
-    def generate_batch(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int] | None = None,
-        steps: int | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
+    def _draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, guidance_scale: Any, size: Size | None
     ) -> list[Image]:
-        """Generate images for several prompts; image i has the noise of seeds[i] (default: 0, 1, ...).
-
-        Images of one call of the sampler have prompts of one length, so prompts are drawn in groups of equal lengths.
-
-        guidance_scale: one for all images, or one for each.
-        """
-        rows, count = self.layout.drawing(prompts), len(prompts)
-        noise = self.noise(list(range(count)) if seeds is None else seeds, count)
-        scale = guidance_scale_of(self.guidance_scale if guidance_scale is None else guidance_scale, count)
-        groups: dict[int, list[int]] = {}
-        for index, row in enumerate(rows):
-            groups.setdefault(len(row), []).append(index)
+        self.grid(size)
+        rows, noise = self.layout.drawing(prompts), self.noise(seeds)
+        # Images of one call of the sampler have prompts of one length.
         latents = torch.empty_like(noise)
-        for group in groups.values():
+        for group in by_length(rows):
             tokens = torch.tensor([rows[index] for index in group], dtype=torch.int64, device=noise.device)
-            own = [scale[index] for index in group] if isinstance(scale, tuple) else scale
-            latents[group] = sample(self.model, noise[group], tokens, steps, own, self.layout.pad)
+            scale = [guidance_scale[index] for index in group] if isinstance(guidance_scale, tuple) else guidance_scale
+            latents[group] = sample(self.model, noise[group], tokens, steps, scale, self.layout.pad)
         return self.pictures(latents)
+
+    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
+        self.grid(request.size)
+        tokens = torch.tensor(self.layout.drawing([request.prompt]), dtype=torch.int64, device=self._device)
+        noise, scale = self.noise([request.seed]), request.guidance_scale
+        inputs = SampleInputs.build(self.model, noise, tokens, request.steps, scale, self.layout.pad)
+        return stepper_of(self.model, inputs, DenseStepper, config)
+
+    def grid(self, size: Size | None = None) -> tuple[int, int]:
+        config, own = self.model.config, self._side
+        if size is not None and sides(size) != (own, own):
+            raise ValueError(f"size: expected {own} pixels, all that this model draws, got {size!r}")
+        return config.grid, config.grid
+
+    @property
+    def _side(self) -> int:
+        """Of an image that is drawn, in pixels."""
+        return self.latent_pixels * self.model.config.latent_size
 
     def noise(self, seeds: Sequence[int], count: int | None = None) -> Tensor:
         """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed."""
@@ -165,8 +158,7 @@ class Pipeline(ModelPipeline):
     def image_sample(self, image: Image, prompt: str) -> GenerationSample:
         """The image is made the size that the model draws: scaled to cover it, and cropped in the middle."""
         (row,) = self.layout.drawing([prompt])
-        side = VAE_PIXELS * self.model.config.latent_size
-        latents = self.codec.encode(unit(covered(rgb(image, "image"), side, "image")).to(self._device))
+        latents = self.codec.encode(unit(covered(rgb(image, "image"), self._side, "image")).to(self._device))
         return GenerationSample(latents, torch.tensor(row, dtype=torch.int64, device=self._device), self.layout.pad)
 
     def question_sample(self, image: Image, question: str, answer: str) -> UnderstandingSample:
@@ -176,6 +168,11 @@ class Pipeline(ModelPipeline):
         return UnderstandingSample(pixels, torch.cat([asked, words], dim=1), words.shape[1])
 
     # ---- understanding
+
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Any, Any]:
+        image = rgb(*_single(images, "images"))
+        pixels = pixel_values(image, self.model.config, self.mean, self.std).to(self._device)
+        return [pixels], *around_image(self.model, self.layout.question(question, self._device))
 
     def _answers(
         self,
@@ -193,7 +190,7 @@ class Pipeline(ModelPipeline):
         tokens = [self.layout.question(question, self._device) for question in questions]
         if not tokens:
             return []
-        pictures = [rgb(image, name) for name, image in images.items()]
+        pictures = [rgb(*_single(entry, name)) for name, entry in images.items()]
         pixels = torch.cat([pixel_values(each, self.model.config, self.mean, self.std) for each in pictures])
         answers = answer_tokens_batch(
             self.model,
@@ -206,6 +203,15 @@ class Pipeline(ModelPipeline):
             **sampling,
         )
         return [self.layout.answer(each) for each in answers]
+
+
+def _single(entry: Any, name: str) -> tuple[Any, str]:
+    """The one image of a question, which may be in a list, and its name. Raises ValueError for another number of them."""
+    if not isinstance(entry, (list, tuple)):
+        return entry, name
+    if len(entry) != 1:
+        raise ValueError(f"{name}: expected one image, because this model's questions are about one, got {len(entry)}")
+    return entry[0], f"{name}[0]"
 
 
 def _colours(path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..accelerated import handle_of
 from ..checks import check_callback, check_own, check_tensor, check_tokens, guidance_scale_of
-from ..sampling import Callback, DrawInputs, integrate
+from ..sampling import Callback, DrawInputs, integrate, stepper_of
 from ..velocity import guide
 from .config import PATCH, JanusFlowConfig, config_of
 from .model import JanusFlow
@@ -119,11 +118,7 @@ def sample(
     """
     inputs = SampleInputs.build(model, noise, tokens, steps, guidance_scale, pad_token)
     check_callback("callback", callback)
-    handle = handle_of(model)
-    if handle is None:
-        check_own(model, JanusFlow)
-    stepper = handle.stepper(inputs) if handle is not None else DenseStepper(model, inputs)
-    return integrate(stepper, callback, return_velocity)
+    return integrate(stepper_of(model, inputs, DenseStepper), callback, return_velocity)
 
 
 class DenseStepper:
@@ -138,6 +133,7 @@ class DenseStepper:
     hidden: Tensor
 
     def __init__(self, model: Any, inputs: SampleInputs):
+        check_own(model, JanusFlow)
         self.model, self.inputs = model, inputs
         self.times, self.dt = inputs.schedule(inputs.steps or DEFAULT_STEPS + 1)
         self.evaluations = len(self.times)

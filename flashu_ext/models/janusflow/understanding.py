@@ -16,7 +16,7 @@ from .adapter import adapter
 from .images import check_pixels, image_span
 from .model import JanusFlow
 
-__all__ = ["answer_tokens", "answer_tokens_batch"]
+__all__ = ["answer_tokens", "answer_tokens_batch", "around_image"]
 
 
 @torch.no_grad()
@@ -94,11 +94,9 @@ def answer_tokens_batch(
     befores, afters = [], []
     for row, own in enumerate(tokens):
         check_tokens(f"tokens[{row}]" if len(tokens) > 1 else "tokens", own, 1, embed)
-        start, count = image_span(model, own)
-        befores.append(own[:, :start])
-        afters.append(own[:, start + count :])
-        if not afters[-1].shape[1]:
-            raise ValueError("tokens: expected a question after the image, got none")
+        before, after = around_image(model, own)
+        befores.append(before)
+        afters.append(after)
     images = [[each] for each in pixel_values.split(1)]
     handle = handle_of(model)
     if handle is not None:
@@ -115,6 +113,15 @@ def answer_tokens_batch(
         for token in dense[-1].tolist() if on_token is not None else ():
             on_token(row, token)  # type: ignore[misc]
     return dense
+
+
+def around_image(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """A question's tokens int64 [1, n] before its image and after. Raises ValueError where there are none of either."""
+    start, count = image_span(model, tokens)
+    after = tokens[:, start + count :]
+    if not after.shape[1]:
+        raise ValueError("tokens: expected a question after the image, got none")
+    return tokens[:, :start], after
 
 
 def _decode(model: Any, embeds: Tensor, row: int, most: int, sampler: TokenSampler, eos_token: int | None) -> Tensor:

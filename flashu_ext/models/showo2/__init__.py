@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from ...lazy import loaded_from
 
 if TYPE_CHECKING:
+    from ..many import Answers as Answers
+    from ..many import Drawings as Drawings
+    from ..many import ImageRequest as ImageRequest
+    from ..many import ImageResult as ImageResult
+    from ..many import QuestionRequest as QuestionRequest
+    from ..many import QuestionResult as QuestionResult
     from .calibration import GenerationSample as GenerationSample
     from .calibration import UnderstandingSample as UnderstandingSample
     from .config import Showo2Config as Showo2Config
-    from .many import Answers as Answers
-    from .many import Drawings as Drawings
-    from .many import ImageRequest as ImageRequest
-    from .many import ImageResult as ImageResult
-    from .many import QuestionRequest as QuestionRequest
-    from .many import QuestionResult as QuestionResult
     from .model import Showo2 as Showo2
     from .pipeline import Pipeline as Pipeline
     from .sampling import sample as sample
@@ -31,12 +31,12 @@ _HOMES = {
     "UnderstandingSample": "calibration",
     "Showo2Config": "config",
     "Showo2": "model",
-    "Answers": "many",
-    "Drawings": "many",
-    "ImageRequest": "many",
-    "ImageResult": "many",
-    "QuestionRequest": "many",
-    "QuestionResult": "many",
+    "Answers": ".many",
+    "Drawings": ".many",
+    "ImageRequest": ".many",
+    "ImageResult": ".many",
+    "QuestionRequest": ".many",
+    "QuestionResult": ".many",
     "Pipeline": "pipeline",
     "sample": "sampling",
     "answer_tokens": "understanding",
@@ -44,4 +44,4 @@ _HOMES = {
 }
 
 __all__ = list(_HOMES)
-__getattr__ = loaded_from(__name__, _HOMES)
+__getattr__, __dir__ = loaded_from(__name__, _HOMES)

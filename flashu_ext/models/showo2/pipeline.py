@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
-from ..checkpoint import check_dtype
-from ..checks import check_callback, check_device
+from ..checks import check_callback
+from ..many import ImageRequest
 from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vocabulary, opened, parts_of
+from ..sampling import Stepper, stepper_of
 from ..seeds import noise_of, seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .codec import ImageCodec, WanCodec
-from .many import AT_ONCE, Answers, Drawings
 from .model import Showo2
 from .positions import table_side
 from .prompts import PromptLayout, load_tokenizer
-from .sampling import sample
+from .sampling import DenseStepper, SampleInputs, sample
 from .understanding import answer_tokens_batch
+from .validate import check_answer_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from ...planning.plan import TaskPlan
 
 __all__ = ["Pipeline", "Size"]
-
-_EMBEDDED = {"nano": "flashu_ext.nano.pipeline"}
-"""Models included in the package: name -> a module with `load_pipeline(dtype, device)`."""
 
 
 @dataclass
@@ -54,7 +51,9 @@ class Pipeline(ModelPipeline):
         tokenizer: of transformers, which `save_pretrained` writes; None where `layout` has another one.
     """
 
+    family: ClassVar[str] = "showo2"
     saved_codec: ClassVar[type] = WanCodec
+    splits_guidance: ClassVar[bool] = True
 
     model: Showo2
     layout: PromptLayout
@@ -84,9 +83,8 @@ class Pipeline(ModelPipeline):
             ValueError: a file is malformed, `dtype` is none of a model's, or `device` is not there.
             ImportError: an optional package is missing.
         """
-        if name in _EMBEDDED:
-            check_dtype(dtype)
-            return import_module(_EMBEDDED[str(name)]).load_pipeline(dtype, check_device(device))
+        if name == "nano":
+            return cls._embedded(dtype, device)
         directory, where = opened(name, dtype, device, "'nano' or a folder with a Show-o2 checkpoint")
         tokenizer, codec = parts_of(directory, load_tokenizer, lambda path: WanCodec.from_pretrained(path, where))
         model = Showo2.from_pretrained(directory, dtype).to(where)
@@ -103,76 +101,35 @@ class Pipeline(ModelPipeline):
 
     # ---- generation
 
-    def generate(
-        self,
-        prompt: str,
-        seed: int = 0,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        *,
-        size: Size | None = None,
-    ) -> Image:
-        """Generate an image for a prompt.
-
-        Args:
-            seed: of the noise; the same seed gives the same image.
-            steps: grid points; None: the accelerated config's, or 50.
-            guidance_scale: None: the pipeline's own; 0: no guidance.
-            size: pixels, one number or (height, width); None: the size that the model's config names, `pixels`. Show-o2's
-                1.5B-HQ draws 512 and 1024, and its config names 432.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; it is named.
-        """
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
-        return self.generate_batch([prompt], [seed], steps, guidance_scale, size=size)[0]
-
-    def generate_batch(
+    def _draw(
         self,
         prompts: Sequence[str],
-        seeds: Sequence[int] | None = None,
-        steps: int | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        *,
-        size: Size | None = None,
-        sampler: Callable[..., Any] | None = None,
+        seeds: Sequence[int],
+        steps: int | None,
+        guidance_scale: Any,
+        size: Size | None,
+        sampler: Callable[..., Any] = sample,
     ) -> list[Image]:
-        """Generate images for several prompts as one batch; image i has the noise of seeds[i] (default: 0, 1, ...).
-
-        guidance_scale: one for all images, or one for each.
-
-        size: of all images, as in `generate`.
-
-        sampler: called instead of `sample`, with its arguments (such as `flashu_ext.parallel.sample_guided`).
-        """
-        tokens = self.prompt_tokens(prompts, size)
-        latents = (sampler or sample)(
+        latents = sampler(
             self.model,
-            self.noise(list(range(len(prompts))) if seeds is None else seeds, len(prompts), size),
-            **tokens,
+            self.noise(seeds, len(prompts), size),
+            **self.prompt_tokens(prompts, size),
             steps=steps,
-            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance_scale=guidance_scale,
             time_shifting_factor=self.time_shifting_factor,
         )
         return self.pictures(latents)
 
-    def generate_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Drawings:
-        """Draw images that may begin at any time; those in progress share evaluations.
-
-        Args:
-            requests: `ImageRequest`s, mappings of their fields, or prompts; read one by one, whenever there is room.
-            at_once: images in progress at once.
-
-        Returns:
-            An iterator of `ImageResult`s, in the order in which images finish. A wrong request, or what an `on_step` raises,
-            is the result of that image alone. `add` and `cancel` may be called at any time.
-
-        Example:
-            for result in pipe.generate_many(["a red circle", {"prompt": "a blue square", "steps": 20}]):
-                result.image.save(f"{result.index}.png")
-        """
-        return Drawings(self, requests, at_once)
+    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
+        inputs = SampleInputs.build(
+            self.model,
+            self.noise([request.seed], 1, request.size),
+            **self.prompt_tokens([request.prompt], request.size),
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            time_shifting_factor=self.time_shifting_factor,
+        )
+        return stepper_of(self.model, inputs, DenseStepper, config)
 
     def prompt_tokens(self, prompts: Sequence[str], size: Size | None = None) -> dict[str, Any]:
         """The tokens and positions of `sample`'s arguments for prompts whose images have `size`."""
@@ -185,11 +142,6 @@ class Pipeline(ModelPipeline):
         return noise_of(seeds_of(seeds, count, "prompts"), shape, self._device)
 
     def grid(self, size: Size | None = None) -> tuple[int, int]:
-        """(height, width) in patches of an image of `size` pixels, as in `generate`; None: of the model's own size.
-
-        Raises:
-            TypeError, ValueError: `size` is no size, or this model and its codec cannot draw it.
-        """
         config: Any = self.model.config
         own = (config.image_latent_height, config.image_latent_width)
         if size is None:
@@ -277,26 +229,10 @@ class Pipeline(ModelPipeline):
         )
         return [self.layout.answer(tokens) for tokens in answers]
 
-    def answer_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Answers:
-        """Answer questions that may come at any time; a step computes a token of every answer under way.
-
-        Args:
-            requests: `QuestionRequest`s, or mappings of their fields; read one by one, whenever there is room.
-            at_once: answers under way at once.
-
-        Returns:
-            An iterator of `QuestionResult`s, in the order in which answers end. A wrong request, or what an `on_token` raises,
-            is the result of that answer alone. `add` and `cancel` may be called at any time.
-
-        Example:
-            for result in pipe.answer_many({"images": image, "question": each} for each in questions):
-                print(result.index, result.answer)
-        """
-        return Answers(self, requests, at_once)
-
-    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The latents [1, channels, H, W] of a question's images, and the tokens before and after them (`answer_tokens`)."""
-        return self._encoded(images, "images"), *self.layout.question(question, self._device)
+    def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Any, Any]:
+        encoded, (before, after) = self._encoded(images, "images"), self.layout.question(question, self._device)
+        check_answer_inputs(self.model, encoded, before, after, 0, self.layout.eos)
+        return encoded, before, after
 
     def encode(self, image: Image) -> Tensor:
         """Latents fp32 [1, channels, H, W] of an image. Source: upstream `image_transform` (bicubic, centre crop)."""

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..accelerated import handle_of
 from ..checks import check_callback
 from ..masks import additive, omni_allowed
-from ..sampling import Callback, DrawInputs, integrate
+from ..sampling import Callback, DrawInputs, integrate, stepper_of
 from ..velocity import guided
 from . import validate
 
@@ -118,9 +117,7 @@ def sample(
         time_shifting_factor,
     )
     check_callback("callback", callback)
-    handle = handle_of(model)
-    stepper = handle.stepper(inputs) if handle is not None else DenseStepper(model, inputs)
-    return integrate(stepper, callback, return_velocity)
+    return integrate(stepper_of(model, inputs, DenseStepper), callback, return_velocity)
 
 
 class DenseStepper:

@@ -10,25 +10,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...models.known import epilogue_of, why_not_activation, why_not_chain, why_not_linear, why_not_norm
+from ... import ops
+from ...models.int8 import int8_of
+from ...models.known import (
+    epilogue_of,
+    why_not_activation,
+    why_not_adapter,
+    why_not_chain,
+    why_not_linear,
+    why_not_norm,
+)
+from ...models.lora import Update, base_of, is_lora, updates_of
 from ...ops.kernel_sets import ONE_BY_ONE, KernelSet
 from ...ops.reference import finish_linear
 from .norm import Norm
 
-__all__ = ["Chain", "Linear", "Linears", "Unknown"]
+__all__ = ["Chain", "Linear", "Linears", "Unknown", "add_product"]
 
 
 class Linear:
     """Attributes:
     module: the model's own.
+    base: itself, or what LoRA adapters are beside.
     why_itself: why the kernel does not compute this module, which is then called as it is; or None.
     """
 
     def __init__(self, module: Any, kernels: KernelSet, like: Tensor):
         """like: a weight of the model, for dtype and device."""
         self.module = module
+        self.base = base_of(module)
         self.why_itself = why_not_linear(module, like)
         self._kernels = kernels
+        self._updates = updates_of(module) if self.why_itself is None else ()
+        self._int8 = int8_of(self.base.weight) if self.why_itself is None else None
+        if self._int8 is not None and kernels.chosen["linear"] != "flashu":
+            self.why_itself = (
+                "its weight is int8, which only the kernel reads that FlashUConfig.linear_kernels turns off"
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the base is one that `linears` takes."""
+        return self.why_itself is None and self._int8 is None
 
     def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]: the layer, an activation (`ops.linear`), plus `residual` of that shape where given."""
@@ -36,7 +59,68 @@ class Linear:
             return finish_linear(self.module(x), residual, epilogue)
         # A module that runs as itself may give columns side by side in memory.
         x, residual = _in_rows(x), None if residual is None else _in_rows(residual)
-        return self._kernels.linear(x, self.module.weight, self.module.bias, residual, epilogue)
+        if not self._updates:
+            return self._of_base(x, residual, epilogue)
+        if epilogue == "none":
+            return self.updated(x, self._of_base(x, residual))
+        # The activation is of the sum.
+        y = _by_rows(
+            functools.partial(finish_linear, residual=None, epilogue=epilogue), self.updated(x, self._of_base(x))
+        )
+        return y if residual is None else y + residual
+
+    def _of_base(self, x: Tensor, residual: Tensor | None = None, epilogue: str = "none") -> Tensor:
+        if self._int8 is not None:
+            return ops.int8_linear(x, self._int8.values, self._int8.scale, self.base.bias, residual, epilogue)
+        return self._kernels.linear(x, self.base.weight, self.base.bias, residual, epilogue)
+
+    def updated(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [..., N], which the base gave for x, plus what the adapters add."""
+        return add_updates(self._kernels, self._updates, x, y)
+
+    def of_adapters(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
+        """x [rows, ..., K] -> [rows, ..., N], each row with the adapter that it names, as peft's `adapter_names` do.
+
+        Args:
+            names: for each row an adapter; None, or one that this layer does not have: the base alone. Rows of one adapter are
+                gathered, so each adapter is read once.
+
+        Raises:
+            ValueError: another number of names than rows, the module runs as itself, its adapters are merged, or one is no plain
+                low-rank update.
+        """
+        if len(names) != x.shape[0]:
+            raise ValueError(f"names: expected {x.shape[0]}, one for each row of x, got {len(names)}")
+        if self.why_itself is not None:
+            raise ValueError(f"names: expected none for a module that runs as itself: it {self.why_itself}")
+        if is_lora(self.module) and self.module.merged_adapters:
+            raise ValueError(f"names: expected none while adapters are merged, {self.module.merged_adapters}")
+        updates = updates_of(self.module, list(dict.fromkeys(name for name in names if name is not None)))
+        for update in updates:
+            if reason := why_not_adapter(self.module, update.name, self.base.weight):
+                raise ValueError(f"names: expected plain low-rank adapters, and {update.name!r} {reason}")
+        x = _in_rows(x)
+        y = self._of_base(x)
+        for update in updates:
+            rows = torch.tensor([row for row, own in enumerate(names) if own == update.name], device=x.device)
+            y[rows] = add_updates(self._kernels, (update,), x[rows], y[rows])
+        return y
+
+
+def add_updates(kernels: KernelSet, updates: Sequence[Update], x: Tensor, y: Tensor) -> Tensor:
+    """y [..., N] plus scaling B A x of each update, in the dtype of its weights; x [..., K] -> [..., N]."""
+    dtype = y.dtype
+    for update in updates:
+        low = kernels.linear(x.to(update.down.weight.dtype), update.down.weight)
+        y = add_product(kernels, low * update.scaling, update.up.weight, y)
+    return y.to(dtype)
+
+
+def add_product(kernels: KernelSet, low: Tensor, weight: Tensor, y: Tensor | None) -> Tensor:
+    """low [..., r] times weight [N, r] plus y [..., N], in the wider of their dtypes."""
+    if y is None or torch.promote_types(low.dtype, y.dtype) == low.dtype:
+        return kernels.linear(low, weight, None, None if y is None else y.to(low.dtype))
+    return y + kernels.linear(low, weight)
 
 
 class Linears:
@@ -46,15 +130,16 @@ class Linears:
     def __init__(self, layers: Sequence[Linear], kernels: KernelSet):
         self.layers = layers
         self._kernels = kernels
-        self._together = kernels.chosen["linears"] != ONE_BY_ONE and all(layer.why_itself is None for layer in layers)
+        self._together = kernels.chosen["linears"] != ONE_BY_ONE and all(layer.plain for layer in layers)
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., K] -> [..., N] of every layer; they may be columns of one tensor."""
         if not self._together:
             return [layer(x) for layer in self.layers]
-        weights = [layer.module.weight for layer in self.layers]
-        out = self._kernels.linears(_in_rows(x), weights, [layer.module.bias for layer in self.layers])
-        return list(out.split([weight.shape[0] for weight in weights], dim=-1))
+        x, weights = _in_rows(x), [layer.base.weight for layer in self.layers]
+        out = self._kernels.linears(x, weights, [layer.base.bias for layer in self.layers])
+        parts = out.split([weight.shape[0] for weight in weights], dim=-1)
+        return [layer.updated(x, part) for layer, part in zip(self.layers, parts, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +174,7 @@ class Chain:
             if epilogue_of(module) is not None:
                 yield functools.partial(_by_rows, module)
                 continue
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) or is_lora(module):
                 linear = Linear(module, kernels, like)
                 self.members.append(linear)
                 epilogue = epilogue_of(modules[0]) if modules else None

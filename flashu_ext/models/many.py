@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ...planning.config import FlashUConfig
-from ..accelerated import handle_of
-from ..checks import check_callback, check_sampling
-from ..decoding import TokenSampler
-from ..sampling import Callback, Stepper
-from . import validate
-from .sampling import DEFAULT_STEPS, DenseStepper, SampleInputs
+from ..planning.config import FlashUConfig
+from .accelerated import handle_of
+from .checks import check_callback, check_count, check_sampling, guidance_scale_of
+from .decoding import TokenSampler
+from .sampling import Callback, Stepper
+from .seeds import seeds_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,9 +36,7 @@ class ImageRequest:
     Attributes:
         prompt: what to draw.
         seed: of the noise.
-        steps: grid points; None: the config's, or 50.
-        guidance_scale: None: the pipeline's own; 0: no guidance.
-        size: pixels, one number or (height, width); None: the model's own.
+        steps, guidance_scale, size: as in `generate`; None: the pipeline's own.
         preset: a preset's name or a config for this image; None: what the model is accelerated with. It may not prune
             other neurons than that, and has the same kernels.
         on_step: called after each step with its number, from 1, and the latents, which must not be modified. What it raises
@@ -300,26 +297,20 @@ class Drawings(Many[ImageResult]):
         return super()._known({"prompt": request} if isinstance(request, str) else request)
 
     def _begun(self, request: Any) -> Stepper:
-        pipe, model = self.pipe, self.pipe.model
+        pipe = self.pipe
         if not isinstance(request.prompt, str):
             raise TypeError(f"prompt: expected a string, got {type(request.prompt).__name__}")
         check_callback("on_step", request.on_step)
-        tokens = pipe.prompt_tokens([request.prompt], request.size)
-        inputs = SampleInputs.build(
-            model,
-            pipe.noise([request.seed], 1, request.size),
-            **tokens,
-            steps=request.steps,
-            guidance_scale=pipe.guidance_scale if request.guidance_scale is None else request.guidance_scale,
-            time_shifting_factor=pipe.time_shifting_factor,
-        )
-        handle = handle_of(model)
-        if handle is not None:
-            stepper: Stepper = handle.stepper(inputs, self._config(request.preset))
-            return stepper
-        if request.preset not in (None, "dense"):
+        seeds = seeds_of([request.seed], 1, "prompts")
+        asked = request.guidance_scale
+        scale = guidance_scale_of(pipe.guidance_scale if asked is None else asked, 1)
+        config = None
+        if handle_of(pipe.model) is not None:
+            config = self._config(request.preset)
+        elif request.preset not in (None, "dense"):
             raise ValueError(f"preset: expected None for a dense model, got {request.preset!r:.80}")
-        return DenseStepper(model, replace(inputs, steps=inputs.steps or DEFAULT_STEPS))
+        stepper: Stepper = pipe.begin(replace(request, seed=seeds[0], guidance_scale=scale), config)
+        return stepper
 
     def _config(self, preset: Any) -> FlashUConfig | None:
         if preset is None or isinstance(preset, FlashUConfig):
@@ -364,10 +355,10 @@ class Drawings(Many[ImageResult]):
                 raise error
             each.done += 1
             if each.request.on_step is not None:
-                each.request.on_step(each.done, each.work.latents())
+                each.request.on_step(each.done, self.pipe.unpacked(each.work.latents()))
             if each.done < each.work.evaluations:
                 return None
-            latents = each.work.latents()
+            latents = self.pipe.unpacked(each.work.latents())
             result = ImageResult(each.index, each.request, None, self.pipe.pictures(latents)[0], latents[0])
         except Exception as error:
             result = ImageResult(each.index, each.request, _freed(error))
@@ -393,8 +384,8 @@ class Answers(Many[QuestionResult]):
         check_callback("on_token", request.on_token)
         check_sampling(request.temperature, request.top_k, request.top_p)
         generators = None if request.seed is None else pipe.generators([request.seed], 1, "questions")
+        check_count("max_new_tokens", request.max_new_tokens)
         images, before, after = pipe.question_inputs(request.images, request.question)
-        validate.check_answer_inputs(pipe.model, images, before, after, request.max_new_tokens, pipe.layout.eos)
         sampler = TokenSampler(request.temperature, request.top_k, request.top_p, generators)
         return images, before, after, request.max_new_tokens, sampler, pipe.layout.eos, request.on_token
 

@@ -1,0 +1,75 @@
+"""LoRA layers of peft: told by their class, read as a base with low-rank updates beside it. peft is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["LORA", "Update", "adapters_of", "base_of", "is_lora", "lora_state", "updates_of"]
+
+LORA: Mapping[str, tuple[str, ...]] = {"Linear": ("peft.tuners.lora.layer",)}
+"""Class name -> modules that define it."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one adapter adds to a linear layer: scaling B A x.
+
+    Attributes:
+        name: the adapter's.
+        down: A, [r, in].
+        up: B, [out, r].
+        scaling: a number.
+    """
+
+    name: str
+    down: nn.Linear
+    up: nn.Linear
+    scaling: float
+
+
+def is_lora(module: Any) -> bool:
+    """Whether a module is peft's linear layer with LoRA adapters, of whatever kind."""
+    kind = type(module)
+    return kind.__module__ in LORA.get(kind.__name__, ())
+
+
+def base_of(module: Any) -> Any:
+    """The linear layer that adapters are beside; any other module itself."""
+    return module.base_layer if is_lora(module) else module
+
+
+def adapters_of(module: Any) -> list[str]:
+    """The adapters that a LoRA layer adds now, in its order: the active ones, unless it is disabled or they are merged."""
+    if module.disable_adapters or module.merged_adapters:
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def updates_of(module: Any, names: Sequence[str] | None = None) -> tuple[Update, ...]:
+    """What a linear layer's adapters add: those of these names, or None for those that are active now. Nothing for a module
+    without adapters, or for names that it does not have."""
+    if not is_lora(module):
+        return ()
+    names = adapters_of(module) if names is None else [name for name in names if name in module.lora_A]
+    return tuple(Update(name, module.lora_A[name], module.lora_B[name], module.scaling[name]) for name in names)
+
+
+def lora_state(module: Any) -> tuple[Any, ...]:
+    """What a LoRA layer's result depends on besides its modules, weights and mode."""
+    return (
+        list(module.active_adapters),
+        module.disable_adapters,
+        list(module.merged_adapters),
+        dict(module.scaling),
+        {name: type(variant) for name, variant in getattr(module, "lora_variant", {}).items()},
+        {
+            name: dict(flags)
+            for name in ("use_dora", "lora_bias")
+            if isinstance(flags := getattr(module, name, None), dict)
+        },
+        getattr(module, "cast_input_dtype_enabled", True),
+    )
