@@ -15,7 +15,8 @@
 
 #include "flashu/flashu.h"
 
-// The ops are torch.ops.flashu.*, unless a build that must stand beside others in one process names another namespace.
+// The ops are torch.ops.flashu.*, unless a build that must stand beside others in one process names another
+// namespace.
 #ifndef FLASHU_OPS_NAMESPACE
 #define FLASHU_OPS_NAMESPACE flashu
 #endif
@@ -89,7 +90,7 @@ void run_with_workspace(Args& args, const Tensor& like, int32_t (*size)(const Ar
 
 // Registers a family for the devices that this build has kernels for: the adapters serve all of them.
 #if FLASHU_HAS_CUDA
-#define FLASHU_REGISTER(family)                                                                   \
+#define FLASHU_REGISTER(family)                                                              \
   FLASHU_OPS_IMPL(FLASHU_OPS_NAMESPACE, CPU, m) { flashu::torch_ops::register_##family(m); } \
   FLASHU_OPS_IMPL(FLASHU_OPS_NAMESPACE, CUDA, m) { flashu::torch_ops::register_##family(m); }
 #else
