@@ -25,7 +25,7 @@ CHECKOUT_janus := $(JANUS_UPSTREAM)
 CHECKOUT_bagel := $(BAGEL_UPSTREAM)
 PROGRAMS := $(foreach name,showo2 janus bagel,$(if $(CHECKOUT_$(name)),$(name)))
 
-.PHONY: help demo test python-test cpp-test ptx-test tsan mutants mutants-quick lint format build bench api info test-abi wheel-check sass gpu-wheels clean
+.PHONY: help demo test python-test cpp-test ptx-test tsan mutants mutants-quick lint format build bench api info test-abi wheel-check kernels-hub sass gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -140,6 +140,9 @@ OTHER_PYTHON = $(shell for other in python3.13 python3.12 python3.11; do \
 WHEEL_ENVIRONMENTS ?= $(PYTHON)=torch==2.13.0 $(or $(OTHER_PYTHON),$(PYTHON))=torch==2.11.0
 wheel-check: ## source archive, wheel, and that wheel under several Pythons and torches (WHEEL_ENVIRONMENTS='PYTHON=TORCH ...')
 	.ci/wheel-check $(WHEEL_ENVIRONMENTS)
+
+kernels-hub: build ## the ops as a Hugging Face kernel, within manylinux_2_28, into build/kernels-hub (docs/kernels-hub.md)
+	$(BIN)/python .ci/kernels-hub
 
 # The sources support ptxas from 12.5 on. Several versions cannot be installed in one place.
 OLDEST_PTXAS := nvidia-cuda-nvcc-cu12==12.5.82

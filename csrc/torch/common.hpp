@@ -15,6 +15,15 @@
 
 #include "flashu/flashu.h"
 
+// The ops are torch.ops.flashu.*, unless a build that must stand beside others in one process names another
+// namespace.
+#ifndef FLASHU_OPS_NAMESPACE
+#define FLASHU_OPS_NAMESPACE flashu
+#endif
+// Torch's macros make names and strings of the namespace, so it is expanded before they see it.
+#define FLASHU_OPS_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define FLASHU_OPS_IMPL(ns, device, m) STABLE_TORCH_LIBRARY_IMPL(ns, device, m)
+
 namespace flashu::torch_ops {
 
 using torch::headeronly::ScalarType;
@@ -81,12 +90,12 @@ void run_with_workspace(Args& args, const Tensor& like, int32_t (*size)(const Ar
 
 // Registers a family for the devices that this build has kernels for: the adapters serve all of them.
 #if FLASHU_HAS_CUDA
-#define FLASHU_REGISTER(family)                                                          \
-  STABLE_TORCH_LIBRARY_IMPL(flashu, CPU, m) { flashu::torch_ops::register_##family(m); } \
-  STABLE_TORCH_LIBRARY_IMPL(flashu, CUDA, m) { flashu::torch_ops::register_##family(m); }
+#define FLASHU_REGISTER(family)                                                              \
+  FLASHU_OPS_IMPL(FLASHU_OPS_NAMESPACE, CPU, m) { flashu::torch_ops::register_##family(m); } \
+  FLASHU_OPS_IMPL(FLASHU_OPS_NAMESPACE, CUDA, m) { flashu::torch_ops::register_##family(m); }
 #else
 #define FLASHU_REGISTER(family) \
-  STABLE_TORCH_LIBRARY_IMPL(flashu, CPU, m) { flashu::torch_ops::register_##family(m); }
+  FLASHU_OPS_IMPL(FLASHU_OPS_NAMESPACE, CPU, m) { flashu::torch_ops::register_##family(m); }
 #endif
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) {

@@ -75,7 +75,7 @@ std::string explain_ffn(int64_t rows, int64_t hidden, int64_t neurons, const std
 }  // namespace
 }  // namespace flashu::torch_ops
 
-STABLE_TORCH_LIBRARY_IMPL(flashu, CompositeExplicitAutograd, m) {
+FLASHU_OPS_IMPL(FLASHU_OPS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("build_facts", TORCH_BOX(&flashu::torch_ops::build_facts));
   m.impl("explain_gemm", TORCH_BOX(&flashu::torch_ops::explain_gemm));
   m.impl("explain_ffn", TORCH_BOX(&flashu::torch_ops::explain_ffn));

@@ -2,7 +2,7 @@
 // fake kernels and autograd guards are in Python (flashu_ext/ops).
 #include "torch/common.hpp"
 
-STABLE_TORCH_LIBRARY(flashu, m) {
+FLASHU_OPS_LIBRARY(FLASHU_OPS_NAMESPACE, m) {
   // ffn: neither runs nor index selects all neurons; runs is flat (start, length) pairs. `listed`: index is
   // what list_neurons wrote, moved to the device, and is read in place; `block` is what came with it.
   m.def("list_neurons(Tensor(a!) list, int limit, int[]? runs=None, Tensor? index=None) -> int");

@@ -1,4 +1,4 @@
-"""The library's operators as typed functions; `reference` has the same functions in plain torch.
+"""The library's operators as typed functions; `reference` has the same functions in plain torch, `layers` modules of them.
 
 Each function has an attribute `is_supported(device, dtype, shape=None)`. First use loads the compiled library; if that fails,
 ImportError lists every cause.
@@ -63,6 +63,8 @@ OPS = tuple(name for name in __all__ if name != "Selection")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "layers":  # of a Hugging Face kernel
+        return import_module(".layers", __name__)
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for family in ("attention", "ffn", "int8", "linear", "norm", "routing", "selection", "step"):

@@ -8,12 +8,9 @@ Errors: ValueError for shapes, strides, aliasing, devices and lengths, TypeError
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .common import call_into, capability, fake, fake_out
-
-_ops = torch.ops.flashu
+from .common import call_into, capability, fake, fake_out, torch_ops
 
 
 @capability(devices=("cpu",))
@@ -49,7 +46,7 @@ def attention(
         TypeError: a dtype is wrong.
         NotImplementedError: the tensors are on a CUDA device.
     """
-    return call_into(_ops.attention, query, key, value, lengths, mask, out=out)
+    return call_into(torch_ops.attention, query, key, value, lengths, mask, out=out)
 
 
 @fake("attention")

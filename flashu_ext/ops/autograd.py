@@ -23,15 +23,18 @@ from torch._C import _increment_version as increment_version
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-_library = torch.library.Library("flashu", "FRAGMENT")  # what it registers lasts as long as it does
+from ._ops import NAMESPACE
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # what it registers lasts as long as it does
 
 
 def register() -> None:
     """Registers them for every op of the loaded library."""
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("flashu::"):
-            packet, _, overload = name.removeprefix("flashu::").partition(".")
-            _register(getattr(getattr(torch.ops.flashu, packet), overload or "default"))
+        namespace, _, op = name.partition("::")
+        if namespace == NAMESPACE:
+            packet, _, overload = op.partition(".")
+            _register(getattr(getattr(getattr(torch.ops, NAMESPACE), packet), overload or "default"))
 
 
 def _register(op: OpOverload) -> None:

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from . import autograd, native
+from ._ops import NAMESPACE
 from .autograd import named_tensors
 
 native.load()
 autograd.register()
 
+torch_ops = getattr(torch.ops, NAMESPACE)
+"""The operators as torch's dispatcher has them: torch.ops.flashu."""
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 # The library registers all ops for every device that it was built for.
-DEVICES = ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key("flashu::rms_norm", "CUDA") else ("cpu",)
+DEVICES = (
+    ("cpu", "cuda") if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::rms_norm", "CUDA") else ("cpu",)
+)
 
 _KNOWN = (*FLOATING, torch.float64, torch.int32, torch.int64, torch.int8, torch.bool)
 """Dtypes that the adapters know; the kernels say themselves which of them they take."""
@@ -62,7 +68,7 @@ def _misfit(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Excep
     given = {**dict(zip((argument.name for argument in schema.arguments), args, strict=False)), **kwargs}
     for argument in schema.arguments:
         kind, value = str(argument.type), given.get(argument.name, argument.default_value)
-        name = f"{schema.name.removeprefix('flashu::')}: {argument.name}"
+        name = f"{schema.name.partition('::')[2]}: {argument.name}"
         where = f"{name}: expected"
         if kind in ("Tensor", "Optional[Tensor]", "List[Tensor]", "List[Optional[Tensor]]"):
             entries = {name: value}
@@ -154,7 +160,7 @@ def _plain(value: Any) -> Any:
 
 
 def fake(name: str) -> Callable[[F], F]:
-    """Register the fake kernel of `flashu::{name}`; it checks that all tensors are on one device.
+    """Register the fake kernel of the op `name`; it checks that all tensors are on one device.
 
     Torch also runs fake kernels when only some arguments are meta tensors. Shapes and dtypes are checked by the real kernel.
     """
@@ -174,14 +180,14 @@ def fake(name: str) -> Callable[[F], F]:
                     )
             return function(*args, **kwargs)
 
-        torch.library.register_fake(f"flashu::{name}", checked)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", checked)
         return function
 
     return decorate
 
 
 def fake_out(name: str, function: Callable[..., Any]) -> None:
-    """Register the fake kernel of `flashu::{name}.out`, which returns `out`.
+    """Register the fake kernel of `{name}.out`, which returns `out`.
 
     Args:
         function: the fake kernel of the overload without `out`.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-
-from .common import call
+from .common import call, torch_ops
 
 __all__ = ["build_facts", "explain_ffn", "explain_gemm"]
 
 
 def build_facts() -> dict[str, str]:
     """What this build is: version, ABI version, compiler, CUDA kernels (on, or why they are off), CPU instruction set in use."""
-    lines = call(torch.ops.flashu.build_facts.default).splitlines()
+    lines = call(torch_ops.build_facts.default).splitlines()
     return dict(line.split("\t", 1) for line in lines)
 
 
@@ -26,7 +24,7 @@ def explain_gemm(m: int, n: int, k: int, dtype: str, gathered: bool, threads: in
     Raises:
         ValueError: a size is negative or the dtype is unknown.
     """
-    return call(torch.ops.flashu.explain_gemm.default, m, n, k, dtype, gathered, threads)
+    return call(torch_ops.explain_gemm.default, m, n, k, dtype, gathered, threads)
 
 
 def explain_ffn(
@@ -42,4 +40,4 @@ def explain_ffn(
     Raises:
         ValueError: a size is negative, the dtype is unknown, or the device is too old.
     """
-    return call(torch.ops.flashu.explain_ffn.default, rows, hidden, neurons, dtype, listed, capability, multiprocessors)
+    return call(torch_ops.explain_ffn.default, rows, hidden, neurons, dtype, listed, capability, multiprocessors)

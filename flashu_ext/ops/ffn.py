@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out, flatten
+from .common import call, call_into, capability, fake, fake_out, flatten, torch_ops
 from .selection import Selection, index_tensor
-
-_ops = torch.ops.flashu
 
 
 @capability()
@@ -51,7 +49,7 @@ def gathered_swiglu(
         [..., n] in x's dtype.
     """
     chosen = selected_neurons(w_gate, 0, runs, index, selection)
-    return call_into(_ops.gathered_swiglu, x, w_gate, w_up, **chosen, gate_add=gate_add, up_add=up_add, out=out)
+    return call_into(torch_ops.gathered_swiglu, x, w_gate, w_up, **chosen, gate_add=gate_add, up_add=up_add, out=out)
 
 
 @capability()
@@ -79,7 +77,7 @@ def gathered_down(
         [..., hidden] in h's dtype.
     """
     chosen = selected_neurons(w_down, 1, runs, index, selection)
-    return call_into(_ops.gathered_down, h, w_down, **chosen, residual=residual, out=out)
+    return call_into(torch_ops.gathered_down, h, w_down, **chosen, residual=residual, out=out)
 
 
 @capability()
@@ -116,10 +114,10 @@ def gathered_ffn(
     """
     weights, chosen = (w_gate, w_up, w_down), selected_neurons(w_gate, 0, runs, index, selection)
     if norms is None:
-        return call_into(_ops.gathered_ffn, x, *weights, **chosen, residual=residual, out=out)
+        return call_into(torch_ops.gathered_ffn, x, *weights, **chosen, residual=residual, out=out)
     if out is not None:
         raise ValueError("gathered_ffn: out: expected None together with norms, got a tensor")
-    return call(_ops.gathered_ffn_norms.default, x, *weights, norms, **chosen, residual=residual)
+    return call(torch_ops.gathered_ffn_norms.default, x, *weights, norms, **chosen, residual=residual)
 
 
 @capability()
@@ -135,7 +133,7 @@ def neuron_norms_(acc: Tensor, h: Tensor) -> Tensor:
     Returns:
         acc.
     """
-    call(_ops.neuron_norms_.default, acc, h)
+    call(torch_ops.neuron_norms_.default, acc, h)
     return acc
 
 

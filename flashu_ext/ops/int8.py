@@ -12,15 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .common import call_into, capability, fake, fake_out
+from .common import call_into, capability, fake, fake_out, torch_ops
 from .ffn import selected_neurons
 from .linear import epilogue_code
 from .selection import Selection
-
-_ops = torch.ops.flashu
 
 
 @capability(devices=("cpu",))
@@ -58,7 +55,7 @@ def int8_ffn(
     """
     weights = (w_gate, gate_scale, w_up, up_scale, w_down, down_scale)
     chosen = selected_neurons(w_gate, 0, runs, index, selection)
-    return call_into(_ops.int8_ffn, x, *weights, **chosen, residual=residual, out=out)
+    return call_into(torch_ops.int8_ffn, x, *weights, **chosen, residual=residual, out=out)
 
 
 @capability(devices=("cpu",))
@@ -89,7 +86,7 @@ def int8_linear(
         ValueError, TypeError: an argument is wrong. NotImplementedError: on CUDA.
     """
     code = epilogue_code("int8_linear", epilogue)
-    return call_into(_ops.int8_linear, x, weight, scale, bias, residual, code, out=out)
+    return call_into(torch_ops.int8_linear, x, weight, scale, bias, residual, code, out=out)
 
 
 @fake("int8_ffn")

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .common import call_into, capability, fake, fake_out
-
-_ops = torch.ops.flashu
+from .common import call_into, capability, fake, fake_out, torch_ops
 
 EPILOGUES = ("none", "gelu", "gelu_tanh", "silu")
 """What is applied to x W^T + bias: nothing, GELU (exact, by erf), GELU by tanh, or SiLU."""
@@ -49,7 +46,7 @@ def linear(
         ValueError: a shape, stride, overlap, device or the epilogue is wrong.
         TypeError: a dtype is wrong.
     """
-    return call_into(_ops.linear, x, weight, bias, residual, epilogue_code("linear", epilogue), out=out)
+    return call_into(torch_ops.linear, x, weight, bias, residual, epilogue_code("linear", epilogue), out=out)
 
 
 @capability()
@@ -82,7 +79,7 @@ def linears(
         TypeError: a dtype is wrong, or something is not a sequence of tensors.
     """
     none = [] if biases is None else biases
-    return call_into(_ops.linears, x, weights, none, residual, epilogue_code("linears", epilogue), out=out)
+    return call_into(torch_ops.linears, x, weights, none, residual, epilogue_code("linears", epilogue), out=out)
 
 
 def epilogue_code(op: str, epilogue: str) -> int:

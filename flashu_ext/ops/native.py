@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
-LIBRARY = PACKAGE / "libflashu_torch.so"
+from ._ops import LIBRARY
+
+PACKAGE = LIBRARY.parent
 OLDEST_TORCH = (2, 11)
 
 
@@ -48,7 +49,7 @@ def _built_elsewhere() -> Path | None:
 
 @functools.cache
 def load() -> None:
-    """Register torch.ops.flashu.* once per process.
+    """Register the ops (`torch.ops.flashu.*`) once per process.
 
     Raises:
         ImportError: the library cannot be loaded; the message lists every cause.

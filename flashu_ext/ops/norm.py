@@ -10,12 +10,9 @@ Source: Qwen2's RMSNorm and rotary embedding; the adaLN modulation of Show-o2's 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out
-
-_ops = torch.ops.flashu
+from .common import call, call_into, capability, fake, fake_out, torch_ops
 
 
 @capability()
@@ -39,7 +36,7 @@ def rms_norm(
     Returns:
         [..., width] in x's dtype.
     """
-    return call_into(_ops.rms_norm, x, weight, eps, shift, scale, out=out)
+    return call_into(torch_ops.rms_norm, x, weight, eps, shift, scale, out=out)
 
 
 @capability()
@@ -54,7 +51,7 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Te
     Returns:
         x.
     """
-    call(_ops.add_rms_norm_.default, x, residual, weight, eps)
+    call(torch_ops.add_rms_norm_.default, x, residual, weight, eps)
     return x
 
 
@@ -70,7 +67,7 @@ def gate_add_(residual: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor
     Returns:
         residual.
     """
-    call(_ops.gate_add_.default, residual, y, gate)
+    call(torch_ops.gate_add_.default, residual, y, gate)
     return residual
 
 
@@ -110,7 +107,7 @@ def rotary_cache_(
         The queries, [rows, heads, n, d], contiguous.
     """
     inputs = (query, key, value, cos, sin, keys, values, start, query_norm, key_norm, eps)
-    return call_into(_ops.rotary_cache_, *inputs, out=out)
+    return call_into(torch_ops.rotary_cache_, *inputs, out=out)
 
 
 @fake("rms_norm")

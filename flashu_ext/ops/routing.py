@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out
+from .common import call, call_into, capability, fake, fake_out, torch_ops
 from .selection import index_tensor
-
-_ops = torch.ops.flashu
 
 REDUCTIONS = ("none", "mean", "last")
 """How cosine_importance reduces tokens: not at all, to the mean over all, or to the last one of each sequence."""
@@ -39,7 +37,7 @@ def cosine_importance(x_in: Tensor, x_out: Tensor, reduce: str = "none", *, out:
     """
     if reduce not in REDUCTIONS:
         raise ValueError(f"cosine_importance: reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-    return call_into(_ops.cosine_importance, x_in, x_out, REDUCTIONS.index(reduce), out=out)
+    return call_into(torch_ops.cosine_importance, x_in, x_out, REDUCTIONS.index(reduce), out=out)
 
 
 @capability()
@@ -53,7 +51,7 @@ def value_norms(v: Tensor, *, out: Tensor | None = None) -> Tensor:
     Returns:
         fp32 [batch, tokens].
     """
-    return call_into(_ops.value_norms, v, out=out)
+    return call_into(torch_ops.value_norms, v, out=out)
 
 
 @capability()
@@ -71,8 +69,8 @@ def select_topk(
         index int64 [..., k] in ascending order, count int32 [...], always k.
     """
     if index is None and count is None:
-        return call(_ops.select_topk.default, scores, k)
-    return call(_ops.select_topk.out, scores, k, **_outputs("select_topk", index, count))
+        return call(torch_ops.select_topk.default, scores, k)
+    return call(torch_ops.select_topk.out, scores, k, **_outputs("select_topk", index, count))
 
 
 @capability()
@@ -91,8 +89,10 @@ def select_threshold(
         index int64 [..., capacity], padded with -1; count int32 [...]: scores that passed, may exceed capacity.
     """
     if index is None and count is None:
-        return call(_ops.select_threshold.default, scores, threshold, capacity)
-    return call(_ops.select_threshold.out, scores, threshold, capacity, **_outputs("select_threshold", index, count))
+        return call(torch_ops.select_threshold.default, scores, threshold, capacity)
+    return call(
+        torch_ops.select_threshold.out, scores, threshold, capacity, **_outputs("select_threshold", index, count)
+    )
 
 
 @capability()
@@ -107,7 +107,7 @@ def gather_rows(rows: Tensor, index: Any, *, out: Tensor | None = None) -> Tenso
     Returns:
         [n, width] or [batch, n, width] in rows' dtype.
     """
-    return call_into(_ops.gather_rows, rows, index_tensor(index, rows), out=out)
+    return call_into(torch_ops.gather_rows, rows, index_tensor(index, rows), out=out)
 
 
 @capability()
@@ -122,7 +122,7 @@ def scatter_rows_(rows: Tensor, index: Any, moved: Tensor) -> Tensor:
     Returns:
         rows.
     """
-    call(_ops.scatter_rows_.default, rows, index_tensor(index, rows), moved)
+    call(torch_ops.scatter_rows_.default, rows, index_tensor(index, rows), moved)
     return rows
 
 
@@ -132,7 +132,7 @@ def scatter_add_rows_(rows: Tensor, index: Any, moved: Tensor) -> Tensor:
 
     Args and returns: as `scatter_rows_`.
     """
-    call(_ops.scatter_add_rows_.default, rows, index_tensor(index, rows), moved)
+    call(torch_ops.scatter_add_rows_.default, rows, index_tensor(index, rows), moved)
     return rows
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import call, flatten
+from .common import call, flatten, torch_ops
 
 __all__ = ["Selection"]
 
@@ -74,7 +74,7 @@ class Selection:
             raise TypeError(f"limit: expected an integer, got {type(limit).__name__}")
         limit = operator.index(limit)
         numbers = torch.empty(min(count, max(limit, 0)), dtype=torch.int32, device="cpu")
-        block = call(torch.ops.flashu.list_neurons.default, numbers, limit, **neurons)
+        block = call(torch_ops.list_neurons.default, numbers, limit, **neurons)
         if count == 0:
             return cls(limit, 0, [], None, 1)
         first = int(numbers[0])

@@ -13,9 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .common import call, call_into, capability, fake, fake_out, fits_int64
-
-_ops = torch.ops.flashu
+from .common import call, call_into, capability, fake, fake_out, fits_int64, torch_ops
 
 
 @capability()
@@ -41,7 +39,7 @@ def guided_euler_step_(
         if not fits_int64(step):
             raise IndexError(f"step: expected an integer of 64 bits, got one of {step.bit_length()}")
         step = torch.tensor(step, dtype=torch.int64, device=getattr(latents, "device", "cpu"))
-    call(_ops.guided_euler_step_.default, latents, v, s, dt, step, velocity)
+    call(torch_ops.guided_euler_step_.default, latents, v, s, dt, step, velocity)
     return latents
 
 
@@ -56,7 +54,7 @@ def feature_delta(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     Returns:
         fp32 [3].
     """
-    return call_into(_ops.feature_delta, a, b, out=out)
+    return call_into(torch_ops.feature_delta, a, b, out=out)
 
 
 @capability()
@@ -74,7 +72,7 @@ def taylor_update_(state: Tensor, feature: Tensor, interval: float, count: int) 
     Returns:
         state.
     """
-    call(_ops.taylor_update_.default, state, feature, interval, count)
+    call(torch_ops.taylor_update_.default, state, feature, interval, count)
     return state
 
 
@@ -90,7 +88,7 @@ def taylor_predict(state: Tensor, ahead: float, count: int, *, out: Tensor | Non
     Returns:
         [...] in state's dtype.
     """
-    return call_into(_ops.taylor_predict, state, ahead, count, out=out)
+    return call_into(torch_ops.taylor_predict, state, ahead, count, out=out)
 
 
 @fake("guided_euler_step_")

@@ -15,6 +15,8 @@ def gradients(chosen: str) -> Pytest:
     return Pytest("python_tests/ops/test_autograd.py", "-k", chosen)
 
 
+LAYERS = Pytest("python_tests/ops/test_layers.py")
+
 MUTANTS = [
     # ---- fake kernels: what torch.compile believes
     Mutant("fake: the last token's importance has a shape of all", "flashu_ext/ops/routing.py", "(1, x_in.dim(), 2)[reduce]", "(1, x_in.dim(), 1)[reduce]", contract("cosine"), quick=True),
@@ -47,6 +49,14 @@ MUTANTS = [
     Mutant("autograd: inference tensors are written anywhere", "flashu_ext/ops/autograd.py", "if tensor.is_inference():", "if False:", gradients("inference_tensor and taylor")),
     Mutant("autograd: transforms are let through", "flashu_ext/ops/autograd.py", '    _library.impl(op.name(), _transformed(op), "FuncTorchDynamicLayerFrontMode")\n', "", gradients("transform and rms")),
     Mutant("autograd: dynamo compiles what the dispatcher calls", "flashu_ext/ops/autograd.py", "    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))\n", "", gradients("dynamo")),
+    # ---- layers of a Hugging Face kernel
+    Mutant("layers: a weight is rounded to x's dtype", "flashu_ext/ops/layers.py", "torch.promote_types(hidden_states.dtype, self.weight.dtype)", "hidden_states.dtype", LAYERS),
+    Mutant("layers: a norm has the weight's dtype", "flashu_ext/ops/layers.py", ", eps).to(hidden_states.dtype)", ", eps)", LAYERS),
+    Mutant("layers: a selection is forgotten", "flashu_ext/ops/layers.py", "gate, up, down, selection=selection)", "gate, up, down, selection=None)", LAYERS, quick=True),
+    Mutant("layers: hooks are passed by", "flashu_ext/ops/layers.py", " and not module._forward_hooks", "", LAYERS),
+    Mutant("layers: a forward of its own is passed by", "flashu_ext/ops/layers.py", "return own and", "return", LAYERS),
+    Mutant("layers: biases are passed by", "flashu_ext/ops/layers.py", " and module.bias is None", "", LAYERS),
+    Mutant("layers: any activation is SiLU", "flashu_ext/ops/layers.py", "_is_silu(self.act_fn) and all", "all", LAYERS),
     # ---- the adapters
     Mutant("torch: rows of several strides are taken as they are", "csrc/torch/common.cpp", "return torch::stable::contiguous(tensor);", "return tensor;", contract("gathered_down")),
     Mutant("torch: a residual of several strides is refused", "csrc/torch/ffn.cpp", 'op = "gathered_ffn";\n  const Tensor rows = foldable(t.x);\n  const OptionalTensor added = foldable(t.residual);', 'op = "gathered_ffn";\n  const Tensor rows = foldable(t.x);\n  const OptionalTensor added = t.residual;', contract("gathered_ffn")),
