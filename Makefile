@@ -25,7 +25,7 @@ CHECKOUT_janus := $(JANUS_UPSTREAM)
 CHECKOUT_bagel := $(BAGEL_UPSTREAM)
 PROGRAMS := $(foreach name,showo2 janus bagel,$(if $(CHECKOUT_$(name)),$(name)))
 
-.PHONY: help demo test python-test cpp-test ptx-test tsan mutants mutants-quick lint format build bench api info test-abi wheel-check kernels-hub sass gpu-wheels clean
+.PHONY: help demo test python-test cpp-test ptx-test asan tsan mutants mutants-quick lint format build bench api info test-abi wheel-check kernels-hub sass gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,12 +69,14 @@ BUILD = build/$(shell $(BIN)/python -c 'import sys; print(sys.implementation.cac
 CMAKE := $(BIN)/cmake -G Ninja -S . -DFLASHU_TESTS=ON -DFLASHU_WERROR=ON -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja
 CTEST := $(BIN)/ctest --output-on-failure --no-tests=error -j 2 --progress
 
-cpp-test: build ## C++ tests: the library with every instruction set, the CUDA kernels on the emulator, both with sanitizers too
+cpp-test: build ## C++ tests: the library with every instruction set, the CUDA kernels on the emulator
 	$(CMAKE) -B $(BUILD) > build/cmake.log || { cat build/cmake.log; exit 1; }
 	$(BIN)/cmake --build $(BUILD)
 	for isa in avx512_bf16 avx512 avx2 baseline; do \
 	  echo "C++ tests, at most $$isa" && FLASHU_ISA=$$isa $(CTEST) --test-dir $(BUILD) -E '^(emulated|ptx|gpu)[.]' || exit 1; done
 	$(CTEST) --test-dir $(BUILD) -R '^(emulated|gpu)[.]'
+
+asan: $(VENV)/.tools ## C++ tests and the emulated CUDA kernels with AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE) -B build/asan -DFLASHU_CUDA=OFF -DFLASHU_SANITIZE=address,undefined > build/cmake.log || { cat build/cmake.log; exit 1; }
 	$(BIN)/cmake --build build/asan
 	FLASHU_SIMT_SEEDS=1 $(CTEST) --test-dir build/asan
