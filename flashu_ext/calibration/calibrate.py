@@ -25,7 +25,7 @@ from ..models.autocast import without_autocast
 from ..models.calibration import DensePass, Noise, Sample, TokenSample, text_passes
 from ..models.showo2.calibration import GenerationSample, UnderstandingSample
 from ..ops import reference
-from ..planning.decoders import FAMILIES, Decoder, decoder_of
+from ..planning.decoders import FAMILIES, Decoder, check_parts, decoder_of
 from ..planning.estimators import DownNorms, check_estimator
 from ..planning.fingerprint import model_fingerprint
 from ..planning.plan import TaskPlan, check_pruning
@@ -84,6 +84,10 @@ def calibrate(
     embeddings.
     """
     decoder = decoder_of(model)
+    weights = (
+        f"layers.{i}.mlp.{name}_proj.weight" for i in range(len(decoder.layers)) for name in ("gate", "up", "down")
+    )
+    check_parts(decoder.stack, "decoder", weights)
     if handle_of(model) is not None:
         raise RuntimeError("model: expected a model that is not accelerated; call handle.remove() first")
     check_estimator(estimator)

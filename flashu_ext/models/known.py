@@ -546,6 +546,13 @@ def refused_decoder(path: str, decoder: Any, rope: Any, layers: int) -> Iterator
     count = getattr(decoder.config, "num_hidden_layers", layers)
     if count != layers:
         yield path, f"its config says {count} layers, and it has {layers}"
+    caches = [getattr(layer.self_attn, "layer_idx", None) for layer in decoder.model.layers]
+    for index, cache in enumerate(caches):
+        if cache is not None and cache in caches[:index]:
+            yield (
+                f"{path}.model.layers.{index}",
+                f"its keys and values are cached with those of layer {caches.index(cache)}",
+            )
     rope_type = getattr(rope, "rope_type", "default")
     if rope_type not in _ROPE_TYPES:
         yield f"{path}.model.rotary_emb", f"its frequencies are of type {rope_type!r}, which depends on the length"

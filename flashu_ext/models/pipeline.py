@@ -67,7 +67,7 @@ class ModelPipeline:
 
     @property
     def _device(self) -> Any:
-        raise NotImplementedError
+        return next(self.model.parameters()).device
 
     # ---- copies
 

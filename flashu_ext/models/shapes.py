@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..planning.cost import LayerShape
-from .adapter import Adapter, AttentionShape
+from .adapter import Adapter, AttentionShape, out_features
 
 __all__ = ["layer_shape", "layer_shapes", "linear_flops"]
 
@@ -21,7 +21,7 @@ def layer_shape(layer: Any, attention: AttentionShape, modulation: float = 0.0) 
         ffn=linear_flops(layer.mlp),
         heads=attention.heads,
         head_dim=attention.head_dim,
-        width=int(layer.input_layernorm.weight.shape[0]),
+        width=out_features(layer.mlp.down_proj),
         key_value_width=attention.kv_heads * attention.head_dim,
         modulation=modulation,
     )

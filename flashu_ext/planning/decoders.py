@@ -46,7 +46,7 @@ FAMILIES: dict[str, Family] = {
 _STACKS = ("", "model", "model.language_model", "language_model", "language_model.model", "decoder", "model.decoder")
 """Where transformers' models keep the module with their layers, from the model on."""
 
-_FFN = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+_FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)

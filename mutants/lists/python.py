@@ -68,6 +68,7 @@ EXPERTS = within("families/test_bagel_runtime.py")
 NEW_FAMILY = within("examples/test_new_family.py")
 EMBEDDED = within("nano/test_embedded_pipelines.py")
 SUBJECTS = within("nano/test_subjects.py")
+PARTS_OF = within("families/test_wrapped_parts.py")
 OF_FAMILIES = within("nano/test_many_of_families.py")
 JANUSFLOW_PIPELINE = within("families/test_janusflow_pipeline.py")
 BAGEL_PIPELINE = within("families/test_bagel_pipeline.py")
@@ -339,12 +340,14 @@ MUTANTS = [
     Mutant("contexts: rows share a segment too many", "flashu_ext/runtime/backbone.py", "        if a is not b:\n            return count\n", "        if a is not b:\n            return count + 1\n", EXPERTS("any_sequence")),
     Mutant("placement: experts that share weights do not count", "flashu_ext/runtime/placement.py", "for ffn in read if ffn is not None", "for ffn in ffns if ffn is not None", EXPERTS("share_weights")),
     Mutant("bagel: TaylorSeer where guidance begins later", "flashu_ext/models/bagel/sampling.py", "    guidance.check_forecast(taylorseer)\n", "", EXPERTS("any_sequence")),
+    Mutant("known: a layer in two places", "flashu_ext/models/known.py", "if cache is not None and cache in caches[:index]:", "if False:", PARTS_OF("two_places")),
+    Mutant("shapes: a width is the norm's", "flashu_ext/models/shapes.py", "width=out_features(layer.mlp.down_proj)", "width=int(layer.input_layernorm.weight.shape[0])", PARTS_OF("runs_as_itself")),
     Mutant("adapter: results of another shape", "flashu_ext/models/checks.py", "if len(got) != len(shape) or any(", "if False and any(", NEW_FAMILY("another_shape")),
     Mutant("config: a skip without measurements is not idle", "flashu_ext/planning/groups.py", 'return {"ratio": "interval"} if self.ratio > 0 and self.interval == 0 else {}', "return {}", SETTINGS("keeps_off")),
     Mutant("embedded pipeline: BAGEL's own guidance is left out", "flashu_ext/models/bagel/pipeline.py", "guidance_of(self.guidance if guidance is None else guidance,", "guidance_of(DRAWING if guidance is None else guidance,", EMBEDDED("subjects")),
     Mutant("embedded pipeline: JanusFlow draws any size", "flashu_ext/models/janusflow/pipeline.py", "if size is not None and sides(size) != (own, own):", "if False:", EMBEDDED("sizes")),
     Mutant("describe: the family's own number of steps", "flashu_ext/runtime/kernel_sets.py", "steps or config.steps or parts.grid_points", "steps or config.steps or 50", SUBJECTS("kernels_and_costs")),
-    Mutant("calibrate: a projection without weights", "flashu_ext/planning/decoders.py", '"mlp.down_proj.weight")', '"mlp.down_proj")', CALIBRATE("without_weights")),
+    Mutant("calibrate: a projection without weights", "flashu_ext/calibration/calibrate.py", '    check_parts(decoder.stack, "decoder", weights)\n', "", CALIBRATE("without_weights")),
     Mutant("example: rows of another number", "flashu_ext/models/sampling.py", "or len(tokens) != rows:", "or False:", NEW_FAMILY("do_not_fit")),
     Mutant("contexts: an image is causal", "flashu_ext/runtime/modules/attention.py", "        if mask is None and ordered and tokens > 1:\n", "        if mask is None and tokens > 1:\n", EXPERTS("any_sequence")),
     Mutant("contexts: a text is not causal", "flashu_ext/runtime/modules/attention.py", "        if mask is None and ordered and tokens > 1:\n", "        if mask is None and ordered and tokens > 9999:\n", EXPERTS("any_sequence")),

@@ -26,11 +26,12 @@ from .sampling import MARKERS, extent
 __all__ = ["BagelAdapter", "adapter", "with_places"]
 
 _REQUIRED = (
+    "language_model.model.embed_tokens.weight",
     "language_model.model.layers.0.mlp_moe_gen",
     "language_model.model.norm_moe_gen",
     "language_model.lm_head",
     "time_embedder",
-    "vae2llm",
+    "vae2llm.weight",
     "llm2vae",
     "latent_pos_embed",
     "vit_model.vision_model.encoder",

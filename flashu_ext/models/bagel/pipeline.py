@@ -78,10 +78,6 @@ class Pipeline(ModelPipeline):
         """The text's."""
         return self.guidance.text
 
-    @property
-    def _device(self) -> Any:
-        return self.model.vae2llm.weight.device
-
     @classmethod
     def from_pretrained(
         cls, name: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"

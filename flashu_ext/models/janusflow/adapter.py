@@ -28,9 +28,11 @@ from .sampling import DEFAULT_STEPS
 __all__ = ["JanusFlowAdapter", "adapter"]
 
 _REQUIRED = (
+    "language_model.model.embed_tokens.weight",
     "language_model.model.layers.0",
     "language_model.lm_head",
-    "vision_und_enc_model.vision_tower",
+    "vision_und_enc_model.vision_tower.patch_embed.proj",
+    "vision_und_enc_model.vision_tower.blocks.0.attn",
     "vision_und_enc_aligner",
     "beg_of_und_embed",
     "vision_gen_enc_model.time_embed",

@@ -72,10 +72,6 @@ class Pipeline(ModelPipeline):
     own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
     tokenizer: Any = None
 
-    @property
-    def _device(self) -> Any:
-        return self.model.language_model.model.embed_tokens.weight.device
-
     # ---- files
 
     @classmethod

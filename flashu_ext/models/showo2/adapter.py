@@ -23,7 +23,7 @@ from .positions import stored_table, table_side
 __all__ = ["Showo2Adapter", "adapter"]
 
 _REQUIRED = (
-    "showo.model.embed_tokens",
+    "showo.model.embed_tokens.weight",
     "showo.model.layers.0",
     "showo.model.norm",
     "showo.model.rotary_emb",

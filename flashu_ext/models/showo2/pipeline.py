@@ -256,10 +256,6 @@ class Pipeline(ModelPipeline):
         pixels = [_from_pil(image, self.pixels, own) for image, own in zip(images, names, strict=True)]
         return [self.codec.encode(each.to(self._device)) for each in pixels]
 
-    @property
-    def _device(self) -> Any:
-        return self.model.showo.model.embed_tokens.weight.device
-
 
 def _from_pil(image: Image, side: int, name: str) -> Tensor:
     """PIL image -> [1, 3, side, side] in [-1, 1]. Raises TypeError or ValueError, naming it."""
