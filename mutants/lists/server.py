@@ -29,7 +29,6 @@ MUTANTS = [
         "            if future.cancel() or not future.done():\n                self._many.cancel(index)\n",
         "            future.cancel()\n",
         CLIENTS("image_whose_client_vanishes"),
-        quick=True,
     ),
     Mutant(
         "server: one more may wait",
