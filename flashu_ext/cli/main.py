@@ -22,6 +22,7 @@ from .serve import serve
 from .studies import COMMANDS
 from .support import (
     DTYPES,
+    FAMILIES,
     FAMILY,
     PRESETS,
     Group,
@@ -341,9 +342,11 @@ def schedule(
     from ..planning.config import FlashUConfig
     from ..planning.schedule import StepPlan
 
-    for name, value in (("--model", model), ("--device", device), ("--dtype", dtype)):
+    asked = None if family == FAMILIES[0] else family
+    for name, value in (("--model", model), ("--device", device), ("--dtype", dtype), ("--family", asked)):
         if value is not None and not kernels:
             raise click.UsageError(f"{name}: expected with --kernels only")
+    check_family(model or "nano", family)
     if config_file is not None:
         config: Any = read_config(config_file)
     elif kernels and model in (None, "nano"):

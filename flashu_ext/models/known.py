@@ -467,12 +467,14 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
     dropout = getattr(attention, "attention_dropout", 0.0)
     if attention.training and dropout:
         return f"is in train mode with attention dropout {dropout}; call model.eval()"
-    norms = {name: norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None}
-    for name, norm in norms.items():
-        if reason := why_not_norm(norm, like):
-            return f"{name} {reason}"
-    if len({norm_eps(norm) for norm in norms.values()}) > 1:
-        return "its norms of queries and keys have different epsilons"
+    for expert in ("", "_moe_gen"):  # BAGEL's attention has the drawing expert's beside its own
+        names = (f"q_norm{expert}", f"k_norm{expert}")
+        norms = {name: norm for name in names if (norm := getattr(attention, name, None)) is not None}
+        for name, norm in norms.items():
+            if reason := why_not_norm(norm, like):
+                return f"{name} {reason}"
+        if len({norm_eps(norm) for norm in norms.values()}) > 1:
+            return f"{' and '.join(names)} have different epsilons"
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         linear = getattr(attention, name)
         if type(linear) is nn.Linear and tuple(linear.weight.shape) != (linear.out_features, linear.in_features):
@@ -546,6 +548,9 @@ def refused_decoder(path: str, decoder: Any, rope: Any, layers: int) -> Iterator
     count = getattr(decoder.config, "num_hidden_layers", layers)
     if count != layers:
         yield path, f"its config says {count} layers, and it has {layers}"
+    for index, layer in enumerate(decoder.model.layers):
+        if getattr(layer.self_attn, "is_causal", True) is False:
+            yield f"{path}.model.layers.{index}.self_attn", "its is_causal is False, and answers are causal"
     caches = [getattr(layer.self_attn, "layer_idx", None) for layer in decoder.model.layers]
     for index, cache in enumerate(caches):
         if cache is not None and cache in caches[:index]:

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 from torch import nn
 
 import flashu_ext as fx
+from flashu_ext.cli.main import cli
 from flashu_ext.nano.subject import FAMILIES
 
 STACKS = {
@@ -76,3 +79,38 @@ def test_a_layer_in_two_places_is_refused(family: str) -> None:
     layers[1] = layers[0]
     with pytest.raises(TypeError, match=r"layers\.1: its keys and values are cached with those of layer 0"):
         fx.accelerate(model)
+
+
+def test_heads_of_an_image_encoder_are_its_own() -> None:
+    pipe = fx.load_pipeline("nano", family="janusflow")
+    image = pipe.generate("a red circle", 0, 4)
+    for block in pipe.model.vision_und_enc_model.vision_tower.blocks:
+        block.attn.heads = 2
+    asked = pipe.question_inputs(image, "is there a red circle ?")
+    with torch.no_grad():
+        expected = pipe.model.embed_image(asked[0][0])
+    with fx.accelerate(pipe.model) as handle:
+        (got,) = handle.runner.understanding.image_embeds(asked[0])
+    got = got[:, -expected.shape[1] :]
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_an_attention_that_is_not_causal_is_refused() -> None:
+    model = fx.load_pipeline("nano", family="janusflow").model
+    with fx.accelerate(model):
+        model.language_model.model.layers[1].self_attn.is_causal = False
+        with pytest.raises((TypeError, RuntimeError), match="is_causal is False"):
+            fx.janusflow.sample(model, torch.zeros(1, 16, 12, 12), torch.tensor([1, 2, 3]), 2)
+
+
+@pytest.mark.parametrize("name", ["q_norm_moe_gen", "k_norm_moe_gen"])
+def test_a_drawing_experts_norm_of_another_epsilon_is_refused(name: str) -> None:
+    model = fx.load_pipeline("nano", family="bagel").model
+    getattr(model.language_model.model.layers[0].self_attn, name).variance_epsilon = 0.5
+    with pytest.raises(TypeError, match="q_norm_moe_gen and k_norm_moe_gen have different epsilons"):
+        fx.accelerate(model)
+
+
+def test_a_family_needs_kernels() -> None:
+    result = CliRunner().invoke(cli, ["schedule", "--family", "bagel"])
+    assert result.exit_code == 2 and "--family: expected with --kernels only" in result.output

@@ -264,12 +264,8 @@ class BagelAdapter(Adapter):
         for path, module in self._passed_over():
             if reason := known.why_replaced(module, _LLM if "language_model" in path else _PARTS):
                 yield f".{path}", reason
-        for index, (layer, expert) in enumerate(zip(self.layers, self.experts, strict=True)):
-            path = f".language_model.model.layers.{index}"
-            yield from known.refused_layer(path, layer, self.llm_attention, like)
-            for name in ("q_norm", "k_norm"):
-                if reason := known.why_not_norm(getattr(expert.self_attn, name), like):
-                    yield f"{path}.self_attn.{name}_moe_gen", reason
+        for index, layer in enumerate(self.layers):
+            yield from known.refused_layer(f".language_model.model.layers.{index}", layer, self.llm_attention, like)
 
     def _passed_over(self) -> Iterator[tuple[str, Any]]:
         """(path, module) of what the methods above compute from its parts."""

@@ -177,7 +177,9 @@ class JanusFlowAdapter(Adapter):
             unpatch_norm=kit.norm(last.norm),
             unpatch=kit.patches(last.unpatch_conv),
             patch_embed=kit.patches(tower.patch_embed),
-            tower=tuple(_VisionBlock.on(each, kit, self.config.vit_heads) for each in tower.blocks),
+            tower=tuple(
+                _VisionBlock.on(each, kit, _heads_of(each.attn, self.config.vit_heads)) for each in tower.blocks
+            ),
             und_aligner=kit.linear(model.vision_und_enc_aligner),
         )
 
@@ -405,6 +407,12 @@ def _drops(module: Any) -> bool:
     if type(module) is nn.Dropout:
         return bool(module.training and module.p)
     return type(module) is not nn.Identity
+
+
+def _heads_of(attention: Any, heads: int) -> int:
+    """Of an attention of the image encoder: its own number, which timm's have under another name. heads: the config's."""
+    own: Any = getattr(attention, "heads", None) or getattr(attention, "num_heads", heads)
+    return int(own)
 
 
 def adapter(model: Any) -> JanusFlowAdapter:
