@@ -40,7 +40,6 @@ class Settings:
 
     model: str = "bench"
     family: str = "showo2"
-    drawing: str = "api"
     upstream: Path | None = None
     tasks: tuple[str, ...] = ("generation", "understanding")
     tokens: tuple[int, ...] = (1, 32, 64)
@@ -49,6 +48,7 @@ class Settings:
     repeats: int = 3
     threads: int | None = None
     seed: int = 0
+    drawing: str = "api"
 
 
 class Subject(Protocol):
