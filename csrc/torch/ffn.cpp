@@ -127,60 +127,11 @@ struct FfnTensors {
   const Tensor& w_up;
   const Tensor& w_down;
   const OptionalTensor& residual;
+  const OptionalTensor gate_scale{}, up_scale{}, down_scale{};  // of int8 weights
 };
 
-void run_ffn(const FfnTensors& t, const Neurons& neurons, const OptionalTensor& norms, const Tensor& out) {
-  const char* op = "gathered_ffn";
-  const Tensor rows = foldable(t.x);
-  const OptionalTensor added = foldable(t.residual);
-  auto args = make_args<flashu_ffn_args>(t.x);
-  args.x = view(op, "x", rows);
-  args.w_gate = view(op, "w_gate", t.w_gate);
-  args.w_up = view(op, "w_up", t.w_up);
-  args.w_down = view(op, "w_down", t.w_down);
-  args.selection = select(op, neurons);
-  args.residual = view(op, "residual", added);
-  args.norms = view(op, "norms", norms);
-  args.out = view(op, "out", out);
-  run_planned<api::FfnPlan>(op, args, t.x);
-}
-
-Tensor gathered_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
-                    Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, int64_t block) {
-  const Tensor out = new_rows(x, size_or_zero(w_down, 0));
-  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, std::nullopt, out);
-  return out;
-}
-
-Tensor gathered_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
-                         Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, int64_t block,
-                         const Tensor& out) {
-  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, std::nullopt, out);
-  return out;
-}
-
-Tensor gathered_ffn_norms(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
-                          const Tensor& norms, Runs runs, OptionalTensor index, OptionalTensor residual,
-                          bool listed, int64_t block) {
-  const Tensor out = new_rows(x, size_or_zero(w_down, 0));
-  run_ffn({x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, norms, out);
-  return out;
-}
-
-// Weights of int8 with their scales; as FfnTensors.
-struct Int8Tensors {
-  const Tensor& x;
-  const Tensor& w_gate;
-  const Tensor& gate_scale;
-  const Tensor& w_up;
-  const Tensor& up_scale;
-  const Tensor& w_down;
-  const Tensor& down_scale;
-  const OptionalTensor& residual;
-};
-
-void run_int8_ffn(const Int8Tensors& t, const Neurons& neurons, const Tensor& out) {
-  const char* op = "int8_ffn";
+void run_ffn(const char* op, const FfnTensors& t, const Neurons& neurons, const OptionalTensor& norms,
+             const Tensor& out) {
   const Tensor rows = foldable(t.x);
   const OptionalTensor added = foldable(t.residual);
   auto args = make_args<flashu_ffn_args>(t.x);
@@ -193,16 +144,41 @@ void run_int8_ffn(const Int8Tensors& t, const Neurons& neurons, const Tensor& ou
   args.down_scale = view(op, "down_scale", t.down_scale);
   args.selection = select(op, neurons);
   args.residual = view(op, "residual", added);
+  args.norms = view(op, "norms", norms);
   args.out = view(op, "out", out);
   run_planned<api::FfnPlan>(op, args, t.x);
+}
+
+Tensor gathered_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                    Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, int64_t block) {
+  const Tensor out = new_rows(x, size_or_zero(w_down, 0));
+  run_ffn("gathered_ffn", {x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, std::nullopt,
+          out);
+  return out;
+}
+
+Tensor gathered_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                         Runs runs, OptionalTensor index, OptionalTensor residual, bool listed, int64_t block,
+                         const Tensor& out) {
+  run_ffn("gathered_ffn", {x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, std::nullopt,
+          out);
+  return out;
+}
+
+Tensor gathered_ffn_norms(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const Tensor& w_down,
+                          const Tensor& norms, Runs runs, OptionalTensor index, OptionalTensor residual,
+                          bool listed, int64_t block) {
+  const Tensor out = new_rows(x, size_or_zero(w_down, 0));
+  run_ffn("gathered_ffn", {x, w_gate, w_up, w_down, residual}, {runs, index, listed, block}, norms, out);
+  return out;
 }
 
 Tensor int8_ffn(const Tensor& x, const Tensor& w_gate, const Tensor& gate_scale, const Tensor& w_up,
                 const Tensor& up_scale, const Tensor& w_down, const Tensor& down_scale, Runs runs,
                 OptionalTensor index, OptionalTensor residual, bool listed, int64_t block) {
   const Tensor out = new_rows(x, size_or_zero(w_down, 0));
-  run_int8_ffn({x, w_gate, gate_scale, w_up, up_scale, w_down, down_scale, residual},
-               {runs, index, listed, block}, out);
+  run_ffn("int8_ffn", {x, w_gate, w_up, w_down, residual, gate_scale, up_scale, down_scale},
+          {runs, index, listed, block}, std::nullopt, out);
   return out;
 }
 
@@ -210,8 +186,8 @@ Tensor int8_ffn_into(const Tensor& x, const Tensor& w_gate, const Tensor& gate_s
                      const Tensor& up_scale, const Tensor& w_down, const Tensor& down_scale, Runs runs,
                      OptionalTensor index, OptionalTensor residual, bool listed, int64_t block,
                      const Tensor& out) {
-  run_int8_ffn({x, w_gate, gate_scale, w_up, up_scale, w_down, down_scale, residual},
-               {runs, index, listed, block}, out);
+  run_ffn("int8_ffn", {x, w_gate, w_up, w_down, residual, gate_scale, up_scale, down_scale},
+          {runs, index, listed, block}, std::nullopt, out);
   return out;
 }
 

@@ -18,31 +18,10 @@ int32_t code(int64_t epilogue) {
   return static_cast<int32_t>(std::clamp<int64_t>(epilogue, Limits::min(), Limits::max()));
 }
 
-Tensor linear_into(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& residual, int64_t epilogue, const Tensor& out) {
-  const char* op = "linear";
-  const Tensor rows = foldable(x);
-  const OptionalTensor added = foldable(residual);
-  auto args = make_args<flashu_linear_args>(x);
-  args.epilogue = code(epilogue);
-  args.x = view(op, "x", rows);
-  args.weight = view(op, "weight", weight);
-  args.bias = view(op, "bias", bias);
-  args.residual = view(op, "residual", added);
-  args.out = view(op, "out", out);
-  run_planned<api::LinearPlan>(op, args, x);
-  return out;
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-              const OptionalTensor& residual, int64_t epilogue) {
-  return linear_into(x, weight, bias, residual, epilogue, new_rows(x, size_or_zero(weight, 0)));
-}
-
-Tensor int8_linear_into(const Tensor& x, const Tensor& weight, const Tensor& scale,
-                        const OptionalTensor& bias, const OptionalTensor& residual, int64_t epilogue,
-                        const Tensor& out) {
-  const char* op = "int8_linear";
+// op: its name, for errors. scale: of an int8 weight.
+Tensor run_linear(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& scale,
+                  const OptionalTensor& bias, const OptionalTensor& residual, int64_t epilogue,
+                  const Tensor& out) {
   const Tensor rows = foldable(x);
   const OptionalTensor added = foldable(residual);
   auto args = make_args<flashu_linear_args>(x);
@@ -55,6 +34,22 @@ Tensor int8_linear_into(const Tensor& x, const Tensor& weight, const Tensor& sca
   args.out = view(op, "out", out);
   run_planned<api::LinearPlan>(op, args, x);
   return out;
+}
+
+Tensor linear_into(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& residual, int64_t epilogue, const Tensor& out) {
+  return run_linear("linear", x, weight, std::nullopt, bias, residual, epilogue, out);
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+              const OptionalTensor& residual, int64_t epilogue) {
+  return linear_into(x, weight, bias, residual, epilogue, new_rows(x, size_or_zero(weight, 0)));
+}
+
+Tensor int8_linear_into(const Tensor& x, const Tensor& weight, const Tensor& scale,
+                        const OptionalTensor& bias, const OptionalTensor& residual, int64_t epilogue,
+                        const Tensor& out) {
+  return run_linear("int8_linear", x, weight, scale, bias, residual, epilogue, out);
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const OptionalTensor& bias,
