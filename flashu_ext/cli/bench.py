@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,47 +173,67 @@ def linear(json_file: Path | None, **options: Any) -> None:
         write_text(json_file, report.to_json())
 
 
+def _arrival_options(loads: tuple[float, ...], models: str) -> Callable[[Any], Any]:
+    """Options of `arrivals.Settings`, and --json.
+
+    Args:
+        loads: default of --load.
+        models: help of --model.
+    """
+    options = (
+        click.option(
+            "--task",
+            default="images",
+            show_default=True,
+            type=click.Choice(("images", "answers")),
+            help="What is asked for.",
+        ),
+        click.option("--model", default="nano", show_default=True, help=models),
+        click.option(
+            "--preset",
+            default="exact",
+            show_default=True,
+            type=click.Choice(("exact", "paper", "fast")),
+            help="Of the model.",
+        ),
+        click.option(
+            "--load",
+            "loads",
+            multiple=True,
+            type=click.FloatRange(0, min_open=True),
+            default=loads,
+            show_default=True,
+            help="Rate of arrival, as a share of what one by one can serve (may be repeated).",
+        ),
+        click.option("--requests", default=24, show_default=True, type=click.IntRange(1), help="Requests of a run."),
+        click.option("--steps", default=20, show_default=True, type=click.IntRange(2), help="Grid points of an image."),
+        click.option(
+            "--tokens", default=16, show_default=True, type=click.IntRange(1), help="New tokens of an answer, at most."
+        ),
+        click.option(
+            "--at-once", default=8, show_default=True, type=click.IntRange(1), help="Under way together, at most."
+        ),
+        click.option(
+            "--rounds", default=1, show_default=True, type=click.IntRange(1), help="Runs of each way, interleaved."
+        ),
+        click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own)."),
+        click.option(
+            "--json",
+            "json_file",
+            type=click.Path(dir_okay=False, path_type=Path),
+            help="Also write all figures to this file.",
+        ),
+    )
+    return lambda command: functools.reduce(lambda made, option: option(made), reversed(options), command)
+
+
 @bench.command(
     epilog=example(
         "flashu-ext bench arrivals",
         "flashu-ext bench arrivals --task answers --preset paper --load 0.9 --load 2 --json arrivals.json",
     )
 )
-@click.option(
-    "--task", default="images", show_default=True, type=click.Choice(("images", "answers")), help="What is asked for."
-)
-@click.option(
-    "--model",
-    default="nano",
-    show_default=True,
-    help="'nano', 'bench' (random weights), or a folder with a Show-o2 checkpoint.",
-)
-@click.option(
-    "--preset", default="exact", show_default=True, type=click.Choice(("exact", "paper", "fast")), help="Of the model."
-)
-@click.option(
-    "--load",
-    "loads",
-    multiple=True,
-    type=click.FloatRange(0, min_open=True),
-    default=(0.5, 0.9),
-    show_default=True,
-    help="Rate of arrival, as a share of what one by one can serve (may be repeated).",
-)
-@click.option("--requests", default=24, show_default=True, type=click.IntRange(1), help="Requests of a run.")
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(2), help="Grid points of an image.")
-@click.option(
-    "--tokens", default=16, show_default=True, type=click.IntRange(1), help="New tokens of an answer, at most."
-)
-@click.option("--at-once", default=8, show_default=True, type=click.IntRange(1), help="Under way together, at most.")
-@click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="Runs of each way, interleaved.")
-@click.option("--threads", type=click.IntRange(1), help="torch threads (default: torch's own).")
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write all figures to this file.",
-)
+@_arrival_options((0.5, 0.9), "'nano', 'bench' (random weights), or a folder with a Show-o2 checkpoint.")
 def arrivals(json_file: Path | None, **options: Any) -> None:
     """Compare serving requests together as they come with whole batches and with one by one, under Poisson arrivals."""
     from ..bench import arrivals as module
@@ -229,30 +251,7 @@ def arrivals(json_file: Path | None, **options: Any) -> None:
         "flashu-ext bench serve --task answers --load 0.9 --load 2 --json serve.json",
     )
 )
-@click.option(
-    "--task", default="images", show_default=True, type=click.Choice(("images", "answers")), help="What is asked for."
-)
-@click.option("--model", default="nano", show_default=True, help="'nano', or a folder with a checkpoint of any family.")
-@click.option(
-    "--preset", default="exact", show_default=True, type=click.Choice(("exact", "paper", "fast")), help="Of the model."
-)
-@click.option(
-    "--load",
-    "loads",
-    multiple=True,
-    type=click.FloatRange(0, min_open=True),
-    default=(0.7, 1.5),
-    show_default=True,
-    help="Rate of arrival, as a share of what one by one can serve (may be repeated); trouble is made under the first.",
-)
-@click.option("--requests", default=24, show_default=True, type=click.IntRange(1), help="Requests of a run.")
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(2), help="Grid points of an image.")
-@click.option(
-    "--tokens", default=16, show_default=True, type=click.IntRange(1), help="New tokens of an answer, at most."
-)
-@click.option("--at-once", default=8, show_default=True, type=click.IntRange(1), help="Under way together, at most.")
-@click.option("--rounds", default=1, show_default=True, type=click.IntRange(1), help="Runs of each row.")
-@click.option("--threads", type=click.IntRange(1), help="torch threads of each server (default: torch's own).")
+@_arrival_options((0.7, 1.5), "'nano', or a folder with a checkpoint of any family.")
 @click.option(
     "--budget",
     default=300.0,
@@ -260,14 +259,9 @@ def arrivals(json_file: Path | None, **options: Any) -> None:
     type=click.FloatRange(1),
     help="Seconds after which no further run begins.",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Also write all figures to this file.",
-)
 def serve(json_file: Path | None, budget: float, **options: Any) -> None:
-    """Ask a server on this machine: together, one by one, and beside slow, vanishing and hostile clients."""
+    """Ask a server on this machine: together, one by one, and beside slow, vanishing and hostile clients, those under the first
+    --load."""
     from ..bench import arrivals, serving
     from ..planning.safe_files import write_text
 
