@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from ..models.accelerated import handle_of
+from ..models.adapter import adapter_of
 from ..models.checkpoint import check_dtype
 from ..models.checks import check_callback
 from ..models.folders import load_pipeline
@@ -19,7 +21,6 @@ from ..planning.groups import is_real, whole
 from ..planning.plan import TaskPlan
 from ..planning.reading import shown
 from . import write_diffusers_index
-from .drawing import Drawer, drawer_of
 
 if TYPE_CHECKING:  # its own types differ from version to version
     ImagePipelineOutput: Any
@@ -67,7 +68,8 @@ class Parts(ModelMixin):
 
     def __init__(self, pipeline: ModelPipeline):
         super().__init__()
-        drawer_of(pipeline)
+        if not isinstance(pipeline, ModelPipeline):
+            raise TypeError(f"pipeline: expected one of flashu_ext, got {type(pipeline).__name__}")
         self.pipeline = pipeline
         self.model = pipeline.model
         vae = getattr(pipeline.codec, "vae", None)
@@ -300,13 +302,15 @@ class FlashuPipeline(DiffusionPipeline):
         """
         for name in unsupported:
             raise TypeError(f"{name}: not supported by FlashuPipeline: {_UNSUPPORTED.get(name, 'it is no argument')}")
-        drawer = drawer_of(self.pipeline)
+        pipe: ModelPipeline = self.pipeline
         prompts = _prompts(prompt, num_images_per_prompt)
+        sides = (_count("height", height) or pipe.own_size[0], _count("width", width) or pipe.own_size[1])
+        size = None if height is width is None else sides
         try:
-            size = drawer.size(*(_count(name, value) for name, value in (("height", height), ("width", width))))
+            pipe.grid(size)
         except ValueError as error:
             raise ValueError(f"height, width: {error}") from error
-        steps: int = _count("num_inference_steps", num_inference_steps) or drawer.evaluations()
+        steps: int = _count("num_inference_steps", num_inference_steps) or _evaluations(pipe)
         scale = self.pipeline.guidance_scale if guidance_scale is None else guidance_scale
         if not is_real(scale) or scale < 0:
             raise ValueError(f"guidance_scale: expected a finite number >= 0, got {shown(scale)}")
@@ -318,25 +322,26 @@ class FlashuPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs: expected a part of {list(self._callback_tensor_inputs)}, got {list(names)}"
             )
-        noise = self._noise(drawer, latents, generator, len(prompts), size)
+        noise = self._noise(latents, generator, len(prompts), size)
 
-        groups, times = drawer.groups(prompts), drawer.times(steps)
+        groups, times = pipe.groups(prompts), pipe.times(steps)
         self._interrupt, self._num_timesteps = False, steps
         drawn = noise.clone()
         with self.progress_bar(total=steps * len(groups)) as bar:
             for group in groups:
                 told = _Told(self, times, callback_on_step_end, names, bar)
                 try:
-                    drawn[group] = drawer.draw([prompts[i] for i in group], noise[group], steps, scale, size, told)
+                    together, points = [prompts[i] for i in group], steps + pipe.counts_grid_points
+                    drawn[group] = pipe.drawn(together, noise[group], points, scale, size, told)
                 except _InterruptedError:
                     drawn[group] = told.latents
                     break
         images = self._output(drawn, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _noise(self, drawer: Drawer, latents: Any, generator: Any, count: int, size: Any) -> Tensor:
+    def _noise(self, latents: Any, generator: Any, count: int, size: Any) -> Tensor:
         """fp32 [count, channels, H, W] on the model's device."""
-        expected, device = (count, *drawer.shape(size)), self.parts.device
+        expected, device = (count, *self.pipeline.latent_shape(size)), self.parts.device
         if latents is not None:
             if not isinstance(latents, Tensor) or not latents.is_floating_point():
                 raise TypeError(f"latents: expected a floating-point tensor, got {shown(latents, 80)}")
@@ -348,7 +353,7 @@ class FlashuPipeline(DiffusionPipeline):
             raise TypeError(f"generator: expected a torch.Generator or a list of them, got {shown(generator, 80)}")
         if len(given) != count:
             raise ValueError(f"generator: expected one for each of {count} images, got {len(given)}")
-        return torch.stack([drawer.noise(each, size).to(device) for each in given])
+        return torch.stack([self.pipeline.noise_by(each, size).to(device) for each in given])
 
     def _output(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -388,6 +393,13 @@ class _Told:
             raise ValueError(
                 "callback_on_step_end: expected the latents as they came, got others; the sampler keeps its own"
             )
+
+
+def _evaluations(pipe: ModelPipeline) -> int:
+    """Of an image where a caller asks for no number: as the accelerated config says, else the family's own."""
+    handle = handle_of(pipe.model)
+    points = None if handle is None else handle.config.steps
+    return (points or adapter_of(pipe.model).grid_points) - 1
 
 
 def _refusal(name: str) -> str:

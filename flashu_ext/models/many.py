@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
@@ -18,7 +18,6 @@ from .accelerated import handle_of
 from .checks import check_callback, check_count, check_sampling, guidance_scale_of
 from .decoding import TokenSampler
 from .sampling import Callback, Stepper
-from .seeds import seeds_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -303,7 +302,6 @@ class Drawings(Many[ImageResult]):
         if not isinstance(request.prompt, str):
             raise TypeError(f"prompt: expected a string, got {type(request.prompt).__name__}")
         check_callback("on_step", request.on_step)
-        seeds = seeds_of([request.seed], 1, "prompts")
         asked = request.guidance_scale
         scale = guidance_scale_of(pipe.guidance_scale if asked is None else asked, 1)
         config = None
@@ -311,7 +309,8 @@ class Drawings(Many[ImageResult]):
             config = self._config(request.preset)
         elif request.preset not in (None, "dense"):
             raise ValueError(f"preset: expected None for a dense model, got {request.preset!r:.80}")
-        stepper: Stepper = pipe.begin(replace(request, seed=seeds[0], guidance_scale=scale), config)
+        noise = pipe.noise([request.seed], 1, request.size)
+        stepper: Stepper = pipe.stepper([request.prompt], noise, request.steps, scale, request.size, config)
         return stepper
 
     def _config(self, preset: Any) -> FlashUConfig | None:

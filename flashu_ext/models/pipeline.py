@@ -22,10 +22,10 @@ from .calibration import Sample
 from .checkpoint import check_dtype
 from .checks import check_callback, check_device, guidance_scale_of
 from .decoding import OnToken
-from .many import AT_ONCE, Answers, Drawings, ImageRequest
+from .many import AT_ONCE, Answers, Drawings
 from .pictures import Size, rgb, to_pil
 from .prompts import AnswerLayout, Parts, check_prompts
-from .sampling import Stepper
+from .sampling import Callback, Stepper, integrate
 from .seeds import seeds_of
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class ModelPipeline:
     """The codec whose VAE a folder can hold."""
     splits_guidance: ClassVar[bool] = False
     """Whether `generate_batch` takes a `sampler`, so that two ranks can compute a branch of guidance each."""
+    counts_grid_points: ClassVar[bool] = True
+    """Whether `steps` are grid points, of which there is one more than evaluations."""
 
     model: Any
     layout: AnswerLayout
@@ -190,14 +192,40 @@ class ModelPipeline:
                 f"sampler: expected none for a {self.family} model, whose branches of guidance do not run apart"
             )
         count = len(prompts)
-        own = seeds_of(list(range(count)) if seeds is None else seeds, count, "prompts")
+        noise = self.noise(list(range(count)) if seeds is None else seeds, count, size)
         scale = guidance_scale_of(self.guidance_scale if guidance_scale is None else guidance_scale, count)
-        return self._draw(prompts, own, steps, scale, size, **({} if sampler is None else {"sampler": sampler}))
+        latents = torch.empty_like(noise)
+        for group in self.groups(prompts):
+            scales = tuple(scale[index] for index in group) if isinstance(scale, tuple) else scale
+            arguments = ([prompts[index] for index in group], noise[group], steps, scales, size)
+            latents[group] = self._sampled(sampler, *arguments) if sampler is not None else self.drawn(*arguments)
+        return self.pictures(latents)
 
-    def _draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, guidance_scale: Any, size: Size | None
-    ) -> list[Image]:
-        """`generate_batch` with checked prompts, seeds and guidance_scale (`guidance_scale_of`)."""
+    def drawn(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        steps: int | None,
+        guidance_scale: Any,
+        size: Size | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Latents [images, channels, H, W] of prompts that are drawn together (`groups`), from noise of that shape.
+
+        Args:
+            steps, guidance_scale, size: as in `generate_batch`; a guidance_scale for each is a tuple.
+            callback: called after each step with its number (from 1) and the latents, which must not be modified.
+        """
+
+        def told(number: int, latents: Tensor) -> None:
+            callback(number, self.unpacked(latents))  # type: ignore[misc]  # it is there
+
+        with torch.no_grad():
+            stepper = self.stepper(prompts, noise, steps, guidance_scale, size)
+            return self.unpacked(integrate(stepper, None if callback is None else told))
+
+    def _sampled(self, sampler: Callable[..., Any], *arguments: Any) -> Tensor:
+        """`drawn` by a caller's function."""
         raise NotImplementedError
 
     @staticmethod
@@ -227,17 +255,52 @@ class ModelPipeline:
         own: Image = rgb(image, name)
         return own
 
-    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
-        """The steps of one image.
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """(height, width) in pixels of images where no other size is asked for."""
+        raise NotImplementedError
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        """(channels, H, W) of an image's latents. Raises TypeError or ValueError as `grid`."""
+        raise NotImplementedError
+
+    def times(self, evaluations: int) -> Tensor:
+        """The time of every evaluation as the model reads it, fp32 [evaluations]."""
+        raise NotImplementedError
+
+    def groups(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Which prompts are drawn together, by their index."""
+        return [list(range(len(prompts)))]
+
+    def noise_by(self, generator: torch.Generator | None, size: Size | None = None) -> Tensor:
+        """Standard normal noise of one image, fp32 [channels, H, W] on the generator's device; None: torch's own, on the CPU."""
+        device = "cpu" if generator is None else generator.device
+        return torch.randn(self.latent_shape(size), generator=generator, dtype=torch.float32, device=device)
+
+    def noise(self, seeds: Sequence[int], count: int | None = None, size: Size | None = None) -> Tensor:
+        """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed, drawn on the CPU; `size` as in
+        `generate`."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds_of(seeds, count, "prompts")]
+        return torch.stack([self.noise_by(each, size) for each in generators]).to(self._device)
+
+    def stepper(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        steps: int | None,
+        guidance_scale: Any,
+        size: Size | None = None,
+        config: FlashUConfig | None = None,
+    ) -> Stepper:
+        """The steps of images that are drawn together; the arguments are those of `drawn`.
 
         Args:
-            request: prompt, seed and guidance_scale are checked.
-            config: of this image, where the model is accelerated; None: the model's.
+            config: of these images, where the model is accelerated; None: the model's.
         """
         raise NotImplementedError
 
     def unpacked(self, latents: Tensor) -> Tensor:
-        """Latents of `begin`'s steps -> those that `pictures` takes."""
+        """Latents of a `stepper` -> those that `pictures` takes."""
         return latents
 
     def generate_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Drawings:

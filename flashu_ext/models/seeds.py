@@ -1,17 +1,13 @@
-"""Seeds that callers give, and noise of them."""
+"""Seeds that callers give."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..planning.groups import whole
 from ..planning.reading import shown
 
-__all__ = ["noise_of", "seeds_of"]
+__all__ = ["seeds_of"]
 
 
 def seeds_of(seeds: Any, count: int | None, what: str) -> list[int]:
@@ -31,11 +27,3 @@ def seeds_of(seeds: Any, count: int | None, what: str) -> list[int]:
             raise ValueError(f"seed: expected an integer in [0, 2^63), got {shown(seed)}")
         numbers.append(number)
     return numbers
-
-
-def noise_of(seeds: Sequence[int], shape: Sequence[int], device: Any) -> Tensor:
-    """Standard normal noise fp32 [len(seeds), *shape], each row from its own seed, drawn on the CPU."""
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    # Of the dtype and on the device that are promised, not the process's defaults.
-    rows = [torch.randn(tuple(shape), generator=each, dtype=torch.float32, device="cpu") for each in generators]
-    return torch.stack(rows).to(device)

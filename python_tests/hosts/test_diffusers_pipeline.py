@@ -457,5 +457,5 @@ def test_an_index_of_another_pipeline_stays(tmp_path: Path) -> None:
 
 
 def test_only_our_pipelines_are_parts() -> None:
-    with pytest.raises(TypeError, match="pipeline: expected one of showo2, janusflow or bagel, got SimpleNamespace"):
+    with pytest.raises(TypeError, match="pipeline: expected one of flashu_ext, got SimpleNamespace"):
         Parts(SimpleNamespace(codec=None))

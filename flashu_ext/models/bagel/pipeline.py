@@ -16,7 +16,6 @@ from ...planning.reading import shown
 from ..checks import check_callback
 from ..codec import Codec, KlCodec
 from ..decoding import OnToken
-from ..many import ImageRequest
 from ..pictures import Size, sides
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
@@ -28,7 +27,7 @@ from .images import SCALE, SHIFT, pixels, vit_image
 from .model import Bagel, Text
 from .model import Image as ContextImage
 from .prompts import SequenceLayout, load_tokenizer
-from .sampling import Guidance, TaylorSeer, begin, size_grid, tokens_of
+from .sampling import Guidance, TaylorSeer, begin, size_grid, time_grid, tokens_of
 from .sequences import DRAWING, EDITING, INTERLEAVED, guidance_of, images_of, items_of, read_all
 from .understanding import answer_tokens_batch, read_images
 
@@ -138,17 +137,38 @@ class Pipeline(ModelPipeline):
         """
         self._check_prompt(prompt)
         scales = guidance_of(self.guidance if guidance is None else guidance, text_guidance, image_guidance)
-        return self._drawn({"prompt": prompt}, seed, steps, size, scales, taylorseer)
+        return self._picture({"prompt": prompt}, seed, steps, size, scales, taylorseer)
 
-    def _draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, guidance_scale: Any, size: Size | None
-    ) -> list[Image]:
-        scales = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,) * len(prompts)
-        drawn = zip(prompts, seeds, scales, strict=True)
-        return [self.generate(prompt, seed, steps, size=size, text_guidance=scale) for prompt, seed, scale in drawn]
+    @property
+    def own_size(self) -> tuple[int, int]:
+        return self.size
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        config = self.model.config
+        rows, columns = (each * config.latent_patch for each in self.grid(size))
+        return config.latent_channels, rows, columns
+
+    def times(self, evaluations: int) -> Tensor:
+        return time_grid(evaluations + 1, self.timestep_shift)[:-1]
+
+    def groups(self, prompts: Sequence[str]) -> list[list[int]]:
+        """The sampler draws one image at a time."""
+        return [[index] for index in range(len(prompts))]
+
+    def noise_by(self, generator: torch.Generator | None, size: Size | None = None) -> Tensor:
+        """Drawn as upstream does: token by token."""
+        rows, columns = self.grid(size)
+        device = "cpu" if generator is None else generator.device
+        shape = (rows * columns, self.model.config.patch_width)
+        tokens = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+        noise: Tensor = self.model.unpacked(tokens, self._pixels(size))
+        return noise[0]
+
+    def _pixels(self, size: Size | None) -> tuple[int, int]:
+        return self.size if size is None else sides(size)
 
     def grid(self, size: Size | None = None) -> tuple[int, int]:
-        return size_grid(self.model, self.size if size is None else sides(size))
+        return size_grid(self.model, self._pixels(size))
 
     def edit(
         self,
@@ -171,7 +191,7 @@ class Pipeline(ModelPipeline):
         """
         self._check_prompt(prompt)
         scales = guidance_of(guidance, text_guidance, image_guidance)
-        return self._drawn({**images_of(image, "image"), "prompt": prompt}, seed, steps, None, scales, taylorseer)
+        return self._picture({**images_of(image, "image"), "prompt": prompt}, seed, steps, None, scales, taylorseer)
 
     def interleave(
         self,
@@ -193,29 +213,14 @@ class Pipeline(ModelPipeline):
             The rest is as in `edit`.
         """
         scales = guidance_of(guidance, text_guidance, image_guidance)
-        return self._drawn(items_of(items), seed, steps, size, scales, taylorseer)
+        return self._picture(items_of(items), seed, steps, size, scales, taylorseer)
 
-    def _drawn(
+    def _picture(
         self, items: dict[str, Any], seed: Any, steps: Any, size: Any, guidance: Guidance, seer: TaylorSeer | None
     ) -> Image:
         """items: names for messages, and strings or images. size: None: of the last image."""
         (seed,) = seeds_of([seed], 1, "images")
-        stepper = self._stepper(items, seed, steps, size, guidance, seer)
-        return self.pictures(self.unpacked(integrate(stepper)))[0]
-
-    def _stepper(
-        self,
-        items: dict[str, Any],
-        seed: int,
-        steps: Any,
-        size: Any,
-        guidance: Guidance,
-        seer: TaylorSeer | None = None,
-        config: FlashUConfig | None = None,
-    ) -> Stepper:
-        points = whole(steps)
-        if steps is not None and (points is None or points < 2):
-            raise ValueError(f"steps: expected an integer >= 2 (grid points), got {shown(steps)}")
+        _grid_points(steps)  # before images are read
         given = None if size is None else sides(size)
         if given is not None:
             size_grid(self.model, given)
@@ -225,16 +230,36 @@ class Pipeline(ModelPipeline):
         sequence = self._sequence(read, generator)
         images = [each for each in read if not isinstance(each, str)]
         drawn = given or ((images[-1].height, images[-1].width) if images else self.size)
-        rows, columns = size_grid(self.model, drawn)
-        shape = (rows * columns, self.model.config.patch_width)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(self._device)
-        told = (points, guidance, self.timestep_shift, seer, config)
-        return begin(self.model, noise, sequence, drawn, self.layout.ids, *told)
+        noise = self.model.packed(self.noise_by(generator, drawn)[None].to(self._device))
+        stepper = self._begin(noise, sequence, drawn, steps, guidance, seer)
+        return self.pictures(self.unpacked(integrate(stepper)))[0]
 
-    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
-        guidance = guidance_of(self.guidance, request.guidance_scale, None)
-        items = {"prompt": request.prompt}
-        return self._stepper(items, request.seed, request.steps, request.size, guidance, config=config)
+    def stepper(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        steps: int | None,
+        guidance_scale: Any,
+        size: Size | None = None,
+        config: FlashUConfig | None = None,
+    ) -> Stepper:
+        (prompt,) = prompts
+        (scale,) = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,)
+        sequence, guidance = [self.layout.text(prompt, self._device)], guidance_of(self.guidance, scale, None)
+        return self._begin(self.model.packed(noise), sequence, self._pixels(size), steps, guidance, None, config)
+
+    def _begin(
+        self,
+        noise: Tensor,
+        sequence: Sequence[Text | ContextImage],
+        size: tuple[int, int],
+        steps: Any,
+        guidance: Guidance,
+        seer: TaylorSeer | None,
+        config: FlashUConfig | None = None,
+    ) -> Stepper:
+        told = (_grid_points(steps), guidance, self.timestep_shift, seer, config)
+        return begin(self.model, noise, sequence, size, self.layout.ids, *told)
 
     def unpacked(self, latents: Tensor) -> Tensor:
         pixels = self.model.config.token_pixels
@@ -328,3 +353,11 @@ class Pipeline(ModelPipeline):
             latents = None if generator is None else self.codec.encode(pixels(item).to(device), generator)
             made.append(ContextImage(latents, tokens.to(device), places.to(device)))
         return made
+
+
+def _grid_points(steps: Any) -> int | None:
+    """As an integer of Python; None: as the model says. Raises ValueError."""
+    points = whole(steps)
+    if steps is not None and (points is None or points < 2):
+        raise ValueError(f"steps: expected an integer >= 2 (grid points), got {shown(steps)}")
+    return points

@@ -18,18 +18,16 @@ from ...planning.reading import read_json, refusal, shown
 from ...planning.safe_files import write_text
 from ..checks import check_callback
 from ..codec import Codec, KlCodec
-from ..many import ImageRequest
 from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
 from ..prompts import by_length
 from ..sampling import Stepper, stepper_of
-from ..seeds import noise_of, seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .images import HALF, pixel_values
 from .model import JanusFlow
 from .prompts import ChatLayout, load_tokenizer
-from .sampling import DenseStepper, SampleInputs, sample
+from .sampling import TIMES, DenseStepper, SampleInputs
 from .understanding import answer_tokens_batch, around_image
 
 if TYPE_CHECKING:
@@ -59,6 +57,7 @@ class Pipeline(ModelPipeline):
 
     family: ClassVar[str] = "janusflow"
     saved_codec: ClassVar[type] = KlCodec
+    counts_grid_points: ClassVar[bool] = False
 
     model: JanusFlow
     layout: ChatLayout
@@ -112,49 +111,49 @@ class Pipeline(ModelPipeline):
 
     # ---- drawing
 
-    def _draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int | None, guidance_scale: Any, size: Size | None
-    ) -> list[Image]:
-        self.grid(size)
-        rows, noise = self.layout.drawing(prompts), self.noise(seeds)
-        # Images of one call of the sampler have prompts of one length.
-        latents = torch.empty_like(noise)
-        for group in by_length(rows):
-            tokens = torch.tensor([rows[index] for index in group], dtype=torch.int64, device=noise.device)
-            scale = [guidance_scale[index] for index in group] if isinstance(guidance_scale, tuple) else guidance_scale
-            latents[group] = sample(self.model, noise[group], tokens, steps, scale, self.layout.pad)
-        return self.pictures(latents)
+    @property
+    def own_size(self) -> tuple[int, int]:
+        side = self.latent_pixels * self.model.config.latent_size
+        return side, side
 
-    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
-        self.grid(request.size)
-        tokens = torch.tensor(self.layout.drawing([request.prompt]), dtype=torch.int64, device=self._device)
-        noise, scale = self.noise([request.seed]), request.guidance_scale
-        inputs = SampleInputs.build(self.model, noise, tokens, request.steps, scale, self.layout.pad)
+    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        self.grid(size)
+        config = self.model.config
+        return config.latent_channels, config.latent_size, config.latent_size
+
+    def times(self, evaluations: int) -> Tensor:
+        return torch.tensor([step / evaluations * TIMES for step in range(evaluations)], dtype=torch.float32)
+
+    def groups(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Images of one call of the sampler have prompts of one length."""
+        return by_length(self.layout.drawing(prompts))
+
+    def stepper(
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        steps: int | None,
+        guidance_scale: Any,
+        size: Size | None = None,
+        config: FlashUConfig | None = None,
+    ) -> Stepper:
+        self.grid(size)
+        tokens = torch.tensor(self.layout.drawing(prompts), dtype=torch.int64, device=self._device)
+        inputs = SampleInputs.build(self.model, noise, tokens, steps, guidance_scale, self.layout.pad)
         return stepper_of(self.model, inputs, DenseStepper, config)
 
     def grid(self, size: Size | None = None) -> tuple[int, int]:
-        config, own = self.model.config, self._side
-        if size is not None and sides(size) != (own, own):
-            raise ValueError(f"size: expected {own} pixels, all that this model draws, got {size!r}")
+        config, own = self.model.config, self.own_size
+        if size is not None and sides(size) != own:
+            raise ValueError(f"size: expected {own[0]} pixels, all that this model draws, got {size!r}")
         return config.grid, config.grid
-
-    @property
-    def _side(self) -> int:
-        """Of an image that is drawn, in pixels."""
-        return self.latent_pixels * self.model.config.latent_size
-
-    def noise(self, seeds: Sequence[int], count: int | None = None) -> Tensor:
-        """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed."""
-        config = self.model.config
-        shape = (config.latent_channels, config.latent_size, config.latent_size)
-        return noise_of(seeds_of(seeds, count, "prompts"), shape, self._device)
 
     # ---- calibration
 
     def image_sample(self, image: Image, prompt: str) -> GenerationSample:
         """The image is made the size that the model draws: scaled to cover it, and cropped in the middle."""
         (row,) = self.layout.drawing([prompt])
-        latents = self.codec.encode(unit(covered(rgb(image, "image"), self._side, "image")).to(self._device))
+        latents = self.codec.encode(unit(covered(rgb(image, "image"), self.own_size[0], "image")).to(self._device))
         return GenerationSample(latents, torch.tensor(row, dtype=torch.int64, device=self._device), self.layout.pad)
 
     def question_sample(self, image: Image, question: str, answer: str) -> UnderstandingSample:

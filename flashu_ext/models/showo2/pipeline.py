@@ -12,18 +12,16 @@ from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
 from ..checks import check_callback
-from ..many import ImageRequest
 from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vocabulary, opened, parts_of
 from ..sampling import Stepper, stepper_of
-from ..seeds import noise_of, seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .codec import ImageCodec, WanCodec
 from .model import Showo2
 from .positions import table_side
 from .prompts import PromptLayout, load_tokenizer
-from .sampling import DenseStepper, SampleInputs, sample
+from .sampling import DenseStepper, SampleInputs, time_grid
 from .understanding import answer_tokens_batch
 from .validate import check_answer_inputs
 
@@ -101,35 +99,41 @@ class Pipeline(ModelPipeline):
 
     # ---- generation
 
-    def _draw(
+    @property
+    def own_size(self) -> tuple[int, int]:
+        return self.pixels, self.pixels
+
+    def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
+        config = self.model.config
+        rows, columns = (patches * config.patch_size for patches in self.grid(size))
+        return config.image_latent_dim, rows, columns
+
+    def times(self, evaluations: int) -> Tensor:
+        return time_grid(evaluations + 1, self.time_shifting_factor)[:-1]
+
+    def stepper(
         self,
         prompts: Sequence[str],
-        seeds: Sequence[int],
+        noise: Tensor,
         steps: int | None,
         guidance_scale: Any,
-        size: Size | None,
-        sampler: Callable[..., Any] = sample,
-    ) -> list[Image]:
-        latents = sampler(
+        size: Size | None = None,
+        config: FlashUConfig | None = None,
+    ) -> Stepper:
+        inputs = self._sampled(SampleInputs.build, prompts, noise, steps, guidance_scale, size)
+        return stepper_of(self.model, inputs, DenseStepper, config)
+
+    def _sampled(
+        self, sampler: Callable[..., Any], prompts: Any, noise: Tensor, steps: Any, guidance_scale: Any, size: Any
+    ) -> Any:
+        return sampler(
             self.model,
-            self.noise(seeds, len(prompts), size),
+            noise,
             **self.prompt_tokens(prompts, size),
             steps=steps,
             guidance_scale=guidance_scale,
             time_shifting_factor=self.time_shifting_factor,
         )
-        return self.pictures(latents)
-
-    def begin(self, request: ImageRequest, config: FlashUConfig | None = None) -> Stepper:
-        inputs = SampleInputs.build(
-            self.model,
-            self.noise([request.seed], 1, request.size),
-            **self.prompt_tokens([request.prompt], request.size),
-            steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            time_shifting_factor=self.time_shifting_factor,
-        )
-        return stepper_of(self.model, inputs, DenseStepper, config)
 
     def prompt_tokens(self, prompts: Sequence[str], size: Size | None = None) -> dict[str, Any]:
         """The tokens and positions of `sample`'s arguments for prompts whose images have `size`."""
@@ -137,12 +141,6 @@ class Pipeline(ModelPipeline):
 
     def text_room(self, size: Size | None = None) -> int:
         return self._layout_of(self.grid(size)).max_text_len
-
-    def noise(self, seeds: Sequence[int], count: int | None = None, size: Size | None = None) -> Tensor:
-        """Standard normal noise fp32 [len(seeds), channels, H, W], each image from its own seed; `size` as in `generate`."""
-        config = self.model.config
-        shape = (config.image_latent_dim, *(patches * config.patch_size for patches in self.grid(size)))
-        return noise_of(seeds_of(seeds, count, "prompts"), shape, self._device)
 
     def grid(self, size: Size | None = None) -> tuple[int, int]:
         config: Any = self.model.config
