@@ -10,6 +10,9 @@ from torch import Tensor
 
 __all__ = ["OnToken", "TokenSampler"]
 
+SMALL = 1e-2
+"""Temperatures below this divide the logits' distances to the largest, above it the logits, as upstream does."""
+
 OnToken = Callable[[int, int], None]
 """Called with a question's index and its next token id."""
 
@@ -33,7 +36,11 @@ class TokenSampler:
 
     def filtered(self, logits: Tensor) -> Tensor:
         """Logits [rows, vocab] at this temperature (> 0), -inf for excluded tokens."""
-        logits = logits / float(self.temperature)  # torch takes no int beyond 64 bits
+        temperature = float(self.temperature)  # torch takes no int beyond 64 bits
+        if temperature < SMALL:
+            # The quotients would leave the dtype, or the temperature fp32's numbers: the largest becomes 0, the others -inf.
+            logits, temperature = logits - logits.amax(-1, keepdim=True), max(temperature, 1e-30)
+        logits = logits / temperature
         if self.top_k is not None:
             least = torch.topk(logits, min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, float("-inf"))

@@ -20,6 +20,7 @@ from .extras import extra
 
 __all__ = [
     "decoded_image",
+    "eight_bits",
     "open_regular",
     "os_refusal",
     "printable",
@@ -187,12 +188,29 @@ def decoded_image(
         with Image.open(raw, formats=formats) as image:
             width, height = image.size
             if width * height <= limit:
-                return image.convert("RGB")
+                return eight_bits(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise refusal(where, "not an image") from error
     except Exception as error:  # damaged files end in errors of all kinds, also of zlib and struct
         raise refusal(where, f"not a whole image: {error}") from error
     raise refusal(where, f"expected an image of at most {limit} pixels, got {width} x {height}")
+
+
+def eight_bits(image: Any) -> Any:
+    """A PIL image that `convert` reads as it looks: of grey in 16 bits the high byte, as PIL itself has it for colours in 16
+    bits, because `convert` would make all above 255 white; others as they are.
+
+    Raises:
+        ValueError: numbers of 32 bits, whose range nobody knows.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"expected an image of 8 or 16 bits, got one of 32 (PIL's mode {image.mode})")
+    if not image.mode.startswith("I;16"):
+        return image
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 # ---- JSON

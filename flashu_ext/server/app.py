@@ -78,8 +78,9 @@ class Service:
         """POST /v1/images/generations."""
         self.drawing.check_room()  # before its body is read and looked at
         async with self.bodies.read(request) as body:
-            asked = await self.in_thread(lambda: self._image_arguments(body))
-        pngs = await self._while_there(request, self._drawn(asked), "image", asked.n)
+            ends = self._ends()
+            asked = await self._while_there(request, self.in_thread(lambda: self._image_arguments(body)), ends)
+        pngs = await self._while_there(request, self._drawn(asked), ends, "image", asked.n)
         self.metrics.images.inc(asked.n)
         return JSONResponse(
             {
@@ -116,12 +117,13 @@ class Service:
         """POST /v1/chat/completions."""
         self.answering.check_room()
         async with self.bodies.read(request) as body:
-            asked = await self.in_thread(lambda: self._chat_arguments(body))
-        answer = _Answer(self, asked)
+            ends = self._ends()
+            asked = await self._while_there(request, self.in_thread(lambda: self._chat_arguments(body)), ends)
+        answer = _Answer(self, asked, ends)
         if asked.stream:
-            first = await self._while_there(request, answer.first(), "answer")  # errors until here have a status
+            first = await self._while_there(request, answer.first(), ends, "answer")  # errors until here have a status
             return _Stream(answer.events(first), answer)
-        text = await self._while_there(request, answer.whole(), "answer")
+        text = await self._while_there(request, answer.whole(), ends, "answer")
         self.metrics.tokens.inc(len(answer.parts.tokens))
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.reason}
@@ -136,22 +138,29 @@ class Service:
 
     # ---- waiting
 
-    async def _while_there(self, request: Request, work: Coroutine[Any, Any, T], kind: str, count: int = 1) -> T:
-        """The result of work, which is given up where its client goes away or time runs out.
+    def _ends(self) -> float:
+        """When a request whose body has come has taken too long, by `time.monotonic`."""
+        return time.monotonic() + self.limits.request_seconds
+
+    async def _while_there(
+        self, request: Request, work: Coroutine[Any, Any, T], ends: float, kind: str | None = None, count: int = 1
+    ) -> T:
+        """The result of work, which is given up where its client goes away or time runs out. kind: what it counts as then.
 
         Raises:
             Gone. ApiError: 504 in the second case.
         """
         task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
         try:
-            await asyncio.wait((task, gone), timeout=self.limits.request_seconds, return_when=asyncio.FIRST_COMPLETED)
+            left = max(0.0, ends - time.monotonic())
+            await asyncio.wait((task, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             if gone.done():
                 raise Gone
             raise self.late()
         finally:
-            if not task.done():
+            if kind is not None and not task.done():
                 self.metrics.given_up.labels(kind).inc(count)
             for each in (task, gone):
                 each.cancel()
@@ -169,14 +178,14 @@ class _Answer:
         reason: why it ended: 'stop' or 'length'; None before.
     """
 
-    def __init__(self, service: Service, asked: ChatArguments):
+    def __init__(self, service: Service, asked: ChatArguments, ends: float):
         self.parts, self.asked = Parts(service.pipe.layout), asked
         self.reason: str | None = None
         self._service, self._loop = service, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str] = asyncio.Queue()
         self._task: asyncio.Task[str] | None = None
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
-        self._ends = time.monotonic() + service.limits.request_seconds
+        self._ends = ends
 
     def head(self, kind: str) -> dict[str, Any]:
         """What all objects of this answer have."""

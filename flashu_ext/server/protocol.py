@@ -9,6 +9,7 @@ from ..planning.extras import extra
 from .limits import Limits
 
 with extra("serve"):
+    import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["protocol"]
@@ -42,6 +43,16 @@ class _Patient(H11Protocol):
             self._late = None
         elif not serving and self._late is None:
             self._late = self.loop.call_later(self.read_seconds, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """What came is no HTTP. A request under way ends as if its client had gone, for its reply cannot be sent any more."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:  # a reply has begun, or was the last
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -126,17 +126,19 @@ def test_likelihoods_are_those_of_the_answering_model(preset: str, one_thread: N
     from flashu_ext.models.showo2.understanding import prompt_embeds
 
     latents, before, after = pipe.question_inputs(picture, question.text)
-    tokens = torch.tensor([pipe.layout.encode(dense)])
-    with torch.no_grad():
-        embeds, allowed = prompt_embeds(pipe.model, latents, before, torch.cat([after, tokens], dim=1))
-        hidden = pipe.model.showo.model(
-            inputs_embeds=embeds, attention_mask=additive(allowed, embeds.dtype)[None, None]
-        ).last_hidden_state
-        count = tokens.shape[1]
-        chances = torch.log_softmax(pipe.model.showo.lm_head(hidden[0, -count - 1 : -1]).double(), dim=-1)
-    expected = float(chances.gather(1, tokens.T).sum())
-    if preset != "paper":
-        assert abs(likely.logprob - expected) < 1e-4
+    for text, found in ((dense, likely), ("left right above", unlikely)):
+        tokens = torch.tensor([pipe.layout.encode(text)])
+        with torch.no_grad():
+            embeds, allowed = prompt_embeds(pipe.model, latents, before, torch.cat([after, tokens], dim=1))
+            hidden = pipe.model.showo.model(
+                inputs_embeds=embeds, attention_mask=additive(allowed, embeds.dtype)[None, None]
+            ).last_hidden_state
+            count = tokens.shape[1]
+            chances = torch.log_softmax(pipe.model.showo.lm_head(hidden[0, -count - 1 : -1]).double(), dim=-1)
+        expected = float(chances.gather(1, tokens.T).sum())
+        if preset != "paper":
+            assert found.tokens == count and abs(found.logprob - expected) < 1e-3
+    assert unlikely.tokens > 1, "each token of an answer counts"
     with pytest.raises(ValueError, match="answer: expected at least one token"):
         answer_likelihood(pipe, picture, question.text, "")
 

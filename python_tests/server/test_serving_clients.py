@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,7 +20,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
 from fastapi import Response
-from support.serving import LIMITS, Running, chat, data_url, held, running, until
+from support.serving import LIMITS, PATIENCE, Running, chat, data_url, held, running, until
 
 from flashu_ext.server.arguments import chat_arguments, image_arguments, read_object
 from flashu_ext.server.errors import ApiError
@@ -186,6 +188,26 @@ def test_late_results_are_504(pipe: Any, picture: Any) -> None:
         assert server.request("GET", "/health")[0] == 200
 
 
+def test_who_waits_to_be_looked_at_may_leave_and_is_not_looked_at(pipe: Any, picture: Any) -> None:
+    """Bodies are looked at by two threads; here both are taken, as by large images of others."""
+    with running(pipe, Limits(request_seconds=0.5)) as server:
+        service, go = server.service, threading.Event()
+        looked: list[str] = []
+        service._chat_arguments = lambda _: looked.append("at an image")  # type: ignore[method-assign,assignment,return-value]
+        taken = [service._threads.submit(go.wait, PATIENCE) for _ in range(2)]
+        try:
+            with server.connect() as connection:
+                connection.sendall(raw(CHAT, chat("?", data_url(picture))))
+                until(lambda: service.bodies._held > 0)
+            until(lambda: server.metric(f'flashu_requests_total{{route="{CHAT}",status="499"}}') == 1)
+            assert server.error(CHAT, chat("?", data_url(picture)))[0] == 504
+            assert service.bodies._held == 0 and server.metric('flashu_given_up_total{kind="answer"}') == 0
+        finally:
+            go.set()
+        assert all(each.result(PATIENCE) for each in taken)
+        assert served(server) and looked == []
+
+
 # ---- who sends too much
 
 
@@ -247,6 +269,28 @@ def test_other_types_and_broken_http_are_refused(server: Running) -> None:
             connection.sendall(broken)
             assert ended(connection)[:13] in (b"HTTP/1.1 400 ", b"")
     assert served(server)
+
+
+def test_what_is_no_http_in_the_midst_of_a_body_ends_it_quietly(
+    server: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A chunk without a size, while the server waits for more of the body, and after it has refused it."""
+    line = f'flashu_requests_total{{route="{IMAGES}",status="%d"}}'
+    before = server.metric(line % 499), server.metric(line % 415)
+    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{\"pro\r\n"
+    with server.connect() as connection:
+        connection.sendall(head)
+        until(lambda: server.service.bodies._held > 0)
+        connection.sendall(b"ZZZ\r\n")
+        assert ended(connection).startswith(b"HTTP/1.1 400 ")
+    with server.connect() as connection:
+        connection.sendall(head.replace(b"application/json", b"text/plain"))
+        assert received(connection, b"expected application/json").startswith(b"HTTP/1.1 415 ")
+        connection.sendall(b"ZZZ\r\n")
+        ended(connection)
+    until(lambda: (server.metric(line % 499), server.metric(line % 415)) == (before[0] + 1, before[1] + 1))
+    assert server.service.bodies._held == 0 and served(server)
+    assert not [each for each in caplog.records if each.levelno >= logging.ERROR], caplog.text
 
 
 # ---- a step that fails
