@@ -277,7 +277,7 @@ def test_what_is_no_http_in_the_midst_of_a_body_ends_it_quietly(
     """A chunk without a size, while the server waits for more of the body, and after it has refused it."""
     line = f'flashu_requests_total{{route="{IMAGES}",status="%d"}}'
     before = server.metric(line % 499), server.metric(line % 415)
-    head = HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{\"pro\r\n"
+    head = HEAD + b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"pro\r\n'
     with server.connect() as connection:
         connection.sendall(head)
         until(lambda: server.service.bodies._held > 0)
