@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from .adapter import Adapter, AttentionShape, norm_eps
 from .int8 import is_int8, why_not_int8
-from .lora import LORA, adapters_of, is_lora
+from .lora import LORA, adapters_of, is_lora, remakes_weights
 from .stamp import COMPUTED, GLOBAL_HOOKS, called_functions, registered_attention, tracked
 
 __all__ = [
@@ -381,7 +381,7 @@ def why_not_chain(module: Any) -> str | None:
 
 def patch_convolution(embedder: Any) -> Any:
     """The convolution of a patch embedding, which may be one itself."""
-    return embedder if isinstance(embedder, nn.Conv2d) else embedder.proj
+    return getattr(embedder, "proj", embedder)
 
 
 def why_not_patches(embedder: Any, like: Tensor) -> str | None:
@@ -523,6 +523,11 @@ def check_model(adapter: Adapter) -> None:
         if not _is_torch_s(name):
             raise TypeError(
                 f"model: torch.nn.functional.{name} is replaced, which the kernels compute; put it back first"
+            )
+    for name, module in adapter.model.named_modules():
+        if remakes_weights(module):
+            raise TypeError(
+                f"model.{name}: its adapter is of peft's target_parameters, which makes weights anew in every call; merge it first"
             )
     for path, reason in adapter.refused():
         raise TypeError(

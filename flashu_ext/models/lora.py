@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["LORA", "Update", "adapters_of", "base_of", "is_lora", "lora_state", "updates_of"]
+__all__ = ["LORA", "Update", "adapters_of", "base_of", "is_lora", "lora_state", "remakes_weights", "updates_of"]
 
 LORA: Mapping[str, tuple[str, ...]] = {"Linear": ("peft.tuners.lora.layer",)}
 """Class name -> modules that define it."""
@@ -35,6 +35,12 @@ def is_lora(module: Any) -> bool:
     """Whether a module is peft's linear layer with LoRA adapters, of whatever kind."""
     kind = type(module)
     return kind.__module__ in LORA.get(kind.__name__, ())
+
+
+def remakes_weights(module: Any) -> bool:
+    """Whether a module is peft's wrapper of `target_parameters` with an adapter that each call adds to the weight itself."""
+    kind = type(module)
+    return kind.__name__ == "ParamWrapper" and kind.__module__ in LORA["Linear"] and bool(adapters_of(module))
 
 
 def base_of(module: Any) -> Any:

@@ -276,3 +276,26 @@ def test_a_plan_of_the_base_fits_the_adapted_model() -> None:
     assert fingerprint(wrapped.base_model.model) == before
     wrapped.merge_adapter()
     assert fingerprint(wrapped.base_model.model) != before
+
+
+def test_adapters_of_convolutions_run_as_themselves() -> None:
+    wrapped = adapted(small_model(), ["proj"])
+    model = wrapped.base_model.model
+    expected = outputs(model)
+    assert relative(expected[0], outputs(small_model())[0]) > 10 * LIMIT
+    with fx.accelerate(wrapped) as handle:
+        assert close(outputs(model), expected)
+        assert any("proj is a peft.tuners.lora.layer.Conv2d" in each for each in handle.summary().fallbacks)
+
+
+def test_adapters_of_parameters_are_refused_unless_merged() -> None:
+    wrapped = adapted(small_model(), [], target_parameters=["mlp.up_proj.weight"])
+    model = wrapped.base_model.model
+    expected = outputs(model)
+    with pytest.raises(TypeError, match=r"layers\.0\.mlp\.up_proj: its adapter is of peft's target_parameters"):
+        fx.accelerate(wrapped)
+    assert equal(outputs(model), expected)
+    wrapped.merge_adapter()
+    merged = outputs(model)
+    with fx.accelerate(wrapped):
+        assert close(outputs(model), merged)

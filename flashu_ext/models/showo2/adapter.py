@@ -93,7 +93,7 @@ class Showo2Adapter(Adapter):
 
     @property
     def latent_channels(self) -> int:
-        return int(self.model.image_embedder_gen.proj.in_channels)
+        return int(self.model.image_embedder_gen.proj.weight.shape[1])
 
     @property
     def latent_size(self) -> tuple[int, int]:

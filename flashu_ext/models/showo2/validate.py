@@ -18,7 +18,7 @@ __all__ = ["check_answer_inputs", "check_mmu_inputs", "check_sample_inputs", "ch
 def _latents(name: str, value: Any, model: Any, device: torch.device) -> tuple[int, int]:
     """Checks latents and returns (rows, patches)."""
     check_tensor(name, value, 4, "a floating-point tensor", device)
-    channels, patch = int(model.image_embedder_gen.proj.in_channels), int(model.config.patch_size)
+    channels, patch = int(model.image_embedder_gen.proj.weight.shape[1]), int(model.config.patch_size)
     rows, got, height, width = value.shape
     if rows == 0:
         raise ValueError(f"{name}: expected at least one image, got an empty batch")
