@@ -527,7 +527,8 @@ def check_model(adapter: Adapter) -> None:
     for name, module in adapter.model.named_modules():
         if remakes_weights(module):
             raise TypeError(
-                f"model.{name}: its adapter is of peft's target_parameters, which makes weights anew in every call; merge it first"
+                f"model.{name}: its adapter is of peft's target_parameters, which makes weights anew in every call; "
+                "merge it first"
             )
     for path, reason in adapter.refused():
         raise TypeError(

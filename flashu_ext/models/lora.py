@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-__all__ = ["LORA", "Update", "adapters_of", "base_of", "is_lora", "lora_state", "remakes_weights", "updates_of"]
+__all__ = [
+    "BASE",
+    "LORA",
+    "Update",
+    "adapter_layers",
+    "adapter_names",
+    "adapters_of",
+    "base_of",
+    "choosing",
+    "is_lora",
+    "lora_state",
+    "remakes_weights",
+    "updates_of",
+]
 
 LORA: Mapping[str, tuple[str, ...]] = {"Linear": ("peft.tuners.lora.layer",)}
 """Class name -> modules that define it."""
+
+BASE = "__base__"
+"""peft's name of none of the adapters."""
+
+_chosen: ContextVar[str | None] = ContextVar("chosen", default=None)
 
 
 @dataclass(frozen=True)
@@ -49,10 +69,38 @@ def base_of(module: Any) -> Any:
 
 
 def adapters_of(module: Any) -> list[str]:
-    """The adapters that a LoRA layer adds now, in its order: the active ones, unless it is disabled or they are merged."""
+    """The adapters that a LoRA layer adds now, in its order: the active ones, or the one of `choosing`, unless it is disabled or
+    they are merged."""
     if module.disable_adapters or module.merged_adapters:
         return []
-    return [name for name in module.active_adapters if name in module.lora_A]
+    chosen = _chosen.get()
+    return [name for name in (module.active_adapters if chosen is None else [chosen]) if name in module.lora_A]
+
+
+@contextlib.contextmanager
+def choosing(adapter: str) -> Iterator[None]:
+    """Inside, LoRA layers are read as if this adapter were the active one; the model stays as it is. Of what is read it must be
+    sure that none of it calls such a layer, which would compute the active ones."""
+    token = _chosen.set(adapter)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def adapter_layers(model: nn.Module) -> dict[str, Any]:
+    """Path -> module, of everything in which peft keeps adapters, of whatever kind."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("peft.") and hasattr(module, "active_adapters")
+    }
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of a model's LoRA adapters, in their order."""
+    layers = adapter_layers(model).values()
+    return list(dict.fromkeys(name for each in layers for name in getattr(each, "lora_A", ())))
 
 
 def updates_of(module: Any, names: Sequence[str] | None = None) -> tuple[Update, ...]:

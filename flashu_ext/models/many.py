@@ -3,6 +3,7 @@ serves all images that need the same work, one step computes a token of every an
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import traceback
 from collections import deque
@@ -38,6 +39,8 @@ class ImageRequest:
         steps, guidance_scale, size: as in `generate`; None: the pipeline's own.
         preset: a preset's name or a config for this image; None: what the model is accelerated with. It may not prune
             other neurons than that, and has the same kernels.
+        adapter: of the LoRA adapters of peft in an accelerated model the one that draws, '__base__' for none; None: what is
+            active.
         on_step: called after each step with its number, from 1, and the latents, which must not be modified. What it raises
             ends this image and no other.
     """
@@ -48,6 +51,7 @@ class ImageRequest:
     guidance_scale: float | None = None
     size: Any = None
     preset: str | FlashUConfig | None = None
+    adapter: str | None = None
     on_step: Callback | None = None
 
 
@@ -80,6 +84,7 @@ class QuestionRequest:
         max_new_tokens: of the answer.
         temperature, top_k, top_p: as in `answer_tokens`.
         seed: of the draws; None: torch's own generator.
+        adapter: as of an image.
         on_token: called with each token id as it comes. What it raises ends this answer and no other.
     """
 
@@ -90,6 +95,7 @@ class QuestionRequest:
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    adapter: str | None = None
     on_token: Callable[[int], None] | None = None
 
 
@@ -304,13 +310,15 @@ class Drawings(Many[ImageResult]):
         check_callback("on_step", request.on_step)
         asked = request.guidance_scale
         scale = guidance_scale_of(pipe.guidance_scale if asked is None else asked, 1)
-        config = None
-        if handle_of(pipe.model) is not None:
+        config, handle = None, handle_of(pipe.model)
+        if handle is not None:
             config = self._config(request.preset)
         elif request.preset not in (None, "dense"):
             raise ValueError(f"preset: expected None for a dense model, got {request.preset!r:.80}")
+        _check_adapter(handle, request.adapter)
         noise = pipe.noise([request.seed], 1, request.size)
-        stepper: Stepper = pipe.stepper([request.prompt], noise, request.steps, scale, request.size, config)
+        with contextlib.nullcontext() if handle is None else handle.runner.drawing_with(request.adapter):
+            stepper: Stepper = pipe.stepper([request.prompt], noise, request.steps, scale, request.size, config)
         return stepper
 
     def _config(self, preset: Any) -> FlashUConfig | None:
@@ -378,7 +386,8 @@ class Answers(Many[QuestionResult]):
     def __init__(self, pipe: Any, requests: Iterable[Any] = (), at_once: int = AT_ONCE):
         super().__init__(pipe, requests, at_once)
         self._runner: Any = None
-        self._scheduler: Any = None
+        self._schedulers: dict[str | None, Any] = {}
+        """Of every adapter that a question has named."""
 
     def _begun(self, request: Any) -> Any:
         pipe = self.pipe
@@ -386,6 +395,7 @@ class Answers(Many[QuestionResult]):
         check_sampling(request.temperature, request.top_k, request.top_p)
         generators = None if request.seed is None else pipe.generators([request.seed], 1, "questions")
         check_count("max_new_tokens", request.max_new_tokens)
+        _check_adapter(handle_of(pipe.model), request.adapter)
         images, before, after = pipe.question_inputs(request.images, request.question)
         sampler = TokenSampler(request.temperature, request.top_k, request.top_p, generators)
         return images, before, after, request.max_new_tokens, sampler, pipe.layout.eos, request.on_token
@@ -393,11 +403,16 @@ class Answers(Many[QuestionResult]):
     def _advance(self) -> list[QuestionResult]:
         lost = self._follow()
         new = [each for each in self._live if isinstance(each.work, tuple)]
-        if self._scheduler is None:
+        if self._runner is None:
             return lost + [self._alone(each) for each in new[:1]]
+        refused: list[QuestionResult] = []
+        ended: list[Any] = []
         with self._runner.working():
-            refused = self._admit_all(new)
-            ended = self._scheduler.step()
+            for adapter in dict.fromkeys(each.request.adapter for each in self._live):
+                if adapter not in self._schedulers:
+                    self._schedulers[adapter] = self._runner.answering(self.at_once, adapter)
+                refused += self._admit_all([each for each in new if each.request.adapter == adapter])
+                ended += self._schedulers[adapter].step()
         return lost + refused + [self._result(each) for each in self._live if each.work in ended]
 
     def _follow(self) -> list[QuestionResult]:
@@ -406,16 +421,16 @@ class Answers(Many[QuestionResult]):
         runner = None if handle is None else handle.runner
         if runner is self._runner:
             return []
-        self._runner, self._scheduler = runner, None if runner is None else runner.answering(self.at_once)
+        self._runner, self._schedulers = runner, {}
         why = RuntimeError("model: its handle was removed while this question was being answered")
         return [self.ended(each.index, each.request, why) for each in self._live if not isinstance(each.work, tuple)]
 
     def _admit_all(self, new: Sequence[_UnderWay]) -> list[QuestionResult]:
-        """Begin the answers of questions that have been checked; results where the model cannot answer now."""
+        """Begin the answers of questions of one adapter that have been checked; results where the model cannot answer now."""
         if not new:
             return []
         try:
-            answers = self._scheduler.admit_all([each.work for each in new])
+            answers = self._schedulers[new[0].request.adapter].admit_all([each.work for each in new])
         except Exception as error:
             return [QuestionResult(each.index, each.request, error) for each in new]
         for each, answer in zip(new, answers, strict=True):
@@ -431,6 +446,7 @@ class Answers(Many[QuestionResult]):
     def _alone(self, each: _UnderWay) -> QuestionResult:
         """The answer of a dense model."""
         asked = dict(vars(each.request))
+        del asked["adapter"]  # None, as was checked
         images, question, told = (asked.pop(name) for name in ("images", "question", "on_token"))
         try:
             seeds = None if (seed := asked.pop("seed")) is None else [seed]
@@ -441,18 +457,29 @@ class Answers(Many[QuestionResult]):
         return QuestionResult(each.index, each.request, None, answer)
 
     def _rest(self) -> None:
-        if self._scheduler is not None:
+        if self._runner is not None:
             with self._runner.working():
-                self._scheduler.close()
+                for scheduler in self._schedulers.values():
+                    scheduler.close()
 
     def _abandon(self, each: _UnderWay) -> None:
-        if self._scheduler is not None and not isinstance(each.work, tuple):
+        if self._runner is not None and not isinstance(each.work, tuple):
             with self._runner.working():
-                self._scheduler.cancel(each.work)
+                self._schedulers[each.request.adapter].cancel(each.work)
 
     def close(self) -> None:
         super().close()
         self._rest()
+
+
+def _check_adapter(handle: Any, adapter: Any) -> None:
+    """Raise TypeError or ValueError where the model has no such adapter that a request can name."""
+    if adapter is not None and handle is None:
+        raise ValueError(
+            f"adapter: expected None for a dense model, which computes what is active, got {adapter!r:.80}"
+        )
+    if handle is not None:
+        handle.runner.check_adapter(adapter)
 
 
 def _freed(error: Exception) -> Exception:

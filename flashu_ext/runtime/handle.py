@@ -149,6 +149,8 @@ class Handle:
         parts = self.runner.parts
         if not own_scales and (parts.evaluates is None or self._overrides[""].intact(parts.evaluates)):
             return self.runner.stepper(inputs, config)
+        if self.runner.asked_adapter is not None:
+            raise ValueError("adapter: expected None, with a scale for each image or a wrapped t2i_generate")
         if config is not None and config != self.config:
             raise ValueError("preset: expected None, with a scale for each image or a wrapped t2i_generate")
         planned = self.config.steps or parts.grid_points

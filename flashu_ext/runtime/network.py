@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from ..models.adapter import Adapter
 from ..models.known import why_not_ffn, why_not_norm
+from ..models.lora import BASE, adapter_layers, adapter_names, choosing
 from ..ops.kernel_sets import KernelSet, KernelSets, KernelUnavailableError
 from ..planning.config import FlashUConfig
 from ..planning.decoders import FAMILIES
 from ..planning.neurons import NeuronLayout
+from ..planning.reading import shown
 from .modules.attention import head_norms
 from .modules.embedders import PatchEmbedder, TimeEmbedder
 from .modules.ffn import FFN
@@ -23,6 +25,8 @@ from .modules.norm import Norm
 from .modules.vision import VisionEncoder
 
 __all__ = ["Network"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,43 @@ class Network:
         """Path in the model -> why the module is not on a kernel."""
         names = self._names()
         return {names[each.module]: each.why_itself for each in self._modules() if each.why_itself is not None}
+
+    def with_adapter(self, adapter: str, build: Callable[[Network], T]) -> T:
+        """What `build` makes of the same network with a LoRA adapter of peft, whichever is active.
+
+        Raises:
+            ValueError: the model has no such adapter, it is merged, or one of its layers is not computed by this network.
+        """
+        model = self.source.model
+        known, layers = adapter_names(model), adapter_layers(model)
+        if adapter not in (*known, BASE):
+            raise ValueError(f"adapter: expected one of {[*known, BASE]} or None, got {shown(adapter)}")
+        merged = next((name for name, each in layers.items() if getattr(each, "merged_adapters", None)), None)
+        if merged is not None:
+            raise ValueError(f"adapter: expected none while adapters are merged, as in model.{merged}")
+        with choosing(adapter):
+            network = Network.build(self.source, self.sets)
+            network = network if self.layouts is None else network.over(self.layouts)
+            made = build(network)
+        every = (network, *network.built)
+        itself = {name: why for each in every for name, why in each.run_as_themselves().items()}
+        read = {module for each in every for module in each._read()}
+        for name, module in layers.items():
+            why = next((why for path, why in itself.items() if f"{name}.".startswith(f"{path}.")), None)
+            if why is not None or module not in read:
+                raise ValueError(
+                    f"adapter: expected one that the kernels add everywhere, and model.{name} runs as itself, with what is "
+                    f"active: it {why or f'is a {type(module).__module__}.{type(module).__qualname__}'}"
+                )
+        return made
+
+    def _read(self) -> Iterator[Any]:
+        """The linear layers of the model that are computed from their weights."""
+        for each in self._modules():
+            if isinstance(each, FFN):
+                yield from (each.module.gate_proj, each.module.up_proj, each.module.down_proj)
+            elif isinstance(each, Linear):
+                yield each.module
 
     def ffn_paths(self) -> list[str]:
         """Of every layer's FFN in the model."""

@@ -16,9 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..models.accelerated import handle_of
+from ..models.lora import adapter_names
 from ..models.pipeline import ModelPipeline
 from ..models.prompts import Parts
 from ..planning.extras import extra
+from ..planning.reading import shown
 from .arguments import ChatArguments, ImageArguments, chat_arguments, image_arguments, read_object
 from .bodies import Bodies, Gone
 from .errors import ApiError, invalid
@@ -38,7 +41,7 @@ T = TypeVar("T")
 LOG = logging.getLogger("flashu_ext.server")
 
 _NAMED = re.compile(r"([a-z_]+)(?:\[[0-9]+\])?: ")
-_PARAMS = {"max_new_tokens": "max_tokens", "question": "messages", "images": "messages"}
+_PARAMS = {"max_new_tokens": "max_tokens", "question": "messages", "images": "messages", "adapter": "model"}
 """Names of the pipeline's arguments that a client knows by another one."""
 
 
@@ -47,7 +50,7 @@ class Service:
 
     Attributes:
         pipe: the pipeline, accelerated or dense.
-        name: of the model, for clients.
+        name: of the model with what is active in it, for clients.
         drawing, answering: threads that share the model.
     """
 
@@ -61,6 +64,17 @@ class Service:
         self.answering = Worker(pipe.answer_many(at_once=limits.at_once), limits.waiting, "answering")
         self.metrics = Metrics({"image": self.drawing, "answer": self.answering})
         self._threads = ThreadPoolExecutor(2, "images")  # no more than these are decoded or encoded at a time
+
+    @property
+    def models(self) -> list[str]:
+        """The model's name, and the LoRA adapters that it has, which an accelerated one draws and answers with where a request
+        names them."""
+        adapters = adapter_names(self.pipe.model) if handle_of(self.pipe.model) is not None else []
+        return list(dict.fromkeys((self.name, *adapters)))
+
+    def adapter(self, model: str) -> str | None:
+        """The adapter that a name of `models` stands for, or None."""
+        return None if model == self.name else model
 
     async def in_thread(self, run: Callable[[], T]) -> T:
         """Run what would hold up the event loop."""
@@ -91,7 +105,7 @@ class Service:
         )
 
     def _image_arguments(self, body: bytes) -> ImageArguments:
-        asked = image_arguments(read_object(body), self.name, self.limits)
+        asked = image_arguments(read_object(body), self.models, self.limits)
         with _arguments():
             room = self.pipe.text_room(asked.size)
         tokens = 0 if room is None else len(self.pipe.layout.encode(asked.prompt))
@@ -105,6 +119,7 @@ class Service:
             "size": asked.size,
             "steps": asked.steps,
             "guidance_scale": asked.guidance_scale,
+            "adapter": self.adapter(asked.model),
         }
         requests = [{**fields, "seed": asked.seed + index} for index in range(asked.n)]
         with _arguments():
@@ -130,7 +145,7 @@ class Service:
         return JSONResponse(answer.head("chat.completion") | {"choices": [choice], "usage": answer.usage()})
 
     def _chat_arguments(self, body: bytes) -> ChatArguments:
-        asked = chat_arguments(read_object(body), self.name, self.limits)
+        asked = chat_arguments(read_object(body), self.models, self.limits)
         with _arguments():
             for index, picture in enumerate(asked.pictures):  # here, so that a request that waits holds little
                 asked.pictures[index] = self.pipe.question_image(picture, f"images[{index}]")
@@ -184,7 +199,7 @@ class _Answer:
         self._service, self._loop = service, asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str] = asyncio.Queue()
         self._task: asyncio.Task[str] | None = None
-        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": asked.model}
         self._ends = ends
 
     def head(self, kind: str) -> dict[str, Any]:
@@ -208,6 +223,7 @@ class _Answer:
             "top_k": asked.top_k,
             "top_p": asked.top_p,
             "seed": asked.seed,
+            "adapter": self._service.adapter(asked.model),
             "on_token": self._on_token,
         }
         with _arguments():
@@ -352,6 +368,11 @@ async def _refused(_: Request, error: Exception) -> Response:
 # ---- the application
 
 
+def _model(name: str) -> dict[str, Any]:
+    """OpenAI's object of a model."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "flashu_ext"}
+
+
 def application(
     pipe: Any, limits: Limits | None = None, api_key: str | None = None, closes: Sequence[Callable[[], None]] = ()
 ) -> FastAPI:
@@ -388,8 +409,13 @@ def application(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": service.name, "object": "model", "created": 0, "owned_by": "flashu_ext"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [_model(name) for name in service.models]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name not in service.models:
+            raise ApiError(404, f"model: expected one of /v1/models, got {shown(name)}", "model", "model_not_found")
+        return _model(name)
 
     @app.get("/health")
     async def health() -> Response:

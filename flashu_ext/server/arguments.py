@@ -62,6 +62,7 @@ IMAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 class ImageArguments:
     """Images to draw: image i of `n` has the seed `seed + i`. size: (height, width) in pixels; None: the model's own."""
 
+    model: str
     prompt: str
     n: int
     seed: int
@@ -74,6 +75,7 @@ class ImageArguments:
 class ChatArguments:
     """A question to answer. pictures: PIL images in RGB."""
 
+    model: str
     pictures: list[Any]
     question: str
     max_tokens: int
@@ -149,15 +151,17 @@ class Fields:
             raise invalid(self.path(key), f"expected true or false, got {shown(value)}", "invalid_type")
         return bool(value)
 
-    def model(self, served: str, needed: bool) -> None:
-        """That the model asked for is the one that is served."""
+    def model(self, served: Sequence[str], needed: bool) -> str:
+        """The model asked for, one of those that are served; the first where none need be named."""
         value = self.any("model")
         if value is None and not needed:
-            return
+            return served[0]
         if not isinstance(value, str):
             raise invalid("model", f"expected a string, got {shown(value)}", "invalid_type")
-        if value != served:
-            raise invalid("model", f"expected {served!r}, got {shown(value)}", "model_not_found", 404)
+        if value not in served:
+            names = " or ".join(shown(each) for each in served[:10])
+            raise invalid("model", f"expected {names}, got {shown(value)}", "model_not_found", 404)
+        return value
 
     def neutral(self, known: Mapping[str, Sequence[Any]]) -> None:
         """Take arguments that may only have the values here."""
@@ -196,11 +200,12 @@ def read_object(body: bytes) -> Fields:
 # ---- images
 
 
-def image_arguments(fields: Fields, served: str, limits: Limits) -> ImageArguments:
-    """Raises ApiError, which names the argument."""
-    fields.model(served, needed=False)
+def image_arguments(fields: Fields, served: Sequence[str], limits: Limits) -> ImageArguments:
+    """served: models that may be asked for. Raises ApiError, which names the argument."""
+    model = fields.model(served, needed=False)
     n = fields.integer("n", 1, limits.n, 1)
     arguments = ImageArguments(
+        model=model,
         prompt=fields.string("prompt", limits.prompt_characters),
         n=n,
         seed=fields.integer("seed", 0, 2**63 - n, 0),
@@ -229,9 +234,9 @@ def _size(fields: Fields, limits: Limits) -> tuple[int, int] | None:
 # ---- chat
 
 
-def chat_arguments(fields: Fields, served: str, limits: Limits) -> ChatArguments:
-    """Raises ApiError, which names the argument. Decodes the images, which takes time."""
-    fields.model(served, needed=True)
+def chat_arguments(fields: Fields, served: Sequence[str], limits: Limits) -> ChatArguments:
+    """served: models that may be asked for. Raises ApiError, which names the argument. Decodes the images, which takes time."""
+    model = fields.model(served, needed=True)
     most = _most_tokens(fields, limits)
     temperature = fields.number("temperature", 0, 100, 0.0)
     top_k = fields.integer("top_k", 1, 2**31 - 1)
@@ -249,7 +254,7 @@ def chat_arguments(fields: Fields, served: str, limits: Limits) -> ChatArguments
     fields.neutral(CHAT_NEUTRAL)
     fields.end(IGNORED)
     pictures, question = _asked(messages, limits)  # the last, because it decodes images
-    return ChatArguments(pictures, question, most, temperature, top_k, top_p, seed, stream, include_usage)
+    return ChatArguments(model, pictures, question, most, temperature, top_k, top_p, seed, stream, include_usage)
 
 
 def _most_tokens(fields: Fields, limits: Limits) -> int:

@@ -132,7 +132,43 @@ def test_many_clients_at_once_get_what_each_gets_alone(server: Running, pipe: An
 
 def test_sizes_are_width_by_height() -> None:
     fields = read_object(b'{"prompt": "a", "size": "640x480"}')
-    assert image_arguments(fields, "nano", Limits()).size == (480, 640)
+    assert image_arguments(fields, ["nano"], Limits()).size == (480, 640)
+
+
+def test_a_model_s_name_may_be_an_adapter(picture: Any) -> None:
+    pytest.importorskip("peft")
+    from support.adapters import adapted, fill, second
+
+    own = load_pipeline("nano")
+    wrapped = adapted(own.model, seed=1)
+    second(wrapped, "mine")
+    fill(wrapped, "mine", std=0.3)
+    asked: dict[str, Any] = {"temperature": 4.0, "seed": 3, "max_tokens": 8}
+    with own.accelerate(*own.preset("exact")), running(own, Limits()) as server:
+        wrapped.set_adapter("mine")
+        image = own.generate("a red circle", 3, 4).tobytes()
+        answer = own.answer(picture, QUESTIONS[2], 8, temperature=4.0, seed=3)
+        wrapped.set_adapter("default")
+        assert image != own.generate("a red circle", 3, 4).tobytes()
+        assert [model.id for model in client(server).models.list()] == ["nano", "default", "mine"]
+        assert client(server).models.retrieve("mine").id == "mine"
+        settings = {"seed": 3, "steps": 4}
+        with ThreadPoolExecutor(4) as pool:
+            replies = pool.map(
+                lambda model: client(server).images.generate(model=model, prompt="a red circle", extra_body=settings),
+                ("mine", "nano", "mine", "default"),
+            )
+            images = [drawn(reply) for reply in replies]
+        assert images[0] == images[2] == image and images[1] == images[3] != image
+        reply = client(server).chat.completions.create(
+            **chat(QUESTIONS[2], data_url(picture)) | {"model": "mine"} | asked
+        )
+        assert reply.model == "mine" and reply.choices[0].message.content == answer
+        status, param, said = server.error(IMAGES, {"prompt": "a", "model": "yours"})
+        assert (status, param) == (404, "model") and "expected 'nano' or 'default' or 'mine', got 'yours'" in said
+        wrapped.merge_adapter()
+        status, param, said = server.error(IMAGES, {"prompt": "a", "model": "mine"})
+        assert (status, param) == (400, "model") and "merged" in said
 
 
 # ---- wrong requests

@@ -348,7 +348,7 @@ def test_any_json_is_read_or_refused_by_name(fields: Any) -> None:
     body = json.dumps(fields).encode()
     for read in (image_arguments, chat_arguments):
         try:
-            read(read_object(body), "nano", LIMITS)
+            read(read_object(body), ["nano"], LIMITS)
         except ApiError as error:
             told = error.body()["error"]
             assert 400 <= error.status < 500 and len(told["message"]) <= 500 and json.dumps(told).encode()
