@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -103,12 +103,9 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for each in layers for name in getattr(each, "lora_A", ())))
 
 
-def updates_of(module: Any, names: Sequence[str] | None = None) -> tuple[Update, ...]:
-    """What a linear layer's adapters add: those of these names, or None for those that are active now. Nothing for a module
-    without adapters, or for names that it does not have."""
-    if not is_lora(module):
-        return ()
-    names = adapters_of(module) if names is None else [name for name in names if name in module.lora_A]
+def updates_of(module: Any) -> tuple[Update, ...]:
+    """What a linear layer's adapters (`adapters_of`) add; nothing for a module without adapters."""
+    names = adapters_of(module) if is_lora(module) else ()
     return tuple(Update(name, module.lora_A[name], module.lora_B[name], module.scaling[name]) for name in names)
 
 

@@ -21,6 +21,7 @@ CALLERS = within("runtime/test_callers_tensors.py")
 IMAGES = within("runtime/test_image_company.py")
 KNOBS = within("runtime/test_skipping_and_caching.py")
 LORA = within("runtime/test_lora.py")
+REQUESTS = within("runtime/test_adapters_of_requests.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 COMPANY = within("runtime/test_answer_company.py")
@@ -192,6 +193,12 @@ MUTANTS = [
     Mutant("lora: merged adapters are added again", "flashu_ext/models/lora.py", "if module.disable_adapters or module.merged_adapters:", "if module.disable_adapters:", LORA("states")),
     Mutant("lora: DoRA is taken for a plain adapter", "flashu_ext/models/known.py", "    if variant is not None:\n", "    if False:\n", LORA("themselves")),
     Mutant("lora: down reads A of the first neurons", "flashu_ext/runtime/modules/ffn.py", "low = ops.gathered_down(h.to(update.down.weight.dtype), update.down.weight, selection=selection)", "low = self._kernels.linear(h.to(update.down.weight.dtype), update.down.weight[:, : h.shape[-1]].contiguous())", LORA("pruned")),
+    Mutant("lora: a request's adapter is the active one", "flashu_ext/models/lora.py", "(module.active_adapters if chosen is None else [chosen])", "module.active_adapters", REQUESTS("alone")),
+    Mutant("lora: what runs as itself is taken for a request's adapter", "flashu_ext/runtime/network.py", "if why is not None or module not in read:", "if why is not None:", REQUESTS("refused")),
+    Mutant("lora: answers of all adapters are of one", "flashu_ext/models/many.py", "self._runner.answering(self.at_once, adapter)", "self._runner.answering(self.at_once)", REQUESTS("alone")),
+    Mutant("lora: peft's adapters of parameters are accelerated", "flashu_ext/models/known.py", "        if remakes_weights(module):", "        if module is None:", LORA("parameters")),
+    Mutant("pictures: grey of 16 bits is its low byte", "flashu_ext/planning/reading.py", "(np.asarray(image) >> 8)", "(np.asarray(image) & 255)", HOSTILE("16_bits")),
+    Mutant("decoding: temperatures near zero overflow", "flashu_ext/models/decoding.py", "if temperature < SMALL:", "if temperature < 0:", ANSWERS("near_zero")),
     Mutant("int8: zero points are passed over", "flashu_ext/models/int8.py", "if zero is not None and bool(zero.any()):", "if False:", within("runtime/test_int8_models.py")("zero")),
     Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", MODULES("refused_by_name")),
     Mutant("runner: prompts outlast another weight", "flashu_ext/runtime/runner.py", "        self.reset()\n        self._stamp", "        self.generation.pool.clear()\n        self._stamp", LIVING("follow_weights"), quick=True),

@@ -108,6 +108,20 @@ MUTANTS = [
         CLIENTS("takes_nothing"),
     ),
     Mutant(
+        "server: what is no HTTP leaves its request behind",
+        "flashu_ext/server/protocol.py",
+        "            self.cycle.disconnected = True\n",
+        "",
+        CLIENTS("no_http"),
+    ),
+    Mutant(
+        "server: adapters are not asked for",
+        "flashu_ext/server/app.py",
+        "return None if model == self.name else model",
+        "return None",
+        SERVING("adapter"),
+    ),
+    Mutant(
         "many: what was cancelled is remembered for ever",
         "flashu_ext/models/many.py",
         "self._cancelled & {index for index, _ in self._added}",

@@ -236,38 +236,6 @@ def test_a_layer_is_as_accurate_as_peft_and_knows_no_company(dtype: torch.dtype,
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_one_batch_may_have_adapters_of_their_own(dtype: torch.dtype) -> None:
-    block = nn.ModuleDict({name: nn.Linear(96, 48) for name in "ab"}).to(dtype)
-    wrapped = peft.inject_adapter_in_model(
-        peft.LoraConfig(r=4, lora_alpha=6, target_modules=["a"]), block, "one"
-    ).eval()
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["a"]), block, "two").eval()
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["a"], use_dora=True), block, "three").eval()
-    wrapped["a"].set_adapter("one")
-    fill(wrapped, "one")
-    fill(wrapped, "two")
-    wrapped = wrapped.to(dtype)
-    kernels = resolve(fx.FlashUConfig.exact(), torch.device("cpu"), dtype).of("understanding", "prefill")
-    layer, plain = (Linear(wrapped[name], kernels, wrapped["b"].weight) for name in "ab")
-    names, x = ["two", None, "one", "two", "absent"], torch.randn(5, 3, 96).to(dtype)
-    with torch.no_grad():
-        got = layer.of_adapters(x, names)
-        theirs = layer.module(x, adapter_names=[name or "__base__" for name in names])
-        assert relative(got, theirs) < (1e-6 if dtype == torch.float32 else 1e-2)
-        for row, name in enumerate(names):
-            assert torch.equal(layer.of_adapters(x[row : row + 1], [name]), got[row : row + 1])
-        assert torch.equal(plain.of_adapters(x, names), plain(x))
-        assert not torch.equal(got[0], layer.of_adapters(x, [None] * 5)[0])
-        with pytest.raises(ValueError, match=r"names: expected 5, one for each row of x, got 4"):
-            layer.of_adapters(x, names[1:])
-        with pytest.raises(ValueError, match=r"'three' is of another kind, DoraLinearVariant"):
-            layer.of_adapters(x, [*names[1:], "three"])
-        layer.module.merge(adapter_names=["one"])
-        with pytest.raises(ValueError, match=r"while adapters are merged, \['one'\]"):
-            layer.of_adapters(x, names)
-
-
 def test_a_plan_of_the_base_fits_the_adapted_model() -> None:
     model = small_model()
     fingerprint = fx.planning.fingerprint.model_fingerprint

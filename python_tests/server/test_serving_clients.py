@@ -19,7 +19,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
-from fastapi import Response
+from fastapi.responses import StreamingResponse
 from support.serving import LIMITS, PATIENCE, Running, chat, data_url, held, running, until
 
 from flashu_ext.server.arguments import chat_arguments, image_arguments, read_object
@@ -166,9 +166,12 @@ def test_slow_heads_and_bodies_end_and_others_are_served(server: Running) -> Non
     assert served(server) and server.service.bodies._held == 0
 
 
-def test_a_client_that_takes_nothing_is_cut_off(pipe: Any) -> None:
+@pytest.mark.parametrize("piece", [50 << 20, 1 << 20], ids=["at once", "in pieces"])
+def test_a_client_that_takes_nothing_is_cut_off(pipe: Any, piece: int) -> None:
+    """Of a reply that is written at once, the server waits with the connection; of one in pieces with the reply."""
+
     def big(app: Any) -> None:
-        app.add_api_route("/big", lambda: Response(bytes(50 << 20)))
+        app.add_api_route("/big", lambda: StreamingResponse(iter([bytes(piece)] * ((50 << 20) // piece))))
 
     with running(pipe, LIMITS, change=big) as server, server.connect() as connection:
         connection.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")

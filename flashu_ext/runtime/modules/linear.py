@@ -15,7 +15,6 @@ from ...models.int8 import int8_of
 from ...models.known import (
     epilogue_of,
     why_not_activation,
-    why_not_adapter,
     why_not_chain,
     why_not_linear,
     why_not_norm,
@@ -77,34 +76,6 @@ class Linear:
     def updated(self, x: Tensor, y: Tensor) -> Tensor:
         """y [..., N], which the base gave for x, plus what the adapters add."""
         return add_updates(self._kernels, self._updates, x, y)
-
-    def of_adapters(self, x: Tensor, names: Sequence[str | None]) -> Tensor:
-        """x [rows, ..., K] -> [rows, ..., N], each row with the adapter that it names, as peft's `adapter_names` do.
-
-        Args:
-            names: for each row an adapter; None, or one that this layer does not have: the base alone. Rows of one adapter are
-                gathered, so each adapter is read once.
-
-        Raises:
-            ValueError: another number of names than rows, the module runs as itself, its adapters are merged, or one is no plain
-                low-rank update.
-        """
-        if len(names) != x.shape[0]:
-            raise ValueError(f"names: expected {x.shape[0]}, one for each row of x, got {len(names)}")
-        if self.why_itself is not None:
-            raise ValueError(f"names: expected none for a module that runs as itself: it {self.why_itself}")
-        if is_lora(self.module) and self.module.merged_adapters:
-            raise ValueError(f"names: expected none while adapters are merged, {self.module.merged_adapters}")
-        updates = updates_of(self.module, list(dict.fromkeys(name for name in names if name is not None)))
-        for update in updates:
-            if reason := why_not_adapter(self.module, update.name, self.base.weight):
-                raise ValueError(f"names: expected plain low-rank adapters, and {update.name!r} {reason}")
-        x = _in_rows(x)
-        y = self._of_base(x)
-        for update in updates:
-            rows = torch.tensor([row for row, own in enumerate(names) if own == update.name], device=x.device)
-            y[rows] = add_updates(self._kernels, (update,), x[rows], y[rows])
-        return y
 
 
 def add_updates(kernels: KernelSet, updates: Sequence[Update], x: Tensor, y: Tensor) -> Tensor:
