@@ -201,14 +201,14 @@ def understanding(
     ranks = own_ranks("data")
     preset = "tuned" if settings["tuned"] else settings["preset"]
     folder = out / preset / "understanding"
-    known, manager = module.find_tasks(names, include)
+    known, manager, digests = module.find_tasks(names, include)
     if ranks.world > 1 and settings["device"] is None:
         settings["device"] = str(ranks.device())
     start = time.perf_counter()
     with open_pipeline(**settings) as (pipe, handle):
         record = module.settings_of(pipe, handle, preset, batch, limit, max_new_tokens)
-        todo = [name for name in known if overwrite or not module.is_there(folder, name, record)]
-        ran = module.run(pipe, record, todo, manager, folder) if todo else []
+        todo = [name for name in known if overwrite or not module.is_there(folder, name, record, digests.get(name))]
+        ran = module.run(pipe, record, todo, manager, digests, folder) if todo else []
     if ranks.rank == 0:
         for name in ran:
             result = module.read_results(module.results_path(folder, name))

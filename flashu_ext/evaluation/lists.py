@@ -32,6 +32,8 @@ BENCHMARKS = ("geneval", "dpg")
 
 GENEVAL_SAMPLES = 4
 """Images of a prompt, as GenEval's own generation has it."""
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
 DPG_IMAGES = 4
 """Images of a prompt in one picture, two by two: `--pic-num 4`."""
 
@@ -70,7 +72,7 @@ class PromptList:
         """Pictures in the tool's folder that the tool would score and this list does not draw."""
         known = {folder / picture.path for picture in self.pictures}
         if self.benchmark == "dpg":
-            found = folder.glob("*.png")
+            found = (path for path in folder.glob("*") if path.suffix.lower() in _PICTURES)  # the tool opens any file
         else:
             found = (path for path in folder.glob("*/samples/*.png") if path.relative_to(folder).parts[0].isdigit())
         return sorted(path for path in found if path not in known)

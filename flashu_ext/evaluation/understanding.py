@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -12,11 +13,11 @@ from typing import Any
 
 from ..batch.folder import differences, plan_digest, settings_record
 from ..planning.extras import extra
-from ..planning.reading import MAX_LIST_BYTES, read_json, refusal, shown
+from ..planning.reading import MAX_LIST_BYTES, read_json, read_text, refusal, shown
 from ..planning.safe_files import write_text
 from .drawing import check_runs
 
-__all__ = ["find_tasks", "is_there", "read_results", "results_path", "run", "settings_of"]
+__all__ = ["file_digest", "find_tasks", "is_there", "read_results", "results_path", "run", "settings_of"]
 
 VERSION = 1
 TASK = "understanding"
@@ -52,8 +53,16 @@ def results_path(folder: Path, task: str) -> Path:
     return folder / f"{task}.json"
 
 
-def is_there(folder: Path, task: str, settings: dict[str, Any]) -> bool:
-    """Whether a task's results of these settings are there.
+def file_digest(task: Path) -> str:
+    """SHA-256 of a task's file, and of the Python files beside it, which it may call."""
+    digest = hashlib.sha256()
+    for file in (task, *sorted(task.resolve().parent.glob("*.py"))):
+        digest.update(file.name.encode() + b"\0" + read_text(file, MAX_LIST_BYTES).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def is_there(folder: Path, task: str, settings: dict[str, Any], digest: str | None = None) -> bool:
+    """Whether a task's results of these settings are there. digest: of its file, where it is one of the caller's own.
 
     Raises:
         ValueError: those of other settings are; the differences are named.
@@ -61,14 +70,14 @@ def is_there(folder: Path, task: str, settings: dict[str, Any]) -> bool:
     path = results_path(folder, task)
     if not path.exists():
         return False
-    differing = differences(read_results(path)["settings"], settings)
+    differing = differences(read_results(path)["settings"], settings | {"file": digest})
     if differing:
         raise refusal(path, f"of other settings: {'; '.join(differing)}; overwrite, or choose another folder")
     return True
 
 
-def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], Any]:
-    """Names of lmms-eval's tasks, and its manager that knows them.
+def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], Any, dict[str, str]]:
+    """Names of lmms-eval's tasks, its manager that knows them, and `file_digest` of those that are files.
 
     Args:
         tasks: names, groups, tags, or files of tasks in lmms-eval's YAML format.
@@ -81,6 +90,7 @@ def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], A
         from lmms_eval import utils
         from lmms_eval.tasks import TaskManager
 
+    digests: dict[str, str] = {}
     names, folders = [], [] if include is None else [str(include)]
     files = {task for task in tasks if task.endswith((".yaml", ".yml"))}
     for task in tasks:
@@ -91,6 +101,7 @@ def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], A
             if not isinstance(config, dict) or not isinstance(config.get("task"), str):
                 raise refusal(task, "expected a task of lmms-eval with its name in 'task'")
             names.append(config["task"])
+            digests[config["task"]] = file_digest(Path(task))
             folders.append(str(Path(task).resolve().parent))
         else:
             names.append(task)
@@ -101,7 +112,7 @@ def find_tasks(tasks: Sequence[str], include: Path | None) -> tuple[list[str], A
             raise ValueError(
                 f"--tasks: expected tasks of lmms-eval (python -m lmms_eval --tasks list), got {shown(name)}"
             )
-    return list(dict.fromkeys(names)), manager
+    return list(dict.fromkeys(names)), manager, digests
 
 
 def run(
@@ -109,6 +120,7 @@ def run(
     settings: dict[str, Any],
     tasks: Sequence[str],
     manager: Any,
+    digests: dict[str, str],
     folder: Path,
 ) -> list[str]:
     """Run tasks, all questions of all of them, and write the results of each.
@@ -116,7 +128,7 @@ def run(
     Args:
         pipe: a pipeline, accelerated or not.
         settings: of `settings_of`.
-        tasks, manager: of `find_tasks`.
+        tasks, manager, digests: of `find_tasks`.
 
     Returns:
         The names of the tasks, of a group its members'; none on ranks other than 0.
@@ -147,7 +159,7 @@ def run(
         record = {
             "version": VERSION,
             "task": task,
-            "settings": settings,
+            "settings": settings | {"file": digests.get(task)},
             "task_settings": {
                 "version": _plain(found["versions"].get(task)),
                 **{key: _plain(config.get(key)) for key in ("dataset_path", "test_split", "generation_kwargs")},

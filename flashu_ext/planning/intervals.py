@@ -36,9 +36,11 @@ def bootstrap(
         seed: of the draws; the same seed gives the same interval.
 
     Returns:
-        None where a stratum has fewer than two clusters, which say nothing about its spread.
+        None where a stratum has fewer than two clusters, or none has two that differ: those say nothing about the spread.
     """
     if not strata or any(len(clusters) < 2 for clusters in strata):
+        return None
+    if all(len({total / count for total, count in clusters}) == 1 for clusters in strata):
         return None
     rng = np.random.default_rng(seed)
     means = []

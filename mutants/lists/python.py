@@ -411,5 +411,7 @@ MUTANTS = [
     Mutant("intervals: clusters are drawn once", "flashu_ext/planning/intervals.py", "rng.integers(len(clusters), size=", "rng.integers(1 + len(clusters) // 2, size=", SCORES("intervals")),
     Mutant("page: a part of a list is a whole one", "flashu_ext/report/evaluation.py", 'if result.state == "scored" and result.scored != result.expected:', "if False:", SCORES("the_page")),
     Mutant("page: other weights are not told", "flashu_ext/report/evaluation.py", '_OWN = {"preset", "config", "plan", "steps"}', '_OWN = {"preset", "config", "plan", "steps", "weights"}', SCORES("the_page")),
+    Mutant("evaluation: the functions of a task are not part of it", "flashu_ext/evaluation/understanding.py", "for file in (task, *sorted(task.resolve().parent.glob(\"*.py\"))):", "for file in (task,):", SCORES("another_text")),
+    Mutant("intervals: equal values have an interval", "flashu_ext/planning/intervals.py", "    if all(len({total / count", "    if not strata and all(len({total / count", SCORES("test_intervals")),
     Mutant("likelihoods: of the token before", "flashu_ext/evaluation/likelihood.py", "token = self.tokens[len(self.logprobs)]", "token = self.tokens[max(0, len(self.logprobs) - 1)]", LMMS("likelihoods")),
 ]  # fmt: skip

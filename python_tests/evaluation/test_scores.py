@@ -16,6 +16,7 @@ from flashu_ext.cli.main import cli
 from flashu_ext.evaluation.drawing import write_record
 from flashu_ext.evaluation.lists import PromptList, read_dpg, read_geneval
 from flashu_ext.evaluation.scores import dpg_scores, geneval_scores, question_scores
+from flashu_ext.evaluation.understanding import file_digest, is_there
 from flashu_ext.planning.intervals import bootstrap, wilson
 
 TAGS = ["single_object", "single_object", "two_object", "two_object"]
@@ -85,6 +86,7 @@ def test_intervals() -> None:
     # Four equal values of a cluster say no more than one: the interval is as wide as for the clusters alone.
     assert np.allclose(bootstrap([[(4 * value, 4.0) for value in values]]), interval)  # type: ignore[arg-type]
     assert bootstrap([[(1.0, 1.0)], [(1.0, 1.0), (2.0, 1.0)]]) is None and bootstrap([]) is None
+    assert bootstrap([[(4.0, 4.0), (1.0, 1.0)], [(0.0, 2.0)] * 9]) is None, "an interval without width says nothing"
 
 
 # ---- GenEval
@@ -202,6 +204,28 @@ def drawn(out: Path, preset: str, prompts: PromptList, **settings: Any) -> Path:
 
 def page(out: Path) -> Result:
     return CliRunner().invoke(cli, ["evaluate", "page", "--out", str(out)])
+
+
+def test_results_of_another_text_of_a_task_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    task, utils = tmp_path / "mine.yaml", tmp_path / "utils.py"
+    task.write_text("task: mine\n")
+    before = file_digest(task)
+    utils.write_text("def right(): ...\n")
+    between = file_digest(task)
+    task.write_text("task: mine\ndoc_to_text: other\n")
+    assert len({before, between, file_digest(task)}) == 3
+    record = {"version": 1, "task": "mine", "settings": {"batch": 1, "file": before}, "task_settings": {}, "runs": [],
+              "results": {}, "questions": 0, "samples": []}  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(record))
+    assert is_there(tmp_path, "mine", {"batch": 1}, before)
+    with pytest.raises(ValueError, match=r"mine\.json: of other settings: file: was '"):
+        is_there(tmp_path, "mine", {"batch": 1}, between)
+
+
+def test_any_picture_in_dpgs_folder_would_be_scored(dpg: PromptList, tmp_path: Path) -> None:
+    for name in ("1.png", "1.PNG", "1.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in dpg.leftovers(tmp_path)] == ["1.PNG", "1.jpg"]
 
 
 def test_the_page(geneval: PromptList, dpg: PromptList, tmp_path: Path) -> None:

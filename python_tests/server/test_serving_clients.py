@@ -277,7 +277,11 @@ def test_other_types_and_broken_http_are_refused(server: Running) -> None:
 def test_what_is_no_http_in_the_midst_of_a_body_ends_it_quietly(
     server: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A chunk without a size, while the server waits for more of the body, and after it has refused it."""
+    """A chunk without a size: while the server waits for more of the body, after it has refused it, and before it could."""
+    log = logging.getLogger("uvicorn.error")
+    before_level = log.level
+    log.addHandler(caplog.handler)
+    log.setLevel(logging.ERROR)
     line = f'flashu_requests_total{{route="{IMAGES}",status="%d"}}'
     before = server.metric(line % 499), server.metric(line % 415)
     head = HEAD + b'Transfer-Encoding: chunked\r\n\r\n5\r\n{"pro\r\n'
@@ -291,8 +295,13 @@ def test_what_is_no_http_in_the_midst_of_a_body_ends_it_quietly(
         assert received(connection, b"expected application/json").startswith(b"HTTP/1.1 415 ")
         connection.sendall(b"ZZZ\r\n")
         ended(connection)
-    until(lambda: (server.metric(line % 499), server.metric(line % 415)) == (before[0] + 1, before[1] + 1))
+    with server.connect() as connection:
+        connection.sendall(head.replace(b"application/json", b"text/plain") + b"ZZZ\r\n")
+        assert ended(connection).startswith(b"HTTP/1.1 400 ")
+    until(lambda: (server.metric(line % 499), server.metric(line % 415)) == (before[0] + 1, before[1] + 2))
     assert server.service.bodies._held == 0 and served(server)
+    log.removeHandler(caplog.handler)
+    log.setLevel(before_level)
     assert not [each for each in caplog.records if each.levelno >= logging.ERROR], caplog.text
 
 
