@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..planning.extras import extra
 from ..planning.groups import whole
-from ..planning.reading import MAX_PIXELS, eight_bits, shown
+from ..planning.reading import MAX_PIXELS, in_rgb, shown
 
 __all__ = ["Size", "covered", "picture", "rgb", "sides", "to_pil", "unit"]
 
@@ -29,7 +29,7 @@ def picture(image: Any) -> Any:
         return Image.fromarray(array)
     if not isinstance(image, Image.Image):
         raise TypeError(f"image: expected a PIL image or uint8 [height, width, 3], got {type(image).__name__}")
-    return eight_bits(image).convert("RGB")
+    return in_rgb(image)
 
 
 def rgb(image: Any, name: str, on_white: bool = False) -> Any:
@@ -41,7 +41,7 @@ def rgb(image: Any, name: str, on_white: bool = False) -> Any:
 
     Raises:
         TypeError: it is no PIL image.
-        ValueError: its file is damaged or closed, it has no pixels, or its numbers are of 32 bits.
+        ValueError: its file is damaged or closed, or it has no pixels.
     """
     with extra("showo2"):
         from PIL import Image
@@ -49,13 +49,12 @@ def rgb(image: Any, name: str, on_white: bool = False) -> Any:
     if not isinstance(image, Image.Image):
         raise TypeError(f"{name}: expected a PIL image, got {type(image).__name__}")
     try:
-        image = eight_bits(image)
         if on_white and (image.mode == "RGBA" or "transparency" in image.info):
             image = image.convert("RGBA")
             paper = Image.new("RGB", image.size, "white")
             paper.paste(image, mask=image.getchannel("A"))
             image = paper
-        image = image.convert("RGB")
+        image = in_rgb(image)
     except (
         Exception
     ) as error:  # damaged files end in errors of all kinds; a closed one in an AttributeError or ValueError

@@ -123,7 +123,8 @@ class Network:
             raise ValueError(f"adapter: expected none while adapters are merged, as in model.{merged}")
         with choosing(adapter):
             network = Network.build(self.source, self.sets)
-            network = network if self.layouts is None else network.over(self.layouts)
+            if self.layouts is not None:
+                network = network.over(self.layouts)
             made = build(network)
         every = (network, *network.built)
         itself = {name: why for each in every for name, why in each.run_as_themselves().items()}

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -507,34 +506,6 @@ def test_an_image_is_named_with_its_line(kind: str, tmp_path: Path) -> None:
     message = str(caught.value)
     assert "generation.jsonl:2: " in message and "bad.png" in message and len(message) <= 500, message
     assert HOSTILE_IMAGES[kind][1] in message
-
-
-@pytest.mark.parametrize("order", ["<", ">"])
-def test_grey_in_16_bits_is_its_high_byte(order: str, tmp_path: Path) -> None:
-    from PIL import Image
-
-    from flashu_ext.models.pictures import picture, rgb
-
-    numbers = np.array([[0, 255, 256], [0x1234, 0x8000, 0xFFFF]], dtype=f"{order}u2")
-    image = Image.frombytes("I;16" if order == "<" else "I;16B", (3, 2), numbers.tobytes())
-    image.save(tmp_path / "grey.png")
-    for read in (read_image(tmp_path / "grey.png"), picture(image), rgb(image, "image"), rgb(image, "image", True)):
-        assert read.mode == "RGB"
-        assert np.asarray(read)[..., 1].tolist() == [[0, 0, 1], [0x12, 0x80, 0xFF]]
-
-
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_pictures_of_32_bits_are_refused(mode: str, tmp_path: Path) -> None:
-    from PIL import Image
-
-    from flashu_ext.models.pictures import rgb
-
-    image = Image.new(mode, (2, 2), 300)
-    image.save(tmp_path / "wide.tiff")
-    with pytest.raises(ValueError, match="expected an image of 8 or 16 bits, got one of 32"):
-        read_image(tmp_path / "wide.tiff")
-    with pytest.raises(ValueError, match=r"images\[0\]: .*expected an image of 8 or 16 bits"):
-        rgb(image, "images[0]")
 
 
 def test_a_picture_that_is_a_line_is_not_scaled(tmp_path: Path) -> None:
