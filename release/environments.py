@@ -14,6 +14,11 @@ __all__ = ["Environment", "environments", "run"]
 
 SMOKE = Path(__file__).with_name("smoke.py")
 TESTS = ("pytest", "hypothesis", "expecttest")
+# Operators and their consumers in C, without what needs a GPU or reads the checkout's sources.
+TESTED = (
+    *("python_tests/ops", "python_tests/packaging/test_consumers.py", "--ignore", "python_tests/ops/test_gpu.py"),
+    *("-k", "not edges_are_those_of_the_sources"),
+)
 OLDEST, USUAL, NEWEST = "torch==2.11.0", "torch==2.13.0", "torch"
 
 
@@ -118,8 +123,7 @@ def run(
         venv.pip("install", "--no-deps", "--no-index", str(weights))
         venv.call(SMOKE.name, version, "weights", cwd=work)
         if number == 0 and tests:
-            venv.call("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "python_tests/ops", "python_tests/packaging/test_consumers.py",
-                      "--ignore", "python_tests/ops/test_gpu.py", "-k", "not edges_are_those_of_the_sources", cwd=work)  # fmt: skip
+            venv.call("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTED, cwd=work)
             said.append(f"{python}, {environment.torch}: the operators' tests, and programs in C and C++")
         if number == 0 and environment.torch == NEWEST:
             said.append(venv.call("-m", "flashu_ext.bench.sass", "--quiet", cwd=work))

@@ -135,7 +135,10 @@ class _Version:
 
     def _put(self, target: Path, title: str, body: str) -> None:
         up = os.path.relpath(".", target.parent)
-        links = [f'<a href="{up}/../index.html">versions</a>', f'<a href="{up}/index.html">flashu_ext {self.version}</a>']
+        links = [
+            f'<a href="{up}/../index.html">versions</a>',
+            f'<a href="{up}/index.html">flashu_ext {self.version}</a>',
+        ]
         if self.has_api:
             links += [f'<a href="{up}/api/index.html">Python API</a>', f'<a href="{up}/api/c/index.html">C API</a>']
         (self.folder / target).parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +146,8 @@ class _Version:
 
 
 def _page(title: str, nav: str, body: str) -> str:
-    return PAGE.format(title=html.escape(title), nav=nav, body=body, style=HtmlFormatter().get_style_defs([".highlight", ".codehilite"]))
+    style = HtmlFormatter().get_style_defs([".highlight", ".codehilite"])
+    return PAGE.format(title=html.escape(title), nav=nav, body=body, style=style)
 
 
 def _write_list(out: Path) -> None:

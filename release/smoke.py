@@ -17,7 +17,7 @@ import flashu_ext as fx
 def main(version: str, weights: bool) -> None:
     """Fail where the package does not do what it promises."""
     home = Path(fx.__file__).resolve().parent
-    assert home.is_relative_to(sys.prefix), f"expected an installed package, got {home}"
+    assert home.is_relative_to(Path(sys.prefix).resolve()), f"expected an installed package, got {home}"
     assert fx.__version__ == version, f"expected {version}, got {fx.__version__}"
 
     torch.manual_seed(0)

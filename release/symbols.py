@@ -32,7 +32,9 @@ def needed(library: Path) -> list[str]:
 
 def search_paths(library: Path) -> list[str]:
     """Where it lets the loader look for them."""
-    return [path for line in re.findall(r"(?:RPATH|RUNPATH) +(\S+)", _objdump("-p", library)) for path in line.split(":")]
+    return [
+        path for line in re.findall(r"(?:RPATH|RUNPATH) +(\S+)", _objdump("-p", library)) for path in line.split(":")
+    ]
 
 
 def undefined(table: str, weak: bool = True) -> list[tuple[str, str, str]]:

@@ -2,7 +2,8 @@
 
     python -m release.wheel dist/*.whl
 
-Prints what is wrong and exits with 1. The metadata is judged by PyPA's own library; the platform tag was auditwheel's to judge too, when it was written.
+Prints what is wrong and exits with 1. The metadata is read by the library with which PyPI reads it. auditwheel has
+looked at the libraries before, when it gave the platform tag.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ WANTED = {
     ),
 }
 # Folders of the source and of builds, and what only builds write.
-UNWANTED = re.compile(r"(^|/)(tests?|python_tests|cpp_tests|build|csrc|\.\w[^/]*|__pycache__)/|\.(pyc|o|a|whl|orig|tmp)$")
+UNWANTED = re.compile(
+    r"(^|/)(tests?|python_tests|cpp_tests|build|csrc|\.\w[^/]*|__pycache__)/|\.(pyc|o|a|whl|orig|tmp)$"
+)
 # A folder of the machine that built it. What follows the first name tells them from text that begins with a slash.
 ABSOLUTE = re.compile(rb"/(?:root|home|tmp|work|build|github|opt/python)/[\w.+-]+[\w./+-]*")
 CUDA_CODE = b".nv_fatbin\0"
@@ -106,7 +109,11 @@ def contents(wheel: Wheel) -> Iterator[str]:
             yield f"contents: {name} is none of a package's files"
         if name.endswith(".so") or b"\0" not in data[:4096]:
             # Pages may show a path of an example.
-            if (found := ABSOLUTE.search(data)) and not name.startswith(wheel.info) and not name.endswith((".md", ".py")):
+            if (
+                (found := ABSOLUTE.search(data))
+                and not name.startswith(wheel.info)
+                and not name.endswith((".md", ".py"))
+            ):
                 yield f"contents: {name} has a path of the machine that built it: {found[0].decode()}"
     libraries = {name for name in wheel.files if re.search(r"\.so(\.\d+)*$", name)}
     known = set(LIBRARIES) if wheel.name == "flashu_ext" else set()

@@ -37,7 +37,8 @@ function(flashu_old_glibc target)
     set(exported "global: ${exported}; ")
   endif()
   file(CONFIGURE OUTPUT ${folder}/${target}.map CONTENT "{ ${exported}local: *; };\n")
-  target_link_options(${target} PRIVATE -static-libstdc++ -Wl,--version-script=${folder}/${target}.map)
+  # Without names and what nothing reaches, which is half of libstdc++: a wheel has a limit.
+  target_link_options(${target} PRIVATE -static-libstdc++ -Wl,--version-script=${folder}/${target}.map -Wl,--gc-sections,--strip-all)
   set_property(TARGET ${target} APPEND PROPERTY LINK_DEPENDS ${folder}/${target}.map)
   if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
     return() # the versions are those of x86_64; the checks say what is missing

@@ -158,7 +158,7 @@ def test_the_library_keeps_to_manylinux(folder: Path):
     """And exports nothing, so that neither the process's C++ runtime nor another kernel meets its symbols."""
     (library,) = {path.resolve() for path in folder.glob("build/*cpu*/*.so")}
     hub.check(library)
-    assert " g " not in symbols(library).replace("*UND*", "")
+    assert " g " not in hub.symbols.symbols(library).replace("*UND*", "")
 
 
 def test_beside_the_package(kernel: ModuleType):

@@ -43,24 +43,27 @@ def library(folder: Path, code: str, *flags: str) -> bytes:
     if compiler is None:
         pytest.skip("cc is not installed")
     (folder / "planted.c").write_text(code)
-    subprocess.run([compiler, "-shared", "-fPIC", folder / "planted.c", "-o", folder / "planted.so", *flags], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", folder / "planted.c", "-o", folder / "planted.so", *flags], check=True
+    )
     return (folder / "planted.so").read_bytes()
 
 
 OPS, KERNELS = wheel.LIBRARIES
+HOME = "-Wl,-rpath,$ORIGIN/lib"
 
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Files:
     folder = tmp_path_factory.mktemp("libraries")
-    ops = library(folder, "void planted(void) {}", "-Wl,-rpath,$ORIGIN/lib")
+    ops = library(folder, "void planted(void) {}", HOME)
     return {OPS: ops, KERNELS: library(folder, "void planted(void) {}") + wheel.CUDA_CODE}
 
 
 @pytest.fixture
 def files(libraries: Files) -> Files:
     """Of a wheel as it should be, with small files."""
-    small = {name: b"x" for name in wheel.WANTED["flashu_ext"]}
+    small = dict.fromkeys(wheel.WANTED["flashu_ext"], b"x")
     return small | libraries | {
         f"{INFO}/METADATA": METADATA,
         f"{INFO}/WHEEL": f"Wheel-Version: 1.0\nTag: {wheel.TAG}\n".encode(),
@@ -96,35 +99,58 @@ def test_the_libraries_of_this_build(files: Files, tmp_path: Path, built: Path):
 
 
 CALLS = "void {0}(void); void planted(void) {{ {0}(); }}"
-PLANTED: dict[str, tuple[Callable[[Files], object], str]] = {
-    "too large": (lambda f: f.update({"flashu_ext/x.bin": os.urandom(wheel.LARGEST)}), "size: expected at most 8,000,000 bytes, got .*flashu_ext/x.bin"),
-    "a file is missing": (lambda f: f.pop("flashu_ext/nano/data/model.safetensors"), r"contents: .*model.safetensors is missing"),
-    "tests": (lambda f: f.update({"flashu_ext/tests/test_x.py": b""}), "flashu_ext/tests/test_x.py is none of"),
-    "a build folder": (lambda f: f.update({"flashu_ext/build/x.txt": b""}), "flashu_ext/build/x.txt is none of"),
-    "bytecode": (lambda f: f.update({"flashu_ext/__pycache__/x.pyc": b""}), "x.pyc is none of"),
-    "another package": (lambda f: f.update({"python_tests/x.py": b""}), "expected files of flashu_ext only, got python_tests/x.py"),
-    "another library": (lambda f: f.update({"flashu_ext/libgomp.so.1": b""}), "no other library, got flashu_ext/libgomp.so.1"),
-    "a path in a text": (lambda f: f.update({"flashu_ext/lib/pkgconfig/flashu.pc": b"prefix=/root/wheel/x"}), "flashu.pc has a path of the machine.*: /root/wheel/x"),
-    "a path in a library": (lambda f: f.update({OPS: f[OPS] + b"/tmp/build/ffn.cpp"}), "libflashu_torch.so has a path.*: /tmp/build/ffn.cpp"),
-    "no licence": (lambda f: f.pop(f"{INFO}/licenses/LICENSE"), "licence: .*LICENSE is missing"),
-    "another tag": (lambda f: f.update({f"{INFO}/WHEEL": b"Tag: cp311-cp311-linux_x86_64\n"}), "WHEEL: expected the tag py3-none-manylinux_2_28_x86_64, got cp311"),
-    "no CUDA kernels": (lambda f: f.update({KERNELS: f[KERNELS].replace(wheel.CUDA_CODE, b"")}), "CUDA kernels: expected some in a wheel of version 0.1.0"),
-    "no valid metadata": (lambda f: f.update({f"{INFO}/METADATA": METADATA.replace(b">=3.11", b"> > 3")}), "metadata: .*3"),
-    "another licence": (lambda f: f.update({f"{INFO}/METADATA": METADATA.replace(b"Apache-2.0", b"MIT")}), "License-Expression: expected Apache-2.0, got MIT"),
-    "another Python": (lambda f: f.update({f"{INFO}/METADATA": METADATA.replace(b">=3.11", b">=3.12")}), "Requires-Python: expected >=3.11, got >=3.12"),
-    "links to files": (lambda f: f.update({f"{INFO}/METADATA": METADATA + b"[page](docs/limits.md)"}), "links to files"),
+Change = Callable[[Files], object]
+
+
+def put(name: str, data: bytes) -> Change:
+    return lambda files: files.update({name: data})
+
+
+def gone(name: str) -> Change:
+    return lambda files: files.pop(name)
+
+
+def in_metadata(old: bytes, new: bytes) -> Change:
+    return put(f"{INFO}/METADATA", METADATA.replace(old, new))
+
+
+PLANTED: dict[str, tuple[Change, str]] = {
+    "too large": (put("flashu_ext/x.bin", os.urandom(wheel.LARGEST)), r"size: expected at most 8,000,000 bytes, .*/x.bin"),
+    "a file is missing": (gone("flashu_ext/nano/data/model.safetensors"), r"contents: .*model.safetensors is missing"),
+    "tests": (put("flashu_ext/tests/test_x.py", b""), "flashu_ext/tests/test_x.py is none of"),
+    "a build folder": (put("flashu_ext/build/x.txt", b""), "flashu_ext/build/x.txt is none of"),
+    "bytecode": (put("flashu_ext/__pycache__/x.pyc", b""), "x.pyc is none of"),
+    "another package": (put("python_tests/x.py", b""), "files of flashu_ext only, got python_tests/x.py"),
+    "another library": (put("flashu_ext/libgomp.so.1", b""), "no other library, got flashu_ext/libgomp.so.1"),
+    "a path in a text": (put("flashu_ext/lib/pkgconfig/flashu.pc", b"prefix=/root/w"), "flashu.pc has a path .*: /root/w"),
+    "a path in a library": (
+        lambda files: files.update({OPS: files[OPS] + b"/tmp/b/ffn.cpp"}), "_torch.so has a path .*: /tmp/b/ffn.cpp",
+    ),
+    "no licence": (gone(f"{INFO}/licenses/LICENSE"), "licence: .*LICENSE is missing"),
+    "another tag": (put(f"{INFO}/WHEEL", b"Tag: cp311-cp311-linux_x86_64\n"), "WHEEL: .* py3-none-manylinux.*, got cp311"),
+    "no CUDA kernels": (
+        lambda files: files.update({KERNELS: files[KERNELS].replace(wheel.CUDA_CODE, b"")}), "CUDA kernels: expected some",
+    ),
+    "no valid metadata": (in_metadata(b">=3.11", b"> > 3"), "metadata: .*3"),
+    "another licence": (in_metadata(b"Apache-2.0", b"MIT"), "License-Expression: expected Apache-2.0, got MIT"),
+    "another Python": (in_metadata(b">=3.11", b">=3.12"), "Requires-Python: expected >=3.11, got >=3.12"),
+    "links to files": (in_metadata(b"# flashu_ext", b"[page](docs/limits.md)"), "links to files"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("plant, message", PLANTED.values(), ids=PLANTED)
-def test_a_planted_fault_is_named(files: Files, tmp_path: Path, plant: Callable[[Files], object], message: str):
+def test_a_planted_fault_is_named(files: Files, tmp_path: Path, plant: Change, message: str):
     plant(files)
     (problem,) = wheel.check(zipped(files, tmp_path))
     assert re.search(message, problem), problem
 
 
 ABI = {
-    "C++ of torch": (CALLS.format("_ZN3c105ErrorC1ENSt7__cxx1112basic_stringIcEE"), [], "stable ABI only, needs _ZN3c105Error"),
+    "C++ of torch": (
+        CALLS.format("_ZN3c105ErrorC1ENSt7__cxx1112basic_stringIcEE"),
+        [],
+        "stable ABI only, needs _ZN3c105Error",
+    ),
     "at::": (CALLS.format("_ZN2at6detail10empty_cpuEv"), [], "stable ABI only, needs _ZN2at6detail"),
     "Python": (CALLS.format("PyLong_FromLong"), [], "no symbol of CPython, needs PyLong_FromLong"),
     "a newer glibc": (
@@ -132,14 +158,22 @@ ABI = {
         [],
         r"at most GLIBC 2\.28.* needs GLIBC_2\.32 for __libc_single_threaded",
     ),
-    "another library": ("void planted(void) {}", ["-Wl,-rpath,$ORIGIN/lib", "-Wl,--no-as-needed", "-lgomp"], "only, needs libgomp.so.1"),
-    "a search path": ("void planted(void) {}", ["-Wl,-rpath,/usr/local/lib"], "to look for libraries in .*/usr/local/lib"),
+    "another library": (
+        "void planted(void) {}",
+        [HOME, "-Wl,--no-as-needed", "-lgomp"],
+        "only, needs libgomp.so.1",
+    ),
+    "a search path": (
+        "void planted(void) {}",
+        ["-Wl,-rpath,/usr/local/lib"],
+        "to look for libraries in .*/usr/local/lib",
+    ),
 }
 
 
 @pytest.mark.parametrize("code, flags, message", ABI.values(), ids=ABI)
 def test_a_library_that_needs_too_much(files: Files, tmp_path: Path, code: str, flags: list[str], message: str):
-    files[OPS] = library(tmp_path, code, *(flags or ["-Wl,-rpath,$ORIGIN/lib"]))
+    files[OPS] = library(tmp_path, code, *(flags or [HOME]))
     problems = list(wheel.abi(wheel.Wheel(zipped(files, tmp_path))))
     assert len(problems) == 1 and re.search(message, problems[0]) and problems[0].startswith(OPS), problems
 
@@ -171,7 +205,7 @@ def test_newer_symbols_are_named():
 
 
 def test_a_name_that_is_no_wheel(tmp_path: Path):
-    with pytest.raises(ValueError, match="expected NAME-VERSION-PYTHON-ABI-PLATFORM.whl"):
+    with pytest.raises(ValueError, match=r"expected NAME-VERSION-PYTHON-ABI-PLATFORM[.]whl"):
         wheel.check(zipped({}, tmp_path, "flashu_ext.whl"))
 
 
@@ -197,7 +231,7 @@ def tree(tmp_path: Path) -> Path:
     """A committed source folder of version 0.2.0."""
     root = tmp_path / "tree"
     texts = {
-        "docs/changelog.md": "# Changelog\n\n## [Unreleased]\n\n## [0.2.0] - 2026-01-02\n\n- New.\n\n## [0.1.0] - 2026-01-01\n\n- Old.\n",
+        "docs/changelog.md": "## [Unreleased]\n\n## [0.2.0] - 2026-01-02\n\n- New.\n\n## [0.1.0] - 2026-01-01\n\n- Old.\n",
         "flashu_ext/__init__.py": '__version__ = "0.2.0"\n',
         "nano_weights/pyproject.toml": '[project]\nversion = "0.2.0"\n',
         "csrc/include/flashu/flashu.h": "".join(f"#define FLASHU_VERSION_{n}\n" for n in ("MAJOR 0", "MINOR 2", "PATCH 0")),
@@ -235,13 +269,14 @@ def edited(name: str, old: str, new: str) -> Callable[[Path], None]:
     return edit
 
 
+LOG, WEIGHTS, HEADER = "docs/changelog.md", "nano_weights/pyproject.toml", "csrc/include/flashu/flashu.h"
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no section": (edited("docs/changelog.md", "## [0.2.0] - 2026-01-02\n", ""), r"a section '## \[0.2.0\] - YYYY-MM-DD'"),
-    "an empty section": (edited("docs/changelog.md", "- New.\n", ""), "a section .* got none"),
-    "a section without a date": (edited("docs/changelog.md", "[0.2.0] - 2026-01-02", "[0.2.0]"), "a section .* got none"),
-    "another version in C": (edited("csrc/include/flashu/flashu.h", "MINOR 2", "MINOR 1"), "expected version 0.2.0, got 0.1.0"),
-    "other weights": (edited("nano_weights/pyproject.toml", "0.2.0", "0.1.0"), "nano_weights.*expected version 0.2.0, got 0.1.0"),
-    "a changed file": (lambda root: (root / "docs/changelog.md").open("a").write("x"), r"1 changed or new files \(docs/changelog.md\)"),
+    "no section": (edited(LOG, "## [0.2.0] - 2026-01-02\n", ""), r"a section '## \[0.2.0\] - YYYY-MM-DD'"),
+    "an empty section": (edited(LOG, "- New.\n", ""), "a section .* got none"),
+    "a section without a date": (edited(LOG, "[0.2.0] - 2026-01-02", "[0.2.0]"), "a section .* got none"),
+    "another version in C": (edited(HEADER, "MINOR 2", "MINOR 1"), "expected version 0.2.0, got 0.1.0"),
+    "other weights": (edited(WEIGHTS, "0.2.0", "0.1.0"), "nano_weights.*expected version 0.2.0, got 0.1.0"),
+    "a changed file": (lambda root: (root / LOG).open("a").write("x"), r"1 changed or new files \(docs/changelog.md\)"),
     "a new file": (lambda root: (root / "new.txt").write_text("x"), r"\(new.txt\)"),
     "a tag": (lambda root: git(root, "tag", "v0.2.0"), "which is tagged v0.2.0"),
 }  # fmt: skip
