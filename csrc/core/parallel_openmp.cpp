@@ -1,5 +1,6 @@
-// The default thread backend: GNU OpenMP, or serial where there is none. It is opened when it is first needed: a library that
-// was linked with it would bring it into every process that loads the ops of torch, which has threads of its own.
+// The default thread backend: GNU OpenMP, or serial where there is none. It is opened when it is first
+// needed: a library that was linked with it would bring it into every process that loads the ops of torch,
+// which has threads of its own.
 #include <algorithm>
 #include <type_traits>
 
