@@ -131,9 +131,9 @@ info: build ## what this build and this machine support
 
 # Without RELEASE_ENVIRONMENTS='PYTHON=TORCH ...' the wheels are used under this Python with torch 2.13.0, and with 2.11.0 and the newest
 # torch under other Pythons where there are some.
-release: api ## source archive, wheels, their checks, pages: docs/releasing.md; TRIAL=1: also with changes or a tag
+release: api ## source archive, wheels, their checks, pages: docs/releasing.md; TRIAL=1: also with changes or a tag; QUICK=1: no CUDA
 	$(PIP) $(call requirements,build docs release)
-	PYTHONPATH=. $(BIN)/python -m release $(if $(TRIAL),--trial) $(RELEASE_ENVIRONMENTS:%=--environment %)
+	PYTHONPATH=. $(BIN)/python -m release $(if $(TRIAL),--trial) $(if $(QUICK),--quick) $(RELEASE_ENVIRONMENTS:%=--environment %)
 
 kernels-hub: build ## the ops as a Hugging Face kernel, within manylinux_2_28, into build/kernels-hub (docs/kernels-hub.md)
 	$(BIN)/python .ci/kernels-hub

@@ -174,6 +174,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--trial", action="store_true", help="do it all with changes, a tag or no section in the changelog"
     )
+    parser.add_argument("--quick", action="store_true", help="a trial without the wheel with CUDA kernels")
     parser.add_argument(
         "--environment",
         dest="environments",
@@ -191,7 +192,7 @@ def main() -> None:
     arguments = parsed()
     version = changelog.version()
     reasons = changelog.refusals()
-    if reasons and not arguments.trial:
+    if reasons and not (arguments.trial or arguments.quick):
         sys.exit("release: refused:\n" + "\n".join(f"  - {reason}" for reason in reasons))
     for name in ("dist", "cpu"):
         shutil.rmtree(OUT / name, ignore_errors=True)
@@ -199,19 +200,20 @@ def main() -> None:
     with stage(f"source archive of {version}"):
         source = unpacked(source_archive())
     with stage("wheel without CUDA kernels, from the archive"):
-        cpu = flashu_wheel(source, False, OUT / "cpu")
-    with stage("wheel with CUDA kernels, from the archive"):
-        cuda = flashu_wheel(source, True, OUT / "dist")
+        wheels = [flashu_wheel(source, False, OUT / "cpu")]
+    if not arguments.quick:
+        with stage("wheel with CUDA kernels, from the archive"):
+            wheels.insert(0, flashu_wheel(source, True, OUT / "dist"))
     with stage("wheel of weights, from the archive"):
         weights = weights_wheel(source)
     with stage("checks"):
-        if wheel.main([cuda, cpu, weights]):
+        if wheel.main([*wheels, weights]):
             sys.exit("release: a wheel is not as it should be")
     with stage("static library, from C"):
         static_library(source)
     for environment in arguments.environments or environments():
         with stage(f"{environment.python}, {environment.torch}"):
-            for line in run(environment, [cuda, cpu], weights, version, source, OUT / "environments", tests=True):
+            for line in run(environment, wheels, weights, version, source, OUT / "environments"):
                 print(f"   {line}", flush=True)
     with stage("pages"):
         site.build(OUT / "docs", version, arguments.api)
@@ -223,7 +225,9 @@ def main() -> None:
     (OUT / "SHA256SUMS").write_text("\n".join(sums) + "\n", encoding="utf-8")
     for file in files:
         print(f"{file.relative_to(ROOT)}: {file.stat().st_size:,} bytes")
-    if reasons:
+    if arguments.quick:
+        print("a quick trial: no wheel with CUDA kernels was made")
+    elif reasons:
         print("a trial; a release would be refused:\n" + "\n".join(f"  - {reason}" for reason in reasons))
     else:
         print(f"next: git tag v{version}; upload build/release/dist")

@@ -93,7 +93,7 @@ class Venv:
 
 
 def run(
-    environment: Environment, wheels: list[Path], weights: Path, version: str, source: Path, folder: Path, tests: bool
+    environment: Environment, wheels: list[Path], weights: Path, version: str, source: Path, folder: Path
 ) -> list[str]:
     """Use the wheels in an environment, one after the other, the first one with the tests of the operators too.
 
@@ -102,7 +102,6 @@ def run(
         weights: the wheel of flashu_ext_nano.
         source: the source archive, unpacked; its tests run on the installed package.
         folder: the folder of environments.
-        tests: whether to run the operators' tests, and those of programs in C and C++.
 
     Returns:
         What was done, line by line. Ends the program where something fails.
@@ -122,9 +121,9 @@ def run(
         said.append(f"{python}, {wheel.name}, {venv.call(SMOKE.name, version, 'none', cwd=work)}")
         venv.pip("install", "--no-deps", "--no-index", str(weights))
         venv.call(SMOKE.name, version, "weights", cwd=work)
-        if number == 0 and tests:
+        if number == 0:
             venv.call("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTED, cwd=work)
             said.append(f"{python}, {environment.torch}: the operators' tests, and programs in C and C++")
-        if number == 0 and environment.torch == NEWEST:
+        if number == 0 and environment.torch == NEWEST and "+cpu" not in wheel.name:
             said.append(venv.call("-m", "flashu_ext.bench.sass", "--quiet", cwd=work))
     return said
