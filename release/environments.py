@@ -75,6 +75,8 @@ class Venv:
             self._call([environment.python, "-m", "venv", str(self.home)])
             self.pip("install", environment.torch, *TESTS)
             made.touch()
+        elif environment.torch == NEWEST:
+            self.pip("install", "--upgrade", NEWEST)
 
     def pip(self, *arguments: str) -> None:
         """Run pip in it."""
