@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 import operator
 import sys
 import typing
@@ -54,6 +56,17 @@ def whole(value: Any) -> int | None:
 def is_real(value: object) -> bool:
     """Also of whole numbers that no float can hold, for which `math.isfinite` raises."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def real(value: Any) -> float | None:
+    """A finite number as Python's float, also NumPy's; None for a bool and for all that is no number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def expect(expected: str, holds: Callable[[Any], bool]) -> Check:
