@@ -288,7 +288,7 @@ def test_wrong_out_is_refused_by_a_compiled_call(case: OpCase):
     expected = case.function(**case.make(torch.float32))
     for out in (torch.zeros_like(expected, dtype=torch.float64), expected.new_zeros(2, *expected.shape)):
         torch.compiler.reset()
-        with pytest.raises((*REFUSED, torch._dynamo.exc.Unsupported, RuntimeError), match="out: expected|exception"):
+        with pytest.raises((*REFUSED, torch._dynamo.exc.Unsupported, RuntimeError), match=r"out: expected|exception"):
             torch.compile(case.function, fullgraph=True, backend="eager")(**case.make(torch.float32), out=out)
         assert not out.any()
 
