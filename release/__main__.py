@@ -56,13 +56,22 @@ def source_archive() -> Path:
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z"], check=True, capture_output=True, text=True
     ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():  # not one that was deleted, in a trial
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name)
+    names = [name for name in listed.split("\0") if (ROOT / name).is_file()]  # not one that was deleted, in a trial
+    for name in names:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name)
     command(sys.executable, "-m", "build", "--sdist", "--outdir", OUT / "dist", tree, log="sdist")
     (archive,) = (OUT / "dist").glob("*.tar.gz")
+    if missing := left_out(archive, names):
+        sys.exit(f"release: MANIFEST.in: the source archive has not {', '.join(missing[:5])}")
     return archive
+
+
+def left_out(archive: Path, names: list[str]) -> list[str]:
+    """Files of the source folder that the archive does not have."""
+    with tarfile.open(archive) as file:
+        inside = {member.name.partition("/")[2] for member in file if member.isfile()}
+    return sorted(set(names) - inside)
 
 
 def unpacked(archive: Path) -> Path:

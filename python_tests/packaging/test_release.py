@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "release").is_dir():
     pytest.skip("these tests need the source folder", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
+from release import __main__ as making  # noqa: E402
 from release import changelog, environments, site, symbols, wheel  # noqa: E402
 
 Files = dict[str, bytes]
@@ -300,6 +302,14 @@ def test_an_environment_names_a_python_and_a_torch(text: str):
         environments.Environment.parse(text)
     known = environments.Environment.parse("python3.12=torch==2.11.0")
     assert (known.python, known.torch, known.name) == ("python3.12", "torch==2.11.0", "python3.12-torch-2.11.0")
+
+
+def test_a_file_that_the_archive_has_not(tmp_path: Path):
+    (tmp_path / "a.py").write_text("")
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "a.py", "flashu_ext-0.1.0/folder/a.py")
+    assert making.left_out(tmp_path / "x.tar.gz", ["folder/a.py"]) == []
+    assert making.left_out(tmp_path / "x.tar.gz", ["folder/a.py", "folder/b.py"]) == ["folder/b.py"]
 
 
 # ---- pages
