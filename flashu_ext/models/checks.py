@@ -25,7 +25,6 @@ __all__ = [
     "check_tokens",
     "guidance_scale_of",
     "made_by",
-    "steps_of",
 ]
 
 
@@ -155,14 +154,6 @@ def check_count(name: str, value: Any) -> None:
     number = whole(value)
     if number is None or number < 0:
         raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
-
-
-def steps_of(name: str, value: Any, least: int, unit: str) -> int | None:
-    """A caller's number of steps, at least `least`; None where there is none."""
-    number = whole(value)
-    if value is not None and (number is None or number < least):
-        raise ValueError(f"{name}: expected an integer >= {least} ({unit}), got {shown(value)}")
-    return number
 
 
 def check_eos(value: Any) -> None:

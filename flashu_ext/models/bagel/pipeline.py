@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
-from ..checks import check_callback, steps_of
+from ...planning.groups import steps_of
+from ..checks import check_callback
 from ..codec import Codec, KlCodec
 from ..decoding import OnToken
 from ..pictures import Size, sides

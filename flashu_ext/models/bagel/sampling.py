@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig
-from ...planning.groups import real
-from ..checks import check_callback, check_own, check_tensor, steps_of
+from ...planning.groups import real, steps_of
+from ..checks import check_callback, check_own, check_tensor
 from ..sampling import Callback, DrawInputs, Formula, Segment, Stepper, TaylorSeer, integrate, stepper_of
 from .config import BagelConfig, config_of
 from .latents import grid_of

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...planning.groups import whole
-from ..checks import check_callback, check_own, check_tensor, check_tokens, guidance_scale_of, steps_of
+from ...planning.groups import steps_of, whole
+from ..checks import check_callback, check_own, check_tensor, check_tokens, guidance_scale_of
 from ..sampling import Callback, DrawInputs, integrate, stepper_of
 from ..velocity import guide
 from .config import PATCH, JanusFlowConfig, config_of

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_callback, steps_of
+from ...planning.groups import steps_of
+from ..checks import check_callback
 from ..masks import additive, omni_allowed
 from ..sampling import Callback, DrawInputs, integrate, stepper_of
 from ..velocity import guided
