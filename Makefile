@@ -25,7 +25,7 @@ CHECKOUT_janus := $(JANUS_UPSTREAM)
 CHECKOUT_bagel := $(BAGEL_UPSTREAM)
 PROGRAMS := $(foreach name,showo2 janus bagel,$(if $(CHECKOUT_$(name)),$(name)))
 
-.PHONY: help demo test python-test cpp-test ptx-test asan tsan mutants mutants-quick lint format build bench api info test-abi wheel-check kernels-hub sass gpu-wheels clean
+.PHONY: help demo test python-test cpp-test ptx-test asan tsan mutants mutants-quick lint format build bench api info release kernels-hub sass gpu-wheels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,7 +38,7 @@ test: ## Python tests, C++ tests, the CUDA kernels' PTX, lint; says how long eac
 	  $(MAKE) --no-print-directory $$target || exit 1; echo "make $$target: $$((SECONDS - began)) s"; done
 
 # Two processes of one thread are faster than one of two: most models in the tests are too small to be shared by threads.
-# `make test-abi` runs the operators' tests on all threads. torchao, which transformers and diffusers import where they find it,
+# `make release` runs the operators' tests on all threads. torchao, which transformers and diffusers import where they find it,
 # writes to stderr and slows them down, so only the tests that are about it see it.
 python-test: build $(if $(PROGRAMS),upstream-env) ## Python tests; SHOWO2_UPSTREAM=, JANUS_UPSTREAM=, BAGEL_UPSTREAM=DIR add those that run upstream's code
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest python_tests -n 2 --dist worksteal
@@ -129,19 +129,11 @@ api: build ## API reference from the docstrings and the C headers, into build/ap
 info: build ## what this build and this machine support
 	$(BIN)/flashu-ext info
 
-# torch's CUDA wheel contains cuobjdump (in triton), which sass needs.
-test-abi: build ## the same library in a CUDA build of the newest torch (downloads it into .venv-abi), and its SASS
-	test -x .venv-abi/bin/python || $(PYTHON) -m venv .venv-abi
-	.venv-abi/bin/python -m pip install --quiet --disable-pip-version-check torch $(call requirements,test)
-	PYTHONPATH=. .venv-abi/bin/python -m pytest -p no:cacheprovider python_tests/ops
-	PYTHONPATH=. .venv-abi/bin/python -m flashu_ext.bench.sass --quiet
-
-# One wheel for all of them. The second torch is tried under another Python where there is one.
-OTHER_PYTHON = $(shell for other in python3.13 python3.12 python3.11; do \
-  $$other -c 'import venv' 2> /dev/null && [ "$$($$other -V)" != "$$($(PYTHON) -V)" ] && echo $$other && break; done)
-WHEEL_ENVIRONMENTS ?= $(PYTHON)=torch==2.13.0 $(or $(OTHER_PYTHON),$(PYTHON))=torch==2.11.0
-wheel-check: ## source archive, wheel, and that wheel under several Pythons and torches (WHEEL_ENVIRONMENTS='PYTHON=TORCH ...')
-	.ci/wheel-check $(WHEEL_ENVIRONMENTS)
+# Without RELEASE_ENVIRONMENTS='PYTHON=TORCH ...' the wheels are used under this Python with torch 2.13.0, and with 2.11.0 and the newest
+# torch under other Pythons where there are some.
+release: api ## source archive, wheels, their checks, pages: docs/releasing.md; TRIAL=1: also with changes or a tag; QUICK=1: no CUDA
+	$(PIP) $(call requirements,build docs release)
+	PYTHONPATH=. $(BIN)/python -m release $(if $(TRIAL),--trial) $(if $(QUICK),--quick) $(RELEASE_ENVIRONMENTS:%=--environment %)
 
 kernels-hub: build ## the ops as a Hugging Face kernel, within manylinux_2_28, into build/kernels-hub (docs/kernels-hub.md)
 	$(BIN)/python .ci/kernels-hub
@@ -168,6 +160,8 @@ gpu-wheels: $(VENV)/.tools ## packages for an offline GPU machine, into build/wh
 	  --only-binary=:all: --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 $(call requirements,showo2 report test)
 	du -sh build/wheels
 
+# As a release is linked, where the compiler has a static C++ library.
+MANYLINUX = $(if $(wildcard $(shell c++ -print-file-name=libstdc++.a)),1,0)
 build: $(VENV)/.built ## .venv with the package built in place
 
 $(VENV)/.tools: pyproject.toml Makefile .ci/requirements
@@ -180,7 +174,7 @@ $(VENV)/.tools: pyproject.toml Makefile .ci/requirements
 	touch $@
 
 $(VENV)/.built: $(VENV)/.tools $(SOURCES)
-	FLASHU_WERROR=1 $(PIP) --no-build-isolation --no-deps -e .
+	FLASHU_WERROR=1 FLASHU_MANYLINUX=$(MANYLINUX) $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 clean: ## remove the builds, not .venv

@@ -1,8 +1,9 @@
 """Builds the native part of flashu_ext with CMake: the library of torch ops, and the C and C++ library with its headers.
 
 Environment: FLASHU_CUDA=0|1|auto, FLASHU_CUDA_ARCHS, FLASHU_BUILD_DIR (kept between builds), FLASHU_TESTS=1 (builds
-the C++ tests too), FLASHU_WERROR=1, MAX_JOBS, TORCH_DIR (directory of the torch package; its headers are used, and those of
-any torch from 2.11 on give the same library). torch is located, never imported, and nothing is downloaded.
+the C++ tests too), FLASHU_WERROR=1, FLASHU_MANYLINUX=1 (the libraries load on systems of manylinux_2_28; needs a static
+libstdc++), MAX_JOBS, TORCH_DIR (directory of the torch package; its headers are used, and those of any torch from 2.11 on
+give the same library). torch is located, never imported, and nothing is downloaded.
 """
 
 import importlib.util
@@ -80,7 +81,7 @@ class CMakeBuild(build_ext):
             *(cmake, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-S", str(ROOT), "-B", str(build)),
             *("-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_INSTALL_LIBDIR=lib", "-DBUILD_SHARED_LIBS=ON"),
             *("-DFLASHU_TORCH=ON", f"-DTORCH_DIR={torch}", f"-DFLASHU_CUDA={cuda_switch()}"),
-            *(f"-D{name}={on_off(name)}" for name in ("FLASHU_TESTS", "FLASHU_WERROR")),
+            *(f"-D{name}={on_off(name)}" for name in ("FLASHU_TESTS", "FLASHU_WERROR", "FLASHU_MANYLINUX")),
         ]
         if "FLASHU_CUDA_ARCHS" in os.environ:
             configure.append(f"-DFLASHU_CUDA_ARCHS={os.environ['FLASHU_CUDA_ARCHS']}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ("csrc/", "cpp_tests/", "CMakeLists.txt")  # sources of the C++ build
+LIBRARIES = ("libflashu_torch.so", "lib/libflashu.so")  # in the package
 LIMIT_S = 600  # longer runs count as hanging
 
 
@@ -92,12 +93,16 @@ class Copy:
         if self._native:
             torch = importlib.util.find_spec("torch")
             assert torch is not None and torch.submodule_search_locations is not None
-            options = ["-DFLASHU_CUDA=OFF", "-DFLASHU_TORCH=ON", f"-DTORCH_DIR={torch.submodule_search_locations[0]}"]
-            built = list(self._build("torch", options, ["flashu_torch"]).glob("*.so"))
+            options = ["-DFLASHU_CUDA=OFF", "-DFLASHU_TORCH=ON", "-DBUILD_SHARED_LIBS=ON"]
+            options.append(f"-DTORCH_DIR={torch.submodule_search_locations[0]}")
+            folder = self._build("torch", options, ["flashu_torch"])
+            built = {name: folder / Path(name).name for name in LIBRARIES}
         else:
-            built = list((self.root / "flashu_ext").glob("*.so"))
-        for library in built:
-            target = self.source / "flashu_ext" / library.name
+            all_of_them = {name: self.root / "flashu_ext" / name for name in LIBRARIES}
+            built = {name: library for name, library in all_of_them.items() if library.is_file()}
+        for name, library in built.items():
+            target = self.source / "flashu_ext" / name
+            target.parent.mkdir(exist_ok=True)
             target.unlink(missing_ok=True)  # a new file: a process may have the old one mapped
             shutil.copyfile(library, target)
 

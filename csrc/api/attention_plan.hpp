@@ -4,12 +4,13 @@
 #include <cstdint>
 
 #include "core/attention_problem.hpp"
+#include "core/for_ops.hpp"
 #include "cpu/attention.hpp"
 #include "flashu/attention.h"
 
 namespace flashu::api {
 
-class AttentionPlan {
+class FLASHU_FOR_OPS AttentionPlan {
  public:
   // The workspace of `args` is not looked at. Throws Failure. The tensors' memory is used until run()
   // returns.

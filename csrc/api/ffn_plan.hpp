@@ -5,12 +5,13 @@
 #include <variant>
 
 #include "core/ffn_problem.hpp"
+#include "core/for_ops.hpp"
 #include "cpu/ffn.hpp"
 #include "cuda/ffn.hpp"
 
 namespace flashu::api {
 
-class FfnPlan {
+class FLASHU_FOR_OPS FfnPlan {
  public:
   // Args: flashu_swiglu_args, flashu_down_args or flashu_ffn_args, whose workspace is not looked at. Throws
   // Failure. The tensors' memory is used until run() returns.

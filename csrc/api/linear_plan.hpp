@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <variant>
 
+#include "core/for_ops.hpp"
 #include "core/linear_problem.hpp"
 #include "cpu/linear.hpp"
 #include "cuda/linear.hpp"
@@ -11,7 +12,7 @@
 
 namespace flashu::api {
 
-class LinearPlan {
+class FLASHU_FOR_OPS LinearPlan {
  public:
   // The workspace of `args` is not looked at. Throws Failure. The tensors' memory is used until run()
   // returns.

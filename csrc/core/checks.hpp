@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "core/for_ops.hpp"
 #include "flashu/flashu.h"
 
 namespace flashu::core {
@@ -34,8 +35,8 @@ template <class... Parts>
       ::flashu::core::fail(status, __VA_ARGS__); \
   } while (false)
 
-void set_last_error(const char* op, const std::string& message) noexcept;
-void clear_last_error() noexcept;
+FLASHU_FOR_OPS void set_last_error(const char* op, const std::string& message) noexcept;
+FLASHU_FOR_OPS void clear_last_error() noexcept;
 
 // Runs the body of a C API function: every outcome becomes a status.
 template <class Body>

@@ -4,6 +4,8 @@
 
 #include <string>
 
+#include "core/for_ops.hpp"
+
 namespace flashu::core {
 
 struct CudaVersions {
@@ -12,7 +14,7 @@ struct CudaVersions {
 };
 
 // "12.8".
-std::string version_text(int version);
+FLASHU_FOR_OPS std::string version_text(int version);
 
 // Why nothing can run, or "". A runtime works with drivers of its major version and newer ones.
 std::string driver_problem(const CudaVersions& versions);

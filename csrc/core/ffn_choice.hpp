@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/ffn_tiles.hpp"
+#include "core/for_ops.hpp"
 
 namespace flashu::core {
 
@@ -56,6 +57,6 @@ std::vector<FfnCandidate> ffn_candidates(const FfnQuestion& question, bool up);
 bool ffn_decodes(const FfnQuestion& question);
 
 // A table for people.
-std::string explain_ffn(const FfnQuestion& question);
+FLASHU_FOR_OPS std::string explain_ffn(const FfnQuestion& question);
 
 }  // namespace flashu::core

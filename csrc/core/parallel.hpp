@@ -14,8 +14,7 @@ namespace flashu::core {
 
 const flashu_parallel_backend& parallel_backend();
 
-// The backend that is used until flashu_set_parallel_backend() names another. Defined once per final library:
-// parallel_openmp.cpp in libflashu, parallel_torch.cpp in the torch ops library.
+// The backend that is used until flashu_set_parallel_backend() names another, as the torch ops library does.
 const flashu_parallel_backend& default_parallel_backend();
 
 inline int32_t num_threads() { return parallel_backend().num_threads(); }

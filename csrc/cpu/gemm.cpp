@@ -1,4 +1,4 @@
-// Packing of the left operand over threads.
+// Packing of the left operand over threads, and what the choice of tiles is for people.
 #include "cpu/gemm.hpp"
 
 namespace flashu::cpu {
@@ -18,6 +18,13 @@ void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void*
       }
     }
   });
+}
+
+std::string explain_gemm(int64_t m, int64_t n, int64_t k, int32_t type, bool gathered, int64_t threads) {
+  const GemmKernels& kernels = FLASHU_PICK_ISA(gemm_kernels);
+  return core::explain_gemm_tiles({m, n, k, element_bytes(type), kernels.slot_values[type],
+                                   threads ? threads : core::num_threads(), kernels.tile_rows,
+                                   kernels.panel_columns, gathered});
 }
 
 }  // namespace flashu::cpu

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 #include "core/divide_up.hpp"
+#include "core/for_ops.hpp"
 #include "core/matrix.hpp"
 #include "core/parallel.hpp"
 #include "core/tiles.hpp"
@@ -48,6 +50,11 @@ inline core::GemmProblem gemm_problem(const GemmKernels& kernels, int32_t type, 
           kernels.panel_columns,
           false};
 }
+
+// A table of the choices of tiles for [m, k] x [k, n] of a storage type (flashu_dtype) on this CPU. threads:
+// 0 for those of the backend.
+FLASHU_FOR_OPS std::string explain_gemm(int64_t m, int64_t n, int64_t k, int32_t type, bool gathered,
+                                        int64_t threads);
 
 // Below this many multiplications another thread costs more than it brings (about 10 us of work).
 inline constexpr double kWorkPerSlot = 400e3;

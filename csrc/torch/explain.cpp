@@ -5,9 +5,7 @@
 #include "core/checks.hpp"
 #include "core/cuda_versions.hpp"
 #include "core/ffn_choice.hpp"
-#include "core/parallel.hpp"
-#include "core/tiles.hpp"
-#include "cpu/gemm_kernels.hpp"
+#include "cpu/gemm.hpp"
 #include "torch/common.hpp"
 
 namespace flashu::torch_ops {
@@ -44,11 +42,7 @@ std::string build_facts() {
 std::string explain_gemm(int64_t m, int64_t n, int64_t k, const std::string& dtype, bool gathered,
                          int64_t threads) {
   check_sizes("explain_gemm", {m, n, k, threads});
-  const int32_t type = type_of(dtype);
-  const cpu::GemmKernels& kernels = FLASHU_PICK_ISA(gemm_kernels);
-  return core::explain_gemm_tiles({m, n, k, core::dtype_size(type), kernels.slot_values[type],
-                                   threads ? threads : core::num_threads(), kernels.tile_rows,
-                                   kernels.panel_columns, gathered});
+  return cpu::explain_gemm(m, n, k, type_of(dtype), gathered, threads);
 }
 
 std::string explain_ffn(int64_t rows, int64_t hidden, int64_t neurons, const std::string& dtype, bool listed,

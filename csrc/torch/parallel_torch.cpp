@@ -1,12 +1,12 @@
-// The default thread backend of the torch ops library: torch's own pool, so that torch.set_num_threads counts
+// The threads of a process that loads the torch ops: torch's own pool, so that torch.set_num_threads counts
 // and nested use inside a parallel region of torch stays serial.
 #include <dlfcn.h>
 #include <pthread.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "core/parallel.hpp"
+#include "flashu/flashu.h"
 
-namespace flashu::core {
+namespace flashu::torch_ops {
 namespace {
 
 void run(int64_t begin, int64_t end, int64_t grain, flashu_parallel_body body, void* context) {
@@ -23,10 +23,11 @@ void end_threads() {
 }
 [[maybe_unused]] const int at_fork = pthread_atfork(end_threads, nullptr, nullptr);
 
-constexpr flashu_parallel_backend kBackend{run, threads};
+[[maybe_unused]] const bool at_load = [] {
+  const flashu_parallel_backend backend{run, threads};
+  flashu_set_parallel_backend(&backend);
+  return true;
+}();
 
 }  // namespace
-
-const flashu_parallel_backend& default_parallel_backend() { return kBackend; }
-
-}  // namespace flashu::core
+}  // namespace flashu::torch_ops

@@ -251,7 +251,7 @@ def main(library: Path | None, compilers: tuple[Path, ...], json_file: Path | No
                 found[build.name] = [entry for cubin in build.cubins for entry in inspect_cubin(cubin, tool)]
                 bad += [f"{build.name}: {line}" for line in (*build.advisories, *problems(found[build.name]))]
     else:
-        found["library"] = inspect(library or native.LIBRARY, tool)
+        found["library"] = inspect(library or native.PACKAGE / "lib" / "libflashu.so", tool)
         bad += problems(found["library"])
     for name, kernels in found.items():
         if not quiet:

@@ -21,7 +21,7 @@ from ..models.bagel.sampling import MARKERS, Guidance, sample
 from ..models.bagel.understanding import answer_tokens
 from ..planning.cost import Geometry
 from . import codec
-from .subject import ANSWER_TOKENS, DATA, Subject, packed, with_answers
+from .subject import ANSWER_TOKENS, Subject, folder_in_weights, packed, with_answers
 from .tokenizer import layout, vocabulary
 from .world import SIZE, Question
 
@@ -60,7 +60,7 @@ def _config() -> BagelConfig:
 
 class _Bagel(Subject):
     family = "bagel"
-    folder = DATA / "bagel"
+    folder = folder_in_weights("bagel")
     guidance = 2.5
 
     def build(self) -> Bagel:

@@ -20,7 +20,7 @@ from ..models.masks import additive, causal
 from ..models.prompts import check_prompts, check_question
 from ..planning.cost import Geometry
 from . import codec
-from .subject import ANSWER_TOKENS, DATA, Subject, packed, with_answers
+from .subject import ANSWER_TOKENS, Subject, folder_in_weights, packed, with_answers
 from .tokenizer import layout, vocabulary
 from .world import SIZE, Question
 
@@ -67,7 +67,7 @@ class _Layout(ChatLayout):
 
 class _Janus(Subject):
     family = "janusflow"
-    folder = DATA / "janusflow"
+    folder = folder_in_weights("janusflow")
     guidance = 2.5
 
     def build(self) -> JanusFlow:

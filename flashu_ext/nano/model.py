@@ -8,7 +8,7 @@ from typing import Any
 from ..planning.config import FlashUConfig
 from ..planning.plan import TaskPlan
 from ..planning.reading import read_json, refusal, shown
-from .subject import DATA, FAMILIES, subject
+from .subject import DATA, FAMILIES, WEIGHTS, subject
 
 __all__ = ["load_model", "load_plan"]
 
@@ -17,10 +17,14 @@ def load_model(directory: Path = DATA) -> Any:
     """The trained model of a folder, of any family, fp32, in eval mode.
 
     Raises:
-        FileNotFoundError: the package was installed without its data.
+        FileNotFoundError: the folder has no weights; those of some families are in a package of their own.
         ValueError: the folder's config.json is not of an embedded model.
     """
     if not (directory / "model.safetensors").is_file():
+        if directory in (subject(family).folder for family in FAMILIES) and directory != DATA:
+            raise FileNotFoundError(
+                f"the embedded {directory.name} is in the package {WEIGHTS}, which is not installed: pip install {WEIGHTS}"
+            )
         raise FileNotFoundError(
             f"{directory}: model.safetensors is missing; train it with python -m flashu_ext.nano.train"
         )

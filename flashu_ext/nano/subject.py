@@ -6,6 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,8 @@ __all__ = [
     "FAMILIES",
     "PRUNE_MULTIPLE",
     "Subject",
+    "WEIGHTS",
+    "folder_in_weights",
     "packed",
     "subject",
     "subject_of",
@@ -32,6 +35,8 @@ __all__ = [
 ]
 
 DATA = Path(__file__).parent / "data"
+WEIGHTS = "flashu_ext_nano"
+"""The package with the weights that are not in this one: its wheel would be too large."""
 PRUNE_MULTIPLE = 16
 """The FFNs are small, so kept neurons are counted in 16s here."""
 ANSWER_TOKENS = 4
@@ -117,6 +122,13 @@ class Subject(ABC):
 
 
 FAMILIES = ("showo2", "janusflow", "bagel")
+
+
+def folder_in_weights(family: str) -> Path:
+    """The family's folder in a source folder's weights, else in those installed; it need not exist."""
+    source = DATA.parents[2] / "nano_weights" / WEIGHTS
+    found = None if source.is_dir() else find_spec(WEIGHTS)
+    return Path(found.submodule_search_locations[0] if found and found.submodule_search_locations else source) / family
 
 
 def subject(family: str) -> Subject:

@@ -16,6 +16,7 @@ def within(file: str) -> Callable[[str], Pytest]:
     return lambda which: Pytest(f"python_tests/{file}", "-k", which)
 
 
+RELEASE = within("packaging/test_release.py")
 SMALL = within("runtime/test_small_models.py")
 CALLERS = within("runtime/test_callers_tensors.py")
 IMAGES = within("runtime/test_image_company.py")
@@ -424,4 +425,14 @@ MUTANTS = [
     Mutant("evaluation: the functions of a task are not part of it", "flashu_ext/evaluation/understanding.py", "for file in (task, *sorted(task.resolve().parent.glob(\"*.py\"))):", "for file in (task,):", SCORES("another_text")),
     Mutant("intervals: equal values have an interval", "flashu_ext/planning/intervals.py", "    if all(len({total / count", "    if not strata and all(len({total / count", SCORES("test_intervals")),
     Mutant("likelihoods: of the token before", "flashu_ext/evaluation/likelihood.py", "token = self.tokens[len(self.logprobs)]", "token = self.tokens[max(0, len(self.logprobs) - 1)]", LMMS("likelihoods")),
+    # ---- releases
+    Mutant("release: weak symbols of a newer glibc are fine", "release/symbols.py", "for kind, number, name in undefined(table):\n", "for kind, number, name in undefined(table, weak=False):\n", RELEASE("newer_symbols")),
+    Mutant("release: versions are compared as text", "release/symbols.py", 'tuple(map(int, number.split("."))) >', '(number,) and number >= "2.3" and (9,) >', RELEASE("newer_symbols")),
+    Mutant("release: any symbol of torch is stable", "release/symbols.py", r'OF_TORCH = re.compile(r"(aoti_torch|torch)_\w+")', r'OF_TORCH = re.compile(r"(aoti_torch|torch|_Z)\w+")', RELEASE("needs_too_much"), quick=True),
+    Mutant("release: a wheel may be twice as large", "release/wheel.py", "if (size := wheel.path.stat().st_size) > LARGEST:", "if (size := wheel.path.stat().st_size) > 2 * LARGEST:", RELEASE("planted_fault")),
+    Mutant("release: paths in libraries are not looked for", "release/wheel.py", 'if name.endswith(".so") or b"\\0" not in data[:4096]:', 'if b"\\0" not in data[:4096]:', RELEASE("planted_fault")),
+    Mutant("release: a section may be empty", "release/changelog.py", 'return found[1].strip() if found else ""', 'return found[0].strip() if found else ""', RELEASE("refused")),
+    Mutant("release: a tagged version is made again", "release/changelog.py", 'if _git(root, "tag", "--list", f"v{own}"):', 'if _git(root, "tag", "--list", own):', RELEASE("refused")),
+    Mutant("release: new files may lie around", "release/changelog.py", '"status", "--porcelain"', '"status", "--porcelain", "-uno"', RELEASE("refused")),
+    Mutant("pages: versions are sorted as text", "release/site.py", "found.append((Version(folder.name), folder.name))", "found.append((Version('0'), folder.name))", RELEASE("pages_of_this_version")),
 ]  # fmt: skip

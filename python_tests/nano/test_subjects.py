@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import flashu_ext as fx
+from flashu_ext.cli.main import cli
 from flashu_ext.models.adapter import adapter_of
 from flashu_ext.nano import codec
+from flashu_ext.nano import subject as subjects
 from flashu_ext.nano.evaluate import make_noise
+from flashu_ext.nano.model import load_model
 from flashu_ext.nano.subject import FAMILIES, subject
 from flashu_ext.nano.world import questions, render, scenes
 
@@ -109,3 +115,24 @@ def test_kernels_and_costs_are_known_before_anything_runs(family: str) -> None:
     for layer in shape.layers:
         assert layer.key_value == 2 * 2 * hidden * key_value and layer.attention == 2 * 2 * hidden * hidden
         assert layer.ffn == 3 * 2 * hidden * neurons and layer.neurons == neurons
+
+
+def test_weights_in_a_package_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A source folder has them; an installed package finds the other one, or names it."""
+    assert subjects.subject("bagel").folder.parent.parent.name == "nano_weights"
+    monkeypatch.setattr(subjects, "DATA", tmp_path / "site/flashu_ext/nano/data")
+    spec = ModuleSpec(subjects.WEIGHTS, None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path / "installed")]
+    monkeypatch.setattr(subjects, "find_spec", lambda name: spec if name == subjects.WEIGHTS else None)
+    assert subjects.folder_in_weights("bagel") == tmp_path / "installed/bagel"
+    monkeypatch.setattr(subjects, "find_spec", lambda name: None)
+    missing = subjects.folder_in_weights("bagel")
+    monkeypatch.setattr(type(subjects.subject("bagel")), "folder", missing)
+    with pytest.raises(
+        FileNotFoundError, match=r"the embedded bagel is in the package .*: pip install flashu_ext_nano"
+    ):
+        load_model(missing)
+    with pytest.raises(FileNotFoundError, match=r"flashu_ext[.]nano[.]train"):
+        load_model(tmp_path)
+    result = CliRunner().invoke(cli, ["demo", "--family", "bagel", "--out", str(tmp_path / "demo")])
+    assert result.exit_code != 0 and "pip install flashu_ext_nano" in result.output

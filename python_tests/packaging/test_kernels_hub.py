@@ -154,27 +154,11 @@ def known(module: str) -> bool:
     return first == "torch" or first in sys.stdlib_module_names
 
 
-def test_newer_symbols_are_named():
-    symbols = """
-0000000000000000      DF *UND*  0000000000000000 (GLIBC_2.34) dlopen
-0000000000000000      DF *UND*  0000000000000000 (GLIBC_2.28) fcntl64
-0000000000000000  w   DO *UND*  0000000000000000  GLIBC_2.32  __libc_single_threaded
-0000000000000000      DF *UND*  0000000000000000 (GLIBCXX_3.4.26) _ZNSt1
-0000000000000000      DF *UND*  0000000000000000 (CXXABI_1.3.11) _ZNSt2
-0000000000000000      DF *UND*  0000000000000000 (GCC_7.0.0) __x
-0000000000000000  w   D  *UND*  0000000000000000  Base        __gmon_start__
-0000000000001000 g    DF .text  0000000000000010 (GLIBC_2.40) defined_here
-"""
-    assert hub.too_new(symbols) == [
-        "GLIBCXX_3.4.26 for _ZNSt1", "GLIBC_2.32 for __libc_single_threaded", "GLIBC_2.34 for dlopen",
-    ]  # fmt: skip
-
-
 def test_the_library_keeps_to_manylinux(folder: Path):
     """And exports nothing, so that neither the process's C++ runtime nor another kernel meets its symbols."""
     (library,) = {path.resolve() for path in folder.glob("build/*cpu*/*.so")}
     hub.check(library)
-    assert " g " not in hub.objdump("-T", library).replace("*UND*", "")
+    assert " g " not in hub.symbols.symbols(library).replace("*UND*", "")
 
 
 def test_beside_the_package(kernel: ModuleType):

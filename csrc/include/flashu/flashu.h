@@ -126,8 +126,9 @@ typedef struct flashu_parallel_backend {
 } flashu_parallel_backend;
 
 /** Replaces the backend, with the host's own thread pool for example (examples/cpp/engine.cpp does). Default:
- * OpenMP; serial in a library built with FLASHU_OPENMP=OFF; torch's threads in the library of torch ops. NULL
- * restores the default. The struct is copied. Call it while no op is running. */
+ * GNU OpenMP where its libgomp.so.1 is found; serial in a library built with FLASHU_OPENMP=OFF. The library
+ * of torch ops sets torch's threads when it is loaded. NULL restores the default. The struct is copied. Call
+ * it while no op is running. */
 FLASHU_API void flashu_set_parallel_backend(const flashu_parallel_backend* backend);
 
 #ifdef __cplusplus
