@@ -114,15 +114,42 @@ void pack_panel(float* out, const void* const* source, const void* const* ahead,
   }
 }
 
-void pack_columns(float* out, const void* const* source, const int32_t* columns, int64_t count) {
-  uint8_t* const bytes = reinterpret_cast<uint8_t*>(out);
-  for (int64_t k = 0; k < count; k += kDigitValues) {
-    uint8_t* const slot = bytes + k * kColumns;
-    for (int i = 0; i < kDigitValues; ++i) {
-      const int64_t column = columns[std::min(k + i, count - 1)];  // what is missing meets digits of zero
-      for (int c = 0; c < kColumns; ++c)
-        slot[c * kDigitValues + i] = static_cast<const uint8_t*>(source[c])[column] ^ 0x80;
+// Some bytes that follow one another in a list and lie within 16 of a row.
+struct Pick {
+  int32_t base, to;    // where they lie from in the row, and go to
+  __mmask16 some;      // of the 16 bytes, those that the row has
+  uint8_t places[16];  // of the picked ones, from `base` on
+};
+
+// Bytes of every row are brought side by side, 16 of them at a time, and packed as rows then.
+void pack_columns(float* out, const void* const* source, const int32_t* columns, int64_t count,
+                  int64_t width) {
+  constexpr int64_t kStrip = 256;
+  Pick picks[kStrip];
+  int8_t strip[kColumns][kStrip + 16];
+  const void* rows[kColumns];
+  for (int c = 0; c < kColumns; ++c) rows[c] = strip[c];
+  for (int64_t begin = 0; begin < count; begin += kStrip) {
+    const int64_t end = std::min(begin + kStrip, count);
+    int64_t number = 0;
+    for (int64_t k = begin; k < end; ++number) {
+      Pick& pick = picks[number];
+      pick = {
+          columns[k], static_cast<int32_t>(k - begin), static_cast<__mmask16>(there(width - columns[k])), {}};
+      for (int taken = 0; taken < 16 && k < end; ++taken, ++k) {
+        const auto place = static_cast<uint32_t>(columns[k] - pick.base);
+        if (place >= 16) break;
+        pick.places[taken] = static_cast<uint8_t>(place);
+      }
     }
+    for (int c = 0; c < kColumns; ++c) {
+      for (int64_t i = 0; i < number; ++i) {
+        const __m128i bytes =
+            _mm_maskz_loadu_epi8(picks[i].some, static_cast<const int8_t*>(source[c]) + picks[i].base);
+        store_as(strip[c] + picks[i].to, _mm_shuffle_epi8(bytes, load_as<__m128i>(picks[i].places)));
+      }
+    }
+    pack_panel(out + begin / kDigitValues * kColumns, rows, nullptr, end - begin);
   }
 }
 
@@ -206,8 +233,8 @@ FLASHU_INLINE __m512i sum_lanes(const __m512i* vectors) {
                           _mm512_shuffle_i32x4(pairs[0], pairs[1], 0xdd));
 }
 
-// kCount columns: sums[(digit * kRows + r) * kWidth + column], a vector each. `next` are the rows of weights
-// that follow, or null.
+// kCount columns: sums[(digit * kRows + r) * kWidth + column], a vector each. `next`: rows of weights to
+// fetch, or null.
 template <int kRows, int kCount>
 FLASHU_INLINE void dot_columns(__m512i* sums, const DigitPlanes& planes, const void* const* source,
                                const void* const* next, const Windows& windows) {
@@ -242,13 +269,18 @@ FLASHU_INLINE void dot_columns(__m512i* sums, const DigitPlanes& planes, const v
 }
 
 template <int kRows, int kCount>
-void dot_rows(float* c, const DigitPlanes& planes, const void* const* source, const void* const* ahead,
+void dot_rows(float* c, const DigitPlanes& planes, const void* const* source, const Ahead& ahead,
               const Windows& windows) {
   for (int side = 0; side < 2; ++side) {
     __m512i sums[kDigits * kRows * kWidth];
     for (int column = 0; column < kWidth; column += kCount) {
       const int at = side * kWidth + column;
-      const void* const* const next = at + kCount < kColumns ? source + at + kCount : ahead;
+      const void* const* next = ahead.rows == nullptr ? nullptr : ahead.rows + at;
+      if (ahead.passes == 1) {
+        next = at + kCount < kColumns ? source + at + kCount : ahead.rows;
+      } else if (at / kCount % ahead.passes != ahead.pass) {
+        next = nullptr;
+      }
       dot_columns<kRows, kCount>(sums + column, planes, source + at, next, windows);
     }
     for (int r = 0; r < kDigits * kRows; ++r)
@@ -256,9 +288,9 @@ void dot_rows(float* c, const DigitPlanes& planes, const void* const* source, co
   }
 }
 
-void dot(float* c, const DigitPlanes& planes, const void* const* source, const void* const* ahead,
+void dot(float* c, const DigitPlanes& planes, const void* const* source, const Ahead& ahead,
          const Windows& windows, int32_t rows) {
-  switch (rows) {
+  switch (rows / kDigits) {
     case 1:
       return dot_rows<1, 8>(c, planes, source, ahead, windows);
     case 2:

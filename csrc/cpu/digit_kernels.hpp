@@ -31,6 +31,13 @@ struct Windows {
   int64_t width;
 };
 
+// What a pass over a panel of weights fetches: its share of the next panel's rows (null where there is none).
+// A single pass fetches its own next rows too.
+struct Ahead {
+  const void* const* rows;
+  int64_t pass, passes;
+};
+
 struct DigitKernels {
   bool present;  // the CPU has the instructions
 
@@ -48,14 +55,15 @@ struct DigitKernels {
 
   // As GemmKernels has them, of weights + 128.
   void (*pack_panel)(float* out, const void* const* source, const void* const* ahead, int64_t count);
-  void (*pack_columns)(float* out, const void* const* source, const int32_t* columns, int64_t count);
+  void (*pack_columns)(float* out, const void* const* source, const int32_t* columns, int64_t count,
+                       int64_t width);
 
   // c[(digit * n + r) * panel_columns + j] (+)= sum over slots of a and (weights + 128), in int32 modulo
   // 2^32, for n = rows / kDigits. Digits that are zero for a while cost nothing if they are the highest.
   void (*multiply)(float* c, const float* a, const float* b, int64_t slots, int32_t rows, bool first);
 
-  // The same straight from the weights, whole rows, nothing packed. `ahead`: rows of the next call or null.
-  void (*dot)(float* c, const DigitPlanes& planes, const void* const* source, const void* const* ahead,
+  // The same for rows / kDigits rows of x straight from the weights, nothing packed.
+  void (*dot)(float* c, const DigitPlanes& planes, const void* const* source, const Ahead& ahead,
               const Windows& windows, int32_t rows);
 
   // Sums of digits as multiply leaves them -> out[r * panel_columns + j], the products in float. out may be

@@ -94,15 +94,14 @@ void Digits::pack() const {
 }
 
 void Digits::dot(float* c, const void* const* rows, const void* const* ahead) const {
-  const int64_t tile_floats = kDigits * kDigitRows * FLASHU_PICK_ISA(gemm_kernels).panel_columns;
+  const PackedRows tiles = operand();
+  const int64_t tile_floats = tiles.tile_rows * FLASHU_PICK_ISA(gemm_kernels).panel_columns;
   const SelectedWindows* const given = problem_.windows;
   const Windows windows{given == nullptr ? nullptr : given->offsets.data(),
                         divide_up(values_of(problem_.k, given), kWindow), problem_.width};
-  for (int64_t row = 0; row < problem_.rows; row += kDigitRows) {
-    const auto count = static_cast<int32_t>(std::min<int64_t>(kDigitRows, problem_.rows - row));
-    kernels_.dot(c + row / kDigitRows * tile_floats, planes(row), rows, row == 0 ? ahead : nullptr, windows,
-                 count);
-  }
+  for (int64_t tile = 0; tile < tiles.tiles(); ++tile)
+    kernels_.dot(c + tile * tile_floats, planes(tile * kDigitRows), rows, {ahead, tile, tiles.tiles()},
+                 windows, static_cast<int32_t>(tiles.rows_in(tile)));
 }
 
 void Digits::combine(float* c, const void* const* rows, const int32_t* columns) const {

@@ -140,28 +140,33 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
     if (digits != nullptr) return digits->dot(product, rows.row, ahead);
     kernels.multiply_row[weights.kind()](product, a.data, rows.row, ahead, weights.k);
   };
-  // Packs `count` k from `begin` on, while the following ones of the same rows are fetched.
-  const auto pack = [&](int64_t panel, int64_t begin, int64_t count, float* out) {
+  // Packs `count` k from `begin` on, while the following ones of the same rows are fetched, or the first ones
+  // of the next panel.
+  const auto pack = [&](int64_t panel, int64_t begin, int64_t count, int64_t end, float* out) {
     const PanelRows rows = panel_rows(panel);
     if (weights.columns != nullptr) {
       const int32_t* const columns = weights.columns + begin;
-      if (digits != nullptr) return digits->kernels().pack_columns(out, rows.row, columns, count);
+      if (digits != nullptr)
+        return digits->kernels().pack_columns(out, rows.row, columns, count, weights.width);
       return kernels.pack_columns[weights.kind()](out, rows.row, columns, count, weights.width);
     }
     const PanelRows here = rows.from(kernels, begin * weights.bytes());
-    const PanelRows ahead = here.from(kernels, count * weights.bytes());
+    const bool last = begin + count == weights.k;
+    const bool any = !last || panel + tiles.panels < end;
+    const PanelRows ahead =
+        last && any ? panel_rows(panel + tiles.panels) : here.from(kernels, count * weights.bytes());
     const auto pack_panel =
         digits != nullptr ? digits->kernels().pack_panel : kernels.pack_panel[weights.kind()];
-    pack_panel(out, here.row, begin + count < weights.k ? ahead.row : nullptr, count);
+    pack_panel(out, here.row, any ? ahead.row : nullptr, count);
   };
   const auto multiply = digits != nullptr ? digits->kernels().multiply : kernels.multiply[weights.type];
-  const auto multiply_block = [&](int64_t panel, int64_t block, float* panels, float* products) {
+  const auto multiply_block = [&](int64_t panel, int64_t block, int64_t end, float* panels, float* products) {
     if (a.slots == 0) std::fill_n(products, block * product_floats, 0.0f);
     for (int64_t s = 0; s < a.slots; s += tiles.block_k) {
       const int64_t count = std::min(tiles.block_k, a.slots - s);
       const int64_t begin = s * values;
       for (int64_t p = 0; p < block; ++p)
-        pack(panel + p, begin, std::min(count * values, weights.k - begin), panels + p * panel_floats);
+        pack(panel + p, begin, std::min(count * values, weights.k - begin), end, panels + p * panel_floats);
       for (int64_t t = 0; t < a.tiles(); t += block_tiles) {
         const int64_t last_tile = std::min(a.tiles(), t + block_tiles);
         for (int64_t p = 0; p < block; ++p) {
@@ -183,7 +188,7 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
         if (direct) {
           for (int64_t p = 0; p < block; ++p) multiply_direct(panel + p, end, products + p * product_floats);
         } else {
-          multiply_block(panel, block, panels, products);
+          multiply_block(panel, block, end, panels, products);
         }
         for (int64_t p = 0; p < block; ++p) {
           float* const c = products + p * product_floats;
