@@ -51,7 +51,7 @@ float unit(const void* x, int64_t count, int32_t bits) {
 }
 
 template <class T>
-void split(int8_t* planes, int64_t pitch, int32_t* offsets, const void* x, int64_t count, float unit) {
+void split(int8_t* planes, int64_t pitch, int32_t* corrections, const void* x, int64_t count, float unit) {
   const T* const from = static_cast<const T*>(x);
   const __m512 scale = _mm512_set1_ps(-unit);
   const __m512i half = _mm512_set1_epi32(128);
@@ -66,7 +66,8 @@ void split(int8_t* planes, int64_t pitch, int32_t* offsets, const void* x, int64
       rest = _mm512_srai_epi32(_mm512_add_epi32(rest, half), 8);
     }
   }
-  for (int digit = 0; digit < kDigits; ++digit) offsets[digit] = 128 * _mm512_reduce_add_epi32(sums[digit]);
+  for (int digit = 0; digit < kDigits; ++digit)
+    corrections[digit] = 128 * _mm512_reduce_add_epi32(sums[digit]);
 }
 
 void pack_rows(float* out, const DigitPlanes& planes, int64_t first_slot, int64_t slots, int64_t rows) {
@@ -91,25 +92,22 @@ FLASHU_INLINE __m512i load_weights(const void* row, int64_t at, __mmask64 some) 
   return _mm512_xor_si512(weights, _mm512_set1_epi8(-128));
 }
 
-void pack_panel(float* out, const void* const* source, const void* const* ahead, int64_t count) {
-  for (int64_t k = 0; k < count; k += kWindow) {
-    if (ahead != nullptr) {
-      for (int c = 0; c < kColumns; ++c) __builtin_prefetch(static_cast<const char*>(ahead[c]) + k, 0, 2);
+void pack_panel(float* out, const void* const* source, const Windows& windows, const Ahead& ahead) {
+  for (int64_t i = 0; i < windows.count; ++i) {
+    if (ahead.rows != nullptr && i < ahead.windows.count) {
+      for (int c = 0; c < kColumns; ++c)
+        __builtin_prefetch(static_cast<const char*>(ahead.rows[c]) + ahead.windows.offsets[i], 0, 2);
     }
-    const __mmask64 some = there(count - k);
-    const int64_t slots = std::min<int64_t>(kWidth, (count - k + kDigitValues - 1) / kDigitValues);
+    const int64_t at = windows.offsets[i];
+    const __mmask64 some = there(windows.width - at);
     for (int side = 0; side < 2; ++side) {
       Floats words[kWidth];
 #pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) words[i] = (Floats)load_weights(source[side * kWidth + i], k, some);
+      for (int c = 0; c < kWidth; ++c) words[c] = (Floats)load_weights(source[side * kWidth + c], at, some);
       transpose(words);
-      float* const to = out + k / kDigitValues * kColumns + side * kWidth;
-      if (slots == kWidth) {
+      float* const to = out + i * kWidth * kColumns + side * kWidth;
 #pragma GCC unroll 16
-        for (int s = 0; s < kWidth; ++s) store(to + s * kColumns, words[s]);
-      } else {
-        for (int64_t s = 0; s < slots; ++s) store(to + s * kColumns, words[s]);
-      }
+      for (int s = 0; s < kWidth; ++s) store(to + s * kColumns, words[s]);
     }
   }
 }
@@ -121,10 +119,11 @@ struct Pick {
   uint8_t places[16];  // of the picked ones, from `base` on
 };
 
-// Bytes of every row are brought side by side, 16 of them at a time, and packed as rows then.
+// Bytes of every row are brought side by side, up to 16 of them at a time, and packed as rows then.
 void pack_columns(float* out, const void* const* source, const int32_t* columns, int64_t count,
                   int64_t width) {
   constexpr int64_t kStrip = 256;
+  constexpr int32_t kOffsets[kStrip / kWindow] = {0, kWindow, 2 * kWindow, 3 * kWindow};
   Pick picks[kStrip];
   int8_t strip[kColumns][kStrip + 16];
   const void* rows[kColumns];
@@ -149,7 +148,9 @@ void pack_columns(float* out, const void* const* source, const int32_t* columns,
         store_as(strip[c] + picks[i].to, _mm_shuffle_epi8(bytes, load_as<__m128i>(picks[i].places)));
       }
     }
-    pack_panel(out + begin / kDigitValues * kColumns, rows, nullptr, end - begin);
+    const int64_t length = end - begin;
+    pack_panel(out + begin / kDigitValues * kColumns, rows,
+               {kOffsets, (length + kWindow - 1) / kWindow, length}, {nullptr, {}});
   }
 }
 
@@ -240,7 +241,7 @@ FLASHU_INLINE void dot_columns(__m512i* sums, const DigitPlanes& planes, const v
                                const void* const* next, const Windows& windows) {
   __m512i total[kCount][kDigits * kRows] = {};
   for (int64_t i = 0; i < windows.count; ++i) {
-    const int64_t at = windows.offsets == nullptr ? i * kWindow : windows.offsets[i];
+    const int64_t at = windows.offsets[i];
     if (next != nullptr) {
 #pragma GCC unroll 8
       for (int c = 0; c < kCount; ++c) __builtin_prefetch(static_cast<const char*>(next[c]) + at, 0, 2);
@@ -269,18 +270,13 @@ FLASHU_INLINE void dot_columns(__m512i* sums, const DigitPlanes& planes, const v
 }
 
 template <int kRows, int kCount>
-void dot_rows(float* c, const DigitPlanes& planes, const void* const* source, const Ahead& ahead,
+void dot_rows(float* c, const DigitPlanes& planes, const void* const* source, const void* const* ahead,
               const Windows& windows) {
   for (int side = 0; side < 2; ++side) {
     __m512i sums[kDigits * kRows * kWidth];
     for (int column = 0; column < kWidth; column += kCount) {
       const int at = side * kWidth + column;
-      const void* const* next = ahead.rows == nullptr ? nullptr : ahead.rows + at;
-      if (ahead.passes == 1) {
-        next = at + kCount < kColumns ? source + at + kCount : ahead.rows;
-      } else if (at / kCount % ahead.passes != ahead.pass) {
-        next = nullptr;
-      }
+      const void* const* const next = at + kCount < kColumns ? source + at + kCount : ahead;
       dot_columns<kRows, kCount>(sums + column, planes, source + at, next, windows);
     }
     for (int r = 0; r < kDigits * kRows; ++r)
@@ -288,30 +284,30 @@ void dot_rows(float* c, const DigitPlanes& planes, const void* const* source, co
   }
 }
 
-void dot(float* c, const DigitPlanes& planes, const void* const* source, const Ahead& ahead,
+void dot(float* c, const DigitPlanes& planes, const void* const* source, const void* const* next,
          const Windows& windows, int32_t rows) {
-  switch (rows / kDigits) {
+  switch (rows) {
     case 1:
-      return dot_rows<1, 8>(c, planes, source, ahead, windows);
+      return dot_rows<1, 8>(c, planes, source, next, windows);
     case 2:
-      return dot_rows<2, 4>(c, planes, source, ahead, windows);
+      return dot_rows<2, 4>(c, planes, source, next, windows);
     case 3:
-      return dot_rows<3, 2>(c, planes, source, ahead, windows);
+      return dot_rows<3, 2>(c, planes, source, next, windows);
     default:
-      return dot_rows<4, 2>(c, planes, source, ahead, windows);
+      return dot_rows<4, 2>(c, planes, source, next, windows);
   }
 }
 
 // A sum of a higher digit is exact in float where that of a lower one can outweigh it, so three roundings are
 // all there is.
-void combine(float* out, const float* c, const int32_t* offsets, const float* units, int32_t rows) {
+void combine(float* out, const float* c, const int32_t* corrections, const float* units, int32_t rows) {
   for (int32_t r = 0; r < rows; ++r) {
     for (int side = 0; side < 2; ++side) {
       __m512 total = _mm512_setzero_ps();
 #pragma GCC unroll 3
       for (int digit = kDigits - 1; digit >= 0; --digit) {
         const __m512i sum = load_as<__m512i>(c + (digit * rows + r) * kColumns + side * kWidth);
-        const __m512i exact = _mm512_sub_epi32(sum, _mm512_set1_epi32(offsets[r * kDigits + digit]));
+        const __m512i exact = _mm512_sub_epi32(sum, _mm512_set1_epi32(corrections[r * kDigits + digit]));
         total = _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(exact));
       }
       store_as(out + r * kColumns + side * kWidth, _mm512_scalef_ps(total, _mm512_set1_ps(units[r])));

@@ -23,19 +23,18 @@ struct DigitPlanes {
   int64_t pitch;  // bytes, whole windows
 };
 
-// Where along the rows of weights digits lie: window i at byte i * kWindow, or at offsets[i]. Nothing is read
-// from byte `width` of a row on.
+// Parts of a row of weights that are read one after another: kWindow bytes from each offset on, but none from
+// byte `width` of the row on.
 struct Windows {
   const int32_t* offsets;
   int64_t count;
   int64_t width;
 };
 
-// What a pass over a panel of weights fetches: its share of the next panel's rows (null where there is none).
-// A single pass fetches its own next rows too.
+// What will be read next and is fetched meanwhile: rows (or null), and parts of them.
 struct Ahead {
   const void* const* rows;
-  int64_t pass, passes;
+  Windows windows;
 };
 
 struct DigitKernels {
@@ -45,16 +44,19 @@ struct DigitKernels {
   // that is not finite.
   float (*unit[kStorageTypes])(const void* x, int64_t count, int32_t bits);
 
-  // x[k] / 2^unit rounded, k < count -> one row of planes, and what its weights' offset of 128 adds to the
-  // sums.
-  void (*split[kStorageTypes])(int8_t* planes, int64_t pitch, int32_t* offsets, const void* x, int64_t count,
-                               float unit);
+  // x[k] / 2^unit rounded, k < count -> a row's planes. corrections[digit]: what 128 times its digits come
+  // to, which weights + 128 add to the sums.
+  void (*split[kStorageTypes])(int8_t* planes, int64_t pitch, int32_t* corrections, const void* x,
+                               int64_t count, float unit);
 
   // planes of rows <= kDigitRows -> tile order, out[s * 12 + digit * kDigitRows + r], s < slots.
   void (*pack_rows)(float* out, const DigitPlanes& planes, int64_t first_slot, int64_t slots, int64_t rows);
 
-  // As GemmKernels has them, of weights + 128.
-  void (*pack_panel)(float* out, const void* const* source, const void* const* ahead, int64_t count);
+  // Weights + 128 of a panel's rows, out[s * panel_columns + c], a whole window after another.
+  void (*pack_panel)(float* out, const void* const* source, const Windows& windows, const Ahead& ahead);
+
+  // The same of listed columns of rows of `width` bytes. Behind the last one, up to a whole window, lies what
+  // zeros are multiplied with.
   void (*pack_columns)(float* out, const void* const* source, const int32_t* columns, int64_t count,
                        int64_t width);
 
@@ -62,13 +64,14 @@ struct DigitKernels {
   // 2^32, for n = rows / kDigits. Digits that are zero for a while cost nothing if they are the highest.
   void (*multiply)(float* c, const float* a, const float* b, int64_t slots, int32_t rows, bool first);
 
-  // The same for rows / kDigits rows of x straight from the weights, nothing packed.
-  void (*dot)(float* c, const DigitPlanes& planes, const void* const* source, const Ahead& ahead,
+  // The same for rows <= kDigitRows of x straight from the weights, nothing packed. next: rows of the next
+  // call, or null.
+  void (*dot)(float* c, const DigitPlanes& planes, const void* const* source, const void* const* next,
               const Windows& windows, int32_t rows);
 
   // Sums of digits as multiply leaves them -> out[r * panel_columns + j], the products in float. out may be
   // c, or lie before it.
-  void (*combine)(float* out, const float* c, const int32_t* offsets, const float* units, int32_t rows);
+  void (*combine)(float* out, const float* c, const int32_t* corrections, const float* units, int32_t rows);
 };
 FLASHU_DECLARE_ISA(DigitKernels, digit_kernels)
 

@@ -10,10 +10,11 @@
 namespace flashu::cpu {
 namespace {
 
-int64_t pitch_of(int64_t values) { return divide_up(std::max<int64_t>(values, 1), kWindow) * kWindow; }
-int64_t slots_of(int64_t k) { return divide_up(k, kDigitValues); }
-int64_t values_of(int64_t k, const SelectedWindows* windows) {
-  return windows == nullptr ? k : windows->values();
+constexpr int64_t kTileRows = kDigits * kDigitRows;
+constexpr int64_t kWindowSlots = kWindow / kDigitValues;
+
+int64_t pitch_of(int64_t k, const SelectedWindows* windows) {
+  return windows == nullptr ? divide_up(k, kWindow) * kWindow : windows->values();
 }
 
 }  // namespace
@@ -32,35 +33,38 @@ SelectedWindows::SelectedWindows(const int32_t* columns, int64_t count, int64_t 
   }
 }
 
-int64_t Digits::floats(int64_t rows, int64_t k, bool direct, const SelectedWindows* windows) {
-  const int64_t pitch = pitch_of(values_of(k, windows));
+int64_t Digits::floats(int64_t rows, int64_t k, const SelectedWindows* windows) {
+  const int64_t pitch = pitch_of(k, windows);
   return align_floats(rows) + align_floats(rows * kDigits) + rows * kDigits * pitch / 4 +
          (windows == nullptr ? 0 : rows * pitch) +
-         (direct ? 0 : PackedRows::floats(rows * kDigits, slots_of(k), kDigits * kDigitRows));
+         PackedRows::floats(rows * kDigits, pitch / kDigitValues, kTileRows);
 }
 
 Digits::Digits(const DigitProblem& problem, int64_t block_k, float* memory)
     : kernels_(FLASHU_PICK_ISA(digit_kernels)),
       problem_(problem),
       block_k_(block_k),
-      pitch_(pitch_of(values_of(problem.k, problem.windows))),
+      pitch_(pitch_of(problem.k, problem.windows)),
       units_(memory),
-      offsets_(reinterpret_cast<int32_t*>(units_ + align_floats(problem.rows))),
-      planes_(reinterpret_cast<int8_t*>(offsets_ + align_floats(problem.rows * kDigits))),
+      corrections_(reinterpret_cast<int32_t*>(units_ + align_floats(problem.rows))),
+      planes_(reinterpret_cast<int8_t*>(corrections_ + align_floats(problem.rows * kDigits))),
       spread_(reinterpret_cast<float*>(planes_ + problem.rows * kDigits * pitch_)),
       packed_(spread_ + (problem.windows == nullptr ? 0 : problem.rows * pitch_)) {
+  for (int64_t at = 0; problem.columns == nullptr && at < problem.k; at += kWindow)
+    all_.push_back(static_cast<int32_t>(at));
+  offsets_ = problem.windows != nullptr ? problem.windows->offsets.data() : all_.data();
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(problem.k, 1));
   core::parallel_for(0, problem.rows, grain, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) split(row);
   });
-  if (!problem.direct) pack();
+  if (!direct()) pack_rows();
 }
 
 void Digits::split(int64_t row) {
   const void* from = row_of(problem_.x, row, problem_.type);
   int32_t type = problem_.type;
   int64_t count = problem_.k;
-  // Of the row as it is: zeros beside it must not change the order of a sum.
+  // Of the row as it is: zeros between its values would change the order of a sum.
   const float unit = units_[row] = kernels_.unit[type](from, count, problem_.bits);
   if (problem_.windows != nullptr) {
     float* const spread = spread_ + row * pitch_;
@@ -73,16 +77,17 @@ void Digits::split(int64_t row) {
         spread[window * kWindow + column % kWindow] = to_float(values[i]);
       }
     });
-    from = spread, type = FLASHU_F32, count = problem_.windows->values();
+    from = spread, type = FLASHU_F32, count = pitch_;
   }
-  kernels_.split[type](planes_ + row * kDigits * pitch_, pitch_, offsets_ + row * kDigits, from, count, unit);
+  kernels_.split[type](planes_ + row * kDigits * pitch_, pitch_, corrections_ + row * kDigits, from, count,
+                       unit);
 }
 
 PackedRows Digits::operand() const {
-  return {packed_, problem_.rows * kDigits, slots_of(problem_.k), kDigits * kDigitRows, block_k_, this};
+  return {packed_, problem_.rows * kDigits, pitch_ / kDigitValues, kTileRows, block_k_, this};
 }
 
-void Digits::pack() const {
+void Digits::pack_rows() const {
   const PackedRows to = operand();
   core::parallel_for(0, to.tiles(), 1, [&](int64_t first, int64_t last) {
     for (int64_t tile = first; tile < last; ++tile) {
@@ -93,22 +98,30 @@ void Digits::pack() const {
   });
 }
 
-void Digits::dot(float* c, const void* const* rows, const void* const* ahead) const {
-  const PackedRows tiles = operand();
-  const int64_t tile_floats = tiles.tile_rows * FLASHU_PICK_ISA(gemm_kernels).panel_columns;
-  const SelectedWindows* const given = problem_.windows;
-  const Windows windows{given == nullptr ? nullptr : given->offsets.data(),
-                        divide_up(values_of(problem_.k, given), kWindow), problem_.width};
-  for (int64_t tile = 0; tile < tiles.tiles(); ++tile)
-    kernels_.dot(c + tile * tile_floats, planes(tile * kDigitRows), rows, {ahead, tile, tiles.tiles()},
-                 windows, static_cast<int32_t>(tiles.rows_in(tile)));
+void Digits::pack_panel(float* out, const void* const* rows, const void* const* next, int64_t slot,
+                        int64_t slots) const {
+  if (picked()) {
+    const int64_t begin = slot * kDigitValues;
+    const int64_t count = std::min(slots * kDigitValues, problem_.k - begin);
+    return kernels_.pack_columns(out, rows, problem_.columns + begin, count, problem_.width);
+  }
+  const int64_t first = slot / kWindowSlots, count = slots / kWindowSlots;
+  const int64_t left = pitch_ / kWindow - first - count;
+  const bool ends = left == 0;
+  const Ahead ahead{ends ? next : rows,
+                    windows(ends ? 0 : first + count, ends ? count : std::min(count, left))};
+  kernels_.pack_panel(out, rows, windows(first, count), ahead);
 }
 
-void Digits::combine(float* c, const void* const* rows, const int32_t* columns) const {
+void Digits::dot(float* c, const void* const* rows, const void* const* next) const {
+  kernels_.dot(c, planes(0), rows, next, windows(0, pitch_ / kWindow), static_cast<int32_t>(problem_.rows));
+}
+
+void Digits::combine(float* c, const void* const* rows) const {
   const int64_t panel_columns = FLASHU_PICK_ISA(gemm_kernels).panel_columns;
   for (int64_t row = 0; row < problem_.rows; row += kDigitRows) {
     const auto count = static_cast<int32_t>(std::min<int64_t>(kDigitRows, problem_.rows - row));
-    kernels_.combine(c + row * panel_columns, c + row * kDigits * panel_columns, offsets_ + row * kDigits,
+    kernels_.combine(c + row * panel_columns, c + row * kDigits * panel_columns, corrections_ + row * kDigits,
                      units_ + row, count);
   }
   for (int64_t row = 0; row < problem_.rows; ++row) {
@@ -116,10 +129,10 @@ void Digits::combine(float* c, const void* const* rows, const int32_t* columns) 
     core::with_type(problem_.type, [&](auto tag) {
       const auto* const x = reinterpret_cast<const decltype(tag)*>(row_of(problem_.x, row, problem_.type));
       for (int64_t j = 0; j < panel_columns; ++j) {
+        const auto* const weights = static_cast<const int8_t*>(rows[j]);
         float sum = 0.0f;
         for (int64_t k = 0; k < problem_.k; ++k)
-          sum += to_float(x[k]) *
-                 to_float(static_cast<const int8_t*>(rows[j])[columns == nullptr ? k : columns[k]]);
+          sum += to_float(x[k]) * to_float(weights[problem_.columns == nullptr ? k : problem_.columns[k]]);
         c[row * panel_columns + j] = sum;
       }
     });

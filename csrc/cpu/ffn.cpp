@@ -126,16 +126,16 @@ void packed_rows(const FfnProblem& p, const FfnPlan& s, int64_t row, int64_t row
 
 // A chunk of rows of a whole FFN, as digits. h is not rounded to the storage type between the halves.
 void digit_rows(const FfnProblem& p, const FfnPlan& s, int64_t row, int64_t rows, const Buffers& buffers) {
-  const bool direct = p.rows <= kDirectRows;
   const int32_t bits = unit_bits(p.type);
   const core::Matrix between{buffers.h, p.neurons};
   {
     const core::Matrix from{row_of(p.x, row, p.type), p.x.stride};
-    const Digits x({from, p.type, bits, rows, p.hidden, direct, p.hidden}, s.up.block_k, buffers.x);
+    const Digits x({from, p.type, bits, rows, p.hidden, p.hidden}, s.up.block_k, buffers.x);
     up_half(p, s, x.operand(), row, rows, {between, FLASHU_F32, nullptr}, buffers);
   }
-  DigitProblem down{between, FLASHU_F32, bits, rows, p.neurons, direct, p.neurons};
-  if (s.windowed()) down.width = p.intermediate, down.columns = s.selected.list(), down.windows = &s.windows;
+  DigitProblem down{between, FLASHU_F32, bits, rows, p.neurons, p.neurons};
+  if (s.selected.list() != nullptr) down.width = p.intermediate, down.columns = s.selected.list();
+  if (s.windowed()) down.windows = &s.windows;
   const Digits h(down, s.down.block_k, buffers.h + align_floats(rows * p.neurons));
   down_half(p, s, h.operand(), row, rows, buffers);
 }
@@ -147,8 +147,8 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   s.selected = resolve(p);
   s.digits = p.int8 && p.has_up && p.has_down && uses_digits(p.type, std::max(p.hidden, p.neurons));
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  core::GemmProblem up = s.digits ? digit_problem(gemm, p.rows, 2 * p.neurons, p.hidden)
-                                  : gemm_problem(gemm, p.type, p.int8, p.rows, 2 * p.neurons, p.hidden);
+  const core::GemmProblem up = s.digits ? digit_problem(gemm, p.rows, 2 * p.neurons, p.hidden)
+                                        : gemm_problem(gemm, p.type, p.int8, p.rows, 2 * p.neurons, p.hidden);
   core::GemmProblem down = up;
   down.n = p.width;
   down.k = p.neurons;
@@ -159,12 +159,13 @@ FfnPlan plan_ffn(const FfnProblem& p) {
   s.chunk = s.digits ? s.up.chunk_m / kDigits : s.up.chunk_m;
   const int64_t chunk = std::min(p.rows, s.chunk);
   if (s.digits) {
-    const bool direct = p.rows <= kDirectRows;
-    if (direct && down.gathered)
-      s.windows = SelectedWindows(s.selected.list(), s.selected.count, p.intermediate);
-    s.x_floats = Digits::floats(chunk, p.hidden, direct);
+    if (down.gathered) {
+      SelectedWindows windows(s.selected.list(), s.selected.count, p.intermediate);
+      if (take_windows(p.rows, s.selected.count, windows)) s.windows = std::move(windows);
+    }
+    s.x_floats = Digits::floats(chunk, p.hidden);
     s.h_floats = align_floats(chunk * p.neurons) +
-                 Digits::floats(chunk, p.neurons, direct, s.windowed() ? &s.windows : nullptr);
+                 Digits::floats(chunk, p.neurons, s.windowed() ? &s.windows : nullptr);
   } else {
     if (p.has_up) s.x_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.hidden), gemm.tile_rows);
     if (p.has_down) s.h_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.neurons), gemm.tile_rows);

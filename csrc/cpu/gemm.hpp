@@ -123,9 +123,8 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
   const int64_t product_floats = align_floats(a.tiles() * a.tile_rows * columns);
   const int64_t block_tiles = divide_up(tiles.block_m, a.tile_rows);
   const Digits* const digits = a.digits;
-  const int64_t values = digits != nullptr ? kDigitValues : kernels.slot_values[weights.type];
-  const bool direct = digits != nullptr ? digits->problem().direct
-                                        : a.rows == 1 && weights.columns == nullptr && weights.k > 0;
+  const bool direct =
+      digits != nullptr ? digits->direct() : a.rows == 1 && weights.columns == nullptr && weights.k > 0;
 
   const auto panel_rows = [&](int64_t panel) {
     PanelRows rows;
@@ -140,33 +139,31 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
     if (digits != nullptr) return digits->dot(product, rows.row, ahead);
     kernels.multiply_row[weights.kind()](product, a.data, rows.row, ahead, weights.k);
   };
-  // Packs `count` k from `begin` on, while the following ones of the same rows are fetched, or the first ones
+  // Packs `count` slots from slot `s` on, while the following ones of the same rows are fetched, or the first
   // of the next panel.
-  const auto pack = [&](int64_t panel, int64_t begin, int64_t count, int64_t end, float* out) {
+  const auto pack = [&](int64_t panel, int64_t s, int64_t count, int64_t end, float* out) {
     const PanelRows rows = panel_rows(panel);
+    const bool more = panel + tiles.panels < end;
+    const PanelRows next = panel_rows(more ? panel + tiles.panels : panel);
+    if (digits != nullptr) return digits->pack_panel(out, rows.row, more ? next.row : nullptr, s, count);
+    const int64_t values = kernels.slot_values[weights.type];
+    const int64_t begin = s * values;
+    const int64_t k = std::min(count * values, weights.k - begin);
     if (weights.columns != nullptr) {
       const int32_t* const columns = weights.columns + begin;
-      if (digits != nullptr)
-        return digits->kernels().pack_columns(out, rows.row, columns, count, weights.width);
-      return kernels.pack_columns[weights.kind()](out, rows.row, columns, count, weights.width);
+      return kernels.pack_columns[weights.kind()](out, rows.row, columns, k, weights.width);
     }
     const PanelRows here = rows.from(kernels, begin * weights.bytes());
-    const bool last = begin + count == weights.k;
-    const bool any = !last || panel + tiles.panels < end;
-    const PanelRows ahead =
-        last && any ? panel_rows(panel + tiles.panels) : here.from(kernels, count * weights.bytes());
-    const auto pack_panel =
-        digits != nullptr ? digits->kernels().pack_panel : kernels.pack_panel[weights.kind()];
-    pack_panel(out, here.row, any ? ahead.row : nullptr, count);
+    const bool ends = begin + k == weights.k;
+    const PanelRows ahead = ends ? next : here.from(kernels, k * weights.bytes());
+    kernels.pack_panel[weights.kind()](out, here.row, more || !ends ? ahead.row : nullptr, k);
   };
-  const auto multiply = digits != nullptr ? digits->kernels().multiply : kernels.multiply[weights.type];
+  const auto multiply = digits != nullptr ? digits->multiply() : kernels.multiply[weights.type];
   const auto multiply_block = [&](int64_t panel, int64_t block, int64_t end, float* panels, float* products) {
     if (a.slots == 0) std::fill_n(products, block * product_floats, 0.0f);
     for (int64_t s = 0; s < a.slots; s += tiles.block_k) {
       const int64_t count = std::min(tiles.block_k, a.slots - s);
-      const int64_t begin = s * values;
-      for (int64_t p = 0; p < block; ++p)
-        pack(panel + p, begin, std::min(count * values, weights.k - begin), end, panels + p * panel_floats);
+      for (int64_t p = 0; p < block; ++p) pack(panel + p, s, count, end, panels + p * panel_floats);
       for (int64_t t = 0; t < a.tiles(); t += block_tiles) {
         const int64_t last_tile = std::min(a.tiles(), t + block_tiles);
         for (int64_t p = 0; p < block; ++p) {
@@ -192,7 +189,7 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
         }
         for (int64_t p = 0; p < block; ++p) {
           float* const c = products + p * product_floats;
-          if (digits != nullptr) digits->combine(c, panel_rows(panel + p).row, weights.columns);
+          if (digits != nullptr) digits->combine(c, panel_rows(panel + p).row);
           finish(panel + p, c);
         }
       }

@@ -16,7 +16,7 @@ LinearPlan plan_linear(const core::LinearProblem& p) {
                                              : gemm_problem(gemm, p.type, p.int8, p.m, p.n, p.k));
   s.chunk = s.digits ? s.tiles.chunk_m / kDigits : s.tiles.chunk_m;
   const int64_t rows = std::min(p.m, s.chunk);
-  s.x_floats = s.digits ? Digits::floats(rows, p.k, p.m <= kDirectRows)
+  s.x_floats = s.digits ? Digits::floats(rows, p.k)
                         : PackedRows::floats(rows, slots_of(gemm, p.type, p.k), gemm.tile_rows);
   s.slot_floats = panel_scratch_floats(gemm, s.tiles);
   s.slots = slots_for(p.m, static_cast<double>(p.n) * static_cast<double>(p.k));
@@ -31,8 +31,7 @@ void linear(const core::LinearProblem& p, const LinearPlan& s, void* workspace) 
     const int64_t rows = std::min(s.chunk, p.m - row);
     const core::Matrix from{row_of(p.x, row, p.type), p.x.stride};
     if (s.digits) {
-      const Digits x({from, p.type, unit_bits(p.type), rows, p.k, p.m <= kDirectRows, p.k}, s.tiles.block_k,
-                     packed);
+      const Digits x({from, p.type, unit_bits(p.type), rows, p.k, p.k}, s.tiles.block_k, packed);
       project(projection, s.tiles, x.operand(), row, rows, packed + s.x_floats, s.slots);
       continue;
     }
