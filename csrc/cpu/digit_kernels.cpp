@@ -2,8 +2,7 @@
 #include "cpu/digit_kernels.hpp"
 
 #if defined(__AVX512VNNI__)
-#include <algorithm>
-#include <cmath>
+#include <bit>
 #include <limits>
 
 #include "cpu/simd.hpp"
@@ -25,8 +24,9 @@ FLASHU_INLINE __m512 load_some(const T* from, int64_t count) {
   return (__m512)load(some);
 }
 
-// The unit is 2^-bits of the power of two that the row's root mean square reaches, but not so small that
-// the largest number needs more than 23 bits. It depends on the row alone.
+// The unit is 2^-bits of the power of two that the row's root mean square reaches, and at least 2^-21 of the
+// one that its largest number reaches: a count of units is below 2^22, which three digits hold.
+constexpr float kLeast = -21.0f;
 template <class T>
 float unit(const void* x, int64_t count, int32_t bits) {
   const T* const from = static_cast<const T*>(x);
@@ -38,7 +38,7 @@ float unit(const void* x, int64_t count, int32_t bits) {
   const uint32_t largest = _mm512_reduce_max_epu32(most);
   if (largest >= 0x7f800000u) return std::numeric_limits<float>::quiet_NaN();
   if (largest == 0) return 0.0f;
-  const float top = static_cast<float>(std::ilogb(std::bit_cast<float>(largest)));
+  const float top = static_cast<float>(__builtin_ilogbf(std::bit_cast<float>(largest)));
   const __m512 scale = _mm512_set1_ps(-top);
   __m512 squares = _mm512_setzero_ps();
   for (int64_t k = 0; k < count; k += kWidth) {
@@ -46,8 +46,9 @@ float unit(const void* x, int64_t count, int32_t bits) {
     squares = _mm512_fmadd_ps(value, value, squares);
   }
   const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(count);
-  return top +
-         std::max(std::floor(0.5f * static_cast<float>(std::ilogb(mean))) - static_cast<float>(bits), -21.0f);
+  const float below =
+      __builtin_floorf(0.5f * static_cast<float>(__builtin_ilogbf(mean))) - static_cast<float>(bits);
+  return top + (below > kLeast ? below : kLeast);
 }
 
 template <class T>
@@ -129,7 +130,7 @@ void pack_columns(float* out, const void* const* source, const int32_t* columns,
   const void* rows[kColumns];
   for (int c = 0; c < kColumns; ++c) rows[c] = strip[c];
   for (int64_t begin = 0; begin < count; begin += kStrip) {
-    const int64_t end = std::min(begin + kStrip, count);
+    const int64_t end = begin + kStrip < count ? begin + kStrip : count;
     int64_t number = 0;
     for (int64_t k = begin; k < end; ++number) {
       Pick& pick = picks[number];
@@ -172,14 +173,14 @@ FLASHU_INLINE void add_slots(__m512i (&left)[kTileRows], __m512i (&right)[kTileR
   }
 }
 
-// One register tile. Every number but the largest of a row has a highest digit of zero.
+// One register tile. Where no row has a large number, the highest digits are zero and left out.
 template <int kRows>
 void tile(float* c, const float* a, const float* b, int64_t slots, bool first) {
   constexpr int64_t kStep = 16;
   __m512i left[kTileRows] = {};
   __m512i right[kTileRows] = {};
   for (int64_t begin = 0; begin < slots; begin += kStep) {
-    const int64_t end = std::min(begin + kStep, slots);
+    const int64_t end = begin + kStep < slots ? begin + kStep : slots;
     __m128i highest = _mm_setzero_si128();
     for (int64_t s = begin; s < end; ++s)
       highest = _mm_or_si128(highest, load_as<__m128i>(a + s * kTileRows + (kDigits - 1) * kDigitRows));
@@ -298,8 +299,8 @@ void dot(float* c, const DigitPlanes& planes, const void* const* source, const v
   }
 }
 
-// A sum of a higher digit is exact in float where that of a lower one can outweigh it, so three roundings are
-// all there is.
+// Whole numbers of up to 46 bits, in float from the highest digit down. Every step rounds once, by at most
+// 2^-24 of what the magnitudes of the row's products come to.
 void combine(float* out, const float* c, const int32_t* corrections, const float* units, int32_t rows) {
   for (int32_t r = 0; r < rows; ++r) {
     for (int side = 0; side < 2; ++side) {

@@ -40,8 +40,9 @@ struct Ahead {
 struct DigitKernels {
   bool present;  // the CPU has the instructions
 
-  // x[k], k < count -> the exponent of the unit that the row is counted in; 0 for a row of zeros, NaN for one
-  // that is not finite.
+  // x[k], k < count -> the exponent of the power of two in which the row is counted: 2^bits of it are at most
+  // the row's root mean square, unless its largest number then needed more than 22 bits. 0 for a row of
+  // zeros, NaN for one that is not finite.
   float (*unit[kStorageTypes])(const void* x, int64_t count, int32_t bits);
 
   // x[k] / 2^unit rounded, k < count -> a row's planes. corrections[digit]: what 128 times its digits come
