@@ -69,7 +69,8 @@ void expect_rounded_to_the_unit(const cpu::DigitKernels& kernels, int32_t type, 
 }
 
 TEST_F(DigitsTest, AreTheRowRoundedToItsUnit) {
-  for (const int64_t k : {1, 2, 15, 16, 17, 63, 64, 65, 130, 1000, 9000}) {
+  for (const int64_t k : {int64_t{1}, int64_t{2}, int64_t{15}, int64_t{16}, int64_t{17}, int64_t{64},
+                          int64_t{65}, int64_t{1000}, int64_t{9000}, cpu::kMaxDigitK}) {
     for (const float outlier : {1.0f, 1e3f, 1e6f}) {
       for (const float scale : {1.0f, 0x1p-120f, 0x1p100f, 3e-39f}) {
         Guarded<float> wide({1, k});

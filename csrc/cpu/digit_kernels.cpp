@@ -289,7 +289,7 @@ void dot(float* c, const DigitPlanes& planes, const void* const* source, const v
          const Windows& windows, int32_t rows) {
   switch (rows) {
     case 1:
-      return dot_rows<1, 8>(c, planes, source, next, windows);
+      return dot_rows<1, 4>(c, planes, source, next, windows);
     case 2:
       return dot_rows<2, 4>(c, planes, source, next, windows);
     case 3:
