@@ -116,7 +116,7 @@ TYPED_TEST(Int8, LinearOfZerosIsZero) {
 // A list that is read in windows and one that is brought together, a range, and all; numbers of no special
 // kind, so that any other rounding or order would show.
 TYPED_TEST(Int8, FfnRowsAloneAreRowsTogether) {
-  const int64_t rows = 400, hidden = 67, neurons = 900, width = 21;
+  const int64_t rows = 400, hidden = 35, neurons = 2100, width = 13;
   Guarded<TypeParam> x({rows, hidden}, 1), residual({rows, width}, 4);
   Guarded<int8_t> gate({neurons, hidden}, 2), up({neurons, hidden}, 3), down({width, neurons}, 5);
   Guarded<float> gate_scale({neurons}), up_scale({neurons}), down_scale({width});
@@ -124,7 +124,7 @@ TYPED_TEST(Int8, FfnRowsAloneAreRowsTogether) {
   for (int64_t r = 0; r < rows; r += 3) x(r, r % hidden) = from_float<TypeParam>(900.0f);
   gate.integers(3, -128, 127), up.integers(4, -128, 127), down.integers(5, -128, 127);
   for (auto* scale : {&gate_scale, &up_scale, &down_scale})
-    scale->fill([](int64_t, int64_t j) { return 0.001 + 0.0001 * static_cast<double>(j % 7); });
+    scale->fill([](int64_t, int64_t j) { return 0.0003 + 0.00002 * static_cast<double>(j % 7); });
   std::vector<int32_t> dense, apart, sparse;
   for (int32_t j = static_cast<int32_t>(neurons); j-- > 0;) {
     if (j % 5 != 3) dense.push_back(j);                      // backwards
