@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..planning.reading import exists, refusal, shown
 from ..planning.safe_files import save_safetensors, write_text
 from .fields import JsonConfig
+from .llm import is_tied
 from .weights import DTYPES, USUAL, Files, Shapes, Sizes, listed, read_object, read_shapes, read_weights
 
 C = TypeVar("C", bound=JsonConfig)
@@ -101,7 +102,10 @@ class Layout(Generic[C]):
             state[name] = tensor.to(dtype)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         # assign=True makes the loaded tensors the parameters, so the weights are never in memory twice.
-        model.load_state_dict(state, strict=True, assign=True)
+        try:
+            model.load_state_dict(state, strict=True, assign=True)
+        except ValueError as error:
+            raise refusal(directory, error) from error
         if head is not None:
             model.get_submodule(self.language_model).tie_weights()
         _restore_buffers(model, lambda: build(self.shallow(config)))
@@ -118,9 +122,14 @@ class Layout(Generic[C]):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = model.state_dict()
-        state.pop(self._tied_head(model), None)
+        # A caller may have tied or untied the head: what is written says what it is.
+        config, llm = model.config, model.get_submodule(self.language_model)
+        if (tied := is_tied(llm)) != bool(llm.config.tie_word_embeddings):
+            config = config.with_tied_head(tied)
+        if tied:
+            state.pop(f"{self.language_model}.lm_head.weight", None)
         save_safetensors(directory / "model.safetensors", state)
-        write_text(directory / OWN, model.config.to_json() + "\n")
+        write_text(directory / OWN, config.to_json() + "\n")
 
     def read_config(self, directory: str | os.PathLike[str]) -> C:
         """The configuration of the model in a checkpoint folder; of safetensors only headers are read.

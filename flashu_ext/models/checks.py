@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..planning.groups import is_real
+from ..planning.groups import real, whole
 from ..planning.reading import shown
 from .velocity import Scale
 
@@ -77,33 +78,36 @@ def check_tokens(name: str, value: Any, rows: int, embed_tokens: Any) -> None:
 
 
 def guidance_scale_of(guidance_scale: Any, images: int) -> Scale:
-    """A caller's guidance scale: a number, or one above 0 for each image in a sequence or tensor.
+    """A caller's guidance scale: a number, or one above 0 for each image in a sequence, array or tensor.
 
     Raises:
         ValueError: anything else.
     """
-    if isinstance(guidance_scale, Tensor):
-        guidance_scale = guidance_scale.flatten().tolist() if guidance_scale.dim() else guidance_scale.item()
+    if isinstance(guidance_scale, (Tensor, np.ndarray)):
+        guidance_scale = guidance_scale.flatten().tolist() if guidance_scale.ndim else guidance_scale.item()
     if not isinstance(guidance_scale, (list, tuple)):
-        if not is_real(guidance_scale) or guidance_scale < 0:
+        scale = real(guidance_scale)
+        if scale is None or scale < 0:
             raise ValueError(f"guidance_scale: expected a finite number >= 0, got {shown(guidance_scale)}")
-        return float(guidance_scale)
-    numbers = [each for each in guidance_scale if is_real(each) and each > 0]
+        return scale
+    numbers = [scale for scale in map(real, guidance_scale) if scale is not None and scale > 0]
     if len(guidance_scale) != images or len(numbers) != images:
         raise ValueError(
             f"guidance_scale: expected {images} finite numbers above 0, one for each image, got {guidance_scale!r:.80}"
         )
-    return tuple(float(each) for each in numbers)
+    return tuple(numbers)
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None = None) -> None:
-    """Sampling parameters; see `decoding.TokenSampler`."""
-    if not is_real(temperature) or temperature < 0:
+def check_sampling(temperature: Any, top_k: Any, top_p: Any) -> tuple[float, int | None, float | None]:
+    """Sampling parameters of `decoding.TokenSampler`, as Python's numbers."""
+    heat, kept, total = real(temperature), whole(top_k), real(top_p)
+    if heat is None or heat < 0:
         raise ValueError(f"temperature: expected a finite number >= 0, got {shown(temperature)}")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (kept is None or kept < 1):
         raise ValueError(f"top_k: expected None or an integer >= 1, got {top_k!r}")
-    if top_p is not None and (isinstance(top_p, bool) or not isinstance(top_p, (int, float)) or not 0 < top_p <= 1):
+    if top_p is not None and (total is None or not 0 < total <= 1):
         raise ValueError(f"top_p: expected None or a number in (0, 1], got {top_p!r}")
+    return heat, kept, total
 
 
 def check_generator(name: str, value: Any, device: torch.device) -> None:
@@ -147,10 +151,11 @@ def check_device(value: Any) -> torch.device:
 
 
 def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    number = whole(value)
+    if number is None or number < 0:
         raise ValueError(f"{name}: expected an integer >= 0, got {value!r}")
 
 
 def check_eos(value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+    if value is not None and whole(value) is None:
         raise TypeError(f"eos_token: expected None or a token id, got {value!r}")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .checks import check_sampling
+
 __all__ = ["OnToken", "TokenSampler"]
 
 OnToken = Callable[[int, int], None]
@@ -23,6 +25,10 @@ class TokenSampler:
         top_k: keep the k most likely tokens, and ties with the k-th; None: all.
         top_p: keep a token if the more likely ones have a total probability of at most p; None: all.
         generators: one for each prompt, so that its draws do not depend on the others; None: torch's own.
+
+    Raises:
+        ValueError: a number is none that these can be.
+
     Source: Show-o2 `mmu_generate` (temperature, top_k) and `lm_generate` (top_p, which there indexes the wrong axis).
     """
 
@@ -31,9 +37,14 @@ class TokenSampler:
     top_p: float | None = None
     generators: Sequence[torch.Generator] | None = None
 
+    def __post_init__(self) -> None:
+        checked = check_sampling(self.temperature, self.top_k, self.top_p)
+        for name, value in zip(("temperature", "top_k", "top_p"), checked, strict=True):
+            object.__setattr__(self, name, value)
+
     def filtered(self, logits: Tensor) -> Tensor:
         """Logits [rows, vocab] at this temperature (> 0), -inf for excluded tokens."""
-        logits = logits / float(self.temperature)  # torch takes no int beyond 64 bits
+        logits = self._divided(logits)
         if self.top_k is not None:
             least = torch.topk(logits, min(self.top_k, logits.shape[-1])).values[:, -1:]
             logits = logits.masked_fill(logits < least, float("-inf"))
@@ -45,6 +56,13 @@ class TokenSampler:
             beyond[:, 0] = False
             logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
         return logits
+
+    def _divided(self, logits: Tensor) -> Tensor:
+        """Logits by the temperature. Where a row's largest is then beyond the dtype, its distances from it: they have the same
+        softmax."""
+        temperature = max(self.temperature, torch.finfo(torch.float32).tiny)  # torch divides by a float
+        largest = logits.amax(-1, keepdim=True)
+        return (logits - torch.where((largest / temperature).isfinite(), 0, largest)) / temperature
 
     def __call__(self, logits: Tensor, prompts: Sequence[int]) -> Tensor:
         """Token ids int64 [rows, 1] from logits [rows, vocab] of the prompts with these indices."""

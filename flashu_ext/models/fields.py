@@ -58,6 +58,12 @@ class JsonConfig:
     FORMAT: ClassVar[str]
     """The field `format` of the object."""
 
+    def with_tied_head(self, tied: bool) -> Self:
+        """The config of a model whose output head is the token embedding, or is not."""
+        config: Any = self
+        changed: Self = dataclasses.replace(config, tie_word_embeddings=tied)
+        return changed
+
     def to_json(self) -> str:
         """The config as a JSON object, readable by `from_json`."""
         config: Any = self

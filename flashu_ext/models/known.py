@@ -460,6 +460,11 @@ def why_not_attention(attention: Any, shape: AttentionShape, like: Tensor) -> st
     scaling = getattr(attention, "scaling", None)
     if scaling is not None and abs(scaling * shape.head_dim**0.5 - 1) > 1e-9:
         return f"its scaling is {scaling}, expected 1 / sqrt({shape.head_dim})"
+    heads = {"num_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim}
+    own = {**heads, "num_key_value_groups": shape.heads // shape.kv_heads}
+    for name, asked in own.items():
+        if getattr(attention, name, asked) != asked:
+            return f"its {name} is {getattr(attention, name)}, expected {asked}, as its weights have"
     if reason := _why_other_function(attention):
         return reason
     if getattr(attention, "sliding_window", None) is not None:

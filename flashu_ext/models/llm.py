@@ -11,7 +11,7 @@ from ..planning.extras import extra
 from ..planning.groups import is_real
 from ..planning.reading import shown
 
-__all__ = ["fill_tied_head", "language_model", "rope_theta", "siglip_encoder"]
+__all__ = ["fill_tied_head", "is_tied", "language_model", "rope_theta", "siglip_encoder"]
 
 
 def language_model(kind: str, fields: dict[str, Any]) -> nn.Module:
@@ -61,14 +61,29 @@ def _base(value: Any) -> float:
     return float(value)
 
 
+def is_tied(language_model: Any) -> bool:
+    """Whether the output head is the token embedding, whatever the config says."""
+    head, table = language_model.lm_head.weight, language_model.model.embed_tokens.weight
+    return head is table or (head.data_ptr() == table.data_ptr() != 0 and head.shape == table.shape)
+
+
 def fill_tied_head(model: Any, state: dict[str, Any], prefix: str, *_: Any, language_model: str) -> None:
     """Fill in an output head that is tied to the token embedding and missing in a checkpoint: a hook of `load_state_dict`.
 
     Args:
         state: what `load_state_dict` is given; names begin with `prefix`.
         language_model: the model's attribute with the language model.
+
+    Raises:
+        ValueError: the head is the token embedding in the model, and another one in the checkpoint.
     """
     head, table = (f"{prefix}{language_model}.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
-    tied = model.get_submodule(language_model).config.tie_word_embeddings
-    if tied and head not in state and table in state:
+    llm = model.get_submodule(language_model)
+    if llm.config.tie_word_embeddings and head not in state and table in state:
         state[head] = state[table]
+    elif is_tied(llm) and head in state and table in state:
+        given, shared = state[head], state[table]
+        if given.shape == shared.shape and not given.is_meta and not bool((given.to(shared.device) == shared).all()):
+            raise ValueError(
+                f"{head}: expected the values of {table}, the same weight in this model (tie_word_embeddings), got others"
+            )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..planning.config import FlashUConfig
 from .accelerated import handle_of
-from .checks import check_callback, check_count, check_sampling, guidance_scale_of
+from .checks import check_callback, check_count, guidance_scale_of
 from .decoding import TokenSampler
+from .prompts import check_text
 from .sampling import Callback, Stepper
 
 if TYPE_CHECKING:
@@ -299,8 +300,7 @@ class Drawings(Many[ImageResult]):
 
     def _begun(self, request: Any) -> Stepper:
         pipe = self.pipe
-        if not isinstance(request.prompt, str):
-            raise TypeError(f"prompt: expected a string, got {type(request.prompt).__name__}")
+        check_text("prompt", request.prompt)
         check_callback("on_step", request.on_step)
         asked = request.guidance_scale
         scale = guidance_scale_of(pipe.guidance_scale if asked is None else asked, 1)
@@ -383,7 +383,6 @@ class Answers(Many[QuestionResult]):
     def _begun(self, request: Any) -> Any:
         pipe = self.pipe
         check_callback("on_token", request.on_token)
-        check_sampling(request.temperature, request.top_k, request.top_p)
         generators = None if request.seed is None else pipe.generators([request.seed], 1, "questions")
         check_count("max_new_tokens", request.max_new_tokens)
         images, before, after = pipe.question_inputs(request.images, request.question)

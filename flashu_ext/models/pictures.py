@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..planning.extras import extra
 from ..planning.groups import whole
-from ..planning.reading import MAX_PIXELS, shown
+from ..planning.reading import MAX_PIXELS, in_rgb, shown
 
 __all__ = ["Size", "covered", "picture", "rgb", "sides", "to_pil", "unit"]
 
@@ -29,7 +29,7 @@ def picture(image: Any) -> Any:
         return Image.fromarray(array)
     if not isinstance(image, Image.Image):
         raise TypeError(f"image: expected a PIL image or uint8 [height, width, 3], got {type(image).__name__}")
-    return image.convert("RGB")
+    return in_rgb(image)
 
 
 def rgb(image: Any, name: str, on_white: bool = False) -> Any:
@@ -54,7 +54,7 @@ def rgb(image: Any, name: str, on_white: bool = False) -> Any:
             paper = Image.new("RGB", image.size, "white")
             paper.paste(image, mask=image.getchannel("A"))
             image = paper
-        image = image.convert("RGB")
+        image = in_rgb(image)
     except (
         Exception
     ) as error:  # damaged files end in errors of all kinds; a closed one in an AttributeError or ValueError

@@ -20,11 +20,11 @@ from ..planning.groups import FfnPruning
 from ..planning.safe_files import atomic_path
 from .calibration import Sample
 from .checkpoint import check_dtype
-from .checks import check_callback, check_device, guidance_scale_of
+from .checks import check_callback, check_count, check_device, check_sampling, guidance_scale_of
 from .decoding import OnToken
 from .many import AT_ONCE, Answers, Drawings
 from .pictures import Size, rgb, to_pil
-from .prompts import AnswerLayout, Parts, check_prompts
+from .prompts import AnswerLayout, Parts, check_prompts, check_text
 from .sampling import Callback, Stepper, integrate
 from .seeds import seeds_of
 
@@ -160,8 +160,9 @@ class ModelPipeline:
 
         Raises:
             TypeError, ValueError: an argument is wrong; it is named.
+            FloatingPointError: the image is not finite.
         """
-        self._check_prompt(prompt)
+        check_text("prompt", prompt)
         return self.generate_batch([prompt], [seed], steps, guidance_scale, size=size)[0]
 
     def generate_batch(
@@ -227,11 +228,6 @@ class ModelPipeline:
     def _sampled(self, sampler: Callable[..., Any], *arguments: Any) -> Tensor:
         """`drawn` by a caller's function."""
         raise NotImplementedError
-
-    @staticmethod
-    def _check_prompt(prompt: Any) -> None:
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt: expected a string, got {type(prompt).__name__}")
 
     def grid(self, size: Size | None = None) -> tuple[int, int]:
         """(height, width) in patches of an image of `size` pixels, as in `generate_batch`; None: of the pipeline's own size.
@@ -343,8 +339,22 @@ class ModelPipeline:
         return Answers(self, requests, at_once)
 
     def pictures(self, latents: Tensor) -> list[Image]:
-        """Latents [B, channels, H, W] -> images. One at a time: a convolution's bits may depend on its batch."""
-        return [to_pil(self.codec.decode(one)[0]) for one in latents.split(1)]
+        """Latents [B, channels, H, W] -> images. One at a time: a convolution's bits may depend on its batch.
+
+        Raises:
+            FloatingPointError: an image is not finite, which would look black.
+        """
+        return [to_pil(self._decoded(one)[0]) for one in latents.split(1)]
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        image: Tensor = self.codec.decode(latents)
+        for what, numbers in (("latents", latents), ("image", image)):
+            if not bool(numbers.isfinite().all()):
+                raise FloatingPointError(
+                    f"{what}: expected finite numbers, got NaN or Infinity: a guidance_scale, or the weights, lead beyond the "
+                    "range of a dtype"
+                )
+        return image
 
     def generators(self, seeds: Any, count: int, what: str) -> list[torch.Generator]:
         """A generator on the model's device for each of `count` seeds. Raises TypeError or ValueError."""
@@ -413,6 +423,8 @@ class ModelPipeline:
                 "question are a list of their own"
             )
         named = {f"images[{row}]": entry for row, entry in enumerate(images)}
+        check_count("max_new_tokens", max_new_tokens)  # also where there is no question
+        check_sampling(temperature, top_k, top_p)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seeds": seeds}
         return self._answers(named, questions, max_new_tokens, on_token=on_token, **sampling)
 

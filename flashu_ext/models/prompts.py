@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..planning.extras import extra
-from ..planning.reading import refusal
+from ..planning.reading import refusal, shown
 
 __all__ = [
     "AnswerLayout",
@@ -19,6 +19,7 @@ __all__ = [
     "by_length",
     "check_prompts",
     "check_question",
+    "check_text",
     "encoder",
     "plain_decoder",
     "read_tokenizer",
@@ -74,10 +75,23 @@ class Parts:
         return answer[len(self.given) :] if answer.startswith(self.given) else ""
 
 
+def check_text(name: str, text: Any) -> None:
+    """Raise TypeError for what is no string, ValueError for one that no tokenizer can read."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected text, got half of a surrogate pair at {error.start}") from error
+
+
 def check_prompts(prompts: Any) -> None:
-    """Raise ValueError for anything but a list of strings that is not empty."""
-    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"prompts: expected a non-empty list of strings, got {prompts!r:.100}")
+    """Raise ValueError for anything but a list of texts that is not empty."""
+    given = prompts if isinstance(prompts, Sequence) and not isinstance(prompts, str) else ()
+    if not given or not all(isinstance(prompt, str) for prompt in given):
+        raise ValueError(f"prompts: expected a non-empty list of strings, got {shown(prompts, 100)}")
+    for index, prompt in enumerate(given):
+        check_text(f"prompts[{index}]", prompt)
 
 
 def by_length(rows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -91,7 +105,8 @@ def by_length(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 def check_question(text: Any) -> None:
     """Raise ValueError for anything but a string that is not empty."""
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"question: expected a non-empty string, got {text!r:.100}")
+        raise ValueError(f"question: expected a non-empty string, got {shown(text, 100)}")
+    check_text("question", text)
 
 
 # ---- tokenizers

@@ -122,6 +122,11 @@ class GridCodec:
     def decode(self, latents: Tensor) -> Tensor:
         return decode(ungrid(latents))
 
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(12, 12); a ValueError for another size than 48 x 48 pixels."""
+        latent_size(height, width)
+        return 2 * GRID, 2 * GRID
+
 
 def latent_size(height: int, width: int) -> tuple[int, int]:
     """(72, 2), the latents of the one size of images that there is, 48 x 48 pixels; a ValueError for any other."""

@@ -124,7 +124,12 @@ def call_into(packet: Any, *args: Any, out: Tensor | None, **kwargs: Any) -> Ten
     if out is None:
         return call(packet.default, *args, **kwargs)
     if torch.compiler.is_compiling():
-        return out.copy_(packet.default(*args, **kwargs))
+        made = packet.default(*args, **kwargs)
+        if out.dtype != made.dtype:  # a copy would convert and spread
+            raise TypeError(f"out: expected {made.dtype}, got {out.dtype}")
+        if out.shape != made.shape:
+            raise ValueError(f"out: expected shape {list(made.shape)}, got {list(out.shape)}")
+        return out.copy_(made)
     return call(packet.out, *args, out=out, **kwargs)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Self, TypeVar, overload
 
 from .groups import (
+    MAX_STEPS,
     PHASES,
     Answers,
     EncoderSharing,
@@ -36,9 +37,6 @@ __all__ = ["FLAT_KEYWORDS", "PRESETS", "FlashUConfig", "preset"]
 
 PRESETS = ("dense", "exact", "paper", "fast")
 """Names of the presets; dense is the unmodified model."""
-
-MAX_STEPS = 100_000
-"""A plan of more evaluations takes seconds to make; a file may ask for any number."""
 
 T = TypeVar("T")
 

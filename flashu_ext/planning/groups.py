@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 import operator
 import sys
 import typing
@@ -35,6 +37,9 @@ GuidancePhase = tuple[int, float]
 TOKEN_SCORES = ("value_norm", "value_norm_small", "attention", "random")
 """Rules that choose the visual tokens to drop; see `Answers.token_prune_score`."""
 
+MAX_STEPS = 10_000
+"""Of an image. More are a mistake, for which a plan of every step would be made first."""
+
 Check = Callable[[str, Any], Any]
 """(name, value) -> the value as stored; raises a ValueError with the name, what was expected and what was given."""
 
@@ -54,6 +59,32 @@ def whole(value: Any) -> int | None:
 def is_real(value: object) -> bool:
     """Also of whole numbers that no float can hold, for which `math.isfinite` raises."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def real(value: Any) -> float | None:
+    """A finite number as Python's float, also NumPy's; None for a bool and for all that is no number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def steps_of(name: str, value: Any, least: int, unit: str) -> int | None:
+    """A caller's number of steps, from `least` to `MAX_STEPS`; None where there is none.
+
+    Args:
+        unit: what is counted, for messages.
+
+    Raises:
+        ValueError: anything else.
+    """
+    number = whole(value)
+    if value is not None and (number is None or not least <= number <= MAX_STEPS):
+        raise ValueError(f"{name}: expected an integer in [{least}, {MAX_STEPS}] ({unit}), got {shown(value)}")
+    return number
 
 
 def expect(expected: str, holds: Callable[[Any], bool]) -> Check:

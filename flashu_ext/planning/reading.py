@@ -16,10 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from .extras import extra
 
 __all__ = [
     "decoded_image",
+    "in_rgb",
     "open_regular",
     "os_refusal",
     "printable",
@@ -167,6 +170,21 @@ def read_image(path: Where) -> Any:
         return decoded_image(raw, path)
 
 
+def in_rgb(image: Any) -> Any:
+    """A PIL image in RGB; of 16 bits grey the upper 8, as PIL itself does for colours of 16 bits.
+
+    Raises:
+        ValueError: its numbers have no known range. Others of PIL's, for a damaged file.
+    """
+    if image.mode.startswith("I;16"):  # PIL would take 256 and more for white
+        from PIL import Image
+
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"expected 8 or 16 bits a channel, got mode {image.mode}, whose numbers have no known range")
+    return image.convert("RGB")
+
+
 def decoded_image(
     raw: BinaryIO, where: Where, limit: int = MAX_PIXELS, formats: tuple[str, ...] = _IMAGE_FORMATS
 ) -> Any:
@@ -187,7 +205,7 @@ def decoded_image(
         with Image.open(raw, formats=formats) as image:
             width, height = image.size
             if width * height <= limit:
-                return image.convert("RGB")
+                return in_rgb(image)
     except UnidentifiedImageError as error:
         raise refusal(where, "not an image") from error
     except Exception as error:  # damaged files end in errors of all kinds, also of zlib and struct

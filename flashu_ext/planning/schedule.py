@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .config import FlashUConfig
-from .groups import HeadCaching, LayerSkip, TokenSkip
+from .groups import HeadCaching, LayerSkip, TokenSkip, steps_of
 from .tables import text_table
 
 __all__ = ["Step", "StepPlan", "least_important"]
@@ -108,9 +108,7 @@ class StepPlan:
         Raises:
             ValueError: fewer than two grid points.
         """
-        grid_points = steps if steps is not None else (config.steps if config.steps is not None else 50)
-        if not isinstance(grid_points, int) or isinstance(grid_points, bool) or grid_points < 2:
-            raise ValueError(f"steps: expected an integer >= 2 (grid points), got {grid_points!r}")
+        grid_points = steps_of("steps", config.steps if steps is None else steps, 2, "grid points") or 50
         rules = _Rules.from_config(config, grid_points, num_layers, num_tokens)
         drafts = _drafts(rules, computes)
         live = _with_branches(rules, config, guidance_scale, guides, _without_dead_work(rules, drafts))

@@ -76,6 +76,7 @@ DIFFUSERS = within("hosts/test_diffusers_pipeline.py")
 KL_CODEC = Pytest("python_tests/families/test_kl_codec.py")
 PLANS = within("families/test_family_plans.py")
 ENDS = within("runtime/test_many_ends.py")
+VALUES = within("nano/test_callers_values.py")
 
 MUTANTS = [
     Mutant("files: mode 0600", "flashu_ext/planning/safe_files.py", "            temporary.chmod(0o666 & ~umask)\n", "", FILES, quick=True),
@@ -104,7 +105,7 @@ MUTANTS = [
     Mutant("schedule: one full step more", "flashu_ext/planning/schedule.py", "index > rules.whole_after", "index >= rules.whole_after", SCHEDULE),
     Mutant("schedule: a forecast takes the oldest", "flashu_ext/planning/schedule.py", "(index, *measured_tokens)", "(*measured_tokens, index)", SCHEDULE),
     Mutant("cost: the unguided is priced as guided", "flashu_ext/planning/cost.py", "(2 if guided else 1), geometry.length", "2, geometry.length", COST),
-    Mutant("checkpoint: a tied table is saved twice", "flashu_ext/models/checkpoint.py", "        state.pop(self._tied_head(model), None)\n", "", SMALL("files")),
+    Mutant("checkpoint: a tied table is saved twice", "flashu_ext/models/checkpoint.py", "            state.pop(f\"{self.language_model}.lm_head.weight\", None)\n", "            pass\n", SMALL("files")),
     Mutant("checkpoint: shards count beside a whole file", "flashu_ext/models/weights.py", '            if exists(directory / f"{stem}.{suffix}"):\n', '            if exists(directory / f"{stem}.{suffix}") and not exists(directory / f"{stem}.{suffix}.index.json"):\n', FOLDERS("saved_over")),
     Mutant("checkpoint: ours is upstream's where both are there", "flashu_ext/models/checkpoint.py", 'OWN in self.configs or "format" in own', 'OWN in self.configs', FOLDERS("bagel")),
     Mutant("checkpoint: fixed tables are trained", "flashu_ext/models/checkpoint.py", "parameter.requires_grad_(name in trained)", "parameter.requires_grad_(True)", FOLDERS("bagel and round_trip")),
@@ -381,6 +382,17 @@ MUTANTS = [
     Mutant("bagel: the size is the first image's", "flashu_ext/models/bagel/pipeline.py", "(images[-1].height, images[-1].width)", "(images[0].height, images[0].width)", BAGEL_PIPELINE("of_the_last")),
     Mutant("diffusers: steps are grid points", "flashu_ext/hosts/diffusers.py", "steps + pipe.counts_grid_points", "steps", DIFFUSERS("each_with_a_callback")),
     Mutant("diffusers: images of one generator are alike", "flashu_ext/hosts/diffusers.py", "self.pipeline.noise_by(each, size).to(device) for each in given", "self.pipeline.noise_by(None if each is None else each.clone_state(), size).to(device) for each in given", DIFFUSERS("generators")),
+    Mutant("values: a tiny temperature is not a number", "flashu_ext/models/decoding.py", "return (logits - torch.where((largest / temperature).isfinite(), 0, largest)) / temperature", "return logits / temperature", VALUES("near_0")),
+    Mutant("values: NumPy's numbers are none", "flashu_ext/planning/groups.py", "not isinstance(value, numbers.Real)", "not isinstance(value, (int, float))", VALUES("of_numpy")),
+    Mutant("values: a picture of 16 bits keeps its lower 8", "flashu_ext/planning/reading.py", "(np.asarray(image) >> 8)", "np.asarray(image)", VALUES("16_bits")),
+    Mutant("values: black drawings", "flashu_ext/models/pipeline.py", 'for what, numbers in (("latents", latents), ("image", image)):', "for what, numbers in ():", VALUES("not_finite")),
+    Mutant("values: images that are not finite", "flashu_ext/models/pipeline.py", '(("latents", latents), ("image", image))', '(("latents", latents),)', VALUES("an_image_that")),
+    Mutant("values: half a surrogate pair", "flashu_ext/models/prompts.py", "        text.encode()\n", "        pass\n", VALUES("no_tokenizer")),
+    Mutant("values: no question, no checks", "flashu_ext/models/pipeline.py", "        check_sampling(temperature, top_k, top_p)\n", "", VALUES("without_questions")),
+    Mutant("checkpoint: the config says whether a head is stored", "flashu_ext/models/checkpoint.py", "if (tied := is_tied(llm)) != bool(llm.config.tie_word_embeddings):", "if (tied := bool(llm.config.tie_word_embeddings)) is None:", FOLDERS("stored_as_it_is")),
+    Mutant("checkpoint: the config stays tied", "flashu_ext/models/checkpoint.py", "            config = config.with_tied_head(tied)\n", "            pass\n", FOLDERS("stored_as_it_is")),
+    Mutant("checkpoint: another head is lost", "flashu_ext/models/llm.py", "    elif is_tied(llm) and", "    elif False and", FOLDERS("another_head")),
+    Mutant("known: any number of heads", "flashu_ext/models/known.py", "        if getattr(attention, name, asked) != asked:\n", "        if False:\n", PARTS_OF("not_its_weights")),
     Mutant("bagel: noise is drawn as latents", "flashu_ext/models/bagel/pipeline.py", "        shape = (rows * columns, self.model.config.patch_width)\n", "        return super().noise_by(generator, size)\n        shape = (rows * columns, self.model.config.patch_width)\n", BAGEL_PIPELINE("image_is_the_samplers")),
     Mutant("diffusers: an image is not interrupted", "flashu_ext/hosts/diffusers.py", "            raise _InterruptedError\n", "            pass\n", DIFFUSERS("interrupted")),
     Mutant("diffusers: what is interrupted is lost", "flashu_ext/hosts/diffusers.py", "drawn[group] = told.latents", "pass", DIFFUSERS("interrupted")),

@@ -111,6 +111,37 @@ def test_a_tied_head_is_not_stored(tmp_path: Path, family: Family):
     model.load_state_dict({name: x for name, x in model.state_dict().items() if name != head})
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_stored_as_it_is(tmp_path: Path, family: Family, tied: bool):
+    """Whatever the config says: a caller has untied it, or tied it."""
+    model = family.model() if tied else family.kind(family.tied).eval()
+    llm = model.get_submodule(family.layout.language_model)
+    table = llm.model.embed_tokens.weight
+    llm.lm_head.weight = table if tied else torch.nn.Parameter(table.detach() + 1)
+    model.save_pretrained(tmp_path)
+    loaded = family.kind.from_pretrained(tmp_path)
+    assert [name for name, each in model.state_dict().items() if not torch.equal(loaded.state_dict()[name], each)] == []
+    again = loaded.get_submodule(family.layout.language_model)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == again.config.tie_word_embeddings == tied
+
+
+def test_another_head_than_the_tied_one_is_refused(tmp_path: Path, family: Family):
+    model = family.kind(family.tied).eval()
+    head = f"{family.layout.language_model}.lm_head.weight"
+    state = {name: each.clone() for name, each in model.state_dict().items()}
+    model.load_state_dict(state)  # equal values are no other head
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    state = {name: each + 1 for name, each in state.items()}
+    state[head] = state[head] + 1
+    for assign in (False, True):
+        with pytest.raises(ValueError, match=rf"{head}: expected the values of .*the same weight in this model"):
+            model.load_state_dict(state, assign=assign)
+    assert [name for name, each in model.state_dict().items() if not torch.equal(before[name], each)] == []
+    model.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors")
+    refused(family, tmp_path, rf"{tmp_path.name}: {head}: expected the values of")
+
+
 def test_missing_parts(tmp_path: Path, family: Family):
     refused(
         family, tmp_path / "nowhere", f"expected a folder with a {family.layout.name} checkpoint", FileNotFoundError

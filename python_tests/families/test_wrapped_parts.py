@@ -103,6 +103,16 @@ def test_an_attention_that_is_not_causal_is_refused() -> None:
             fx.janusflow.sample(model, torch.zeros(1, 16, 12, 12), torch.tensor([1, 2, 3]), 2)
 
 
+@pytest.mark.parametrize("name", ["head_dim", "num_key_value_groups"])
+def test_heads_that_are_not_its_weights_are_refused(name: str) -> None:
+    """The dense model would raise in the middle of its own sums."""
+    model = fx.load_pipeline("nano", family="janusflow").model
+    attention = model.language_model.model.layers[1].self_attn
+    setattr(attention, name, 2 * getattr(attention, name))
+    with pytest.raises(TypeError, match=f"self_attn: its {name} is .*, expected .*, as its weights have"):
+        fx.accelerate(model)
+
+
 @pytest.mark.parametrize("name", ["q_norm_moe_gen", "k_norm_moe_gen"])
 def test_a_drawing_experts_norm_of_another_epsilon_is_refused(name: str) -> None:
     model = fx.load_pipeline("nano", family="bagel").model

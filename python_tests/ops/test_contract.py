@@ -283,6 +283,17 @@ def test_out_is_filled_by_a_compiled_call(case: OpCase):
 
 
 @pytest.mark.parametrize("case", [case for case in WITH_OUT if not case.option], ids=repr)
+def test_wrong_out_is_refused_by_a_compiled_call(case: OpCase):
+    """A copy would convert and spread the result."""
+    expected = case.function(**case.make(torch.float32))
+    for out in (torch.zeros_like(expected, dtype=torch.float64), expected.new_zeros(2, *expected.shape)):
+        torch.compiler.reset()
+        with pytest.raises((*REFUSED, torch._dynamo.exc.Unsupported, RuntimeError), match=r"out: expected|exception"):
+            torch.compile(case.function, fullgraph=True, backend="eager")(**case.make(torch.float32), out=out)
+        assert not out.any()
+
+
+@pytest.mark.parametrize("case", [case for case in WITH_OUT if not case.option], ids=repr)
 def test_wrong_out_is_refused(case: OpCase):
     expected = case.function(**case.make(torch.float32))
     wrong = [expected.to(torch.float64), expected.new_empty(*expected.shape, 1), expected.to("meta")]

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig, preset
-from ...planning.groups import whole
-from ...planning.reading import shown
+from ...planning.groups import steps_of
 from ..checks import check_callback
 from ..codec import Codec, KlCodec
 from ..decoding import OnToken
 from ..pictures import Size, sides
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
-from ..prompts import check_question
+from ..prompts import check_question, check_text
 from ..sampling import Stepper, integrate
 from ..seeds import seeds_of
 from .calibration import GenerationSample, UnderstandingSample
@@ -135,7 +134,7 @@ class Pipeline(ModelPipeline):
         Raises:
             TypeError, ValueError: an argument is wrong; it is named.
         """
-        self._check_prompt(prompt)
+        check_text("prompt", prompt)
         scales = guidance_of(self.guidance if guidance is None else guidance, text_guidance, image_guidance)
         return self._picture({"prompt": prompt}, seed, steps, size, scales, taylorseer)
 
@@ -168,7 +167,10 @@ class Pipeline(ModelPipeline):
         return self.size if size is None else sides(size)
 
     def grid(self, size: Size | None = None) -> tuple[int, int]:
-        return size_grid(self.model, self._pixels(size))
+        pixels = self._pixels(size)
+        if hasattr(self.codec, "latent_size"):  # one that has not every size
+            self.codec.latent_size(*pixels)
+        return size_grid(self.model, pixels)
 
     def edit(
         self,
@@ -189,7 +191,7 @@ class Pipeline(ModelPipeline):
             seed: of the noise, and of the latents that the VAE samples for the images.
             The rest is as in `generate`.
         """
-        self._check_prompt(prompt)
+        check_text("prompt", prompt)
         scales = guidance_of(guidance, text_guidance, image_guidance)
         return self._picture({**images_of(image, "image"), "prompt": prompt}, seed, steps, None, scales, taylorseer)
 
@@ -220,10 +222,10 @@ class Pipeline(ModelPipeline):
     ) -> Image:
         """items: names for messages, and strings or images. size: None: of the last image."""
         (seed,) = seeds_of([seed], 1, "images")
-        _grid_points(steps)  # before images are read
+        steps_of("steps", steps, 2, "grid points")  # before images are read
         given = None if size is None else sides(size)
         if given is not None:
-            size_grid(self.model, given)
+            self.grid(given)
         read = read_all(items, self.model.config, self.vae_sides)
         # In upstream's order: what the VAE samples comes before the noise.
         generator = torch.Generator("cpu").manual_seed(seed)
@@ -258,7 +260,7 @@ class Pipeline(ModelPipeline):
         seer: TaylorSeer | None,
         config: FlashUConfig | None = None,
     ) -> Stepper:
-        told = (_grid_points(steps), guidance, self.timestep_shift, seer, config)
+        told = (steps_of("steps", steps, 2, "grid points"), guidance, self.timestep_shift, seer, config)
         return begin(self.model, noise, sequence, size, self.layout.ids, *told)
 
     def unpacked(self, latents: Tensor) -> Tensor:
@@ -353,11 +355,3 @@ class Pipeline(ModelPipeline):
             latents = None if generator is None else self.codec.encode(pixels(item).to(device), generator)
             made.append(ContextImage(latents, tokens.to(device), places.to(device)))
         return made
-
-
-def _grid_points(steps: Any) -> int | None:
-    """As an integer of Python; None: as the model says. Raises ValueError."""
-    points = whole(steps)
-    if steps is not None and (points is None or points < 2):
-        raise ValueError(f"steps: expected an integer >= 2 (grid points), got {shown(steps)}")
-    return points

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...planning.config import FlashUConfig
+from ...planning.groups import real, steps_of
 from ..checks import check_callback, check_own, check_tensor
 from ..sampling import Callback, DrawInputs, Formula, Segment, Stepper, TaylorSeer, integrate, stepper_of
 from .config import BagelConfig, config_of
@@ -62,14 +63,14 @@ class Guidance:
     def __post_init__(self) -> None:
         """Raises ValueError for settings that mean nothing."""
         for name, value in (("cfg_text_scale", self.text), ("cfg_img_scale", self.image)):
-            if not _real(value) or value < 0:
+            if real(value) is None or value < 0:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
-        if len(self.interval) != 2 or not all(map(_real, self.interval)) or self.interval[0] > self.interval[1]:
+        if len(self.interval) != 2 or None in map(real, self.interval) or self.interval[0] > self.interval[1]:
             raise ValueError(f"cfg_interval: expected (low, high), low <= high, got {self.interval!r}")
         object.__setattr__(self, "interval", tuple(self.interval))  # a list is welcome, and guidance is hashed
         if self.renorm not in RENORMS:
             raise ValueError(f"cfg_renorm_type: expected one of {', '.join(RENORMS)}, got {self.renorm!r}")
-        if not _real(self.renorm_min) or not 0 <= self.renorm_min <= 1:
+        if real(self.renorm_min) is None or not 0 <= self.renorm_min <= 1:
             raise ValueError(f"cfg_renorm_min: expected a number in [0, 1], got {self.renorm_min!r}")
 
     def check_forecast(self, seer: TaylorSeer | None) -> None:
@@ -216,15 +217,13 @@ def begin(
     """
     ids = check_inputs(model, inputs, token_ids)
     grid = check_size(model, noise, size)
-    real = isinstance(num_timesteps, int) and not isinstance(num_timesteps, bool) and num_timesteps >= 2
-    if num_timesteps is not None and not real:
-        raise ValueError(f"num_timesteps: expected an integer >= 2, got {num_timesteps!r}")
-    if not _real(timestep_shift) or timestep_shift <= 0:
+    points = steps_of("num_timesteps", num_timesteps, 2, "grid points")
+    if real(timestep_shift) is None or timestep_shift <= 0:
         raise ValueError(f"timestep_shift: expected a finite number > 0, got {timestep_shift!r}")
     if taylorseer is not None and not isinstance(taylorseer, TaylorSeer):
         raise TypeError(f"taylorseer: expected None or a TaylorSeer, got {type(taylorseer).__name__}")
     guidance.check_forecast(taylorseer)
-    told = (num_timesteps, guidance, timestep_shift, taylorseer)
+    told = (points, guidance, timestep_shift, taylorseer)
     drawn = SampleInputs.build(config_of(model), noise, branch_inputs(inputs), grid, ids, *told)
 
     def dense(model: Any, drawn: SampleInputs) -> Stepper:
@@ -537,7 +536,3 @@ def check_size(model: Any, tokens: Any, size: Any, name: str = "noise") -> tuple
     if tuple(tokens.shape) != (rows * columns, width):
         raise ValueError(f"{name}: expected [{rows * columns}, {width}], got {tuple(tokens.shape)}")
     return rows, columns
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...planning.groups import is_real
+from ...planning.groups import real
 from ...planning.reading import shown
 from ..pictures import rgb
+from ..prompts import check_text
 from .config import BagelConfig
 from .images import vae_image
 from .sampling import Guidance
@@ -28,7 +29,7 @@ def guidance_of(guidance: Any, text: Any, image: Any) -> Guidance:
     if not isinstance(guidance, Guidance):
         raise TypeError(f"guidance: expected a Guidance, got {type(guidance).__name__}")
     for name, value in (("text_guidance", text), ("image_guidance", image)):
-        if value is not None and (not is_real(value) or value < 0):
+        if value is not None and (real(value) is None or value < 0):
             raise ValueError(f"{name}: expected a finite number >= 0, got {shown(value)}")
     text, image = (own if value is None else value for own, value in ((guidance.text, text), (guidance.image, image)))
     return replace(guidance, text=text, image=image)
@@ -71,6 +72,9 @@ def read_all(items: Mapping[str, Any], config: BagelConfig, sides: tuple[int, in
     Raises:
         TypeError, ValueError: one is neither a string nor an image that can be read.
     """
+    for name, item in items.items():
+        if isinstance(item, str):
+            check_text(name, item)
     return [
         item if isinstance(item, str) else vae_image(rgb(item, name, on_white=True), config, *sides)
         for name, item in items.items()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_callback, check_count, check_generator, check_generators, check_own, check_sampling
+from ..checks import check_callback, check_count, check_generator, check_generators, check_own
 from ..decoding import OnToken, TokenSampler
 from .layers import Experts
 from .model import Bagel, Image, Text, TokenIds
@@ -112,7 +112,6 @@ def _answers(
 ) -> list[Tensor]:
     """pick: the sampler, or a function that calls it."""
     check_count("max_new_tokens", most)
-    check_sampling(sampler.temperature, sampler.top_k, sampler.top_p)
     check_callback("on_token", on_token)
     handle = handle_of(model)
     if handle is None:

@@ -18,12 +18,11 @@ class TimeEmbed(nn.Module):
 
     def __init__(self, waves: int, width: int):
         super().__init__()
-        self.waves = waves
         self.linear_1 = nn.Linear(waves, width)
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
-        waves = sinusoids(t, self.waves).to(self.linear_1.weight.dtype)
+        waves = sinusoids(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(waves)))
 
 

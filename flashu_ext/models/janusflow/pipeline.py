@@ -183,9 +183,9 @@ class Pipeline(ModelPipeline):
         check_callback("on_token", on_token)
         generators = None if seeds is None else self.generators(seeds, len(questions), "questions")
         tokens = [self.layout.question(question, self._device) for question in questions]
+        pictures = [rgb(*_single(entry, name)) for name, entry in images.items()]
         if not tokens:
             return []
-        pictures = [rgb(*_single(entry, name)) for name, entry in images.items()]
         pixels = torch.cat([pixel_values(each, self.model.config, self.mean, self.std) for each in pictures])
         answers = answer_tokens_batch(
             self.model,

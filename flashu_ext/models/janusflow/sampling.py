@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...planning.groups import steps_of, whole
 from ..checks import check_callback, check_own, check_tensor, check_tokens, guidance_scale_of
 from ..sampling import Callback, DrawInputs, integrate, stepper_of
 from ..velocity import guide
@@ -40,21 +41,21 @@ class SampleInputs(DrawInputs):
         check_tokens("tokens", tokens, noise.shape[0], embed)
         if tokens.shape[1] < 2:
             raise ValueError(f"tokens: expected bos, a prompt and the tag of drawing, got {tokens.shape[1]} tokens")
-        if not isinstance(pad_token, int) or isinstance(pad_token, bool) or not 0 <= pad_token < embed.weight.shape[0]:
+        pad = whole(pad_token)
+        if pad is None or not 0 <= pad < embed.weight.shape[0]:
             raise IndexError(f"pad_token: expected a token id in [0, {embed.weight.shape[0]}), got {pad_token!r}")
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            raise ValueError(f"steps: expected an integer >= 1 (evaluations), got {steps!r}")
+        evaluations = steps_of("steps", steps, 1, "evaluations")
         scale = guidance_scale_of(guidance_scale, noise.shape[0])
         # The time's embedding takes the place of the tag, which tells the language model to draw.
         prompts = tokens[:, :-1]
         if scale:
-            without = torch.full_like(prompts, pad_token)
+            without = torch.full_like(prompts, pad)
             without[:, 0] = prompts[:, 0]
             prompts = torch.cat([prompts, without])
         span = 1 + config.grid**2
         positions = torch.tensor([[[prompts.shape[1], span]]], device=prompts.device).repeat(len(prompts), 1, 1)
-        whole = torch.cat([prompts, prompts.new_full((len(prompts), span), pad_token)], dim=1)
-        return cls(noise, whole, positions, None if steps is None else steps + 1, scale)
+        tokens = torch.cat([prompts, prompts.new_full((len(prompts), span), pad)], dim=1)
+        return cls(noise, tokens, positions, None if evaluations is None else evaluations + 1, scale)
 
     @property
     def length(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_callback, check_count, check_eos, check_generators, check_own, check_sampling, check_tokens
+from ..checks import check_callback, check_count, check_eos, check_generators, check_own, check_tokens
 from ..decoding import OnToken, TokenSampler
 from .adapter import adapter
 from .images import check_pixels, image_span
@@ -87,7 +87,6 @@ def answer_tokens_batch(
     check_pixels(pixel_values, len(tokens), model)
     check_count("max_new_tokens", max_new_tokens)
     check_eos(eos_token)
-    check_sampling(temperature, top_k, top_p)
     check_callback("on_token", on_token)
     check_generators(generators, len(tokens), embed.weight.device)
     sampler = TokenSampler(temperature, top_k, top_p, generators)

@@ -161,6 +161,9 @@ class Showo2Config(JsonConfig):
 
     # Upstream's names, which its own code and the runtime read from `model.config`.
 
+    def with_tied_head(self, tied: bool) -> Showo2Config:
+        return dataclasses.replace(self, llm={**self.llm, "tie_word_embeddings": tied})
+
     @property
     def hidden_size(self) -> int:
         return int(self.llm["hidden_size"])

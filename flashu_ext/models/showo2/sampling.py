@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...planning.groups import steps_of
 from ..checks import check_callback
 from ..masks import additive, omni_allowed
 from ..sampling import Callback, DrawInputs, integrate, stepper_of
@@ -55,8 +56,7 @@ class SampleInputs(DrawInputs):
         scale = validate.check_sample_inputs(
             model, noise, text[0], null[0], text[1], null[1], guidance_scale, time_shifting_factor
         )
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 2):
-            raise ValueError(f"steps: expected an integer >= 2 (grid points), got {steps!r}")
+        steps = steps_of("steps", steps, 2, "grid points")
         if guided(scale):
             text = tuple(torch.cat(pair) for pair in zip(text, null, strict=True))  # type: ignore[arg-type, assignment]
         return cls(noise, *text, steps, scale, time_shifting_factor)

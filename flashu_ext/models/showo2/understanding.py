@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..accelerated import handle_of
-from ..checks import check_callback, check_generator, check_sampling
+from ..checks import check_callback, check_generator
 from ..decoding import OnToken, TokenSampler
 from ..masks import additive
 from . import validate
@@ -84,7 +84,6 @@ def answer_tokens(
     """
     images = images_of(image_latents)
     validate.check_answer_inputs(model, images, tokens_before_image, tokens_after_boi, max_new_tokens, eos_token)
-    check_sampling(temperature, top_k, top_p)
     check_callback("on_token", on_token)
     if generator is not None:
         check_generator("generator", generator, images[0].device)
@@ -149,7 +148,6 @@ def answer_tokens_batch(
         )
     for row, inputs in enumerate(zip(images, befores, afters, strict=True)):
         validate.check_answer_inputs(model, *inputs, max_new_tokens, eos_token, f"[{row}]")
-    check_sampling(temperature, top_k, top_p)
     check_callback("on_token", on_token)
     for row, generator in enumerate(generators or ()):
         check_generator(f"generators[{row}]", generator, images[row][0].device)

@@ -156,6 +156,6 @@ def check_mmu_inputs(
     if attention_mask.numel() != length * length or tuple(attention_mask.shape[-2:]) != (length, length):
         raise ValueError(f"attention_mask: expected [1, 1, {length}, {length}], got {tuple(attention_mask.shape)}")
     check_count("max_new_tokens", max_new_tokens)
-    check_sampling(temperature, top_k)
+    check_sampling(temperature, top_k, None)
     if temperature == 0:
         raise ValueError("temperature: expected a finite number > 0, got 0 (top_k=1 is greedy)")
