@@ -5,6 +5,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "cpu/digits.hpp"
 #include "support.hpp"
 
 namespace flashu::test {
@@ -56,8 +57,10 @@ std::pair<Owned<int8_t>, Owned<T>> bytes(int64_t rows, int64_t width, uint32_t s
   return {small, wide};
 }
 
-// With scales of 1 int8 weights give the bits that the same numbers give: sums have one order.
+// With scales of 1 int8 weights give the bits that the same numbers give, sums having one order, unless bytes
+// are multiplied as such (int8_test.cpp).
 TYPED_TEST(Ffn, OfInt8WeightsHasTheBitsOfTheirNumbers) {
+  if (cpu::uses_digits(dtype_of<TypeParam>(), 300)) GTEST_SKIP() << "other sums, in whole numbers";
   for (const int64_t hidden : {37, 64, 130, 300}) {
     const auto [gate8, gate] = bytes<TypeParam>(kNeurons, hidden, 1);
     const auto [up8, up] = bytes<TypeParam>(kNeurons, hidden, 2);

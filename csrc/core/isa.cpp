@@ -18,7 +18,9 @@ Isa detect() {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     best = Isa::kAvx512;
   }
-  if (best == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) best = Isa::kAvx512Bf16;
+  // Every CPU with the first has the second.
+  if (best == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    best = Isa::kAvx512Bf16;
   const char* wish = std::getenv("FLASHU_ISA");
   if (wish == nullptr) return best;
   for (const Isa lower : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {

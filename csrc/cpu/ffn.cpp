@@ -24,21 +24,28 @@ struct Buffers {
   float* slots;
 };
 
-// Rows [first_row, first_row + a.rows) of the up half: panels of kWidth gate and kWidth up columns.
-void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t first_row,
-             const PackedRows* packed_h, const Buffers& buffers) {
+// Where the up half's products go: into h in the storage type, packed, or into h in float.
+struct Products {
+  core::Matrix stored;
+  int32_t type;
+  const PackedRows* packed;
+};
+
+// Rows [first_row, first_row + rows) of the up half: panels of kWidth gate and kWidth up columns.
+void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t first_row, int64_t rows,
+             const Products& products, const Buffers& buffers) {
   const Selection& selected = s.selected;
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const FfnKernels& ffn = FLASHU_PICK_ISA(ffn_kernels);
   const EpilogueKernels& epilogue = FLASHU_PICK_ISA(epilogue_kernels);
   const int64_t width = gemm.panel_columns / 2;
 
-  const auto rows_of = [&](int64_t panel, const void** rows) {
+  const auto rows_of = [&](int64_t panel, const void** weights) {
     for (int64_t j = 0; j < width; ++j) {
       // Columns past the last neuron repeat it; what they give is not stored.
       const int64_t neuron = selected[std::min(panel * width + j, selected.count - 1)];
-      rows[j] = weight_row(p.w_gate, neuron, p.type, p.int8);
-      rows[width + j] = weight_row(p.w_up, neuron, p.type, p.int8);
+      weights[j] = weight_row(p.w_gate, neuron, p.type, p.int8);
+      weights[width + j] = weight_row(p.w_up, neuron, p.type, p.int8);
     }
   };
   // Before the activation: scales of int8 weights, and what is added to a product.
@@ -49,12 +56,12 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
         scales[j] = p.gate_scale[selected[first + j]];
         scales[width + j] = p.up_scale[selected[first + j]];
       }
-      epilogue.scale(c, scales, a.rows);
+      epilogue.scale(c, scales, rows);
     }
     const auto add = [&](const core::Matrix& added, float* to) {
       if (added.data == nullptr) return;
       const char* const from = row_of(added, first_row, p.type) + first * element_bytes(p.type);
-      ffn.add[p.type](to, from, added.stride, a.rows, count);
+      ffn.add[p.type](to, from, added.stride, rows, count);
     };
     add(p.gate_add, c);
     add(p.up_add, c + width);
@@ -63,10 +70,10 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
     const int64_t first = panel * width;
     const int64_t count = std::min(width, selected.count - first);
     complete(first, count, c);
-    ffn.swiglu(c, a.rows);
+    ffn.swiglu(c, rows);
     if (core::present(p.norms)) {
       double sums[32] = {};
-      ffn.add_squares(sums, c, a.rows, count);
+      ffn.add_squares(sums, c, rows, count);
       for (int64_t j = 0; j < count; ++j) {
         if (p.norms.dtype == FLASHU_F64) {
           static_cast<double*>(p.norms.data)[first + j] += sums[j];
@@ -76,9 +83,10 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
         }
       }
     }
+    const PackedRows* const packed_h = products.packed;
     if (packed_h == nullptr) {
-      epilogue.store_rows[p.type](row_of(p.h, first_row, p.type) + first * element_bytes(p.type), p.h.stride,
-                                  nullptr, 0, c, a.rows, count);
+      char* const to = static_cast<char*>(products.stored.data) + first * element_bytes(products.type);
+      epilogue.store_rows[products.type](to, products.stored.stride, nullptr, 0, c, rows, count);
       return;
     }
     const int64_t slot = first / gemm.slot_values[p.type];  // whole: a panel has an even number of neurons
@@ -92,13 +100,44 @@ void up_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t
                   {p.type, p.int8, p.hidden, p.hidden, 0, nullptr}, buffers.slots, s.slots, rows_of, finish);
 }
 
-// Rows [first_row, first_row + a.rows) of the down half, from packed h.
-void down_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t first_row,
+// Rows [first_row, first_row + rows) of the down half, from packed h.
+void down_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64_t first_row, int64_t rows,
                const Buffers& buffers) {
   const Selection& selected = s.selected;
   const Weights weights{p.type, p.int8, p.intermediate, selected.count, selected.first, selected.list()};
   const core::LinearPart part{p.w_down, p.width, p.down_scale, nullptr, p.residual, p.out};
-  project({&part, 1, weights, FLASHU_EPILOGUE_NONE}, s.down, a, first_row, buffers.slots, s.slots);
+  project({&part, 1, weights, FLASHU_EPILOGUE_NONE}, s.down, a, first_row, rows, buffers.slots, s.slots);
+}
+
+// A chunk of rows, in float or bf16.
+void packed_rows(const FfnProblem& p, const FfnPlan& s, int64_t row, int64_t rows, const Buffers& buffers) {
+  const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
+  const PackedRows h{buffers.h, rows, slots_of(gemm, p.type, p.neurons), gemm.tile_rows, s.down.block_k};
+  if (p.has_up) {
+    const PackedRows x{buffers.x, rows, slots_of(gemm, p.type, p.hidden), gemm.tile_rows, s.up.block_k};
+    pack_rows(gemm, x, row_of(p.x, row, p.type), p.type, p.x.stride, p.hidden);
+    const Products to{{row_of(p.h, row, p.type), p.h.stride}, p.type, p.has_down ? &h : nullptr};
+    up_half(p, s, x, row, rows, to, buffers);
+  } else {
+    pack_rows(gemm, h, row_of(p.h, row, p.type), p.type, p.h.stride, p.neurons);
+  }
+  if (p.has_down) down_half(p, s, h, row, rows, buffers);
+}
+
+// A chunk of rows of a whole FFN, as digits. h is not rounded to the storage type between the halves.
+void digit_rows(const FfnProblem& p, const FfnPlan& s, int64_t row, int64_t rows, const Buffers& buffers) {
+  const int32_t bits = unit_bits(p.type);
+  const core::Matrix between{buffers.h, p.neurons};
+  {
+    const core::Matrix from{row_of(p.x, row, p.type), p.x.stride};
+    const Digits x({from, p.type, bits, rows, p.hidden, p.hidden}, s.up.block_k, buffers.x);
+    up_half(p, s, x.operand(), row, rows, {between, FLASHU_F32, nullptr}, buffers);
+  }
+  DigitProblem down{between, FLASHU_F32, bits, rows, p.neurons, p.neurons};
+  if (s.selected.list() != nullptr) down.width = p.intermediate, down.columns = s.selected.list();
+  if (s.windowed()) down.windows = &s.windows;
+  const Digits h(down, s.down.block_k, buffers.h + align_floats(rows * p.neurons));
+  down_half(p, s, h.operand(), row, rows, buffers);
 }
 
 }  // namespace
@@ -106,17 +145,31 @@ void down_half(const FfnProblem& p, const FfnPlan& s, const PackedRows& a, int64
 FfnPlan plan_ffn(const FfnProblem& p) {
   FfnPlan s;
   s.selected = resolve(p);
+  s.digits = p.int8 && p.has_up && p.has_down && uses_digits(p.type, std::max(p.hidden, p.neurons));
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  const core::GemmProblem up = gemm_problem(gemm, p.type, p.int8, p.rows, 2 * p.neurons, p.hidden);
+  const core::GemmProblem up = s.digits ? digit_problem(gemm, p.rows, 2 * p.neurons, p.hidden)
+                                        : gemm_problem(gemm, p.type, p.int8, p.rows, 2 * p.neurons, p.hidden);
   core::GemmProblem down = up;
   down.n = p.width;
   down.k = p.neurons;
   down.gathered = s.selected.list() != nullptr;
   s.up = core::choose_gemm_tiles(up);
   s.down = core::choose_gemm_tiles(down);
-  const int64_t chunk = std::min(p.rows, s.up.chunk_m);  // both halves chunk alike: it depends on rows only
-  if (p.has_up) s.x_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.hidden), gemm.tile_rows);
-  if (p.has_down) s.h_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.neurons), gemm.tile_rows);
+  // Both halves chunk alike: it depends on rows only.
+  s.chunk = s.digits ? s.up.chunk_m / kDigits : s.up.chunk_m;
+  const int64_t chunk = std::min(p.rows, s.chunk);
+  if (s.digits) {
+    if (down.gathered) {
+      SelectedWindows windows(s.selected.list(), s.selected.count, p.intermediate);
+      if (take_windows(p.rows, s.selected.count, windows)) s.windows = std::move(windows);
+    }
+    s.x_floats = Digits::floats(chunk, p.hidden);
+    s.h_floats = align_floats(chunk * p.neurons) +
+                 Digits::floats(chunk, p.neurons, s.windowed() ? &s.windows : nullptr);
+  } else {
+    if (p.has_up) s.x_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.hidden), gemm.tile_rows);
+    if (p.has_down) s.h_floats = PackedRows::floats(chunk, slots_of(gemm, p.type, p.neurons), gemm.tile_rows);
+  }
   if (p.has_up) s.slot_floats = panel_scratch_floats(gemm, s.up);
   if (p.has_down) s.slot_floats = std::max(s.slot_floats, panel_scratch_floats(gemm, s.down));
   const double weights = static_cast<double>(p.neurons) *
@@ -128,18 +181,13 @@ FfnPlan plan_ffn(const FfnProblem& p) {
 void ffn(const FfnProblem& p, const FfnPlan& s, void* workspace) {
   float* floats = static_cast<float*>(workspace);
   const Buffers buffers{floats, floats + s.x_floats, floats + s.x_floats + s.h_floats};
-  const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
-  for (int64_t row = 0; row < p.rows; row += s.up.chunk_m) {
-    const int64_t rows = std::min(s.up.chunk_m, p.rows - row);
-    const PackedRows h{buffers.h, rows, slots_of(gemm, p.type, p.neurons), gemm.tile_rows, s.down.block_k};
-    if (p.has_up) {
-      const PackedRows x{buffers.x, rows, slots_of(gemm, p.type, p.hidden), gemm.tile_rows, s.up.block_k};
-      pack_rows(gemm, x, row_of(p.x, row, p.type), p.type, p.x.stride, p.hidden);
-      up_half(p, s, x, row, p.has_down ? &h : nullptr, buffers);
+  for (int64_t row = 0; row < p.rows; row += s.chunk) {
+    const int64_t rows = std::min(s.chunk, p.rows - row);
+    if (s.digits) {
+      digit_rows(p, s, row, rows, buffers);
     } else {
-      pack_rows(gemm, h, row_of(p.h, row, p.type), p.type, p.h.stride, p.neurons);
+      packed_rows(p, s, row, rows, buffers);
     }
-    if (p.has_down) down_half(p, s, h, row, buffers);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "core/ffn_problem.hpp"
 #include "core/tiles.hpp"
+#include "cpu/digits.hpp"
 #include "cpu/selection.hpp"
 
 namespace flashu::cpu {
@@ -14,9 +15,13 @@ namespace flashu::cpu {
 struct FfnPlan {
   Selection selected;
   core::GemmTiles up{}, down{};
+  bool digits = false;      // x and h are multiplied as such
+  SelectedWindows windows;  // of a list, if digits are multiplied straight from the weights
+  int64_t chunk = 0;        // rows that share one packing of the weights
   int64_t x_floats = 0, h_floats = 0, slot_floats = 0;
   int64_t slots = 0;  // tasks that may run at once
 
+  bool windowed() const { return !windows.place.empty(); }
   int64_t bytes() const { return (x_floats + h_floats + slots * slot_floats) * 4; }
 };
 

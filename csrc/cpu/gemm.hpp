@@ -10,13 +10,12 @@
 #include "core/matrix.hpp"
 #include "core/parallel.hpp"
 #include "core/tiles.hpp"
+#include "cpu/digits.hpp"
 #include "cpu/gemm_kernels.hpp"
+#include "cpu/packed_rows.hpp"
 #include "flashu/flashu.h"
 
 namespace flashu::cpu {
-
-inline constexpr int64_t kAlign = 64;  // bytes; every scratch buffer starts on a cache line
-inline int64_t align_floats(int64_t count) { return divide_up(count, kAlign / 4) * (kAlign / 4); }
 
 inline constexpr int64_t kMaxPanelColumns = 64;  // of any instruction set
 
@@ -56,6 +55,14 @@ inline core::GemmProblem gemm_problem(const GemmKernels& kernels, int32_t type, 
 FLASHU_FOR_OPS std::string explain_gemm(int64_t m, int64_t n, int64_t k, int32_t type, bool gathered,
                                         int64_t threads);
 
+// The same where every row of x is kDigits rows of digits.
+inline core::GemmProblem digit_problem(const GemmKernels& kernels, int64_t m, int64_t n, int64_t k) {
+  core::GemmProblem problem = gemm_problem(kernels, FLASHU_BF16, true, m * kDigits, n, k);
+  problem.slot_values = kDigitValues;
+  problem.tile_rows = kDigits * kDigitRows;
+  return problem;
+}
+
 // Below this many multiplications another thread costs more than it brings (about 10 us of work).
 inline constexpr double kWorkPerSlot = 400e3;
 
@@ -71,27 +78,6 @@ inline constexpr double kRowsPerPack = 8;
 inline int64_t slots_for(int64_t rows, double weights) {
   return slots_for((static_cast<double>(rows) + kRowsPerPack) * weights);
 }
-
-// The left operand in register-tile order: for each block of block_k slots, for each tile of rows,
-// [slot][tile_rows].
-struct PackedRows {
-  float* data;
-  int64_t rows;
-  int64_t slots;
-  int64_t tile_rows;
-  int64_t block_k;
-
-  static int64_t floats(int64_t rows, int64_t slots, int64_t tile_rows) {
-    return align_floats(divide_up(rows, tile_rows) * tile_rows * slots);
-  }
-  int64_t tiles() const { return divide_up(rows, tile_rows); }
-  int64_t rows_in(int64_t tile) const { return std::min(tile_rows, rows - tile * tile_rows); }
-  // Where slot `begin` (a multiple of block_k) of a tile starts.
-  float* at(int64_t tile, int64_t begin) const {
-    const int64_t count = std::min(block_k, slots - begin);
-    return data + begin * tiles() * tile_rows + tile * tile_rows * count;
-  }
-};
 
 // Packs x[r * stride + i], i < k, of storage type `type` (flashu_dtype), tiles split over threads.
 void pack_rows(const GemmKernels& kernels, const PackedRows& packed, const void* x, int32_t type,
@@ -131,7 +117,8 @@ struct PanelRows {
 };
 
 // For panels in [0, num_panels): multiplies the packed rows with each panel and calls
-//   finish(panel, c): c[r * panel_columns + j] for r < rows, in tiles of tile_rows rows one after another.
+//   finish(panel, c): c[r * panel_columns + j] for r < rows, in tiles of tile_rows rows one after another;
+// of digits: for rows of their problem.
 // rows_of(panel, rows) names the panel's rows of weights. `slots` tasks run at once, each with its own
 // scratch of panel_scratch_floats(). Every panel belongs to one task, so the split does not change results.
 template <class RowsOf, class Finish>
@@ -142,45 +129,54 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
   const int64_t panel_floats = align_floats(tiles.block_k * columns);
   const int64_t product_floats = align_floats(a.tiles() * a.tile_rows * columns);
   const int64_t block_tiles = divide_up(tiles.block_m, a.tile_rows);
-  const int64_t values = kernels.slot_values[weights.type];
-  const bool one_row = a.rows == 1 && weights.columns == nullptr && weights.k > 0;
+  const Digits* const digits = a.digits;
+  const bool direct =
+      digits != nullptr ? digits->direct() : a.rows == 1 && weights.columns == nullptr && weights.k > 0;
 
   const auto panel_rows = [&](int64_t panel) {
     PanelRows rows;
     rows_of(panel, rows.row);
     return weights.columns != nullptr ? rows : rows.from(kernels, weights.first * weights.bytes());
   };
-  // One row: the weights pass once from memory through registers.
-  const auto multiply_row = [&](int64_t panel, int64_t end, float* product) {
-    const PanelRows next = panel_rows(std::min(panel + 1, end - 1));
-    kernels.multiply_row[weights.kind()](product, a.data, panel_rows(panel).row,
-                                         panel + 1 < end ? next.row : nullptr, weights.k);
-  };
-  // Packs `count` k from `begin` on, while the following ones of the same rows are fetched.
-  const auto pack = [&](int64_t panel, int64_t begin, int64_t count, float* out) {
+  // One row, or a few of digits: the weights pass once from memory through registers.
+  const auto multiply_direct = [&](int64_t panel, int64_t end, float* product) {
     const PanelRows rows = panel_rows(panel);
+    const PanelRows next = panel_rows(std::min(panel + 1, end - 1));
+    const void* const* const ahead = panel + 1 < end ? next.row : nullptr;
+    if (digits != nullptr) return digits->dot(product, rows.row, ahead);
+    kernels.multiply_row[weights.kind()](product, a.data, rows.row, ahead, weights.k);
+  };
+  // Packs `count` slots from slot `s` on, while the following ones of the same rows are fetched, or the first
+  // of the next panel.
+  const auto pack = [&](int64_t panel, int64_t s, int64_t count, int64_t end, float* out) {
+    const PanelRows rows = panel_rows(panel);
+    const bool more = panel + tiles.panels < end;
+    const PanelRows next = panel_rows(more ? panel + tiles.panels : panel);
+    if (digits != nullptr) return digits->pack_panel(out, rows.row, more ? next.row : nullptr, s, count);
+    const int64_t values = kernels.slot_values[weights.type];
+    const int64_t begin = s * values;
+    const int64_t k = std::min(count * values, weights.k - begin);
     if (weights.columns != nullptr) {
-      kernels.pack_columns[weights.kind()](out, rows.row, weights.columns + begin, count, weights.width);
-      return;
+      const int32_t* const columns = weights.columns + begin;
+      return kernels.pack_columns[weights.kind()](out, rows.row, columns, k, weights.width);
     }
     const PanelRows here = rows.from(kernels, begin * weights.bytes());
-    const PanelRows ahead = here.from(kernels, count * weights.bytes());
-    kernels.pack_panel[weights.kind()](out, here.row, begin + count < weights.k ? ahead.row : nullptr, count);
+    const bool ends = begin + k == weights.k;
+    const PanelRows ahead = ends ? next : here.from(kernels, k * weights.bytes());
+    kernels.pack_panel[weights.kind()](out, here.row, more || !ends ? ahead.row : nullptr, k);
   };
-  const auto multiply_block = [&](int64_t panel, int64_t block, float* panels, float* products) {
+  const auto multiply = digits != nullptr ? digits->multiply() : kernels.multiply[weights.type];
+  const auto multiply_block = [&](int64_t panel, int64_t block, int64_t end, float* panels, float* products) {
     if (a.slots == 0) std::fill_n(products, block * product_floats, 0.0f);
     for (int64_t s = 0; s < a.slots; s += tiles.block_k) {
       const int64_t count = std::min(tiles.block_k, a.slots - s);
-      const int64_t begin = s * values;
-      for (int64_t p = 0; p < block; ++p)
-        pack(panel + p, begin, std::min(count * values, weights.k - begin), panels + p * panel_floats);
+      for (int64_t p = 0; p < block; ++p) pack(panel + p, s, count, end, panels + p * panel_floats);
       for (int64_t t = 0; t < a.tiles(); t += block_tiles) {
         const int64_t last_tile = std::min(a.tiles(), t + block_tiles);
         for (int64_t p = 0; p < block; ++p) {
           for (int64_t tile = t; tile < last_tile; ++tile) {
-            kernels.multiply[weights.type](products + p * product_floats + tile * a.tile_rows * columns,
-                                           a.at(tile, s), panels + p * panel_floats, count,
-                                           static_cast<int32_t>(a.rows_in(tile)), s == 0);
+            multiply(products + p * product_floats + tile * a.tile_rows * columns, a.at(tile, s),
+                     panels + p * panel_floats, count, static_cast<int32_t>(a.rows_in(tile)), s == 0);
           }
         }
       }
@@ -193,12 +189,16 @@ void multiply_panels(const GemmKernels& kernels, const core::GemmTiles& tiles, c
       const int64_t end = num_panels * (slot + 1) / slots;
       for (int64_t panel = num_panels * slot / slots; panel < end; panel += tiles.panels) {
         const int64_t block = std::min(tiles.panels, end - panel);
-        if (one_row) {
-          for (int64_t p = 0; p < block; ++p) multiply_row(panel + p, end, products + p * product_floats);
+        if (direct) {
+          for (int64_t p = 0; p < block; ++p) multiply_direct(panel + p, end, products + p * product_floats);
         } else {
-          multiply_block(panel, block, panels, products);
+          multiply_block(panel, block, end, panels, products);
         }
-        for (int64_t p = 0; p < block; ++p) finish(panel + p, products + p * product_floats);
+        for (int64_t p = 0; p < block; ++p) {
+          float* const c = products + p * product_floats;
+          if (digits != nullptr) digits->combine(c, panel_rows(panel + p).row);
+          finish(panel + p, c);
+        }
       }
     }
   });

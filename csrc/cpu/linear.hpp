@@ -11,6 +11,8 @@ namespace flashu::cpu {
 // How a problem is run, and its scratch: sizes in floats.
 struct LinearPlan {
   core::GemmTiles tiles{};
+  bool digits = false;  // rows are multiplied as such
+  int64_t chunk = 0;    // rows that share one packing of the weights
   int64_t x_floats = 0, slot_floats = 0;
   int64_t slots = 0;  // tasks that may run at once
 

@@ -37,17 +37,17 @@ Place place_of(const Projection& p, int64_t panel, int64_t panel_columns) {
 }  // namespace
 
 void project(const Projection& p, const core::GemmTiles& tiles, const PackedRows& a, int64_t first_row,
-             float* scratch, int64_t slots) {
+             int64_t rows, float* scratch, int64_t slots) {
   const GemmKernels& gemm = FLASHU_PICK_ISA(gemm_kernels);
   const EpilogueKernels& epilogue = FLASHU_PICK_ISA(epilogue_kernels);
   const int32_t type = p.weights.type;
   const int64_t size = element_bytes(type);
 
-  const auto rows_of = [&](int64_t panel, const void** rows) {
+  const auto rows_of = [&](int64_t panel, const void** weights) {
     const auto [part, first] = place_of(p, panel, gemm.panel_columns);
     // Columns past the last one repeat it; what they give is not stored.
     for (int64_t j = 0; j < gemm.panel_columns; ++j)
-      rows[j] = weight_row(part.weight, std::min(first + j, part.n - 1), type, p.weights.int8);
+      weights[j] = weight_row(part.weight, std::min(first + j, part.n - 1), type, p.weights.int8);
   };
   const auto finish = [&](int64_t panel, float* c) {
     const auto [part, first] = place_of(p, panel, gemm.panel_columns);
@@ -55,14 +55,14 @@ void project(const Projection& p, const core::GemmTiles& tiles, const PackedRows
     float memory[kMaxPanelColumns] = {};
     if (part.scale != nullptr) {
       std::copy_n(part.scale + first, count, memory);
-      epilogue.scale(c, memory, a.rows);
+      epilogue.scale(c, memory, rows);
     }
     const float* const bias = widened(part.bias, type, first, count, memory);
-    if (bias != nullptr || p.epilogue != FLASHU_EPILOGUE_NONE) epilogue.activate[p.epilogue](c, bias, a.rows);
+    if (bias != nullptr || p.epilogue != FLASHU_EPILOGUE_NONE) epilogue.activate[p.epilogue](c, bias, rows);
     const char* const residual =
         part.residual.data == nullptr ? nullptr : row_of(part.residual, first_row, type) + first * size;
     epilogue.store_rows[type](row_of(part.out, first_row, type) + first * size, part.out.stride, residual,
-                              part.residual.stride, c, a.rows, count);
+                              part.residual.stride, c, rows, count);
   };
   int64_t panels = 0;
   for (int32_t i = 0; i < p.count; ++i) panels += divide_up(p.parts[i].n, gemm.panel_columns);

@@ -18,8 +18,9 @@ struct Projection {
   int32_t epilogue;  // flashu_epilogue
 };
 
-// Rows [first_row, first_row + a.rows) of every part's out. scratch, slots: see multiply_panels.
+// Rows [first_row, first_row + rows) of every part's out, from the operand that holds them. scratch, slots:
+// see multiply_panels.
 void project(const Projection& p, const core::GemmTiles& tiles, const PackedRows& a, int64_t first_row,
-             float* scratch, int64_t slots);
+             int64_t rows, float* scratch, int64_t slots);
 
 }  // namespace flashu::cpu

@@ -30,7 +30,7 @@ MUTANTS = [
     Mutant("fake: queries are not transposed", "flashu_ext/ops/norm.py", "query.new_empty(query.transpose(1, 2).shape)", "query.new_empty(query.shape)", contract("rotary")),
     Mutant("fake: devices may be mixed", "flashu_ext/ops/common.py", "and value.device != first[1].device:", "and value.device.type != first[1].device.type == 'cuda':", contract("gather_rows")),
     # ---- the Python functions
-    Mutant("ops: compiled, out stays as it was", "flashu_ext/ops/common.py", "return out.copy_(packet.default(*args, **kwargs))", "return packet.default(*args, **kwargs)", contract("compiled_call"), quick=True),
+    Mutant("ops: compiled, out stays as it was", "flashu_ext/ops/common.py", "return out.copy_(made)", "return made", contract("compiled_call"), quick=True),
     Mutant("ops: a tuple of three is a run", "flashu_ext/ops/common.py", "if own is entry and len(own) != group:", "if own is entry and len(own) < group:", Pytest("python_tests/ops/test_ffn.py", "-k", "bad_selections")),
     Mutant("ops: True is a number of runs", "flashu_ext/ops/common.py", "not isinstance(number, int) or isinstance(number, bool)", "not isinstance(number, int)", Pytest("python_tests/ops/test_selection.py", "-k", "wrong_neurons")),
     Mutant("ops: norms and out at once", "flashu_ext/ops/ffn.py", "    if out is not None:\n        raise", "    if False:\n        raise", Pytest("python_tests/ops/test_ffn.py", "-k", "norms")),

@@ -271,8 +271,14 @@ def test_another_vae_is_named(folder: Path, tmp_path: Path, field: str) -> None:
         (lambda pipe: pipe.generate(3), "prompt: expected a string, got int"),
         (lambda pipe: pipe.edit(WIDE, 3), "prompt: expected a string, got int"),
         (lambda pipe: pipe.generate("a", -1, size=32), r"seed: expected an integer in \[0, 2\^63\), got -1"),
-        (lambda pipe: pipe.generate("a", 0, 1, size=32), "steps: expected an integer in .2, 10000. .grid points., got 1"),
-        (lambda pipe: pipe.generate("a", 0, 2.5, size=32), "steps: expected an integer in .2, 10000. .grid points., got 2.5"),
+        (
+            lambda pipe: pipe.generate("a", 0, 1, size=32),
+            "steps: expected an integer in .2, 10000. .grid points., got 1",
+        ),
+        (
+            lambda pipe: pipe.generate("a", 0, 2.5, size=32),
+            "steps: expected an integer in .2, 10000. .grid points., got 2.5",
+        ),
         (
             lambda pipe: pipe.generate("a", size=40),
             "size: expected .height, width. in pixels, multiples of 16 up to 160",

@@ -37,7 +37,7 @@ def test_the_table_names_every_step_and_the_totals():
 
 @pytest.mark.parametrize("steps", [1, 0, -3, 2.0, True])
 def test_grid_points_are_checked(steps):
-    with pytest.raises(ValueError, match="steps: expected an integer in .2, 10000."):
+    with pytest.raises(ValueError, match=r"steps: expected an integer in .2, 10000."):
         StepPlan.build(FlashUConfig.exact(), steps)
 
 

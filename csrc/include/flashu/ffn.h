@@ -116,7 +116,9 @@ typedef struct flashu_ffn_args {
  * where bf16 storage meets a CPU that multiplies bf16 pairs.
  *
  * Weights may be i8, all three of them, on the CPU: row r of w_gate stands for w_gate[r] * gate_scale[r], and
- * so on for the other two. A sum is taken of the integers, and multiplied by its scale once. */
+ * so on for the other two. A sum is taken of the integers, and multiplied by its scale once. Where the CPU
+ * multiplies bytes and x is bf16 or f16, x and the product in between are first rounded to fixed point, see
+ * flashu_linear(). */
 FLASHU_API int32_t flashu_gathered_ffn(const flashu_ffn_args* args);
 /** Bytes of workspace that flashu_gathered_ffn() needs with these arguments. */
 FLASHU_API int32_t flashu_gathered_ffn_workspace(const flashu_ffn_args* args, uint64_t* bytes);

@@ -40,7 +40,10 @@ typedef struct flashu_linear_args {
  * which have a kernel of their own, and among calls of more rows in tensors of equal strides and alignment,
  * but not between the two: they sum in different orders. FLASHU_FFN_DECODE=0 in the environment takes the
  * kernels of more rows for all. K = 0 gives epilogue(bias) + residual. The weight may be i8, on the CPU:
- * its row r stands for weight[r] * scale[r], and the sum of the integers is multiplied by the scale once. */
+ * its row r stands for weight[r] * scale[r], and the sum of the integers is multiplied by the scale once.
+ * Where the CPU multiplies bytes (AVX512-VNNI, with AVX512-BF16), x is bf16 or f16 and K < 2^17, a row of x
+ * is first rounded to multiples of a power of two that is at most 2^-11 (f16: 2^-14) of its root mean square,
+ * or 2^-21 of its largest number if that is more; sums are exact then. */
 FLASHU_API int32_t flashu_linear(const flashu_linear_args* args);
 /** Bytes of workspace that these arguments need with the present number of threads. */
 FLASHU_API int32_t flashu_linear_workspace(const flashu_linear_args* args, uint64_t* bytes);
