@@ -255,16 +255,16 @@ class Adapter(ABC):
 
     def place(self, latent_size: tuple[int, int]) -> Tensor:
         """A table [1, patches, `Sizes.features`] that `features` takes."""
-        raise NotImplementedError
+        raise NotImplementedError("Adapter.place: expected of this family, whose `Sizes` or layers ask for it")
 
     def features(self, latents: Tensor, place: Tensor) -> Tensor:
         """The encoder whose features several steps may share: latents fp32 [images, channels, H, W] -> [images, patches,
         `Sizes.features`]."""
-        raise NotImplementedError
+        raise NotImplementedError("Adapter.features: expected of this family, whose `Sizes` or layers ask for it")
 
     def early(self, latents: Tensor, modulation: Tensor) -> Tensor:
         """What every evaluation computes from the latents, also where the language model is skipped: [images, `Sizes.early`]."""
-        raise NotImplementedError
+        raise NotImplementedError("Adapter.early: expected of this family, whose `Sizes` or layers ask for it")
 
     @abstractmethod
     def span(self, latents: Tensor, features: Tensor | None, early: Tensor | None, token: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class Adapter(ABC):
 
     def signal(self, latents: Tensor, token: Tensor) -> Tensor:
         """What the adaptive cache watches: [images, patches, `Sizes.signal`], contiguous; cheap."""
-        raise NotImplementedError
+        raise NotImplementedError("Adapter.signal: expected of this family, whose `Sizes` or layers ask for it")
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """The language model's output [rows, n, hidden] -> the input of the blocks, or of `velocity` without blocks."""
@@ -312,7 +312,7 @@ class Adapter(ABC):
         Raises:
             TypeError, ValueError, IndexError: the sample is wrong, before the first pass; the message names the field.
         """
-        raise NotImplementedError
+        raise NotImplementedError("Adapter.passes: expected of this family, whose `Sizes` or layers ask for it")
 
 
 def family_of(model: Any) -> Family | None:

@@ -42,17 +42,19 @@ def check_tensor(name: str, value: Any, dims: int, dtype: str, device: torch.dev
 
 
 def made_by(method: str, value: Any, *shape: int | None) -> Tensor:
-    """What a method of an adapter gave, if it has the shape that `models.adapter` asks for; None: any length.
+    """What a method of an adapter, or of another class that is named, gave, if it has the shape that is asked for; None: any
+    length.
 
     Raises:
         TypeError, ValueError: it has not; the method is named.
     """
+    method = method if "." in method else f"Adapter.{method}"
     if not isinstance(value, Tensor):
-        raise TypeError(f"Adapter.{method}: expected it to give a tensor, got {type(value).__name__}")
+        raise TypeError(f"{method}: expected it to give a tensor, got {type(value).__name__}")
     got = tuple(value.shape)
     if len(got) != len(shape) or any(want is not None and want != have for want, have in zip(shape, got, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"Adapter.{method}: expected it to give [{wanted}], got {list(got)}")
+        raise ValueError(f"{method}: expected it to give [{wanted}], got {list(got)}")
     return value
 
 

@@ -438,9 +438,13 @@ class Answers(Many[QuestionResult]):
 
     def _result(self, each: _UnderWay) -> QuestionResult:
         answer = each.work
-        if answer.error is not None:
-            return QuestionResult(each.index, each.request, answer.error)
-        return QuestionResult(each.index, each.request, None, self.pipe.layout.answer(answer.tokens))
+        try:
+            if answer.error is not None:
+                raise answer.error
+            text = self.pipe.layout.answer(answer.tokens)
+        except Exception as error:
+            return QuestionResult(each.index, each.request, error)
+        return QuestionResult(each.index, each.request, None, text)
 
     def _alone(self, each: _UnderWay) -> QuestionResult:
         """The answer of a dense model."""

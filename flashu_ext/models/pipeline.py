@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 import torch
 from torch import Tensor
 
-from ..planning.config import FlashUConfig
+from ..planning.config import FlashUConfig, preset
 from ..planning.groups import FfnPruning
 from ..planning.safe_files import atomic_path
 from .calibration import Sample
@@ -61,15 +61,22 @@ class ModelPipeline:
     model: Any
     layout: AnswerLayout
     codec: Any
-    name: str
+    name: str = ""
     guidance_scale: float
-    presets: Callable[[str], FlashUConfig | None]
-    own_plan: Callable[[FlashUConfig], TaskPlan] | None
-    tokenizer: Any
+    presets: Callable[[str], FlashUConfig | None] = staticmethod(preset)
+    own_plan: Callable[[FlashUConfig], TaskPlan] | None = None
+    tokenizer: Any = None
 
     @property
     def _device(self) -> Any:
         return next(self.model.parameters()).device
+
+    def _lacks(self, method: str) -> NotImplementedError:
+        """The error for what only a family knows."""
+        return NotImplementedError(f"{type(self).__name__}.{method}: expected of the family's pipeline (docs/adding-a-model.md)")
+
+    def __repr__(self) -> str:
+        return f"<{self.family} pipeline {self.name!r}: {type(self.model).__name__}>"
 
     # ---- copies
 
@@ -132,11 +139,11 @@ class ModelPipeline:
 
     def image_sample(self, image: Image, prompt: str) -> Sample:
         """A PIL image with its prompt, for `calibrate`. Raises TypeError or ValueError for what is neither."""
-        raise NotImplementedError
+        raise self._lacks("image_sample")
 
     def question_sample(self, image: Image, question: str, answer: str) -> Sample:
         """A PIL image with a question and its answer, for `calibrate`. The end token, which a model never reads, is omitted."""
-        raise NotImplementedError
+        raise self._lacks("question_sample")
 
     # ---- drawing and answering
 
@@ -227,7 +234,7 @@ class ModelPipeline:
 
     def _sampled(self, sampler: Callable[..., Any], *arguments: Any) -> Tensor:
         """`drawn` by a caller's function."""
-        raise NotImplementedError
+        raise self._lacks("_sampled")
 
     def grid(self, size: Size | None = None) -> tuple[int, int]:
         """(height, width) in patches of an image of `size` pixels, as in `generate_batch`; None: of the pipeline's own size.
@@ -235,7 +242,7 @@ class ModelPipeline:
         Raises:
             TypeError, ValueError: `size` is no size, or none that is drawn.
         """
-        raise NotImplementedError
+        raise self._lacks("grid")
 
     def text_room(self, size: Size | None = None) -> int | None:
         """How many tokens of a prompt an image of this size has room for; longer prompts are cut. None: any number.
@@ -254,15 +261,15 @@ class ModelPipeline:
     @property
     def own_size(self) -> tuple[int, int]:
         """(height, width) in pixels of images where no other size is asked for."""
-        raise NotImplementedError
+        raise self._lacks("own_size")
 
     def latent_shape(self, size: Size | None = None) -> tuple[int, int, int]:
         """(channels, H, W) of an image's latents. Raises TypeError or ValueError as `grid`."""
-        raise NotImplementedError
+        raise self._lacks("latent_shape")
 
     def times(self, evaluations: int) -> Tensor:
         """The time of every evaluation as the model reads it, fp32 [evaluations]."""
-        raise NotImplementedError
+        raise self._lacks("times")
 
     def groups(self, prompts: Sequence[str]) -> list[list[int]]:
         """Which prompts are drawn together, by their index."""
@@ -293,7 +300,7 @@ class ModelPipeline:
         Args:
             config: of these images, where the model is accelerated; None: the model's.
         """
-        raise NotImplementedError
+        raise self._lacks("stepper")
 
     def unpacked(self, latents: Tensor) -> Tensor:
         """Latents of a `stepper` -> those that `pictures` takes."""
@@ -319,7 +326,7 @@ class ModelPipeline:
     def question_inputs(self, images: Any, question: str) -> tuple[list[Tensor], Any, Any]:
         """The images of a question as `Adapter.embed_image` takes them, and what stands before and after them
         (`Adapter.question`). Raises TypeError or ValueError."""
-        raise NotImplementedError
+        raise self._lacks("question_inputs")
 
     def answer_many(self, requests: Iterable[Any] = (), at_once: int = AT_ONCE) -> Answers:
         """Answer questions that may come at any time; a step computes a token of every answer under way.
@@ -439,7 +446,7 @@ class ModelPipeline:
         **sampling: Any,
     ) -> list[str]:
         """images: the name of each entry, for messages, and the entry. sampling: temperature, top_k and top_p."""
-        raise NotImplementedError
+        raise self._lacks("_answers")
 
     def _streamed(self, answer: Callable[[OnToken | None], str], on_text: Callable[[str], None] | None) -> str:
         """The text that `answer` gives; its parts are told as they come.

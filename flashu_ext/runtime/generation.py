@@ -129,7 +129,7 @@ class GenerationEngine:
         shape = ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows))
         lease = self._acquire(shape, config)
         try:
-            more = () if inputs is None else (inputs.context(parts), inputs.trailing(parts))
+            more = () if inputs is None else (inputs.context(parts), _trailing(inputs, parts))
             lease.memory.load(parts, text_tokens, modality_positions, geometry, *more)
         except BaseException:
             self.pool.release(lease)
@@ -139,7 +139,7 @@ class GenerationEngine:
         tail = length - int(modality_positions[:, 0].sum(dim=1).min())
         memory = lease.memory
         record = ImageRecord(plan, branches, geometry, length, tail, memory.router.skipped, memory.nbytes())
-        formula = None if inputs is None else inputs.formula
+        formula = inputs.formula if inputs is not None and branches > 1 else None
         return ImageState(lease, record, config, caching, head, formula=formula, guides=guides)
 
     def _acquire(self, shape: ImageShape, config: FlashUConfig) -> Any:
@@ -333,6 +333,11 @@ class GenerationEngine:
         )
 
 
+def _trailing(inputs: DrawInputs, parts: Any) -> Tensor | None:
+    """The embeddings of the tokens behind the patches."""
+    return made_by("DrawInputs.trailing", inputs.trailing(parts), 1, parts.trail, parts.hidden) if parts.trail else None
+
+
 def _branches(guidance_scale: Scale, inputs: DrawInputs | None) -> int:
     """Rows of an image."""
     if inputs is not None:
@@ -417,7 +422,8 @@ class AcceleratedStepper:
 
     def _load(self) -> None:
         inputs = self.inputs
-        times, dt = inputs.schedule(self.states[0].plan.grid_points)
+        points = self.states[0].plan.grid_points
+        times, dt = (made_by("DrawInputs.schedule", each, points - 1) for each in inputs.schedule(points))
         asked = inputs.guidance_scale
         self._scales = []
         images = inputs.noise.split([state.images for state in self.states])

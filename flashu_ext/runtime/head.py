@@ -49,6 +49,7 @@ class Head:
         for (memory, work), own in zip(pairs, velocity.split([work.rows for work in works]), strict=True):
             if work.formula is not None:
                 own = work.formula(own, memory.scale.index_select(0, memory.time_rows[:1]))
+                made_by("DrawInputs.formula", own, memory.shape.images, *memory.sizes.velocity)
             memory.velocity[: len(own)] = own
             if work.stepped:
                 latents = memory.latents[: work.stepped]

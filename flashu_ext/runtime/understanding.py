@@ -26,6 +26,7 @@ from ..models.masks import additive
 from ..ops.kernel_sets import KernelSet
 from ..planning.config import FlashUConfig
 from ..planning.groups import Answers
+from ..planning.reading import shown
 from ..planning.schedule import least_important
 from .answer_memory import AnswerMemory
 from .answering import Answering, AnswerRequest
@@ -235,7 +236,10 @@ class UnderstandingEngine:
         dropped = self.pruner.dropped(question.spans)
         embeds = made_by("question", question.embeds, 1, None, self.parts.hidden)
         length, positions = embeds.shape[1], question.positions
-        made_by("question", question.allowed, length, length)
+        if made_by("question", question.allowed, length, length).dtype != torch.bool:
+            raise TypeError(f"Adapter.question: expected `allowed` in bool, got {question.allowed.dtype}")
+        if any(start < 0 or count < 0 or start + count > length for start, count in question.spans):
+            raise ValueError(f"Adapter.question: expected `spans` within {length} tokens, got {shown(question.spans)}")
         ahead = 0 if positions is None else length - 1 - int(positions.max())
         positions = torch.arange(length, device=self.parts.device) if positions is None else positions.clone()
         return Prompt(embeds.clone(), question.allowed.clone(), question.spans, dropped, positions, ahead)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -141,6 +142,62 @@ def test_its_plan_is_made_of_its_drawings(example: Any, model: Any) -> None:
     torch.testing.assert_close(got, draw(example, model), rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError, match=r"generation\[0\]: expected a SketchSample, got int"):
         fx.calibrate(model, [3])
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_a_formula_of_its_own_guides(example: Any, model: Any, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """It is asked for where two branches run, and what it gives is checked."""
+    asked: list[int] = []
+
+    def halves(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        asked.append(len(rows))
+        first, second = rows.chunk(2)
+        return second + factor * (first - second)
+
+    with fx.accelerate(model):
+        expected = draw(example, model, scale=scale)
+        monkeypatch.setattr(example.SketchInputs, "formula", property(lambda _: halves))
+        torch.testing.assert_close(draw(example, model, scale=scale), expected, rtol=1e-4, atol=1e-5)
+        assert set(asked) == ({2} if scale else set())  # of an image at a time
+        for wrong in (lambda rows, factor: rows, lambda rows, factor: rows[:1, :5], lambda rows, factor: None):
+            monkeypatch.setattr(example.SketchInputs, "formula", property(lambda _, own=wrong: own))
+            if scale:
+                with pytest.raises((ValueError, TypeError), match=r"DrawInputs\.formula: expected it to give"):
+                    draw(example, model, scale=scale)
+            else:
+                draw(example, model, scale=scale)
+
+
+def test_a_wrong_schedule_is_named(example: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = example.SketchInputs.schedule
+    monkeypatch.setattr(
+        example.SketchInputs, "schedule", lambda self, points: tuple(each[1:] for each in own(self, points))
+    )
+    with (
+        fx.accelerate(model),
+        pytest.raises(ValueError, match=r"DrawInputs\.schedule: expected it to give \[\d+\], got"),
+    ):
+        draw(example, model)
+
+
+@pytest.mark.parametrize("wrong", [{"allowed": "float"}, {"spans": ((1, 300),)}])
+def test_a_wrong_question_is_named(
+    example: Any, model: Any, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    own = example.SketchAdapter.question
+
+    def question(self: Any, *asked: Any) -> Any:
+        made = own(self, *asked)
+        changed = {"allowed": made.allowed.float()} if "allowed" in wrong else wrong
+        return dataclasses.replace(made, **changed)
+
+    monkeypatch.setattr(example.SketchAdapter, "question", question)
+    image, before, after = torch.randn(1, 4, 8, 8), torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5]])
+    with (
+        fx.accelerate(model) as handle,
+        pytest.raises((TypeError, ValueError), match=r"Adapter\.question: expected `(allowed|spans)`"),
+    ):
+        handle.runner.answer_tokens([[image]], [before], [after], 5, None, TokenSampler())
 
 
 def test_a_change_is_noticed_or_refused(example: Any, model: Any) -> None:

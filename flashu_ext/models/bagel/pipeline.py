@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Pipeline(ModelPipeline):
     """A BAGEL model with its tokenizer and image codec.
 

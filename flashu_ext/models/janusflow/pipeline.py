@@ -40,7 +40,7 @@ __all__ = ["Pipeline"]
 _PREPROCESSOR = "preprocessor_config.json"
 
 
-@dataclass
+@dataclass(repr=False)
 class Pipeline(ModelPipeline):
     """A JanusFlow model with its tokenizer and image codec.
 

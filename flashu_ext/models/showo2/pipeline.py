@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline", "Size"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Pipeline(ModelPipeline):
     """A Show-o2 model with its tokenizer and image codec.
 
