@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from .extras import extra
 
 __all__ = [
@@ -177,6 +175,7 @@ def in_rgb(image: Any) -> Any:
         ValueError: its numbers have no known range. Others of PIL's, for a damaged file.
     """
     if image.mode.startswith("I;16"):  # PIL would take 256 and more for white
+        import numpy as np  # not before: commands that read no picture start without it
         from PIL import Image
 
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
