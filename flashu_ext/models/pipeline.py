@@ -73,7 +73,9 @@ class ModelPipeline:
 
     def _lacks(self, method: str) -> NotImplementedError:
         """The error for what only a family knows."""
-        return NotImplementedError(f"{type(self).__name__}.{method}: expected of the family's pipeline (docs/adding-a-model.md)")
+        return NotImplementedError(
+            f"{type(self).__name__}.{method}: expected of the family's pipeline (docs/adding-a-model.md)"
+        )
 
     def __repr__(self) -> str:
         return f"<{self.family} pipeline {self.name!r}: {type(self.model).__name__}>"
