@@ -17,7 +17,7 @@ from ..models.pipeline import ModelPipeline
 from ..nano.subject import FAMILIES, subject
 from ..planning.config import FlashUConfig
 from ..planning.extras import extra
-from ..planning.groups import is_real, whole
+from ..planning.groups import is_real, steps_of, whole
 from ..planning.plan import TaskPlan
 from ..planning.reading import shown
 from . import write_diffusers_index
@@ -310,7 +310,7 @@ class FlashuPipeline(DiffusionPipeline):
             pipe.grid(size)
         except ValueError as error:
             raise ValueError(f"height, width: {error}") from error
-        steps: int = _count("num_inference_steps", num_inference_steps) or _evaluations(pipe)
+        steps = steps_of("num_inference_steps", num_inference_steps, 1, "evaluations") or _evaluations(pipe)
         scale = self.pipeline.guidance_scale if guidance_scale is None else guidance_scale
         if not is_real(scale) or scale < 0:
             raise ValueError(f"guidance_scale: expected a finite number >= 0, got {shown(scale)}")
