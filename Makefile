@@ -169,7 +169,7 @@ $(VENV)/.tools: pyproject.toml Makefile .ci/requirements
 	@if [ ! -e /usr/include/gtest/gtest.h ] || ! command -v c++ > /dev/null; then \
 	  $(call apt_get,$(APT_PACKAGES),a C++20 compiler and GoogleTest); fi
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) '$(TORCH)' $(call requirements,build showo2 vae report serve test lint)
+	$(PIP) '$(TORCH)' $(call requirements,build showo2 vae report serve test lint docs)
 	mkdir -p build
 	touch $@
 
