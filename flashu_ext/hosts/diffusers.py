@@ -14,6 +14,7 @@ from ..models.checkpoint import check_dtype
 from ..models.checks import check_callback
 from ..models.folders import load_pipeline
 from ..models.pipeline import ModelPipeline
+from ..models.sampling import ImageBatch
 from ..nano.subject import FAMILIES, subject
 from ..planning.config import FlashUConfig
 from ..planning.extras import extra
@@ -331,8 +332,9 @@ class FlashuPipeline(DiffusionPipeline):
             for group in groups:
                 told = _Told(self, times, callback_on_step_end, names, bar)
                 try:
-                    together, points = [prompts[i] for i in group], steps + pipe.counts_grid_points
-                    drawn[group] = pipe.drawn(together, noise[group], points, scale, size, told)
+                    points = steps + pipe.counts_grid_points
+                    batch = ImageBatch([prompts[i] for i in group], noise[group], points, scale, size)
+                    drawn[group] = pipe.drawn(batch, told)
                 except _InterruptedError:
                     drawn[group] = told.latents
                     break

@@ -3,7 +3,6 @@ serves all images that need the same work, one step computes a token of every an
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import traceback
 from collections import deque
@@ -19,7 +18,7 @@ from .accelerated import handle_of
 from .checks import check_callback, check_count, guidance_scale_of
 from .decoding import TokenSampler
 from .prompts import check_text
-from .sampling import Callback, Stepper
+from .sampling import Callback, ImageBatch, Stepper
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -317,8 +316,8 @@ class Drawings(Many[ImageResult]):
             raise ValueError(f"preset: expected None for a dense model, got {request.preset!r:.80}")
         _check_adapter(handle, request.adapter)
         noise = pipe.noise([request.seed], 1, request.size)
-        with contextlib.nullcontext() if handle is None else handle.runner.drawing_with(request.adapter):
-            stepper: Stepper = pipe.stepper([request.prompt], noise, request.steps, scale, request.size, config)
+        batch = ImageBatch([request.prompt], noise, request.steps, scale, request.size, config, request.adapter)
+        stepper: Stepper = pipe.stepper(batch)
         return stepper
 
     def _config(self, preset: Any) -> FlashUConfig | None:

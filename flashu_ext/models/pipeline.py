@@ -25,7 +25,7 @@ from .decoding import OnToken
 from .many import AT_ONCE, Answers, Drawings
 from .pictures import Size, rgb, to_pil
 from .prompts import AnswerLayout, Parts, check_prompts, check_text
-from .sampling import Callback, Stepper, integrate
+from .sampling import Callback, ImageBatch, Stepper, integrate
 from .seeds import seeds_of
 
 if TYPE_CHECKING:
@@ -207,23 +207,14 @@ class ModelPipeline:
         latents = torch.empty_like(noise)
         for group in self.groups(prompts):
             scales = tuple(scale[index] for index in group) if isinstance(scale, tuple) else scale
-            arguments = ([prompts[index] for index in group], noise[group], steps, scales, size)
-            latents[group] = self._sampled(sampler, *arguments) if sampler is not None else self.drawn(*arguments)
+            batch = ImageBatch([prompts[index] for index in group], noise[group], steps, scales, size)
+            latents[group] = self.drawn(batch) if sampler is None else self._sampled(sampler, batch)
         return self.pictures(latents)
 
-    def drawn(
-        self,
-        prompts: Sequence[str],
-        noise: Tensor,
-        steps: int | None,
-        guidance_scale: Any,
-        size: Size | None = None,
-        callback: Callback | None = None,
-    ) -> Tensor:
-        """Latents [images, channels, H, W] of prompts that are drawn together (`groups`), from noise of that shape.
+    def drawn(self, batch: ImageBatch, callback: Callback | None = None) -> Tensor:
+        """Latents [images, channels, H, W] of prompts that may be drawn together (`groups`).
 
         Args:
-            steps, guidance_scale, size: as in `generate_batch`; a guidance_scale for each is a tuple.
             callback: called after each step with its number (from 1) and the latents, which must not be modified.
         """
 
@@ -231,10 +222,9 @@ class ModelPipeline:
             callback(number, self.unpacked(latents))  # type: ignore[misc]  # it is there
 
         with torch.no_grad():
-            stepper = self.stepper(prompts, noise, steps, guidance_scale, size)
-            return self.unpacked(integrate(stepper, None if callback is None else told))
+            return self.unpacked(integrate(self.stepper(batch), None if callback is None else told))
 
-    def _sampled(self, sampler: Callable[..., Any], *arguments: Any) -> Tensor:
+    def _sampled(self, sampler: Callable[..., Any], batch: ImageBatch) -> Tensor:
         """`drawn` by a caller's function."""
         raise self._lacks("_sampled")
 
@@ -288,20 +278,8 @@ class ModelPipeline:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds_of(seeds, count, "prompts")]
         return torch.stack([self.noise_by(each, size) for each in generators]).to(self._device)
 
-    def stepper(
-        self,
-        prompts: Sequence[str],
-        noise: Tensor,
-        steps: int | None,
-        guidance_scale: Any,
-        size: Size | None = None,
-        config: FlashUConfig | None = None,
-    ) -> Stepper:
-        """The steps of images that are drawn together; the arguments are those of `drawn`.
-
-        Args:
-            config: of these images, where the model is accelerated; None: the model's.
-        """
+    def stepper(self, batch: ImageBatch) -> Stepper:
+        """The steps of images that are drawn together."""
         raise self._lacks("stepper")
 
     def unpacked(self, latents: Tensor) -> Tensor:

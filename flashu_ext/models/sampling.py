@@ -14,12 +14,14 @@ from ..planning.config import FlashUConfig
 from ..planning.groups import is_real
 from ..planning.reading import shown
 from .accelerated import handle_of
+from .pictures import Size
 from .velocity import Scale, guided
 
 __all__ = [
     "Callback",
     "DrawInputs",
     "Formula",
+    "ImageBatch",
     "Segment",
     "Stepper",
     "TaylorSeer",
@@ -194,20 +196,47 @@ def check_drawing(inputs: DrawInputs, parts: Any) -> None:
         raise IndexError(f"tokens: expected token ids in [0, {vocabulary}), got {least} to {most}")
 
 
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images of a pipeline that are drawn together.
+
+    Attributes:
+        prompts: of each image.
+        noise: fp32 [images, channels, H, W].
+        steps, size: as in `ModelPipeline.generate`.
+        guidance_scale: of all images, or a tuple with one for each.
+        config, adapter: as in `stepper_of`.
+    """
+
+    prompts: Sequence[str]
+    noise: Tensor
+    steps: int | None
+    guidance_scale: Scale
+    size: Size | None = None
+    config: FlashUConfig | None = None
+    adapter: str | None = None
+
+
 D = TypeVar("D", bound=DrawInputs)
 
 
 def stepper_of(
-    model: Any, inputs: D, dense: Callable[[Any, D], Stepper], config: FlashUConfig | None = None
+    model: Any,
+    inputs: D,
+    dense: Callable[[Any, D], Stepper],
+    config: FlashUConfig | None = None,
+    adapter: str | None = None,
 ) -> Stepper:
     """The steps of images, accelerated if the model is.
 
     Args:
         dense: makes those of a dense model.
         config: of these images, where the model is accelerated; None: the model's.
+        adapter: of the LoRA adapters of peft in an accelerated model the one that draws, '__base__' for none; None: what is
+            active.
     """
     handle = handle_of(model)
-    return dense(model, inputs) if handle is None else handle.stepper(inputs, config)
+    return dense(model, inputs) if handle is None else handle.stepper(inputs, config, adapter)
 
 
 def integrate(stepper: Stepper, callback: Callback | None = None, return_velocity: bool = False) -> Any:

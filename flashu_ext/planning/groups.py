@@ -38,7 +38,7 @@ TOKEN_SCORES = ("value_norm", "value_norm_small", "attention", "random")
 """Rules that choose the visual tokens to drop; see `Answers.token_prune_score`."""
 
 MAX_STEPS = 10_000
-"""Of an image. More are a mistake, for which a plan of every step would be made first."""
+"""Grid points of an image. More are a mistake, for which a plan of every step would be made first."""
 
 Check = Callable[[str, Any], Any]
 """(name, value) -> the value as stored; raises a ValueError with the name, what was expected and what was given."""
@@ -73,17 +73,18 @@ def real(value: Any) -> float | None:
 
 
 def steps_of(name: str, value: Any, least: int, unit: str) -> int | None:
-    """A caller's number of steps, from `least` to `MAX_STEPS`; None where there is none.
+    """A caller's number of steps; None where there is none.
 
     Args:
-        unit: what is counted, for messages.
+        least: 2 of grid points, 1 of evaluations, of which there is one less.
+        unit: which of them, for messages.
 
     Raises:
         ValueError: anything else.
     """
-    number = whole(value)
-    if value is not None and (number is None or not least <= number <= MAX_STEPS):
-        raise ValueError(f"{name}: expected an integer in [{least}, {MAX_STEPS}] ({unit}), got {shown(value)}")
+    number, most = whole(value), MAX_STEPS - 2 + least
+    if value is not None and (number is None or not least <= number <= most):
+        raise ValueError(f"{name}: expected an integer in [{least}, {most}] ({unit}), got {shown(value)}")
     return number
 
 

@@ -134,12 +134,13 @@ class Handle:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("handle: it belongs to one model and cannot be pickled; a pickled model is dense")
 
-    def stepper(self, inputs: DrawInputs, config: FlashUConfig | None = None) -> Stepper:
+    def stepper(self, inputs: DrawInputs, config: FlashUConfig | None = None, adapter: str | None = None) -> Stepper:
         """The steps of a family's `sample`: each a call of the model's own drawing method where it has one and somebody has
         wrapped that since, or where images that share their state have guidance scales of their own.
 
         Args:
             config: of these images; None: the handle's.
+            adapter: of peft's LoRA adapters the one that draws, '__base__' for none; None: what is active.
 
         Raises:
             ValueError: such calls cannot have another number of steps or another config than the model's, or this config
@@ -148,8 +149,8 @@ class Handle:
         own_scales = isinstance(inputs.guidance_scale, tuple) and not self.runner.generation.invariant
         parts = self.runner.parts
         if not own_scales and (parts.evaluates is None or self._overrides[""].intact(parts.evaluates)):
-            return self.runner.stepper(inputs, config)
-        if self.runner.asked_adapter is not None:
+            return self.runner.stepper(inputs, config, adapter)
+        if adapter is not None:
             raise ValueError("adapter: expected None, with a scale for each image or a wrapped t2i_generate")
         if config is not None and config != self.config:
             raise ValueError("preset: expected None, with a scale for each image or a wrapped t2i_generate")

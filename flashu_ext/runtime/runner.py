@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -71,7 +70,6 @@ class Runner:
         self.forgetting: list[Callable[[], None]] = []
         self.last_images: list[ImageRecord] = []
         self._adapters: dict[str, tuple[GenerationEngine, UnderstandingEngine]] = {}
-        self._asked = threading.local()
         self._told = False
         self._unfinished = True
         self._process = os.getpid()
@@ -201,21 +199,6 @@ class Runner:
                 self.ready()
                 self.engines(adapter)
 
-    @contextlib.contextmanager
-    def drawing_with(self, adapter: str | None) -> Iterator[None]:
-        """Inside, steppers that this thread begins are of an adapter."""
-        self._asked.adapter = adapter
-        try:
-            yield
-        finally:
-            self._asked.adapter = None
-
-    @property
-    def asked_adapter(self) -> str | None:
-        """The adapter of `drawing_with`."""
-        adapter: str | None = getattr(self._asked, "adapter", None)
-        return adapter
-
     def check_edits(self) -> None:
         """Raise EditedWeightsError where weights that lie in plan order were written to: by their versions and a sample of their
         values, which shows most writes through `.data`."""
@@ -248,14 +231,16 @@ class Runner:
                 self.reset()
             yield
 
-    def stepper(self, inputs: DrawInputs, config: FlashUConfig | None = None) -> AcceleratedStepper:
-        """The steps of a family's `sample`. config: of these images; None: the model's."""
+    def stepper(
+        self, inputs: DrawInputs, config: FlashUConfig | None = None, adapter: str | None = None
+    ) -> AcceleratedStepper:
+        """The steps of a family's `sample`; see `Handle.stepper`."""
         if config is not None:
             self._check_config(config)
         with self.working():
             self.ready()
             check_drawing(inputs, self.parts)
-            engine, _ = self.engines(self.asked_adapter)
+            engine, _ = self.engines(adapter)
             stepper = AcceleratedStepper(engine, inputs, self.working, self.check_unchanged, config)
             self.last_images = [state.record for state in stepper.states]
             return stepper

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inputs import KEY_BLOCK, PANELS, around, randn
-from support.ops_cases import DTYPES
+from support.op_case import DTYPES
 from support.tolerance import assert_accurate
 from torch import Tensor
 from torch.nn import functional as F

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from support.inputs import tensors_of
-from support.ops_cases import CASES, OpCase, tensors
+from support.op_case import OpCase, tensors
+from support.ops_cases import CASES
 from torch import Tensor
 from torch.autograd import forward_ad
 

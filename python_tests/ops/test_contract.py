@@ -10,7 +10,8 @@ import torch
 from support.guard import Guarded
 from support.inputs import CSRC, SAID, spread
 from support.inputs import tensors_of as given
-from support.ops_cases import CASES, DTYPES, FIRST, OpCase, tensors
+from support.op_case import DTYPES, OpCase, tensors
+from support.ops_cases import CASES, FIRST
 from torch import Tensor
 from torch.testing._internal.optests import opcheck
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inputs import DEPTHS, ROW_CHUNK, ROWS, WIDTHS, integers, randn
-from support.ops_cases import DTYPES
+from support.op_case import DTYPES
 from support.tolerance import assert_accurate
 from torch import Tensor
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.ops_cases import CASES, DTYPES, FIRST, OpCase, tensors
+from support.op_case import DTYPES, OpCase, tensors
+from support.ops_cases import CASES, FIRST
 from torch import Tensor
 from torch.testing._internal.optests import opcheck
 

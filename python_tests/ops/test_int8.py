@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.ffn_cases import int8, scales
 from support.inputs import DEPTHS, PANELS, WIDTHS, randn
-from support.ops_cases import DTYPES, int8, scales
+from support.op_case import DTYPES
 from support.tolerance import assert_accurate
 from torch import Tensor
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.guard import Guarded
-from support.ops_cases import DTYPES
+from support.op_case import DTYPES
 from support.tolerance import assert_accurate
 from torch import Tensor
 

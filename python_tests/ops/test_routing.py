@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.inputs import GRAIN, LANES, around, randn
-from support.ops_cases import DTYPES
+from support.op_case import DTYPES
 from support.tolerance import assert_accurate
 
 from flashu_ext import ops

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.inputs import DELTA_CHUNK, GRAIN, around, randn
-from support.ops_cases import DTYPES
+from support.op_case import DTYPES
 from support.tolerance import assert_accurate
 
 from flashu_ext import ops

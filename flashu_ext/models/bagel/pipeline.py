@@ -19,7 +19,7 @@ from ..pictures import Size, sides
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
 from ..prompts import check_question, check_text
-from ..sampling import Stepper, integrate
+from ..sampling import ImageBatch, Stepper, integrate
 from ..seeds import seeds_of
 from .calibration import GenerationSample, UnderstandingSample
 from .images import SCALE, SHIFT, pixels, vit_image
@@ -236,19 +236,12 @@ class Pipeline(ModelPipeline):
         stepper = self._begin(noise, sequence, drawn, steps, guidance, seer)
         return self.pictures(self.unpacked(integrate(stepper)))[0]
 
-    def stepper(
-        self,
-        prompts: Sequence[str],
-        noise: Tensor,
-        steps: int | None,
-        guidance_scale: Any,
-        size: Size | None = None,
-        config: FlashUConfig | None = None,
-    ) -> Stepper:
-        (prompt,) = prompts
-        (scale,) = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,)
+    def stepper(self, batch: ImageBatch) -> Stepper:
+        (prompt,), scale = batch.prompts, batch.guidance_scale
+        (scale,) = scale if isinstance(scale, tuple) else (scale,)
         sequence, guidance = [self.layout.text(prompt, self._device)], guidance_of(self.guidance, scale, None)
-        return self._begin(self.model.packed(noise), sequence, self._pixels(size), steps, guidance, None, config)
+        packed, size = self.model.packed(batch.noise), self._pixels(batch.size)
+        return self._begin(packed, sequence, size, batch.steps, guidance, None, batch.config, batch.adapter)
 
     def _begin(
         self,
@@ -259,8 +252,9 @@ class Pipeline(ModelPipeline):
         guidance: Guidance,
         seer: TaylorSeer | None,
         config: FlashUConfig | None = None,
+        adapter: str | None = None,
     ) -> Stepper:
-        told = (steps_of("steps", steps, 2, "grid points"), guidance, self.timestep_shift, seer, config)
+        told = (steps_of("steps", steps, 2, "grid points"), guidance, self.timestep_shift, seer, config, adapter)
         return begin(self.model, noise, sequence, size, self.layout.ids, *told)
 
     def unpacked(self, latents: Tensor) -> Tensor:

@@ -209,11 +209,12 @@ def begin(
     timestep_shift: float,
     taylorseer: TaylorSeer | None = None,
     config: FlashUConfig | None = None,
+    adapter: str | None = None,
 ) -> Stepper:
     """The steps of an image, whose latents are a grid of tokens [1, numbers, H, W]; the arguments are those of `sample`.
 
     Args:
-        config: of this image, where the model is accelerated; None: the model's.
+        config, adapter: as in `stepper_of`.
     """
     ids = check_inputs(model, inputs, token_ids)
     grid = check_size(model, noise, size)
@@ -229,7 +230,7 @@ def begin(
     def dense(model: Any, drawn: SampleInputs) -> Stepper:
         return DenseStepper(model, noise, inputs, grid, ids, *told)
 
-    return stepper_of(model, drawn, dense, config)
+    return stepper_of(model, drawn, dense, config, adapter)
 
 
 class DenseStepper:

@@ -22,7 +22,7 @@ from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vae, check_vocabulary, opened, parts_of
 from ..prompts import by_length
-from ..sampling import Stepper, stepper_of
+from ..sampling import ImageBatch, Stepper, stepper_of
 from .calibration import GenerationSample, UnderstandingSample
 from .images import HALF, pixel_values
 from .model import JanusFlow
@@ -128,19 +128,12 @@ class Pipeline(ModelPipeline):
         """Images of one call of the sampler have prompts of one length."""
         return by_length(self.layout.drawing(prompts))
 
-    def stepper(
-        self,
-        prompts: Sequence[str],
-        noise: Tensor,
-        steps: int | None,
-        guidance_scale: Any,
-        size: Size | None = None,
-        config: FlashUConfig | None = None,
-    ) -> Stepper:
-        self.grid(size)
-        tokens = torch.tensor(self.layout.drawing(prompts), dtype=torch.int64, device=self._device)
-        inputs = SampleInputs.build(self.model, noise, tokens, steps, guidance_scale, self.layout.pad)
-        return stepper_of(self.model, inputs, DenseStepper, config)
+    def stepper(self, batch: ImageBatch) -> Stepper:
+        self.grid(batch.size)
+        tokens = torch.tensor(self.layout.drawing(batch.prompts), dtype=torch.int64, device=self._device)
+        settings = (batch.steps, batch.guidance_scale, self.layout.pad)
+        inputs = SampleInputs.build(self.model, batch.noise, tokens, *settings)
+        return stepper_of(self.model, inputs, DenseStepper, batch.config, batch.adapter)
 
     def grid(self, size: Size | None = None) -> tuple[int, int]:
         config, own = self.model.config, self.own_size

@@ -15,7 +15,7 @@ from ..checks import check_callback
 from ..pictures import Size, covered, rgb, sides, unit
 from ..pipeline import ModelPipeline
 from ..pretrained import check_vocabulary, opened, parts_of
-from ..sampling import Stepper, stepper_of
+from ..sampling import ImageBatch, Stepper, stepper_of
 from .calibration import GenerationSample, UnderstandingSample
 from .codec import ImageCodec, WanCodec
 from .model import Showo2
@@ -111,27 +111,17 @@ class Pipeline(ModelPipeline):
     def times(self, evaluations: int) -> Tensor:
         return time_grid(evaluations + 1, self.time_shifting_factor)[:-1]
 
-    def stepper(
-        self,
-        prompts: Sequence[str],
-        noise: Tensor,
-        steps: int | None,
-        guidance_scale: Any,
-        size: Size | None = None,
-        config: FlashUConfig | None = None,
-    ) -> Stepper:
-        inputs = self._sampled(SampleInputs.build, prompts, noise, steps, guidance_scale, size)
-        return stepper_of(self.model, inputs, DenseStepper, config)
+    def stepper(self, batch: ImageBatch) -> Stepper:
+        inputs = self._sampled(SampleInputs.build, batch)
+        return stepper_of(self.model, inputs, DenseStepper, batch.config, batch.adapter)
 
-    def _sampled(
-        self, sampler: Callable[..., Any], prompts: Any, noise: Tensor, steps: Any, guidance_scale: Any, size: Any
-    ) -> Any:
+    def _sampled(self, sampler: Callable[..., Any], batch: ImageBatch) -> Any:
         return sampler(
             self.model,
-            noise,
-            **self.prompt_tokens(prompts, size),
-            steps=steps,
-            guidance_scale=guidance_scale,
+            batch.noise,
+            **self.prompt_tokens(batch.prompts, batch.size),
+            steps=batch.steps,
+            guidance_scale=batch.guidance_scale,
             time_shifting_factor=self.time_shifting_factor,
         )
 
