@@ -116,6 +116,8 @@ def test_a_difference_is_of_the_prompts_that_both_have(geneval: PromptList, tmp_
     # Of one object 5/8 less 7/8, of two (the third prompt) 1 less 1/4; overall the mean of both tasks.
     assert found.value == pytest.approx(((5 / 8 - 7 / 8) + (1 - 1 / 4)) / 2)
     assert (found.name, found.n, found.unit, found.interval) == ("overall", 3, "prompts", None)
+    back = difference(other[0], score[0])
+    assert back is not None and (back.value, back.n) == (-found.value, 3)
     same = difference(other[0], other[0])
     assert same is not None and (same.value, same.interval, same.n) == (0.0, None, 4)
     mine, others = ([[(4, 4), (1, 4)]], [[(4, 4), (3, 4)]])

@@ -66,6 +66,7 @@ def test_one_thread_serves_all_by_turns() -> None:
     # Both have come after a few steps of the first; from then on neither waits for more than one step of the other.
     first = max(kinds.index("image"), kinds.index("answer"))
     last = min(len(kinds) - kinds[::-1].index(kind) for kind in ("image", "answer"))
+    assert last - first > 40, kinds
     assert all(a != b for a, b in zip(kinds[first : last - 1], kinds[first + 1 : last], strict=True)), kinds
 
 
