@@ -217,6 +217,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "fidelity": _fidelity,
     "gpu": _gpu,
     "profile": _profile,
+    "serve": _arrivals,
     "steps": _steps,
 }
 """By a section's name, or by its first word; the rest says which file: `ffn_bf16` is results/ffn_bf16.json."""
