@@ -474,10 +474,8 @@ def _check_adapter(handle: Any, adapter: Any) -> None:
         raise ValueError(
             f"adapter: expected None for a dense model, which computes what is active, got {adapter!r:.80}"
         )
-    if handle is not None and adapter is not None:
-        with handle.runner.working():
-            handle.runner.ready()
-            handle.runner.check_adapter(adapter)
+    if handle is not None:
+        handle.runner.check_adapter(adapter)
 
 
 def _freed(error: Exception) -> Exception:

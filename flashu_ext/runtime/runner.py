@@ -170,11 +170,18 @@ class Runner:
         self._untracked = bool(unknown) or self._stamp.unversioned
 
     def check_adapter(self, adapter: str | None) -> None:
-        """That images and answers can be of an adapter of peft; None: of what is active. `ready` was called.
+        """That images and answers can be of an adapter of peft; None: of what is active.
 
         Raises:
-            TypeError, ValueError: the model has no such adapter, or the kernels do not compute all of it.
+            TypeError, ValueError: the model has no such adapter, or the kernels do not compute all of it. As `ready`.
         """
+        if adapter is not None:
+            with self.working():
+                self.ready()
+                self._check_adapter(adapter)
+
+    def _check_adapter(self, adapter: str | None) -> None:
+        """`check_adapter` of the model as it is; `ready` was called."""
         if adapter is None or adapter in self._adapters:
             return
         if not isinstance(adapter, str):
@@ -223,7 +230,7 @@ class Runner:
         with self.working():
             self.ready()
             check_drawing(inputs, self.parts)
-            self.check_adapter(adapter)
+            self._check_adapter(adapter)
             own = (self.working, self.check_unchanged, config, adapter)
             stepper = AcceleratedStepper(self.generation, inputs, *own)
             self.last_images = [state.record for state in stepper.states]
@@ -298,7 +305,7 @@ class Runner:
 
         def ready(adapter: str | None) -> UnderstandingEngine:
             self.ready()
-            self.check_adapter(adapter)
+            self._check_adapter(adapter)
             return self.understanding
 
         return AnswerScheduler(ready, self.check_unchanged, most)
