@@ -74,15 +74,16 @@ def settings_record(
     """
     from ..models.accelerated import unwrapped
     from ..models.adapter import adapter_of
-    from ..planning.fingerprint import weights_digest
+    from ..planning.fingerprint import module_digest, weights_digest
 
     parts = adapter_of(unwrapped(pipe.model))
     fields = None if config is None else json.loads(json.dumps(config.flat()))
     planned = fields.pop("steps") if fields is not None else None
     # Left out where it is the model's own, as in folders of earlier versions.
-    grid = pipe.grid(size)
+    grid, vae = pipe.grid(size), getattr(pipe.codec, "vae", None)
     return {
         **({} if grid == pipe.grid() else {"grid": list(grid)}),
+        **({} if vae is None else {"vae": module_digest(vae)}),
         "model": pipe.name,
         "weights": weights_digest(pipe.model),
         "dtype": str(parts.dtype).removeprefix("torch."),

@@ -1,4 +1,4 @@
-"""`python -m flashu_ext.cli` is `flashu-ext`."""
+"""`python -m flashu_ext.cli` is `flashu-ext`, as `python -m flashu_ext`."""
 
 from .main import main
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -111,6 +112,7 @@ def serve(
     from ..server.app import application
     from ..server.gate import check_key
     from ..server.run import Server, listen
+    from ..server.worker import in_passing_thread
 
     if api_key is None and KEY_VARIABLE in os.environ:  # as a command that failed leaves it
         raise click.UsageError(f"{KEY_VARIABLE}: expected a key, got an empty one")
@@ -123,10 +125,18 @@ def serve(
     check_family(model, family)
     folders = _adapters(adapters, model, preset if tuned is None else None)
     with listen(host, port) as listener:  # before the model is loaded, which takes long
-        with open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype, family=family) as (pipe, handle):
-            for name, folder in folders.items():
-                pipe.load_adapter(name, folder)
-                handle.runner.check_adapter(name)
+        opened = open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype, family=family)
+        with contextlib.ExitStack() as stack:
+
+            def loaded() -> Any:
+                pipe, handle = stack.enter_context(opened)
+                for name, folder in folders.items():
+                    pipe.load_adapter(name, folder)
+                    handle.runner.check_adapter(name)
+                return pipe
+
+            # OpenMP's threads of loading must not stay beside those of the model's thread (`ModelThread`).
+            pipe = in_passing_thread(loaded)
             app = application(pipe, limits, api_key)
             bound_host, bound_port = listener.getsockname()[:2]
             shown_host = f"[{bound_host}]" if ":" in bound_host else bound_host

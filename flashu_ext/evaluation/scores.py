@@ -4,18 +4,56 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..planning.intervals import bootstrap, wilson
+from ..planning.intervals import Cluster, bootstrap, paired_bootstrap, wilson
 from ..planning.reading import MAX_LIST_BYTES, read_text, refusal, shown
 from .lists import DPG_IMAGES, json_lines, prompts_of
 
-__all__ = ["Score", "dpg_scores", "geneval_scores", "question_scores"]
+__all__ = ["Difference", "Score", "Values", "difference", "dpg_scores", "geneval_scores", "question_scores"]
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a figure is made of: the values of prompts, pictures or questions.
+
+    Attributes:
+        strata: tasks or categories -> prompt -> sum and number of its values.
+        unit: what they are of.
+        combine: `numpy.mean` or `numpy.sum`, of the strata's means.
+    """
+
+    strata: Mapping[str, Mapping[str, Cluster]]
+    unit: str
+    combine: Callable[..., Any] = np.mean
+
+    @property
+    def clusters(self) -> list[list[Cluster]]:
+        """Without their names."""
+        return [list(own.values()) for own in self.strata.values()]
+
+    @property
+    def figure(self) -> float:
+        means = [math.fsum(total for total, _ in own) / sum(n for _, n in own) for own in self.clusters]
+        return float(self.combine(np.asarray(means)))
+
+    def shared(self, other: Values) -> Values:
+        """Those of prompts that `other` has too."""
+        both = {
+            name: {key: own[key] for key in own if key in other.strata.get(name, {})}
+            for name, own in self.strata.items()
+        }
+        return Values({name: own for name, own in both.items() if own}, self.unit, self.combine)
+
+    def ordered(self, like: Values) -> Values:
+        """The same in the order of another one with the same names."""
+        strata = {name: {key: self.strata[name][key] for key in own} for name, own in like.strata.items()}
+        return Values(strata, self.unit, self.combine)
 
 
 @dataclass(frozen=True)
@@ -28,6 +66,7 @@ class Score:
         interval: 95 %; None where there is none.
         n: what was scored, in units of `unit`.
         method: how the interval was found; empty without one.
+        values: what the score is made of, where that is known.
     """
 
     name: str
@@ -36,6 +75,37 @@ class Score:
     n: int
     unit: str
     method: str = ""
+    values: Values | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure less that of another run, on the prompts that both have.
+
+    Attributes:
+        name: of the score.
+        interval: 95 %, paired; None where there is none.
+        n: prompts, in units of `unit`.
+    """
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+    n: int
+    unit: str
+
+
+def difference(score: Score, other: Score) -> Difference | None:
+    """Score less another one of the same metric; None where their values are not known or have no prompt in common."""
+    if score.values is None or other.values is None:
+        return None
+    own = score.values.shared(other.values)
+    if not own.strata:
+        return None
+    others = other.values.shared(score.values).ordered(own)
+    interval = paired_bootstrap(own.clusters, others.clusters, own.combine)
+    n = sum(map(len, own.clusters))
+    return Difference(score.name, own.figure - others.figure, interval, n, own.unit)
 
 
 # ---- GenEval
@@ -72,17 +142,23 @@ def geneval_scores(path: Path, jobs: Sequence[dict[str, Any]]) -> list[Score]:
         tasks.setdefault(line["tag"], {}).setdefault(match[1], []).append(line["correct"])
     if not tasks:
         raise refusal(path, "expected at least one result, got none")
-    strata = [[(float(sum(right)), float(len(right))) for right in task.values()] for task in tasks.values()]
-    shares = [sum(right for right, _ in task) / sum(n for _, n in task) for task in strata]
-    rows = [
-        Score(tag, share, wilson(share, len(task)), int(sum(n for _, n in task)), "images", "Wilson, n = prompts")
-        for tag, share, task in zip(tasks, shares, strata, strict=True)
-    ]
-    interval = bootstrap(strata)
-    overall = Score(
-        "overall", math.fsum(shares) / len(shares), interval, len(seen), "images", _method(interval, "prompts")
-    )
-    return [overall, *rows]
+    values = {
+        tag: {prompt: (float(sum(right)), float(len(right))) for prompt, right in task.items()}
+        for tag, task in tasks.items()
+    }
+    rows = []
+    for tag, task in values.items():
+        own = Values({tag: task}, "prompts")
+        n = int(sum(count for _, count in task.values()))
+        interval = wilson(own.figure, len(task))
+        rows.append(Score(tag, own.figure, interval, n, "images", "Wilson, n = prompts", own))
+    return [_bootstrapped(Values(values, "prompts"), len(seen), "images"), *rows]
+
+
+def _bootstrapped(values: Values, n: int, unit: str) -> Score:
+    """A benchmark's headline. n: what was scored, in units of `unit`."""
+    interval = bootstrap(values.clusters, values.combine)
+    return Score("overall", values.figure, interval, n, unit, _method(interval, values.unit), values)
 
 
 def _method(interval: object, what: str) -> str:
@@ -132,8 +208,8 @@ def dpg_scores(path: Path, jobs: Sequence[dict[str, Any]]) -> list[Score]:
         raise refusal(
             total[0], f"DPG-Bench score: expected {value:.6f}, the mean of the pictures above, got {total[1]:.6f}"
         )
-    interval = bootstrap([[(100 * mean, 1.0) for mean in means.values()]])
-    return [Score("overall", value, interval, len(means), "prompts", _method(interval, "prompts"))]
+    values = Values({"": {name: (100 * mean, 1.0) for name, mean in means.items()}}, "prompts")
+    return [_bootstrapped(values, len(means), "prompts")]
 
 
 def _numbers(where: str, texts: Iterable[str]) -> list[float]:
@@ -157,47 +233,56 @@ def question_scores(results: dict[str, Any], samples: Sequence[dict[str, Any]]) 
 
     Args:
         results: of the task: 'metric,filter' -> value.
-        samples: of the task: 'metrics' of each question, as the tool's process_results gives them.
+        samples: of the task: 'number' and 'metrics' of each question, as the tool's process_results gives them.
     """
     scores = []
     for key, value in results.items():
         metric, _, filtered = key.partition(",")
         if not filtered or "_stderr" in metric or not isinstance(value, (int, float)) or isinstance(value, bool):
             continue
-        own = [sample["metrics"][metric] for sample in samples if metric in sample["metrics"]]
-        interval, method = _interval(float(value), own)
-        scores.append(Score(metric, float(value), interval, len(own) or len(samples), "questions", method))
+        own = {str(sample["number"]): sample["metrics"][metric] for sample in samples if metric in sample["metrics"]}
+        values = _values(float(value), own)
+        interval, method = (None, "") if values is None else _interval(values)
+        scores.append(Score(metric, float(value), interval, len(own) or len(samples), "questions", method, values))
     return scores
 
 
-def _interval(value: float, own: Sequence[Any]) -> tuple[tuple[float, float] | None, str]:
-    for strata, combine, of in _ways(own):
-        means = [sum(total for total, _ in clusters) / sum(n for _, n in clusters) for clusters in strata]
-        if means and math.isclose(float(combine(np.asarray(means))), value, rel_tol=1e-6, abs_tol=1e-9):
-            if len(strata) == 1 and all(each in ((0.0, 1.0), (1.0, 1.0)) for each in strata[0]):
-                return wilson(value, len(strata[0])), "Wilson, n = questions"
-            interval = bootstrap(strata, combine)
-            return interval, _method(interval, of)
-    return None, ""
+def _interval(values: Values) -> tuple[tuple[float, float] | None, str]:
+    if len(values.strata) == 1 and all(each in ((0.0, 1.0), (1.0, 1.0)) for each in values.clusters[0]):
+        return wilson(values.figure, len(values.clusters[0])), "Wilson, n = questions"
+    interval = bootstrap(values.clusters, values.combine)
+    return interval, _method(interval, values.unit)
 
 
-def _ways(own: Sequence[Any]) -> Iterable[tuple[list[list[tuple[float, float]]], Any, str]]:
-    """Ways in which a task may have made one value of those of its questions: strata of clusters, how they are joined."""
-    if own and all(isinstance(each, (int, float)) for each in own):
-        yield [[(float(each), 1.0) for each in own]], np.mean, "questions"
-    elif own and all(isinstance(each, dict) and isinstance(each.get("score"), (int, float)) for each in own):
-        yield [[(float(each["score"]), 1.0) for each in own]], np.mean, "questions"
-        if all("l2_category" in each for each in own):
-            yield (
-                [[(each["score"], 1.0) for each in group] for group in _grouped(own, "l2_category")],
-                np.mean,
-                "questions",
-            )
-        if all("category" in each and "question_id" in each for each in own):
-            strata = [
-                [_mme_pair(pair) for pair in _grouped(group, "question_id")] for group in _grouped(own, "category")
-            ]
-            yield strata, np.sum, "pictures"
+def _values(value: float, own: Mapping[str, Any]) -> Values | None:
+    """The questions' values in the way in which the tool has made one of them; None where none of these gives it."""
+    ways = (each for each in _ways(own) if each.strata)
+    return next((way for way in ways if math.isclose(way.figure, value, rel_tol=1e-6, abs_tol=1e-9)), None)
+
+
+def _ways(own: Mapping[str, Any]) -> Iterable[Values]:
+    """Ways in which a task may have made one value of those of its questions, by their numbers."""
+    if not own:
+        return
+    if all(isinstance(each, (int, float)) for each in own.values()):
+        yield Values({"": {key: (float(each), 1.0) for key, each in own.items()}}, "questions")
+    elif all(isinstance(each, dict) and isinstance(each.get("score"), (int, float)) for each in own.values()):
+        yield Values({"": {key: (float(each["score"]), 1.0) for key, each in own.items()}}, "questions")
+        if all("l2_category" in each for each in own.values()):
+            groups = _grouped(own, "l2_category")
+            strata = {
+                name: {key: (float(each["score"]), 1.0) for key, each in group.items()}
+                for name, group in groups.items()
+            }
+            yield Values(strata, "questions")
+        if all("category" in each and "question_id" in each for each in own.values()):
+            strata = {
+                name: {
+                    picture: _mme_pair(list(pair.values())) for picture, pair in _grouped(group, "question_id").items()
+                }
+                for name, group in _grouped(own, "category").items()
+            }
+            yield Values(strata, "pictures", np.sum)
 
 
 def _mme_pair(pair: Sequence[Any]) -> tuple[float, float]:
@@ -206,8 +291,8 @@ def _mme_pair(pair: Sequence[Any]) -> tuple[float, float]:
     return 100.0 * share + 100.0 * (share == 1.0), 1.0
 
 
-def _grouped(values: Sequence[Any], key: str) -> list[list[Any]]:
-    groups: dict[str, list[Any]] = {}
-    for value in values:
-        groups.setdefault(str(value[key]), []).append(value)
-    return list(groups.values())
+def _grouped(values: Mapping[str, Any], key: str) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        groups.setdefault(str(value[key]), {})[name] = value
+    return groups

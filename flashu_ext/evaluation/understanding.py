@@ -35,10 +35,10 @@ def settings_of(
     """
     config, plan = (None, None) if handle is None else (handle.config, handle.plan)
     record = settings_record(pipe, config, plan, preset=preset, batch=batch)
-    own = {key: record[key] for key in ("model", "weights", "dtype", "device", "preset", "batch", "config")}
+    own = ("model", "weights", "vae", "dtype", "device", "preset", "batch", "config")
     with extra("evaluate"):
         import lmms_eval  # noqa: F401
-    return own | {
+    return {key: record[key] for key in own if key in record} | {
         "plan": plan_digest(config, plan, TASK),
         "limit": limit,
         "max_new_tokens": max_new_tokens,
@@ -218,8 +218,14 @@ def read_results(path: Path) -> dict[str, Any]:
     for key, kind in (("task", str), ("settings", dict), ("results", dict), ("questions", int), ("samples", list)):
         if not isinstance(record[key], kind):
             raise refusal(path, f"{key}: expected {kind.__name__}, got {shown(record[key])}")
+    numbers = set()
     for index, sample in enumerate(record["samples"]):
+        where = f"{path}: samples[{index}]"
         if not isinstance(sample, dict) or not isinstance(sample.get("metrics"), dict):
-            raise refusal(path, f"samples[{index}]: expected an object with metrics, got {shown(sample)}")
+            raise refusal(where, f"expected an object with metrics, got {shown(sample)}")
+        number = sample.get("number")
+        if not isinstance(number, int) or number in numbers:
+            raise refusal(where, f"number: expected an integer of its own, got {shown(number)}")
+        numbers.add(number)
     check_runs(path, record["runs"])
     return record

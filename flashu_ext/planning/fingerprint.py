@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .decoders import decoder_of
 from .neurons import ffn_weights
 from .safe_files import content_digest
 
-__all__ = ["check_fingerprint", "model_fingerprint", "weights_digest"]
+__all__ = ["check_fingerprint", "model_fingerprint", "module_digest", "weights_digest"]
 
 SAMPLES = 64
 """Elements sampled per tensor, evenly spaced."""
@@ -31,12 +31,18 @@ def weights_digest(model: Any) -> str:
     Acceleration reorders the neurons of the language model's FFNs. So one element of every neuron's gate, up and down weights
     is hashed, and the hashes are summed over the neurons.
     """
-    return _digest(model, _bits, with_dtype=True)
+    return _digest(model, decoder_of(model).ffns, _bits, with_dtype=True)
+
+
+def module_digest(module: Any) -> str:
+    """`weights_digest` of a module that is no model of a family, such as a VAE."""
+    return _digest(module, (), _bits, with_dtype=True)
 
 
 def model_fingerprint(model: Any) -> str:
     """`weights_digest` of the values as bf16, so that a model cast to bf16 keeps its fingerprint."""
-    return _PREFIX + _digest(model, lambda values: _bits(values.to(torch.bfloat16)), with_dtype=False)
+    ffns = decoder_of(model).ffns
+    return _PREFIX + _digest(model, ffns, lambda values: _bits(values.to(torch.bfloat16)), with_dtype=False)
 
 
 def check_fingerprint(model: Any, expected: str) -> str | None:
@@ -47,8 +53,7 @@ def check_fingerprint(model: Any, expected: str) -> str | None:
 
 
 @torch.no_grad()
-def _digest(model: Any, bits: Bits, with_dtype: bool) -> str:
-    ffns = decoder_of(model).ffns
+def _digest(model: Any, ffns: Sequence[Any], bits: Bits, with_dtype: bool) -> str:
     own = {id(weight): weight for ffn in ffns for weight in ffn_weights(ffn)}
     named = {
         name.replace(".base_layer.", "."): value

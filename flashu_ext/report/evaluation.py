@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.drawing import RECORD, read_drawing, results_file
-from ..evaluation.scores import Score, dpg_scores, geneval_scores, question_scores
+from ..evaluation.scores import Difference, Score, difference, dpg_scores, geneval_scores, question_scores
 from ..evaluation.understanding import read_results
 from ..ops import machine
 from ..planning.config import PRESETS
@@ -60,6 +60,7 @@ class Result:
         settings: that outputs depend on, of the record.
         runs: command and machine of every run.
         notes: what a reader has to know.
+        changes: scores less those of the benchmark's baseline.
     """
 
     preset: str
@@ -71,6 +72,10 @@ class Result:
     settings: dict[str, Any] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    changes: list[Difference] = field(default_factory=list)
+
+    def change(self, metric: str) -> Difference | None:
+        return next((change for change in self.changes if change.name == metric), None)
 
     def score(self, metric: str) -> Score | None:
         return next((score for score in self.scores if score.name == metric), None)
@@ -93,6 +98,8 @@ class Benchmark:
     name: str
     results: list[Result]
     differences: list[str]
+    baseline: str | None = None
+    """The preset that the others' changes are against: the first that was scored."""
 
     @property
     def published(self) -> Published | None:
@@ -117,11 +124,26 @@ class Benchmark:
         """A score in the published figure's unit, with its interval."""
         if score is None:
             return "missing"
-        scale, digits = (self.published.scale, self.published.digits) if self.published else (1, 4)
+        scale, digits = self._form
         text = f"{scale * score.value:.{digits}f}"
         if score.interval is None:
             return f"{text} (no interval)"
         return f"{text} ({scale * score.interval[0]:.{digits}f} to {scale * score.interval[1]:.{digits}f})"
+
+    def shown_change(self, change: Difference) -> str:
+        """A difference to the baseline, with its paired interval."""
+        if change.value == 0 and change.interval is None:
+            return f"as {self.baseline} on each of {change.n} {change.unit}"
+        scale, digits = self._form
+        ends = [] if change.interval is None else [f"{scale * end:+.{digits}f}" for end in change.interval]
+        between = " to ".join(ends) or "no interval"
+        return (
+            f"{scale * change.value:+.{digits}f} ({between}) against {self.baseline}, {change.n} {change.unit} of both"
+        )
+
+    @property
+    def _form(self) -> tuple[float, int]:
+        return (self.published.scale, self.published.digits) if self.published else (1, 4)
 
 
 @dataclass
@@ -156,11 +178,16 @@ class Evaluation:
         return text_table(rows, rule=True)
 
     def to_json(self) -> str:
-        record = dataclasses.asdict(self) | {
+        record = dataclasses.asdict(self, dict_factory=_without_values) | {
             "published": {name: dataclasses.asdict(each) for name, each in PUBLISHED.items()},
             "missing": self.missing,
         }
         return json.dumps(record, indent=1, allow_nan=False) + "\n"
+
+
+def _without_values(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's fields but the values of single prompts."""
+    return {key: value for key, value in items if key != "values"}
 
 
 def gather(folder: Path) -> Evaluation:
@@ -179,7 +206,7 @@ def gather(folder: Path) -> Evaluation:
     benchmarks = []
     for name in names:
         results = [_result(folder / preset, preset, name) for preset in presets]
-        benchmarks.append(Benchmark(name, results, list(_differences(results))))
+        benchmarks.append(Benchmark(name, results, list(_differences(results)), _compare(results)))
     return Evaluation(
         folder=str(folder),
         presets=presets,
@@ -194,6 +221,19 @@ def _result(folder: Path, preset: str, name: str) -> Result:
     result = _drawn(folder / name, preset, name) if name in ("geneval", "dpg") else _asked(folder, preset, name)
     result.notes += _notes(result, name)
     return result
+
+
+def _compare(results: list[Result]) -> str | None:
+    """Fill in the changes against the first preset that was scored; its name."""
+    scored = [result for result in results if result.scores]
+    if not scored:
+        return None
+    baseline = scored[0]
+    for result in scored[1:]:
+        pairs = ((score, baseline.score(score.name)) for score in result.scores)
+        changes = (difference(score, other) for score, other in pairs if other is not None)
+        result.changes = [change for change in changes if change is not None]
+    return baseline.preset
 
 
 def _drawn(folder: Path, preset: str, name: str) -> Result:

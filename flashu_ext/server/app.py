@@ -28,7 +28,7 @@ from .errors import ApiError, invalid
 from .gate import GONE, Gate, check_key
 from .limits import Limits
 from .metrics import CONTENT_TYPE, Metrics
-from .worker import Busy, Closed, Worker
+from .worker import Busy, Closed, ModelThread
 
 with extra("serve"):
     from fastapi import FastAPI, Request, Response
@@ -51,7 +51,8 @@ class Service:
     Attributes:
         pipe: the pipeline, accelerated or dense.
         name: of the model with what is active in it, for clients.
-        drawing, answering: threads that share the model.
+        thread: of all work with the model.
+        drawing, answering: its workers.
     """
 
     def __init__(self, pipe: Any, limits: Limits):
@@ -60,8 +61,9 @@ class Service:
         self.pipe, self.limits = pipe, limits
         self.name = Path(pipe.name).name or "model"
         self.bodies = Bodies(limits)
-        self.drawing = Worker(pipe.generate_many(at_once=limits.at_once), limits.waiting, "drawing")
-        self.answering = Worker(pipe.answer_many(at_once=limits.at_once), limits.waiting, "answering")
+        self.thread = ModelThread()
+        self.drawing = self.thread.worker(pipe.generate_many(at_once=limits.at_once), limits.waiting)
+        self.answering = self.thread.worker(pipe.answer_many(at_once=limits.at_once), limits.waiting)
         self.metrics = Metrics({"image": self.drawing, "answer": self.answering})
         self._threads = ThreadPoolExecutor(2, "images")  # no more than these are decoded or encoded at a time
 
@@ -82,8 +84,7 @@ class Service:
 
     def close(self) -> None:
         """Give up all requests and end the threads."""
-        self.drawing.close()
-        self.answering.close()
+        self.thread.close()
         self._threads.shutdown(cancel_futures=True)
 
     # ---- images
@@ -419,7 +420,7 @@ def application(
 
     @app.get("/health")
     async def health() -> Response:
-        alive = service.drawing.alive and service.answering.alive
+        alive = service.thread.alive
         return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
 
     @app.get("/metrics")

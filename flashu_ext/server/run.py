@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import os
 import signal
 import socket
 import threading
@@ -20,6 +21,9 @@ with extra("serve"):
     from uvicorn.config import LOGGING_CONFIG
 
 __all__ = ["Server", "listen"]
+
+GIVES_WAY = 10
+"""Niceness, on Linux of the calling thread and those that it starts. At 10 others have nine times the share of a core."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -81,5 +85,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def serve_on(self, listener: socket.socket) -> None:
-        """Serve until told to stop."""
+        """Serve until told to stop. The event loop and what decodes images give way to the model's threads, where there are not
+        cores enough for both."""
+        os.nice(GIVES_WAY)
         asyncio.run(self.serve(sockets=[listener]))

@@ -1,4 +1,4 @@
-"""A thread that serves requests together as they come, for callers of one event loop."""
+"""A thread that serves images and answers together as they come, for callers of one event loop."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["Busy", "Closed", "Worker"]
+__all__ = ["Busy", "Closed", "ModelThread", "Worker", "in_passing_thread"]
 
+T = TypeVar("T")
 LOG = logging.getLogger("flashu_ext.server")
 
 
@@ -28,33 +29,75 @@ class Closed(Exception):
     """The worker was closed before the request ended."""
 
 
+class ModelThread:
+    """The thread of all work with a model: a step of each of its workers in turn.
+
+    There is one, because OpenMP keeps a team of threads for every thread that starts parallel work. With more of them than
+    cores GNU's sleep at each barrier, and a small model takes twice as long.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.closed = False
+        self._workers: list[Worker] = []
+        self._thread = threading.Thread(target=self._serve, name="model", daemon=True)
+        self._thread.start()
+
+    def worker(self, many: Any, waiting: int) -> Worker:
+        """A worker of this thread.
+
+        Args:
+            many: `generate_many` or `answer_many` of a pipeline.
+            waiting: requests that may wait besides those that are under way.
+        """
+        with self.changed:
+            self._workers.append(Worker(self, many, waiting))
+            return self._workers[-1]
+
+    @property
+    def alive(self) -> bool:
+        """Whether it serves."""
+        return self._thread.is_alive() and not self.closed
+
+    def close(self, seconds: float = 60.0) -> None:
+        """Give up all requests, and wait for the step under way. They end by `Closed`."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        self._thread.join(seconds)
+
+    def _serve(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.closed or any(each.busy for each in self._workers))
+                if self.closed:
+                    break
+                busy = [each for each in self._workers if each.busy]
+            for each in busy:
+                each.step()
+        for each in self._workers:
+            each.end()
+
+
 class Worker:
-    """Serves what `Many` serves, on a thread of its own.
+    """Serves what `Many` serves; see `ModelThread.worker`.
 
     Attributes:
         failures: steps that raised, which ended every request under way.
     """
 
-    def __init__(self, many: Any, waiting: int, name: str):
-        """Args:
-        many: `generate_many` or `answer_many` of a pipeline.
-        waiting: requests that may wait besides those that are under way.
-        name: of the thread.
-        """
+    def __init__(self, thread: ModelThread, many: Any, waiting: int):
         self.failures = 0
+        self._thread, self._changed = thread, thread.changed
         self._many = many
         self._most = many.at_once + waiting
         self._asked: dict[int, Future[Any]] = {}
         self._typical = 1.0  # seconds of a request, from asking to the result
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        self._thread.start()
 
     @property
-    def alive(self) -> bool:
-        """Whether it serves."""
-        return self._thread.is_alive() and not self._closed
+    def busy(self) -> bool:
+        """Whether there is work."""
+        return bool(self._asked or self._many.in_progress)
 
     @property
     def asked(self) -> int:
@@ -68,7 +111,7 @@ class Worker:
 
     def check_room(self, count: int = 1) -> None:
         """That as many requests can be added now. Raises Busy or Closed."""
-        if self._closed:
+        if self._thread.closed:
             raise Closed("the server is stopping")
         if len(self._asked) + count > self._most:
             rounds = math.ceil(len(self._asked) / self._many.at_once)
@@ -118,25 +161,17 @@ class Worker:
         with self._changed:
             self._changed.notify()
 
-    def close(self, seconds: float = 60.0) -> None:
-        """Give up all requests, and wait for the step under way. They end by `Closed`."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-        self._thread.join(seconds)
+    def step(self) -> None:
+        """Advance what is under way; of the model's thread."""
+        try:
+            self._end({result.index: result for result in self._many.step()})
+        except Exception as error:  # the step has given up all requests; the next ones are served
+            LOG.exception("a step failed")
+            self.failures += 1
+            self._end_all(RuntimeError(f"a step failed: {error}"))
 
-    def _serve(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._asked or self._many.in_progress or self._closed)
-                if self._closed:
-                    break
-            try:
-                self._end({result.index: result for result in self._many.step()})
-            except Exception as error:  # the step has given up all requests; the next ones are served
-                LOG.exception("a step failed")
-                self.failures += 1
-                self._end_all(RuntimeError(f"a step failed: {error}"))
+    def end(self) -> None:
+        """Give up all requests; of the model's thread, which serves no more."""
         self._many.close()
         self._end_all(Closed("the server is stopping"))
 
@@ -155,3 +190,17 @@ class Worker:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
             self._asked.clear()
+
+
+def in_passing_thread(run: Callable[[], T]) -> T:
+    """What `run` returns, on a thread that ends with it."""
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(run())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # an interrupt does not wait for it
+    return done.result()

@@ -31,6 +31,20 @@ MUTANTS = [
         CLIENTS("image_whose_client_vanishes"),
     ),
     Mutant(
+        "server: one kind after the other",
+        "flashu_ext/server/worker.py",
+        "busy = [each for each in self._workers if each.busy]",
+        "busy = [each for each in self._workers if each.busy][:1]",
+        within("server/test_model_thread.py")("by_turns"),
+    ),
+    Mutant(
+        "server: the event loop gives way to nobody",
+        "flashu_ext/server/run.py",
+        "os.nice(GIVES_WAY)",
+        "os.nice(0)",
+        within("server/test_serve_command.py")("gives_way"),
+    ),
+    Mutant(
         "server: one more may wait",
         "flashu_ext/server/worker.py",
         "> self._most:",

@@ -11,6 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import flashu_ext as fx
 from flashu_ext.cli.main import cli
 from flashu_ext.planning.config import FlashUConfig
 
@@ -241,6 +242,12 @@ assert not heavy, heavy
 
 def test_importing_the_command_line_is_light() -> None:
     subprocess.run([sys.executable, "-c", LIGHT], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("module", ["flashu_ext", "flashu_ext.cli"])
+def test_the_package_runs_as_the_command(module: str) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and result.stdout == f"flashu-ext, version {fx.__version__}\n", result.stderr
 
 
 WITHOUT_EXTENSION = """

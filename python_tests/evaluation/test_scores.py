@@ -15,9 +15,9 @@ from flashu_ext.batch.folder import open_folder
 from flashu_ext.cli.main import cli
 from flashu_ext.evaluation.drawing import write_record
 from flashu_ext.evaluation.lists import PromptList, read_dpg, read_geneval
-from flashu_ext.evaluation.scores import dpg_scores, geneval_scores, question_scores
-from flashu_ext.evaluation.understanding import file_digest, is_there
-from flashu_ext.planning.intervals import bootstrap, wilson
+from flashu_ext.evaluation.scores import difference, dpg_scores, geneval_scores, question_scores
+from flashu_ext.evaluation.understanding import file_digest, is_there, read_results
+from flashu_ext.planning.intervals import bootstrap, paired_bootstrap, wilson
 
 TAGS = ["single_object", "single_object", "two_object", "two_object"]
 RIGHT = [[1, 1, 1, 1], [1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
@@ -87,6 +87,51 @@ def test_intervals() -> None:
     assert np.allclose(bootstrap([[(4 * value, 4.0) for value in values]]), interval)  # type: ignore[arg-type]
     assert bootstrap([[(1.0, 1.0)], [(1.0, 1.0), (2.0, 1.0)]]) is None and bootstrap([]) is None
     assert bootstrap([[(4.0, 4.0), (1.0, 1.0)], [(0.0, 2.0)] * 9]) is None, "an interval without width says nothing"
+
+
+def test_paired_intervals() -> None:
+    rng = np.random.default_rng(1)
+    prompts = rng.normal(5, 2, 400)
+    first, second = (prompts + rng.normal(mean, 0.1, 400) for mean in (0.05, 0.0))
+    interval = paired_bootstrap([[(value, 1.0) for value in first]], [[(value, 1.0) for value in second]])
+    change = first - second
+    half = 1.96 * change.std(ddof=1) / 20  # the normal interval of the mean of differences, not of two runs' means
+    assert interval is not None
+    assert np.allclose(interval, (change.mean() - half, change.mean() + half), atol=0.002)
+    same = [[(1.0, 1.0), (0.0, 1.0)]]
+    assert paired_bootstrap(same, same) is None and paired_bootstrap([], []) is None
+    assert paired_bootstrap(same, [[(2.0, 1.0), (1.0, 1.0)]]) is None, "all differ by the same"
+
+
+# ---- differences
+
+
+def test_a_difference_is_of_the_prompts_that_both_have(geneval: PromptList, tmp_path: Path) -> None:
+    jobs = as_jobs(geneval)
+    other = geneval_scores(written(tmp_path / "a.jsonl", geneval_lines()), jobs)
+    lines = geneval_lines([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])[:12]  # not the last prompt
+    score = geneval_scores(written(tmp_path / "b.jsonl", lines[::-1]), jobs)
+    found = difference(score[0], other[0])
+    assert found is not None
+    # Of one object 5/8 less 7/8, of two (the third prompt) 1 less 1/4; overall the mean of both tasks.
+    assert found.value == pytest.approx(((5 / 8 - 7 / 8) + (1 - 1 / 4)) / 2)
+    assert (found.name, found.n, found.unit, found.interval) == ("overall", 3, "prompts", None)
+    back = difference(other[0], score[0])
+    assert back is not None and (back.value, back.n) == (-found.value, 3)
+    same = difference(other[0], other[0])
+    assert same is not None and (same.value, same.interval, same.n) == (0.0, None, 4)
+    mine, others = ([[(4, 4), (1, 4)]], [[(4, 4), (3, 4)]])
+    single = {each.name: each for each in score}["single_object"]
+    found = difference(single, other[1])
+    assert found is not None and found.interval == paired_bootstrap(mine, others)
+
+
+def test_there_is_no_difference_of_scores_whose_questions_do_not_give_them() -> None:
+    samples = [{"number": number, "metrics": {"right": value}} for number, value in enumerate((1.0, 0.0))]
+    (known,) = question_scores({"right,none": 0.5}, samples)
+    (unknown,) = question_scores({"right,none": 0.75}, samples)
+    (elsewhere,) = question_scores({"right,none": 0.5}, [each | {"number": 9 + each["number"]} for each in samples])
+    assert difference(known, unknown) is None and difference(known, elsewhere) is None
 
 
 # ---- GenEval
@@ -164,7 +209,7 @@ def test_results_of_dpg_that_are_none(old: str, new: str, message: str, dpg: Pro
 
 def test_scores_of_questions() -> None:
     right = [1.0, 0.0, 1.0, 1.0]
-    samples = [{"metrics": {"right": value}} for value in right]
+    samples = [{"number": number, "metrics": {"right": value}} for number, value in enumerate(right)]
     (score,) = question_scores({"alias": "t", "right,none": 0.75, "right_stderr,none": 0.2}, samples)
     assert (score.name, score.value, score.n) == ("right", 0.75, 4) and score.interval == wilson(0.75, 4)
     (other,) = question_scores({"right,none": 0.5}, samples)
@@ -175,16 +220,17 @@ def test_scores_of_mme_and_mmstar() -> None:
     # Two pictures of 'color' (both right; one of two), two of 'count' (both right twice): 150 + 50/2 ...
     mme = {("color", "a"): (1, 1), ("color", "b"): (1, 0), ("count", "c"): (1, 1), ("count", "d"): (0, 0)}
     samples = [
-        {"metrics": {"p": {"category": category, "question_id": name, "score": float(score)}}}
-        for (category, name), pair in mme.items()
-        for score in pair
+        {"number": 2 * at + half, "metrics": {"p": {"category": category, "question_id": name, "score": float(score)}}}
+        for at, ((category, name), pair) in enumerate(mme.items())
+        for half, score in enumerate(pair)
     ]
     value = (200 + 50) / 2 + (200 + 0) / 2
     (score,) = question_scores({"p,none": value}, samples)
     assert score.n == 8 and score.interval == bootstrap([[(200, 1), (50, 1)], [(200, 1), (0, 1)]], np.sum)
     star = [("x", 1), ("x", 0), ("x", 0), ("y", 1), ("y", 1)]
     samples = [
-        {"metrics": {"average": {"question_id": 1, "l2_category": group, "score": float(s)}}} for group, s in star
+        {"number": at, "metrics": {"average": {"question_id": 1, "l2_category": group, "score": float(s)}}}
+        for at, (group, s) in enumerate(star)
     ]
     (score,) = question_scores({"average,none": (1 / 3 + 1) / 2}, samples)
     assert score.interval == bootstrap([[(1, 1), (0, 1), (0, 1)], [(1, 1), (1, 1)]])
@@ -252,9 +298,12 @@ def test_the_page(geneval: PromptList, dpg: PromptList, tmp_path: Path) -> None:
         "1560.5", "56.6", "48.3", "0.500 (", "66.67 (", "n = 16 images", "n = 15 images of 16", "n = 1 questions of 9",
         "only 15 of 16 images were scored", "not the whole benchmark: 4 prompts, it has 553",
         "results.jsonl is older than the last run that drew images", "a run&#39;s sources had local changes", "run &lt;it&gt;",
+        "+0.009 (no interval) against dense, 4 prompts of both",
         f"The presets differ in weights: dense {'a' * 60}, paper {'b' * 60}", "lmms-eval 1",
     ):  # fmt: skip
         assert text in html, text
+    (change,) = [r["changes"][0] for r in record["benchmarks"][0]["results"] if r["preset"] == "paper"]
+    assert (change["name"], change["n"]) == ("overall", 4) and "values" not in str(record)
     assert "differ in steps" not in html, "a preset's own settings may differ"
     missing = record["missing"]
     assert "GenEval, overall, exact: not drawn" in missing and "MME, perception, dense: not run" in missing
@@ -264,6 +313,14 @@ def test_the_page(geneval: PromptList, dpg: PromptList, tmp_path: Path) -> None:
     scores = {b["name"]: {r["preset"]: r["scores"] for r in b["results"]} for b in record["benchmarks"]}
     assert scores["geneval"]["dense"][0]["value"] == 0.5 and scores["geneval"]["fast"] == []
     assert record["published"]["geneval"]["dense"] == 0.73 and scores["mine"]["fast"][0]["value"] == 1.0
+
+
+def test_samples_that_share_a_number_are_refused(tmp_path: Path) -> None:
+    record = {"version": 1, "task": "mine", "settings": {}, "task_settings": {}, "runs": [], "results": {},
+              "questions": 2, "samples": [{"number": 3, "metrics": {}}] * 2}  # fmt: skip
+    (tmp_path / "mine.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"samples\[1\]: number: expected an integer of its own, got 3"):
+        read_results(tmp_path / "mine.json")
 
 
 def test_a_page_of_nothing_or_of_other_images_is_refused(geneval: PromptList, tmp_path: Path) -> None:

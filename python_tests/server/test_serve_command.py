@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -23,6 +25,7 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
 from flashu_ext.server.limits import Limits
+from flashu_ext.server.run import GIVES_WAY
 
 KEY = "a-key-of-the-tests"
 
@@ -56,6 +59,22 @@ def begun(connection: http.client.HTTPConnection) -> None:
         other.request("GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})
         if b'flashu_in_progress{kind="image"} 1.0' in other.getresponse().read():
             return
+
+
+def niceness(process: int) -> dict[int, int]:
+    """Of each thread of a process."""
+    return {
+        int(path.name): os.getpriority(os.PRIO_PROCESS, int(path.name))
+        for path in Path(f"/proc/{process}/task").iterdir()
+    }
+
+
+def test_the_event_loop_gives_way_to_the_model() -> None:
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    with started() as (process, _):
+        nice = niceness(process.pid)
+    assert nice.pop(process.pid) == min(19, own + GIVES_WAY)
+    assert own in nice.values(), "the model's thread"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)

@@ -17,6 +17,8 @@ from PIL import Image
 from support.pipelines import small_wan_vae
 
 import flashu_ext as fx
+from flashu_ext.batch.folder import settings_record
+from flashu_ext.models.folders import load_pipeline
 from flashu_ext.models.showo2.codec import WanCodec
 from flashu_ext.models.showo2.prompts import PromptLayout, load_tokenizer
 
@@ -119,6 +121,16 @@ def test_wan_codec_round_trips_its_own_latents():
             codec.encode(bad)
     with pytest.raises(ValueError, match="latents: expected"):
         codec.decode(latents[:, :8])
+
+
+def test_a_folder_of_images_records_its_vae(folder: Path):
+    first, other = (fx.showo2.Pipeline.from_pretrained(folder) for _ in range(2))
+    record = settings_record(first, None)
+    assert record == settings_record(other, None) and "vae" not in settings_record(load_pipeline("nano"), None)
+    with torch.no_grad():
+        next(other.codec.vae.parameters()).add_(1)
+    changed = settings_record(other, None)
+    assert {key for key in record if record[key] != changed[key]} == {"vae"}
 
 
 def test_a_folder_becomes_a_pipeline(folder: Path):

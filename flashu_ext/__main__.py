@@ -1,0 +1,5 @@
+"""`python -m flashu_ext` is `flashu-ext`."""
+
+from .cli.main import main
+
+main()
