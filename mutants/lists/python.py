@@ -209,6 +209,7 @@ MUTANTS = [
     Mutant("lora: rows without an adapter take the whole FFN", "flashu_ext/runtime/modules/ffn.py", "        if self._beside:\n", "        if any(any(self._updates[rows.adapter]) for rows in groups):\n", ROWS("bits_that_it_has")),
     Mutant("lora: every adapter's rows are an FFN call", "flashu_ext/runtime/modules/ffn.py", "        if self.why_itself is None:\n            return self._compute(x", "        if False:\n            return self._compute(x", ROWS("every_weight_once")),
     Mutant("lora: images are told as rows", "flashu_ext/runtime/backbone.py", "(work.adapter, work.images) for work in works)):\n            span", "(work.adapter, work.rows) for work in works)):\n            span", ROWS("other_guidance")),
+    Mutant("lora: a layer without an adapter runs as itself where another one does", "flashu_ext/runtime/modules/linear.py", "            if adapter is not None:  # which", "            if adapter in self._updates:  # which", ROWS("active_does_not_matter")),
     Mutant("lora: times are of what is active", "flashu_ext/runtime/generation.py", "with self.network.rows.of((state.adapter, count)):", "with self.network.rows.of((None, count)):", REQUESTS("alone")),
     Mutant("lora: a drawing's context is of what is active", "flashu_ext/runtime/backbone.py", "with self.rows.of((work.adapter, 1)):", "with self.rows.of((None, 1)):", REQUESTS("alone")),
     Mutant("lora: a folder may have settings of any kind", "flashu_ext/models/lora_files.py", "if value and name not in _WITHOUT_EFFECT:", "if False:", FOLDERS("wrong_folder")),

@@ -352,3 +352,21 @@ def test_images_are_those_of_the_dense_model_with_the_adapter(family: str) -> No
         name = result.request.adapter
         assert relative(result.latents, dense[name]) < 1e-4
         assert all(relative(result.latents, dense[each]) > 1e-3 for each in dense if each != name)
+
+
+def test_without_the_ffn_kernel_only_adapters_elsewhere_can_be_named() -> None:
+    pipe = load_pipeline("nano")
+    wrapped = adapted(pipe.model, [*ATTENTION, *FFN], seed=1)
+    second(wrapped, targets=["q_proj"])
+    config = pipe.preset("exact")[0].replace(ffn_kernels=False)
+    asked = [ImageRequest("a red circle", 3, steps=3, adapter=name) for name in ("other", None, BASE)]
+    with pipe.accelerate(config):
+        (refused,) = pipe.generate_many([ImageRequest("a red circle", 3, steps=3, adapter="default")])
+        assert "mlp.gate_proj runs as itself" in str(refused.error)
+        assert "it has LoRA adapters, for which only the CPU's FFN kernel is" in str(refused.error)
+        alone = [next(pipe.generate_many([each])).latents for each in asked]
+        for each in pipe.generate_many(asked):
+            assert torch.equal(each.latents, alone[each.index])
+        wrapped.set_adapter("other")
+        (active,) = pipe.generate_many([asked[1]])
+        assert torch.equal(active.latents, alone[0])

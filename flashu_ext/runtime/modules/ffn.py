@@ -110,10 +110,10 @@ class FFN:
         """
         selection = self._selections.get(task) if task else None
         if self.why_itself is None:
-            return self._compute(x, residual, selection, self._rows.groups(x))
+            return self._compute(x, residual, selection, self._rows.groups(x) if self._beside else ())
 
         def own(adapter: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
-            if adapter in self._updates:
+            if adapter is not None:  # which is refused where the kernel cannot add it
                 return self._compute(x, residual, selection, (AdapterRows(adapter),))
             out: Tensor = self.module(x)
             return out if residual is None else out + residual

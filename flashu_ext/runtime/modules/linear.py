@@ -67,10 +67,10 @@ class Linear:
     def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]: the layer, an activation (`ops.linear`), plus `residual` of that shape where given."""
         if self.why_itself is None:
-            return self._computed(x, epilogue, residual, self._rows.groups(x))
+            return self._computed(x, epilogue, residual, self._rows.groups(x) if self._beside else ())
 
         def own(adapter: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
-            if adapter in self._updates:
+            if adapter is not None:  # which is refused where this layer has it and cannot add it
                 return self._computed(x, epilogue, residual, (AdapterRows(adapter),))
             return finish_linear(self.module(x), residual, epilogue)
 
