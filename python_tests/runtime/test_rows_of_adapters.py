@@ -370,3 +370,28 @@ def test_without_the_ffn_kernel_only_adapters_elsewhere_can_be_named() -> None:
         wrapped.set_adapter("other")
         (active,) = pipe.generate_many([asked[1]])
         assert torch.equal(active.latents, alone[0])
+
+
+CHANGES: dict[str, Any] = {
+    "scaling edited": lambda w: w.base_model.model.showo.model.layers[1].self_attn.v_proj.scaling.update(third=9.0),
+    "deleted": lambda w: w.delete_adapter("other"),
+    "merged": lambda w: w.merge_adapter(),
+    "another active": lambda w: w.set_adapter("other"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_under_way_ends_what_is_under_way_and_no_other(change: str) -> None:
+    pipe, wrapped = pipeline()
+    picture = load_pipeline("nano").generate("a red circle", 1, 4)
+    with pipe.accelerate(*pipe.preset("exact")):
+        questions = pipe.answer_many([question(picture, name, 0) for name in NAMES])
+        images = pipe.generate_many([ImageRequest("a red circle", 0, steps=4, adapter=name) for name in NAMES])
+        assert not questions.step() and not images.step()
+        CHANGES[change](wrapped)
+        for many, what in ((questions, "question was being answered"), (images, "image was being generated")):
+            results = list(many)
+            assert len(results) == len(NAMES)
+            assert all(f"model: it was changed while this {what}" in str(each.error) for each in results)
+        (later,) = pipe.answer_many([question(picture, "third", 0)])
+        assert ("while adapters are merged" in str(later.error)) if change == "merged" else later.error is None
