@@ -24,7 +24,7 @@ KNOBS = within("runtime/test_skipping_and_caching.py")
 LORA = within("runtime/test_lora.py")
 REQUESTS = within("runtime/test_adapters_of_requests.py")
 ROWS = within("runtime/test_rows_of_adapters.py")
-FOLDERS = within("server/test_serve_adapters.py")
+SAVED = within("server/test_serve_adapters.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 COMPANY = within("runtime/test_answer_company.py")
@@ -212,9 +212,9 @@ MUTANTS = [
     Mutant("lora: a layer without an adapter runs as itself where another one does", "flashu_ext/runtime/modules/linear.py", "            if adapter is not None:  # which", "            if adapter in self._updates:  # which", ROWS("active_does_not_matter")),
     Mutant("lora: times are of what is active", "flashu_ext/runtime/generation.py", "with self.network.rows.of((state.adapter, count)):", "with self.network.rows.of((None, count)):", REQUESTS("alone")),
     Mutant("lora: a drawing's context is of what is active", "flashu_ext/runtime/backbone.py", "with self.rows.of((work.adapter, 1)):", "with self.rows.of((None, 1)):", REQUESTS("alone")),
-    Mutant("lora: a folder may have settings of any kind", "flashu_ext/models/lora_files.py", "if value and name not in _WITHOUT_EFFECT:", "if False:", FOLDERS("wrong_folder")),
-    Mutant("lora: half an adapter stays in the model", "flashu_ext/models/lora_files.py", "        _remove(model, name, before)\n", "", FOLDERS("wrong_folder")),
-    Mutant("lora: a loaded adapter is active", "flashu_ext/models/lora_files.py", "module.set_adapter(list(own), inference_mode=True)", "pass", FOLDERS("nothing_else_changes")),
+    Mutant("lora: a folder may have settings of any kind", "flashu_ext/models/lora_files.py", "if value and name not in _WITHOUT_EFFECT:", "if False:", SAVED("wrong_folder")),
+    Mutant("lora: half an adapter stays in the model", "flashu_ext/models/lora_files.py", "        _remove(model, name, before)\n", "", SAVED("wrong_folder")),
+    Mutant("lora: a loaded adapter is active", "flashu_ext/models/lora_files.py", "module.set_adapter(list(own), inference_mode=True)", "pass", SAVED("nothing_else_changes")),
     Mutant("lora: peft's adapters of parameters are accelerated", "flashu_ext/models/known.py", "        if remakes_weights(module):", "        if module is None:", LORA("parameters")),
     Mutant("int8: zero points are passed over", "flashu_ext/models/int8.py", "if zero is not None and bool(zero.any()):", "if False:", within("runtime/test_int8_models.py")("zero")),
     Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", MODULES("refused_by_name")),
