@@ -21,6 +21,9 @@ _OPTIONAL = {
     "matplotlib": "the demo's report (pip install 'flashu_ext[report]')",
     "jinja2": "the demo's report (pip install 'flashu_ext[report]')",
     "PIL": "images (pip install 'flashu_ext[showo2]')",
+    "fastapi": "the server (pip install 'flashu_ext[serve]')",
+    "lmms_eval": "evaluating answers (pip install 'flashu_ext[evaluate]')",
+    "flashu_ext_nano": "the embedded JanusFlow and BAGEL, where this is no source folder",
 }
 
 

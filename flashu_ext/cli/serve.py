@@ -38,12 +38,22 @@ LIMITS = {
 """Help of the options; they are the fields of `Limits`."""
 
 
+def _option(name: str) -> str:
+    """The option of a limit."""
+    return "--" + ("max-" if name in ("n", "side", "steps", "tokens") else "") + name.replace("_", "-")
+
+
 def _limits(command: Any) -> Any:
     for field in reversed(fields(Limits)):
-        name = "--" + ("max-" if field.name in ("n", "side", "steps", "tokens") else "") + field.name.replace("_", "-")
-        number = click.FloatRange(0, min_open=True) if field.name.endswith("_seconds") else click.IntRange(0)
+        least = 0 if field.name == "waiting" else 1
+        number = click.FloatRange(0, min_open=True) if field.name.endswith("_seconds") else click.IntRange(least)
         command = click.option(
-            name, f"limit_{field.name}", default=field.default, show_default=True, type=number, help=LIMITS[field.name]
+            _option(field.name),
+            f"limit_{field.name}",
+            default=field.default,
+            show_default=True,
+            type=number,
+            help=LIMITS[field.name],
         )(command)
     return command
 
@@ -120,7 +130,8 @@ def serve(
         check_key(api_key)
         limits = Limits(**{name.removeprefix("limit_"): value for name, value in options.items()})
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        name, _, rest = str(error).partition(": ")
+        raise click.UsageError(f"{_option(name)}: {rest}") from error
 
     check_family(model, family)
     folders = _adapters(adapters, model, preset if tuned is None else None)

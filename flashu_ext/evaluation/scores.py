@@ -65,7 +65,7 @@ class Score:
         value: as the tool prints it.
         interval: 95 %; None where there is none.
         n: what was scored, in units of `unit`.
-        method: how the interval was found; empty without one.
+        method: how the interval was found, or why there is none.
         values: what the score is made of, where that is known.
     """
 
@@ -151,7 +151,7 @@ def geneval_scores(path: Path, jobs: Sequence[dict[str, Any]]) -> list[Score]:
         own = Values({tag: task}, "prompts")
         n = int(sum(count for _, count in task.values()))
         interval = wilson(own.figure, len(task))
-        rows.append(Score(tag, own.figure, interval, n, "images", "Wilson, n = prompts", own))
+        rows.append(Score(tag, own.figure, interval, n, "images", f"Wilson, n = {len(task)} prompts", own))
     return [_bootstrapped(Values(values, "prompts"), len(seen), "images"), *rows]
 
 
@@ -162,7 +162,7 @@ def _bootstrapped(values: Values, n: int, unit: str) -> Score:
 
 
 def _method(interval: object, what: str) -> str:
-    return "" if interval is None else f"bootstrap over {what}"
+    return f"fewer than two {what}, or all alike" if interval is None else f"bootstrap over {what}"
 
 
 # ---- DPG-Bench
@@ -242,14 +242,14 @@ def question_scores(results: dict[str, Any], samples: Sequence[dict[str, Any]]) 
             continue
         own = {str(sample["number"]): sample["metrics"][metric] for sample in samples if metric in sample["metrics"]}
         values = _values(float(value), own)
-        interval, method = (None, "") if values is None else _interval(values)
+        interval, method = (None, "not from its questions' values") if values is None else _interval(values)
         scores.append(Score(metric, float(value), interval, len(own) or len(samples), "questions", method, values))
     return scores
 
 
 def _interval(values: Values) -> tuple[tuple[float, float] | None, str]:
     if len(values.strata) == 1 and all(each in ((0.0, 1.0), (1.0, 1.0)) for each in values.clusters[0]):
-        return wilson(values.figure, len(values.clusters[0])), "Wilson, n = questions"
+        return wilson(values.figure, len(values.clusters[0])), f"Wilson, n = {len(values.clusters[0])} questions"
     interval = bootstrap(values.clusters, values.combine)
     return interval, _method(interval, values.unit)
 

@@ -138,18 +138,23 @@ def run(
 
     with extra("evaluate"):
         from lmms_eval.evaluator import simple_evaluate
+        from tenacity import RetryError
 
     model = FlashU(pipe=pipe, batch_size=settings["batch"], max_new_tokens=settings["max_new_tokens"])
-    found = simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        task_manager=manager,
-        batch_size=settings["batch"],
-        limit=settings["limit"],
-        bootstrap_iters=0,
-        verbosity="WARNING",
-        distributed_executor_backend="torchrun" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "accelerate",
-    )
+    try:
+        found = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            task_manager=manager,
+            batch_size=settings["batch"],
+            limit=settings["limit"],
+            bootstrap_iters=0,
+            verbosity="WARNING",
+            distributed_executor_backend="torchrun" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "accelerate",
+        )
+    except RetryError as error:  # of a download that lmms-eval tried several times
+        cause = error.last_attempt.exception()
+        raise RuntimeError(f"--tasks: lmms-eval cannot have the data: {type(cause).__name__}: {cause}") from error
     if found is None:  # another rank has them
         return []
     ran = {"command": machine.command_line(), "machine": machine.facts()}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Int8", "int8_of", "inner_tensors", "is_int8", "why_not_int8"]
+__all__ = ["Int8", "int8_of", "inner_tensors", "is_int8", "stored_bytes", "why_not_int8"]
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,9 @@ def inner_tensors(weight: Tensor) -> list[Tensor]:
     flatten = getattr(weight, "__tensor_flatten__", None)
     inner = [] if flatten is None else [getattr(weight, name) for name in flatten()[0]]
     return [each for each in inner if isinstance(each, Tensor)]
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Bytes that a weight takes, of a quantizer's those of what it is made of."""
+    inner = inner_tensors(weight)
+    return sum(map(stored_bytes, inner)) if inner else weight.nbytes

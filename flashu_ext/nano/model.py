@@ -23,7 +23,8 @@ def load_model(directory: Path = DATA) -> Any:
     if not (directory / "model.safetensors").is_file():
         if directory in (subject(family).folder for family in FAMILIES) and directory != DATA:
             raise FileNotFoundError(
-                f"the embedded {directory.name} is in the package {WEIGHTS}, which is not installed: pip install {WEIGHTS}"
+                f"the embedded {directory.name} is in the package {WEIGHTS}, which is not installed: pip install {WEIGHTS}, "
+                f"or ./nano_weights in the sources"
             )
         raise FileNotFoundError(
             f"{directory}: model.safetensors is missing; train it with python -m flashu_ext.nano.train"

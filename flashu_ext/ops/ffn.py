@@ -145,8 +145,10 @@ def selected_neurons(weight: Tensor, dim: int, runs: Any, index: Any, selection:
     if runs is not None or index is not None:
         raise ValueError("selection: expected neither runs nor index with it")
     if not isinstance(selection, Selection):
+        kind = type(selection)
         raise TypeError(
-            f"selection: expected a Selection, got {type(selection).__name__} (Selection.from_runs makes one)"
+            f"selection: expected a {Selection.__module__}.Selection, got {kind.__module__}.{kind.__qualname__} "
+            "(Selection.from_runs makes one)"
         )
     if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[dim] != selection.limit:
         raise ValueError(

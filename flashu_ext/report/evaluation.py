@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from ..evaluation.drawing import RECORD, read_drawing, results_file
 from ..evaluation.scores import Difference, Score, difference, dpg_scores, geneval_scores, question_scores
 from ..evaluation.understanding import read_results
 from ..ops import machine
-from ..planning.config import PRESETS
+from ..planning.config import PRESETS, FlashUConfig
 from ..planning.reading import refusal
 from ..planning.tables import text_table
 
@@ -28,6 +29,7 @@ class Published:
     """Figures that others published, for Show-o2 dense and by Flash-Unified, and what the whole benchmark has."""
 
     title: str
+    size: str
     dense: float
     accelerated: float
     metric: str
@@ -38,15 +40,21 @@ class Published:
 
 
 PUBLISHED = {
-    "geneval": Published("GenEval, overall", 0.73, 0.71, "overall", 1, 3, 553, "prompts"),
-    "dpg": Published("DPG-Bench", 86.14, 84.39, "overall", 1, 2, 1065, "prompts"),
-    "mme": Published("MME, perception", 1620.5, 1560.5, "mme_perception_score", 1, 1, 2374, "questions"),
-    "mmstar": Published("MMStar, average", 56.6, 48.3, "average", 100, 1, 1500, "questions"),
+    "geneval": Published("GenEval, overall", "1.5B", 0.73, 0.71, "overall", 1, 3, 553, "prompts"),
+    "dpg": Published("DPG-Bench", "7B", 86.14, 84.39, "overall", 1, 2, 1065, "prompts"),
+    "mme": Published("MME, perception", "7B", 1620.5, 1560.5, "mme_perception_score", 1, 1, 2374, "questions"),
+    "mmstar": Published("MMStar, average", "7B", 56.6, 48.3, "average", 100, 1, 1500, "questions"),
 }
 """The paper's table. A benchmark's tool may have changed since: compare presets of one run first."""
 
 # Settings that presets may differ in. Others are the same in a fair comparison.
 _OWN = {"preset", "config", "plan", "steps"}
+
+_BY_HAND = ("--steps", "--guidance", "--samples", "--size", "--limit")
+"""Options that change what is measured, where somebody gives them."""
+
+_RUNTIME = ("prune_multiple", "_kernels", "step_graphs", "skip_unit_guidance", "batch_invariant")
+"""Ends of settings' names that are no part of the published method."""
 
 
 @dataclass
@@ -173,7 +181,9 @@ class Evaluation:
         rows = [("benchmark", "published dense", "published Flash-Unified", *self.presets)]
         for each in self.benchmarks:
             there = each.published
-            published = (f"{there.dense:g}", f"{there.accelerated:g}") if there else ("-", "-")
+            published = (
+                (f"{there.dense:g} ({there.size})", f"{there.accelerated:g} ({there.size})") if there else ("-", "-")
+            )
             rows.append((each.title, *published, *(each.shown(each.headline(result)) for result in each.results)))
         return text_table(rows, rule=True)
 
@@ -272,6 +282,19 @@ def _asked(folder: Path, preset: str, name: str) -> Result:
 
 
 def _notes(result: Result, name: str) -> Iterator[str]:
+    given = dict.fromkeys(each for run in result.runs for each in _by_hand(run["command"]))
+    if given:
+        yield f"by hand, not as the preset or the benchmark has it: {', '.join(given)}"
+    if result.preset == "paper" and isinstance(config := result.settings.get("config"), dict):
+        method = FlashUConfig.paper().flat()
+        others = {key: value for key, value in config.items() if key in method and not key.endswith(_RUNTIME)}
+        listed = [
+            f"{key} {value} (published: {method[key]})"
+            for key, value in others.items()
+            if json.dumps(value) != json.dumps(method[key])
+        ]
+        if listed:
+            yield f"other settings than the published ones: {', '.join(listed)}"
     if result.state == "scored" and result.scored != result.expected:
         yield f"only {result.scored} of {result.expected} {result.unit} were scored"
     published = PUBLISHED.get(name)
@@ -283,6 +306,18 @@ def _notes(result: Result, name: str) -> Iterator[str]:
         yield "a run's sources had local changes"
     if len({run["machine"].get("commit", "") for run in result.runs}) > 1:
         yield f"runs of several commits: {result.commits}"
+
+
+def _by_hand(command: str) -> Iterator[str]:
+    """Those options of a command, with their values."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote that nothing closes
+        words = command.split()
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in _BY_HAND:
+            yield f"{name} {value or after}"
 
 
 def _differences(results: list[Result]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..models.accelerated import HANDLE, handle_of, unwrapped
 from ..models.adapter import adapter_of
+from ..models.int8 import stored_bytes
 from ..models.sampling import DrawInputs, Stepper
 from ..planning.config import FlashUConfig
 from ..planning.decoders import FAMILIES, find
@@ -211,7 +212,7 @@ class Handle:
             plan_unused=self.plan is not None and not runner.layouts,
             intermediate=runner.network.layers[0].ffn.neurons,
             tokens=tokens,
-            weight_bytes=sum(parameter.nbytes for parameter in self.model.parameters()),
+            weight_bytes=sum(map(stored_bytes, self.model.parameters())),
             extra_weight_bytes=sum(layout.permutation.nbytes for layout in runner.layouts or ()),
             cache_bytes=sum(held.values()),
             memory=held,

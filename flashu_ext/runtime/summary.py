@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 __all__ = ["Summary"]
@@ -100,11 +100,25 @@ class Summary:
             + ("" if self.step_runner.startswith("eager") else f": {listed(self.graphs)}"),
             f"kernels       {listed(self.kernels)}",
             *(f"  {phase:<22} {_by_implementation(ops)}" for phase, ops in self.ran.items()),
-            f"fallbacks     {listed(self.fallbacks)}",
+            "fallbacks     " + ("" if self.fallbacks else "none"),
+            *_by_reason(self.fallbacks),
         ]
         if self.plan_unused:
             lines.append("plan          not used, the config prunes nothing")
         return "\n".join(lines)
+
+
+def _by_reason(fallbacks: Mapping[str, int]) -> Iterator[str]:
+    """A line for each reason, with the first module that has it and how many more do."""
+    modules: dict[str, list[str]] = {}
+    for reason, count in fallbacks.items():
+        path, _, why = reason.partition(": ")
+        if path.startswith("model."):
+            modules.setdefault(why, []).append(path)
+        else:
+            yield f"  {reason} {count}"
+    for why, paths in modules.items():
+        yield f"  {paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {why}"
 
 
 def _by_implementation(ops: Mapping[str, str]) -> str:

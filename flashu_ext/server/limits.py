@@ -61,6 +61,7 @@ class Limits:
                 least = 0 if field.name == "waiting" else 1
                 raise ValueError(f"{field.name}: expected an integer >= {least}, got {shown(value)}")
         if self.n > self.at_once + self.waiting:
-            raise ValueError(f"n: expected at most at_once + waiting = {self.at_once + self.waiting}, got {self.n}")
+            most = self.at_once + self.waiting
+            raise ValueError(f"n: expected at most {most}, which is at_once + waiting, got {self.n}")
         if self.body_bytes > self.bodies_bytes:
             raise ValueError(f"bodies_bytes: expected at least body_bytes = {self.body_bytes}, got {self.bodies_bytes}")

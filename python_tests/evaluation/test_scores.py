@@ -323,6 +323,28 @@ def test_samples_that_share_a_number_are_refused(tmp_path: Path) -> None:
         read_results(tmp_path / "mine.json")
 
 
+def test_the_page_says_what_was_done_by_hand(geneval: PromptList, tmp_path: Path, monkeypatch: Any) -> None:
+    out = tmp_path / "out"
+    command = "flashu-ext evaluate geneval --steps 6 --guidance=2.5 --model 'a b' --seed 1"
+    monkeypatch.setattr("flashu_ext.ops.machine.command_line", lambda: command)
+    written(drawn(out, "dense", geneval, steps=6) / "results.jsonl", geneval_lines())
+    config = {
+        "layer_skip_ratio": 0.0,
+        "head_cache_interval": 5,
+        "prune_multiple": 16,
+        "guidance": [[24, 0.75], [11, 1.0]],
+    }
+    written(drawn(out, "paper", geneval, config=config) / "results.jsonl", geneval_lines())
+    assert page(out).exit_code == 0
+    html = (out / "evaluation.html").read_text()
+    for text in (
+        "dense: by hand, not as the preset or the benchmark has it: --steps 6, --guidance 2.5</p>",
+        "paper: other settings than the published ones: layer_skip_ratio 0.0 (published: 0.2)</p>",
+        'remarks, <a href="#geneval">below</a>', "Show-o2 1.5B", "as dense on each of 4 prompts",
+    ):  # fmt: skip
+        assert text in html, text
+
+
 def test_a_page_of_nothing_or_of_other_images_is_refused(geneval: PromptList, tmp_path: Path) -> None:
     nothing = page(tmp_path / "none")
     assert nothing.exit_code == 1 and "expected a folder of `flashu-ext evaluate`" in nothing.output

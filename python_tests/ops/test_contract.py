@@ -220,7 +220,10 @@ def test_what_is_no_tensor_is_named_in_a_short_error(case: OpCase, name: str):
         (lambda x: ops.select_topk(x, 1, index=[1], count=[1]), "select_topk: index: expected a tensor, got list"),
         (lambda x: ops.rms_norm(x, x[0], 1e-6, out=x.numpy()), "rms_norm: out: expected a tensor, got ndarray"),
         (lambda x: ops.feature_delta(x, x, out=x.to_sparse()), "feature_delta: out: expected a dense tensor"),
-        (lambda x: ops.gathered_ffn(x, x, x, x, selection=[(0, 4)]), "selection: expected a Selection, got list"),
+        (
+            lambda x: ops.gathered_ffn(x, x, x, x, selection=[(0, 4)]),
+            "expected a flashu_ext.ops.selection.Selection, got builtins.list",
+        ),
         (
             lambda x: ops.gathered_ffn(x, x, x, x, runs=[(2**63, 4)]),
             "runs: expected integers of 64 bits, got one of 64",

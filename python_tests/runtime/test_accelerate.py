@@ -402,6 +402,16 @@ def test_a_wrong_call_does_not_disturb_the_next():
         assert torch.equal(generate(model, fixture), expected)
 
 
+def test_reasons_are_told_once_with_how_many_modules_have_them() -> None:
+    model = small_model()
+    for layer in model.showo.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, out: out)
+    with fx.accelerate(model) as handle:
+        text = str(handle.summary())
+    (line,) = [each for each in text.split("fallbacks")[1].splitlines() if "hook" in each]
+    assert line.startswith(f"  model.showo.model.layers.0.mlp and {len(model.showo.model.layers) - 1} more: ")
+
+
 def test_a_plan_that_is_not_used_is_said_so() -> None:
     model = small_model()
     with fx.accelerate(model, fx.FlashUConfig.exact(), plan()) as handle:

@@ -14,6 +14,7 @@ from support.models import small_model
 from torch import nn
 
 import flashu_ext as fx
+from flashu_ext.models.int8 import inner_tensors
 
 pytest.importorskip("torchao")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -49,6 +50,8 @@ def test_int8_weights_take_their_kernels(names: tuple[str, ...]) -> None:
         got = outputs(model)
         assert not [each for each in handle.summary().fallbacks if "int8" not in each]
         assert not any("runs" in each or "is a" in each for each in handle.summary().fallbacks)
+        stored = [part for each in model.parameters() for part in (inner_tensors(each) or [each])]
+        assert handle.summary().weight_bytes == sum(part.nbytes for part in stored)
     assert relative(got[0], exact[0]) <= 2 * relative(expected[0], exact[0]) + LIMIT
     assert torch.equal(got[1], expected[1])
 

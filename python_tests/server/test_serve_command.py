@@ -115,13 +115,13 @@ def test_a_port_in_use_is_said_before_the_model_is_read() -> None:
 
 def test_wrong_options_are_2() -> None:
     for options, words in (
-        (("--at-once", "0"), "at_once: expected an integer >= 1, got 0"),
-        (("--max-n", "99"), "n: expected at most at_once + waiting = 40, got 99"),
-        (("--body-bytes", "9999999999"), "bodies_bytes: expected at least body_bytes"),
+        (("--at-once", "0"), "Invalid value for '--at-once': 0 is not in the range x>=1"),
+        (("--max-n", "99"), "--max-n: expected at most 40, which is at_once + waiting, got 99"),
+        (("--body-bytes", "9999999999"), "--bodies-bytes: expected at least body_bytes"),
         (("--read-seconds", "0"), "read-seconds"),
         (("--family", "bagel", "--model", "/no/such/folder"), "--family: expected with 'nano' alone"),
-        (("--api-key", "", "--port", "0"), "api_key: expected printable ASCII"),
-        (("--api-key", "tröt", "--port", "0"), "api_key: expected printable ASCII"),
+        (("--api-key", "", "--port", "0"), "--api-key: expected printable ASCII"),
+        (("--api-key", "tröt", "--port", "0"), "--api-key: expected printable ASCII"),
     ):
         result = CliRunner().invoke(cli, ["serve", *options])
         assert result.exit_code == 2 and words in result.output, result.output
