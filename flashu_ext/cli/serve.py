@@ -63,10 +63,18 @@ def _limits(command: Any) -> Any:
         "flashu-ext serve --port 8000 &",
         "curl -s localhost:8000/v1/images/generations -H 'Content-Type: application/json' \\",
         """    -d '{"prompt": "a red circle above a blue square", "seed": 1}'""",
+        "flashu-ext serve --adapter drawings=DIR --adapter photos=DIR  # a request's model: nano, drawings or photos",
         "FLASHU_API_KEY=$(cat key) flashu-ext serve --model DIR --preset paper --host 0.0.0.0",
     )
 )
 @model_options
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="LoRA adapter of peft that requests may name as their model; may be repeated. The model itself has none.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: every one.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @click.option(
@@ -98,6 +106,7 @@ def serve(
     device: str | None,
     dtype: str | None,
     verbose: bool,
+    adapters: tuple[str, ...],
     host: str,
     port: int,
     api_key: str | None,
@@ -125,11 +134,20 @@ def serve(
         raise click.UsageError(f"{_option(name)}: {rest}") from error
 
     check_family(model, family)
+    folders = _adapters(adapters, model, preset if tuned is None else None)
     with listen(host, port) as listener:  # before the model is loaded, which takes long
         opened = open_pipeline(model, preset, plan_file, verbose, tuned, device, dtype, family=family)
         with contextlib.ExitStack() as stack:
+
+            def loaded() -> Any:
+                pipe, handle = stack.enter_context(opened)
+                for name, folder in folders.items():
+                    pipe.load_adapter(name, folder)
+                    handle.runner.check_adapter(name)
+                return pipe
+
             # OpenMP's threads of loading must not stay beside those of the model's thread (`ModelThread`).
-            pipe, _ = in_passing_thread(lambda: stack.enter_context(opened))
+            pipe = in_passing_thread(loaded)
             app = application(pipe, limits, api_key)
             bound_host, bound_port = listener.getsockname()[:2]
             shown_host = f"[{bound_host}]" if ":" in bound_host else bound_host
@@ -142,3 +160,30 @@ def serve(
             given_up = app.state.service.metrics.unanswered
     if given_up:
         raise click.ClickException(f"{given_up} requests were given up: they had not ended {grace} s after the signal")
+
+
+def _adapters(told: tuple[str, ...], model: str, preset: str | None) -> dict[str, Path]:
+    """Name -> folder of the adapters, whose files have been read once.
+
+    Raises:
+        click.UsageError: a name is not one, or is the model's or another adapter's, or the model is dense.
+        ValueError, OSError: a folder holds no plain LoRA adapter.
+    """
+    if told and preset == "dense":
+        raise click.UsageError("--adapter: expected none with --preset dense, which adds none to some requests only")
+    folders: dict[str, Path] = {}
+    for each in told:
+        from ..models.lora_files import check_adapter_name, read_adapter
+
+        name, _, folder = each.partition("=")
+        try:
+            if not folder:
+                raise ValueError("expected NAME=FOLDER")
+            check_adapter_name(name)
+            if name in folders or name == Path(model).name:
+                raise ValueError(f"name: expected each once, and none that is the model's, got {name!r}")
+        except ValueError as error:
+            raise click.UsageError(f"--adapter {each}: {error}") from error
+        read_adapter(folder)
+        folders[name] = Path(folder)
+    return folders

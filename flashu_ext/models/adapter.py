@@ -90,7 +90,8 @@ class Kit(Protocol):
     called as itself, and the handle's summary says why."""
 
     def linear(self, module: Any) -> Any:
-        """nn.Linear: (x [..., in], epilogue='none', residual=None) -> [..., out]."""
+        """nn.Linear: (x [rows, ..., in], epilogue='none', residual=None) -> [rows, ..., out]. The rows are those, or the
+        images, of the method that calls it: each may have a LoRA adapter of its own."""
 
     def chain(self, module: Any) -> Any:
         """nn.Sequential of linear layers, norms and activations."""

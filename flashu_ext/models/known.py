@@ -242,12 +242,13 @@ def why_not_weight(weight: Any, shape: tuple[int, ...], like: Tensor) -> str | N
     return None
 
 
-def why_not_ffn(ffn: Any, like: Tensor, own: Sequence[str] = ()) -> str | None:
+def why_not_ffn(ffn: Any, like: Tensor, own: Sequence[str] = (), adapter: str | None = None) -> str | None:
     """Why the FFN kernel does not compute this module, or None.
 
     Args:
         like: a weight of the model, for dtype and device.
         own: methods of the module that this library has replaced itself.
+        adapter: see `why_not_linear`.
     """
     reason = why_replaced(ffn, _FFNS, own)
     if reason is not None:
@@ -257,7 +258,7 @@ def why_not_ffn(ffn: Any, like: Tensor, own: Sequence[str] = ()) -> str | None:
         return f"act_fn {reason}"
     for name in ("gate_proj", "up_proj", "down_proj"):
         linear = getattr(ffn, name)
-        reason = why_not_linear(linear, like) or ("has a bias" if linear.bias is not None else None)
+        reason = why_not_linear(linear, like, adapter) or ("has a bias" if linear.bias is not None else None)
         if reason is not None:
             return f"{name} {reason}"
     if len({is_int8(linear.weight) for linear in (ffn.gate_proj, ffn.up_proj, ffn.down_proj)}) > 1:
@@ -270,17 +271,18 @@ def why_not_norm(norm: Any, like: Tensor) -> str | None:
     return why_replaced(norm, _NORMS) or why_not_weight(norm.weight, tuple(norm.weight.shape), like)
 
 
-def why_not_linear(linear: Any, like: Tensor) -> str | None:
-    """Why the kernel does not compute this linear layer, or None."""
+def why_not_linear(linear: Any, like: Tensor, adapter: str | None = None) -> str | None:
+    """Why the kernel does not compute this linear layer, or None. adapter: of its LoRA adapters the one beside it, whichever is
+    active; None: those that are active."""
     if is_lora(linear):
-        return _why_not_lora(linear, like)
+        return _why_not_lora(linear, like, adapter)
     if reason := why_replaced(linear, _LINEAR):
         return reason
     why_not = why_not_int8 if is_int8(linear.weight) else why_not_weight
     return why_not(linear.weight, (linear.out_features, linear.in_features), like) or _why_not_bias(linear, like)
 
 
-def _why_not_lora(module: Any, like: Tensor) -> str | None:
+def _why_not_lora(module: Any, like: Tensor, adapter: str | None) -> str | None:
     """Why a LoRA layer's base and the low-rank products beside it are not all that it computes, or None."""
     if reason := why_replaced(module, LORA):
         return reason
@@ -290,18 +292,18 @@ def _why_not_lora(module: Any, like: Tensor) -> str | None:
         return f"base_layer {reason}"
     if is_int8(module.base_layer.weight):
         return "base_layer's weight is int8"
-    if module.disable_adapters and module.merged_adapters:
+    if adapter is None and module.disable_adapters and module.merged_adapters:
         return "its adapters are merged and disabled, which its next call undoes"
     if not getattr(module, "cast_input_dtype_enabled", True):
         return "its adapters do not cast their input"
-    for name in adapters_of(module):
+    for name in adapters_of(module, adapter):
         if reason := why_not_adapter(module, name, like):
             return f"its adapter {name!r} {reason}"
     return None
 
 
 def why_not_adapter(module: Any, name: str, like: Tensor) -> str | None:
-    """Why an active adapter of a LoRA layer is no plain low-rank update, or None."""
+    """Why an adapter of a LoRA layer is no plain low-rank update, or None."""
     variant = getattr(module, "lora_variant", {}).get(name)
     if variant is not None:
         return f"is of another kind, {type(variant).__name__}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +16,9 @@ __all__ = [
     "adapter_names",
     "adapters_of",
     "base_of",
-    "choosing",
     "is_lora",
     "lora_state",
+    "names_of",
     "remakes_weights",
     "updates_of",
 ]
@@ -30,8 +28,6 @@ LORA: Mapping[str, tuple[str, ...]] = {"Linear": ("peft.tuners.lora.layer",)}
 
 BASE = "__base__"
 """peft's name of none of the adapters."""
-
-_chosen: ContextVar[str | None] = ContextVar("chosen", default=None)
 
 
 @dataclass(frozen=True)
@@ -68,24 +64,14 @@ def base_of(module: Any) -> Any:
     return module.base_layer if is_lora(module) else module
 
 
-def adapters_of(module: Any) -> list[str]:
-    """The adapters that a LoRA layer adds now, in its order: the active ones, or the one of `choosing`, unless it is disabled or
-    they are merged."""
+def adapters_of(module: Any, adapter: str | None = None) -> list[str]:
+    """The adapters that a LoRA layer adds, in its order: the one of this name, where it has it, whatever is active, disabled or
+    merged; None: the active ones, unless it is disabled or they are merged."""
+    if adapter is not None:
+        return [adapter] if adapter in module.lora_A else []
     if module.disable_adapters or module.merged_adapters:
         return []
-    chosen = _chosen.get()
-    return [name for name in (module.active_adapters if chosen is None else [chosen]) if name in module.lora_A]
-
-
-@contextlib.contextmanager
-def choosing(adapter: str) -> Iterator[None]:
-    """Inside, LoRA layers are read as if this adapter were the active one; the model stays as it is. Of what is read it must be
-    sure that none of it calls such a layer, which would compute the active ones."""
-    token = _chosen.set(adapter)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
+    return [name for name in module.active_adapters if name in module.lora_A]
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
@@ -103,9 +89,14 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for each in layers for name in getattr(each, "lora_A", ())))
 
 
-def updates_of(module: Any) -> tuple[Update, ...]:
+def names_of(module: Any) -> list[str]:
+    """The adapters that a linear layer has, active or not."""
+    return list(module.lora_A) if is_lora(module) else []
+
+
+def updates_of(module: Any, adapter: str | None = None) -> tuple[Update, ...]:
     """What a linear layer's adapters (`adapters_of`) add; nothing for a module without adapters."""
-    names = adapters_of(module) if is_lora(module) else ()
+    names = adapters_of(module, adapter) if is_lora(module) else ()
     return tuple(Update(name, module.lora_A[name], module.lora_B[name], module.scaling[name]) for name in names)
 
 

@@ -385,8 +385,7 @@ class Answers(Many[QuestionResult]):
     def __init__(self, pipe: Any, requests: Iterable[Any] = (), at_once: int = AT_ONCE):
         super().__init__(pipe, requests, at_once)
         self._runner: Any = None
-        self._schedulers: dict[str | None, Any] = {}
-        """Of every adapter that a question has named."""
+        self._scheduler: Any = None
 
     def _begun(self, request: Any) -> Any:
         pipe = self.pipe
@@ -404,13 +403,10 @@ class Answers(Many[QuestionResult]):
         if self._runner is None:
             return lost + [self._alone(each) for each in new[:1]]
         refused: list[QuestionResult] = []
-        ended: list[Any] = []
         with self._runner.working():
-            for adapter in dict.fromkeys(each.request.adapter for each in self._live):
-                if adapter not in self._schedulers:
-                    self._schedulers[adapter] = self._runner.answering(self.at_once, adapter)
-                refused += self._admit_all([each for each in new if each.request.adapter == adapter])
-                ended += self._schedulers[adapter].step()
+            for adapter in dict.fromkeys(each.request.adapter for each in new):
+                refused += self._admit_all([each for each in new if each.request.adapter == adapter], adapter)
+            ended = self._scheduler.step()
         return lost + refused + [self._result(each) for each in self._live if each.work in ended]
 
     def _follow(self) -> list[QuestionResult]:
@@ -419,16 +415,15 @@ class Answers(Many[QuestionResult]):
         runner = None if handle is None else handle.runner
         if runner is self._runner:
             return []
-        self._runner, self._schedulers = runner, {}
+        self._runner = runner
+        self._scheduler = None if runner is None else runner.answering(self.at_once)
         why = RuntimeError("model: its handle was removed while this question was being answered")
         return [self.ended(each.index, each.request, why) for each in self._live if not isinstance(each.work, tuple)]
 
-    def _admit_all(self, new: Sequence[_UnderWay]) -> list[QuestionResult]:
+    def _admit_all(self, new: Sequence[_UnderWay], adapter: str | None) -> list[QuestionResult]:
         """Begin the answers of questions of one adapter that have been checked; results where the model cannot answer now."""
-        if not new:
-            return []
         try:
-            answers = self._schedulers[new[0].request.adapter].admit_all([each.work for each in new])
+            answers = self._scheduler.admit_all([each.work for each in new], adapter)
         except Exception as error:
             return [QuestionResult(each.index, each.request, error) for each in new]
         for each, answer in zip(new, answers, strict=True):
@@ -461,13 +456,12 @@ class Answers(Many[QuestionResult]):
     def _rest(self) -> None:
         if self._runner is not None:
             with self._runner.working():
-                for scheduler in self._schedulers.values():
-                    scheduler.close()
+                self._scheduler.close()
 
     def _abandon(self, each: _UnderWay) -> None:
         if self._runner is not None and not isinstance(each.work, tuple):
             with self._runner.working():
-                self._schedulers[each.request.adapter].cancel(each.work)
+                self._scheduler.cancel(each.work)
 
     def close(self) -> None:
         super().close()

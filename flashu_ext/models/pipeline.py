@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -18,10 +19,12 @@ from torch import Tensor
 from ..planning.config import FlashUConfig, preset
 from ..planning.groups import FfnPruning
 from ..planning.safe_files import atomic_path
+from .accelerated import handle_of, unwrapped
 from .calibration import Sample
 from .checkpoint import check_dtype
 from .checks import check_callback, check_count, check_device, check_sampling, guidance_scale_of
 from .decoding import OnToken
+from .lora_files import add_adapter, check_adapter_name, read_adapter
 from .many import AT_ONCE, Answers, Drawings
 from .pictures import Size, rgb, to_pil
 from .prompts import AnswerLayout, Parts, check_prompts, check_text
@@ -468,6 +471,24 @@ class ModelPipeline:
         if plan.ratios is not None:
             return config.replace(ffn=FfnPruning(plan.ratio, plan.multiple)), plan
         return config, plan.with_pruning(config.ffn)
+
+    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Load a LoRA adapter of peft, which requests may name then (`ImageRequest.adapter`). What is active stays active: where
+        nothing was, nothing is. The model may be accelerated, and in use by other threads.
+
+        Args:
+            name: any without dots, other than '__base__'.
+            folder: with adapter_config.json and adapter_model.safetensors, as `PeftModel.save_pretrained` writes them.
+
+        Raises:
+            ValueError: the name is taken, a file is damaged, or the adapter is no plain LoRA of this model's linear layers.
+            OSError: a file cannot be read. ImportError: peft is not installed.
+            The model is as it was then.
+        """
+        check_adapter_name(name)
+        files, handle = read_adapter(folder), handle_of(self.model)
+        with contextlib.nullcontext() if handle is None else handle.runner.working():
+            add_adapter(unwrapped(self.model), name, files)
 
     def accelerate(self, config: FlashUConfig | None = None, plan: TaskPlan | None = None) -> Any:
         """`flashu_ext.accelerate` on this pipeline's model; returns the handle."""

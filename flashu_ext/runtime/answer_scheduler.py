@@ -40,9 +40,11 @@ class AnswerScheduler:
         under_way: answers that have begun and not ended.
     """
 
-    def __init__(self, ready: Callable[[], UnderstandingEngine], check_unchanged: Callable[[str], None], most: int):
+    def __init__(
+        self, ready: Callable[[str | None], UnderstandingEngine], check_unchanged: Callable[[str], None], most: int
+    ):
         """Args:
-        ready: notices what has changed in the model; the engine that answers now.
+        ready: notices what has changed in the model, and checks an adapter; the engine that answers now.
         check_unchanged: raises RuntimeError where the model has changed since; the argument says what was being done.
         """
         self.most = most
@@ -67,30 +69,34 @@ class AnswerScheduler:
         pick: Pick,
         eos_token: int | None = None,
         on_token: Callable[[int], None] | None = None,
+        adapter: str | None = None,
     ) -> Answer:
-        """Begin one answer; the arguments are those of a `Question`."""
-        (answer,) = self.admit_all([(images, before, after, max_new_tokens, pick, eos_token, on_token)])
+        """Begin one answer; the arguments are those of a `Question`, and as of `admit_all`."""
+        (answer,) = self.admit_all([(images, before, after, max_new_tokens, pick, eos_token, on_token)], adapter)
         return answer
 
     @torch.no_grad()
-    def admit_all(self, asked: Sequence[tuple[Any, ...]]) -> list[Answer]:
-        """Begin answers; their prompts are computed together.
+    def admit_all(self, asked: Sequence[tuple[Any, ...]], adapter: str | None = None) -> list[Answer]:
+        """Begin answers of an adapter; their prompts are computed together. Their tokens are, with those of other adapters.
 
         Args:
-            asked: for each the arguments of `admit`.
+            asked: for each the arguments of a `Question`.
+            adapter: of peft; None: what is active.
 
         Raises:
-            RuntimeError: the model cannot answer now, or there is no room. None of them has begun then.
+            RuntimeError: the model cannot answer now, or there is no room.
+            TypeError, ValueError: the model has no such adapter, or the kernels do not compute all of it.
+            None of them has begun then.
         """
         questions = [Question(*each) for each in asked]
         if len(questions) > self.room:
             raise RuntimeError(f"answers: expected at most {self.most} at once")
-        engine = self._ready()
+        engine = self._ready(adapter)
         answering = self._current(engine)
-        embeds = iter(engine.image_embeds([latents for question in questions for latents in question.images]))
+        embeds = iter(engine.image_embeds([latents for question in questions for latents in question.images], adapter))
         requests = [
             AnswerRequest(
-                engine.question([next(embeds) for _ in each.images], each.before, each.after),
+                engine.question([next(embeds) for _ in each.images], each.before, each.after, adapter),
                 each.max_new_tokens,
                 each.pick,
                 each.eos_token,

@@ -136,7 +136,7 @@ class Answering:
             hidden, skipped = self._prefill(cache, [request.prompt for request in requests], live)
             new = [Answer(*each) for each in zip(requests, skipped, strict=True)]
             self._store.keep(cache)
-            token = self._pick(self._decoder.parts.lm_head(hidden), new)
+            token = self._pick(self._decoder.first(hidden, [request.prompt for request in requests]), new)
         except BaseException:
             if cache is not self._cache:
                 self._store.end(cache)

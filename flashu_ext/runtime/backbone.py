@@ -38,6 +38,7 @@ class Backbone:
         self.parts = network.at(TASK, "embed").parts
         self.network = network.at(TASK, "backbone")
         self.measuring = network.at(TASK, "measuring")
+        self.rows = network.rows
         self.kernels = self.network.kernels
         self.head = head
 
@@ -52,10 +53,11 @@ class Backbone:
         rows, tokens = work.rows, memory.shape.prefix
         if tokens == 0:
             return
-        hidden = self.parts.embed_tokens(memory.text_tokens[:rows, :tokens])
-        attention = SegmentPass(memory.prefix(rows)[0], self.kernels, tokens)
-        hidden = self._layers(hidden, attention, self._text_rope(memory, tokens), work.variant)
-        self.head.prefix(memory, rows, self.network.final_norm(hidden))
+        with self.rows.of((work.adapter, rows)):
+            hidden = self.parts.embed_tokens(memory.text_tokens[:rows, :tokens])
+            attention = SegmentPass(memory.prefix(rows)[0], self.kernels, tokens)
+            hidden = self._layers(hidden, attention, self._text_rope(memory, tokens), work.variant)
+            self.head.prefix(memory, rows, self.network.final_norm(hidden))
 
     def _text_rope(self, memory: ImageMemory, tokens: int) -> Rope:
         return memory.text_rope[0][:, :tokens], memory.text_rope[1][:, :tokens]
@@ -72,11 +74,12 @@ class Backbone:
             filled = sum(segment.embeds.shape[1] for segment in segments[:shared])
             cache[:, :, row, :filled] = cache[:, :, source, :filled]
             own = cache[:, :, row : row + 1]
-            for segment in segments[shared:]:
-                attention = SegmentPass(own, self.kernels, segment.embeds.shape[1], filled, segment.causal)
-                rope = rope_table(self.parts.llm_rope, segment.positions[None], cache.dtype)
-                filled += segment.embeds.shape[1]
-                self._layers(segment.embeds.clone(), attention, rope, work.variant, drawn=segment.drawn)
+            with self.rows.of((work.adapter, 1)):
+                for segment in segments[shared:]:
+                    attention = SegmentPass(own, self.kernels, segment.embeds.shape[1], filled, segment.causal)
+                    rope = rope_table(self.parts.llm_rope, segment.positions[None], cache.dtype)
+                    filled += segment.embeds.shape[1]
+                    self._layers(segment.embeds.clone(), attention, rope, work.variant, drawn=segment.drawn)
             done.append(segments)
 
     # ---- the image
@@ -86,24 +89,28 @@ class Backbone:
         pairs = list(zip(memories, works, strict=True))
         latents = joined([memory.latents[: work.images] for memory, work in pairs])
         times = [memory.modulation.index_select(0, memory.time_rows[: work.images]) for memory, work in pairs]
-        early = made_by("early", self.parts.early(latents, joined(times)), len(latents), *memories[0].sizes.early)
+        with self.rows.of(*((work.adapter, work.images) for work in works)):
+            early = made_by("early", self.parts.early(latents, joined(times)), len(latents), *memories[0].sizes.early)
         for (memory, work), own in zip(pairs, early.split([work.images for work in works]), strict=True):
             assert memory.early is not None
             memory.early[: work.rows] = own.repeat(work.rows // work.images, *[1] * (own.dim() - 1))
 
     def watch(self, memory: ImageMemory, work: WatchWork) -> None:
         """Pass the network's input to the adaptive cache's gate."""
-        token = memory.time_token.index_select(0, memory.time_rows[: work.rows])
-        memory.gate.watch(work, self.parts.signal(memory.latents[: work.rows], token), self.kernels)
+        with self.rows.of((work.adapter, work.rows)):
+            token = memory.time_token.index_select(0, memory.time_rows[: work.rows])
+            memory.gate.watch(work, self.parts.signal(memory.latents[: work.rows], token), self.kernels)
 
     def run(self, memories: Sequence[ImageMemory], works: Sequence[BackboneWork]) -> None:
         """Latents, times and prefix in each memory -> final hidden states of its span, in memory. Several works compute the same
         (`BackboneWork.computes`)."""
-        span = self._embed(memories, works)
-        if works[0].measure and memories[0].context is None:
-            self._measure(memories[0], works[0], span)
-        else:
-            self._run_span(memories, works, span)
+        with self.rows.of(*((work.adapter, work.images) for work in works)):
+            span = self._embed(memories, works)
+        with self.rows.of(*((work.adapter, work.rows) for work in works)):
+            if works[0].measure and memories[0].context is None:
+                self._measure(memories[0], works[0], span)
+            else:
+                self._run_span(memories, works, span)
 
     def _embed(self, memories: Sequence[ImageMemory], works: Sequence[BackboneWork]) -> Tensor:
         """Embeddings of time token and image, [all rows, span, hidden]."""

@@ -20,7 +20,7 @@ from .graphs import GraphCache
 from .modules.attention import HeadNorms, Rope, rotate_into
 from .modules.decoder_layer import decoder_layer
 from .network import Network
-from .prompt_cache import PromptCache
+from .prompt_cache import Prompt, PromptCache
 from .work import TokenWork
 
 __all__ = ["TASK", "Decoder", "Pick"]
@@ -90,7 +90,9 @@ class Decoder:
         else:
             memory.lengths = [each + 1 for each in slots]
             memory.masks = [self._mask_hidden(cache, live, late) for late in (False, True)]
-        return TokenWork(rows, tuple(None if isinstance(run, Tensor) else run for run in runs))
+        adapters = [cache.prompt(row).adapter for row in range(live)]
+        adapters += adapters[-1:] * idle
+        return TokenWork(rows, tuple(None if isinstance(run, Tensor) else run for run in runs), tuple(adapters))
 
     def _mask_all(self, cache: PromptCache, live: int) -> None:
         """Masks at fixed addresses hide the slots that are unused, and what a prompt's last token does not see."""
@@ -117,6 +119,12 @@ class Decoder:
         on_device = torch.tensor(layers, device=self.parts.device)[:, :, None, None]
         return [on_device[i] if any(rows) and not all(rows) else rows[0] for i, rows in enumerate(layers)]
 
+    def first(self, hidden: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Logits [prompts, vocab] of the first tokens, from the prefill's hidden states [prompts, hidden]."""
+        with self.network.rows.of(*((prompt.adapter, 1) for prompt in prompts)):
+            logits: Tensor = self.parts.lm_head(hidden)
+            return logits
+
     def run(self, graphs: GraphCache[Any], work: TokenWork) -> None:
         """From the token of each row to the logits of the next one, all in memory."""
         self.ran = True
@@ -124,6 +132,10 @@ class Decoder:
 
     def _token(self, memory: AnswerMemory, work: TokenWork) -> None:
         """Device work only."""
+        with self.network.rows.of(*((adapter, 1) for adapter in work.adapters)):
+            self._next(memory, work)
+
+    def _next(self, memory: AnswerMemory, work: TokenWork) -> None:
         rows = work.rows
         attention = _TokenPass(memory, rows, self.kernels)
         position = memory.position[:rows]

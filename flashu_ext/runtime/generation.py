@@ -66,6 +66,7 @@ class GenerationEngine:
         latent_size: tuple[int, int],
         config: FlashUConfig | None = None,
         inputs: DrawInputs | None = None,
+        adapter: str | None = None,
     ) -> list[ImageState]:
         """Set up a batch of images: a state for each, so that none depends on its neighbours, or where the config is not
         `batch_invariant` one state for all.
@@ -78,6 +79,7 @@ class GenerationEngine:
             latent_size: (H, W) of the latents.
             config: of these images; None: the model's.
             inputs: of a family's sampler, which say more: branches, what is seen, guidance.
+            adapter: the LoRA adapter that draws (`Network.check_adapter`); None: what is active.
         """
         config = self.config if config is None else config
         told = None if inputs is None else inputs.seen
@@ -85,7 +87,7 @@ class GenerationEngine:
         images = text_tokens.shape[0] // _branches(guidance_scale, inputs)
         if not self.invariant:
             own = (text_tokens, modality_positions, guidance_scale, latent_size, config, seen)
-            return [self._begin(steps, *own, inputs)]
+            return [self._begin(steps, *own, inputs, adapter)]
         scales = guidance_scale if isinstance(guidance_scale, tuple) else (guidance_scale,) * images
         states: list[ImageState] = []
         try:
@@ -93,7 +95,7 @@ class GenerationEngine:
                 rows = slice(image, None, images)  # the image's row in every branch
                 tokens, positions = text_tokens[rows], modality_positions[rows]
                 own = (tokens, positions, scale, latent_size, config, seen[rows])
-                states.append(self._begin(steps, *own, inputs))
+                states.append(self._begin(steps, *own, inputs, adapter))
         except BaseException:
             for state in states:
                 self.end(state)
@@ -110,6 +112,7 @@ class GenerationEngine:
         config: FlashUConfig,
         seen: tuple[int, ...],
         inputs: DrawInputs | None,
+        adapter: str | None,
     ) -> ImageState:
         parts = self.parts
         rows, length = text_tokens.shape
@@ -129,7 +132,8 @@ class GenerationEngine:
         shape = ImageShape(rows, images, latent_size, length, geometry.longest, max(len(plan), rows))
         lease = self._acquire(shape, config)
         try:
-            more = () if inputs is None else (inputs.context(parts), _trailing(inputs, parts))
+            with self.network.rows.of((adapter, images)):
+                more = () if inputs is None else (inputs.context(parts), _trailing(inputs, parts))
             lease.memory.load(parts, text_tokens, modality_positions, geometry, *more)
         except BaseException:
             self.pool.release(lease)
@@ -140,7 +144,7 @@ class GenerationEngine:
         memory = lease.memory
         record = ImageRecord(plan, branches, geometry, length, tail, memory.router.skipped, memory.nbytes())
         formula = inputs.formula if inputs is not None and branches > 1 else None
-        return ImageState(lease, record, config, caching, head, formula=formula, guides=guides)
+        return ImageState(lease, record, config, caching, head, adapter, formula=formula, guides=guides)
 
     def _acquire(self, shape: ImageShape, config: FlashUConfig) -> Any:
         fixed = self.pool.fixed
@@ -159,13 +163,14 @@ class GenerationEngine:
         memory.scale[:count] = scale
         memory.dt[:count] = dt
         memory.time_rows.zero_()
-        self._fill_times(memory, t)
+        self._fill_times(state, t)
 
-    def _fill_times(self, memory: ImageMemory, t: Tensor) -> None:
-        parts, count = self.parts, t.shape[0]
-        time = made_by("embed_time", parts.embed_time(t), count, None)
-        memory.time_token[:count] = made_by("time_token", parts.time_token(time), count, parts.hidden)
-        memory.modulation[:count] = made_by("modulation", parts.modulation(time), count, memory.sizes.modulation)
+    def _fill_times(self, state: ImageState, t: Tensor) -> None:
+        parts, memory, count = self.parts, state.memory, t.shape[0]
+        with self.network.rows.of((state.adapter, count)):
+            time = made_by("embed_time", parts.embed_time(t), count, None)
+            memory.time_token[:count] = made_by("time_token", parts.time_token(time), count, parts.hidden)
+            memory.modulation[:count] = made_by("modulation", parts.modulation(time), count, memory.sizes.modulation)
 
     def end(self, state: ImageState) -> None:
         """Release a finished or abandoned image's memory; its record stays."""
@@ -196,7 +201,7 @@ class GenerationEngine:
             memory, count = state.memory, own.shape[0]
             memory.latents[:count] = own
             memory.time_rows.copy_(torch.arange(memory.shape.rows, device=own.device) % count)
-            self._fill_times(memory, t.to(torch.float32))
+            self._fill_times(state, t.to(torch.float32))
         evaluations = [_Evaluation(state, own.shape[0]) for state, own in zip(states, latents, strict=True)]
         self._evaluate(evaluations, stepped=False)
         return [each.state.memory.velocity[: each.rows] for each in evaluations]
@@ -207,7 +212,9 @@ class GenerationEngine:
         for each in evaluations:
             self._decide(each)
         early = [
-            (each, EarlyWork(each.rows, each.images)) for each in evaluations if each.state.memory.early is not None
+            (each, EarlyWork(each.rows, each.images, adapter=each.state.adapter))
+            for each in evaluations
+            if each.state.memory.early is not None
         ]
         self._run_together(self.backbone.early, early)
         backbones = [(each, self._plan_backbone(each)) for each in evaluations if each.step.backbone]
@@ -245,7 +252,7 @@ class GenerationEngine:
         if not caching.adaptive or not (step.adaptive or step.keep_head):
             return
         gate, steps = state.memory.gate, state.head.steps
-        each.run(self.backbone.watch, WatchWork(images, min(images, state.watched)))
+        each.run(self.backbone.watch, WatchWork(images, min(images, state.watched), adapter=state.adapter))
         state.watched = images
         if step.adaptive:
             too_old = caching.interval > 0 and step.index - steps[-1] >= caching.interval
@@ -276,6 +283,7 @@ class GenerationEngine:
             routing=state.tokens.routing(step.tokens_from, step.index) if step.tokens_from else None,
             skipped_tokens=state.record.skipped_tokens if step.tokens_from else 0,
             groups=state.memory.groups(each.rows),
+            adapter=state.adapter,
         )
 
     def _variant(self, state: ImageState, step: Step) -> Variant:
@@ -294,12 +302,12 @@ class GenerationEngine:
     def _load_prefix(self, each: _Evaluation, variant: Variant) -> None:
         """Make sure that memory holds a variant's prefix, of as many rows as run."""
         if not each.state.load_prefix(variant, each.rows):
-            context = each.state.memory.context
+            context, adapter = each.state.memory.context, each.state.adapter
             if context is None:
-                each.run(self.backbone.prefix, PrefixWork(each.rows, variant))
+                each.run(self.backbone.prefix, PrefixWork(each.rows, variant, adapter=adapter))
             else:  # its tensors come with the image, so it is in no graph
                 lengths = tuple(tuple(one.embeds.shape[1] for one in row) for row in context)
-                works = (PrefixWork(each.rows, variant, lengths),)
+                works = (PrefixWork(each.rows, variant, lengths, adapter=adapter),)
                 each.done.append(self.capture.run_together(self.backbone.context, (each.state.memory,), works))
             each.state.prefix = (variant, each.rows)
             each.state.store_prefix()
@@ -330,6 +338,7 @@ class GenerationEngine:
             stepped=state.images if stepped else 0,
             formula=state.formula_at(step),
             groups=state.memory.groups(each.rows),
+            adapter=state.adapter,
         )
 
 
@@ -396,12 +405,14 @@ class AcceleratedStepper:
         working: Callable[[], AbstractContextManager[None]],
         unchanged: Callable[..., None],
         config: FlashUConfig | None = None,
+        adapter: str | None = None,
     ):
         """Args:
         working: `Runner.working`, entered for each step, so that steps of different threads never overlap.
         unchanged: `Runner.check_unchanged`: after a callback, which may have changed the model, and after each step, in which
             another thread may have written to weights.
         config: of these images; None: the model's.
+        adapter: see `GenerationEngine.begin`.
         """
         self.engine = engine
         self._working = working
@@ -411,7 +422,7 @@ class AcceleratedStepper:
         height, width = inputs.noise.shape[2:]
         size = (height, width)
         self.states = engine.begin(
-            inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, size, config, inputs
+            inputs.steps, inputs.tokens, inputs.positions, inputs.guidance_scale, size, config, inputs, adapter
         )
         self.evaluations = len(self.states[0].plan)
         try:

@@ -38,6 +38,10 @@ class Head:
     def run(self, memories: Sequence[ImageMemory], works: Sequence[HeadWork]) -> None:
         """The language model's output in each memory -> the step's velocity rows, in memory; then the Euler steps. Several works
         compute the same (`HeadWork.computes`)."""
+        with self.network.rows.of(*((work.adapter, work.rows) for work in works)):
+            self._run(memories, works)
+
+    def _run(self, memories: Sequence[ImageMemory], works: Sequence[HeadWork]) -> None:
         pairs = list(zip(memories, works, strict=True))
         modulation = joined([m.modulation.index_select(0, m.time_rows[: work.rows]) for m, work in pairs])
         if works[0].prediction is not None:

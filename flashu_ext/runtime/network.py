@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from ..models.adapter import Adapter
-from ..models.known import why_not_ffn, why_not_norm
-from ..models.lora import BASE, adapter_layers, adapter_names, choosing
+from ..models.known import why_not_ffn, why_not_linear, why_not_norm
+from ..models.lora import BASE, adapter_layers, adapter_names
 from ..ops.kernel_sets import KernelSet, KernelSets, KernelUnavailableError
 from ..planning.config import FlashUConfig
 from ..planning.decoders import FAMILIES
 from ..planning.neurons import NeuronLayout
 from ..planning.reading import shown
+from .modules.adapters import RowAdapters
 from .modules.attention import head_norms
 from .modules.embedders import PatchEmbedder, TimeEmbedder
 from .modules.ffn import FFN
@@ -25,8 +26,6 @@ from .modules.norm import Norm
 from .modules.vision import VisionEncoder
 
 __all__ = ["Network"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,32 @@ class Network:
     blocks: tuple[Layer, ...]
     experts: tuple[Layer, ...]
     """Of a drawing's patches; empty: `layers` compute them."""
+    rows: RowAdapters
+    """Of which adapters the rows are that its layers, and those on the other sets, compute."""
     layouts: Sequence[NeuronLayout | None] | None = None
     """See `over`."""
     built: list[Network] = field(default_factory=list)
     """The same model on the other sets, as far as they were asked for."""
 
     @classmethod
-    def build(cls, parts: Adapter, sets: KernelSets, kernels: KernelSet | None = None) -> Network:
+    def build(
+        cls, parts: Adapter, sets: KernelSets, kernels: KernelSet | None = None, rows: RowAdapters | None = None
+    ) -> Network:
         """The model's layers; every task uses all neurons. kernels: one of the sets; None: any."""
-        kernels = kernels or next(iter(sets.sets.values()))
+        kernels, rows = kernels or next(iter(sets.sets.values())), rows or RowAdapters()
         like = parts.embed_tokens.weight
-        kit = _Kit(kernels, like)
+        kit = _Kit(kernels, like, rows)
+        adapters = [BASE, *names] if (names := adapter_names(parts.model)) else []
 
         def layer(module: Any) -> Layer:
-            ffn = FFN(module.mlp, kernels, why_not_ffn(module.mlp, like))
-            projections = Projections.build(module.self_attn, module.self_attn.o_proj, kernels, like)
+            named = [name for name in adapters if why_not_ffn(module.mlp, like, adapter=name) is None]
+            ffn = FFN(module.mlp, kernels, why_not_ffn(module.mlp, like), None, rows, named)
+            projections = Projections.build(module.self_attn, module.self_attn.o_proj, kernels, like, rows)
             norms = kit.norm(module.input_layernorm), kit.norm(module.post_attention_layernorm)
             return Layer(projections, *norms, ffn, head_norms(module.self_attn))
 
         layers, blocks, experts = (tuple(map(layer, each)) for each in (parts.layers, parts.blocks, parts.experts))
-        return cls(parts, parts.on(kit), sets, kernels, layers, kit.norm(parts.final_norm), blocks, experts)
+        return cls(parts, parts.on(kit), sets, kernels, layers, kit.norm(parts.final_norm), blocks, experts, rows)
 
     def over(self, layouts: Sequence[NeuronLayout | None]) -> Network:
         """The same network over the tasks' neurons.
@@ -85,7 +90,7 @@ class Network:
         for network in (self, *self.built):
             if network.kernels is kernels:
                 return network
-        network = Network.build(self.source, self.sets, kernels)
+        network = Network.build(self.source, self.sets, kernels, self.rows)
         self.built.append(network if self.layouts is None else network.over(self.layouts))
         return self.built[-1]
 
@@ -103,13 +108,22 @@ class Network:
                     f"{each.why_itself}"
                 )
 
-    def run_as_themselves(self) -> dict[str, str]:
-        """Path in the model -> why the module is not on a kernel."""
+    def run_as_themselves(self, adapter: str | None = None) -> dict[str, str]:
+        """Path in the model -> why the module is not on a kernel, in rows of a known adapter; None: of what is active."""
         names = self._names()
-        return {names[each.module]: each.why_itself for each in self._modules() if each.why_itself is not None}
+        reasons = ((names[each.module], self._why_itself(each, adapter)) for each in self._modules())
+        return {name: why for name, why in reasons if why is not None}
 
-    def with_adapter(self, adapter: str, build: Callable[[Network], T]) -> T:
-        """What `build` makes of the same network with a LoRA adapter of peft, whichever is active.
+    def _why_itself(self, part: Itself, adapter: str | None) -> str | None:
+        like = self.source.embed_tokens.weight
+        if adapter is not None and isinstance(part, FFN):
+            return why_not_ffn(part.module, like, adapter=adapter) or part.why_not(adapter)
+        if adapter is not None and isinstance(part, Linear):
+            return why_not_linear(part.module, like, adapter)
+        return part.why_itself
+
+    def check_adapter(self, adapter: str) -> None:
+        """That the layers compute rows of a LoRA adapter of peft, whichever is active.
 
         Raises:
             ValueError: the model has no such adapter, it is merged, or one of its layers is not computed by this network.
@@ -121,13 +135,8 @@ class Network:
         merged = next((name for name, each in layers.items() if getattr(each, "merged_adapters", None)), None)
         if merged is not None:
             raise ValueError(f"adapter: expected none while adapters are merged, as in model.{merged}")
-        with choosing(adapter):
-            network = Network.build(self.source, self.sets)
-            if self.layouts is not None:
-                network = network.over(self.layouts)
-            made = build(network)
-        every = (network, *network.built)
-        itself = {name: why for each in every for name, why in each.run_as_themselves().items()}
+        every = (self, *self.built)
+        itself = {name: why for each in every for name, why in each.run_as_themselves(adapter).items()}
         read = {module for each in every for module in each._read()}
         for name, module in layers.items():
             why = next((why for path, why in itself.items() if f"{name}.".startswith(f"{path}.")), None)
@@ -136,7 +145,6 @@ class Network:
                     f"adapter: expected one that the kernels add everywhere, and model.{name} runs as itself, with what is "
                     f"active: it {why or f'is a {type(module).__module__}.{type(module).__qualname__}'}"
                 )
-        return made
 
     def _read(self) -> Iterator[Any]:
         """The linear layers of the model that are computed from their weights."""
@@ -161,9 +169,9 @@ class Network:
 class _Kit:
     """The runtime's callables on one set of kernels (`Kit`)."""
 
-    def __init__(self, kernels: KernelSet, like: Tensor):
+    def __init__(self, kernels: KernelSet, like: Tensor, rows: RowAdapters):
         """like: a weight of the model, for dtype and device."""
-        self._own = kernels, like
+        self._own = kernels, like, rows
 
     def linear(self, module: Any) -> Linear:
         return Linear(module, *self._own)
@@ -172,11 +180,11 @@ class _Kit:
         return Chain(module, *self._own)
 
     def norm(self, module: Any) -> Norm:
-        kernels, like = self._own
+        kernels, like, _ = self._own
         return Norm(module, kernels, why_not_norm(module, like))
 
     def patches(self, module: Any) -> PatchEmbedder:
-        return PatchEmbedder(module, *self._own)
+        return PatchEmbedder(module, *self._own[:2])
 
     def time(self, module: Any) -> TimeEmbedder:
         return TimeEmbedder(module, *self._own)

@@ -41,9 +41,9 @@ class Placement:
         """
         chosen = cls([None] * len(network.layers), [None] * len(network.layers), {})
         by_ffn = {id(order.ffn): order for order in held}
-        ffns = [layer.ffn.module if layer.ffn.why_itself is None else None for layer in network.layers]
+        ffns = [layer.ffn.module if layer.ffn.computed else None for layer in network.layers]
         # The experts read their weights in the model's own order.
-        read = [*ffns, *(layer.ffn.module for layer in network.experts if layer.ffn.why_itself is None)]
+        read = [*ffns, *(layer.ffn.module for layer in network.experts if layer.ffn.computed)]
         uses = Counter(id(weight) for ffn in read if ffn is not None for weight in ffn_weights(ffn))
         for index, (ffn, layout) in enumerate(zip(ffns, planned, strict=False)):
             if ffn is None:

@@ -36,6 +36,8 @@ class Prompt:
     """For each span the number of tokens that the pruning layer drops."""
     positions: Tensor
     """int64 [length], for the rotary embedding."""
+    adapter: str | None = None
+    """The LoRA adapter that answers; None: what is active."""
     ahead: int = 0
     """How far an answer's positions are behind its places: those of tokens that share one."""
     finite: Tensor | None = None
@@ -244,6 +246,8 @@ def common_prefix(source: Prompt, prompt: Prompt, limit: int) -> int:
     They end at a closed position, one that no earlier token looks past in either prompt, so an image is reused whole or not
     at all.
     """
+    if source.adapter != prompt.adapter:
+        return 0
     if source.embeds.dtype != prompt.embeds.dtype or source.embeds.device != prompt.embeds.device:
         return 0
     if source.finite is not None and not bool(source.finite):

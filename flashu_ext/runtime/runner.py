@@ -69,7 +69,7 @@ class Runner:
         self.fallbacks: Counter[str] = Counter()
         self.forgetting: list[Callable[[], None]] = []
         self.last_images: list[ImageRecord] = []
-        self._adapters: dict[str, tuple[GenerationEngine, UnderstandingEngine]] = {}
+        self._adapters: set[str] = set()  # that were checked
         self._told = False
         self._unfinished = True
         self._process = os.getpid()
@@ -108,8 +108,7 @@ class Runner:
             else:
                 self._forget()
         elif self._untracked:
-            for _, understanding in self._engines():
-                understanding.forget()
+            self.understanding.forget()
         self._told = False
 
     def _forget(self) -> None:
@@ -164,40 +163,31 @@ class Runner:
         self.parts, self.network = network.source, network
         self.capture.disabled = f"model.{unknown[0]} may depend on more than its weights" if unknown else None
         self._adapters.clear()
-        self.generation, self.understanding = self._engines_on(network)
+        own = (network, self.config, self.capture)
+        self.generation, self.understanding = GenerationEngine(*own), UnderstandingEngine(*own)
         self._stamp = Stamp(self.model)
         self.lock.abandoned = False
         self._untracked = bool(unknown) or self._stamp.unversioned
 
-    def _engines_on(self, network: Network) -> tuple[GenerationEngine, UnderstandingEngine]:
-        own = (network, self.config, self.capture)
-        return GenerationEngine(*own), UnderstandingEngine(*own)
-
-    def _engines(self) -> list[tuple[GenerationEngine, UnderstandingEngine]]:
-        """The model's, and those of adapters that requests have named."""
-        own = [(self.generation, self.understanding)] if hasattr(self, "understanding") else []
-        return [*own, *self._adapters.values()]
-
-    def engines(self, adapter: str | None) -> tuple[GenerationEngine, UnderstandingEngine]:
-        """What draws and answers with an adapter of peft; None: with what is active. `ready` was called.
+    def check_adapter(self, adapter: str | None) -> None:
+        """That images and answers can be of an adapter of peft; None: of what is active.
 
         Raises:
-            TypeError, ValueError: the model has no such adapter, or the kernels do not compute all of it.
+            TypeError, ValueError: the model has no such adapter, or the kernels do not compute all of it. As `ready`.
         """
-        if adapter is None:
-            return self.generation, self.understanding
-        if not isinstance(adapter, str):
-            raise TypeError(f"adapter: expected None or a name, got {type(adapter).__name__}")
-        if adapter not in self._adapters:
-            self._adapters[adapter] = self.network.with_adapter(adapter, self._engines_on)
-        return self._adapters[adapter]
-
-    def check_adapter(self, adapter: str | None) -> None:
-        """That images and answers can be of an adapter. Raises what `engines` raises."""
         if adapter is not None:
             with self.working():
                 self.ready()
-                self.engines(adapter)
+                self._check_adapter(adapter)
+
+    def _check_adapter(self, adapter: str | None) -> None:
+        """`check_adapter` of the model as it is; `ready` was called."""
+        if adapter is None or adapter in self._adapters:
+            return
+        if not isinstance(adapter, str):
+            raise TypeError(f"adapter: expected None or a name, got {type(adapter).__name__}")
+        self.network.check_adapter(adapter)
+        self._adapters.add(adapter)
 
     def check_edits(self) -> None:
         """Raise EditedWeightsError where weights that lie in plan order were written to: by their versions and a sample of their
@@ -240,8 +230,9 @@ class Runner:
         with self.working():
             self.ready()
             check_drawing(inputs, self.parts)
-            engine, _ = self.engines(adapter)
-            stepper = AcceleratedStepper(engine, inputs, self.working, self.check_unchanged, config)
+            self._check_adapter(adapter)
+            own = (self.working, self.check_unchanged, config, adapter)
+            stepper = AcceleratedStepper(self.generation, inputs, *own)
             self.last_images = [state.record for state in stepper.states]
             return stepper
 
@@ -266,15 +257,13 @@ class Runner:
                 except RuntimeError as error:
                     errors[index] = error
             going = [index for index, error in enumerate(errors) if error is None]
-            for engine in dict.fromkeys(steppers[index].engine for index in going):  # of each adapter
-                own = [index for index in going if steppers[index].engine is engine]
-                try:
-                    self.check_unchanged()
-                    engine.step([state for index in own for state in steppers[index].states])
-                    self.check_unchanged(weights_only=True)
-                except Exception as error:
-                    for index in own:
-                        errors[index] = error
+            try:
+                self.check_unchanged()
+                self.generation.step([state for index in going for state in steppers[index].states])
+                self.check_unchanged(weights_only=True)
+            except Exception as error:
+                for index in going:
+                    errors[index] = error
         return errors
 
     @torch.no_grad()
@@ -311,26 +300,25 @@ class Runner:
 
         return told
 
-    def answering(self, most: int = 8, adapter: str | None = None) -> AnswerScheduler:
-        """For up to `most` answers at once that begin and end at any time, with an adapter; to be closed."""
+    def answering(self, most: int = 8) -> AnswerScheduler:
+        """For up to `most` answers at once that begin and end at any time; to be closed."""
 
-        def ready() -> UnderstandingEngine:
+        def ready(adapter: str | None) -> UnderstandingEngine:
             self.ready()
-            return self.engines(adapter)[1]
+            self._check_adapter(adapter)
+            return self.understanding
 
         return AnswerScheduler(ready, self.check_unchanged, most)
 
     def held_bytes(self) -> dict[str, int]:
         """Bytes held now besides the model's weights, by purpose."""
-        held: Counter[str] = Counter()
-        for generation, understanding in self._engines():
-            held += generation.pool.nbytes() + understanding.nbytes()
+        held = self.generation.pool.nbytes() + self.understanding.nbytes()
         return {purpose: count for purpose, count in held.items() if count}
 
     def reset(self) -> None:
         """Drop images in progress and cached prompts; calls under way raise at their next step."""
-        for generation, understanding in self._engines():
-            generation.pool.clear()
-            understanding.reset()
+        if hasattr(self, "understanding"):  # not before the first network
+            self.generation.pool.clear()
+            self.understanding.reset()
         for forget in self.forgetting:
             forget()

@@ -81,6 +81,8 @@ class ImageState:
     config: FlashUConfig
     caching: HeadCaching
     head: HeadHistory
+    adapter: str | None = None
+    """The LoRA adapter that draws; None: what is active."""
     formula: Formula | None = None
     """Of the family's own guidance."""
     guides: Sequence[bool] | None = None

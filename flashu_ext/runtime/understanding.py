@@ -182,7 +182,7 @@ class UnderstandingEngine:
         self.visual_kept = 0
         self.skipped: tuple[tuple[int, ...], ...] = ()
         self.waits = 0
-        self._images: list[tuple[Tensor, Tensor]] = []
+        self._images: dict[str | None, list[tuple[Tensor, Tensor]]] = {}
 
     def reset(self) -> None:
         """Drop the last prompts and images; answers under way raise at their next token."""
@@ -192,46 +192,54 @@ class UnderstandingEngine:
     def forget(self) -> None:
         """Drop what the next question could reuse."""
         self.store.forget()
-        self._images = []
+        self._images = {}
 
     def nbytes(self) -> Counter[str]:
         """Bytes held for the next question, by purpose."""
-        images = sum(latents.nbytes + embeds.nbytes for latents, embeds in self._images)
+        images = sum(latents.nbytes + embeds.nbytes for own in self._images.values() for latents, embeds in own)
         return self.store.nbytes() + Counter({"answers' keys and values": images})
 
     # ---- inputs
 
-    def image_embeds(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Latents [1, channels, H, W] each -> [1, patches, hidden] each. Equal images are encoded once, also across two calls."""
-        distinct = [latents for latents, _ in self._images]
+    def image_embeds(self, images: Sequence[Tensor], adapter: str | None = None) -> list[Tensor]:
+        """Latents [1, channels, H, W] each -> [1, patches, hidden] each. Equal images are encoded once by an adapter, also across
+        two of its calls."""
+        known = self._images.get(adapter, [])
+        distinct = [latents for latents, _ in known]
         chosen: list[int] = []
         for latents in images:
             at = next((i for i, other in enumerate(distinct) if _same(other, latents)), len(distinct))
             if at == len(distinct):
                 distinct.append(latents.clone())
             chosen.append(at)
-        embeds: dict[int, Tensor] = {i: known for i, (_, known) in enumerate(self._images)}
+        embeds: dict[int, Tensor] = {i: own for i, (_, own) in enumerate(known)}
         for shape in {latents.shape for latents in distinct[len(embeds) :]}:
-            new = [i for i, latents in enumerate(distinct) if i >= len(self._images) and latents.shape == shape]
-            encoded = self.parts.embed_image(torch.cat([distinct[i] for i in new]))
+            new = [i for i, latents in enumerate(distinct) if i >= len(known) and latents.shape == shape]
+            with self.network.rows.of((adapter, len(new))):
+                encoded = self.parts.embed_image(torch.cat([distinct[i] for i in new]))
             made_by("embed_image", encoded, len(new), None, self.parts.hidden)
             self.encoded += len(new)
             embeds.update(zip(new, encoded.split(1), strict=True))
-        self._images = [(distinct[i], embeds[i]) for i in dict.fromkeys(chosen)]
+        self._images[adapter] = [(distinct[i], embeds[i]) for i in dict.fromkeys(chosen)]
         return [embeds[i] for i in chosen]
 
-    def question(self, images: Tensor | Sequence[Tensor], before: Any, after: Any) -> Prompt:
+    def question(
+        self, images: Tensor | Sequence[Tensor], before: Any, after: Any, adapter: str | None = None
+    ) -> Prompt:
         """A question about encoded images.
 
         Args:
             images: [1, patches, hidden], or a list of them.
             before: tokens before the first image, int64 [1, n], or what `Adapter.question` takes.
             after: tokens after the images, int64 [1, m]; boi and eoi come first (see `answer_tokens`). Or as before.
+            adapter: that encoded the images and answers.
         """
         listed = [images] if isinstance(images, Tensor) else images
-        return self.prompt(self.parts.question(listed, before, after))
+        with self.network.rows.of((adapter, 1)):
+            question = self.parts.question(listed, before, after)
+        return self.prompt(question, adapter)
 
-    def prompt(self, question: Question) -> Prompt:
+    def prompt(self, question: Question, adapter: str | None = None) -> Prompt:
         """A prompt from copies of a question's tensors."""
         dropped = self.pruner.dropped(question.spans)
         embeds = made_by("question", question.embeds, 1, None, self.parts.hidden)
@@ -242,7 +250,7 @@ class UnderstandingEngine:
             raise ValueError(f"Adapter.question: expected `spans` within {length} tokens, got {shown(question.spans)}")
         ahead = 0 if positions is None else length - 1 - int(positions.max())
         positions = torch.arange(length, device=self.parts.device) if positions is None else positions.clone()
-        return Prompt(embeds.clone(), question.allowed.clone(), question.spans, dropped, positions, ahead)
+        return Prompt(embeds.clone(), question.allowed.clone(), question.spans, dropped, positions, adapter, ahead)
 
     # ---- decoding
 
@@ -294,13 +302,14 @@ class UnderstandingEngine:
     def _prefill(
         self, cache: PromptCache, prompts: Sequence[Prompt], live: int
     ) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
-        """Fill rows of a cache from `live` on with prompts -> final hidden states of their last tokens [prompts, hidden], and
-        the layers their answers skip.
+        """Fill rows of a cache from `live` on with prompts of one adapter -> final hidden states of their last tokens [prompts,
+        hidden], and the layers their answers skip.
 
         Prompts that share at least half with another one of these are filled in a second pass, from where they differ.
         """
         try:
-            filled = self._fill_rows(cache, prompts, live)
+            with self.network.rows.of(*((prompt.adapter, 1) for prompt in prompts)):
+                filled = self._fill_rows(cache, prompts, live)
         except BaseException:
             for row in range(live, live + len(prompts)):
                 cache.put(row, None)

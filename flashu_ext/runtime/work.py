@@ -7,7 +7,7 @@ executes each type of work; its inputs are the memory and the value, and nothing
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..models.sampling import Formula
 
@@ -47,7 +47,15 @@ class Work:
 
 
 @dataclass(frozen=True)
-class EarlyWork(Work):
+class ImageWork(Work):
+    """What all types of work on images have."""
+
+    adapter: str | None = field(kw_only=True)
+    """The LoRA adapter that draws; None: what is active."""
+
+
+@dataclass(frozen=True)
+class EarlyWork(ImageWork):
     """Compute what head and language model need of the latents (`Adapter.early`)."""
 
     images: int
@@ -64,7 +72,7 @@ class EarlyWork(Work):
 
 
 @dataclass(frozen=True)
-class WatchWork(Work):
+class WatchWork(ImageWork):
     """Update the adaptive cache's drift."""
 
     compared: int
@@ -72,7 +80,7 @@ class WatchWork(Work):
 
 
 @dataclass(frozen=True)
-class PrefixWork(Work):
+class PrefixWork(ImageWork):
     """Compute the prompt's keys and values, or those of other segments."""
 
     variant: Variant
@@ -96,7 +104,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class BackboneWork(Work):
+class BackboneWork(ImageWork):
     """Embed the image and run the language model on it."""
 
     images: int
@@ -160,7 +168,7 @@ class HeadPrediction:
 
 
 @dataclass(frozen=True)
-class HeadWork(Work):
+class HeadWork(ImageWork):
     """Run the diffusion head, and the Euler step."""
 
     update: HeadUpdate | None
@@ -192,3 +200,5 @@ class TokenWork(Work):
 
     layers: tuple[bool | None, ...]
     """Per layer: all rows run it, none does, or (None) those in `AnswerMemory.runs`."""
+    adapters: tuple[str | None, ...]
+    """The LoRA adapter of each row; None: what is active."""

@@ -23,6 +23,8 @@ IMAGES = within("runtime/test_image_company.py")
 KNOBS = within("runtime/test_skipping_and_caching.py")
 LORA = within("runtime/test_lora.py")
 REQUESTS = within("runtime/test_adapters_of_requests.py")
+ROWS = within("runtime/test_rows_of_adapters.py")
+SAVED = within("server/test_serve_adapters.py")
 RUNNER = within("runtime/test_step_runner.py")
 ANSWERS = within("runtime/test_understanding.py")
 COMPANY = within("runtime/test_answer_company.py")
@@ -190,14 +192,29 @@ MUTANTS = [
     Mutant("stamp: other functions of torch do not matter", "flashu_ext/models/stamp.py", "            [functions(vars(owner)) for owner, functions in _LIBRARY],\n", "", FUNCTIONS("only_modules_call")),
     Mutant("stamp: another class does not matter", "flashu_ext/models/stamp.py", "            list(map(type, self._modules)),\n", "", PAGE("what_happens")),
     Mutant("known: forward hooks are passed over", "flashu_ext/models/known.py", '    if module._forward_hooks:\n        return "has a forward hook"\n', "", MODULES("hooked_module")),
-    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'why_not_linear(linear, like) or ("has a bias" if linear.bias is not None else None)', "why_not_linear(linear, like)", MODULES("kernel_does_not_compute")),
+    Mutant("known: a bias is left out", "flashu_ext/models/known.py", 'why_not_linear(linear, like, adapter) or ("has a bias" if linear.bias is not None else None)', "why_not_linear(linear, like, adapter)", MODULES("kernel_does_not_compute")),
     Mutant("lora: a scaling set later is not noticed", "flashu_ext/models/lora.py", "        dict(module.scaling),\n", "", LORA("noticed")),
     Mutant("lora: merged adapters are added again", "flashu_ext/models/lora.py", "if module.disable_adapters or module.merged_adapters:", "if module.disable_adapters:", LORA("states")),
     Mutant("lora: DoRA is taken for a plain adapter", "flashu_ext/models/known.py", "    if variant is not None:\n", "    if False:\n", LORA("themselves")),
     Mutant("lora: down reads A of the first neurons", "flashu_ext/runtime/modules/ffn.py", "low = ops.gathered_down(h.to(update.down.weight.dtype), update.down.weight, selection=selection)", "low = self._kernels.linear(h.to(update.down.weight.dtype), update.down.weight[:, : h.shape[-1]].contiguous())", LORA("pruned")),
-    Mutant("lora: a request's adapter is the active one", "flashu_ext/models/lora.py", "(module.active_adapters if chosen is None else [chosen])", "module.active_adapters", REQUESTS("alone")),
+    Mutant("lora: a request's adapter is the active one", "flashu_ext/models/lora.py", "    if adapter is not None:\n", "    if False:\n", REQUESTS("alone")),
     Mutant("lora: what runs as itself is taken for a request's adapter", "flashu_ext/runtime/network.py", "if why is not None or module not in read:", "if why is not None:", REQUESTS("refused")),
-    Mutant("lora: answers of all adapters are of one", "flashu_ext/models/many.py", "self._runner.answering(self.at_once, adapter)", "self._runner.answering(self.at_once)", REQUESTS("alone")),
+    Mutant("lora: answers of all adapters are of one", "flashu_ext/models/many.py", "admit_all([each.work for each in new], adapter)", "admit_all([each.work for each in new])", REQUESTS("alone")),
+    Mutant("lora: adapters that are disabled cannot be named", "flashu_ext/models/lora.py", "    if adapter is not None:\n", "    if adapter is not None and not module.disable_adapters:\n", ROWS("active_does_not_matter")),
+    Mutant("lora: all rows of a step are of the first one's adapter", "flashu_ext/runtime/decoding.py", "[cache.prompt(row).adapter for row in range(live)]", "[cache.prompt(0).adapter for row in range(live)]", ROWS("company")),
+    Mutant("lora: a prefix is reused across adapters", "flashu_ext/runtime/prompt_cache.py", "if source.adapter != prompt.adapter:", "if False:", ROWS("reused")),
+    Mutant("lora: an encoded image is reused across adapters", "flashu_ext/runtime/understanding.py", "known = self._images.get(adapter, [])", "known = next(iter(self._images.values()), [])", ROWS("reused")),
+    Mutant("lora: the number of rows is not looked at", "flashu_ext/runtime/modules/adapters.py", "if self._count is not None and x.shape[0] != self._count:", "if False:", ROWS("nobody_told")),
+    Mutant("lora: neighbours of different adapters are one run", "flashu_ext/runtime/modules/adapters.py", "if own and own[-1].stop == at:", "if own:", ROWS("bits_that_it_has")),
+    Mutant("lora: rows without an adapter take the whole FFN", "flashu_ext/runtime/modules/ffn.py", "        if self._beside:\n", "        if any(any(self._updates[rows.adapter]) for rows in groups):\n", ROWS("bits_that_it_has")),
+    Mutant("lora: every adapter's rows are an FFN call", "flashu_ext/runtime/modules/ffn.py", "        if self.why_itself is None:\n            return self._compute(x", "        if False:\n            return self._compute(x", ROWS("every_weight_once")),
+    Mutant("lora: images are told as rows", "flashu_ext/runtime/backbone.py", "(work.adapter, work.images) for work in works)):\n            span", "(work.adapter, work.rows) for work in works)):\n            span", ROWS("other_guidance")),
+    Mutant("lora: a layer without an adapter runs as itself where another one does", "flashu_ext/runtime/modules/linear.py", "            if adapter is not None:  # which", "            if adapter in self._updates:  # which", ROWS("active_does_not_matter")),
+    Mutant("lora: times are of what is active", "flashu_ext/runtime/generation.py", "with self.network.rows.of((state.adapter, count)):", "with self.network.rows.of((None, count)):", REQUESTS("alone")),
+    Mutant("lora: a drawing's context is of what is active", "flashu_ext/runtime/backbone.py", "with self.rows.of((work.adapter, 1)):", "with self.rows.of((None, 1)):", REQUESTS("alone")),
+    Mutant("lora: a folder may have settings of any kind", "flashu_ext/models/lora_files.py", "if value and name not in _WITHOUT_EFFECT:", "if False:", SAVED("wrong_folder")),
+    Mutant("lora: half an adapter stays in the model", "flashu_ext/models/lora_files.py", "        _remove(model, name, before)\n", "", SAVED("wrong_folder")),
+    Mutant("lora: a loaded adapter is active", "flashu_ext/models/lora_files.py", "module.set_adapter(list(own), inference_mode=True)", "pass", SAVED("nothing_else_changes")),
     Mutant("lora: peft's adapters of parameters are accelerated", "flashu_ext/models/known.py", "        if remakes_weights(module):", "        if module is None:", LORA("parameters")),
     Mutant("int8: zero points are passed over", "flashu_ext/models/int8.py", "if zero is not None and bool(zero.any()):", "if False:", within("runtime/test_int8_models.py")("zero")),
     Mutant("known: a subclass is taken for its base", "flashu_ext/models/known.py", "    homes = known.get(kind.__name__)\n", "    kind = next((base for base in kind.__mro__ if base.__name__ in known), kind)\n    homes = known.get(kind.__name__)\n", MODULES("refused_by_name")),

@@ -6,28 +6,27 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import flashu_ext as fx
 from flashu_ext.models.folders import load_pipeline
 from flashu_ext.models.many import ImageRequest, QuestionRequest
 
 peft = pytest.importorskip("peft")
-from support.adapters import ATTENTION, FFN, adapted, fill, second  # noqa: E402
+from support.adapters import adapted, fill, second  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 NAMES = ("default", "other", "__base__", None)
-TARGETS = {
-    "showo2": [*ATTENTION, *FFN, "out_proj", "fc1", "fc2", "lm_head"],
-    "janusflow": [*ATTENTION, *FFN, "lm_head"],
-    "bagel": [*ATTENTION, *FFN, "q_proj_moe_gen", "v_proj_moe_gen", "lm_head"],
-}
 
 
 def pipeline(family: str = "showo2") -> tuple[Any, Any]:
-    """The embedded model with two adapters, of which the second reaches fewer layers; the first is active."""
+    """The embedded model with two adapters: one beside every linear layer, which is active, and one that reaches fewer."""
     pipe = load_pipeline("nano", family=family)
-    wrapped = adapted(pipe.model, TARGETS[family], seed=1)
+    linear = [
+        name for name, module in pipe.model.named_modules() if type(module) is nn.Linear and "attn_pool" not in name
+    ]
+    wrapped = adapted(pipe.model, linear, seed=1)
     second(wrapped, targets=["q_proj", "up_proj"])
     fill(wrapped, "default", seed=1, std=0.6)
     return pipe, wrapped

@@ -333,7 +333,7 @@ def test_the_gate_sums_relative_changes_on_the_device():
 
     def watch(signal):
         rows = signal.shape[0]
-        gate.watch(WatchWork(rows, min(rows, seen[-1])), signal, KERNELS)
+        gate.watch(WatchWork(rows, min(rows, seen[-1]), adapter=None), signal, KERNELS)
         seen.append(rows)
 
     x = torch.ones(2, 3, 4)

@@ -197,10 +197,10 @@ def test_graphs_are_bounded_whatever_is_skipped():
     graphs = GraphCache(x, TapeCapture(), {})
     for number in range(3 * MAX_GRAPHS):
         for _ in range(2):
-            graphs.run(lambda x, work: x.add_(1), PrefixWork(number, Variant(None)))
+            graphs.run(lambda x, work: x.add_(1), PrefixWork(number, Variant(None), adapter=None))
     assert graphs.captured == MAX_GRAPHS and x.item() == 6 * MAX_GRAPHS
     for _ in range(RARE_USES + 1):
-        graphs.run(lambda x, work: ran.append(x.add_(1)), PrefixWork(0, Variant(None, skipped=(1,))))
+        graphs.run(lambda x, work: ran.append(x.add_(1)), PrefixWork(0, Variant(None, skipped=(1,)), adapter=None))
     assert graphs.replayed == 3 * MAX_GRAPHS + 1 and len(ran) == RARE_USES + 1, "captured in the end"
 
 

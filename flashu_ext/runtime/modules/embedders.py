@@ -10,6 +10,7 @@ from torch import Tensor
 from ...models.embedding import sinusoids
 from ...models.known import patch_convolution, why_not_patches, why_not_time
 from ...ops.kernel_sets import KernelSet
+from .adapters import RowAdapters
 from .linear import Chain
 
 __all__ = ["PatchEmbedder", "TimeEmbedder"]
@@ -50,10 +51,10 @@ class TimeEmbedder:
         why_itself: why the module is called as it is, or None; the MLP's linear layers may have reasons of their own.
     """
 
-    def __init__(self, module: Any, kernels: KernelSet, like: Tensor):
+    def __init__(self, module: Any, kernels: KernelSet, like: Tensor, rows: RowAdapters):
         self.module = module
         self.why_itself = why_not_time(module)
-        self.mlp = None if self.why_itself is not None else Chain(module.mlp, kernels, like)
+        self.mlp = None if self.why_itself is not None else Chain(module.mlp, kernels, like, rows)
 
     def __call__(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """t [rows] -> [rows, width]."""

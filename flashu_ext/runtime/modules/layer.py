@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...ops.kernel_sets import KernelSet
+from .adapters import RowAdapters
 from .attention import HeadNorms
 from .ffn import FFN
 from .linear import Linear, Linears
@@ -31,18 +32,20 @@ class Projections:
     query_key_value: Linears
 
     @classmethod
-    def build(cls, module: Any, out: Any, kernels: KernelSet, like: Tensor) -> Projections:
+    def build(cls, module: Any, out: Any, kernels: KernelSet, like: Tensor, rows: RowAdapters) -> Projections:
         """Args:
         out: the output projection, which has a name of its own in every model.
         like: a weight of the model, for dtype and device.
+        rows: the network's.
         """
-        query, key, value = (Linear(each, kernels, like) for each in (module.q_proj, module.k_proj, module.v_proj))
+        own = kernels, like, rows
+        query, key, value = (Linear(each, *own) for each in (module.q_proj, module.k_proj, module.v_proj))
         return cls(
             module,
             kernels,
             query,
             value,
-            Linear(out, kernels, like),
+            Linear(out, *own),
             Linears((query, key), kernels),
             Linears((key, value), kernels),
             Linears((query, key, value), kernels),

@@ -19,9 +19,10 @@ from ...models.known import (
     why_not_linear,
     why_not_norm,
 )
-from ...models.lora import Update, base_of, is_lora, updates_of
+from ...models.lora import BASE, Update, base_of, is_lora, names_of, updates_of
 from ...ops.kernel_sets import ONE_BY_ONE, KernelSet
 from ...ops.reference import finish_linear
+from .adapters import AdapterRows, RowAdapters
 from .norm import Norm
 
 __all__ = ["Chain", "Linear", "Linears", "Unknown", "add_product"]
@@ -31,16 +32,27 @@ class Linear:
     """Attributes:
     module: the model's own.
     base: itself, or what LoRA adapters are beside.
-    why_itself: why the kernel does not compute this module, which is then called as it is; or None.
+    why_itself: why the kernel does not compute this module, which is then called as it is; or None. Rows that name an
+        adapter are computed beside the base all the same, where the kernel can.
     """
 
-    def __init__(self, module: Any, kernels: KernelSet, like: Tensor):
-        """like: a weight of the model, for dtype and device."""
+    def __init__(self, module: Any, kernels: KernelSet, like: Tensor, rows: RowAdapters | None = None):
+        """Args:
+        like: a weight of the model, for dtype and device.
+        rows: the network's; None: all rows are of what is active.
+        """
         self.module = module
         self.base = base_of(module)
         self.why_itself = why_not_linear(module, like)
         self._kernels = kernels
-        self._updates = updates_of(module) if self.why_itself is None else ()
+        self._rows = rows or RowAdapters()
+        adapters = (None, BASE, *names_of(module)) if is_lora(module) else (None,)
+        self._updates: dict[str | None, tuple[Update, ...]] = {
+            adapter: updates_of(module, adapter)
+            for adapter in adapters
+            if why_not_linear(module, like, adapter) is None
+        }
+        self._beside = any(self._updates.values())
         self._int8 = int8_of(self.base.weight) if self.why_itself is None else None
         if self._int8 is not None and kernels.chosen["linear"] != "flashu":
             self.why_itself = (
@@ -54,18 +66,26 @@ class Linear:
 
     def __call__(self, x: Tensor, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N]: the layer, an activation (`ops.linear`), plus `residual` of that shape where given."""
-        if self.why_itself is not None:
+        if self.why_itself is None:
+            return self._computed(x, epilogue, residual, self._rows.groups(x) if self._beside else ())
+
+        def own(adapter: str | None, x: Tensor, residual: Tensor | None) -> Tensor:
+            if adapter is not None:  # which is refused where this layer has it and cannot add it
+                return self._computed(x, epilogue, residual, (AdapterRows(adapter),))
             return finish_linear(self.module(x), residual, epilogue)
+
+        return self._rows.each(own, x, residual) if is_lora(self.module) else own(None, x, residual)
+
+    def _computed(self, x: Tensor, epilogue: str, residual: Tensor | None, groups: tuple[AdapterRows, ...]) -> Tensor:
         # A module that runs as itself may give columns side by side in memory.
         x, residual = _in_rows(x), None if residual is None else _in_rows(residual)
-        if not self._updates:
+        if not self._beside:
             return self._of_base(x, residual, epilogue)
         if epilogue == "none":
-            return self.updated(x, self._of_base(x, residual))
-        # The activation is of the sum.
-        y = _by_rows(
-            functools.partial(finish_linear, residual=None, epilogue=epilogue), self.updated(x, self._of_base(x))
-        )
+            return self._updated(x, self._of_base(x, residual), groups)
+        # The activation is of the sum; also in rows to which nothing is added, so that they share the call.
+        y = self._updated(x, self._of_base(x), groups)
+        y = _by_rows(functools.partial(finish_linear, residual=None, epilogue=epilogue), y)
         return y if residual is None else y + residual
 
     def _of_base(self, x: Tensor, residual: Tensor | None = None, epilogue: str = "none") -> Tensor:
@@ -74,8 +94,14 @@ class Linear:
         return self._kernels.linear(x, self.base.weight, self.base.bias, residual, epilogue)
 
     def updated(self, x: Tensor, y: Tensor) -> Tensor:
-        """y [..., N], which the base gave for x, plus what the adapters add."""
-        return add_updates(self._kernels, self._updates, x, y)
+        """y [rows, ..., N], which the base gave for x and which may be written to, plus what each row's adapters add."""
+        return self._updated(x, y, self._rows.groups(x)) if self._beside else y
+
+    def _updated(self, x: Tensor, y: Tensor, groups: tuple[AdapterRows, ...]) -> Tensor:
+        for rows in groups:
+            if updates := self._updates.get(rows.adapter):
+                y = rows.put(add_updates(self._kernels, updates, rows.take(x), rows.take(y)), y)
+        return y
 
 
 def add_updates(kernels: KernelSet, updates: Sequence[Update], x: Tensor, y: Tensor) -> Tensor:
@@ -133,20 +159,23 @@ class Chain:
         members: those that may have reasons of their own.
     """
 
-    def __init__(self, module: Any, kernels: KernelSet, like: Tensor):
+    def __init__(self, module: Any, kernels: KernelSet, like: Tensor, rows: RowAdapters):
         self.module = module
         self.why_itself = why_not_chain(module)
         self.members: list[Linear | Norm | Unknown] = []
-        self._calls = [module] if self.why_itself is not None else list(self._fused(list(module), kernels, like))
+        own = kernels, like, rows
+        self._calls = [module] if self.why_itself is not None else list(self._fused(list(module), *own))
 
-    def _fused(self, modules: list[Any], kernels: KernelSet, like: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    def _fused(
+        self, modules: list[Any], kernels: KernelSet, like: Tensor, rows: RowAdapters
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
         while modules:
             module = modules.pop(0)
             if epilogue_of(module) is not None:
                 yield functools.partial(_by_rows, module)
                 continue
             if isinstance(module, nn.Linear) or is_lora(module):
-                linear = Linear(module, kernels, like)
+                linear = Linear(module, kernels, like, rows)
                 self.members.append(linear)
                 epilogue = epilogue_of(modules[0]) if modules else None
                 if epilogue is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...models.known import epilogue_of, why_not_vision
 from ...ops.kernel_sets import KernelSet
+from .adapters import RowAdapters
 from .layer import Projections
 from .linear import Linear
 
@@ -32,11 +33,12 @@ class VisionEncoder:
     why_itself: why it is called as it is, or None; its linear layers may have reasons of their own.
     """
 
-    def __init__(self, module: Any, kernels: KernelSet, like: Tensor):
+    def __init__(self, module: Any, kernels: KernelSet, like: Tensor, rows: RowAdapters):
         self.module = module
         self.why_itself = why_not_vision(module)
         self._kernels = kernels
-        self.layers = [] if self.why_itself is not None else [_layer(each, kernels, like) for each in module.layers]
+        layers = [] if self.why_itself is not None else module.layers
+        self.layers = [_layer(each, kernels, like, rows) for each in layers]
 
     def __call__(self, x: Tensor) -> dict[str, Tensor]:
         """x [images, patches, width] -> {"last_hidden_state": [images, patches, width]}, as the module itself."""
@@ -53,9 +55,10 @@ class VisionEncoder:
         return {"last_hidden_state": x}
 
 
-def _layer(module: Any, kernels: KernelSet, like: Tensor) -> VisionLayer:
-    projections = Projections.build(module.self_attn, module.self_attn.out_proj, kernels, like)
-    up, down = (Linear(each, kernels, like) for each in (module.mlp.fc1, module.mlp.fc2))
+def _layer(module: Any, kernels: KernelSet, like: Tensor, rows: RowAdapters) -> VisionLayer:
+    own = kernels, like, rows
+    projections = Projections.build(module.self_attn, module.self_attn.out_proj, *own)
+    up, down = (Linear(each, *own) for each in (module.mlp.fc1, module.mlp.fc2))
     activation = epilogue_of(module.mlp.activation_fn)
     assert activation is not None, "why_not_vision has looked"
     return VisionLayer(module, projections, up, activation, down)
