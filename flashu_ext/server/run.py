@@ -22,8 +22,8 @@ with extra("serve"):
 
 __all__ = ["Server", "listen"]
 
-GIVES_WAY = 10
-"""Niceness, on Linux of the calling thread and those that it starts. At 10 others have nine times the share of a core."""
+GIVES_WAY = 5
+"""Niceness, on Linux of the calling thread and those that it starts. At 5 others have three times the share of a core."""
 
 
 def listen(host: str, port: int) -> socket.socket:
