@@ -3,7 +3,6 @@
 
 #if defined(__AVX512VNNI__)
 #include <bit>
-#include <limits>
 
 #include "cpu/simd.hpp"
 #include "cpu/transpose.hpp"
@@ -24,42 +23,75 @@ FLASHU_INLINE __m512 load_some(const T* from, int64_t count) {
   return (__m512)load(some);
 }
 
-// The unit is 2^-bits of the power of two that the row's root mean square reaches, and at least 2^-21 of the
-// one that its largest number reaches: a count of units is below 2^22, which three digits hold.
-constexpr float kLeast = -21.0f;
+// Of the numbers whose magnitude is below a limit, given as its bits: the largest one's bits.
+template <class T>
+uint32_t largest_below(const T* from, int64_t count, uint32_t limit) {
+  const __m512i most = _mm512_set1_epi32(static_cast<int>(limit));
+  __m512i largest = _mm512_setzero_si512();
+  for (int64_t k = 0; k < count; k += kWidth) {
+    const __m512i bits = _mm512_castps_si512(load_some(from + k, count - k));
+    const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+    largest = _mm512_mask_max_epu32(largest, _mm512_cmplt_epu32_mask(magnitude, most), largest, magnitude);
+  }
+  return _mm512_reduce_max_epu32(largest);
+}
+
+// The power of two that the root mean square of these numbers reaches, where others count as zeros.
+template <class T>
+float root_below(const T* from, int64_t count, uint32_t limit, uint32_t largest) {
+  const float top = static_cast<float>(__builtin_ilogbf(std::bit_cast<float>(largest)));
+  const __m512 scale = _mm512_set1_ps(-top);
+  const __m512 most = _mm512_set1_ps(std::bit_cast<float>(limit));
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t k = 0; k < count; k += kWidth) {
+    const __m512 value = load_some(from + k, count - k);
+    const __mmask16 counts = _mm512_cmp_ps_mask(_mm512_abs_ps(value), most, _CMP_LT_OQ);
+    const __m512 scaled = _mm512_maskz_scalef_ps(counts, value, scale);
+    squares = _mm512_fmadd_ps(scaled, scaled, squares);
+  }
+  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(count);
+  return top + __builtin_floorf(0.5f * static_cast<float>(__builtin_ilogbf(mean)));
+}
+
+// The root mean square without the numbers that are at least 2^kFar of it; of those that are left again,
+// while it falls by more than 2^kFall: a row is left with what is not a few outliers.
+constexpr int kFar = 2;
+constexpr float kFall = 2.0f;
 template <class T>
 float unit(const void* x, int64_t count, int32_t bits) {
   const T* const from = static_cast<const T*>(x);
-  __m512i most = _mm512_setzero_si512();
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  for (int64_t k = 0; k < count; k += kWidth)
-    most = _mm512_max_epu32(most,
-                            _mm512_and_si512(_mm512_castps_si512(load_some(from + k, count - k)), magnitude));
-  const uint32_t largest = _mm512_reduce_max_epu32(most);
-  if (largest >= 0x7f800000u) return std::numeric_limits<float>::quiet_NaN();
+  uint32_t limit = 0x7f800000u;  // what is not finite does not count
+  uint32_t largest = largest_below(from, count, limit);
   if (largest == 0) return 0.0f;
-  const float top = static_cast<float>(__builtin_ilogbf(std::bit_cast<float>(largest)));
-  const __m512 scale = _mm512_set1_ps(-top);
-  __m512 squares = _mm512_setzero_ps();
-  for (int64_t k = 0; k < count; k += kWidth) {
-    const __m512 value = _mm512_scalef_ps(load_some(from + k, count - k), scale);
-    squares = _mm512_fmadd_ps(value, value, squares);
+  float root = root_below(from, count, limit, largest);
+  for (;;) {
+    limit = std::bit_cast<uint32_t>(__builtin_ldexpf(1.0f, static_cast<int>(root) + kFar));
+    if (largest < limit) break;
+    largest = largest_below(from, count, limit);
+    if (largest == 0) break;
+    const float rest = root_below(from, count, limit, largest);
+    if (rest >= root - kFall) break;
+    root = rest;
   }
-  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(count);
-  const float below =
-      __builtin_floorf(0.5f * static_cast<float>(__builtin_ilogbf(mean))) - static_cast<float>(bits);
-  return top + (below > kLeast ? below : kLeast);
+  return root - static_cast<float>(bits);
 }
 
 template <class T>
-void split(int8_t* planes, int64_t pitch, int32_t* corrections, const void* x, int64_t count, float unit) {
+bool split(int8_t* planes, int64_t pitch, int32_t* corrections, const void* x, int64_t count, float unit) {
   const T* const from = static_cast<const T*>(x);
   const __m512 scale = _mm512_set1_ps(-unit);
+  const __m512 most = _mm512_set1_ps(kDigitLimit);
   const __m512i half = _mm512_set1_epi32(128);
   __m512i sums[kDigits] = {};
+  __mmask16 all = 0xffff;
   for (int64_t k = 0; k < pitch; k += kWidth) {
     __m512i rest = _mm512_setzero_si512();
-    if (k < count) rest = _mm512_cvtps_epi32(_mm512_scalef_ps(load_some(from + k, count - k), scale));
+    if (k < count) {
+      const __m512 units = _mm512_scalef_ps(load_some(from + k, count - k), scale);
+      const __mmask16 held = _mm512_cmp_ps_mask(_mm512_abs_ps(units), most, _CMP_LT_OQ);
+      rest = _mm512_maskz_cvtps_epi32(held, units);
+      all &= held;
+    }
     for (int digit = 0; digit < kDigits; ++digit) {
       const __m128i bytes = _mm512_cvtepi32_epi8(rest);  // the low ones: -128 to 127
       store_as(planes + digit * pitch + k, bytes);
@@ -69,6 +101,7 @@ void split(int8_t* planes, int64_t pitch, int32_t* corrections, const void* x, i
   }
   for (int digit = 0; digit < kDigits; ++digit)
     corrections[digit] = 128 * _mm512_reduce_add_epi32(sums[digit]);
+  return all == 0xffff;
 }
 
 void pack_rows(float* out, const DigitPlanes& planes, int64_t first_slot, int64_t slots, int64_t rows) {

@@ -11,9 +11,10 @@
 namespace flashu::cpu {
 
 inline constexpr int kDigits = 3;
-inline constexpr int kDigitRows = 4;    // rows of a register tile: 12 rows of digits
-inline constexpr int kDigitValues = 4;  // k in a 32-bit slot
-inline constexpr int64_t kWindow = 64;  // weights of one vector
+inline constexpr int kDigitRows = 4;           // rows of a register tile: 12 rows of digits
+inline constexpr int kDigitValues = 4;         // k in a 32-bit slot
+inline constexpr int64_t kWindow = 64;         // weights of one vector
+inline constexpr float kDigitLimit = 0x1p22f;  // of a count of units: three digits hold it
 // Sums of so many products of digits and weights, each at most 2^14, are below 2^31.
 inline constexpr int64_t kMaxDigitK = (int64_t{1} << 17) - 1;
 
@@ -41,13 +42,14 @@ struct DigitKernels {
   bool present;  // the CPU has the instructions
 
   // x[k], k < count -> the exponent of the power of two in which the row is counted: 2^bits of it are at most
-  // the row's root mean square, unless its largest number then needed more than 22 bits. 0 for a row of
-  // zeros, NaN for one that is not finite.
+  // the row's root mean square, or that of the row without a few outliers: weights may be small or zero where
+  // those lie. What is not finite does not count; 0 for a row of zeros.
   float (*unit[kStorageTypes])(const void* x, int64_t count, int32_t bits);
 
   // x[k] / 2^unit rounded, k < count -> a row's planes. corrections[digit]: what 128 times its digits come
-  // to, which weights + 128 add to the sums.
-  void (*split[kStorageTypes])(int8_t* planes, int64_t pitch, int32_t* corrections, const void* x,
+  // to, which weights + 128 add to the sums. Returns whether they hold all numbers: those that are not below
+  // kDigitLimit units, or NaN, are zero.
+  bool (*split[kStorageTypes])(int8_t* planes, int64_t pitch, int32_t* corrections, const void* x,
                                int64_t count, float unit);
 
   // planes of rows <= kDigitRows -> tile order, out[s * 12 + digit * kDigitRows + r], s < slots.

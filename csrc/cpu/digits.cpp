@@ -1,4 +1,4 @@
-// Rows as digits: fixed point, order of tiles, and rows that are not finite.
+// Rows as digits: fixed point, order of tiles, and numbers that digits do not hold.
 #include "cpu/digits.hpp"
 
 #include <cmath>
@@ -45,6 +45,7 @@ Digits::Digits(const DigitProblem& problem, int64_t block_k, float* memory)
       problem_(problem),
       block_k_(block_k),
       pitch_(pitch_of(problem.k, problem.windows)),
+      held_(static_cast<size_t>(problem.rows)),
       units_(memory),
       corrections_(reinterpret_cast<int32_t*>(units_ + align_floats(problem.rows))),
       planes_(reinterpret_cast<int8_t*>(corrections_ + align_floats(problem.rows * kDigits))),
@@ -79,8 +80,8 @@ void Digits::split(int64_t row) {
     });
     from = spread, type = FLASHU_F32, count = pitch_;
   }
-  kernels_.split[type](planes_ + row * kDigits * pitch_, pitch_, corrections_ + row * kDigits, from, count,
-                       unit);
+  held_[static_cast<size_t>(row)] = kernels_.split[type](planes_ + row * kDigits * pitch_, pitch_,
+                                                         corrections_ + row * kDigits, from, count, unit);
 }
 
 PackedRows Digits::operand() const {
@@ -125,15 +126,17 @@ void Digits::combine(float* c, const void* const* rows) const {
                      units_ + row, count);
   }
   for (int64_t row = 0; row < problem_.rows; ++row) {
-    if (!std::isnan(units_[row])) continue;
+    if (held_[static_cast<size_t>(row)] != 0) continue;
+    // In double, which holds this power of two whatever the unit is.
+    const double limit = std::ldexp(double{kDigitLimit}, static_cast<int>(units_[row]));
     core::with_type(problem_.type, [&](auto tag) {
       const auto* const x = reinterpret_cast<const decltype(tag)*>(row_of(problem_.x, row, problem_.type));
-      for (int64_t j = 0; j < panel_columns; ++j) {
-        const auto* const weights = static_cast<const int8_t*>(rows[j]);
-        float sum = 0.0f;
-        for (int64_t k = 0; k < problem_.k; ++k)
-          sum += to_float(x[k]) * to_float(weights[problem_.columns == nullptr ? k : problem_.columns[k]]);
-        c[row * panel_columns + j] = sum;
+      for (int64_t k = 0; k < problem_.k; ++k) {
+        const float value = to_float(x[k]);
+        if (std::fabs(double{value}) < limit) continue;  // NaN is not
+        const int64_t column = problem_.columns == nullptr ? k : problem_.columns[k];
+        for (int64_t j = 0; j < panel_columns; ++j)
+          c[row * panel_columns + j] += value * to_float(static_cast<const int8_t*>(rows[j])[column]);
       }
     });
   }

@@ -41,7 +41,7 @@ inline bool take_windows(int64_t rows, int64_t columns, const SelectedWindows& w
 struct DigitProblem {
   core::Matrix x;
   int32_t type;  // of x
-  int32_t bits;  // how many bits below a row's root mean square its unit lies
+  int32_t bits;  // how many bits below a row's root mean square its unit lies: see DigitKernels::unit
   int64_t rows, k;
   int64_t width;                             // of a row of weights, from where K begins
   const int32_t* columns = nullptr;          // K is these of a row's columns
@@ -70,8 +70,8 @@ class Digits {
   // The products of a tile of rows with rows of weights as `multiply` leaves them.
   void dot(float* c, const void* const* rows, const void* const* next) const;
 
-  // Sums of digits as multiply and dot leave them -> products c[r * panel_columns + j], in place. Rows of x
-  // that are not finite are multiplied in float.
+  // Sums of digits as multiply and dot leave them -> products c[r * panel_columns + j], in place. Numbers of
+  // x that digits do not hold are multiplied in float and added.
   void combine(float* c, const void* const* rows) const;
 
  private:
@@ -84,14 +84,15 @@ class Digits {
   const DigitKernels& kernels_;
   DigitProblem problem_;
   int64_t block_k_;
-  int64_t pitch_;             // digits of a row, whole windows
-  std::vector<int32_t> all_;  // windows of a range of columns
-  const int32_t* offsets_;    // of windows
-  float* units_;              // [rows]
-  int32_t* corrections_;      // [rows, kDigits]
-  int8_t* planes_;            // [rows, kDigits, pitch]
-  float* spread_;             // [rows, pitch], if there are windows of a list
-  float* packed_;             // if not direct
+  int64_t pitch_;              // digits of a row, whole windows
+  std::vector<uint8_t> held_;  // of every row, whether digits hold all its numbers
+  std::vector<int32_t> all_;   // windows of a range of columns
+  const int32_t* offsets_;     // of windows
+  float* units_;               // [rows]
+  int32_t* corrections_;       // [rows, kDigits]
+  int8_t* planes_;             // [rows, kDigits, pitch]
+  float* spread_;              // [rows, pitch], if there are windows of a list
+  float* packed_;              // if not direct
 };
 
 }  // namespace flashu::cpu

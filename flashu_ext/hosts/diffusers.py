@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..models.accelerated import handle_of
 from ..models.adapter import adapter_of
 from ..models.checkpoint import check_dtype
-from ..models.checks import check_callback
+from ..models.checks import check_callback, check_finite
 from ..models.folders import load_pipeline
 from ..models.pipeline import ModelPipeline
 from ..models.sampling import ImageBatch
@@ -34,6 +34,8 @@ else:
 __all__ = ["FlashuPipeline", "Parts"]
 
 _OUTPUTS = ("pil", "np", "pt", "latent")
+_MOST_IMAGES = 10_000
+"""Of a prompt in one call: their noise is drawn before the first step."""
 
 _FIXED = {
     "scheduler": "the steps in time are the model's own",
@@ -300,6 +302,7 @@ class FlashuPipeline(DiffusionPipeline):
 
         Raises:
             TypeError, ValueError: an argument is wrong or not supported; it is named, and nothing is drawn.
+            FloatingPointError: what was drawn is not finite.
         """
         for name in unsupported:
             raise TypeError(f"{name}: not supported by FlashuPipeline: {_UNSUPPORTED.get(name, 'it is no argument')}")
@@ -318,10 +321,10 @@ class FlashuPipeline(DiffusionPipeline):
         if output_type not in _OUTPUTS:
             raise ValueError(f"output_type: expected one of {', '.join(_OUTPUTS)}, got {shown(output_type)}")
         check_callback("callback_on_step_end", callback_on_step_end)
-        names = tuple(getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs))
-        if not set(names) <= set(self._callback_tensor_inputs):
+        names = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        if not isinstance(names, (list, tuple)) or not all(name in self._callback_tensor_inputs for name in names):
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs: expected a part of {list(self._callback_tensor_inputs)}, got {list(names)}"
+                f"callback_on_step_end_tensor_inputs: expected a part of {list(self._callback_tensor_inputs)}, got {shown(names)}"
             )
         noise = self._noise(latents, generator, len(prompts), size)
 
@@ -345,10 +348,13 @@ class FlashuPipeline(DiffusionPipeline):
         """fp32 [count, channels, H, W] on the model's device."""
         expected, device = (count, *self.pipeline.latent_shape(size)), self.parts.device
         if latents is not None:
-            if not isinstance(latents, Tensor) or not latents.is_floating_point():
-                raise TypeError(f"latents: expected a floating-point tensor, got {shown(latents, 80)}")
+            plain = isinstance(latents, Tensor) and latents.layout == torch.strided and not latents.is_meta
+            if not plain or not latents.is_floating_point():
+                raise TypeError(f"latents: expected a floating-point tensor with values, got {shown(latents, 80)}")
             if tuple(latents.shape) != expected:
                 raise ValueError(f"latents: expected {list(expected)}, got {list(latents.shape)}")
+            if not bool(latents.isfinite().all()):
+                raise ValueError("latents: expected finite numbers, got NaN or Infinity")
             return latents.to(device, torch.float32)
         given = [generator] * count if generator is None or isinstance(generator, torch.Generator) else generator
         if not isinstance(given, (list, tuple)) or not all(isinstance(g, (torch.Generator, type(None))) for g in given):
@@ -359,10 +365,11 @@ class FlashuPipeline(DiffusionPipeline):
 
     def _output(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
+            check_finite("latents", latents)
             return latents
         if output_type == "pil":
             return self.pipeline.pictures(latents)
-        pixels = torch.cat([self.pipeline.codec.decode(one) for one in latents.split(1)])
+        pixels = torch.cat([self.pipeline.decoded(one) for one in latents.split(1)])
         unit = ((pixels + 1) / 2).clamp(0, 1)
         return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -421,6 +428,7 @@ def _prompts(prompt: Any, copies: Any) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(each, str) for each in prompts):
         raise TypeError(f"prompt: expected a string or a list of strings, got {shown(prompt, 80)}")
-    if copies is None:
-        raise ValueError("num_images_per_prompt: expected an integer >= 1, got None")
-    return [each for each in prompts for _ in range(_count("num_images_per_prompt", copies))]
+    count = whole(copies)
+    if count is None or not 1 <= count <= _MOST_IMAGES:
+        raise ValueError(f"num_images_per_prompt: expected an integer in [1, {_MOST_IMAGES}], got {shown(copies)}")
+    return [each for each in prompts for _ in range(count)]

@@ -17,6 +17,7 @@ __all__ = [
     "check_count",
     "check_device",
     "check_eos",
+    "check_finite",
     "check_own",
     "check_generator",
     "check_generators",
@@ -26,6 +27,15 @@ __all__ = [
     "guidance_scale_of",
     "made_by",
 ]
+
+
+def check_finite(name: str, numbers: Tensor) -> None:
+    """What was drawn."""
+    if not bool(numbers.isfinite().all()):
+        raise FloatingPointError(
+            f"{name}: expected finite numbers, got NaN or Infinity: a guidance_scale, or the weights, lead beyond the "
+            "range of a dtype"
+        )
 
 
 def check_tensor(name: str, value: Any, dims: int, dtype: str, device: torch.device) -> None:

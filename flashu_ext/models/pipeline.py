@@ -22,7 +22,7 @@ from ..planning.safe_files import atomic_path
 from .accelerated import handle_of, unwrapped
 from .calibration import Sample
 from .checkpoint import check_dtype
-from .checks import check_callback, check_count, check_device, check_sampling, guidance_scale_of
+from .checks import check_callback, check_count, check_device, check_finite, check_sampling, guidance_scale_of
 from .decoding import OnToken
 from .lora_files import add_adapter, check_adapter_name, read_adapter
 from .many import AT_ONCE, Answers, Drawings
@@ -334,16 +334,17 @@ class ModelPipeline:
         Raises:
             FloatingPointError: an image is not finite, which would look black.
         """
-        return [to_pil(self._decoded(one)[0]) for one in latents.split(1)]
+        return [to_pil(self.decoded(one)[0]) for one in latents.split(1)]
 
-    def _decoded(self, latents: Tensor) -> Tensor:
+    def decoded(self, latents: Tensor) -> Tensor:
+        """As the codec decodes latents.
+
+        Raises:
+            FloatingPointError: they, or what comes out, are not finite.
+        """
         image: Tensor = self.codec.decode(latents)
-        for what, numbers in (("latents", latents), ("image", image)):
-            if not bool(numbers.isfinite().all()):
-                raise FloatingPointError(
-                    f"{what}: expected finite numbers, got NaN or Infinity: a guidance_scale, or the weights, lead beyond the "
-                    "range of a dtype"
-                )
+        check_finite("latents", latents)
+        check_finite("image", image)
         return image
 
     def generators(self, seeds: Any, count: int, what: str) -> list[torch.Generator]:

@@ -4,9 +4,10 @@ x is fp32, bf16 or fp16. A row's bits depend neither on the other rows nor on th
 
 With bf16 and fp16 x, on a CPU with AVX512-BF16 and AVX512-VNNI, weights are multiplied as bytes: each row of x, and of what lies
 between the halves of an FFN, is rounded to whole multiples of a power of two, which is at most 2^-11 (fp16: 2^-14) of the row's
-root mean square, or 2^-21 of its largest number where that is more. Sums of products are whole numbers and exact. What this
-rounding adds to a result, in rms over weights of no special kind, is at most 2^-12.8 of it (fp16, rows of up to 2^14 numbers:
-2^-15.8), where its rounding to the dtype adds about 2^-9 (2^-12). A row with an infinity or a NaN is multiplied in float.
+root mean square. Sums of products are whole numbers and exact. What this rounding adds to a result, in rms over weights of no
+special kind, is at most 2^-12.8 of it (fp16: 2^-15.8), where its rounding to the dtype adds about 2^-9 (2^-12). Outliers do not
+count in the root mean square where it falls to a quarter or less without them, since weights may be zero where they lie. Numbers
+of 2^22 multiples and more, infinities and NaNs are multiplied in float and added.
 Dimensions of 2^17 and more, fp32 x and other CPUs: weights are widened in registers, sums are fp32 of x times the integers, in an
 order that the width alone decides.
 

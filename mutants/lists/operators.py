@@ -54,7 +54,10 @@ MUTANTS = [
     Mutant("layers: a norm has the weight's dtype", "flashu_ext/ops/layers.py", ", eps).to(hidden_states.dtype)", ", eps)", LAYERS),
     Mutant("layers: a selection is forgotten", "flashu_ext/ops/layers.py", "gate, up, down, selection=selection)", "gate, up, down, selection=None)", LAYERS, quick=True),
     Mutant("layers: hooks are passed by", "flashu_ext/ops/layers.py", " and not module._forward_hooks", "", LAYERS),
-    Mutant("layers: a forward of its own is passed by", "flashu_ext/ops/layers.py", "return own and", "return", LAYERS),
+    Mutant("layers: a forward of its own is passed by", "flashu_ext/ops/layers.py", "return own and module.bias", "return module.bias", LAYERS),
+    Mutant("layers: what runs in place of an activation is passed by", "flashu_ext/ops/layers.py", "return known and _runs(module, kind.forward)", "return known", LAYERS),
+    Mutant("layers: a quantised weight is read as it lies", "flashu_ext/ops/layers.py", "return type(weight) in (Tensor, nn.Parameter)", "return True", LAYERS),
+    Mutant("layers: a subclass's forward is passed over", "flashu_ext/ops/layers.py", "return type(module).forward is not kind.forward", "return False", LAYERS),
     Mutant("layers: biases are passed by", "flashu_ext/ops/layers.py", " and module.bias is None", "", LAYERS),
     Mutant("layers: any activation is SiLU", "flashu_ext/ops/layers.py", "_is_silu(self.act_fn) and all", "all", LAYERS),
     # ---- the adapters

@@ -84,9 +84,11 @@ def outliers(x: Tensor, size: float) -> Tensor:
 
 
 @every_dtype
-@pytest.mark.parametrize("size", [1, 30, 1000])
+@pytest.mark.parametrize("size", [1, 30, 1000, 1e6])
 def test_outliers_cost_no_accuracy(size: float, dtype: torch.dtype) -> None:
     """Of rows with an outlier the other elements count too, where weights are small or zero beside it."""
+    if size == 1e6 and dtype == torch.float16:
+        pytest.skip("torch's sums are beyond fp16")
     weights, x = ffn_weights(300, 200, 130), outliers(randn(1, 24, 300, scale=0.02), size).to(dtype)
     weights[0][:, ::3] = 0
     w, scale = quantised(9, 130, 300)
@@ -102,6 +104,24 @@ def test_outliers_cost_no_accuracy(size: float, dtype: torch.dtype) -> None:
     if dtype != torch.float32:
         error, rounding = ((part.double() - truth).square().mean().sqrt() for part in (got, truth.to(dtype)))
         assert error <= 1.02 * rounding
+
+
+@every_dtype
+@pytest.mark.parametrize("sizes", [(1e3,), (1e6,), (1e6, 1e3), (1e30, 1e20, 1e10), (torch.inf,)], ids=str)
+def test_the_others_count_where_weights_are_zero(sizes: tuple[float, ...], dtype: torch.dtype) -> None:
+    """Outliers that no output reads change nothing in rms, however large they are; infinite ones are NaN."""
+    if max(sizes) == 1e30 and dtype == torch.float16:
+        pytest.skip("not a number of fp16")
+    x, (w, scale) = randn(1, 13, 300, scale=0.02), quantised(9, 40, 300)
+    for place, size in enumerate(sizes):
+        x[:, 7 + 100 * place], w[:, 7 + 100 * place] = size * 0.02, 0
+    x = x.to(dtype)
+    truth = reference.int8_linear(x.double(), w, scale.double())
+    got = ops.int8_linear(x, w, scale)
+    if max(sizes) == torch.inf:
+        assert got.isnan().all()
+    else:
+        assert_accurate(got, truth, reference.int8_linear(x, w, scale))
 
 
 @every_dtype

@@ -76,7 +76,8 @@ def test_swiglu(ffns: list[Any], activation: Any):
     expected = module(x)
     torch.testing.assert_close(bound(module, layers.SwiGLUMLP)(x), expected, rtol=1e-4, atol=1e-4)
     bound(module.gate_proj, layers.Linear)  # kernelized too
-    module.up_proj.forward = MethodType(nn.Linear.forward, module.up_proj)  # what kernelize does without a kernel
+    for each in (module.up_proj, module.act_fn):
+        each.forward = MethodType(type(each).forward, each)  # what kernelize does without a kernel
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
     assert ffns == [None, None]
 
@@ -123,7 +124,52 @@ def replaced() -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("make", [biased, gelu, adapted, hooked, prepared, replaced])
+def activation_hooked() -> nn.Module:
+    module = SwiGLU()
+    module.act_fn.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return module
+
+
+def activation_replaced() -> nn.Module:
+    module = SwiGLU()
+    module.act_fn.forward = torch.sin  # type: ignore[method-assign]
+    return module
+
+
+class Quantised(Tensor):
+    """Stands for twice what is stored."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return 2 * result if func is nn.functional.linear else result
+
+
+def quantise(module: nn.Linear) -> None:
+    weight = module.weight.detach().as_subclass(Quantised)
+    del module.weight
+    module.weight = weight
+
+
+def quantised() -> nn.Module:
+    module = SwiGLU()
+    quantise(module.gate_proj)
+    return module
+
+
+@torch.no_grad()
+def test_a_weight_of_a_subclass_of_tensor_runs_as_itself():
+    module, x = nn.Linear(64, 48), randn(0, 5, 64)
+    quantise(module)
+    expected = module(x)
+    assert torch.equal(bound(module, layers.Linear)(x), expected)
+
+
+OTHERS = [biased, gelu, adapted, hooked, prepared, replaced, activation_hooked, activation_replaced, quantised]
+
+
+@pytest.mark.parametrize("make", OTHERS)
 @torch.no_grad()
 def test_other_mlps_compute_what_they_are(ffns: list[Any], make: Any):
     module, x = make(), randn(9, 5, 64)
@@ -133,6 +179,23 @@ def test_other_mlps_compute_what_they_are(ffns: list[Any], make: Any):
     module.selection = Selection.from_runs([(0, 24)], limit=160)
     with pytest.raises(ValueError, match=r"selection: expected a module of SiLU and three nn\.Linear without bias"):
         module(x)
+
+
+class Norm(nn.RMSNorm):
+    kernel_layer_name = "RMSNorm"
+
+
+class Own(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("norm", [Own(64, eps=0.5), Norm(64), Norm(64, eps=0.5, elementwise_affine=False)], ids=str)
+@torch.no_grad()
+def test_norms_that_run_as_themselves(norm: nn.Module):
+    x = randn(3, 5, 64, scale=1e-3)
+    expected = norm(x)
+    assert torch.equal(bound(norm, layers.RMSNorm)(x), expected)
 
 
 @torch.no_grad()

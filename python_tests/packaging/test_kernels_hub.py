@@ -210,6 +210,34 @@ def test_some_neurons(kernel: ModuleType, mapped: None):
     torch.testing.assert_close(mlp(x), reference.gathered_ffn(x, *weights), rtol=1e-4, atol=1e-5)
 
 
+def doubled(forward: Any) -> Any:
+    return lambda self, x: 2 * forward(self, x)
+
+
+@pytest.mark.parametrize("place", ["mlp", "mlp.up_proj", "input_layernorm", "self_attn.q_proj"])
+@torch.no_grad()
+def test_a_subclass_with_a_forward_of_its_own_runs_as_itself(mapped: None, place: str):
+    """`kernelize` binds layers to subclasses too."""
+    plain, ours, ids = model("Qwen2"), model("Qwen2"), torch.arange(8)[None]
+    before = plain(ids).logits
+    for each in (plain, ours):
+        module = each.model.layers[0].get_submodule(place)
+        module.__class__ = type("Own", (type(module),), {"forward": doubled(type(module).forward)})
+    kernels.kernelize(ours, mode=kernels.Mode.INFERENCE, device="cpu")
+    expected = plain(ids).logits
+    torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, before, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{}, {"eps": 1e-5, "elementwise_affine": False}], ids=["no eps", "no weight"])
+@torch.no_grad()
+def test_torch_s_norms(mapped: None, settings: dict[str, Any]):
+    norm, x = nn.RMSNorm(64, **settings), randn(3, 5, 64, scale=1e-3)
+    expected = norm(x)
+    kernels.kernelize(nn.Sequential(norm), mode=kernels.Mode.INFERENCE, device="cpu")
+    assert torch.equal(norm(x), expected)
+
+
 @pytest.mark.parametrize("mode", ["TRAINING", "INFERENCE"])
 def test_modes(kernel: ModuleType, mapped: None, mode: str):
     """Training keeps the model's own forward: no layer has a backward."""
@@ -235,4 +263,7 @@ def test_layers_are_compiled_whole(kernel: ModuleType, mapped: None):
         return layer.mlp(layer.input_layernorm(x)) + layer.self_attn.o_proj(x)
 
     compiled = torch.compile(part, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), part(x))
+    del layer.mlp.up_proj.forward  # as where nn.Linear has no name
+    layer.mlp.selection = kernel.Selection.from_runs([(0, 24)], limit=160)
     assert torch.equal(compiled(x), part(x))

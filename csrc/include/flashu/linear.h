@@ -43,7 +43,8 @@ typedef struct flashu_linear_args {
  * its row r stands for weight[r] * scale[r], and the sum of the integers is multiplied by the scale once.
  * Where the CPU multiplies bytes (AVX512-VNNI, with AVX512-BF16), x is bf16 or f16 and K < 2^17, a row of x
  * is first rounded to multiples of a power of two that is at most 2^-11 (f16: 2^-14) of its root mean square,
- * or 2^-21 of its largest number if that is more; sums are exact then. */
+ * without a few outliers if it has any; sums are exact then. Numbers of 2^22 multiples and more, infinities
+ * and NaNs are multiplied in float and added. */
 FLASHU_API int32_t flashu_linear(const flashu_linear_args* args);
 /** Bytes of workspace that these arguments need with the present number of threads. */
 FLASHU_API int32_t flashu_linear_workspace(const flashu_linear_args* args, uint64_t* bytes);
