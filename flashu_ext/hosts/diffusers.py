@@ -62,6 +62,13 @@ class _InterruptedError(Exception):
     """Leaves a sampler's loop."""
 
 
+def _refused(name: str, why: str) -> Callable[..., NoReturn]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError(f"{name}: not supported by FlashuPipeline: {why}")
+
+    return method
+
+
 class Parts(ModelMixin):
     """The one component of a `FlashuPipeline`: a pipeline of this library, with its model and VAE as submodules.
 
@@ -106,6 +113,9 @@ class Parts(ModelMixin):
                 return cls(load_pipeline("nano", dtype, family=family))
         return cls(load_pipeline(directory, dtype))
 
+    # What diffusers calls first where a device_map spreads components.
+    load_config = classmethod(_refused("device_map", "a folder is loaded whole; .to(device) moves it"))
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move model and VAE to a device, and the model to a dtype; an accelerated model stays accelerated."""
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -122,13 +132,6 @@ class Parts(ModelMixin):
     @property
     def dtype(self) -> torch.dtype:
         return next(each.dtype for each in self.model.parameters() if each.is_floating_point())
-
-
-def _refused(name: str, why: str) -> Callable[..., NoReturn]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError(f"{name}: not supported by FlashuPipeline: {why}")
-
-    return method
 
 
 _OFFLOADING = "the runtime needs all weights of the model on one device"
@@ -254,6 +257,9 @@ class FlashuPipeline(DiffusionPipeline):
     def disable_attention_slicing(self) -> None:
         """Nothing is sliced."""
 
+    load_lora_weights = _refused(
+        "load_lora_weights", "pipe.pipeline.load_adapter(name, folder) loads an adapter of peft"
+    )
     from_pipe = classmethod(_refused("from_pipe", "FlashuPipeline(pipe.parts) shares the weights of another"))
 
     # ---- drawing

@@ -263,18 +263,22 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"num_inference_steps": 10**30}, "num_inference_steps: expected an integer in [1, 9999]"),
     ({"guidance_scale": -1}, "guidance_scale: expected a finite number >= 0"),
     ({"guidance_scale": [1.0]}, "guidance_scale: expected a finite number >= 0"),
-    ({"num_images_per_prompt": 0}, "num_images_per_prompt: expected an integer >= 1"),
-    ({"num_images_per_prompt": None}, "num_images_per_prompt: expected an integer >= 1"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt: expected an integer in "),
+    ({"num_images_per_prompt": None}, "num_images_per_prompt: expected an integer in "),
+    ({"num_images_per_prompt": 10**12}, "num_images_per_prompt: expected an integer in [1, 10000]"),
     ({"generator": 3}, "generator: expected a torch.Generator"),
     ({"generator": [torch.Generator()] * 2}, "generator: expected one for each of 1 images, got 2"),
     ({"latents": "noise"}, "latents: expected a floating-point tensor"),
     ({"latents": torch.zeros(1, 3, 4, 4)}, "latents: expected [1, 16, "),
+    ({"latents": torch.full((1, 16, 72, 2), float("nan"))}, "latents: expected "),
+    ({"latents": torch.zeros(1, 16, 72, 2).to_sparse()}, "latents: expected a floating-point tensor with values"),
     ({"output_type": "jpeg"}, "output_type: expected one of pil, np, pt, latent"),
     ({"callback_on_step_end": 3}, "callback_on_step_end: expected None or a function"),
     (
         {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
         "callback_on_step_end_tensor_inputs: expected a part of",
     ),
+    ({"callback_on_step_end_tensor_inputs": 3}, "callback_on_step_end_tensor_inputs: expected a part of"),
     ({"seed": 3}, "seed: not supported by FlashuPipeline: give a generator"),
     ({"negative_prompt": "a"}, "negative_prompt: not supported by FlashuPipeline"),
     ({"timesteps": [1]}, "timesteps: not supported by FlashuPipeline: the steps in time are the model's own"),
@@ -311,6 +315,7 @@ METHODS: dict[str, tuple[Any, ...]] = {
     "enable_group_offload": (torch.device("cpu"),),
     "enable_attention_slicing": (),
     "enable_xformers_memory_efficient_attention": (),
+    "load_lora_weights": ("folder",),
     "from_pipe": (None,),
 }
 
@@ -340,6 +345,13 @@ def test_another_component_is_refused(showo2: Any, name: str) -> None:
 def test_an_option_of_loading_is_refused(option: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=f"{next(iter(option))}: not supported by FlashuPipeline"):
         FlashuPipeline.from_pretrained(subject("showo2").folder, **option)
+
+
+def test_a_map_of_devices_is_refused() -> None:
+    with pytest.raises(
+        NotImplementedError, match="device_map: not supported by FlashuPipeline: a folder is loaded whole"
+    ):
+        loaded(subject("showo2").folder, device_map="balanced")
 
 
 # ---- devices and dtypes
