@@ -1,4 +1,4 @@
-"""Checks a wheel: name, size, contents, what its libraries need, and its metadata.
+"""Checks a wheel: name, size, contents, its record of them, what its libraries need, and its metadata.
 
     python -m release.wheel dist/*.whl
 
@@ -8,11 +8,17 @@ looked at the libraries before, when it gave the platform tag.
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import re
+import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from packaging.metadata import Metadata
@@ -64,9 +70,17 @@ class Wheel:
         parts = path.stem.split("-")
         if path.suffix != ".whl" or len(parts) != 5:
             raise ValueError(f"{path}: expected NAME-VERSION-PYTHON-ABI-PLATFORM.whl")
+        if parts[0] not in WANTED:
+            raise ValueError(f"{path}: expected a wheel of {' or '.join(WANTED)}, got one of {parts[0]}")
         self.name, self.version, self.tag = parts[0], parts[1], "-".join(parts[2:])
-        with zipfile.ZipFile(path) as archive:
-            self.files = {info.filename: archive.read(info) for info in archive.infolist() if not info.is_dir()}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = [info for info in archive.infolist() if not info.is_dir()]
+                self.files = {info.filename: archive.read(info) for info in members}
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ValueError(f"{path}: expected a whole zip archive, got one that cannot be read: {error}") from error
+        names = sorted(info.filename for info in members)
+        self.twice = sorted({one for one, other in pairwise(names) if one == other})
         self.info = f"{self.name}-{self.version}.dist-info"
 
     @property
@@ -77,7 +91,9 @@ class Wheel:
     @property
     def tags(self) -> list[str]:
         """Of its file WHEEL."""
-        return re.findall(r"^Tag: (\S+)$", self.files.get(f"{self.info}/WHEEL", b"").decode(), re.MULTILINE)
+        return re.findall(
+            r"^Tag: (\S+)$", self.files.get(f"{self.info}/WHEEL", b"").decode(errors="replace"), re.MULTILINE
+        )
 
 
 def name_of(wheel: Wheel) -> Iterator[str]:
@@ -102,8 +118,8 @@ def contents(wheel: Wheel) -> Iterator[str]:
         if name not in wheel.files:
             yield f"contents: {name} is missing"
     for name, data in wheel.files.items():
-        top = PurePosixPath(name).parts[0]
-        if top not in (wheel.name, wheel.info):
+        parts = PurePosixPath(name).parts
+        if not parts or parts[0] not in (wheel.name, wheel.info) or ".." in parts or "\\" in name:
             yield f"contents: expected files of {wheel.name} only, got {name}"
         elif UNWANTED.search(name):
             yield f"contents: {name} is none of a package's files"
@@ -119,6 +135,23 @@ def contents(wheel: Wheel) -> Iterator[str]:
     known = set(LIBRARIES) if wheel.name == "flashu_ext" else set()
     if unknown := libraries - known:
         yield f"contents: expected no other library, got {', '.join(sorted(unknown))}"
+
+
+def record(wheel: Wheel) -> Iterator[str]:
+    """RECORD names every other file once, with its digest and size: what was changed after the build differs."""
+    own = f"{wheel.info}/RECORD"
+    for name in wheel.twice:
+        yield f"RECORD: expected one file of a name, got several {name}"
+    rows = [row for row in csv.reader(wheel.files.get(own, b"").decode(errors="replace").splitlines()) if row]
+    recorded = {row[0]: row[1:] for row in rows}
+    for name in sorted(wheel.files.keys() | recorded.keys()):
+        if name not in recorded or name not in wheel.files:
+            yield f"RECORD: {name} is {'not in it' if name not in recorded else 'in it and not in the wheel'}"
+        elif name != own:
+            data = wheel.files[name]
+            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            if recorded[name] != [f"sha256={digest}", str(len(data))]:
+                yield f"RECORD: {name} is another file than the one it was made of"
 
 
 def licence(wheel: Wheel) -> Iterator[str]:
@@ -143,7 +176,11 @@ def abi(wheel: Wheel) -> Iterator[str]:
                 continue
             library = Path(folder) / Path(name).name
             library.write_bytes(wheel.files[name])
-            table = symbols.symbols(library)
+            try:
+                table = symbols.symbols(library)
+            except subprocess.CalledProcessError as error:
+                yield f"{name}: expected a shared library, which objdump does not read: {error.stderr.strip()}"
+                continue
             if wrong := symbols.too_new(table):
                 yield f"{name}: expected at most {newest}, needs {'; '.join(wrong)}"
             if wrong := symbols.of_python(table):
@@ -180,14 +217,14 @@ def metadata(wheel: Wheel) -> Iterator[str]:
         yield "metadata: the description has links to files, which an index page does not have"
 
 
-CHECKS: tuple[Callable[[Wheel], Iterator[str]], ...] = (name_of, size, contents, licence, cuda, abi, metadata)
+CHECKS: tuple[Callable[[Wheel], Iterator[str]], ...] = (name_of, size, contents, record, licence, cuda, abi, metadata)
 
 
 def check(path: Path) -> list[str]:
     """What is wrong with a wheel; empty if nothing is.
 
     Raises:
-        ValueError: it is not named as a wheel.
+        ValueError: it is not named as a wheel of ours, or no whole zip archive. OSError: it cannot be read.
     """
     wheel = Wheel(path)
     return [problem for each in CHECKS for problem in each(wheel)]
@@ -197,7 +234,12 @@ def main(paths: list[Path]) -> int:
     """Check wheels; 1 if something is wrong with one of them."""
     wrong = False
     for path in paths:
-        problems = check(path)
+        try:
+            problems = check(path)
+        except (ValueError, OSError) as error:
+            print(error)
+            wrong = True
+            continue
         wrong |= bool(problems)
         print(f"{path.name}: {path.stat().st_size:,} bytes, {'; '.join(problems) or 'as it should be'}")
     return int(wrong)

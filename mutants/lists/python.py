@@ -456,6 +456,7 @@ MUTANTS = [
     Mutant("release: any symbol of torch is stable", "release/symbols.py", r'OF_TORCH = re.compile(r"(aoti_torch|torch)_\w+")', r'OF_TORCH = re.compile(r"(aoti_torch|torch|_Z)\w+")', RELEASE("needs_too_much"), quick=True),
     Mutant("release: a wheel may be twice as large", "release/wheel.py", "if (size := wheel.path.stat().st_size) > LARGEST:", "if (size := wheel.path.stat().st_size) > 2 * LARGEST:", RELEASE("planted_fault")),
     Mutant("release: paths in libraries are not looked for", "release/wheel.py", 'if name.endswith(".so") or b"\\0" not in data[:4096]:', 'if b"\\0" not in data[:4096]:', RELEASE("planted_fault")),
+    Mutant("release: a wheel's digests are not compared", "release/wheel.py", "if recorded[name] != [", "if False and recorded[name] != [", RELEASE("after_the_build")),
     Mutant("release: a section may be empty", "release/changelog.py", 'return found[1].strip() if found else ""', 'return found[0].strip() if found else ""', RELEASE("refused")),
     Mutant("release: a tagged version is made again", "release/changelog.py", 'if _git(root, "tag", "--list", f"v{own}"):', 'if _git(root, "tag", "--list", own):', RELEASE("refused")),
     Mutant("release: new files may lie around", "release/changelog.py", '"status", "--porcelain"', '"status", "--porcelain", "-uno"', RELEASE("refused")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import re
 import shutil
@@ -70,12 +72,24 @@ def files(libraries: Files) -> Files:
         f"{INFO}/METADATA": METADATA,
         f"{INFO}/WHEEL": f"Wheel-Version: 1.0\nTag: {wheel.TAG}\n".encode(),
         f"{INFO}/licenses/LICENSE": b"Apache License",
-        f"{INFO}/RECORD": b"",
     }  # fmt: skip
+
+
+def recorded(files: Files) -> Files:
+    """With a RECORD of them, as builds write it."""
+
+    def row(name: str, data: bytes) -> str:
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode().rstrip("=")
+        return f"{name},sha256={digest},{len(data)}\n"
+
+    rows = "".join(row(name, data) for name, data in files.items())
+    return {**files, f"{INFO}/RECORD": f"{rows}{INFO}/RECORD,,\n".encode()}
 
 
 def zipped(files: Files, folder: Path, name: str = f"flashu_ext-0.1.0-{wheel.TAG}.whl") -> Path:
     path = folder / name
+    if f"{INFO}/RECORD" not in files:
+        files = recorded(files)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for each, data in files.items():
             archive.writestr(each, data)
@@ -136,6 +150,8 @@ PLANTED: dict[str, tuple[Change, str]] = {
     "no valid metadata": (in_metadata(b">=3.11", b"> > 3"), "metadata: .*3"),
     "another licence": (in_metadata(b"Apache-2.0", b"MIT"), "License-Expression: expected Apache-2.0, got MIT"),
     "another Python": (in_metadata(b">=3.11", b">=3.12"), "Requires-Python: expected >=3.11, got >=3.12"),
+    "a file outside": (put("flashu_ext/../x.py", b""), r"files of flashu_ext only, got flashu_ext/\.\./x.py"),
+    "no library": (put(OPS, b"text"), "_torch.so: expected a shared library"),
     "links to files": (in_metadata(b"# flashu_ext", b"[page](docs/limits.md)"), "links to files"),
 }  # fmt: skip
 
@@ -204,6 +220,46 @@ def test_newer_symbols_are_named():
         "GLIBCXX_3.4.26 for _ZNSt1", "GLIBC_2.32 for __libc_single_threaded", "GLIBC_2.34 for dlopen",
     ]  # fmt: skip
     assert symbols.not_stable(table) == ["_ZN2at5emptyEv"]
+
+
+TAMPERED: dict[str, tuple[Change, str]] = {
+    "a changed file": (put("flashu_ext/planning/tuned.json", b"y"), "RECORD: flashu_ext/planning/tuned.json is another file"),
+    "a new file": (put("flashu_ext/x.py", b""), "RECORD: flashu_ext/x.py is not in it"),
+    "a file less": (gone("flashu_ext/py.typed"), "RECORD: flashu_ext/py.typed is in it and not in the wheel"),
+    "no record": (put(f"{INFO}/RECORD", b""), "RECORD: flashu_ext/py.typed is not in it"),
+    "CUDA code": (
+        lambda files: files.update({KERNELS: files[KERNELS] + b"\x01"}), "RECORD: flashu_ext/lib/libflashu.so is another file",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, message", TAMPERED.values(), ids=TAMPERED)
+def test_what_was_changed_after_the_build_is_named(files: Files, tmp_path: Path, change: Change, message: str):
+    files = recorded(files)
+    change(files)
+    assert any(re.search(message, problem) for problem in wheel.record(wheel.Wheel(zipped(files, tmp_path))))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_file_that_is_there_twice_is_named(files: Files, tmp_path: Path):
+    path = zipped(files, tmp_path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("flashu_ext/py.typed", b"x")
+    assert "RECORD: expected one file of a name, got several flashu_ext/py.typed" in wheel.check(path)
+
+
+@pytest.mark.parametrize("kind", ["text", "cut off", "a flipped byte", "nothing", "another project"])
+def test_what_cannot_be_read_is_named(files: Files, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]):
+    path = zipped(files, tmp_path)
+    data = bytearray(path.read_bytes())
+    if kind == "a flipped byte":
+        data[data.index(b"flashu_ext/libflashu_torch.so") + 400] ^= 1
+    path.write_bytes({"text": b"text", "cut off": data[: len(data) // 2]}.get(kind, bytes(data)))
+    if kind == "nothing":
+        path.unlink()
+    if kind == "another project":
+        path = path.rename(tmp_path / f"other-0.1.0-{wheel.TAG}.whl")
+    assert wheel.main([path]) == 1 and str(path) in capsys.readouterr().out
 
 
 def test_a_name_that_is_no_wheel(tmp_path: Path):
