@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from ._ops import LIBRARY
+from ._ops import LIBRARY, NAMESPACE
 
 PACKAGE = LIBRARY.parent
 OLDEST_TORCH = (2, 11)
@@ -58,11 +58,19 @@ def load() -> None:
     if not causes:
         import torch
 
-        try:
-            torch.ops.load_library(str(LIBRARY))
-            return
-        except OSError as error:
-            causes.append(f"{LIBRARY} was found, but loading it failed: {error}.")
+        if torch._C._dispatch_has_kernel(f"{NAMESPACE}::rms_norm") and str(LIBRARY) not in torch.ops.loaded_libraries:
+            # A second library would replace the first one's kernels, and the process would crash.
+            loaded = sorted(path for path in torch.ops.loaded_libraries if Path(path).name == LIBRARY.name)
+            causes.append(
+                f"{LIBRARY} was found, but torch.ops.{NAMESPACE} is there from another file ({', '.join(loaded) or 'unknown'}): "
+                "a process can load one copy of it."
+            )
+        else:
+            try:
+                torch.ops.load_library(str(LIBRARY))
+                return
+            except OSError as error:
+                causes.append(f"{LIBRARY} was found, but loading it failed: {error}.")
     lines = "\n".join(f"  - {cause}" for cause in causes)
     raise ImportError(f"flashu_ext: the compiled ops are not available:\n{lines}\nSee `flashu-ext info`.")
 

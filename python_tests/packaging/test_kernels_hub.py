@@ -8,6 +8,7 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -122,6 +123,32 @@ def test_it_is_loaded_offline_and_alone(folder: Path, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"['_flashu_ext_{hub.digest()}']"
+
+
+TWICE = """
+import importlib.util, sys, kernels, torch
+kernel = kernels.get_local_kernel(__import__("pathlib").Path(sys.argv[1]))
+spec = importlib.util.spec_from_file_location("copied", sys.argv[2] + "/__init__.py", submodule_search_locations=[sys.argv[2]])
+copied = sys.modules["copied"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(copied)
+x, weight = torch.randn(3, 64), torch.randn(64)
+expected = kernel.rms_norm(x, weight, 1e-6)
+try:
+    copied.rms_norm(x, weight, 1e-6)
+except ImportError as error:
+    print(error)
+assert torch.equal(kernel.rms_norm(x, weight, 1e-6), expected)
+"""
+
+
+def test_a_second_copy_is_refused_and_the_first_one_works_on(folder: Path, tmp_path: Path):
+    """Two variants are such copies."""
+    (variant,) = folder.glob("build/*cpu*")
+    copied = shutil.copytree(variant, tmp_path / "copied")
+    program = [sys.executable, "-c", TWICE, folder, copied]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert f"torch.ops._flashu_ext_{hub.digest()} is there from another file ({variant}" in done.stdout
 
 
 def test_the_layout(folder: Path):
