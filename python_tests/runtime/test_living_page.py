@@ -293,7 +293,7 @@ NOTES = [
     "Weights that torchao has quantised with `Int8WeightOnlyConfig()`, a scale for each row, are read as they are by",
     "int8 kernels on the CPU (`ops.int8_ffn`, `ops.int8_linear`), FFNs over a task's neurons too, which stay in the",
     "model's own order. A row's bits depend on no other row. With bf16 and fp16 activations, on a CPU with AVX512-VNNI,",
-    "weights are multiplied as bytes and activations in fixed point, with far less error than a result's rounding to the",
+    "weights are multiplied as bytes and activations in fixed point, outliers apart, with far less error than a result's rounding to the",
     "dtype ([ops/int8.py](../flashu_ext/ops/int8.py)); elsewhere weights are widened, and with scales of 1 the bits are",
     "those of the same numbers as floats. A plan has to be calibrated on the quantised model. All three",
     "weights of an FFN must be int8. Run as themselves, by name: int8 with quantised activations, with groups or with",
