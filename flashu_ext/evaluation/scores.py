@@ -13,9 +13,19 @@ import numpy as np
 
 from ..planning.intervals import Cluster, bootstrap, paired_bootstrap, wilson
 from ..planning.reading import MAX_LIST_BYTES, read_text, refusal, shown
+from .drawing import IMAGES
 from .lists import DPG_IMAGES, json_lines, prompts_of
 
-__all__ = ["Difference", "Score", "Values", "difference", "dpg_scores", "geneval_scores", "question_scores"]
+__all__ = [
+    "Difference",
+    "Score",
+    "Values",
+    "difference",
+    "dpg_scores",
+    "geneval_scores",
+    "question_scores",
+    "scored_folder",
+]
 
 
 @dataclass(frozen=True)
@@ -120,8 +130,8 @@ def geneval_scores(path: Path, jobs: Sequence[dict[str, Any]]) -> list[Score]:
         jobs: the images that were drawn, of the folder's manifest.
 
     Raises:
-        ValueError: a malformed line, or one about an image that was not drawn here, has another prompt or is there twice;
-            file and line are named. OSError: the file cannot be read.
+        ValueError: a malformed line, or one about an image that was not drawn here, has another prompt or task or is there
+            twice; file and line are named. OSError: the file cannot be read.
     """
     prompts, known = prompts_of(jobs, "geneval"), {job["name"] for job in jobs}
     tasks: dict[str, dict[str, list[bool]]] = {}
@@ -136,6 +146,9 @@ def geneval_scores(path: Path, jobs: Sequence[dict[str, Any]]) -> list[Score]:
             raise refusal(where, f"filename: expected an image that was drawn here, got {shown(line['filename'])}")
         if line["prompt"] != prompts[match[1]]:
             raise refusal(where, f"prompt: expected {shown(prompts[match[1]])}, got {shown(line['prompt'])}")
+        tag = _tag_of(path.parent / IMAGES / match[1] / "metadata.jsonl")
+        if tag not in (None, line["tag"]):
+            raise refusal(where, f"tag: expected {shown(tag)}, got {shown(line['tag'])}")
         if name in seen:
             raise refusal(where, f"filename: expected every image once, got {shown(line['filename'])} again")
         seen.add(name)
@@ -153,6 +166,20 @@ def geneval_scores(path: Path, jobs: Sequence[dict[str, Any]]) -> list[Score]:
         interval = wilson(own.figure, len(task))
         rows.append(Score(tag, own.figure, interval, n, "images", f"Wilson, n = {len(task)} prompts", own))
     return [_bootstrapped(Values(values, "prompts"), len(seen), "images"), *rows]
+
+
+def _tag_of(metadata: Path) -> Any:
+    """The task of a prompt in the folder for GenEval's tool; None where that is not here any more."""
+    if not metadata.is_file():
+        return None
+    return next((line.get("tag") for _, line in json_lines(metadata) if isinstance(line, dict)), None)
+
+
+def scored_folder(path: Path) -> Path | None:
+    """The folder of images that the first line of a results file names; None where it names none."""
+    first = next((line for line in read_text(path, MAX_LIST_BYTES).split("\n") if line.strip()), "")
+    match = re.search(r'(?:"filename": *")?([^"]*?)[/\\](?:\d+[/\\]samples[/\\]\d+|[^/\\]+)[.]png', first)
+    return None if match is None else Path(match[1])
 
 
 def _bootstrapped(values: Values, n: int, unit: str) -> Score:

@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.drawing import RECORD, read_drawing, results_file
-from ..evaluation.scores import Difference, Score, difference, dpg_scores, geneval_scores, question_scores
+from ..evaluation.drawing import IMAGES, RECORD, read_drawing, results_file
+from ..evaluation.scores import (
+    Difference,
+    Score,
+    difference,
+    dpg_scores,
+    geneval_scores,
+    question_scores,
+    scored_folder,
+)
 from ..evaluation.understanding import read_results
 from ..ops import machine
 from ..planning.config import PRESETS, FlashUConfig
@@ -259,6 +267,10 @@ def _drawn(folder: Path, preset: str, name: str) -> Result:
         return result
     result.scores = (geneval_scores if name == "geneval" else dpg_scores)(path, record["jobs"])
     result.scored = result.scores[0].n
+    expected, named = (folder / IMAGES).absolute().parts[-3:], scored_folder(path)
+    # The same on another machine, or by a relative path.
+    if named is not None and (tail := named.parts[-3:]) != expected[3 - len(tail) :]:
+        result.notes.append(f"{path.name} is of images in {named}, and not of {'/'.join(expected)}")
     if path.stat().st_mtime < (folder / RECORD).stat().st_mtime:
         result.notes.append(f"{path.name} is older than the last run that drew images: score them again")
     return result

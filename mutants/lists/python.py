@@ -445,6 +445,8 @@ MUTANTS = [
     Mutant("page: other weights are not told", "flashu_ext/report/evaluation.py", '_OWN = {"preset", "config", "plan", "steps"}', '_OWN = {"preset", "config", "plan", "steps", "weights"}', SCORES("the_page")),
     Mutant("evaluation: the functions of a task are not part of it", "flashu_ext/evaluation/understanding.py", "for file in (task, *sorted(task.resolve().parent.glob(\"*.py\"))):", "for file in (task,):", SCORES("another_text")),
     Mutant("intervals: equal values have an interval", "flashu_ext/planning/intervals.py", "    if all(len({total / count", "    if not strata and all(len({total / count", SCORES("test_intervals")),
+    Mutant("geneval: a task may be another", "flashu_ext/evaluation/scores.py", 'if tag not in (None, line["tag"]):', "if False:", SCORES("another_task")),
+    Mutant("page: images of another preset are these", "flashu_ext/report/evaluation.py", "(tail := named.parts[-3:])", "(tail := named.parts[-1:])", SCORES("another_presets_images")),
     Mutant("differences: of all prompts", "flashu_ext/evaluation/scores.py", "own = score.values.shared(other.values)\n", "own = score.values\n", SCORES("that_both_have")),
     Mutant("differences: in any order", "flashu_ext/evaluation/scores.py", "other.values.shared(score.values).ordered(own)", "other.values.shared(score.values)", SCORES("that_both_have")),
     Mutant("intervals: pairs are drawn apart", "flashu_ext/planning/intervals.py", "- _draws(other, combine, seed)", "- _draws(other, combine, seed + 1)", SCORES("paired_intervals"), quick=True),

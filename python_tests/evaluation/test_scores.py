@@ -345,6 +345,32 @@ def test_the_page_says_what_was_done_by_hand(geneval: PromptList, tmp_path: Path
         assert text in html, text
 
 
+def test_results_of_another_presets_images_are_told(geneval: PromptList, dpg: PromptList, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for preset, scored in (("dense", "dense"), ("paper", "dense"), ("exact", "elsewhere/exact"), ("fast", "")):
+        folder = f"/data/{scored}/geneval/images" if scored else "."
+        written(drawn(out, preset, geneval) / "results.jsonl", geneval_lines(folder=folder))
+    (drawn(out, "dense", dpg) / "results.txt").write_text(DPG_TEXT)
+    assert page(out).exit_code == 0
+    html = (out / "evaluation.html").read_text()
+    assert (
+        "paper: results.jsonl is of images in /data/dense/geneval/images, and not of paper/geneval/images</p>" in html
+    )
+    assert "dense: results.txt is of images in /a, b/images, and not of dense/dpg/images</p>" in html
+    assert html.count("is of images in") == 2, "on another machine, or by a relative path, they are the same"
+
+
+def test_a_result_of_another_task_is_refused(geneval: PromptList, tmp_path: Path) -> None:
+    lines = geneval_lines()
+    metadata = tmp_path / "images" / "00000" / "metadata.jsonl"
+    written(metadata, [{"tag": TAGS[0], "prompt": "prompt 0"}])
+    path = written(tmp_path / "results.jsonl", lines)
+    assert geneval_scores(path, as_jobs(geneval))[0].n == 16
+    written(path, [lines[0] | {"tag": "counting"}, *lines[1:]])
+    with pytest.raises(ValueError, match=r":1: tag: expected 'single_object', got 'counting'"):
+        geneval_scores(path, as_jobs(geneval))
+
+
 def test_a_page_of_nothing_or_of_other_images_is_refused(geneval: PromptList, tmp_path: Path) -> None:
     nothing = page(tmp_path / "none")
     assert nothing.exit_code == 1 and "expected a folder of `flashu-ext evaluate`" in nothing.output
