@@ -19,7 +19,8 @@ from torch import nn
 
 from ..models.accelerated import HANDLE, handle_of, unwrapped
 from ..models.adapter import adapter_of
-from ..models.int8 import stored_bytes
+from ..models.int8 import is_int8, stored_bytes
+from ..models.lora import adapter_layers, adapters_of, is_lora
 from ..models.sampling import DrawInputs, Stepper
 from ..planning.config import FlashUConfig
 from ..planning.decoders import FAMILIES, find
@@ -213,6 +214,10 @@ class Handle:
             intermediate=runner.network.layers[0].ffn.neurons,
             tokens=tokens,
             weight_bytes=sum(map(stored_bytes, self.model.parameters())),
+            int8_weights=sum(map(is_int8, self.model.parameters())),
+            adapters=Counter(
+                name for layer in adapter_layers(self.model).values() if is_lora(layer) for name in adapters_of(layer)
+            ),
             extra_weight_bytes=sum(layout.permutation.nbytes for layout in runner.layouts or ()),
             cache_bytes=sum(held.values()),
             memory=held,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["Summary"]
 
@@ -29,6 +29,8 @@ class Summary:
             'prefilled' and 'reused' prompt tokens over all answers; 'visual' image tokens in the prompts of the last call,
             and how many of them the pruning layer left ('visual kept').
         weight_bytes: the model's weights.
+        int8_weights: how many of them are torchao's int8; `fallbacks` has those that no int8 kernel reads.
+        adapters: LoRA adapter that is active -> layers that it is beside; `fallbacks` as above.
         extra_weight_bytes: what acceleration stores besides them (the permutations).
         cache_bytes: held now besides the weights: keys and values, tables, persistent activations, caches.
         memory: `cache_bytes` by purpose.
@@ -71,6 +73,8 @@ class Summary:
     fallbacks: Mapping[str, int]
     ran: Mapping[str, Mapping[str, str]]
     plan_unused: bool = False
+    int8_weights: int = 0
+    adapters: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         def listed(items: Mapping[str, object]) -> str:
@@ -103,6 +107,8 @@ class Summary:
             "fallbacks     " + ("" if self.fallbacks else "none"),
             *_by_reason(self.fallbacks),
         ]
+        if self.int8_weights or self.adapters:
+            lines.append(f"weights       {self.int8_weights} of int8, layers beside adapters: {listed(self.adapters)}")
         if self.plan_unused:
             lines.append("plan          not used, the config prunes nothing")
         return "\n".join(lines)

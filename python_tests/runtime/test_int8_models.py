@@ -51,6 +51,7 @@ def test_int8_weights_take_their_kernels(names: tuple[str, ...]) -> None:
         assert not [each for each in handle.summary().fallbacks if "int8" not in each]
         assert not any("runs" in each or "is a" in each for each in handle.summary().fallbacks)
         stored = [part for each in model.parameters() for part in (inner_tensors(each) or [each])]
+        assert handle.summary().int8_weights == sum(bool(inner_tensors(each)) for each in model.parameters())
         assert handle.summary().weight_bytes == sum(part.nbytes for part in stored)
     assert relative(got[0], exact[0]) <= 2 * relative(expected[0], exact[0]) + LIMIT
     assert torch.equal(got[1], expected[1])

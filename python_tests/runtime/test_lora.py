@@ -71,7 +71,11 @@ def test_states_of_adapters(state: str) -> None:
     expected = outputs(model)
     with fx.accelerate(model) as handle:
         assert close(outputs(model), expected)
-        assert handle.summary().fallbacks == {}
+        summary = handle.summary()
+        assert summary.fallbacks == {} and set(summary.adapters) == (
+            {"default", "other"} if state == "several" else set()
+        )
+        assert ("layers beside adapters: default " in str(summary)) == (state == "several")
 
 
 def dropped(wrapped: Any) -> None:
