@@ -32,6 +32,7 @@ LIMITS = {
     "tokens": "Longest answer.",
     "request_seconds": "For a result, from the whole request on; then 504.",
     "read_seconds": "For a client to send a head, and then a body; then 408 or the end of the connection.",
+    "refusal_seconds": "That the reply to a wrong request is held back at most, where many come.",
     "write_seconds": "For a client to take what waits for it; then the end of the connection.",
     "connections": "Open connections; a request on a further one is refused by 503.",
 }

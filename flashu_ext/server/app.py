@@ -24,7 +24,7 @@ from ..planning.extras import extra
 from ..planning.reading import shown
 from .arguments import ChatArguments, ImageArguments, chat_arguments, image_arguments, read_object
 from .bodies import Bodies, Gone
-from .errors import ApiError, invalid
+from .errors import ApiError, Refusals, invalid
 from .gate import GONE, Gate, check_key
 from .limits import Limits
 from .metrics import CONTENT_TYPE, Metrics
@@ -61,6 +61,7 @@ class Service:
         self.pipe, self.limits = pipe, limits
         self.name = Path(pipe.name).name or "model"
         self.bodies = Bodies(limits)
+        self.refusals = Refusals(limits.refusal_seconds)
         self.thread = ModelThread()
         self.drawing = self.thread.worker(pipe.generate_many(at_once=limits.at_once), limits.waiting)
         self.answering = self.thread.worker(pipe.answer_many(at_once=limits.at_once), limits.waiting)
@@ -358,10 +359,12 @@ def _error_of(error: Exception) -> ApiError:
     return ApiError(500, f"the request failed: {type(error).__name__}", code="internal_error")
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     if isinstance(error, Gone):
         return Response(status_code=GONE)
     told = _error_of(error)
+    if told.status in (400, 404, 405, 413, 415):  # the client's mistake
+        await asyncio.sleep(request.app.state.service.refusals.delay())
     headers = {} if told.retry_after is None else {"Retry-After": str(told.retry_after)}
     return JSONResponse(told.body(), told.status, headers)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
 from ..planning.reading import printable
 
-__all__ = ["ApiError", "invalid"]
+__all__ = ["ApiError", "Refusals", "invalid"]
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -47,3 +49,22 @@ def invalid(param: str, expected: str, code: str = "invalid_value", status: int 
         expected: what was expected and what came.
     """
     return ApiError(status, f"{printable(param, 200)}: {expected}", param, code)
+
+
+class Refusals:
+    """How long the reply to a wrong request is held back: the more of them came in the last second, the longer. So whoever sends
+    them one after the other takes little from the others, and one mistake is told at once."""
+
+    FREE = 10
+    EACH = 0.005
+    """Seconds for each of the last second's that is beyond FREE."""
+
+    def __init__(self, most: float):
+        """most: seconds."""
+        self._most, self._recent, self._at = most, 0.0, time.monotonic()
+
+    def delay(self) -> float:
+        """Seconds, of one more refusal."""
+        now = time.monotonic()
+        self._recent, self._at = self._recent * math.exp(self._at - now) + 1, now
+        return min(self._most, self.EACH * max(0.0, self._recent - self.FREE))

@@ -29,6 +29,7 @@ class Limits:
         tokens: of an answer.
         request_seconds: from the whole request to its result.
         read_seconds: for a client to send a request's head, and then its body.
+        refusal_seconds: that the reply to a wrong request is held back at most, where many come.
         write_seconds: for a client to take what waits for it.
         connections: open at a time; a request on a further one is refused by 503.
     """
@@ -47,6 +48,7 @@ class Limits:
     tokens: int = 512
     request_seconds: float = 300.0
     read_seconds: float = 30.0
+    refusal_seconds: float = 1.0
     write_seconds: float = 60.0
     connections: int = 512
 

@@ -38,6 +38,20 @@ MUTANTS = [
         within("server/test_model_thread.py")("by_turns"),
     ),
     Mutant(
+        "server: wrong requests are refused as fast as they come",
+        "flashu_ext/server/app.py",
+        "        await asyncio.sleep(request.app.state.service.refusals.delay())\n",
+        "        request.app.state.service.refusals.delay()\n",
+        within("server/test_model_thread.py")("holds_them_back"),
+    ),
+    Mutant(
+        "server: refusals of long ago count",
+        "flashu_ext/server/errors.py",
+        "self._recent * math.exp(self._at - now) + 1",
+        "self._recent + 1",
+        within("server/test_model_thread.py")("held_back"),
+    ),
+    Mutant(
         "server: the event loop gives way to nobody",
         "flashu_ext/server/run.py",
         "os.nice(GIVES_WAY)",

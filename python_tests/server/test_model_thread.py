@@ -1,4 +1,4 @@
-"""The thread of a server's model: what it serves, in which turn, and what it must not share cores with."""
+"""What of a server takes turns: the work with its model, and replies to wrong requests."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
+from flashu_ext.server.errors import Refusals
 from flashu_ext.server.worker import Closed, ModelThread, in_passing_thread
 
 
@@ -93,3 +94,33 @@ def test_a_passing_thread_ends_and_gives_what_came_of_it() -> None:
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_replies_to_many_wrong_requests_are_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("flashu_ext.server.errors.time.monotonic", lambda: now[0])
+    refusals = Refusals(0.5)
+    assert [refusals.delay() for _ in range(10)] == [0.0] * 10, "some mistakes are told at once"
+    assert refusals.delay() == pytest.approx(Refusals.EACH)
+    delays = [refusals.delay() for _ in range(200)]
+    assert delays == sorted(delays) and delays[-1] == 0.5
+    # One after the other, each a millisecond's work: some twenty in a second and no more.
+    now[0], count = 200.0, 0
+    while now[0] < 210.0:
+        now[0] += 0.001 + refusals.delay()
+        count += 1
+    assert 150 < count < 300
+    now[0] += 10
+    assert refusals.delay() == 0.0, "later ones are told at once again"
+
+
+def test_a_server_holds_them_back_and_serves_the_others(pipe: Any) -> None:
+    from support.serving import running
+
+    from flashu_ext.server.limits import Limits
+
+    with running(pipe, Limits()) as server:
+        began = time.monotonic()
+        for _ in range(30):
+            assert server.post("/v1/images/generations", {"prompt": 3})[0] == 400
+        assert time.monotonic() - began > 0.3, "what the last twenty are held back, or slower"

@@ -27,6 +27,7 @@ LIMITS = Limits(
     image_pixels=1 << 20,
     read_seconds=1.5,
     write_seconds=1.0,
+    refusal_seconds=1e-3,
     steps=2000,
 )
 """Of the tests' server: small, so that each is reached soon."""
