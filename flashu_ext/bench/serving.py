@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import http.client
 import io
 import json
@@ -192,6 +193,7 @@ def _trouble(way: str, server: _Server, rate: float) -> Iterator[None]:
     if make is None:
         yield
         return
+    _bomb()  # made before the run, in which it would take a core
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(make, server, rate, stop)
@@ -225,17 +227,20 @@ def _vanishing(server: _Server, rate: float, stop: threading.Event) -> None:
             stop.wait(1 / rate)
 
 
-def _hostile(server: _Server, _: float, stop: threading.Event) -> None:
-    """One after the other, as fast as they are refused: broken JSON, deep JSON, wrong arguments, images that are none."""
+@functools.cache
+def _bomb() -> str:
+    """A small file of a large image, in base 64."""
     with extra("serve"):
         from PIL import Image
 
-    bomb = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
-    part = {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(bomb.getvalue()).decode()}"},
-    }
+    file = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _hostile(server: _Server, _: float, stop: threading.Event) -> None:
+    """One after the other, as fast as they are refused: broken JSON, deep JSON, wrong arguments, images that are none."""
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_bomb()}"}}
     asked = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
     name = json.loads(_get(server, "/v1/models"))["data"][0]["id"]
     bodies = [
