@@ -325,7 +325,7 @@ def first_line(error: BaseException) -> str:
 
 
 def wait_for(call: Callable[[], T], seconds: float, stop: Callable[[], bool] = lambda: False) -> T:
-    """What a call returns that waits for another rank in native code, where Python cannot handle a signal.
+    """What a call returns that is long in native code, where Python cannot handle a signal, such as one that waits for a rank.
 
     It runs in a thread, which is left alone where it is not waited for to its end.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -40,7 +41,7 @@ LIMITS = {
 
 
 def _option(name: str) -> str:
-    """The option of a limit."""
+    """The option of a limit, or of the key."""
     return "--" + ("max-" if name in ("n", "side", "steps", "tokens") else "") + name.replace("_", "-")
 
 
@@ -120,10 +121,10 @@ def serve(
     Prints its address when it is ready. SIGINT or SIGTERM stops it: exit code 0 if every request was answered, 1 if some were
     given up after --grace.
     """
+    from ..batch.ranks import wait_for
     from ..server.app import application
     from ..server.gate import check_key
     from ..server.run import Server, listen
-    from ..server.worker import in_passing_thread
 
     if api_key is None and KEY_VARIABLE in os.environ:  # as a command that failed leaves it
         raise click.UsageError(f"{KEY_VARIABLE}: expected a key, got an empty one")
@@ -147,8 +148,8 @@ def serve(
                     handle.runner.check_adapter(name)
                 return pipe
 
-            # OpenMP's threads of loading must not stay beside those of the model's thread (`ModelThread`).
-            pipe = in_passing_thread(loaded)
+            # On a thread that ends: OpenMP's threads of loading must not stay beside those of the model's (`ModelThread`).
+            pipe = wait_for(loaded, math.inf)
             app = application(pipe, limits, api_key)
             bound_host, bound_port = listener.getsockname()[:2]
             shown_host = f"[{bound_host}]" if ":" in bound_host else bound_host

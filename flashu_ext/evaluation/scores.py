@@ -52,17 +52,9 @@ class Values:
         means = [math.fsum(total for total, _ in own) / sum(n for _, n in own) for own in self.clusters]
         return float(self.combine(np.asarray(means)))
 
-    def shared(self, other: Values) -> Values:
-        """Those of prompts that `other` has too."""
-        both = {
-            name: {key: own[key] for key in own if key in other.strata.get(name, {})}
-            for name, own in self.strata.items()
-        }
-        return Values({name: own for name, own in both.items() if own}, self.unit, self.combine)
-
-    def ordered(self, like: Values) -> Values:
-        """The same in the order of another one with the same names."""
-        strata = {name: {key: self.strata[name][key] for key in own} for name, own in like.strata.items()}
+    def of(self, prompts: Mapping[str, Sequence[str]]) -> Values:
+        """Those of some prompts of every stratum, in their order."""
+        strata = {name: {key: self.strata[name][key] for key in keys} for name, keys in prompts.items()}
         return Values(strata, self.unit, self.combine)
 
 
@@ -109,10 +101,12 @@ def difference(score: Score, other: Score) -> Difference | None:
     """Score less another one of the same metric; None where their values are not known or have no prompt in common."""
     if score.values is None or other.values is None:
         return None
-    own = score.values.shared(other.values)
-    if not own.strata:
+    theirs = other.values.strata
+    both = {name: [key for key in own if key in theirs.get(name, {})] for name, own in score.values.strata.items()}
+    both = {name: keys for name, keys in both.items() if keys}
+    if not both:
         return None
-    others = other.values.shared(score.values).ordered(own)
+    own, others = score.values.of(both), other.values.of(both)
     interval = paired_bootstrap(own.clusters, others.clusters, own.combine)
     n = sum(map(len, own.clusters))
     return Difference(score.name, own.figure - others.figure, interval, n, own.unit)
@@ -135,6 +129,7 @@ def geneval_scores(path: Path, jobs: Sequence[dict[str, Any]]) -> list[Score]:
     """
     prompts, known = prompts_of(jobs, "geneval"), {job["name"] for job in jobs}
     tasks: dict[str, dict[str, list[bool]]] = {}
+    tags: dict[str, Any] = {}
     seen: set[str] = set()
     for where, line in json_lines(path):
         keys = {"filename": str, "tag": str, "prompt": str, "correct": bool}
@@ -146,9 +141,10 @@ def geneval_scores(path: Path, jobs: Sequence[dict[str, Any]]) -> list[Score]:
             raise refusal(where, f"filename: expected an image that was drawn here, got {shown(line['filename'])}")
         if line["prompt"] != prompts[match[1]]:
             raise refusal(where, f"prompt: expected {shown(prompts[match[1]])}, got {shown(line['prompt'])}")
-        tag = _tag_of(path.parent / IMAGES / match[1] / "metadata.jsonl")
-        if tag not in (None, line["tag"]):
-            raise refusal(where, f"tag: expected {shown(tag)}, got {shown(line['tag'])}")
+        if match[1] not in tags:
+            tags[match[1]] = _tag_of(path.parent / IMAGES / match[1] / "metadata.jsonl")
+        if tags[match[1]] not in (None, line["tag"]):
+            raise refusal(where, f"tag: expected {shown(tags[match[1]])}, got {shown(line['tag'])}")
         if name in seen:
             raise refusal(where, f"filename: expected every image once, got {shown(line['filename'])} again")
         seen.add(name)

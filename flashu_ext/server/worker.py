@@ -7,13 +7,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
-__all__ = ["Busy", "Closed", "ModelThread", "Worker", "in_passing_thread"]
+__all__ = ["Busy", "Closed", "ModelThread", "Worker"]
 
-T = TypeVar("T")
 LOG = logging.getLogger("flashu_ext.server")
 
 
@@ -190,17 +189,3 @@ class Worker:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(error)
             self._asked.clear()
-
-
-def in_passing_thread(run: Callable[[], T]) -> T:
-    """What `run` returns, on a thread that ends with it."""
-    done: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            done.set_result(run())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()  # an interrupt does not wait for it
-    return done.result()

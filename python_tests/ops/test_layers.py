@@ -106,9 +106,9 @@ def adapted() -> nn.Module:
     return module
 
 
-def hooked() -> nn.Module:
+def hooked(part: str = "down_proj") -> nn.Module:
     module = SwiGLU()
-    module.down_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    module.get_submodule(part).register_forward_hook(lambda module, inputs, output: 2 * output)
     return module
 
 
@@ -125,9 +125,7 @@ def replaced() -> nn.Module:
 
 
 def activation_hooked() -> nn.Module:
-    module = SwiGLU()
-    module.act_fn.register_forward_hook(lambda module, inputs, output: 2 * output)
-    return module
+    return hooked("act_fn")
 
 
 def activation_replaced() -> nn.Module:

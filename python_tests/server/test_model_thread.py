@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("uvicorn")
 
 from flashu_ext.server.errors import Refusals
-from flashu_ext.server.worker import Closed, ModelThread, in_passing_thread
+from flashu_ext.server.worker import Closed, ModelThread
 
 
 class Counted:
@@ -79,21 +79,6 @@ def test_a_closed_thread_ends_what_it_has_and_takes_nothing() -> None:
     assert isinstance(future.exception(5), Closed) and not thread.alive and not worker.busy
     with pytest.raises(Closed):
         worker.ask([1])
-
-
-def test_a_passing_thread_ends_and_gives_what_came_of_it() -> None:
-    before = threading.active_count()
-    assert in_passing_thread(threading.get_ident) != threading.get_ident()
-
-    def fails() -> None:
-        raise KeyError("from there")
-
-    with pytest.raises(KeyError, match="from there"):
-        in_passing_thread(fails)
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
 
 
 def test_replies_to_many_wrong_requests_are_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
